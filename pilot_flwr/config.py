@@ -6,6 +6,7 @@ under ``conf/<group>/``.
 """
 
 import shlex
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def load_config(overrides: str = "") -> PilotConfig:
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_readable(error)) from None
+    except FrozenInstanceError as error:  # a key added with `+` that no dataclass has
+        raise ConfigError(f"Unknown key in {overrides!r}: {error}.") from None
     assert isinstance(config, PilotConfig)
     return config
 

@@ -1,0 +1,138 @@
+"""The three auxiliary losses of Pilot (design section 2) as pure functions of tensors.
+
+A loss coefficient is never applied here: `pilot_flwr.training` does that, once.
+"""
+
+import torch
+from torch import Tensor
+
+_EPSILON = 1e-12
+
+
+def difference_loss(task_features: Tensor, client_features: Tensor, *, reduction: str) -> Tensor:
+    """Keep task and client features apart: ``L_d = ‖x_tᵀ x_s‖²_F``.
+
+    Parameters
+    ----------
+    task_features, client_features : Tensor
+        x_t and x_s, shape (B, N, C): images, visual tokens, channels.
+    reduction : {"normalized", "frobenius", "official"}
+        ``normalized``: x_t and x_s of one image each scaled to unit Frobenius norm, mean over
+        images; in [0, 1] whatever N and C are. ``frobenius``: the paper's raw formula, mean
+        over images. ``official``: the official code's mean over all (N·C)² entries of the
+        product of the flattened batch, each image scaled to unit norm, the norm detached.
+
+    Returns
+    -------
+    Tensor
+        Scalar, in float32 or better.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ or are not three-dimensional, or the reduction is unknown.
+
+    Notes
+    -----
+    ``‖AᵀB‖²_F = ⟨AAᵀ, BBᵀ⟩_F``: an N×N (for ``official`` a B×B) matrix takes the place of the
+    C×C (or (N·C)×(N·C)) one wherever it is smaller. Source: paper, eq. of L_d.
+    """
+    if task_features.shape != client_features.shape or task_features.dim() != 3:
+        raise ValueError(
+            f"Features must share one shape (B, N, C), got {tuple(task_features.shape)} "
+            f"and {tuple(client_features.shape)}."
+        )
+    with torch.autocast(task_features.device.type, enabled=False):
+        task, client = _at_least_float32(task_features), _at_least_float32(client_features)
+        if reduction == "normalized":
+            energy, norms = _cross_energy(task, client)
+            return (energy / (norms + _EPSILON)).mean()
+        if reduction == "frobenius":
+            return _cross_energy(task, client)[0].mean()
+        if reduction == "official":
+            return _official_difference(task.flatten(1), client.flatten(1))
+    raise ValueError(f"Unknown reduction {reduction!r}.")
+
+
+def load_balancing_loss(router_probs: Tensor) -> Tensor:
+    """Spread the tokens over the experts: ``L_b = T · Σ_i f_i · P̄_i``.
+
+    Parameters
+    ----------
+    router_probs : Tensor
+        P, shape (..., T): a distribution over the T experts for every token.
+
+    Returns
+    -------
+    Tensor
+        Scalar; 1 for an even split and T for a collapse. f_i, the share of tokens whose
+        largest probability is expert i's, carries no gradient; P̄_i, the mean probability of
+        expert i, does. Source: paper, eq. of L_b (as in Switch Transformer).
+    """
+    num_experts = router_probs.shape[-1]
+    probs = router_probs.reshape(-1, num_experts)
+    choice = torch.nn.functional.one_hot(probs.argmax(-1), num_experts)
+    share = choice.to(probs.dtype).mean(0)
+    return num_experts * torch.einsum("t,t->", share, probs.mean(0))
+
+
+def router_z_loss(router_logits: Tensor) -> Tensor:
+    """Keep the router's logits small: ``L_z = mean over tokens of (logsumexp g)²``.
+
+    Parameters
+    ----------
+    router_logits : Tensor
+        g, shape (..., T).
+
+    Returns
+    -------
+    Tensor
+        Scalar. Source: paper, eq. of L_z (as in ST-MoE).
+    """
+    return router_logits.logsumexp(-1).square().mean()
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _cross_energy(task: Tensor, client: Tensor) -> tuple[Tensor, Tensor]:
+    """``‖x_tᵀ x_s‖²_F`` and ``‖x_t‖²_F ‖x_s‖²_F`` of every image, each of shape (B,)."""
+    tokens, channels = task.shape[1:]
+    if tokens >= channels:
+        norms = task.square().sum((1, 2)) * client.square().sum((1, 2))
+        return torch.einsum("bnc,bnd->bcd", task, client).square().sum((1, 2)), norms
+    task_gram, client_gram = gram(task), gram(client)
+    norms = torch.einsum("bnn->b", task_gram) * torch.einsum("bnn->b", client_gram)
+    return torch.einsum("bnm,bnm->b", task_gram, client_gram), norms
+
+
+def _official_difference(task: Tensor, client: Tensor) -> Tensor:
+    task = task / (task.norm(dim=1, keepdim=True).detach() + 1e-6)
+    client = client / (client.norm(dim=1, keepdim=True).detach() + 1e-6)
+    entries = task.shape[1]
+    energy, _ = _cross_energy(task.unsqueeze(0), client.unsqueeze(0))
+    return energy.squeeze(0) / entries**2
+
+
+def gram(features: Tensor) -> Tensor:
+    """Return ``XXᵀ`` of every image: (B, N, N) from (B, N, C)."""
+    product: Tensor = _Gram.apply(features)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Gram(torch.autograd.Function):
+    """``XXᵀ`` per image. Its gradient, (G + Gᵀ) X, is one product where autograd takes two."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, features: Tensor) -> Tensor:
+        """Return (B, N, N) from (B, N, C)."""
+        ctx.save_for_backward(features)
+        return torch.einsum("bnc,bmc->bnm", features, features)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        """Return the gradient, (B, N, C)."""
+        (features,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        (grad,) = grads
+        return torch.einsum("bnm,bmc->bnc", grad + grad.mT, features)
