@@ -1,0 +1,101 @@
+"""Acquisition styles of the embedded demo: how a client's camera or scanner sees a page.
+
+To add a trait, give `Style` a field that is neutral by default, draw it in `draw_style` and apply
+it in `render`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a client acquires its images.
+
+    Parameters
+    ----------
+    ink, paper : tuple of float
+        RGB colours in [0, 1]; their order in brightness is the polarity.
+    blur : float
+        Radius of a Gaussian blur, in pixels.
+    shading : float
+        Loss of brightness from one edge of the page to the opposite one, in [0, 1].
+    shading_angle : float
+        Direction of that loss, in radians.
+    noise : float
+        Standard deviation of the sensor noise, in units of the full range.
+    """
+
+    ink: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    paper: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    blur: float = 0.0
+    shading: float = 0.0
+    shading_angle: float = 0.0
+    noise: float = 0.0
+
+
+PLAIN = Style()
+"""White ink on black paper: how the scans come."""
+
+
+def draw_style(rng: np.random.Generator, strength: float) -> Style:
+    """Draw a style whose distance from clean black and white grows with its strength.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Source of the style.
+    strength : float
+        1 for the clients' own styles, below that for milder ones.
+
+    Returns
+    -------
+    Style
+        Dark on light or light on dark, each with probability 1/2.
+    """
+    dark = rng.uniform(0.0, 0.4 * strength, 3)
+    light = 1.0 - rng.uniform(0.0, 0.4 * strength, 3)
+    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
+    return Style(
+        ink=(float(ink[0]), float(ink[1]), float(ink[2])),
+        paper=(float(paper[0]), float(paper[1]), float(paper[2])),
+        blur=float(rng.uniform(0.0, 0.8 * strength)),
+        shading=float(rng.uniform(0.0, 0.6 * strength)),
+        shading_angle=float(rng.uniform(0.0, 2 * np.pi)),
+        noise=float(rng.uniform(0.0, 0.08 * strength)),
+    )
+
+
+def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -> Image.Image:
+    """Put four scans on one page and acquire it in a style.
+
+    Parameters
+    ----------
+    tiles : ndarray, shape (4, 16, 16)
+        Ink in [0, 1]: top left, top right, bottom left, bottom right.
+    style : Style
+        Acquisition style.
+    rng : numpy.random.Generator
+        Source of the sensor noise.
+
+    Returns
+    -------
+    PIL.Image.Image
+        32 x 32, RGB.
+    """
+    tile = tiles.shape[-1]
+    size = 2 * tile
+    page = tiles.reshape(2, 2, tile, tile).transpose(0, 2, 1, 3).reshape(size, size)
+    if style.blur > 0:
+        sheet = Image.fromarray((page * 255).round().astype(np.uint8))
+        blurred = sheet.filter(ImageFilter.GaussianBlur(style.blur))
+        page = np.asarray(blurred, dtype=np.float32) / 255
+    colour = np.asarray(style.paper) + page[..., None] * np.subtract(style.ink, style.paper)
+    rows, columns = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
+    ramp = rows * np.sin(style.shading_angle) + columns * np.cos(style.shading_angle)
+    colour = colour * (1 - style.shading * (0.5 + ramp / np.sqrt(2)))[..., None]
+    colour = colour + style.noise * rng.standard_normal(colour.shape)
+    return Image.fromarray((colour.clip(0, 1) * 255).round().astype(np.uint8))

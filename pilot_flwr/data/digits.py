@@ -1,0 +1,313 @@
+"""The embedded demo's data: scanned handwritten digits, four to a mosaic, one style per client.
+
+The scans are the UCI handwritten digits that scikit-learn bundles (1,797 scans of 8 x 8 pixels).
+Each is enlarged to 16 x 16, and four of them make a 32 x 32 RGB mosaic, about which three
+federated tasks ask: ``vqa``, ``counting`` and ``captioning``.
+
+Scans are split once, by digit, into four disjoint subsets: base pretraining, the validation of
+that pretraining, federated training and federated test. The federated training scans are dealt
+out so that no two clients share one, up to `max_disjoint_clients` clients; from there on clients
+take the shares in turn. The test scans are common to all clients, each in its own style.
+
+To add a task, write its question and answer as one function of four digits and a generator, and
+enter it in ``_WRITERS``.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from pilot_flwr.data.digit_style import Style, draw_style, render
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
+from pilot_flwr.errors import ConfigError
+
+TASKS: tuple[str, ...] = ("vqa", "counting", "captioning")
+"""Tasks of the federation."""
+
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+SPLIT_SHARES = {"pretraining": 0.45, "validation": 0.05, "train": 0.30, "test": 0.20}
+"""Share of each digit's scans in each disjoint subset."""
+
+_SPLIT_SEED = 20250127  # the base has seen the pretraining scans, so no run may move the split
+_TILE = 16
+_CLIENT_STRENGTH = 1.0
+
+Subset = Literal["pretraining", "validation", "train", "test"]
+_Ints = NDArray[np.int64]
+_Floats = NDArray[np.float32]
+
+
+class Scans(NamedTuple):
+    """All source scans.
+
+    ``ink`` has shape (1797, 16, 16) with values in [0, 1], 1 being full ink; ``labels`` has
+    shape (1797,).
+    """
+
+    ink: _Floats
+    labels: _Ints
+
+
+@lru_cache(maxsize=1)
+def load_scans() -> Scans:
+    """Read the scans and enlarge each to 16 x 16 pixels (bilinear).
+
+    Returns
+    -------
+    Scans
+        Read-only arrays, shared between calls.
+    """
+    images, labels = load_digits(return_X_y=True)
+    small = (images.reshape(-1, 8, 8) * (255.0 / 16.0)).round().astype(np.uint8)
+    size = (_TILE, _TILE)
+    large = [Image.fromarray(scan).resize(size, Image.Resampling.BILINEAR) for scan in small]
+    ink = (np.stack([np.asarray(scan) for scan in large]) / np.float32(255)).astype(np.float32)
+    scans = Scans(ink, labels.astype(np.int64))
+    for array in scans:
+        array.setflags(write=False)
+    return scans
+
+
+def scan_indices(subset: Subset) -> _Ints:
+    """Return the indices of one subset's source scans, the same for every seed.
+
+    Parameters
+    ----------
+    subset : {"pretraining", "validation", "train", "test"}
+        Which of the disjoint subsets.
+
+    Returns
+    -------
+    ndarray of int64
+        Sorted.
+    """
+    _one_of("subset", subset, tuple(SPLIT_SHARES))
+    return np.sort(np.concatenate(_by_digit(subset)))
+
+
+def max_disjoint_clients() -> int:
+    """Count of clients up to which no two share a training scan."""
+    return min(len(scans) for scans in _by_digit("train"))
+
+
+def client_scan_indices(client_index: int, *, num_clients: int) -> _Ints:
+    """Source scans of one client's training examples, every digit among them.
+
+    Parameters
+    ----------
+    client_index : int
+        Which client, from 0.
+    num_clients : int
+        Size of the federation.
+
+    Returns
+    -------
+    ndarray of int64
+        Sorted; disjoint from every other client's while ``num_clients`` is at most
+        `max_disjoint_clients`.
+    """
+    _check_client(client_index, num_clients)
+    shares = min(num_clients, max_disjoint_clients())
+    return np.sort(np.concatenate([s[client_index % shares :: shares] for s in _by_digit("train")]))
+
+
+def _by_digit(subset: Subset) -> list[_Ints]:
+    """List the scans of a subset, one shuffled array per digit."""
+    rng = np.random.default_rng(_SPLIT_SEED)
+    labels = load_scans().labels
+    names = list(SPLIT_SHARES)
+    cuts = np.cumsum(list(SPLIT_SHARES.values()))[:-1]
+    chosen = []
+    for digit in range(10):
+        scans = rng.permutation(np.flatnonzero(labels == digit))
+        parts = np.split(scans, np.round(cuts * len(scans)).astype(int))
+        chosen.append(parts[names.index(subset)])
+    return chosen
+
+
+def client_sizes(num_clients: int, mean: int) -> list[int]:
+    """Numbers of training examples, spread evenly over 0.6 to 1.4 times the mean.
+
+    Neighbouring clients get far-apart sizes, so that any grouping of neighbours is mixed.
+
+    Parameters
+    ----------
+    num_clients : int
+        Size of the federation.
+    mean : int
+        Mean number of examples of a client.
+
+    Returns
+    -------
+    list of int
+        One number per client, at least 1 each.
+    """
+    _at_least("num_clients", num_clients, 1)
+    _at_least("mean", mean, 1)
+    if num_clients == 1:
+        return [mean]
+    golden = (np.arange(num_clients) * 0.6180339887498949) % 1.0
+    rank = np.argsort(np.argsort(golden))
+    sizes = mean * (0.6 + 0.8 * rank / (num_clients - 1))
+    return [max(1, round(float(size))) for size in sizes]
+
+
+def client_style(client_index: int, *, seed: int) -> Style:
+    """One client's acquisition style, a function of the seed and the client's index alone.
+
+    Parameters
+    ----------
+    client_index : int
+        Which client, from 0.
+    seed : int
+        Seed of the federation.
+
+    Returns
+    -------
+    Style
+        Constant over the client's examples.
+    """
+    _at_least("client_index", client_index, 0)
+    _at_least("seed", seed, 0)
+    return draw_style(np.random.default_rng([seed, client_index]), _CLIENT_STRENGTH)
+
+
+def client_examples(
+    task: str,
+    *,
+    client_index: int,
+    num_clients: int,
+    split: Literal["train", "test"],
+    num_examples: int,
+    seed: int,
+) -> list[Example]:
+    """Examples of one client: its task, its scans, its style.
+
+    An id ends in the four source scans, so that an answer can be checked against their labels.
+
+    Parameters
+    ----------
+    task : {"vqa", "counting", "captioning"}
+        The client's task.
+    client_index : int
+        Which client, from 0, counted over the whole federation.
+    num_clients : int
+        Size of the federation.
+    split : {"train", "test"}
+        Training examples use the client's own scans, test examples the common test scans.
+    num_examples : int
+        How many; fewer are a prefix of more.
+    seed : int
+        Seed of the federation: styles, choice of scans and of questions.
+
+    Returns
+    -------
+    list of Example
+        Two turns each.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is unknown or out of range.
+    """
+    _one_of("task", task, TASKS)
+    _one_of("split", split, ("train", "test"))
+    _at_least("num_examples", num_examples, 1)
+    _at_least("seed", seed, 0)
+    style = client_style(client_index, seed=seed)
+    pool = client_scan_indices(client_index, num_clients=num_clients)
+    if split == "test":
+        pool = scan_indices("test")
+    stream = [seed, client_index, TASKS.index(task), int(split == "test")]
+    rng = np.random.default_rng(stream)
+    return [_example(f"{split}/{n}", task, pool, style, rng) for n in range(num_examples)]
+
+
+def _example(name: str, task: str, pool: _Ints, style: Style, rng: np.random.Generator) -> Example:
+    scans = load_scans()
+    chosen = _choose(task, pool, rng)
+    question, answer = _WRITERS[task](scans.labels[chosen], rng)
+    return Example(
+        id=f"{name}/" + "-".join(map(str, chosen)),
+        image=render(scans.ink[chosen], style, rng),
+        turns=(Turn("user", f"{IMAGE_MARKER}\n{question}"), Turn("assistant", answer)),
+    )
+
+
+def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
+    """Four different scans; for counting, every count from 0 to 4 is equally likely."""
+    if task != "counting":
+        return rng.choice(pool, 4, replace=False)
+    odd = load_scans().labels[pool] % 2 == 1
+    count = int(rng.integers(5))
+    parts = (rng.choice(pool[odd], count, False), rng.choice(pool[~odd], 4 - count, False))
+    return rng.permutation(np.concatenate(parts))
+
+
+def ask_position(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for the digit at one of the four positions; the answer is a word."""
+    place = int(rng.integers(4))
+    asked = _pick(
+        rng,
+        "What digit is at the {}?",
+        "Which digit is at the {}?",
+        "Name the digit at the {}.",
+    )
+    return asked.format(POSITIONS[place]), WORDS[labels[place]]
+
+
+def ask_count(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask how many of the four digits are odd; the answer is a numeral."""
+    asked = _pick(
+        rng,
+        "How many digits are odd?",
+        "How many of the digits are odd?",
+        "Count the odd digits.",
+    )
+    return asked, str(int((labels % 2).sum()))
+
+
+def ask_caption(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for a caption; the answer names the four digits in reading order."""
+    asked = _pick(
+        rng,
+        "Describe the image.",
+        "Write a short caption.",
+        "What does the image show?",
+    )
+    first, second, third, fourth = (WORDS[label] for label in labels)
+    return asked, f"the digits {first}, {second}, {third} and {fourth}"
+
+
+def _pick(rng: np.random.Generator, *choices: str) -> str:
+    return choices[int(rng.integers(len(choices)))]
+
+
+_WRITERS: dict[str, Callable[[_Ints, np.random.Generator], tuple[str, str]]] = {
+    "vqa": ask_position,
+    "counting": ask_count,
+    "captioning": ask_caption,
+}
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"`{name}` is {value!r} but must be one of {', '.join(allowed)}.")
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"`{name}` is {value} but must be at least {minimum}.")
+
+
+def _check_client(client_index: int, num_clients: int) -> None:
+    _at_least("num_clients", num_clients, 1)
+    if not 0 <= client_index < num_clients:
+        raise ConfigError(f"`client_index` is {client_index} but must be 0 to {num_clients - 1}.")
