@@ -1,0 +1,116 @@
+"""The command line tool ``pilot-flwr``.
+
+To add a command, add a function that adds its parser and sets `handler`, and name it in
+`_parser`. A handler takes the parsed arguments and returns the exit code. Heavy imports stay
+inside handlers, so that ``pilot-flwr --help`` answers at once.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from pilot_flwr import __version__
+from pilot_flwr.errors import ConfigError, PilotError
+
+SUCCESS, FAILURE, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``pilot-flwr`` and return its exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        In place of the command line's.
+
+    Returns
+    -------
+    int
+        0: success. 1: the run failed. 2: wrong usage or configuration. 128 + n: stopped by
+        signal n (Ctrl-C: 130).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not for a stream that a caller has put in place
+            stream.reconfigure(errors="replace")
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest  # words behind an option, which argparse does not collect
+    try:
+        return int(options.handler(options))
+    except ConfigError as error:
+        print(f"pilot-flwr: {error}", file=sys.stderr)
+        return USAGE
+    except PilotError as error:
+        print(f"pilot-flwr: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pilot-flwr", description="Pilot: federated multimodal instruction tuning on Flower."
+    )
+    parser.add_argument("--version", action="version", version=f"pilot-flwr {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run = commands.add_parser(
+        "run",
+        help="run a federation under Flower's simulation engine, to its end",
+        description="Run a federation under Flower's simulation engine, to its end. "
+        "Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, "
+        "130 or 143 stopped by Ctrl-C or SIGTERM. No process is left behind.",
+        epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.lr=1e-4",
+    )
+    run.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
+    )
+    run.add_argument("--verbose", action="store_true", help="show Flower's own log as well")
+    run.set_defaults(handler=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from datetime import datetime
+
+    from pilot_flwr import submission
+    from pilot_flwr.config import load_config
+    from pilot_flwr.launch import launch
+    from pilot_flwr.processes import Interrupted
+
+    config = load_config(shlex.join(options.overrides))
+    federation = submission.federation_config(config.num_clients, config.simulation)
+    folder = submission.run_folder(config.run.folder, config.name, datetime.now())
+    overrides = shlex.join([*options.overrides, submission.folder_override(folder)])
+    if load_config(overrides).run.folder != str(folder):
+        raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
+    app = submission.app_folder()
+    _say(f"{config.name}: {config.num_clients} clients, run folder {folder}")
+    _say("Starting Flower and Ray; the first news takes half a minute.")
+    try:
+        outcome = launch(app, overrides, federation, folder, out=_say, verbose=options.verbose)
+    except Interrupted as stop:
+        print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
+        return 128 + stop.signum
+    summary = folder / "summary.md"
+    if summary.is_file():
+        _say("\n" + summary.read_text(encoding="utf-8").strip())
+    _say(f"\nRun folder: {folder}")
+    if not outcome.succeeded:
+        print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
+    return SUCCESS if outcome.succeeded else FAILURE
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Live output of a run: the lines of ``metrics.jsonl``, as text, while they are written.
+
+The ServerApp appends one JSON object per line as things happen; `EventTail` reads what is new
+and `Progress` words it: one line per client and exchange, under a heading per exchange. To show
+another event, add a function to `Progress._words`. Unknown events and keys are passed over.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Event = Mapping[str, Any]
+LOSS_PARTS = ("ce", "difference", "balance", "z")
+
+
+class EventTail:
+    """Read a growing file of JSON lines.
+
+    Attributes
+    ----------
+    unreadable : int
+        Complete lines so far that were no JSON object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.unreadable = 0
+        self._lines = LineTail(path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the events since the last call; a line still being written waits."""
+        events = []
+        for line in self._lines.read():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if isinstance(event, dict):
+                events.append(event)
+            elif line.strip():
+                self.unreadable += 1
+        return events
+
+
+class LineTail:
+    """Read a growing text file by complete lines; the file need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0
+
+    def read(self) -> list[str]:
+        """Return the lines completed since the last call, without their ends."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._position)
+                data = stream.read()
+        except FileNotFoundError:
+            return []
+        complete = data[: data.rfind(b"\n") + 1]
+        self._position += len(complete)
+        return complete.decode("utf-8", errors="replace").splitlines()
+
+
+class Progress:
+    """Word events one after another; headings and columns follow from those before."""
+
+    def __init__(self) -> None:
+        self._exchange: int | None = None
+        self._client_width = 8
+        self._task_width = 6
+
+    def lines(self, event: Event) -> list[str]:
+        """Return the lines to print for one event: none for an unknown or unusable one."""
+        words = self._words().get(str(event.get("event")))
+        return words(event) if words else []
+
+    def _words(self) -> dict[str, Callable[[Event], list[str]]]:
+        return {
+            "roster": self._roster,
+            "evaluate": self._evaluate,
+            "train": self._train,
+            "failure": self._failure,
+            "aggregate": self._aggregate,
+            "round": self._round,
+        }
+
+    def _heading(self, event: Event, about: str = "") -> list[str]:
+        """Open a new exchange.
+
+        Scores of the exchange before may arrive together with the training of the next: they
+        say themselves which one they belong to, and never lead back to an old heading.
+        """
+        number = _integer(event, "round")
+        if number is None or (self._exchange is not None and number <= self._exchange):
+            return []
+        self._exchange = number
+        return ["", f"Exchange {number}{about}" if number else "Before training"]
+
+    def _row(self, event: Event, *cells: str) -> str:
+        client = str(event.get("client", "?")).ljust(self._client_width)
+        task = str(event.get("task", "")).ljust(self._task_width)
+        return f"  {client}  {task}  {'   '.join(cell for cell in cells if cell)}".rstrip()
+
+    def _roster(self, event: Event) -> list[str]:
+        clients = event.get("clients")
+        rows = clients if isinstance(clients, list) else []
+        rows = [row for row in rows if isinstance(row, dict)]
+        names = [len(str(row.get("client", ""))) for row in rows]
+        tasks = [len(str(row.get("task", ""))) for row in rows]
+        self._client_width = max([self._client_width, *names])
+        self._task_width = max([self._task_width, *tasks])
+        stages = sorted({str(row["stage"]) for row in rows if row.get("stage") is not None})
+        about = f": {_count(len(rows), 'client')}"
+        if stages:
+            about += f", stage {' and '.join(stages)}"
+        return self._heading(event, about)
+
+    def _evaluate(self, event: Event) -> list[str]:
+        heading = self._heading(event)
+        number = _integer(event, "round")
+        score = _number(event, "score")
+        when = "" if number is None else f"after exchange {number}"
+        row = self._row(
+            event,
+            f"{event.get('metric', 'score')} {'?' if score is None else f'{score:.3f}'}".ljust(20),
+            "before training" if number == 0 else when,
+            *_effort(event),
+        )
+        return [*heading, row]
+
+    def _train(self, event: Event) -> list[str]:
+        heading = self._heading(event)
+        loss = _number(event, "loss")
+        parts = [(part, _number(event, f"loss_{part}")) for part in LOSS_PARTS]
+        detail = ", ".join(f"{part} {value:.4g}" for part, value in parts if value)
+        row = self._row(
+            event,
+            f"loss {'?' if loss is None else f'{loss:.4f}'}".ljust(12),
+            f"({detail})" if detail else "",
+            *_effort(event),
+            *_traffic(event),
+        )
+        return [*heading, row]
+
+    def _failure(self, event: Event) -> list[str]:
+        phase = event.get("phase", "?")
+        row = self._row(event, f"FAILED in {phase}: {headline(str(event.get('reason', '')))}")
+        return [*self._heading(event), row]
+
+    def _aggregate(self, event: Event) -> list[str]:
+        clients = _integer(event, "clients")
+        what = "" if clients is None else f" {_count(clients, 'client')}"
+        return [*self._heading(event), f"  aggregated{what}{_lasting(event)}"]
+
+    def _round(self, event: Event) -> list[str]:
+        number, total = _integer(event, "round"), _integer(event, "exchanges")
+        if number is None:
+            return []
+        of_total = "" if total is None else f" of {total}"
+        return [*self._heading(event), f"  exchange {number}{of_total} done{_lasting(event)}"]
+
+
+class Narrator:
+    """Print a run's progress as its files grow, and a sign of life when they do not.
+
+    Parameters
+    ----------
+    metrics : Path
+        The run's ``metrics.jsonl``.
+    log : Path or None
+        A log to show line by line as well.
+    out : callable
+        Takes one line.
+    """
+
+    FIRST_SIGN_SECONDS = 60.0
+    RAREST_SIGN_SECONDS = 960.0
+
+    def __init__(self, metrics: Path, log: Path | None, out: Callable[[str], None]) -> None:
+        self._events = EventTail(metrics)
+        self._log = LineTail(log) if log else None
+        self._out = out
+        self._progress = Progress()
+        self._last_news = time.monotonic()
+        self._patience = self.FIRST_SIGN_SECONDS
+
+    def show(self) -> None:
+        """Print what is new."""
+        lines = [plain(line) for line in self._log.read()] if self._log else []
+        for event in self._events.read():
+            lines += self._progress.lines(event)
+        for line in lines:
+            self._out(line)
+        silent = time.monotonic() - self._last_news
+        if lines:
+            self._last_news = time.monotonic()
+            self._patience = self.FIRST_SIGN_SECONDS
+        elif silent > self._patience:
+            self._out(f"  ... running, no news for {human_seconds(silent)}")
+            self._patience = min(2 * self._patience, self._patience + self.RAREST_SIGN_SECONDS)
+
+    def finish(self) -> None:
+        """Print the rest, and how many lines could not be read."""
+        self.show()
+        if self._events.unreadable:
+            self._out(f"  {_count(self._events.unreadable, 'line')} of metrics.jsonl unreadable")
+
+
+def headline(reason: str) -> str:
+    """Return the one line of an error reply that says what went wrong.
+
+    Of a traceback this is the last exception that is not Flower's or Ray's wrapper around the
+    client's own; of anything else the first line.
+    """
+    text = plain(reason).strip()
+    if text.startswith("<class '") and ">:<" in text:  # Flower's `<class 'E'>:<'message'>`
+        text = text.split(">:<", 1)[1].removesuffix(">").strip("'\"")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if 'File "' in text:
+        raised = [line for line in lines if _is_exception(line)]
+        lines = raised[-1:] or lines[-1:]
+    return lines[0].strip() if lines else "no reason given"
+
+
+def plain(text: str) -> str:
+    """Return `text` without terminal colours."""
+    first, *rest = text.split("\x1b[")
+    return first + "".join(part[part.find("m") + 1 :] for part in rest)
+
+
+def human_seconds(seconds: float) -> str:
+    """Word a duration: ``3.1 s``, ``2 min 5 s``, ``1 h 3 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def human_bytes(size: float) -> str:
+    """Word a number of bytes in steps of 1,000: ``640 B``, ``1.2 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _is_exception(line: str) -> bool:
+    name, _, message = line.partition(":")
+    kind = name.rsplit(".", 1)[-1]
+    if not name.replace(".", "_").isidentifier() or kind == "ClientAppException":
+        return False
+    return kind[:1].isupper() and (bool(message.strip()) or kind.endswith("Error"))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _effort(event: Event) -> list[str]:
+    cells = [f"{_integer(event, key)} {key}" for key in ("examples", "steps") if key in event]
+    seconds = _number(event, "seconds")
+    return cells if seconds is None else [*cells, human_seconds(seconds)]
+
+
+def _traffic(event: Event) -> list[str]:
+    sizes = [(way, _number(event, f"bytes_{way}")) for way in ("down", "up")]
+    return [f"{way} {human_bytes(size)}" for way, size in sizes if size is not None]
+
+
+def _lasting(event: Event) -> str:
+    seconds = _number(event, "seconds")
+    return "" if seconds is None else f" in {human_seconds(seconds)}"
+
+
+def _number(event: Event, key: str) -> float | None:
+    value = event.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _integer(event: Event, key: str) -> int | None:
+    value = _number(event, key)
+    return None if value is None or not math.isfinite(value) else int(value)

@@ -1,0 +1,121 @@
+"""What is handed to Flower: the app's folder, the run folder, the configuration as text.
+
+Three syntaxes are nested: Hydra's overrides, the shell's words (the app splits the overrides with
+`shlex`) and TOML as Flower's command line reads it. Each function here writes one of them.
+"""
+
+import json
+import os
+import re
+import tomllib
+from datetime import datetime
+from pathlib import Path
+
+from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.settings import SimulationConfig
+
+
+def app_folder() -> Path:
+    """Return the folder of the Flower app: the checkout that this package is in.
+
+    Raises
+    ------
+    RunError
+        The package was installed without its checkout, so that there is no app to submit.
+    """
+    folder = Path(__file__).resolve().parent.parent
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        project["tool"]["flwr"]["app"]["components"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"There is no Flower app in {folder}. `pilot-flwr run` submits the project's checkout: "
+            "clone the repository and install it with `pip install -e .`."
+        ) from None
+    return folder
+
+
+def run_folder(configured: str, name: str, now: datetime) -> Path:
+    """Return the absolute run folder, which is new or empty.
+
+    Parameters
+    ----------
+    configured : str
+        `run.folder`; empty means ``outputs/<name>-<YYYYmmdd-HHMMSS>``. Relative paths start
+        where the user stands.
+    name : str
+        The run's `name`.
+    now : datetime
+        Time for the default.
+
+    Raises
+    ------
+    ConfigError
+        There is something in it already.
+    """
+    default = f"outputs/{name}-{now:%Y%m%d-%H%M%S}"
+    folder = Path(os.path.abspath(Path(configured or default).expanduser()))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"`run.folder` is {str(folder)!r} but must be a new or empty folder.")
+    return folder
+
+
+def folder_override(folder: Path) -> str:
+    r"""Return the Hydra override that sets `run.folder`, whatever characters the path has.
+
+    In Hydra's quotes a quote is written ``\'`` and backslashes count only before a quote;
+    OmegaConf reads ``\${`` as a plain ``${``.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", str(folder)):
+        return f"run.folder={folder}"
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(folder))
+    text = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", r"\'")
+    return f"run.folder='{text}'"
+
+
+def toml_string(text: str) -> str:
+    r"""Return `text` as a TOML string that Flower's command line takes as one value.
+
+    Flower cuts ``key="value"`` pairs apart with a regular expression in which a value ends at
+    the next double quote, escaped or not. So a double quote is written ``\u0022``.
+    """
+    pieces = (json.dumps(piece, ensure_ascii=False)[1:-1] for piece in text.split('"'))
+    return '"' + r"\u0022".join(pieces).replace("\x7f", r"\u007f") + '"'
+
+
+def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
+    """Return the value of ``flwr run --federation-config``.
+
+    Parameters
+    ----------
+    num_clients : int
+        SuperNodes to simulate.
+    simulation : SimulationConfig
+        Resources; `cpus` = 0 stands for all that this process may use.
+
+    Raises
+    ------
+    ConfigError
+        Not even one client fits: Flower would call that run completed.
+    """
+    cpus = simulation.cpus or len(os.sched_getaffinity(0))
+    if simulation.client_cpus > cpus:
+        raise ConfigError(
+            f"`simulation.client_cpus` is {simulation.client_cpus} but must be at most "
+            f"`simulation.cpus`, here {cpus}."
+        )
+    if simulation.gpus != int(simulation.gpus):
+        raise ConfigError(f"`simulation.gpus` is {simulation.gpus} but must be a whole number.")
+    if simulation.client_gpus > simulation.gpus:
+        raise ConfigError(
+            f"`simulation.client_gpus` is {simulation.client_gpus} but must be at most "
+            f"`simulation.gpus`, {simulation.gpus:g}."
+        )
+    values = {
+        "num-supernodes": num_clients,
+        "client-resources-num-cpus": simulation.client_cpus,
+        "client-resources-num-gpus": float(simulation.client_gpus),
+        "init-args-num-cpus": cpus,
+        "init-args-num-gpus": int(simulation.gpus),
+    }
+    return " ".join(f"{key}={value!r}" for key, value in values.items())
