@@ -21,6 +21,10 @@ class ModelError(PilotError):
     """A base model or its parameters are not what the app needs."""
 
 
+class TrainingError(PilotError):
+    """Local training cannot go on, for instance because the loss is not finite."""
+
+
 class UpdateError(PilotError):
     """A client's update cannot enter the aggregation."""
 

@@ -1,0 +1,188 @@
+"""Tensors on disk: a client's private state and the server's checkpoints.
+
+Files are safetensors, written whole to a temporary name, flushed to disk and then renamed, so
+that a reader finds either the old content or the new one. No pickle is read or written.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pilot_flwr.errors import StateError
+from pilot_flwr.parameters import GROUPS, GroupName, State
+
+FORMAT = "pilot-flwr-1"
+"""Version of the private state's file and of the checkpoint folder."""
+
+KEPT_ROUNDS = 2
+"""Checkpoints kept: the last one and the one before it."""
+
+
+def save_tensors(path: Path, tensors: State, metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata to `path`, atomically.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written, for instance because the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": FORMAT, **metadata})
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
+    """Read what `save_tensors` wrote.
+
+    Raises
+    ------
+    StateError
+        The file is torn, or not of this format.
+    """
+    metadata = _metadata(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class PrivateState:
+    """What never leaves a client: ψ_s and, after stage 2, ψ_c and φ.
+
+    Attributes
+    ----------
+    stage : int
+        The last stage trained.
+    tasks : tuple of str
+        After stage 2, the T tasks in the router's order; else empty.
+    groups : dict
+        Group → its tensors, for the groups that are private.
+    """
+
+    stage: int
+    tasks: tuple[str, ...] = ()
+    groups: dict[GroupName, State] = field(default_factory=dict)
+
+
+class PrivateStore:
+    """The private state of one client in one run, one file in its own folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Made at the first save.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "private.safetensors"
+
+    def stage(self) -> int:
+        """Return the last stage trained, 0 if none, without reading the tensors.
+
+        Raises
+        ------
+        StateError
+            The file is torn or foreign.
+        """
+        return int(_metadata(self.path)["stage"]) if self.path.exists() else 0
+
+    def load(self) -> PrivateState | None:
+        """Return the state, or None if this client has not trained yet.
+
+        Raises
+        ------
+        StateError
+            The file is torn or foreign.
+        """
+        if not self.path.exists():
+            return None
+        tensors, metadata = load_tensors(self.path)
+        groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
+        try:
+            stage, tasks = int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
+            for name, tensor in tensors.items():
+                group, key = name.split("/", 1)
+                groups[group][key] = tensor  # type: ignore[index]
+        except (KeyError, ValueError) as error:
+            raise StateError(f"{self.path} is not a private state: {error}") from error
+        return PrivateState(stage, tasks, groups)
+
+    def save(self, state: PrivateState) -> None:
+        """Replace the state on disk, atomically."""
+        tensors = {
+            f"{group}/{name}": tensor
+            for group, named in state.groups.items()
+            for name, tensor in named.items()
+        }
+        metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks)}
+        save_tensors(self.path, tensors, metadata)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    server_round: int,
+    adapters: Mapping[str, State],
+    loras: Mapping[str, State],
+    info: Mapping[str, Any],
+) -> Path:
+    """Write ``round-NNNN/`` with the task adapters, each client's LoRA and ``state.json``.
+
+    The folder appears whole or not at all; the last `KEPT_ROUNDS` are kept.
+    """
+    target = folder / f"round-{server_round:04d}"
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for task, state in adapters.items():
+        save_tensors(temporary / "task_adapters" / f"{task}.safetensors", state, {"task": task})
+    for client, state in loras.items():
+        save_tensors(temporary / "lora" / f"{client}.safetensors", state, {"client": client})
+    content = {"format": FORMAT, "round": server_round, **info}
+    write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+    _flush(folder)
+    for old in sorted(folder.glob("round-*"))[:-KEPT_ROUNDS]:
+        shutil.rmtree(old)
+    return target
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:  # refuses a file that is cut short
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{path} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise StateError(f"{path} has format {metadata.get('format')!r} but must have {FORMAT!r}.")
+    return metadata
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""The ClientApp: three thin handlers around `pilot_flwr.turn`."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from pilot_flwr import wire
+from pilot_flwr.config import PilotConfig, load_config
+from pilot_flwr.data.federation import client_examples
+from pilot_flwr.errors import PilotError, UpdateError
+from pilot_flwr.failures import OWN_ERROR
+from pilot_flwr.server_state import Member
+from pilot_flwr.site import find_site
+from pilot_flwr.turn import Site, stage_trained, take_turn
+
+app = ClientApp()
+logger = logging.getLogger("flwr")
+
+Handler = Callable[[Message, Context], RecordDict]
+
+
+def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
+    """Reply with what `handler` returns, or with its typed error in plain words."""
+
+    @functools.wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return Message(handler(message, context), reply_to=message)
+        except PilotError as error:
+            logger.error("%s", error)
+            return Message(Error(OWN_ERROR, str(error)), reply_to=message)
+
+    return handle
+
+
+@app.query()
+@_answer
+def query(message: Message, context: Context) -> RecordDict:
+    """Say which client this node is, and whether it holds stage-1 state."""
+    config, site = _open(message, context)
+    examples = client_examples(config.data, site.client, "train", seed=config.seed)
+    return wire.encode_member(
+        Member(site.client.id, site.client.task, len(examples), stage_trained(site))
+    )
+
+
+@app.train()
+@_answer
+def train(message: Message, context: Context) -> RecordDict:
+    """Evaluate the incoming personalised model, then train it."""
+    return _turn(message, context)
+
+
+@app.evaluate()
+@_answer
+def evaluate(message: Message, context: Context) -> RecordDict:
+    """Evaluate the incoming personalised model."""
+    return _turn(message, context)
+
+
+def _turn(message: Message, context: Context) -> RecordDict:
+    config, site = _open(message, context)
+    order, addressee = wire.decode_order(message.content)
+    if addressee != site.client.id:
+        raise UpdateError(f"The order is for {addressee!r} but this client is {site.client.id!r}.")
+
+    def progress(line: str) -> None:
+        logger.info("%s, exchange %d: %s", site.client.id, order.server_round, line)
+
+    result = take_turn(site, config, order, progress=progress)
+    return wire.encode_result(result, order, site.client.id, site.client.task)
+
+
+def _open(message: Message, context: Context) -> tuple[PilotConfig, Site]:
+    config = _config(str(context.run_config["overrides"]))
+    run = wire.decode_run(message.content)
+    site = find_site(context.node_config, config, run_name=run.name, run_folder=run.folder)
+    return config, site
+
+
+@functools.lru_cache(maxsize=1)
+def _config(overrides: str) -> PilotConfig:
+    return load_config(overrides)

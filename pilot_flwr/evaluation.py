@@ -1,0 +1,58 @@
+"""Evaluation of one client's personalised model: greedy generation and the task's metric."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.examples import Example
+from pilot_flwr.errors import DataError
+from pilot_flwr.metrics import METRICS
+from pilot_flwr.models import PilotModel
+from pilot_flwr.settings import EvaluationConfig
+from pilot_flwr.training import Encoder
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Mean score of one client's test split, in [0, 1], and the wall time in seconds."""
+
+    score: float
+    metric: str
+    examples: int
+    seconds: float
+
+
+def evaluate(
+    model: PilotModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    metric: str,
+    config: EvaluationConfig,
+) -> EvaluationResult:
+    """Answer every example and score the answers.
+
+    Raises
+    ------
+    DataError
+        There is no example.
+    """
+    if not examples:
+        raise DataError("There is no test example.")
+    started = time.perf_counter()
+    model.eval()
+    scores = []
+    for start in range(0, len(examples), config.batch_size):
+        part = examples[start : start + config.batch_size]
+        batch = collator.prompt_batch(part).to(model.device)
+        tokens = model.generate(batch, encode(part), max_new_tokens=config.max_new_tokens)
+        answers = collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        scores += [
+            METRICS[metric](answer, example.answer)
+            for answer, example in zip(answers, part, strict=True)
+        ]
+    return EvaluationResult(
+        sum(scores) / len(scores), metric, len(examples), time.perf_counter() - started
+    )

@@ -1,0 +1,78 @@
+"""Visual features of the frozen vision tower, computed once per image and kept.
+
+The tower is frozen, so H_v of an image never changes within a run. Features are kept in
+memory (shared by all turns of a process) or on the client's disk, up to a bound; what does
+not fit is encoded again. Nothing is evicted: training walks through all images in every
+epoch, for which a cache that keeps its first entries is the best fixed policy.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pilot_flwr.checkpoint import load_tensors, save_tensors
+from pilot_flwr.data.examples import Example
+from pilot_flwr.models import PilotModel
+from pilot_flwr.settings import FeatureCacheConfig
+
+_MEMORY: dict[str, Tensor] = {}
+_used_memory = 0
+
+
+class FeatureCache:
+    """H_v of one client's images.
+
+    Parameters
+    ----------
+    config : FeatureCacheConfig
+        Where features are kept, and how much.
+    namespace : str
+        Tells this client's images of this base model from others in the same process.
+    folder : Path
+        Used if features are kept on disk.
+    """
+
+    def __init__(self, config: FeatureCacheConfig, *, namespace: str, folder: Path) -> None:
+        self.config = config
+        self.namespace = namespace
+        self.folder = folder
+        self.limit = int(config.max_gib * 2**30)
+        self._used_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    def encode(
+        self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
+    ) -> Tensor:
+        """Return H_v of the examples' images, shape (B, N, D), encoding only what is not kept."""
+        keys = [f"{self.namespace}/{example.id}" for example in examples]
+        found = {key: kept for key in keys if (kept := self._get(key)) is not None}
+        absent = {k: e for k, e in zip(keys, examples, strict=True) if k not in found}
+        if absent:
+            images = [example.image for example in absent.values()]
+            pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
+            for key, features in zip(absent, model.encode_images(pixels).cpu(), strict=True):
+                found[key] = features.clone()
+                self._put(key, found[key])
+        return torch.stack([found[key] for key in keys])
+
+    def _get(self, key: str) -> Tensor | None:
+        if self.config.where == "memory":
+            return _MEMORY.get(key)
+        if self.config.where == "disk" and (path := self._path(key)).exists():
+            return load_tensors(path)[0]["features"]
+        return None
+
+    def _put(self, key: str, features: Tensor) -> None:
+        global _used_memory
+        if self.config.where == "memory" and _used_memory + features.nbytes <= self.limit:
+            _MEMORY[key] = features
+            _used_memory += features.nbytes
+        elif self.config.where == "disk" and self._used_disk + features.nbytes <= self.limit:
+            save_tensors(self._path(key), {"features": features}, {"key": key})
+            self._used_disk += self._path(key).stat().st_size
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

@@ -1,0 +1,82 @@
+"""A Flower grid that hands replies over as they come.
+
+Flower's own `send_and_receive` sleeps three seconds between polls and returns all replies at
+the end of a phase. Here the wait grows with the time that nothing came, up to the same three
+seconds, so that waiting costs at most a few per cent of a phase; and replies are yielded one by
+one, so that a strategy's loop over them shows the progress of a round.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+_SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
+
+
+class PollingGrid(Grid):
+    """Delegates to another grid; only `send_and_receive` differs.
+
+    Parameters
+    ----------
+    grid : Grid
+        As a ServerApp gets it.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Send messages; yield each reply when it arrives, until all are in or `timeout` (s)."""
+        outgoing = list(messages)
+        if not outgoing:
+            return
+        waiting = {identity for identity in self._grid.push_messages(outgoing) if identity}
+        now = time.monotonic()
+        deadline = now + timeout if timeout is not None else float("inf")
+        last = now
+        while waiting and time.monotonic() < deadline:
+            replies = list(self._grid.pull_messages(list(waiting)))
+            for reply in replies:
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            if replies:
+                last = time.monotonic()
+            elif waiting:
+                idle = time.monotonic() - last
+                time.sleep(min(max(_SHORTEST, _SHARE * idle), _LONGEST))
+
+    def set_run(self, run: object) -> None:
+        """See `flwr.serverapp.Grid`."""
+        self._grid.set_run(run)  # type: ignore[arg-type]
+
+    @property
+    def run(self) -> object:  # type: ignore[override]
+        """See `flwr.serverapp.Grid`."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `flwr.serverapp.Grid`."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `flwr.serverapp.Grid`."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `flwr.serverapp.Grid`."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See `flwr.serverapp.Grid`."""
+        return self._grid.pull_messages(message_ids)

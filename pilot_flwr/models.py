@@ -1,0 +1,301 @@
+"""The base model with Pilot's adapters in it, and the switch from stage 1 to stage 2.
+
+`PilotModel` holds a frozen Hugging Face LLaVA model with a peft LoRA in its language model
+and a Pilot connector in place of its projector. One base serves all clients of a process:
+a client's turn swaps adapters in and out, the base is never loaded again.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pilot_flwr.connector import (
+    Adapter,
+    ConnectorOutput,
+    CrossTaskMoA,
+    TaskClientConnector,
+    stage1_connector,
+    stage2_connector,
+)
+from pilot_flwr.data.collator import IGNORE_INDEX, Batch
+from pilot_flwr.errors import ModelError
+from pilot_flwr.parameters import GroupName, State, claim, read, set_trainable, write
+from pilot_flwr.settings import LoraConfig, ModelConfig
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+"""Checkpoints that ship with the package."""
+
+
+_WARM: dict[tuple[str, str, str], "PilotModel"] = {}
+
+
+class ModelOutput(NamedTuple):
+    """Result of a training forward pass.
+
+    Attributes
+    ----------
+    logits : Tensor
+        Shape (M, V): one row for every answer token of the batch, M in all.
+    labels : Tensor
+        Shape (M,): those tokens.
+    connector : ConnectorOutput
+        Features and auxiliary losses.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    connector: ConnectorOutput
+
+
+def checkpoint_path(path: str) -> str:
+    """Return the folder of a shipped checkpoint, or `path` itself (a folder or a hub id)."""
+    shipped = ASSETS / path
+    return str(shipped) if (shipped / "config.json").is_file() else path
+
+
+def load_llava(path: str, *, dtype: str) -> Any:
+    """Load a LLaVA model with `from_pretrained`, on the CPU, every key checked.
+
+    Raises
+    ------
+    ModelError
+        It cannot be loaded, is no LLaVA, or keys are missing, unexpected or mismatched.
+    """
+    try:
+        model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+            checkpoint_path(path), dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"`model.path` is {path!r}, which cannot be loaded: {error}") from error
+    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if problems:
+        raise ModelError(f"`model.path` is {path!r}, whose keys do not fit: {problems}")
+    return model
+
+
+def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
+    """Put Θ_l into the language model, in place, by peft.
+
+    Raises
+    ------
+    ModelError
+        No layer is called as `model.lora.targets` says.
+    """
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+    )
+    try:
+        peft.inject_adapter_in_model(config, language_model)
+    except ValueError as error:
+        raise ModelError(f"`model.lora.targets` is {list(lora.targets)}: {error}") from error
+    for name, parameter in language_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+class PilotModel(nn.Module):
+    """A frozen LLaVA with Θ_l and a connector; begins in stage 1.
+
+    Parameters
+    ----------
+    llava : LlavaForConditionalGeneration
+        The base model; its language model and projector are changed in place.
+    config : ModelConfig
+        What to add and how to initialise it.
+    reduction : str
+        Reduction of the difference loss.
+    """
+
+    def __init__(self, llava: Any, config: ModelConfig, *, reduction: str = "normalized") -> None:
+        super().__init__()
+        self.config = config
+        self.reduction = reduction
+        dtype = getattr(torch, config.adapter_dtype)
+        llava.requires_grad_(False)
+        add_lora(llava.model.language_model, config.lora, dtype=dtype)
+        self.llava = llava
+        self._own_task = ""
+        # Kept out of the module tree: it is no parameter of this model but its starting point.
+        self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
+
+    @property
+    def connector(self) -> TaskClientConnector | CrossTaskMoA:
+        """The connector in place of the projector."""
+        connector: TaskClientConnector | CrossTaskMoA = self.llava.model.multi_modal_projector
+        return connector
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base."""
+        device: torch.device = self.llava.device
+        return device
+
+    @property
+    def stage(self) -> int:
+        """1 or 2, by the connector that is in place."""
+        return 2 if isinstance(self.connector, CrossTaskMoA) else 1
+
+    @property
+    def own_task(self) -> str:
+        """Task of the client whose turn it is."""
+        return self._own_task
+
+    def enter_stage1(self, own_task: str, *, initialisation: str | None = None) -> None:
+        """Begin a client's turn: a fresh stage-1 connector from the pretrained projector.
+
+        `initialisation` overrides the configured one; with ``identity`` the model is exactly
+        the base model until something is loaded or trained.
+        """
+        self._own_task = own_task
+        self._place(
+            stage1_connector(
+                self._projector[0],
+                initialisation=initialisation or self.config.initialisation,
+                reduction=self.reduction,
+            )
+        )
+
+    def enter_stage2(self, tasks: Sequence[str], generator: torch.Generator) -> None:
+        """Switch in place from stage 1 to CT-MoA: ψ_s is kept, ψ_c and φ are created.
+
+        Parameters
+        ----------
+        tasks : sequence of str
+            All T tasks in the federation's order; the own one is put first.
+        generator : torch.Generator
+            Draws the router.
+
+        Raises
+        ------
+        ModelError
+            The own task is not among `tasks`, or the model is not in stage 1.
+        """
+        stage1 = self.connector
+        if not isinstance(stage1, TaskClientConnector):
+            raise ModelError("Stage 2 can only be entered from stage 1.")
+        if self.own_task not in tasks:
+            raise ModelError(f"The own task {self.own_task!r} is not among {list(tasks)}.")
+        self._place(
+            stage2_connector(
+                self._projector[0],
+                tasks=(self.own_task, *(task for task in tasks if task != self.own_task)),
+                client_adapter=stage1.client_adapter,
+                initialisation=self.config.initialisation,
+                use_client_adapter=self.config.stage2_client_adapter == "frozen",
+                generator=generator,
+            )
+        )
+
+    def state(self, group: GroupName) -> State:
+        """Copy a group's tensors to the CPU; see `pilot_flwr.parameters.GROUPS`."""
+        return read(self.groups()[group])
+
+    def load(self, group: GroupName, state: State) -> None:
+        """Copy tensors into a group; names and shapes must be exactly the group's."""
+        write(self.groups()[group], state, what=f"Parameters of {group}")
+
+    def groups(self) -> dict[GroupName, dict[str, nn.Parameter]]:
+        """Every parameter, by group."""
+        return claim(self.llava, own_task=self.own_task)
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """H_v = f(X_v): frozen patch features, shape (B, N, D), from (B, 3, height, width)."""
+        config = self.llava.config
+        output = self.llava.model.vision_tower(
+            pixel_values.to(self.device, self.llava.dtype), output_hidden_states=True
+        )
+        features: Tensor = output.hidden_states[config.vision_feature_layer]
+        return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
+
+    def forward(self, batch: Batch, features: Tensor) -> ModelOutput:
+        """Run connector and language model; the LM head sees answer positions only.
+
+        Parameters
+        ----------
+        batch : Batch
+            Token tensors, shape (B, L), on the model's device.
+        features : Tensor
+            H_v, shape (B, N, D).
+        """
+        connected: ConnectorOutput = self.connector(self._as_adapter_input(features))
+        hidden = self.llava.model.language_model(
+            inputs_embeds=self._embed(batch.input_ids, connected.features),
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        answer = batch.labels[:, 1:] != IGNORE_INDEX
+        logits = self.llava.lm_head(hidden[:, :-1][answer])
+        return ModelOutput(logits, batch.labels[:, 1:][answer], connected)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, features: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`)."""
+        connected: ConnectorOutput = self.connector(self._as_adapter_input(features))
+        tokens: Tensor = self.llava.generate(
+            inputs_embeds=self._embed(batch.input_ids, connected.features),
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return tokens
+
+    def _embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        """Token embeddings with x_img in place of the image tokens."""
+        embeddings: Tensor = self.llava.get_input_embeddings()(input_ids)
+        places = input_ids == self.llava.config.image_token_id
+        if int(places.sum()) != features.shape[0] * features.shape[1]:
+            raise ModelError(
+                f"The batch has {int(places.sum())} image tokens for "
+                f"{features.shape[0]} × {features.shape[1]} visual features."
+            )
+        return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+
+    def _as_adapter_input(self, features: Tensor) -> Tensor:
+        return features.to(self.device, self._projector[0].linear_1.weight.dtype)
+
+    def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
+        self.llava.model.multi_modal_projector = connector.to(self.device)
+        set_trainable(self.llava, own_task=self.own_task, stage=self.stage)
+
+
+def num_visual_tokens(llava_config: Any) -> int:
+    """N: visual tokens of one image, from the checkpoint's configuration."""
+    vision = llava_config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return int(patches + (llava_config.vision_feature_select_strategy != "default"))
+
+
+def warm_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
+    """Return this process's one base model; it is loaded at the first call and then kept."""
+    key = (repr(config), reduction, str(device))
+    if key not in _WARM:
+        _WARM.clear()  # one base at a time: two may not fit
+        llava = load_llava(config.path, dtype=config.dtype).to(device)
+        _WARM[key] = PilotModel(llava, config, reduction=reduction)
+    return _WARM[key]
+
+
+@functools.lru_cache(maxsize=1)
+def load_processor(path: str) -> Any:
+    """Load the checkpoint's processor: tokenizer, chat template, image processor."""
+    try:
+        return transformers.AutoProcessor.from_pretrained(checkpoint_path(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
+
+
+def _projector_as_adapter(projector: Any) -> Adapter:
+    weight = projector.linear_1.weight
+    adapter = Adapter(weight.shape[1], weight.shape[0], bias=projector.linear_1.bias is not None)
+    adapter.to(weight).load_state_dict(projector.state_dict())
+    return adapter

@@ -1,0 +1,73 @@
+"""The run folder: everything that a run leaves behind, written as it happens.
+
+::
+
+    config.yaml      the resolved configuration
+    metrics.jsonl    one event a line: who trained what, how long, which bytes, which scores
+    timeline.md      one row per exchange, from the events
+    summary.md       scores per task and round, from the events
+    result.json      how the run ended; the last file written
+    checkpoint/      task adapters and every client's LoRA after each round
+    clients/         private folders of simulated clients
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.checkpoint import write_text
+
+Event = dict[str, Any]
+
+
+class RunFolder:
+    """Writes a run folder and keeps its events.
+
+    Parameters
+    ----------
+    path : Path
+        Absolute; made if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events: list[Event] = []
+        self._started = time.time()
+        path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoint"
+
+    def record(self, event: str, **values: Any) -> None:
+        """Append one event to ``metrics.jsonl``, at once; `elapsed` seconds are added."""
+        entry = {"event": event, "elapsed": round(time.time() - self._started, 3), **values}
+        self.events.append(entry)
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def select(self, event: str) -> list[Event]:
+        """Return the events of one kind, in order."""
+        return [entry for entry in self.events if entry["event"] == event]
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file of the folder, atomically."""
+        write_text(self.path / name, text)
+
+    def finish(self, *, error: str | None) -> dict[str, Any]:
+        """Write ``result.json`` and return it: status, error, failures, last scores."""
+        failures = [
+            {key: entry[key] for key in ("round", "phase", "client", "reason")}
+            for entry in self.select("failure")
+        ]
+        result = {
+            "status": "failed" if error else "completed",
+            "error": error,
+            "failures": failures,
+            "scores": {entry["client"]: entry["score"] for entry in self.select("evaluate")},
+            "seconds": round(time.time() - self._started, 3),
+        }
+        self.write("result.json", json.dumps(result, indent=2) + "\n")
+        return result

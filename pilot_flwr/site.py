@@ -1,0 +1,95 @@
+"""Where a client is: what its node's own configuration says, never what the server says.
+
+A simulated node has a ``partition-id``; it is the client with that number, and its private
+folder is inside the run folder. A real site's ``--node-config`` gives ``client-id`` and
+``state-folder`` and may give ``device``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pilot_flwr.data.federation import client_by_id, federation_clients
+from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings import PilotConfig, check_name
+from pilot_flwr.turn import Site
+
+NodeConfig = Mapping[str, bool | float | int | str]
+
+
+def find_site(
+    node_config: NodeConfig, config: PilotConfig, *, run_name: str, run_folder: str
+) -> Site:
+    """Return who and where this client is.
+
+    Parameters
+    ----------
+    node_config : mapping
+        As Flower's context carries it.
+    config : PilotConfig
+        The run's configuration.
+    run_name : str
+        Name of the run, from the server; names a folder inside ``state-folder``.
+    run_folder : str
+        The run folder; used by simulated clients only.
+
+    Raises
+    ------
+    ConfigError
+        The node's configuration is incomplete, or the simulation has another number of nodes
+        than the configuration has clients.
+    """
+    check_name("run name", run_name)
+    device = _device(str(node_config.get("device", "auto")))
+    if "client-id" in node_config:
+        client = client_by_id(config.data, str(node_config["client-id"]))
+        if not node_config.get("state-folder"):
+            raise ConfigError(
+                f"`state-folder` is missing in the node config of client {client.id!r}; it must "
+                "be a folder of this site for its private adapters."
+            )
+        folder = Path(str(node_config["state-folder"])).expanduser() / run_name
+        return Site(client, folder, device)
+    if "partition-id" not in node_config:
+        raise ConfigError(
+            "The node config has neither `client-id` (a real site) nor `partition-id` "
+            "(a simulated node)."
+        )
+    _check_partitions(node_config, config)
+    client = federation_clients(config.data)[int(node_config["partition-id"])]
+    return Site(client, Path(run_folder) / "clients" / client.id, device)
+
+
+def federation_config(config: PilotConfig) -> str:
+    """Return the value of ``flwr run --federation-config`` that fits the configuration."""
+    simulation = config.simulation
+    parts = {
+        "num-supernodes": config.num_clients,
+        "client-resources-num-cpus": simulation.client_cpus,
+        "client-resources-num-gpus": simulation.client_gpus,
+    }
+    if simulation.cpus:
+        parts["init-args-num-cpus"] = simulation.cpus
+    if simulation.gpus:
+        parts["init-args-num-gpus"] = simulation.gpus
+    return " ".join(f"{key}={value}" for key, value in parts.items())
+
+
+def _check_partitions(node_config: NodeConfig, config: PilotConfig) -> None:
+    nodes = int(node_config.get("num-partitions", config.num_clients))
+    if nodes != config.num_clients:
+        raise ConfigError(
+            f"This simulation has {nodes} SuperNodes but the configuration has "
+            f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
+            f'`flwr run . --federation-config "{federation_config(config)}"`.'
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"`device` is {name!r} but must be auto, cpu, cuda or cuda:N.") from error

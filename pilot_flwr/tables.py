@@ -1,0 +1,158 @@
+"""Tables of a run, made from its events: the timeline and the scores.
+
+Everything here was observed: which parameters had a gradient is counted by the clients, bytes
+are those of the serialised messages, and what the server did is what its aggregation returned.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from pilot_flwr.parameters import GROUPS
+
+Event = dict[str, Any]
+
+
+def timeline(events: Sequence[Event]) -> str:
+    """Return a Markdown table with one row per exchange.
+
+    Parameters
+    ----------
+    events : sequence of dict
+        Lines of ``metrics.jsonl``.
+    """
+    rows = [
+        [
+            "exchange",
+            "stage: clients",
+            "parameters with gradients, per client",
+            "sent down",
+            "sent up",
+            "server",
+            "seconds",
+        ]
+    ]
+    for closed in _select(events, "round"):
+        number = closed["round"]
+        trained = _select(events, "train", number)
+        failures = _select(events, "failure", number)
+        rows.append(
+            [
+                f"{number} of {closed['exchanges']}",
+                "<br>".join(_stages(trained)) + (f"<br>failed: {len(failures)}" * bool(failures)),
+                "<br>".join(_gradients(trained)),
+                "<br>".join(_bytes(trained, "down")),
+                "<br>".join(_bytes(trained, "up")),
+                "<br>".join(_server(_select(events, "aggregate", number))),
+                f"{closed['seconds']:.1f}",
+            ]
+        )
+    return (
+        "# What happened\n\nOne row per exchange, from what the run observed. "
+        "Bytes are sums over the clients.\n\n" + markdown(rows)
+    )
+
+
+def summary(events: Sequence[Event]) -> str:
+    """Return a Markdown table of scores: a row per task and their mean, a column per round."""
+    evaluated = _select(events, "evaluate")
+    if not evaluated:
+        return "No evaluation.\n"
+    rounds = sorted({event["round"] for event in evaluated})
+    tasks = list(dict.fromkeys(event["task"] for event in evaluated))
+    stages = {event["round"]: event["stage"] for event in _select(events, "train")}
+    header = ["task", "metric", "test examples"]
+    header += ["zero-shot" if r == 0 else f"exchange {r} (stage {stages.get(r)})" for r in rounds]
+    rows = [header]
+    means: dict[int, list[float]] = defaultdict(list)
+    for task in tasks:
+        mine = [event for event in evaluated if event["task"] == task]
+        row = [
+            task,
+            mine[0]["metric"],
+            str(sum(e["examples"] for e in mine if e["round"] == rounds[0])),
+        ]
+        for number in rounds:
+            score = _weighted_score([e for e in mine if e["round"] == number])
+            means[number] += [] if score is None else [score]
+            row.append("–" if score is None else f"{score:.3f}")
+        rows.append(row)
+    last = [sum(means[r]) / len(means[r]) for r in rounds]
+    rows.append(["**mean over tasks**", "", "", *(f"**{value:.3f}**" for value in last)])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, columns aligned; the first row is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def human_bytes(count: float) -> str:
+    """Return a byte count with a decimal unit, as in ``1.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _select(events: Sequence[Event], kind: str, number: int | None = None) -> list[Event]:
+    return [
+        event
+        for event in events
+        if event["event"] == kind and (number is None or event["round"] == number)
+    ]
+
+
+def _weighted_score(events: Sequence[Event]) -> float | None:
+    examples = sum(event["examples"] for event in events)
+    if not examples:
+        return None
+    return float(sum(event["score"] * event["examples"] for event in events) / examples)
+
+
+def _stages(trained: Sequence[Event]) -> list[str]:
+    by_stage: dict[int, int] = defaultdict(int)
+    for event in trained:
+        by_stage[event["stage"]] += 1
+    return [f"stage {stage}: {count} clients" for stage, count in sorted(by_stage.items())]
+
+
+def _gradients(trained: Sequence[Event]) -> list[str]:
+    """Return groups with the least and most parameters that had a gradient on a client."""
+    seen: dict[str, list[int]] = {
+        group: [event["gradients"].get(group, 0) for event in trained] for group in GROUPS
+    }
+    lines = []
+    for group, row in GROUPS.items():
+        counts = seen[group]
+        if counts and max(counts) > 0:
+            low, high = min(counts), max(counts)
+            lines.append(
+                f"{row.symbol} {high:,}" if low == high else f"{row.symbol} {low:,}–{high:,}"
+            )
+    return lines
+
+
+def _bytes(trained: Sequence[Event], way: str) -> list[str]:
+    names = {"lora": "Θ_l", "task_adapters": "ψ_t"}
+    sums = {name: sum(event[way][name] for event in trained) for name in names}
+    return [f"{names[name]} {human_bytes(size)}" for name, size in sums.items()]
+
+
+def _server(aggregated: Sequence[Event]) -> list[str]:
+    lines = []
+    for event in aggregated:
+        tasks = ", ".join(f"{task} of {len(c)}" for task, c in event["tasks"].items())
+        others = sorted({len(shares) - 1 for shares in event["neighbors"].values()})
+        lines.append(f"averaged ψ_t: {tasks}")
+        lines.append(
+            f"mixed {len(event['neighbors'])} Θ_l, each with {'–'.join(map(str, others))} others"
+        )
+    return lines

@@ -1,0 +1,237 @@
+"""Local training of one client for one round: E epochs of mini-batches.
+
+``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2 (design section
+2); every coefficient is applied here, once, in `total_loss`.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pilot_flwr.connector import ConnectorOutput
+from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
+from pilot_flwr.data.examples import Example
+from pilot_flwr.errors import TrainingError
+from pilot_flwr.models import PilotModel
+from pilot_flwr.parameters import GroupName, trained_groups
+from pilot_flwr.settings import TrainConfig
+
+Encoder = Callable[[Sequence[Example]], Tensor]
+"""Returns H_v, shape (B, N, D), of B examples."""
+
+LOSSES = ("total", "ce", "difference", "balance", "z")
+"""Names of the losses: the total with, its parts without coefficients."""
+
+Losses = dict[str, float]
+"""Mean over the optimizer steps, by name."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What happened in one local training.
+
+    Attributes
+    ----------
+    losses : Losses
+        All of `LOSSES`.
+    steps, examples : int
+        Optimizer steps taken; examples of the data set (not times epochs).
+    seconds : float
+        Wall time.
+    gradients : dict
+        Group → number of its parameters (elements) that received a gradient.
+    """
+
+    losses: Losses
+    steps: int
+    examples: int
+    seconds: float
+    gradients: dict[GroupName, int]
+
+
+def total_loss(ce: Tensor, connector: ConnectorOutput, config: TrainConfig) -> Tensor:
+    """``L_ce + λ0 L_d + λ1 L_b + λ2 L_z``; the parts that a stage does not have are zero."""
+    return (
+        ce
+        + config.difference_loss.weight * connector.difference
+        + config.balance_weight * connector.balance
+        + config.z_weight * connector.z
+    )
+
+
+def train(
+    model: PilotModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    config: TrainConfig,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+) -> TrainingResult:
+    """Train what the model's stage trains, in place.
+
+    Parameters
+    ----------
+    model : PilotModel
+        In the stage to train, with all states loaded.
+    examples : sequence of Example
+        The client's training split.
+    collator, encode
+        Make token tensors and visual features of examples.
+    config : TrainConfig
+        Epochs, batches, optimizer, coefficients.
+    generator : torch.Generator
+        CPU generator of the order of examples and of dropout.
+    progress : callable
+        Gets a line now and then, at most every `config.log_every_seconds`.
+
+    Raises
+    ------
+    TrainingError
+        There is no example, or the loss is not finite.
+    """
+    if not examples:
+        raise TrainingError("There is no training example.")
+    started = time.perf_counter()
+    per_step = config.batch_size * config.accumulation_steps
+    num_steps = config.epochs * math.ceil(len(examples) / per_step)
+    optimizer, schedule = _optimizer(model, config, num_steps)
+    meter = _Meter(model, progress, num_steps, config.log_every_seconds)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    with _dropout_seed(generator, model.device):
+        for chosen in _steps(examples, config, generator):
+            batches = [collator.train_batch(part).to(model.device) for part in chosen]
+            features = [encode(part) for part in chosen]
+            losses = _accumulate(model, batches, features, config)
+            meter.update(losses)
+            nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    return TrainingResult(
+        losses=meter.means(),
+        steps=num_steps,
+        examples=len(examples),
+        seconds=time.perf_counter() - started,
+        gradients=meter.gradients,
+    )
+
+
+def _optimizer(
+    model: PilotModel, config: TrainConfig, num_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with one learning rate for the LoRA and one for the connector, cosine to zero."""
+    rates = config.stage(model.stage)
+    groups = model.groups()
+    connector = [p for g in trained_groups(model.stage) if g != "lora" for p in groups[g].values()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(groups["lora"].values()), "lr": rates.lora_lr},
+            {"params": connector, "lr": rates.connector_lr},
+        ],
+        weight_decay=config.weight_decay,
+    )
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(config.warmup_ratio * num_steps), num_steps
+    )
+    return optimizer, schedule
+
+
+def _accumulate(
+    model: PilotModel, batches: list[Batch], features: list[Tensor], config: TrainConfig
+) -> Losses:
+    """Backpropagate one optimizer step's micro-batches; return its losses.
+
+    Cross-entropy is the mean over the answer tokens of the whole step, so that accumulation
+    changes nothing but memory; the auxiliary losses are means over its micro-batches.
+    """
+    num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
+    losses = dict.fromkeys(LOSSES, 0.0)
+    for batch, visual in zip(batches, features, strict=True):
+        with _autocast(model.device, config.autocast):
+            output = model(batch, visual)
+        summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
+        share = 1 / len(batches)
+        parts = ConnectorOutput(
+            output.connector.features, *(share * part for part in output.connector[1:])
+        )
+        loss = total_loss(summed / num_tokens, parts, config)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {loss.item()} in stage {model.stage}; lower `train.stage"
+                f"{model.stage}.lora_lr` or `.connector_lr`."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        values = (loss, summed / num_tokens, parts.difference, parts.balance, parts.z)
+        for name, value in zip(losses, values, strict=True):
+            losses[name] += value.item()
+    return losses
+
+
+def _steps(
+    examples: Sequence[Example], config: TrainConfig, generator: torch.Generator
+) -> Iterator[list[list[Example]]]:
+    """Yield the micro-batches of every optimizer step of every epoch, in random order."""
+    for _ in range(config.epochs):
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        parts = [
+            [examples[i] for i in order[start : start + config.batch_size]]
+            for start in range(0, len(order), config.batch_size)
+        ]
+        for start in range(0, len(parts), config.accumulation_steps):
+            yield parts[start : start + config.accumulation_steps]
+
+
+def _autocast(device: torch.device, choice: str) -> contextlib.AbstractContextManager[object]:
+    enabled = choice == "bfloat16" or (choice == "auto" and device.type == "cuda")
+    if not enabled:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Seed torch's own generators, which dropout uses, for this training alone."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Meter:
+    """Means of the losses, what had gradients, and a progress line now and then."""
+
+    def __init__(
+        self, model: PilotModel, progress: Callable[[str], None], num_steps: int, every: float
+    ) -> None:
+        self.groups = model.groups()
+        self.progress, self.num_steps, self.every = progress, num_steps, every
+        self.sums: Losses = {}
+        self.steps = 0
+        self.gradients: dict[GroupName, int] = {}
+        self.last = time.perf_counter()
+
+    def update(self, losses: Losses) -> None:
+        """Note one step's losses and gradients, before they are cleared."""
+        self.steps += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for group, parameters in self.groups.items():
+            count = sum(p.numel() for p in parameters.values() if p.grad is not None)
+            self.gradients[group] = max(count, self.gradients.get(group, 0))
+        if time.perf_counter() - self.last >= self.every:
+            self.last = time.perf_counter()
+            self.progress(f"step {self.steps}/{self.num_steps}, loss {losses['total']:.4f}")
+
+    def means(self) -> Losses:
+        """Return the mean of every loss over the steps so far."""
+        return {name: value / self.steps for name, value in self.sums.items()}

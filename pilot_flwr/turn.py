@@ -1,0 +1,254 @@
+"""One client's turn: evaluate the incoming personalised model, then train it.
+
+This is the client side of the algorithm without a word of Flower. The base model stays warm
+in the process; what makes it this client's model is loaded from the order (what the server
+sent) and from the client's own disk (what never leaves it).
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pilot_flwr.checkpoint import PrivateState, PrivateStore
+from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.federation import Client, client_examples, task_metric
+from pilot_flwr.errors import StateError
+from pilot_flwr.evaluation import EvaluationResult, evaluate
+from pilot_flwr.features import FeatureCache
+from pilot_flwr.models import PilotModel, load_processor, num_visual_tokens, warm_model
+from pilot_flwr.parameters import GROUPS, State
+from pilot_flwr.settings import PilotConfig
+from pilot_flwr.training import Encoder, TrainingResult, train
+
+
+@dataclass(frozen=True)
+class Site:
+    """What belongs to the client alone and never comes from the server.
+
+    Attributes
+    ----------
+    client : Client
+        Who it is.
+    state_folder : Path
+        Its own folder for this run: private state and kept features.
+    device : torch.device
+        Where it computes.
+    """
+
+    client: Client
+    state_folder: Path
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of a client in one exchange.
+
+    Attributes
+    ----------
+    server_round : int
+        Exchange, from 1.
+    stage : int
+        Architecture to train: the per-client stage flag, the only thing that decides it.
+    tasks : tuple of str
+        All T tasks in the federation's order.
+    adapters : dict
+        Task → ψ_t: all T in stage 2, the own one alone in stage 1.
+    lora : State
+        This client's Θ̄_l.
+    train, evaluate : bool
+        Whether to train, and whether to evaluate the incoming model before.
+    """
+
+    server_round: int
+    stage: int
+    tasks: tuple[str, ...]
+    adapters: dict[str, State]
+    lora: State
+    train: bool = True
+    evaluate: bool = True
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """What a turn gives back; `adapter` and `lora` are the only parameters that are sent.
+
+    `started` is in seconds since 1970, `seconds` is the whole turn's wall time.
+    """
+
+    adapter: State = field(default_factory=dict)
+    lora: State = field(default_factory=dict)
+    training: TrainingResult | None = None
+    evaluation: EvaluationResult | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+def stage_trained(site: Site) -> int:
+    """Return the last stage that this client trained in this run, 0 if none."""
+    return PrivateStore(site.state_folder).stage()
+
+
+def take_turn(
+    site: Site, config: PilotConfig, order: Order, *, progress: Callable[[str], None]
+) -> TurnResult:
+    """Evaluate and train as `order` says.
+
+    The incoming model is evaluated in the architecture that the client last trained: the
+    untouched base model before its first training, stage 1 after the first exchange, CT-MoA
+    from then on.
+
+    Raises
+    ------
+    StateError
+        Stage 2 is ordered but this client holds no stage-1 state.
+    PilotError
+        The model, the data or the training fails; the private state on disk is as before.
+    """
+    started = time.time()
+    store = PrivateStore(site.state_folder)
+    private = store.load()
+    if order.train and order.stage == 2 and private is None:
+        raise StateError(
+            f"Client {site.client.id!r} was ordered to train stage 2 but holds no stage-1 state."
+        )
+    model = warm_model(
+        config.model, reduction=config.train.difference_loss.reduction, device=site.device
+    )
+    kit = _Kit(site, config, model)
+    evaluation = None
+    if order.evaluate:
+        _enter_trained_architecture(model, site.client.task, private, order)
+        evaluation = kit.evaluate()
+    training = None
+    if order.train:
+        generator = turn_generator(config.seed, site.client.id, order.server_round)
+        _enter_ordered_architecture(model, site.client.task, private, order, generator)
+        training = kit.train(generator, progress)
+        store.save(_private_state(model))
+    return TurnResult(
+        adapter=model.state("own_task_adapter") if training else {},
+        lora=model.state("lora") if training else {},
+        training=training,
+        evaluation=evaluation,
+        started=started,
+        seconds=time.time() - started,
+    )
+
+
+def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Generator:
+    """Return the generator of one client's turn, the same however clients are scheduled."""
+    text = f"{seed}/{client_id}/{server_round}".encode()
+    return torch.Generator().manual_seed(zlib.crc32(text) + (zlib.adler32(text) << 32))
+
+
+def _enter_trained_architecture(
+    model: PilotModel, task: str, private: PrivateState | None, order: Order
+) -> None:
+    if private is None:
+        model.enter_stage1(task, initialisation="identity")
+    else:
+        model.enter_stage1(task)
+        model.load("client_adapter", private.groups["client_adapter"])
+        if private.stage == 2:
+            _enter_stage2(model, private, order, torch.Generator())
+    _load_received(model, order)
+
+
+def _enter_ordered_architecture(
+    model: PilotModel,
+    task: str,
+    private: PrivateState | None,
+    order: Order,
+    generator: torch.Generator,
+) -> None:
+    model.enter_stage1(task)
+    if private is not None:
+        model.load("client_adapter", private.groups["client_adapter"])
+        if order.stage == 2:
+            _enter_stage2(model, private, order, generator)
+    _load_received(model, order)
+
+
+def _enter_stage2(
+    model: PilotModel, private: PrivateState, order: Order, generator: torch.Generator
+) -> None:
+    """Switch to CT-MoA; ψ_c and φ are new at the first time and from the disk afterwards."""
+    model.enter_stage2(order.tasks, generator)
+    if private.stage == 2:
+        trained = private.tasks
+        present = (model.own_task, *(t for t in order.tasks if t != model.own_task))
+        if trained != present:
+            raise StateError(
+                f"The private state is for tasks {list(trained)} but the server has "
+                f"{list(present)}."
+            )
+        for group in ("cross_task_adapters", "router"):
+            model.load(group, private.groups[group])  # type: ignore[arg-type,index]
+
+
+def _load_received(model: PilotModel, order: Order) -> None:
+    model.load("lora", order.lora)
+    model.load("own_task_adapter", order.adapters[model.own_task])
+    if model.stage == 2:
+        foreign = {
+            f"{task}/{name}": tensor
+            for task, state in order.adapters.items()
+            if task != model.own_task
+            for name, tensor in state.items()
+        }
+        model.load("foreign_task_adapters", foreign)
+
+
+def _private_state(model: PilotModel) -> PrivateState:
+    tasks = getattr(model.connector, "tasks", ())
+    groups = {name: model.state(name) for name, row in GROUPS.items() if row.private}
+    return PrivateState(model.stage, tasks, groups)
+
+
+class _Kit:
+    """The client's data, tokenizer and feature cache, made once per turn."""
+
+    def __init__(self, site: Site, config: PilotConfig, model: PilotModel) -> None:
+        self.site, self.config, self.model = site, config, model
+        self.processor = load_processor(config.model.path)
+        self.collator = Collator(
+            self.processor,
+            num_visual_tokens=num_visual_tokens(model.llava.config),
+            max_length=config.train.max_length,
+        )
+
+    def train(self, generator: torch.Generator, progress: Callable[[str], None]) -> TrainingResult:
+        """Train on the client's training split."""
+        return train(
+            self.model,
+            client_examples(self.config.data, self.site.client, "train", seed=self.config.seed),
+            collator=self.collator,
+            encode=self._encoder("train"),
+            config=self.config.train,
+            generator=generator,
+            progress=progress,
+        )
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluate on the client's test split."""
+        return evaluate(
+            self.model,
+            client_examples(self.config.data, self.site.client, "test", seed=self.config.seed),
+            collator=self.collator,
+            encode=self._encoder("test"),
+            metric=task_metric(self.config.data, self.site.client.task),
+            config=self.config.evaluation,
+        )
+
+    def _encoder(self, split: str) -> Encoder:
+        cache = FeatureCache(
+            self.config.model.feature_cache,
+            namespace=f"{self.config.model.path}/{self.site.client.id}/{split}",
+            folder=self.site.state_folder / "features",
+        )
+        return lambda examples: cache.encode(self.model, self.processor.image_processor, examples)
