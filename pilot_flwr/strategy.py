@@ -147,6 +147,7 @@ class PilotStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """After the last exchange, ask for one more evaluation; before, training does it."""
+        self._sent = []
         if not self.evaluate or server_round < self.num_exchanges:
             return []
         trained = {e["client"]: e["stage"] for e in self._events("train", server_round)}
