@@ -15,7 +15,7 @@ from pilot_flwr.connector import (
 from pilot_flwr.errors import ModelError
 from pilot_flwr.losses import difference_loss, load_balancing_loss, router_z_loss
 
-B, N, D, C = 2, 3, 4, 5
+B, N, D, C = 2, 3, 4, 6
 TASKS = ("vqa", "ocr", "caption")
 
 
@@ -58,8 +58,8 @@ def naive_mlp(module: Adapter, token: torch.Tensor) -> list[float]:
 
 def test_adapter_is_transformers_projector(visual):
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=D, num_attention_heads=2),
-        text_config=LlamaConfig(hidden_size=C, num_attention_heads=1),
+        vision_config=CLIPVisionConfig(hidden_size=D, num_attention_heads=2, num_hidden_layers=1),
+        text_config=LlamaConfig(hidden_size=C, num_attention_heads=1, num_key_value_heads=1),
     )
     projector = LlavaMultiModalProjector(config).double()
     ours = Adapter(D, C).double()

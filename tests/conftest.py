@@ -1,0 +1,36 @@
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from pilot_flwr.models import PilotModel, load_llava, load_processor
+from pilot_flwr.settings import ModelConfig
+
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return load_processor("tiny-llava")
+
+
+@pytest.fixture
+def llava():
+    """A fresh copy of the shipped base model, as transformers loads it."""
+    return load_llava("tiny-llava", dtype="float32").eval()
+
+
+@pytest.fixture
+def make_model():
+    """Build a `PilotModel` on a fresh base; keyword arguments go to `ModelConfig`."""
+
+    def make(task: str = "vqa", **config) -> PilotModel:
+        model = PilotModel(load_llava("tiny-llava", dtype="float32"), ModelConfig(**config))
+        model.enter_stage1(task)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
