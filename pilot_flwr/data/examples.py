@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from pilot_flwr.errors import DataError
+
 IMAGE_MARKER = "<image>"
 """Where an image stands in a turn's text, as in LLaVA's JSON files."""
 
@@ -32,11 +34,34 @@ class Example:
     turns : tuple of Turn
         User and assistant alternate, the user begins and the assistant ends. The text of
         the first user turn holds `IMAGE_MARKER` once.
+
+    Raises
+    ------
+    DataError
+        The turns are not as said.
     """
 
     id: str
     image: Image.Image
     turns: tuple[Turn, ...]
+
+    def __post_init__(self) -> None:
+        for number, turn in enumerate(self.turns, start=1):
+            role = "user" if number % 2 else "assistant"
+            if turn.role != role:
+                raise DataError(
+                    f"Example {self.id!r}: turn {number} is {turn.role!r} but must be {role!r}."
+                )
+            if not turn.text.strip():
+                raise DataError(f"Example {self.id!r}: turn {number} is empty.")
+        if len(self.turns) < 2 or len(self.turns) % 2:
+            raise DataError(f"Example {self.id!r} must end with an assistant turn.")
+        markers = [turn.text.count(IMAGE_MARKER) for turn in self.turns]
+        if markers[0] != 1 or sum(markers) != 1:
+            raise DataError(
+                f"Example {self.id!r} has {sum(markers)} image markers ({IMAGE_MARKER}) but must "
+                "have one, in its first turn."
+            )
 
     @property
     def prompt(self) -> tuple[Turn, ...]:

@@ -1,0 +1,132 @@
+import pytest
+from PIL import Image
+
+from pilot_flwr.data.collator import IGNORE_INDEX, Collator
+from pilot_flwr.data.examples import Example, Turn
+from pilot_flwr.errors import DataError
+
+VISUAL = 16
+
+
+@pytest.fixture
+def collator(processor):
+    return Collator(processor, num_visual_tokens=VISUAL, max_length=256)
+
+
+def example(*texts: str) -> Example:
+    roles = ["user", "assistant"] * len(texts)
+    turns = tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
+    return Example("e1", Image.new("RGB", (32, 32)), turns)
+
+
+def labelled_text(collator, ids, labels):
+    """Decode the runs of labelled tokens, joined by '|'."""
+    pieces, current = [], []
+    for token, label in zip([*ids, None], [*labels, IGNORE_INDEX], strict=True):
+        if label != IGNORE_INDEX:
+            assert label == token
+            current.append(token)
+        elif current:
+            pieces.append(collator.tokenizer.decode(current))
+            current = []
+    return "|".join(pieces)
+
+
+def test_only_the_answer_and_its_end_token_carry_labels(collator):
+    one = example("<image>\nWhat digit is at the top left?", "seven")
+    ids, labels = collator.tokenize(one)
+    assert labelled_text(collator, ids, labels) == " seven</s>"
+    assert ids.count(collator.processor.image_token_id) == VISUAL
+
+
+def test_every_assistant_turn_carries_labels(collator):
+    two = example("<image>\nHow many?", "two", "And now?", "three of them")
+    ids, labels = collator.tokenize(two)
+    assert labelled_text(collator, ids, labels) == " two</s>| three of them</s>"
+
+
+def test_a_hand_made_token_vector(collator):
+    """The Vicuna-v1 layout, tokenised piece by piece and put together by hand."""
+    tokenizer = collator.tokenizer
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    image = [collator.processor.image_token_id] * VISUAL
+    prompt = encode("USER: ") + image + encode("\nHow many? ASSISTANT:")
+    answer = [*encode(" two"), tokenizer.eos_token_id]
+    start = tokenizer("")["input_ids"]  # what the tokenizer itself puts before a text
+    ids, labels = collator.tokenize(example("<image>\nHow many?", "two"))
+    assert ids == start + prompt + answer
+    assert labels == [IGNORE_INDEX] * len(start + prompt) + answer
+
+
+def test_the_prompt_is_the_beginning_of_the_conversation(collator):
+    one = example("<image>\nHow many?", "two")
+    prompt = collator.prompt_batch([one]).input_ids[0].tolist()
+    ids, labels = collator.tokenize(one)
+    first_label = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    assert prompt == ids[:first_label]
+
+
+def test_the_processors_own_encoding_is_the_same(collator):
+    one = example("<image>\nHow many?", "two")
+    text = collator.processor.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": "How many?"}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+        ]
+    )
+    encoded = collator.processor(images=[one.image], text=[text])
+    assert collator.tokenize(one)[0] == list(encoded["input_ids"][0])
+
+
+def test_padding_sides_and_masks(collator):
+    short, long = example("<image>\nHow?", "two"), example("<image>\nHow many are odd?", "three")
+    batch = collator.train_batch([short, long])
+    ids, labels = collator.tokenize(short)
+    assert batch.input_ids[0, : len(ids)].tolist() == ids
+    assert batch.attention_mask[0].tolist() == [1] * len(ids) + [0] * (
+        batch.input_ids.shape[1] - len(ids)
+    )
+    assert (batch.labels[0, len(ids) :] == IGNORE_INDEX).all()
+    prompts = collator.prompt_batch([short, long])
+    missing = int((prompts.attention_mask[0] == 0).sum())
+    assert missing > 0
+    assert prompts.attention_mask[0].tolist() == [0] * missing + [1] * (
+        prompts.input_ids.shape[1] - missing
+    )
+
+
+def test_too_long_is_an_error_never_cut(processor):
+    collator = Collator(processor, num_visual_tokens=VISUAL, max_length=20)
+    with pytest.raises(DataError, match=r"'e1' has \d+ tokens but `train\.max_length` is 20"):
+        collator.tokenize(example("<image>\nHow many digits are odd?", "two"))
+
+
+def test_a_token_across_the_edge_of_an_answer_is_an_error(collator, monkeypatch):
+    spans = collator._assistant_spans
+    monkeypatch.setattr(
+        collator, "_assistant_spans", lambda *a: [(s + 1, e) for s, e in spans(*a)]
+    )
+    with pytest.raises(DataError, match="straddles the edge"):
+        collator.tokenize(example("<image>\nHow many?", "two"))
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([("user", "<image>\nHow many?")], "must end with an assistant turn"),
+        ([("assistant", "two")], "turn 1 is 'assistant' but must be 'user'"),
+        ([("user", "How many?"), ("assistant", "two")], "0 image markers"),
+        ([("user", "<image><image>"), ("assistant", "two")], "2 image markers"),
+        ([("user", "<image>\nHow?"), ("assistant", "<image>")], "2 image markers"),
+        ([("user", "<image>\nHow?"), ("assistant", " ")], "turn 2 is empty"),
+    ],
+)
+def test_an_example_of_another_shape_is_refused(turns, message):
+    with pytest.raises(DataError, match=message):
+        Example("e1", Image.new("RGB", (4, 4)), tuple(Turn(*turn) for turn in turns))
