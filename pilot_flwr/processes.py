@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -179,8 +180,8 @@ def marked_processes(mark: str, folder: Path) -> list[Process]:
     return found
 
 
-def end_marked(mark: str, folder: Path, grace: float = GRACE_SECONDS) -> None:
-    """Terminate what belongs to a launch, then kill what is left after `grace` seconds."""
+def end_marked(mark: str, folder: Path) -> None:
+    """Terminate what belongs to a launch, then kill what is left after `GRACE_SECONDS`."""
     for attempt in range(10):
         processes = marked_processes(mark, folder)
         if not processes:
@@ -191,7 +192,9 @@ def end_marked(mark: str, folder: Path, grace: float = GRACE_SECONDS) -> None:
                     process.terminate()
                 else:
                     process.kill()
-        psutil.wait_procs(processes, timeout=grace if attempt == 0 else 1.0)
+        deadline = time.monotonic() + (GRACE_SECONDS if attempt == 0 else 1.0)
+        while any(is_alive(process) for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def is_alive(process: Process) -> bool:

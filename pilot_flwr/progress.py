@@ -135,7 +135,9 @@ class Progress:
         heading = self._heading(event)
         loss = _number(event, "loss")
         parts = [(part, _number(event, f"loss_{part}")) for part in LOSS_PARTS]
-        detail = ", ".join(f"{part} {value:.4g}" for part, value in parts if value)
+        detail = ", ".join(
+            f"{part} {value:.4g}" for part, value in parts if value is not None and value != 0
+        )
         row = self._row(
             event,
             f"loss {'?' if loss is None else f'{loss:.4f}'}".ljust(12),
@@ -263,26 +265,33 @@ def _count(number: int, what: str) -> str:
 
 
 def _effort(event: Event) -> list[str]:
-    cells = [f"{_integer(event, key)} {key}" for key in ("examples", "steps") if key in event]
-    seconds = _number(event, "seconds")
+    counts = [(key, _integer(event, key)) for key in ("examples", "steps")]
+    cells = [f"{count} {key}" for key, count in counts if count is not None]
+    seconds = _finite(event, "seconds")
     return cells if seconds is None else [*cells, human_seconds(seconds)]
 
 
 def _traffic(event: Event) -> list[str]:
-    sizes = [(way, _number(event, f"bytes_{way}")) for way in ("down", "up")]
+    sizes = [(way, _finite(event, f"bytes_{way}")) for way in ("down", "up")]
     return [f"{way} {human_bytes(size)}" for way, size in sizes if size is not None]
 
 
 def _lasting(event: Event) -> str:
-    seconds = _number(event, "seconds")
+    seconds = _finite(event, "seconds")
     return "" if seconds is None else f" in {human_seconds(seconds)}"
 
 
 def _number(event: Event, key: str) -> float | None:
+    """Return a number, NaN included: a loss that is NaN must be seen."""
     value = event.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _integer(event: Event, key: str) -> int | None:
+def _finite(event: Event, key: str) -> float | None:
     value = _number(event, key)
-    return None if value is None or not math.isfinite(value) else int(value)
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _integer(event: Event, key: str) -> int | None:
+    value = _finite(event, key)
+    return None if value is None else int(value)
