@@ -1,0 +1,197 @@
+import math
+
+import pytest
+import torch
+
+from pilot_flwr.connector import ConnectorOutput
+from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.federation import client_examples, federation_clients
+from pilot_flwr.errors import TrainingError
+from pilot_flwr.initial import initial_state
+from pilot_flwr.settings import (
+    DataConfig,
+    DifferenceLossConfig,
+    LoraConfig,
+    StageConfig,
+    TrainConfig,
+)
+from pilot_flwr.training import total_loss, train
+
+TASKS = ("vqa", "counting", "captioning")
+TRAINED = {
+    1: {"own_task_adapter", "client_adapter", "lora"},
+    2: {"own_task_adapter", "cross_task_adapters", "router", "lora"},
+}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    data = DataConfig(train_examples=12)
+    return client_examples(data, federation_clients(data)[0], "train", seed=0)[:8]
+
+
+@pytest.fixture
+def run(processor, examples):
+    """Train a model on eight examples; keyword arguments change `TrainConfig`."""
+
+    def call(model, *, seed=0, given=examples, progress=lambda line: None, **config):
+        def encode(part):
+            images = [example.image for example in part]
+            pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+            return model.encode_images(pixels)
+
+        return train(
+            model,
+            given,
+            collator=Collator(processor, num_visual_tokens=16, max_length=256),
+            encode=encode,
+            config=TrainConfig(**({"epochs": 1, "batch_size": 4} | config)),
+            generator=torch.Generator().manual_seed(seed),
+            progress=progress,
+        )
+
+    return call
+
+
+def states(model):
+    return {group: model.state(group) for group in model.groups()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_exactly_the_trained_groups_change_and_have_gradients(make_model, generator, run, stage):
+    model = make_model()
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    before = states(model)
+    result = run(model)
+    after = states(model)
+    for group, tensors in before.items():
+        same = all(torch.equal(t, after[group][name]) for name, t in tensors.items())
+        assert same == (group not in TRAINED[stage] or not tensors), group
+        size = sum(t.numel() for t in tensors.values())
+        assert result.gradients[group] == (size if group in TRAINED[stage] else 0), group
+    assert all(p.grad is None for p in model.llava.parameters())
+
+
+def test_the_loss_falls(make_model, run):
+    model = make_model()
+    first = run(model).losses
+    for _ in range(3):
+        last = run(model).losses
+    assert last["ce"] < 0.7 * first["ce"]
+
+
+def test_stage_losses(make_model, generator, run):
+    model = make_model()
+    losses = run(model, epochs=3).losses  # x_s is zero until the first step that changes it
+    assert losses["balance"] == losses["z"] == 0 < losses["difference"] <= 1
+    assert losses["total"] == pytest.approx(losses["ce"] + 0.1 * losses["difference"], rel=1e-5)
+    model.enter_stage2(TASKS, generator)
+    losses = run(model).losses
+    assert losses["difference"] == 0 < losses["z"]
+    assert 1 <= losses["balance"] <= len(TASKS)
+    expected = losses["ce"] + 0.1 * losses["balance"] + 0.01 * losses["z"]
+    assert losses["total"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_coefficient_is_applied_once():
+    parts = ConnectorOutput(torch.zeros(1), *map(torch.tensor, (10.0, 100.0, 1000.0)))
+    config = TrainConfig(
+        difference_loss=DifferenceLossConfig(weight=2), balance_weight=3, z_weight=5
+    )
+    assert total_loss(torch.tensor(1.0), parts, config).item() == 1 + 20 + 300 + 5000
+
+
+def test_cross_entropy_is_transformers_own(make_model, run, processor, examples, llava):
+    """One step over all examples with a tiny rate: the loss of LLaVA's own forward pass."""
+    batch = Collator(processor, num_visual_tokens=16, max_length=256).train_batch(examples)
+    images = [example.image for example in examples]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    expected = llava(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        pixel_values=pixels,
+    ).loss.item()
+    got = run(make_model(), batch_size=len(examples)).losses["ce"]
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_accumulation_changes_nothing_but_memory(make_model, run):
+    """2 × 4 examples a step against 8 at once: the same update, as L_ce is over all tokens."""
+    plain = {"difference_loss": DifferenceLossConfig(weight=0)}
+    at_once, in_parts = make_model(), make_model()
+    run(at_once, batch_size=8, **plain)
+    run(in_parts, batch_size=4, accumulation_steps=2, **plain)
+    for name, tensor in at_once.state("own_task_adapter").items():
+        other = in_parts.state("own_task_adapter")[name]
+        torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-5)
+
+
+def test_number_of_steps_counts_epochs_and_accumulation(make_model, run, examples):
+    result = run(make_model(), epochs=3, batch_size=3, accumulation_steps=2)
+    assert result.steps == 3 * math.ceil(len(examples) / 6)
+    assert result.examples == len(examples)
+
+
+def test_lora_and_connector_have_their_own_learning_rates(make_model, run):
+    tiny = 1e-12
+    model = make_model()
+    before = states(model)
+    run(model, stage1=StageConfig(lora_lr=tiny, connector_lr=1e-3))
+    after = states(model)
+
+    def change(group):
+        return max(float((t - after[group][n]).abs().max()) for n, t in before[group].items())
+
+    assert change("lora") < 1e-8 < 1e-4 < change("own_task_adapter")
+
+
+def test_the_same_generator_gives_the_same_training(make_model, run):
+    results = []
+    for seed in (1, 1, 2):
+        model = make_model(lora=LoraConfig(dropout=0.5))
+        model.load("lora", initial_state(model.config, seed=0).lora)
+        run(model, seed=seed)
+        results.append(model.state("lora"))
+    name = next(n for n in results[0] if n.endswith("lora_B"))
+    assert torch.equal(results[0][name], results[1][name])
+    assert not torch.equal(results[0][name], results[2][name])
+
+
+def test_training_leaves_the_global_generator_alone(make_model, run):
+    model = make_model(lora=LoraConfig(dropout=0.5))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    run(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_example_is_an_error(make_model, run):
+    with pytest.raises(TrainingError, match="no training example"):
+        run(make_model(), given=[])
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_setting_to_change(make_model, run):
+    model = make_model()
+    with torch.no_grad():
+        model.groups()["own_task_adapter"]["linear_2.bias"].fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"loss is nan in stage 1; lower `train\.stage1"):
+        run(model)
+
+
+def test_progress_lines_come_as_often_as_asked(make_model, run):
+    lines = []
+    run(make_model(), progress=lines.append, log_every_seconds=1e-9)
+    assert [line.split(",")[0] for line in lines] == ["step 1/2", "step 2/2"]
+    quiet = []
+    run(make_model(), progress=quiet.append, log_every_seconds=1e9)
+    assert quiet == []
+
+
+def test_bfloat16_autocast_trains(make_model, run):
+    full = run(make_model(), autocast="off").losses["ce"]
+    half = run(make_model(), autocast="bfloat16").losses["ce"]
+    assert half == pytest.approx(full, rel=0.05)
+    assert half != full
