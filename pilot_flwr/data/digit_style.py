@@ -19,6 +19,10 @@ class Style:
     ----------
     ink, paper : tuple of float
         RGB colours in [0, 1]; their order in brightness is the polarity.
+    slant : float
+        Horizontal shear of each digit: pixels to the left per pixel down.
+    stroke : float
+        Exponent on the ink: below 1 strokes get broader, above 1 thinner.
     blur : float
         Radius of a Gaussian blur, in pixels.
     shading : float
@@ -31,6 +35,8 @@ class Style:
 
     ink: tuple[float, float, float] = (1.0, 1.0, 1.0)
     paper: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    slant: float = 0.0
+    stroke: float = 1.0
     blur: float = 0.0
     shading: float = 0.0
     shading_angle: float = 0.0
@@ -42,7 +48,9 @@ PLAIN = Style()
 
 
 def draw_style(rng: np.random.Generator, strength: float) -> Style:
-    """Draw a style whose distance from clean black and white grows with its strength.
+    """Draw colours, blur, shading and noise, the further from clean the greater the strength.
+
+    Slant and stroke stay neutral.
 
     Parameters
     ----------
@@ -88,6 +96,9 @@ def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -
     """
     tile = tiles.shape[-1]
     size = 2 * tile
+    if style.slant:
+        tiles = np.stack([_shear(one, style.slant) for one in tiles])
+    tiles = tiles ** np.float32(style.stroke)
     page = tiles.reshape(2, 2, tile, tile).transpose(0, 2, 1, 3).reshape(size, size)
     if style.blur > 0:
         sheet = Image.fromarray((page * 255).round().astype(np.uint8))
@@ -99,3 +110,11 @@ def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -
     colour = colour * (1 - style.shading * (0.5 + ramp / np.sqrt(2)))[..., None]
     colour = colour + style.noise * rng.standard_normal(colour.shape)
     return Image.fromarray((colour.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _shear(tile: NDArray[np.float32], slant: float) -> NDArray[np.float32]:
+    """Shear one digit about its centre row (bilinear); what leaves the tile is lost."""
+    sheet = Image.fromarray((tile * 255).round().astype(np.uint8))
+    matrix = (1.0, slant, -slant * tile.shape[0] / 2, 0.0, 1.0, 0.0)
+    sheared = sheet.transform(sheet.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(sheared, dtype=np.float32) / np.float32(255)

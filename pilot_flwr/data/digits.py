@@ -9,11 +9,11 @@ that pretraining, federated training and federated test. The federated training 
 out so that no two clients share one, up to `max_disjoint_clients` clients; from there on clients
 take the shares in turn. The test scans are common to all clients, each in its own style.
 
-To add a task, write its question and answer as one function of four digits and a generator, and
-enter it in ``_WRITERS``.
+A new task goes into `pilot_flwr.data.digit_questions`, a new trait of the clients' styles into
+`pilot_flwr.data.digit_style`.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -22,22 +22,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pilot_flwr.data.digit_questions import WRITERS
 from pilot_flwr.data.digit_style import Style, draw_style, render
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
 from pilot_flwr.errors import ConfigError
 
-TASKS: tuple[str, ...] = ("vqa", "counting", "captioning")
-"""Tasks of the federation."""
-
-POSITIONS = ("top left", "top right", "bottom left", "bottom right")
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TASKS: tuple[str, ...] = tuple(WRITERS)
+"""Tasks of the federation: vqa, counting, captioning."""
 
 SPLIT_SHARES = {"pretraining": 0.45, "validation": 0.05, "train": 0.30, "test": 0.20}
 """Share of each digit's scans in each disjoint subset."""
 
 _SPLIT_SEED = 20250127  # the base has seen the pretraining scans, so no run may move the split
 _TILE = 16
-_CLIENT_STRENGTH = 1.0
 
 Subset = Literal["pretraining", "validation", "train", "test"]
 _Ints = NDArray[np.int64]
@@ -160,7 +157,10 @@ def client_sizes(num_clients: int, mean: int) -> list[int]:
 
 
 def client_style(client_index: int, *, seed: int) -> Style:
-    """One client's acquisition style, a function of the seed and the client's index alone.
+    """Draw one client's acquisition style from the seed and the client's index alone.
+
+    Its colours, blur, shading and noise come from ranges twice as wide as the base model's
+    pretraining; slant and stroke are traits that the base has never seen.
 
     Parameters
     ----------
@@ -176,7 +176,12 @@ def client_style(client_index: int, *, seed: int) -> Style:
     """
     _at_least("client_index", client_index, 0)
     _at_least("seed", seed, 0)
-    return draw_style(np.random.default_rng([seed, client_index]), _CLIENT_STRENGTH)
+    rng = np.random.default_rng([seed, client_index])
+    return replace(
+        draw_style(rng, strength=1.0),
+        slant=float(rng.choice((-1, 1)) * rng.uniform(0.1, 0.35)),
+        stroke=float(2 ** rng.uniform(-1.0, 1.0)),
+    )
 
 
 def client_examples(
@@ -233,7 +238,7 @@ def client_examples(
 def _example(name: str, task: str, pool: _Ints, style: Style, rng: np.random.Generator) -> Example:
     scans = load_scans()
     chosen = _choose(task, pool, rng)
-    question, answer = _WRITERS[task](scans.labels[chosen], rng)
+    question, answer = WRITERS[task](scans.labels[chosen], rng)
     return Example(
         id=f"{name}/" + "-".join(map(str, chosen)),
         image=render(scans.ink[chosen], style, rng),
@@ -249,52 +254,6 @@ def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
     count = int(rng.integers(5))
     parts = (rng.choice(pool[odd], count, False), rng.choice(pool[~odd], 4 - count, False))
     return rng.permutation(np.concatenate(parts))
-
-
-def ask_position(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for the digit at one of the four positions; the answer is a word."""
-    place = int(rng.integers(4))
-    asked = _pick(
-        rng,
-        "What digit is at the {}?",
-        "Which digit is at the {}?",
-        "Name the digit at the {}.",
-    )
-    return asked.format(POSITIONS[place]), WORDS[labels[place]]
-
-
-def ask_count(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask how many of the four digits are odd; the answer is a numeral."""
-    asked = _pick(
-        rng,
-        "How many digits are odd?",
-        "How many of the digits are odd?",
-        "Count the odd digits.",
-    )
-    return asked, str(int((labels % 2).sum()))
-
-
-def ask_caption(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for a caption; the answer names the four digits in reading order."""
-    asked = _pick(
-        rng,
-        "Describe the image.",
-        "Write a short caption.",
-        "What does the image show?",
-    )
-    first, second, third, fourth = (WORDS[label] for label in labels)
-    return asked, f"the digits {first}, {second}, {third} and {fourth}"
-
-
-def _pick(rng: np.random.Generator, *choices: str) -> str:
-    return choices[int(rng.integers(len(choices)))]
-
-
-_WRITERS: dict[str, Callable[[_Ints, np.random.Generator], tuple[str, str]]] = {
-    "vqa": ask_position,
-    "counting": ask_count,
-    "captioning": ask_caption,
-}
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

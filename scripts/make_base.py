@@ -1,0 +1,291 @@
+"""Make the demo's base model: a tiny LLaVA, pretrained on digit mosaics, as a Hugging Face folder.
+
+    python scripts/make_base.py                        # rewrites pilot_flwr/assets/tiny-llava
+    python scripts/make_base.py --out /tmp/base --seed 1
+
+Two phases: plain pages until reading takes off, then mild random styles and auxiliary tasks.
+Only the pretraining scans are shown, and counting is never asked.
+"""
+
+import argparse
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from base_tasks import (
+    PLAIN_TASKS,
+    STYLED_TASKS,
+    Styles,
+    Tasks,
+    draw_example,
+    like_a_client,
+    mild,
+    plain,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.digit_questions import ask_caption, ask_count, ask_position
+from pilot_flwr.data.digits import scan_indices
+from pilot_flwr.data.examples import IMAGE_MARKER, Example
+
+DEFAULT_OUT = Path(__file__).parents[1] / "pilot_flwr" / "assets" / "tiny-llava"
+IMAGE_SIZE, PATCH_SIZE = 32, 8
+NUM_VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+PLAIN_STEPS, STYLED_STEPS, BATCH_SIZE = 700, 1100, 64
+LEARNING_RATE = 2e-3
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", IMAGE_MARKER]
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set parts = message['content'] -%}
+{%- if parts is string -%}{%- set parts = [{'type': 'text', 'text': parts}] -%}{%- endif -%}
+{%- if message['role'] == 'user' -%}{{ 'USER: ' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}
+{%- elif message['role'] != 'system' -%}
+{{ raise_exception("message role '" + message['role'] + "' is not system, user or assistant") }}
+{%- endif -%}
+{%- for part in parts if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{{ '</s>' if message['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+def make_processor(rng: np.random.Generator) -> LlavaProcessor:
+    """Train the tokenizer on the demo's own texts and join it with the image processor."""
+    labels = [rng.integers(0, 10, 4) for _ in range(200)]
+    texts = [
+        f"USER: {question} ASSISTANT: {answer}"
+        for writer in [*STYLED_TASKS, ask_count]
+        for digits in labels
+        for question, answer in [writer(digits, rng)]
+    ]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        min_frequency=2,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": IMAGE_MARKER},
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """Build the untrained model: D = 64 and three vision layers, C = 96 and four LLM layers."""
+    tokenizer = processor.tokenizer
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=64,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        **ids,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=NUM_VISUAL_TOKENS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **ids,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    return model
+
+
+def pixels(processor: LlavaProcessor, examples: list[Example]) -> torch.Tensor:
+    """Pixel values, shape (B, 3, 32, 32)."""
+    images = [example.image for example in examples]
+    values: torch.Tensor = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return values
+
+
+@torch.no_grad()
+def exact_match(
+    model: LlavaForConditionalGeneration, collator: Collator, examples: list[Example]
+) -> float:
+    """Share of examples whose greedy generation equals the answer."""
+    model.eval()
+    hits = 0
+    for start in range(0, len(examples), BATCH_SIZE):
+        part = examples[start : start + BATCH_SIZE]
+        batch = collator.prompt_batch(part)
+        output = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=pixels(collator.processor, part),
+            max_new_tokens=16,
+        )
+        new = output[:, batch.input_ids.shape[1] :]
+        replies = collator.tokenizer.batch_decode(new, skip_special_tokens=True)
+        hits += sum(r.strip() == e.answer for r, e in zip(replies, part, strict=True))
+    return hits / len(examples)
+
+
+def train(
+    model: LlavaForConditionalGeneration,
+    collator: Collator,
+    *,
+    tasks: Tasks,
+    styles: Styles,
+    steps: int,
+    rng: np.random.Generator,
+) -> float:
+    """Train all parameters for one phase; return the mean loss of its last 50 steps."""
+    pool = scan_indices("pretraining")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
+    warmup = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = []
+    for step in range(steps):
+        examples = [draw_example(tasks, styles, pool, rng) for _ in range(BATCH_SIZE)]
+        batch = collator.train_batch(examples)
+        model.train()
+        loss = model(**vars(batch), pixel_values=pixels(collator.processor, examples)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 50 == 49:
+            print(f"step {step + 1}/{steps}: loss {np.mean(losses[-50:]):.3f}", flush=True)
+    return float(np.mean(losses[-50:]))
+
+
+def held_out(
+    model: LlavaForConditionalGeneration, collator: Collator, seed: int
+) -> dict[str, float]:
+    """Exact match on the validation scans, by style and task."""
+    pool = scan_indices("validation")
+    scores = {}
+    for styles in (plain, mild, like_a_client):
+        for writer in (ask_position, ask_caption, ask_count):
+            rng = np.random.default_rng([seed, 2])
+            cases = [draw_example({writer: 1.0}, styles, pool, rng) for _ in range(256)]
+            name = f"{styles.__name__}/{writer.__name__}"
+            scores[name] = round(exact_match(model, collator, cases), 4)
+    return scores
+
+
+def make_base(seed: int, plain_steps: int, styled_steps: int, out: Path) -> dict[str, Any]:
+    """Train and write the folder; return what `training.json` records."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # more only wait for each other at this size
+    rng = np.random.default_rng([seed, 1])
+    processor = make_processor(np.random.default_rng([seed, 0]))
+    model = make_model(processor)
+    collator = Collator(processor, num_visual_tokens=NUM_VISUAL_TOKENS, max_length=128)
+    print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens", flush=True)
+    losses = {
+        "plain": train(
+            model, collator, tasks=PLAIN_TASKS, styles=plain, steps=plain_steps, rng=rng
+        ),
+        "styled": train(
+            model, collator, tasks=STYLED_TASKS, styles=mild, steps=styled_steps, rng=rng
+        ),
+    }
+    record = {
+        "seed": seed,
+        "steps": {"plain": plain_steps, "styled": styled_steps},
+        "batch_size": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "parameters": model.num_parameters(),
+        "final_loss": {phase: round(loss, 4) for phase, loss in losses.items()},
+        "validation_exact_match": held_out(model, collator, seed),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    for path in out.iterdir():
+        path.chmod(0o644)
+    return record
+
+
+def main() -> None:
+    """Make the folder."""
+    parser = argparse.ArgumentParser(description="Make the demo's base model.")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain-steps", type=int, default=PLAIN_STEPS)
+    parser.add_argument("--styled-steps", type=int, default=STYLED_STEPS)
+    args = parser.parse_args()
+    record = make_base(args.seed, args.plain_steps, args.styled_steps, args.out)
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
