@@ -140,8 +140,10 @@ def _optimizer(
         ],
         weight_decay=config.weight_decay,
     )
+    # Rounded down: transformers' warm-up begins at rate zero, which would waste the only step
+    # of a very short training.
     schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(config.warmup_ratio * num_steps), num_steps
+        optimizer, int(config.warmup_ratio * num_steps), num_steps
     )
     return optimizer, schedule
 

@@ -134,6 +134,14 @@ def test_number_of_steps_counts_epochs_and_accumulation(make_model, run, example
     assert result.examples == len(examples)
 
 
+def test_even_a_single_step_trains(make_model, run):
+    model = make_model()
+    before = model.state("own_task_adapter")
+    run(model, batch_size=8)
+    after = model.state("own_task_adapter")
+    assert not torch.equal(before["linear_1.weight"], after["linear_1.weight"])
+
+
 def test_lora_and_connector_have_their_own_learning_rates(make_model, run):
     tiny = 1e-12
     model = make_model()

@@ -109,9 +109,7 @@ def test_too_long_is_an_error_never_cut(processor):
 
 def test_a_token_across_the_edge_of_an_answer_is_an_error(collator, monkeypatch):
     spans = collator._assistant_spans
-    monkeypatch.setattr(
-        collator, "_assistant_spans", lambda *a: [(s + 1, e) for s, e in spans(*a)]
-    )
+    monkeypatch.setattr(collator, "_assistant_spans", lambda *a: [(s + 1, e) for s, e in spans(*a)])
     with pytest.raises(DataError, match="straddles the edge"):
         collator.tokenize(example("<image>\nHow many?", "two"))
 
