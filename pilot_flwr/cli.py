@@ -6,6 +6,7 @@ inside handlers, so that ``pilot-flwr --help`` answers at once.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     except PilotError as error:
         print(f"pilot-flwr: {error}", file=sys.stderr)
+        return FAILURE
+    except BrokenPipeError:  # the reader of the output has gone, as in `pilot-flwr run | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except KeyboardInterrupt:
         return 130
