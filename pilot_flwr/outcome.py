@@ -66,10 +66,11 @@ def judge(status: RunStatus, folder: Path) -> Outcome:
     failures = _failures(result.get("failures"))
     reasons: list[str] = []
     explained = bool(failures or result.get("error") or "exception" in status.details)
-    if result.get("error"):
-        reasons.append(_reason(str(result["error"])))
-    if status.details not in ("", "N/A"):
-        reasons.append(_reason(status.details))
+    error = _reason(str(result.get("error") or ""))
+    details = _reason(status.details).removeprefix("Simulation failed with exception: ")
+    reasons += [error] if error else []
+    if details not in ("", "N/A") and details not in error:  # the app's error says it already
+        reasons.append(details)
     if status.status != COMPLETED:
         reasons.append(f"Flower's status of the run: {status.status or 'unknown'}.")
     if defect:

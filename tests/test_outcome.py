@@ -63,7 +63,7 @@ def test_without_a_result_the_reported_failures_and_flowers_details_explain(tmp_
     outcome = judge(RunStatus("finished:failed", details), tmp_path)
     assert outcome.explanation[:2] == (
         "Client vqa-1 failed in exchange 2 (train): ValueError: no",
-        details,
+        "no client left",
     )
     assert not any("The end of" in line for line in outcome.explanation)
 
@@ -91,3 +91,12 @@ def test_an_error_with_a_traceback_is_reduced_to_its_last_exception(tmp_path: Pa
     error = 'Traceback:\n  File "x.py", line 1\nRuntimeError: all clients failed\n'
     outcome = judge(DONE, write(tmp_path, {**GOOD, "error": error}))
     assert outcome.explanation[0] == "RuntimeError: all clients failed"
+
+
+def test_what_app_and_flower_both_say_is_said_once(tmp_path: Path):
+    folder = write(tmp_path, {**GOOD, "status": "failed", "error": "RunError: no client left"})
+    details = "Simulation failed with exception: no client left"
+    explanation = judge(RunStatus("finished:failed", details), folder).explanation
+    assert [line for line in explanation if "no client left" in line] == [
+        "RunError: no client left"
+    ]
