@@ -7,6 +7,7 @@ aggregation, `ServerState.aggregate` lets the updates of one round in.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -17,6 +18,7 @@ from pilot_flwr.aggregation import (
     task_aware_average,
     weighted_average,
 )
+from pilot_flwr.arrays import Array
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.initial import InitialState
 from pilot_flwr.parameters import State
@@ -106,7 +108,7 @@ class ServerState:
             return self.loras[client]
         peers = [self.loras[c] for c in sorted(self.loras) if self.task_of[c] == task]
         states = peers or [self.loras[c] for c in sorted(self.loras)]
-        return weighted_average(states, [1] * len(states)) if states else self.initial.lora
+        return _state(weighted_average(states, [1] * len(states))) if states else self.initial.lora
 
     def check(self, update: Update, member: Member, server_round: int) -> None:
         """Say whether an update may enter the round's aggregation.
@@ -146,11 +148,12 @@ class ServerState:
         clients = [update.client for update in updates]
         tasks = [update.task for update in updates]
         examples = [update.num_examples for update in updates]
-        self.adapters |= task_aware_average([u.adapter for u in updates], tasks, examples)
+        averages = task_aware_average([u.adapter for u in updates], tasks, examples)
+        self.adapters |= {task: _state(average) for task, average in averages.items()}
         loras = [update.lora for update in updates]
         distances = pairwise_distances(loras)
         weights = adaptive_weights(distances, examples, num_neighbors)
-        self.loras |= dict(zip(clients, mix(loras, weights), strict=True))
+        self.loras |= dict(zip(clients, map(_state, mix(loras, weights)), strict=True))
         self.task_of |= dict(zip(clients, tasks, strict=True))
         self.rounds += 1
         return Aggregation(
@@ -158,6 +161,11 @@ class ServerState:
             neighbors=_as_dict(clients, weights.tolist(), drop_zero=True),
             distances=_as_dict(clients, distances.tolist()),
         )
+
+
+def _state(arrays: dict[str, Array]) -> State:
+    """Narrow the type: tensors went into the aggregation, so tensors come out."""
+    return cast(State, arrays)
 
 
 def _as_dict(

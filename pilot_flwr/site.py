@@ -13,6 +13,7 @@ import torch
 from pilot_flwr.data.federation import client_by_id, federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.settings import PilotConfig, check_name
+from pilot_flwr.submission import federation_config
 from pilot_flwr.turn import Site
 
 NodeConfig = Mapping[str, bool | float | int | str]
@@ -61,28 +62,14 @@ def find_site(
     return Site(client, Path(run_folder) / "clients" / client.id, device)
 
 
-def federation_config(config: PilotConfig) -> str:
-    """Return the value of ``flwr run --federation-config`` that fits the configuration."""
-    simulation = config.simulation
-    parts = {
-        "num-supernodes": config.num_clients,
-        "client-resources-num-cpus": simulation.client_cpus,
-        "client-resources-num-gpus": simulation.client_gpus,
-    }
-    if simulation.cpus:
-        parts["init-args-num-cpus"] = simulation.cpus
-    if simulation.gpus:
-        parts["init-args-num-gpus"] = simulation.gpus
-    return " ".join(f"{key}={value}" for key, value in parts.items())
-
-
 def _check_partitions(node_config: NodeConfig, config: PilotConfig) -> None:
     nodes = int(node_config.get("num-partitions", config.num_clients))
     if nodes != config.num_clients:
+        fitting = federation_config(config.num_clients, config.simulation)
         raise ConfigError(
             f"This simulation has {nodes} SuperNodes but the configuration has "
             f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
-            f'`flwr run . --federation-config "{federation_config(config)}"`.'
+            f'`flwr run . --federation-config "{fitting}"`.'
         )
 
 

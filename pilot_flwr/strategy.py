@@ -8,7 +8,6 @@ the last exchange one evaluate phase closes the run.
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -18,12 +17,12 @@ from pilot_flwr import wire
 from pilot_flwr.checkpoint import save_checkpoint
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.failures import reason_of
+from pilot_flwr.journal import Journal
 from pilot_flwr.parameters import State
 from pilot_flwr.roster import Present, call_roster
 from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.server_state import Aggregation, ServerState, Update
+from pilot_flwr.server_state import ServerState, Update
 from pilot_flwr.settings import StrategyConfig
-from pilot_flwr.tables import summary, timeline
 from pilot_flwr.turn import Order
 
 logger = logging.getLogger("flwr")
@@ -60,6 +59,7 @@ class PilotStrategy(Strategy):
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
+        self.journal = Journal(folder, num_exchanges=self.num_exchanges)
         self.num_clients, self.evaluate = num_clients, evaluate
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
@@ -92,22 +92,10 @@ class PilotStrategy(Strategy):
             server_round=server_round,
             wanted=self.num_clients if server_round == 1 else self.config.min_replies,
             config=self.config,
-            on_failure=lambda client, reason: self._fail(server_round, "roster", client, reason),
+            on_failure=lambda who, why: self.journal.failure(server_round, "roster", who, why),
         )
         self._stages = {p.member.client: self.state.stage_for(p.member) for p in self._present}
-        self.folder.record(
-            "roster",
-            round=server_round,
-            clients=[
-                {
-                    "client": p.member.client,
-                    "task": p.member.task,
-                    "examples": p.member.examples,
-                    "stage": self._stages[p.member.client],
-                }
-                for p in self._present
-            ],
-        )
+        self.journal.roster(server_round, [p.member for p in self._present], self._stages)
         return self._orders(server_round, train=True)
 
     def aggregate_train(
@@ -125,23 +113,23 @@ class PilotStrategy(Strategy):
             try:
                 update = self._receive_update(server_round, present, reply)
             except UpdateError as error:
-                self._fail(server_round, "train", present.member.client, f"Rejected: {error}.")
+                reason = f"Rejected: {error}."
+                self.journal.failure(server_round, "train", present.member.client, reason)
                 continue
             updates.append(update)
         if len(updates) < self.config.min_replies:
-            reasons = [e["reason"] for e in self.folder.select("failure")]
+            reasons = self.journal.reasons(server_round) or ["none"]
             raise RunError(
                 f"Exchange {server_round}: {len(updates)} of {len(self._present)} clients "
                 f"delivered a usable update but `strategy.min_replies` is "
-                f"{self.config.min_replies}. First reason: {reasons[0] if reasons else 'none'}"
+                f"{self.config.min_replies}. First reason: {reasons[0]}"
             )
         started = time.perf_counter()
         done = self.state.aggregate(updates, num_neighbors=self.config.num_neighbors)
-        self._record_aggregation(server_round, done, time.perf_counter() - started)
+        self.journal.aggregation(server_round, done, time.perf_counter() - started)
         self._save(server_round)
-        self._close(server_round)
-        mean = sum(e["loss"] for e in self._events("train", server_round)) / len(updates)
-        return self.global_arrays(), MetricRecord({"loss": mean, "updates": len(updates)})
+        loss = self.journal.close(server_round, time.perf_counter() - self._started)
+        return self.global_arrays(), MetricRecord({"loss": loss, "updates": len(updates)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -161,14 +149,15 @@ class PilotStrategy(Strategy):
         """Write the last scores down; return the mean over tasks."""
         if not self._sent:
             return None
-        for present, reply in self._answers(server_round + 1, "evaluate", replies):
+        for present, reply in self._answers(server_round, "evaluate", replies):
+            client = present.member.client
             try:
-                self._record_evaluation(server_round + 1, present, reply)
+                self.journal.evaluation(server_round, present.member, reply.content)
             except UpdateError as error:
-                self._fail(server_round + 1, "evaluate", present.member.client, f"{error}.")
-        self._write_tables()
-        scores = [e["score"] for e in self.folder.select("evaluate") if e["round"] == server_round]
-        return MetricRecord({"score": sum(scores) / len(scores)}) if scores else None
+                self.journal.failure(server_round, "evaluate", client, f"{error}.")
+        self.journal.write_tables()
+        score = self.journal.mean_score(server_round)
+        return None if score is None else MetricRecord({"score": score})
 
     def global_arrays(self) -> ArrayRecord:
         """Return all task adapters as one record, ``<task>/<tensor>``."""
@@ -221,14 +210,14 @@ class PilotStrategy(Strategy):
                 try:
                     reason = reason_of(reply.error)
                 except RunError as error:
-                    self._fail(server_round, phase, client, str(error))
+                    self.journal.failure(server_round, phase, client, str(error))
                     raise
-                self._fail(server_round, phase, client, reason)
+                self.journal.failure(server_round, phase, client, reason)
             else:
                 yield present[client], reply
         for client in silent:
-            seconds = self.config.round_timeout_seconds
-            self._fail(server_round, phase, client, f"No reply within {seconds:g} s.")
+            reason = f"No reply within {self.config.round_timeout_seconds:g} s."
+            self.journal.failure(server_round, phase, client, reason)
 
     def _receive_update(self, server_round: int, present: Present, reply: Message) -> Update:
         content, member = reply.content, present.member
@@ -236,63 +225,11 @@ class PilotStrategy(Strategy):
         if update.client != member.client:
             raise UpdateError(f"it says that it is from {update.client!r}")
         self.state.check(update, member, server_round)
-        self._record_evaluation(server_round, present, reply)
-        numbers = wire.training_metrics(content)
-        self.folder.record(
-            "train",
-            round=server_round,
-            stage=self._stages[member.client],
-            client=member.client,
-            task=member.task,
-            loss=numbers["loss.total"],
-            **{f"loss_{n}": numbers[f"loss.{n}"] for n in ("ce", "difference", "balance", "z")},
-            examples=update.num_examples,
-            steps=numbers["steps"],
-            seconds=numbers["seconds"],
-            gradients=_part(numbers, "gradients."),
-            **self._traffic(member.client, reply),
-        )
+        self.journal.evaluation(server_round - 1, member, content)
+        sent = next(m.content for m, client in self._sent if client == member.client)
+        stage = self._stages[member.client]
+        self.journal.update(server_round, stage, update, sent=sent, received=content)
         return update
-
-    def _record_evaluation(self, server_round: int, present: Present, reply: Message) -> None:
-        """Write down the score of the model that went out, the result of the exchange before."""
-        found = wire.evaluation_metrics(reply.content)
-        if found is None:
-            return
-        numbers, metric = found
-        self.folder.record(
-            "evaluate",
-            round=server_round - 1,
-            client=present.member.client,
-            task=present.member.task,
-            score=numbers["score"],
-            metric=metric,
-            examples=int(numbers["examples"]),
-            seconds=numbers["seconds"],
-        )
-
-    def _traffic(self, client: str, reply: Message) -> dict[str, Any]:
-        down = next(wire.num_bytes(m.content) for m, c in self._sent if c == client)
-        up = wire.num_bytes(reply.content)
-        turn = wire.turn_times(reply.content)
-        return {
-            "bytes_down": sum(down.values()),
-            "bytes_up": sum(up.values()),
-            "down": down,
-            "up": up,
-            **turn,
-        }
-
-    def _record_aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
-        self.folder.record(
-            "aggregate",
-            round=server_round,
-            seconds=seconds,
-            clients=sum(map(len, done.tasks.values())),
-            tasks=done.tasks,
-            neighbors=done.neighbors,
-            distances=done.distances,
-        )
 
     def _save(self, server_round: int) -> None:
         save_checkpoint(
@@ -302,27 +239,3 @@ class PilotStrategy(Strategy):
             loras=self.state.loras,
             info={"tasks": list(self.state.tasks), "task_of": self.state.task_of},
         )
-
-    def _close(self, server_round: int) -> None:
-        self.folder.record(
-            "round",
-            round=server_round,
-            exchanges=self.num_exchanges,
-            seconds=time.perf_counter() - self._started,
-        )
-        self._write_tables()
-
-    def _write_tables(self) -> None:
-        self.folder.write("timeline.md", timeline(self.folder.events))
-        self.folder.write("summary.md", summary(self.folder.events))
-
-    def _events(self, event: str, server_round: int) -> list[dict[str, Any]]:
-        return [e for e in self.folder.select(event) if e["round"] == server_round]
-
-    def _fail(self, server_round: int, phase: str, client: str, reason: str) -> None:
-        logger.warning("Exchange %d, %s, %s: %s", server_round, phase, client, reason)
-        self.folder.record("failure", round=server_round, phase=phase, client=client, reason=reason)
-
-
-def _part(numbers: dict[str, float], prefix: str) -> dict[str, int]:
-    return {k.removeprefix(prefix): int(v) for k, v in numbers.items() if k.startswith(prefix)}

@@ -188,7 +188,7 @@ def _enter_stage2(
                 f"{list(present)}."
             )
         for group in ("cross_task_adapters", "router"):
-            model.load(group, private.groups[group])  # type: ignore[arg-type,index]
+            model.load(group, private.groups[group])
 
 
 def _load_received(model: PilotModel, order: Order) -> None:

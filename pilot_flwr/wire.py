@@ -9,12 +9,12 @@ Flower's arrays do not have that type: what was trained in bfloat16 is sent in b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.parameters import State
@@ -92,13 +92,13 @@ def encode_query(run: RunInfo) -> RecordDict:
 
 def encode_member(member: Member) -> RecordDict:
     """Answer who one is."""
-    values = {
+    values: dict[str, ConfigRecordValues] = {
         "client": member.client,
         "task": member.task,
         "examples": member.examples,
         "stage-trained": member.stage_trained,
     }
-    return RecordDict({"member": ConfigRecord(dict(values))})
+    return RecordDict({"member": ConfigRecord(values)})
 
 
 def decode_member(content: RecordDict) -> Member:
@@ -238,12 +238,8 @@ def training_metrics(content: RecordDict) -> dict[str, float]:
     UpdateError
         One is missing or not finite.
     """
-    numbers = _metrics(content, "training")
     needed = ("steps", "seconds", *(f"loss.{name}" for name in LOSSES))
-    for name in needed:
-        if not math.isfinite(numbers.get(name, math.nan)):
-            raise UpdateError(f"metric `{name}` is {numbers.get(name)} but must be finite")
-    return numbers
+    return _finite(content, "training", needed)
 
 
 def turn_times(content: RecordDict) -> dict[str, float]:
@@ -252,11 +248,17 @@ def turn_times(content: RecordDict) -> dict[str, float]:
 
 
 def evaluation_metrics(content: RecordDict) -> tuple[dict[str, float], str] | None:
-    """Read score, examples and seconds of an evaluation and its metric's name, if there is one."""
+    """Read score, examples and seconds of an evaluation and its metric's name, if there is one.
+
+    Raises
+    ------
+    UpdateError
+        One is missing or not finite.
+    """
     if "evaluation" not in content.metric_records:
         return None
     name = _value(_config(content, "evaluation-metric"), "metric", str)
-    return _metrics(content, "evaluation"), name
+    return _finite(content, "evaluation", ("score", "examples", "seconds")), name
 
 
 def _run_record(run: RunInfo) -> ConfigRecord:
@@ -280,6 +282,14 @@ def _metrics(content: RecordDict, name: str) -> dict[str, float]:
         raise UpdateError(f"the message has no metrics `{name}`")
     values = content.metric_records[name]
     return {key: value for key, value in values.items() if isinstance(value, (int, float))}
+
+
+def _finite(content: RecordDict, name: str, needed: Iterable[str]) -> dict[str, float]:
+    numbers = _metrics(content, name)
+    for metric in needed:
+        if not math.isfinite(numbers.get(metric, math.nan)):
+            raise UpdateError(f"metric `{metric}` is {numbers.get(metric)} but must be finite")
+    return numbers
 
 
 def _value(values: ConfigRecord, name: str, kind: type[_T]) -> _T:

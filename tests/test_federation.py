@@ -44,9 +44,7 @@ class Federation:
         return self
 
     def events(self, kind, **match):
-        return [
-            e for e in self.folder.select(kind) if all(e[k] == v for k, v in match.items())
-        ]
+        return [e for e in self.folder.select(kind) if all(e[k] == v for k, v in match.items())]
 
     def replies(self, message_type):
         """Successful replies of one type, in order."""

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+
+from pilot_flwr.config import config_folder, load_config, to_dict, to_yaml
+from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings import PilotConfig
+
+
+def test_the_default_is_the_demo():
+    config = load_config()
+    assert config == load_config("experiment=demo")
+    assert config.num_clients == 9
+
+
+def test_overrides_are_split_as_in_a_shell():
+    config = load_config("strategy.rounds=1 'run.folder=\"/tmp/a b, c=d\"'")
+    assert (config.strategy.rounds, config.run.folder) == (1, "/tmp/a b, c=d")
+
+
+def test_text_becomes_the_type_of_the_field():
+    assert load_config("train.stage2.lora_lr=1e-4").train.stage2.lora_lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("train.lrr=1", "train.lrr"),
+        ("+train.lrr=1", "lrr"),
+        ("train.epochs=many", "'many' of type 'str' could not be converted to Integer"),
+        ("strategy.rounds=1.5", "'1.5' of type 'float' could not be converted to Integer"),
+        ("train.stage1.lora_lr=null", "train.stage1.lora_lr"),
+        ("data.tasks=3", "data.tasks"),
+        ("model=nothing", "Could not find 'model/nothing'"),
+        ("strategy.rounds", "strategy.rounds"),
+        ("'open", "No closing quotation"),
+        ("strategy.num_neighbors=0", r"`strategy\.num_neighbors` is 0 but must be at least 1\."),
+        ("strategy.rounds=0", r"`strategy\.rounds` is 0 but must be at least 1\."),
+        ("strategy.name=best", r"`strategy\.name` is 'best' but must be one of pilot\."),
+        ("strategy.min_replies=10", "at most the number of clients, 9"),
+        ("strategy.wait_seconds=-1", r"`strategy\.wait_seconds` is -1\.0 but must be above 0"),
+        ("train.stage2.connector_lr=0", r"`train\.stage2\.connector_lr` is 0\.0 but must be above"),
+        ("train.stage1.lora_lr=nan", r"`train\.stage1\.lora_lr` is nan but must be above 0"),
+        ("train.warmup_ratio=1", r"`train\.warmup_ratio` is 1\.0 but must be at least 0 and below"),
+        ("train.difference_loss.reduction=sum", "one of normalized, frobenius, official"),
+        ("train.difference_loss.weight=-1", r"`train\.difference_loss\.weight` is -1\.0"),
+        ("model.initialisation=random", "one of identity, official"),
+        ("model.lora.rank=0", r"`model\.lora\.rank` is 0 but must be at least 1"),
+        ("model.lora.targets=[]", r"`model\.lora\.targets` is empty"),
+        ("data.tasks=[]", r"`data\.tasks` is empty"),
+        ("data.tasks=[vqa,vqa]", "must not name a task twice"),
+        ("data.tasks=[a.b]", r"`data\.tasks` is 'a\.b' but must be letters, digits"),
+        ("name=../up", r"`name` is '\.\./up' but must be letters"),
+        ("seed=-1", r"`seed` is -1 but must be at least 0"),
+    ],
+)
+def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(config_folder().rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_every_shipped_choice_composes(path):
+    group = path.parent.name
+    overrides = "" if group == "conf" else f"{group}={path.stem}"
+    assert isinstance(load_config(overrides), PilotConfig)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().train.epochs = 7
+
+
+def test_yaml_and_dict_hold_every_value():
+    config = load_config("strategy.rounds=7")
+    assert to_dict(config)["strategy"]["rounds"] == 7
+    assert "rounds: 7" in to_yaml(config)
+    assert dataclasses.asdict(config) == to_dict(config)

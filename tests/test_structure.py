@@ -1,0 +1,94 @@
+"""The map of the package: imports go to the right only, and each library stays in its layer."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "pilot_flwr"
+
+# Left to right; a module may import from its own row only what stands before it, and from the
+# rows before. A module that is missing here, or that is gone, fails the test.
+LAYERS = [
+    ["errors", "settings", "config", "submission"],
+    ["losses", "connector", "arrays", "aggregation", "metrics"],
+    [
+        "data.examples",
+        "data.digit_questions",
+        "data.digit_style",
+        "data.digits",
+        "data.collator",
+        "data.federation",
+    ],
+    ["parameters", "models", "initial", "checkpoint", "features", "run_folder"],
+    ["training", "evaluation"],
+    ["turn", "server_state", "site", "tables"],
+    ["wire", "failures", "roster", "grid", "journal", "strategy", "client_app", "server_app"],
+    ["progress", "outcome", "processes", "launch", "cli"],
+]
+ORDER = [module for layer in LAYERS for module in layer]
+
+ALLOWED_IN = {
+    "flwr": set(LAYERS[6]),
+    "hydra": {"config", "cli"},
+    "omegaconf": {"config", "cli"},
+    "peft": {"models"},
+    "sklearn": {"data.digits"},
+}
+MOST_LINES = 310
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def test_every_module_is_on_the_map():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_to_the_right_only(module):
+    allowed = set(ORDER[: ORDER.index(module)])
+    used = {
+        name.removeprefix("pilot_flwr.")
+        for name in imports(modules()[module])
+        if name.removeprefix("pilot_flwr.") in ORDER and name.startswith("pilot_flwr.")
+    }
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("library", ALLOWED_IN)
+def test_each_library_stays_in_its_layer(library):
+    users = {
+        module
+        for module, path in modules().items()
+        if any(name.split(".")[0] == library for name in imports(path))
+    }
+    assert users <= ALLOWED_IN[library]
+
+
+def test_files_stay_readable():
+    lengths = {module: len(path.read_text().splitlines()) for module, path in modules().items()}
+    assert {m: n for m, n in lengths.items() if n > MOST_LINES} == {}
+
+
+def test_no_pickle_and_no_unsafe_load():
+    for module, path in modules().items():
+        assert not {"pickle", "dill", "cloudpickle"} & imports(path), module
+        assert "torch.load" not in path.read_text(), module

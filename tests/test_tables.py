@@ -1,0 +1,67 @@
+from pilot_flwr.run_folder import RunFolder
+from pilot_flwr.tables import human_bytes, summary, timeline
+
+
+def events(folder):
+    run = RunFolder(folder)
+    for client, score, examples in (("vqa-0", 1.0, 30), ("vqa-1", 0.5, 10), ("ocr-0", 0.2, 10)):
+        run.record("evaluate", round=0, client=client, task=client[:3], score=score,
+                   metric="exact_match", examples=examples, seconds=1.0)  # fmt: skip
+    for client, stage, grads in (
+        ("vqa-0", 1, {"lora": 10, "own_task_adapter": 5, "client_adapter": 5, "base": 0}),
+        ("vqa-1", 2, {"lora": 10, "own_task_adapter": 5, "router": 3, "base": 0}),
+    ):
+        run.record("train", round=1, stage=stage, client=client, task="vqa", loss=1.0,
+                   gradients=grads, down={"lora": 1000, "task_adapters": 500},
+                   up={"lora": 2_000_000, "task_adapters": 0})  # fmt: skip
+    run.record("failure", round=1, phase="train", client="ocr-0", reason="boom")
+    run.record("aggregate", round=1, seconds=0.1, clients=2, tasks={"vqa": ["vqa-0", "vqa-1"]},
+               neighbors={"vqa-0": {"vqa-0": 0.5, "vqa-1": 0.5}, "vqa-1": {"vqa-1": 1.0}},
+               distances={})  # fmt: skip
+    run.record("round", round=1, exchanges=2, seconds=12.34)
+    return run
+
+
+def test_summary_weights_clients_by_test_examples_and_tasks_equally(tmp_path):
+    table = summary(events(tmp_path).events)
+    rows = {
+        cells[1].strip("* "): cells for cells in map(lambda r: r.split("|"), table.splitlines())
+    }
+    assert rows["vqa"][4].strip() == "0.875"  # (30 · 1 + 10 · 0.5) / 40
+    assert rows["vqa"][3].strip() == "40"
+    assert rows["ocr"][4].strip() == "0.200"
+    assert rows["mean over tasks"][4].strip() == "**0.537**"  # (0.875 + 0.2) / 2, half to even
+
+
+def test_timeline_says_what_the_events_say(tmp_path):
+    row = timeline(events(tmp_path).events).splitlines()[-1]
+    for part in (
+        "1 of 2",
+        "stage 1: 1 clients<br>stage 2: 1 clients<br>failed: 1",
+        "Θ_l 10<br>ψ_t 5<br>ψ_s 0–5<br>φ 0–3",
+        "Θ_l 2.0 kB<br>ψ_t 1.0 kB",
+        "Θ_l 4.0 MB<br>ψ_t 0 B",
+        "averaged ψ_t: vqa of 2<br>mixed 2 Θ_l, each with 0–1 others",
+        "12.3",
+    ):
+        assert part in row
+    assert "base" not in row
+
+
+def test_result_counts_failures_and_keeps_the_last_scores(tmp_path):
+    result = events(tmp_path).finish(error=None)
+    assert result["status"] == "completed"
+    assert result["failures"] == [
+        {"round": 1, "phase": "train", "client": "ocr-0", "reason": "boom"}
+    ]
+    assert result["scores"] == {"vqa-0": 1.0, "vqa-1": 0.5, "ocr-0": 0.2}
+    assert events(tmp_path).finish(error="E: x")["status"] == "failed"
+
+
+def test_no_evaluation_is_said(tmp_path):
+    assert summary([]) == "No evaluation.\n"
+
+
+def test_human_bytes():
+    sizes = [human_bytes(n) for n in (0, 999, 1000, 1_500_000, 2_000_000_000_000)]
+    assert sizes == ["0 B", "999 B", "1.0 kB", "1.5 MB", "2000.0 GB"]
