@@ -72,7 +72,7 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Run a federation under Flower's simulation engine, to its end. "
         "Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, "
         "130 or 143 stopped by Ctrl-C or SIGTERM. No process is left behind.",
-        epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.lr=1e-4",
+        epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1",
     )
     run.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"

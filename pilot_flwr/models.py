@@ -7,7 +7,6 @@ a client's turn swaps adapters in and out, the base is never loaded again.
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
@@ -27,9 +26,7 @@ from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
 from pilot_flwr.parameters import GroupName, State, claim, read, set_trainable, write
 from pilot_flwr.settings import LoraConfig, ModelConfig
-
-ASSETS = Path(__file__).resolve().parent / "assets"
-"""Checkpoints that ship with the package."""
+from pilot_flwr.shipped import checkpoint_path
 
 
 _WARM: dict[tuple[str, str, str], "PilotModel"] = {}
@@ -51,12 +48,6 @@ class ModelOutput(NamedTuple):
     logits: Tensor
     labels: Tensor
     connector: ConnectorOutput
-
-
-def checkpoint_path(path: str) -> str:
-    """Return the folder of a shipped checkpoint, or `path` itself (a folder or a hub id)."""
-    shipped = ASSETS / path
-    return str(shipped) if (shipped / "config.json").is_file() else path
 
 
 def load_llava(path: str, *, dtype: str) -> Any:

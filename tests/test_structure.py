@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pilot_flwr"
 # rows before. A module that is missing here, or that is gone, fails the test.
 LAYERS = [
     ["errors", "settings", "config", "submission"],
-    ["losses", "connector", "arrays", "aggregation", "metrics"],
+    ["losses", "connector", "arrays", "aggregation", "metrics", "shipped"],
     [
         "data.examples",
         "data.digit_questions",
