@@ -92,9 +92,7 @@ def test_stage2_is_the_mixture_of_the_design(visual, use_client_adapter):
                 for row in module.router.weight.tolist()
             ]
             weights = [math.exp(g) / sum(map(math.exp, logits)) for g in logits]
-            expected = (
-                naive_mlp(module.client_adapter, token) if use_client_adapter else [0.0] * C
-            )
+            expected = naive_mlp(module.client_adapter, token) if use_client_adapter else [0.0] * C
             for i, task in enumerate(TASKS):
                 expert = naive_mlp(module.task_adapters[task], token)
                 if i > 0:
