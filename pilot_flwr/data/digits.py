@@ -179,8 +179,8 @@ def client_style(client_index: int, *, seed: int) -> Style:
     rng = np.random.default_rng([seed, client_index])
     return replace(
         draw_style(rng, strength=1.0),
-        slant=float(rng.choice((-1, 1)) * rng.uniform(0.1, 0.35)),
-        stroke=float(2 ** rng.uniform(-1.0, 1.0)),
+        slant=float(rng.choice((-1, 1)) * rng.uniform(0.1, 0.3)),
+        stroke=float(2 ** rng.uniform(-0.75, 0.75)),
     )
 
 
