@@ -13,6 +13,7 @@ final arrays. NaN and Inf are found in the pass that is made anyway.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,8 +35,8 @@ _SUPPORTED = [("numpy", dtype, "cpu") for dtype in _NUMPY_DTYPES] + [
     ("torch", dtype, torch.device("cpu")) for dtype in _TORCH_DTYPES
 ]
 
-# Elements of a staged (K, width) block: 4 MiB in float64, which stays in cache.
-_BLOCK_ELEMENTS = 1 << 19
+# Elements of a staged (K, width) block: 2 MiB in float64, which stays in cache.
+_BLOCK_ELEMENTS = 1 << 18
 
 
 class ClientUpdateError(UpdateError):
@@ -51,6 +52,20 @@ class ClientUpdateError(UpdateError):
     def __init__(self, client: int, reason: str) -> None:
         super().__init__(f"client {client}: {reason}")
         self.client = client
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a block is too small to share.
+
+    On busy cores, the threads' waiting for each other at every block took longer than the products.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_states(states: Sequence[State], clients: Sequence[int]) -> None:
@@ -89,6 +104,7 @@ def check_states(states: Sequence[State], clients: Sequence[int]) -> None:
                 raise ClientUpdateError(client, reason)
 
 
+@_one_thread()
 @np.errstate(invalid="ignore", over="ignore")  # met with an error, not a warning
 def combine(
     states: Sequence[State], weights: Matrix, clients: Sequence[int]
@@ -123,17 +139,22 @@ def combine(
     """
     rows = len(weights)
     factors = torch.from_numpy(weights)
+    # Made once and before the results: between these, they would leave holes in the heap.
+    staging, product = np.empty(_BLOCK_ELEMENTS), np.empty(_BLOCK_ELEMENTS)
     results: list[dict[str, Array]] = [{} for _ in range(rows)]
     for name, template in states[0].items():
         vectors = [_vector(state[name]) for state in states]
         outputs = [_empty_like(template) for _ in range(rows)]
         targets = [_vector(output) for output in outputs]
-        for columns, block in _blocks(vectors):
-            if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
+        for columns, block in _blocks(vectors, staging):
+            stacked = torch.from_numpy(block)
+            if not np.isfinite(stacked.sum().item()):  # NaN and Inf survive the sum
                 raise _not_finite(name, vectors, clients)
             # A float64 sum of equal values may be off by a bit, so those are passed on as they are.
             equal = (block[:, 0] == block[0, 0]).all() and (block == block[0]).all()
-            mixed = block[:rows] if equal else torch.mm(factors, torch.from_numpy(block)).numpy()
+            mixed = block[:rows] if equal else _reshaped(product, rows, block.shape[1])
+            if not equal:
+                torch.mm(factors, stacked, out=torch.from_numpy(mixed))
             for target, source in zip(targets, mixed, strict=True):
                 _round_into(target[columns], source)
         for result, output in zip(results, outputs, strict=True):
@@ -141,6 +162,7 @@ def combine(
     return results
 
 
+@_one_thread()
 @np.errstate(invalid="ignore", over="ignore")  # met with an error, not a warning
 def centred_gram(states: Sequence[State]) -> Matrix:
     """Compute the inner products of the clients' differences to the first client.
@@ -167,9 +189,10 @@ def centred_gram(states: Sequence[State]) -> Matrix:
         If the values of a tensor are so large that their squares overflow.
     """
     total = np.zeros((len(states), len(states)))
+    staging = np.empty(_BLOCK_ELEMENTS)
     for name in states[0]:
         vectors = [_vector(state[name]) for state in states]
-        for _, block in _blocks(vectors):
+        for _, block in _blocks(vectors, staging):
             block -= block[0].copy()
             differences = torch.from_numpy(block)
             total += torch.mm(differences, differences.T).numpy()
@@ -178,14 +201,13 @@ def centred_gram(states: Sequence[State]) -> Matrix:
     return total
 
 
-def _blocks(vectors: Sequence[Array]) -> Iterator[tuple[slice, Matrix]]:
-    """Yield the columns of K vectors as float64 (K, width) blocks, all in one reused buffer."""
-    size = vectors[0].shape[0]
-    width = max(1, min(size, _BLOCK_ELEMENTS // len(vectors)))
-    buffer = np.empty((len(vectors), width))
+def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, Matrix]]:
+    """Yield the columns of K vectors as float64 (K, width) blocks, all of them in `buffer`."""
+    size, clients = vectors[0].shape[0], len(vectors)
+    width = buffer.size // clients
     for start in range(0, size, width):
         columns = slice(start, min(size, start + width))
-        block = buffer[:, : columns.stop - start]
+        block = _reshaped(buffer, clients, columns.stop - start)
         for row, vector in zip(block, vectors, strict=True):
             part = vector[columns]
             if isinstance(part, torch.Tensor):
@@ -193,6 +215,10 @@ def _blocks(vectors: Sequence[Array]) -> Iterator[tuple[slice, Matrix]]:
             else:
                 row[:] = part
         yield columns, block
+
+
+def _reshaped(buffer: Matrix, rows: int, columns: int) -> Matrix:
+    return buffer[: rows * columns].reshape(rows, columns)
 
 
 def _round_into(target: Array, source: Matrix) -> None:
