@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = LlavaForConditionalGeneration.from_pretrained(args.base)
+    model = LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(args.base)
     collator = Collator(processor, num_visual_tokens=NUM_VISUAL_TOKENS, max_length=128)
     means = []

@@ -27,7 +27,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def model():
-    return LlavaForConditionalGeneration.from_pretrained(FOLDER).eval()
+    return LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
 
 
 def messages(dialogue):
