@@ -6,6 +6,7 @@ B images, N visual tokens, D vision channels, C language-model channels, T tasks
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,7 @@ class Adapter(nn.Module):
 
     def copy(self, *, zero_output: bool = False) -> "Adapter":
         """Return an independent copy; with `zero_output` its last layer is zero."""
-        weight = self.linear_1.weight
-        twin = Adapter(weight.shape[1], weight.shape[0], bias=self.linear_1.bias is not None).to(
-            weight
-        )
-        twin.load_state_dict(self.state_dict())
+        twin = deepcopy(self)  # a new one would draw its weights first: three times as slow
         if zero_output:
             with torch.no_grad():
                 for parameter in twin.linear_2.parameters():

@@ -175,6 +175,13 @@ def test_copies_are_independent():
     assert original.linear_1.weight.abs().sum() > 0
 
 
+def test_copying_draws_no_random_numbers():
+    original = adapter(1)
+    before = torch.get_rng_state()
+    original.copy()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_router_is_drawn_from_the_generator_alone():
     def router_weight(seed: int) -> torch.Tensor:
         return stage2_connector(
