@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pilot_flwr import __version__
 from pilot_flwr.errors import ConfigError, PilotError
@@ -88,11 +89,16 @@ def _run(options: argparse.Namespace) -> int:
     from pilot_flwr.config import load_config
     from pilot_flwr.launch import launch
     from pilot_flwr.processes import Interrupted
+    from pilot_flwr.shipped import checkpoint_path
 
     config = load_config(shlex.join(options.overrides))
     federation = submission.federation_config(config.num_clients, config.simulation)
     folder = submission.run_folder(config.run.folder, config.name, datetime.now())
-    overrides = shlex.join([*options.overrides, submission.folder_override(folder)])
+    words = [*options.overrides, submission.path_override("run.folder", folder)]
+    base = config.model.path
+    if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
+        words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
+    overrides = shlex.join(words)
     if load_config(overrides).run.folder != str(folder):
         raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
     app = submission.app_folder()

@@ -5,6 +5,7 @@ import re
 from flwr.app import Error
 
 from pilot_flwr.errors import RunError
+from pilot_flwr.wording import headline
 
 _DEAD_WORKER = re.compile(
     r"ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
@@ -16,7 +17,7 @@ OWN_ERROR = 1001
 
 
 def reason_of(error: Error) -> str:
-    """Return the meaningful line of an error reply: our own words, or an exception's last line.
+    """Return the meaningful line of an error reply: our own words, or an exception's.
 
     Raises
     ------
@@ -29,11 +30,6 @@ def reason_of(error: Error) -> str:
         raise RunError(
             "A Ray worker process died while it ran a client (often: out of memory). Flower "
             "does not replace it, so the run stops here; the last complete round is in "
-            f"checkpoint/. Ray says: {_last_line(text)}"
+            f"checkpoint/. Ray says: {headline(text)}"
         )
-    return text if error.code == OWN_ERROR else _last_line(text) or f"error {error.code}"
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.replace("\\n", "\n").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>").strip() if lines else ""
+    return text if error.code == OWN_ERROR else headline(text)

@@ -28,7 +28,6 @@ from pilot_flwr.parameters import GroupName, State, claim, read, set_trainable, 
 from pilot_flwr.settings import LoraConfig, ModelConfig
 from pilot_flwr.shipped import checkpoint_path
 
-
 _WARM: dict[tuple[str, str, str], "PilotModel"] = {}
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.progress import EventTail, headline, plain
+from pilot_flwr.progress import EventTail
+from pilot_flwr.wording import headline, plain
 
 COMPLETED = "finished:completed"
 SHOWN_FAILURES = 5

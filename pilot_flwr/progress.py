@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pilot_flwr.wording import count, headline, human_bytes, human_seconds, plain
+
 Event = Mapping[str, Any]
 LOSS_PARTS = ("ce", "difference", "balance", "z")
 
@@ -69,6 +71,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._exchange: int | None = None
+        self._scores: dict[str, str] = {}
         self._client_width = 8
         self._task_width = 6
 
@@ -113,35 +116,36 @@ class Progress:
         self._client_width = max([self._client_width, *names])
         self._task_width = max([self._task_width, *tasks])
         stages = sorted({str(row["stage"]) for row in rows if row.get("stage") is not None})
-        about = f": {_count(len(rows), 'client')}"
+        about = f": {count(len(rows), 'client')}"
         if stages:
             about += f", stage {' and '.join(stages)}"
         return self._heading(event, about)
 
     def _evaluate(self, event: Event) -> list[str]:
-        heading = self._heading(event)
+        """Keep the score of an incoming model for the client's training line; show a last one."""
         number = _integer(event, "round")
         score = _number(event, "score")
+        cell = f"{event.get('metric', 'score')} {'?' if score is None else f'{score:.3f}'}"
+        if number is not None and self._exchange is not None and number < self._exchange:
+            self._scores[str(event.get("client"))] = cell
+            return []
         when = "" if number is None else f"after exchange {number}"
-        row = self._row(
-            event,
-            f"{event.get('metric', 'score')} {'?' if score is None else f'{score:.3f}'}".ljust(20),
-            "before training" if number == 0 else when,
-            *_effort(event),
-        )
-        return [*heading, row]
+        when = "before training" if number == 0 else when
+        return [*self._heading(event), self._row(event, cell, when, *_effort(event))]
 
     def _train(self, event: Event) -> list[str]:
         heading = self._heading(event)
         loss = _number(event, "loss")
         parts = [(part, _number(event, f"loss_{part}")) for part in LOSS_PARTS]
         detail = ", ".join(
-            f"{part} {value:.4g}" for part, value in parts if value is not None and value != 0
+            f"{part} {value:.3g}" for part, value in parts if value is not None and value != 0
         )
+        before = self._scores.pop(str(event.get("client")), "")
         row = self._row(
             event,
-            f"loss {'?' if loss is None else f'{loss:.4f}'}".ljust(12),
-            f"({detail})" if detail else "",
+            f"{before} before," if before else "",
+            f"loss {'?' if loss is None else f'{loss:.3f}'}",
+            f"({detail})".ljust(40) if detail else "",
             *_effort(event),
             *_traffic(event),
         )
@@ -154,7 +158,7 @@ class Progress:
 
     def _aggregate(self, event: Event) -> list[str]:
         clients = _integer(event, "clients")
-        what = "" if clients is None else f" {_count(clients, 'client')}"
+        what = "" if clients is None else f" {count(clients, 'client')}"
         return [*self._heading(event), f"  aggregated{what}{_lasting(event)}"]
 
     def _round(self, event: Event) -> list[str]:
@@ -208,60 +212,7 @@ class Narrator:
         """Print the rest, and how many lines could not be read."""
         self.show()
         if self._events.unreadable:
-            self._out(f"  {_count(self._events.unreadable, 'line')} of metrics.jsonl unreadable")
-
-
-def headline(reason: str) -> str:
-    """Return the one line of an error reply that says what went wrong.
-
-    Of a traceback this is the last exception that is not Flower's or Ray's wrapper around the
-    client's own; of anything else the first line.
-    """
-    text = plain(reason).strip()
-    if text.startswith("<class '") and ">:<" in text:  # Flower's `<class 'E'>:<'message'>`
-        text = text.split(">:<", 1)[1].removesuffix(">").strip("'\"")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if 'File "' in text:
-        raised = [line for line in lines if _is_exception(line)]
-        lines = raised[-1:] or lines[-1:]
-    return lines[0].strip() if lines else "no reason given"
-
-
-def plain(text: str) -> str:
-    """Return `text` without terminal colours."""
-    first, *rest = text.split("\x1b[")
-    return first + "".join(part[part.find("m") + 1 :] for part in rest)
-
-
-def human_seconds(seconds: float) -> str:
-    """Word a duration: ``3.1 s``, ``2 min 5 s``, ``1 h 3 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def human_bytes(size: float) -> str:
-    """Word a number of bytes in steps of 1,000: ``640 B``, ``1.2 MB``."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def _is_exception(line: str) -> bool:
-    name, _, message = line.partition(":")
-    kind = name.rsplit(".", 1)[-1]
-    if not name.replace(".", "_").isidentifier() or kind == "ClientAppException":
-        return False
-    return kind[:1].isupper() and (bool(message.strip()) or kind.endswith("Error"))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+            self._out(f"  {count(self._events.unreadable, 'line')} of metrics.jsonl unreadable")
 
 
 def _effort(event: Event) -> list[str]:

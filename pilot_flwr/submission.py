@@ -60,17 +60,17 @@ def run_folder(configured: str, name: str, now: datetime) -> Path:
     return folder
 
 
-def folder_override(folder: Path) -> str:
-    r"""Return the Hydra override that sets `run.folder`, whatever characters the path has.
+def path_override(key: str, path: Path) -> str:
+    r"""Return the Hydra override that sets `key` to a path, whatever characters it has.
 
     In Hydra's quotes a quote is written ``\'`` and backslashes count only before a quote;
     OmegaConf reads ``\${`` as a plain ``${``.
     """
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", str(folder)):
-        return f"run.folder={folder}"
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(folder))
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", str(path)):
+        return f"{key}={path}"
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
     text = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", r"\'")
-    return f"run.folder='{text}'"
+    return f"{key}='{text}'"
 
 
 def toml_string(text: str) -> str:

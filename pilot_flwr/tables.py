@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pilot_flwr.parameters import GROUPS
+from pilot_flwr.wording import human_bytes
 
 Event = dict[str, Any]
 
@@ -91,15 +92,6 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
-
-
-def human_bytes(count: float) -> str:
-    """Return a byte count with a decimal unit, as in ``1.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _select(events: Sequence[Event], kind: str, number: int | None = None) -> list[Event]:

@@ -13,6 +13,7 @@ from flowerlab import nothing_left, write_app
 
 from pilot_flwr import cli, submission
 from pilot_flwr import launch as launch_module
+from pilot_flwr.config import load_config
 from pilot_flwr.errors import RunError
 from pilot_flwr.outcome import Outcome
 from pilot_flwr.processes import Interrupted
@@ -59,6 +60,13 @@ def test_success(launched, capsys, tmp_path):
 def test_a_run_folder_with_blanks_and_quotes_is_carried(launched, tmp_path):
     assert cli.main(["run", "run.folder='it\\'s, mine=1'"]) == 0
     assert launched.calls[0][3] == tmp_path / "it's, mine=1"
+
+
+def test_a_relative_base_model_is_made_absolute(launched, tmp_path):
+    (tmp_path / "my base").mkdir()
+    assert cli.main(["run", "model.path='my base'"]) == 0
+    config = load_config(launched.calls[0][1])
+    assert config.model.path == str(tmp_path / "my base")
 
 
 def test_a_failed_run_is_exit_code_1(launched, capsys):

@@ -65,7 +65,7 @@ def test_a_wrong_override_is_refused_before_anything_starts(tmp_path):
     ],
 )  # fmt: skip
 def test_plain_flwr_run(tmp_path, options, status, words):
-    """`flwr run .` with Flower's own two nodes stops with the command to use; with that it works."""
+    """With Flower's own two nodes it stops with the command to use; with that it works."""
     environment = os.environ | {
         "FLWR_HOME": str(tmp_path / "home"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39217",

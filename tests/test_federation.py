@@ -274,7 +274,10 @@ def test_a_client_that_misses_a_round_keeps_its_lora_and_its_tasks_adapter(tmp_p
             if order["client"] == "counting-0" and order["round"] == 2:
                 down["lora"] = decode_state(message.content["lora"])
                 down["adapter"] = decode_state(message.content["task-adapter.counting"])
-                return Message(Error(0, "Traceback\nValueError: boom"), reply_to=message)
+                return Message(
+                    Error(0, 'Traceback:\n  File "x.py", line 1\nValueError: boom'),
+                    reply_to=message,
+                )
         return reply
 
     federation.grid.on_reply = drop

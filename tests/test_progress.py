@@ -11,11 +11,8 @@ from pilot_flwr.progress import (
     LineTail,
     Narrator,
     Progress,
-    headline,
-    human_bytes,
-    human_seconds,
-    plain,
 )
+from pilot_flwr.wording import headline, human_bytes, human_seconds, plain
 
 ROSTER = {
     "event": "roster",
@@ -73,14 +70,13 @@ def test_a_round_reads_from_roster_to_duration():
     assert squeezed(lines) == [
         "",
         "Exchange 1: 2 clients, stage 1",
-        "vqa-1 vqa exact_match 0.610 before training 60 examples 1.2 s",
-        "vqa-1 vqa loss 1.2000 (ce 1.1, difference 0.1) 180 examples 6 steps 3.1 s "
-        "down 640 B up 1.2 MB",
+        "vqa-1 vqa exact_match 0.610 before, loss 1.200 (ce 1.1, difference 0.1) "
+        "180 examples 6 steps 3.1 s down 640 B up 1.2 MB",
         "aggregated 2 clients in 0.2 s",
         "exchange 1 of 4 done in 1 min 20 s",
         "",
         "Exchange 2",
-        "vqa-1 vqa loss 1.2000 (ce 1.1, difference 0.1) 180 examples 6 steps 3.1 s "
+        "vqa-1 vqa loss 1.200 (ce 1.1, difference 0.1) 180 examples 6 steps 3.1 s "
         "down 640 B up 1.2 MB",
     ]
 
@@ -93,12 +89,22 @@ def test_columns_are_aligned_to_the_longest_client_and_task():
     assert first.index("loss") == second.index("loss")
 
 
-def test_scores_of_the_last_exchange_do_not_reopen_its_heading():
+def test_the_score_of_an_incoming_model_waits_for_its_clients_training_line():
     view = Progress()
     view.lines({**ROSTER, "round": 2})
-    lines = view.lines({**EVALUATE, "round": 1})
+    assert view.lines({**EVALUATE, "round": 1}) == []
+    other = view.lines({**TRAIN, "round": 2, "client": "vqa-0"})
+    assert "before" not in other[0]
+    assert "exact_match 0.610 before," in view.lines({**TRAIN, "round": 2})[0]
+    assert "before" not in view.lines({**TRAIN, "round": 2})[0]
+
+
+def test_the_last_scores_have_lines_of_their_own():
+    view = Progress()
+    view.lines({**ROSTER, "round": 2})
+    lines = view.lines({**EVALUATE, "round": 2})
     assert len(lines) == 1
-    assert "after exchange 1" in lines[0]
+    assert "exact_match 0.610   after exchange 2" in lines[0]
 
 
 def test_scores_before_any_roster_stand_under_their_own_heading():

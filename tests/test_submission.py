@@ -40,7 +40,9 @@ def parse_config_args():
 
 @pytest.mark.parametrize("path", NASTY)
 def test_any_run_folder_survives_hydra_and_the_shell(path):
-    overrides = shlex.join(["run.folder=/other", submission.folder_override(Path(path))])
+    overrides = shlex.join(
+        ["run.folder=/other", submission.path_override("run.folder", Path(path))]
+    )
     assert load_config(overrides).run.folder == path
 
 

@@ -1,5 +1,5 @@
 from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.tables import human_bytes, summary, timeline
+from pilot_flwr.tables import summary, timeline
 
 
 def events(folder):
@@ -60,8 +60,3 @@ def test_result_counts_failures_and_keeps_the_last_scores(tmp_path):
 
 def test_no_evaluation_is_said(tmp_path):
     assert summary([]) == "No evaluation.\n"
-
-
-def test_human_bytes():
-    sizes = [human_bytes(n) for n in (0, 999, 1000, 1_500_000, 2_000_000_000_000)]
-    assert sizes == ["0 B", "999 B", "1.0 kB", "1.5 MB", "2000.0 GB"]

@@ -5,6 +5,7 @@ it in `render`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -
     if style.slant:
         tiles = np.stack([_shear(one, style.slant) for one in tiles])
     tiles = tiles ** np.float32(style.stroke)
-    page = tiles.reshape(2, 2, tile, tile).transpose(0, 2, 1, 3).reshape(size, size)
+    page: NDArray[Any] = tiles.reshape(2, 2, tile, tile).transpose(0, 2, 1, 3).reshape(size, size)
     if style.blur > 0:
         sheet = Image.fromarray((page * 255).round().astype(np.uint8))
         blurred = sheet.filter(ImageFilter.GaussianBlur(style.blur))
