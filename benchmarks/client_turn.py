@@ -1,0 +1,231 @@
+"""Benchmark a client's turn in a warm process against one that loads the base model first.
+
+Flower's LLM example loads the base in every turn of every client; here a process loads it once
+and a turn only swaps adapters. Two clients take CT-MoA turns alternately, with one example and one
+step each, so that what a turn costs apart from training shows. Measured on the shipped
+``tiny-llava`` and on a random checkpoint of 0.5 B parameters in Hugging Face format.
+
+Run ``python benchmarks/client_turn.py`` (about 3 minutes, 6 GiB, 1.1 GB of disk for a temporary
+folder) to renew ``benchmarks/results/client_turn.json``, or ``--quick`` to see that it works.
+The base that is loaded anew comes from the operating system's file cache, the best case.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from _record import RESULTS, write_record
+from _timing import summarize, take_turns
+from transformers.utils import logging as transformers_logging
+
+from pilot_flwr.checkpoint import PrivateStore
+from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.initial import initial_state
+from pilot_flwr.models import load_processor, warm_model
+from pilot_flwr.settings import DataConfig, ModelConfig, PilotConfig, TrainConfig
+from pilot_flwr.shipped import checkpoint_path
+from pilot_flwr.turn import (
+    Order,
+    Site,
+    TurnResult,
+    _enter_ordered_architecture,
+    _private_state,
+    take_turn,
+    turn_generator,
+)
+
+RESULT = RESULTS / "client_turn.json"
+
+
+class Size(NamedTuple):
+    """Sizes of a checkpoint to make: a CLIP tower and a Llama."""
+
+    vision_width: int
+    vision_layers: int
+    width: int
+    inner: int
+    layers: int
+    vocabulary: int
+
+
+HALF_BILLION = Size(768, 12, 1024, 4096, 22, 32000)
+TINY = Size(64, 2, 64, 128, 2, 512)
+
+
+def make_checkpoint(folder: Path, size: Size) -> int:
+    """Write a random LLaVA in bfloat16 with the shipped tokenizer; return its parameter count.
+
+    Images are 56 x 56 pixels in patches of 14, so that one image is 16 tokens, as for tiny-llava.
+    """
+    image_size, patch_size, head = 56, 14, 64
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint_path("tiny-llava"))
+    processor.patch_size = patch_size
+    processor.image_processor.size = {"shortest_edge": image_size}
+    processor.image_processor.crop_size = {"height": image_size, "width": image_size}
+    processor.save_pretrained(folder)
+    shipped = transformers.AutoConfig.from_pretrained(checkpoint_path("tiny-llava"))
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=size.vision_width,
+            intermediate_size=4 * size.vision_width,
+            num_hidden_layers=size.vision_layers,
+            num_attention_heads=size.vision_width // head,
+            image_size=image_size,
+            patch_size=patch_size,
+        ),
+        text_config=transformers.LlamaConfig(
+            hidden_size=size.width,
+            intermediate_size=size.inner,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.width // head,
+            num_key_value_heads=size.width // head,
+            vocab_size=size.vocabulary,
+            pad_token_id=shipped.text_config.pad_token_id,
+            bos_token_id=shipped.text_config.bos_token_id,
+            eos_token_id=shipped.text_config.eos_token_id,
+        ),
+        image_token_index=shipped.image_token_id,
+        image_seq_length=(image_size // patch_size) ** 2,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Rotation:
+    """Two clients that take turns on one base.
+
+    Parameters
+    ----------
+    path : str
+        The base model.
+    folder : Path
+        Gets the clients' private states.
+    """
+
+    def __init__(self, path: str, folder: Path) -> None:
+        self.config = PilotConfig(
+            model=ModelConfig(path=path),
+            data=DataConfig(clients_per_task=1, train_examples=1, test_examples=1),
+            train=TrainConfig(epochs=1),
+        )
+        self.initial = initial_state(self.config.model, seed=0)
+        self.sites = [
+            Site(client, folder / client.id, torch.device("cpu"))
+            for client in federation_clients(self.config.data)[:2]
+        ]
+        for site in self.sites:
+            self._take(site, stage=1)
+        self.turn = itertools.cycle(self.sites)
+        self.bases = itertools.count(2)
+        self.training: list[float] = []
+
+    def warm(self) -> None:
+        """Take the next client's turn on the base that is there."""
+        result = self._take(next(self.turn), stage=2)
+        assert result.training is not None
+        self.training.append(result.training.seconds)
+
+    def cold(self) -> None:
+        """Take the next client's turn after loading the base.
+
+        A process keeps one base, by its configuration; so one that differs in a bound that
+        nothing here reaches makes `warm_model` load it anew.
+        """
+        cache = replace(self.config.model.feature_cache, max_gib=float(next(self.bases)))
+        self.config = replace(self.config, model=replace(self.config.model, feature_cache=cache))
+        self.warm()
+
+    def swap_in(self) -> None:
+        """Do of a turn only what makes the base the next client's CT-MoA model."""
+        site = next(self.turn)
+        private = PrivateStore(site.state_folder).load()
+        order, generator = self._order(site, stage=2), turn_generator(0, site.client.id, 2)
+        _enter_ordered_architecture(self.base(), site.client.task, private, order, generator)
+
+    def swap_out(self) -> None:
+        """Do of a turn only what takes the trained parameters out of the base again."""
+        model = self.base()
+        model.state("own_task_adapter")
+        model.state("lora")
+        site = next(site for site in self.sites if site.client.task == model.own_task)
+        PrivateStore(site.state_folder).save(_private_state(model))
+
+    def base(self) -> Any:
+        """Return the base that is there."""
+        reduction = self.config.train.difference_loss.reduction
+        return warm_model(self.config.model, reduction=reduction, device=torch.device("cpu"))
+
+    def _take(self, site: Site, *, stage: int) -> TurnResult:
+        return take_turn(site, self.config, self._order(site, stage), progress=print)
+
+    def _order(self, site: Site, stage: int) -> Order:
+        tasks = tuple(self.config.data.tasks)
+        known = tasks if stage == 2 else (site.client.task,)
+        adapters = dict.fromkeys(known, self.initial.adapter)
+        return Order(stage, stage, tasks, adapters, self.initial.lora, evaluate=False)
+
+
+def measure(path: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """Time warm and cold turns and the swaps in turn."""
+    load_processor(path)
+    rotation = Rotation(path, folder)
+    parts = {
+        "warm_turn": rotation.warm,
+        "cold_turn": rotation.cold,
+        "swap_in": rotation.swap_in,
+        "swap_out": rotation.swap_out,
+    }
+    times = take_turns(parts, repeats=repeats)
+    model = rotation.base()
+    groups = {name: sum(p.numel() for p in g.values()) for name, g in model.groups().items()}
+    return {
+        "parameters": {
+            "base": groups.pop("base") + sum(p.numel() for p in model._projector[0].parameters()),
+            "swapped": sum(groups.values()),
+        },
+        "training_seconds_in_a_turn": round(statistics.median(rotation.training), 4),
+        **summarize(times, {"cold_to_warm": ("cold_turn", "warm_turn")}),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print, and write the result file unless this is a quick run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each part that count")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    repeats = 1 if options.quick else options.repeats
+    results: dict[str, Any] = {
+        "threads": options.threads,
+        "repeats": repeats,
+        "examples_per_turn": 1,
+        "steps_per_turn": 1,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = folder / "base"
+        make_checkpoint(made, TINY if options.quick else HALF_BILLION)
+        results["random"] = measure(str(made), folder / "random", repeats)
+        results["random"]["file_bytes"] = sum(f.stat().st_size for f in made.glob("*.safetensors"))
+        results["tiny-llava"] = measure("tiny-llava", folder / "tiny", repeats)
+    print(json.dumps(results, indent=2))
+    if not options.quick:
+        write_record(options.output, results, packages=["torch", "transformers", "peft"])
+    return results
+
+
+if __name__ == "__main__":
+    main()

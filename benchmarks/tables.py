@@ -1,0 +1,177 @@
+"""Print the README's benchmark table from ``benchmarks/results``, so that no number is typed.
+
+Run ``python benchmarks/tables.py``.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _record import RESULTS
+
+from pilot_flwr.tables import human_bytes, markdown
+
+Results = dict[str, Any]
+Rows = list[list[str]]
+"""What was measured, the figure, the goal."""
+
+
+def connector_rows(results: Results) -> Rows:
+    """Rows of ``connector.json``."""
+    connectors, loss = results["connectors"], results["reductions"]
+    ratio, goals = connectors["wall"]["ratio"], connectors["goals"]
+    size, shape = connectors["size"], loss["shape"]
+    flat, times = shape["N"] * shape["C"], loss["wall"]["median_seconds"]
+    peak = loss["peak_bytes"]
+    return [
+        [
+            f"CT-MoA forward + backward, N={size['tokens']}, D={size['vision']}, "
+            f"C={size['channels']}, T={connectors['tasks']}, to its bare matrix products",
+            f"{ratio['ct_moa_to_products']:.2f} x",
+            f"<= {goals['ct_moa_to_products']} x",
+        ],
+        [
+            "difference loss (normalized) to stage 1's forward + backward, same size",
+            f"{ratio['difference_loss_to_stage1']:.1%}",
+            f"<= {goals['difference_loss_to_stage1']:.0%}",
+        ],
+        *(
+            [
+                f"difference loss ({name}), N·C={flat:,}, B={shape['B']}, forward + backward, "
+                "against the (N·C)² formula",
+                f"{milliseconds(times[name])} and {human_bytes(peak[name])} against "
+                f"{milliseconds(times['literal'])} and {human_bytes(peak['literal'])}",
+                "",
+            ]
+            for name in ("normalized", "official")
+        ),
+        [
+            "that matrix alone at LLaVA-1.5-7B's N·C (computed)",
+            f"{loss['literal_matrix_bytes_at_llava_size'] / 1e12:.1f} TB",
+            "",
+        ],
+    ]
+
+
+def aggregation_rows(results: Results) -> Rows:
+    """Rows of ``aggregation.json``."""
+    main, accuracy = results["main"], results["accuracy"]
+    memory, ratio = main["memory"], main["wall"]["ratio"]
+    allowed = memory["output_mib"] + memory["largest_stacked_tensor_mib"]
+    size = f"{main['clients']} clients x {main['parameters'] / 1e6:.1f} M float32"
+    curve = [
+        f"{point['clients']}: {point['wall']['ratio']['to_flower']:.2f} x"
+        for point in results["curve"]
+    ]
+    return [
+        [
+            f"distances + ATA, {size}, to Flower's own weighted average",
+            f"{ratio['to_flower']:.2f} x",
+            "<= 4 x",
+        ],
+        [
+            "extra peak memory of distances; of ATA",
+            f"{memory['distances_extra_peak_mib']:.1f} MiB; {memory['mix_extra_peak_mib']:.1f} MiB",
+            f"<= {allowed:.1f} MiB (output + one stacked tensor)",
+        ],
+        [
+            "relative error of distances, common offset "
+            f"{accuracy['common_offset_over_differences']:,} times the differences",
+            f"{accuracy['distances_max_relative_error']:.1e}",
+            "<= 1e-6",
+        ],
+        [
+            f"the same ratio by number of clients, {results['curve'][0]['parameters'] / 1e6:.1f} M",
+            ", ".join(curve),
+            "",
+        ],
+    ]
+
+
+def client_turn_rows(results: Results) -> Rows:
+    """Rows of ``client_turn.json``."""
+    rows = []
+    for name in ("tiny-llava", "random"):
+        measured = results[name]
+        seconds = measured["wall"]["median_seconds"]
+        millions = measured["parameters"]["base"] / 1e6
+        title = name if name != "random" else "random checkpoint"
+        rows.append(
+            [
+                f"a client's turn with the base warm, against loading it, {title} "
+                f"({millions:,.1f} M), one example, one step",
+                f"{seconds['warm_turn']:.2f} s against {seconds['cold_turn']:.2f} s "
+                f"({measured['wall']['ratio']['cold_to_warm']:.1f} x); "
+                f"swap {seconds['swap_in']:.2f} s in, {seconds['swap_out']:.2f} s out",
+                "",
+            ]
+        )
+    return rows
+
+
+def round_overhead_rows(results: Results) -> Rows:
+    """Rows of ``round_overhead.json``."""
+    first, later = results["first_exchange"], results["idle_share_after_first"]
+    goal = results["goals"]["idle_share_after_first"]
+    return [
+        [
+            "demo: share of an exchange in which no client trains or evaluates, after the first",
+            f"{later['overall']:.1%} (worst exchange {later['largest']:.1%})",
+            f"<= {goal:.0%}",
+        ],
+        [
+            "the same for the first exchange, which starts Ray and torch",
+            f"{first['idle_share']:.1%} of {first['wall_seconds']:.0f} s",
+            "",
+        ],
+    ]
+
+
+ROWS: dict[str, Callable[[Results], Rows]] = {
+    "connector": connector_rows,
+    "aggregation": aggregation_rows,
+    "client_turn": client_turn_rows,
+    "round_overhead": round_overhead_rows,
+}
+"""Rows by the name of a result file."""
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time with three significant digits, in milliseconds."""
+    return f"{1000 * seconds:.3g} ms"
+
+
+def table(folder: Path = RESULTS) -> str:
+    """Return the table of all result files that there are, and what they were measured on."""
+    rows = [["measured", "figure", "goal"]]
+    notes = []
+    for name, rows_of in ROWS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            rows += rows_of(record["results"])
+            notes.append(note(record))
+    return markdown(rows) + "\n" + "\n".join(f"- {line}" for line in notes) + "\n"
+
+
+def note(record: Results) -> str:
+    """Return how, on what and when a result file was measured."""
+    machine, versions = record["machine"], record["versions"]
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    changed = ", with uncommitted changes" if record["commit"]["dirty"] else ""
+    commit = (record["commit"]["id"] or "unknown")[:12]
+    return (
+        f"`{record['command']}`: {machine['cores']} cores of {machine['cpu']}, load "
+        f"{machine['load_average'][0]:.1f}, {packages}, {record['date'][:10]}, "
+        f"commit {commit}{changed}"
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Every benchmark's quick size, and what the benchmarks compute besides times."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = ("connector", "aggregation", "client_turn", "round_overhead")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a script of the folder by its name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def result_files() -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (FOLDER / "results").glob("*.json")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_quick_size_runs_and_writes_nothing(name, benchmark, capsys):
+    before = result_files()
+    benchmark(name).main(["--quick"])
+    assert capsys.readouterr().out
+    assert result_files() == before
+
+
+def test_run_all_runs_every_script_there_is(benchmark):
+    scripts = {path.stem for path in FOLDER.glob("[!_]*.py")} - {"run_all", "tables"}
+    assert set(benchmark("run_all").BENCHMARKS) == scripts == set(SCRIPTS)
+    assert set(benchmark("tables").ROWS) == scripts
+
+
+def test_tables_prints_every_result_file_there_is(benchmark, tmp_path):
+    tables = benchmark("tables")
+    found = tables.table()
+    for name in result_files():
+        assert f"`python benchmarks/{name.removesuffix('.json')}.py" in found
+    assert len(tables.table(tmp_path).split("\n|")) == 2  # nothing measured: header and rule
+
+
+def test_the_bare_products_are_those_of_a_training_pass(benchmark):
+    """Both do the same floating point operations in matrix products, by torch's own count."""
+    connector = benchmark("connector")
+    case = connector.Case(connector.TINY, torch.device("cpu"))
+
+    def operations(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    whole = operations(connector.training_pass(case.stage2(), case))
+    bare = operations(case.products(trained=3, frozen=3, experts=3))
+    assert whole == pytest.approx(bare, rel=1e-4)  # L_b has a product of T numbers
+    whole = operations(connector.stage1_pass(case.stage1(), case, loss=False))
+    assert whole == operations(case.products(trained=2, frozen=0, experts=0))
+
+
+def test_peak_memory_of_the_literal_formula_holds_its_matrix(benchmark):
+    connector = benchmark("connector")
+    task = torch.zeros(1, 8, 16)
+    run = connector.loss_pass(task, task, connector.literal_official)
+    assert connector.peak_bytes(run, torch.device("cpu")) > 4 * (8 * 16) ** 2
+
+
+def test_union_of_intervals_counts_no_second_twice(benchmark):
+    intervals = [(3, 5), (0, 2), (1, 2), (4, 9), (4, 6), (12, 13)]
+    covered = {second for first, last in intervals for second in range(first, last)}
+    assert benchmark("round_overhead").union_seconds(intervals) == len(covered)
+
+
+def test_idle_share_of_a_made_up_run(benchmark):
+    """Both exchanges last 10 s, of which clients are busy for 8: in turn, then side by side."""
+    found = benchmark("round_overhead").main(["--quick"])
+    (later,) = found["later_exchanges"]
+    assert found["first_exchange"]["idle_share"] == later["idle_share"] == pytest.approx(0.2)
+    assert (found["first_exchange"]["mean_busy_workers"], later["mean_busy_workers"]) == (0.8, 1.6)
+
+
+def test_an_unfinished_run_is_refused(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="no completed run"):
+        benchmark("round_overhead").main([str(tmp_path)])
+
+
+def test_ratios_are_taken_within_each_turn(benchmark):
+    """1/2, 4/4 and 9/3: their median is 1, while that of the seconds, 4/3, is not."""
+    times = {"wall": {"a": [1.0, 4.0, 9.0], "b": [2.0, 4.0, 3.0]}}
+    found = benchmark("_timing").summarize(times, {"a_to_b": ("a", "b")})["wall"]
+    assert found["ratio"]["a_to_b"] == 1
+    assert found["ratio_range"]["a_to_b"] == [0.5, 3]
+    assert math.isclose(found["median_seconds"]["a"], 4)
