@@ -5,7 +5,9 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
+from pilot_flwr import arrays
 from pilot_flwr.aggregation import (
+    _components,
     adaptive_weights,
     mix,
     pairwise_distances,
@@ -151,6 +153,13 @@ def test_an_outlier_matters_only_where_it_has_weight() -> None:
         assert_allclose(flat(mix(states, weights)[k]), expected, rtol=1e-7, atol=1e-12)
 
 
+def test_weights_leave_the_distances_as_they_are() -> None:
+    distances = pairwise_distances(make_states(4))
+    before = distances.copy()
+    adaptive_weights(distances, [1] * 4, 2)
+    assert_array_equal(distances, before)
+
+
 def test_ties_go_to_the_lower_index() -> None:
     distances = np.array([[0, 2, 1, 1], [2, 0, 2, 2], [1, 2, 0, 3], [1, 2, 3, 0]], dtype=float)
     chosen = [adaptive_weights(distances, [1] * 4, m)[1].nonzero()[0].tolist() for m in (1, 2, 3)]
@@ -158,14 +167,28 @@ def test_ties_go_to_the_lower_index() -> None:
     assert adaptive_weights(distances, [1] * 4, 1)[0].nonzero()[0].tolist() == [0, 2]
 
 
-def test_copies_of_a_client_are_at_equal_distances_from_any_other() -> None:
+def test_copies_of_a_client_are_at_equal_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = make_states(8)
     states = [others[0], first, others[1], *(dict(first) for _ in range(9)), *others[2:]]
     copies = [1, *range(3, 12)]
+    rng = np.random.default_rng(4)
+
+    def inexact_gram(states: list[State]) -> np.ndarray:  # a BLAS whose last digits depend on rows
+        gram = arrays.centred_gram(states)
+        return gram * (1 + 1e-13 * rng.standard_normal(gram.shape))
+
+    monkeypatch.setattr("pilot_flwr.aggregation.centred_gram", inexact_gram)
     distances = pairwise_distances(states)
     assert_array_equal(distances[np.ix_(copies, copies)], 0)
     assert_array_equal(distances[copies], distances[[1] * len(copies)])
     assert_array_equal(distances, distances.T)
+
+
+def test_clusters_are_found_along_chains() -> None:
+    linked = np.zeros((9, 9), dtype=bool)
+    for k, j in [(8, 1), (1, 7), (7, 2), (2, 6), (3, 5)]:
+        linked[k, j] = linked[j, k] = True
+    assert _components(linked) == [[1, 2, 6, 7, 8], [3, 5]]
 
 
 def test_zero_distances_take_all_the_neighbours_weight() -> None:

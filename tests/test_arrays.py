@@ -51,6 +51,25 @@ def test_inputs_of_any_layout_are_read_and_not_changed(wrap: str) -> None:
     assert not any(torch.is_tensor(v) and v.requires_grad for v in average.values())
 
 
+def test_clients_that_differ_in_some_columns_only() -> None:
+    states = [{"a": np.float32([1, 2, k]), "b": np.float32([5, 5])} for k in (3, 6)]
+    average = weighted_average(states, [1, 1])
+    assert_array_equal(average["a"], [1, 2, 4.5])
+    assert_array_equal(average["b"], [5, 5])
+
+
+def test_the_number_of_threads_is_put_back() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        pairwise_distances(make_states(2))
+        with pytest.raises(UpdateError):
+            mix([{"a": np.float32([np.nan])}] * 2, np.eye(2))
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_results_share_no_memory() -> None:
     states = make_states(3)
     results = mix(states, np.eye(3))
@@ -122,6 +141,13 @@ def test_states_that_do_not_match(run: Callable, change: Callable, message: str)
     with pytest.raises(UpdateError, match=f"client 1: .*{message}") as caught:
         run(states)
     assert caught.value.client == 1
+
+
+def test_torch_states_that_do_not_match() -> None:
+    states = make_states(2, torch.float32)
+    states[1]["q.lora_B"] = states[1]["q.lora_B"].T
+    with pytest.raises(UpdateError, match=r"client 1: .* \(4, 33\) but client 0's is .* \(33, 4\)"):
+        pairwise_distances(states)
 
 
 @all_passes

@@ -1,0 +1,248 @@
+"""Benchmark distances + ATA against Flower's own weighted average, over the same LoRA arrays.
+
+Goals: at most 4 times the time of ``flwr...strategy_utils.aggregate_arrayrecords``; extra peak
+memory of at most the output plus one stacked tensor; distances within 1e-6 relative of a float64
+reference when all clients share an offset 1,000 times their differences.
+
+Run ``python benchmarks/aggregation.py`` (some minutes, 6 GiB) to renew
+``benchmarks/results/aggregation.json``, or ``--quick`` to see that it works.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _record import RESULTS, write_record
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+
+from pilot_flwr.aggregation import adaptive_weights, mix, pairwise_distances
+
+State = dict[str, np.ndarray]
+
+# Llama-2-7B's linear layers (out, in); LoRA r=8 on all of them, 32 times, has 20.0 M parameters.
+HIDDEN, INNER = 4096, 11008
+LINEAR = {name: (HIDDEN, HIDDEN) for name in ("q", "k", "v", "o")}
+LINEAR |= {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+NEIGHBORS = 3
+OFFSET = 1000  # the clients' common offset, in units of their differences
+
+
+def make_states(clients: int, layers: int, rank: int) -> list[State]:
+    """Draw LoRA states around a common point, `OFFSET` times as long as the differences."""
+    shapes = {}
+    for layer in range(layers):
+        for name, (rows, columns) in LINEAR.items():
+            shapes[f"{layer}.{name}.lora_A"] = (rank, columns)
+            shapes[f"{layer}.{name}.lora_B"] = (rows, rank)
+    rng = np.random.default_rng(0)
+    base = {n: rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()}
+    scale = np.float32(1 / (OFFSET * 2**0.5))  # two clients differ by sqrt(2) deviations
+    return [
+        {n: b + scale * rng.standard_normal(b.shape, dtype=np.float32) for n, b in base.items()}
+        for _ in range(clients)
+    ]
+
+
+def flower_records(states: list[State]) -> list[RecordDict]:
+    """Pack states as the replies that Flower's strategies average."""
+    return [
+        RecordDict(
+            {
+                "arrays": ArrayRecord({name: Array(value) for name, value in state.items()}),
+                "metrics": MetricRecord({"num-examples": 100 + k}),
+            }
+        )
+        for k, state in enumerate(states)
+    ]
+
+
+def decode(records: list[RecordDict]) -> list[State]:
+    """Unpack the arrays of all replies, as Flower's function does on its way."""
+    return [{n: a.numpy() for n, a in record["arrays"].items()} for record in records]
+
+
+def flower_arithmetic(states: list[State], factors: list[float]) -> State:
+    """Repeat the loop of Flower's function on arrays that are decoded already."""
+    total: State = {}
+    for state, factor in zip(states, factors, strict=True):
+        for name, value in state.items():
+            if name not in total:
+                total[name] = value * factor
+            else:
+                total[name] += value * factor
+    return total
+
+
+def aggregate(states: list[State]) -> list[dict[str, Any]]:
+    """Run what the server runs: distances, weights, mixtures."""
+    counts = [100 + k for k in range(len(states))]
+    return mix(states, adaptive_weights(pairwise_distances(states), counts, NEIGHBORS))
+
+
+def measure_times(states: list[State], repeats: int) -> dict[str, Any]:
+    """Time each part in turn, `repeats` times over: medians, and ratios within each turn."""
+    records = flower_records(states)
+    counts = [100 + k for k in range(len(states))]
+    weights = adaptive_weights(pairwise_distances(states), counts, NEIGHBORS)
+    factors = [count / sum(counts) for count in counts]
+    parts: dict[str, Callable[[], object]] = {
+        "flower": lambda: aggregate_arrayrecords(records, "num-examples"),
+        "flower_arithmetic_alone": lambda: flower_arithmetic(states, factors),
+        "decode": lambda: decode(records),
+        "distances": lambda: pairwise_distances(states),
+        "mix": lambda: mix(states, weights),
+        "distances_and_ata": lambda: aggregate(states),
+    }
+    wall: dict[str, list[float]] = {name: [] for name in parts}
+    cpu: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            started, cpu_started = time.perf_counter(), time.process_time()
+            part()
+            cpu[name].append(time.process_time() - cpu_started)
+            wall[name].append(time.perf_counter() - started)
+    return {"wall": summarize(wall), "cpu": summarize(cpu)}
+
+
+def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Return median seconds of the parts, and their ratios to Flower's.
+
+    ``ratio`` is the median of the ratios within each turn; ``ratio_of_fastest`` compares the
+    fastest run of each, which other load on the machine disturbs least.
+    """
+    ours, unpacking = seconds["distances_and_ata"], seconds["decode"]
+    pairs = {
+        "to_flower": (ours, seconds["flower"]),
+        "with_decoding_to_flower": (np.add(ours, unpacking), seconds["flower"]),
+        "to_flower_arithmetic_alone": (ours, seconds["flower_arithmetic_alone"]),
+    }
+    return {
+        "median_seconds": {n: round(statistics.median(values), 4) for n, values in seconds.items()},
+        "ratio": {n: round(float(np.median(np.divide(a, b))), 2) for n, (a, b) in pairs.items()},
+        "ratio_of_fastest": {n: round(min(a) / min(b), 2) for n, (a, b) in pairs.items()},
+        "ratio_range": {
+            n: [round(float(f(np.divide(a, b))), 2) for f in (np.min, np.max)]
+            for n, (a, b) in pairs.items()
+        },
+    }
+
+
+def measure_memory(states: list[State]) -> dict[str, Any]:
+    """Return the growth of the resident set at its highest, over distances and mixtures.
+
+    Free heap is given back to the system first, and the kernel's high-water mark is reset.
+    """
+    if sys.platform != "linux":
+        return {"skipped": "needs Linux's VmHWM"}
+    clients = len(states)
+    output = sum(value.nbytes for value in states[0].values()) * clients
+    stacked = max(value.nbytes for value in states[0].values()) * clients
+    weights = adaptive_weights(pairwise_distances(states), [1] * clients, NEIGHBORS)
+    mix([{"warm": np.ones((8, 8), np.float32)}] * clients, np.eye(clients))
+    peaks = {}
+    runs: dict[str, Callable[[], object]] = {
+        "distances": lambda: pairwise_distances(states),
+        "mix": lambda: mix(states, weights),
+    }
+    for name, run in runs.items():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        run()
+        peaks[name] = _status_bytes("VmHWM") - before
+    mib = 2**20
+    return {
+        "method": "VmHWM after - VmRSS before, high-water mark reset, heap trimmed",
+        "output_mib": round(output / mib, 2),
+        "largest_stacked_tensor_mib": round(stacked / mib, 2),
+        "distances_extra_peak_mib": round(peaks["distances"] / mib, 2),
+        "mix_extra_peak_mib": round(peaks["mix"] / mib, 2),
+        "mix_extra_beyond_output_mib": round((peaks["mix"] - output) / mib, 2),
+    }
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measure_accuracy(states: list[State]) -> dict[str, Any]:
+    """Compare with float64 differences pair by pair, and float64 sums tensor by tensor."""
+    clients = len(states)
+    squares, naive = np.zeros((clients, clients)), np.zeros((clients, clients))
+    for name in states[0]:
+        rows = [state[name].ravel().astype(np.float64) for state in states]
+        stacked = np.stack([state[name].ravel() for state in states])
+        naive += stacked @ stacked.T
+        for k in range(clients):
+            for j in range(k):
+                difference = rows[k] - rows[j]
+                squares[k, j] = squares[j, k] = squares[k, j] + difference @ difference
+    pairs = ~np.eye(clients, dtype=bool)
+    exact, found = np.sqrt(squares), pairwise_distances(states)
+    norms = naive.diagonal()
+    expanded = np.sqrt(np.abs(norms[:, None] + norms[None, :] - 2 * naive))
+    weights = adaptive_weights(found, [100 + k for k in range(clients)], NEIGHBORS)
+    worst = 0.0
+    for name in states[0]:
+        sums = np.tensordot(weights, np.stack([s[name] for s in states]).astype(np.float64), 1)
+        mixed = np.stack(
+            [result[name] for result in mix([{name: s[name]} for s in states], weights)]
+        )
+        half_ulp = np.spacing(np.abs(sums).astype(np.float32)).astype(np.float64) / 2
+        worst = max(worst, float(np.max(np.abs(mixed - sums) / half_ulp)))
+    return {
+        "common_offset_over_differences": OFFSET,
+        "distances_max_relative_error": float(
+            np.max(np.abs(found / np.where(pairs, exact, 1) - 1)[pairs])
+        ),
+        "float32_gram_expansion_max_relative_error": float(
+            np.max(np.abs(expanded / np.where(pairs, exact, 1) - 1)[pairs])
+        ),
+        "mix_max_error_half_ulps": round(worst, 4),
+    }
+
+
+def measure(clients: int, layers: int, rank: int, repeats: int) -> dict[str, Any]:
+    """Make one set of states and measure times and memory on it."""
+    states = make_states(clients, layers, rank)
+    parameters = sum(value.size for value in states[0].values())
+    size = {"clients": clients, "parameters": parameters, "tensors": len(states[0]), "rank": rank}
+    memory = measure_memory(states)
+    return size | {"memory": memory, "repeats": repeats} | measure_times(states, repeats)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run all measurements, print them, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes; writes no file")
+    parser.add_argument("--output", type=Path, help="where to write the result instead")
+    options = parser.parse_args(arguments)
+    quick = options.quick
+    layers, repeats = (1, 2) if quick else (32, 9)
+    output = options.output or (None if quick else RESULTS / "aggregation.json")
+
+    curve = (2, 4) if quick else (4, 8, 16, 32, 64)
+    results = {
+        "main": measure(4 if quick else 16, layers, 8, repeats),
+        "few_large_tensors": measure(4 if quick else 16, max(1, layers // 8), 64, repeats),
+        "curve": [measure(clients, max(1, layers // 4), 8, repeats) for clients in curve],
+        "accuracy": measure_accuracy(make_states(4 if quick else 16, layers, 8)),
+    }
+    print(json.dumps(results, indent=2))
+    if output:
+        write_record(output, results, packages=("pilot-flwr", "flwr", "numpy", "torch"))
+
+
+if __name__ == "__main__":
+    main()
