@@ -5,7 +5,7 @@ and a turn only swaps adapters. Two clients take CT-MoA turns alternately, with 
 step each, so that what a turn costs apart from training shows. Measured on the shipped
 ``tiny-llava`` and on a random checkpoint of 0.5 B parameters in Hugging Face format.
 
-Run ``python benchmarks/client_turn.py`` (about 3 minutes, 6 GiB, 1.1 GB of disk for a temporary
+Run ``python benchmarks/client_turn.py`` (about 2 minutes, 4 GiB, 1.1 GB of disk for a temporary
 folder) to renew ``benchmarks/results/client_turn.json``, or ``--quick`` to see that it works.
 The base that is loaded anew comes from the operating system's file cache, the best case.
 """

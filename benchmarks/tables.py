@@ -101,9 +101,10 @@ def client_turn_rows(results: Results) -> Rows:
             [
                 f"a client's turn with the base warm, against loading it, {title} "
                 f"({millions:,.1f} M), one example, one step",
-                f"{seconds['warm_turn']:.2f} s against {seconds['cold_turn']:.2f} s "
-                f"({measured['wall']['ratio']['cold_to_warm']:.1f} x); "
-                f"swap {seconds['swap_in']:.2f} s in, {seconds['swap_out']:.2f} s out",
+                f"{seconds['warm_turn']:.3g} s against {seconds['cold_turn']:.3g} s "
+                f"({measured['wall']['ratio']['cold_to_warm']:.1f} x); of it "
+                f"{measured['training_seconds_in_a_turn']:.2f} s training, swap "
+                f"{seconds['swap_in']:.3f} s in, {seconds['swap_out']:.3f} s out",
                 "",
             ]
         )
@@ -152,7 +153,7 @@ def table(folder: Path = RESULTS) -> str:
             record = json.loads(path.read_text())
             rows += rows_of(record["results"])
             notes.append(note(record))
-    return markdown(rows) + "\n" + "\n".join(f"- {line}" for line in notes) + "\n"
+    return markdown(rows) + "".join(f"\n- {line}" for line in notes) + "\n"
 
 
 def note(record: Results) -> str:
