@@ -1,0 +1,74 @@
+"""Replies are handed over one by one, and waiting is bounded."""
+
+import types
+
+import pytest
+
+from pilot_flwr import grid as module
+from pilot_flwr.grid import PollingGrid
+
+
+class Clock:
+    """Time that passes only by sleeping."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.naps = []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.naps.append(seconds)
+        self.now += seconds
+
+
+class SlowGrid:
+    """Answers message i after `delays[i]` seconds; None means never."""
+
+    def __init__(self, clock, delays):
+        self.clock, self.delays = clock, delays
+
+    def push_messages(self, messages):
+        return [str(i) for i, _ in enumerate(messages)]
+
+    def pull_messages(self, ids):
+        return [
+            types.SimpleNamespace(metadata=types.SimpleNamespace(reply_to_message_id=i))
+            for i in sorted(ids)
+            if self.delays[int(i)] is not None and self.delays[int(i)] <= self.clock.now
+        ]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(module.time, "sleep", clock.sleep)
+    return clock
+
+
+def test_replies_come_one_by_one_while_others_are_still_out(clock):
+    replies = PollingGrid(SlowGrid(clock, [1.0, 500.0])).send_and_receive(["a", "b"])
+    assert next(replies).metadata.reply_to_message_id == "0"
+    assert clock.now < 1.2
+    assert next(replies).metadata.reply_to_message_id == "1"
+    assert list(replies) == []
+
+
+@pytest.mark.parametrize("delay", [0.2, 3.0, 40.0, 3600.0])
+def test_waiting_costs_a_few_per_cent_at_most(clock, delay):
+    list(PollingGrid(SlowGrid(clock, [delay])).send_and_receive(["a"]))
+    assert clock.now - delay <= max(0.05, 0.06 * delay)
+    assert max(clock.naps) <= 3.0
+
+
+def test_the_time_limit_holds(clock):
+    replies = list(PollingGrid(SlowGrid(clock, [0.0, None])).send_and_receive("ab", timeout=10))
+    assert [reply.metadata.reply_to_message_id for reply in replies] == ["0"]
+    assert 10 <= clock.now < 11
+
+
+def test_no_message_is_no_wait(clock):
+    assert list(PollingGrid(SlowGrid(clock, [])).send_and_receive([])) == []
+    assert clock.naps == []

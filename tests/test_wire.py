@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pilot_flwr import wire
+from pilot_flwr.errors import UpdateError
+from pilot_flwr.evaluation import EvaluationResult
+from pilot_flwr.server_state import Member
+from pilot_flwr.training import LOSSES, TrainingResult
+from pilot_flwr.turn import Order, TurnResult
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
+RUN = wire.RunInfo("demo-1", "/runs/demo")
+
+
+@given(
+    st.dictionaries(
+        st.text("abc.:_0", min_size=1, max_size=12).filter(lambda n: not n.endswith(":bfloat16")),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=4,
+    )
+)
+def test_states_come_back_bit_for_bit(layout):
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: (torch.randn(shape, generator=generator) * 100).to(dtype)
+        for name, (dtype, shape) in layout.items()
+    }
+    decoded = wire.decode_state(wire.encode_state(state))
+    assert decoded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert decoded[name].dtype == tensor.dtype
+        assert decoded[name].shape == tensor.shape
+        assert torch.equal(decoded[name], tensor)
+
+
+def test_bfloat16_costs_two_bytes():
+    full = wire.encode_state({"w": torch.zeros(1000)})
+    half = wire.encode_state({"w": torch.zeros(1000).bfloat16()})
+    assert list(half) == ["w:bfloat16"]
+    assert len(full["w"].data) - len(half["w:bfloat16"].data) == 2000
+
+
+def test_special_values_survive_bfloat16():
+    values = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40, 3.0e38]).bfloat16()
+    decoded = wire.decode_state(wire.encode_state({"w": values}))["w"]
+    assert torch.equal(decoded.view(torch.int16), values.view(torch.int16))
+
+
+def test_a_name_that_says_bfloat16_must_be_a_bit_pattern():
+    record = ArrayRecord({"w:bfloat16": Array(np.zeros(2, np.float32))})
+    with pytest.raises(UpdateError, match="not a bit pattern"):
+        wire.decode_state(record)
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", b"\x93NUMPY\x01\x00v\x00{"])
+def test_unreadable_arrays_are_refused(data):
+    record = ArrayRecord({"w": Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=data)})
+    with pytest.raises(UpdateError, match="array `w` cannot be read"):
+        wire.decode_state(record)
+
+
+def test_a_pickled_array_is_never_unpickled():
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([print], dtype=object), allow_pickle=True)
+    array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=buffer.getvalue())
+    with pytest.raises(UpdateError, match="allow_pickle=False"):
+        wire.decode_state(ArrayRecord({"w": array}))
+
+
+def test_orders_come_back():
+    adapters = {"vqa": {"w": torch.randn(2)}, "ocr": {"w": torch.randn(2)}}
+    order = Order(3, 2, ("vqa", "ocr"), adapters, {"a": torch.randn(4)}, train=False)
+    packed = {task: wire.encode_state(state) for task, state in adapters.items()}
+    content = wire.encode_order(order, RUN, "vqa-0", adapters=packed)
+    decoded, client = wire.decode_order(content)
+    assert client == "vqa-0"
+    assert wire.decode_run(content) == RUN
+    for field in ("server_round", "stage", "tasks", "train", "evaluate"):
+        assert getattr(decoded, field) == getattr(order, field)
+    assert torch.equal(decoded.adapters["ocr"]["w"], adapters["ocr"]["w"])
+    assert torch.equal(decoded.lora["a"], order.lora["a"])
+
+
+def test_results_come_back():
+    training = TrainingResult(dict.fromkeys(LOSSES, 0.5), 6, 90, 1.5, {"lora": 10, "base": 0})
+    result = TurnResult(
+        {"w": torch.ones(2)},
+        {"a": torch.ones(3)},
+        training,
+        EvaluationResult(0.25, "exact_match", 60, 0.5),
+        started=100.0,
+        seconds=2.0,
+    )
+    order = Order(3, 2, ("vqa",), {}, {})
+    content = wire.encode_result(result, order, "vqa-0", "vqa")
+    update = wire.decode_update(content)
+    assert (update.client, update.task, update.server_round) == ("vqa-0", "vqa", 3)
+    assert update.num_examples == 90
+    assert torch.equal(update.adapter["w"], result.adapter["w"])
+    numbers = wire.training_metrics(content)
+    assert (numbers["loss.ce"], numbers["gradients.lora"]) == (0.5, 10)
+    scores, metric = wire.evaluation_metrics(content)
+    assert (scores["score"], metric) == (0.25, "exact_match")
+    assert wire.turn_times(content) == {"started": 100.0, "turn_seconds": 2.0}
+    sizes = wire.num_bytes(content)
+    assert sizes["task_adapters"] - 8 == sizes["lora"] - 12  # the same header
+
+
+def test_members_come_back():
+    member = Member("vqa-0", "vqa", 90, 1)
+    assert wire.decode_member(wire.encode_member(member)) == member
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"examples": "many"}, "`examples` is 'many' but must be of type int"),
+        ({"examples": True}, "`examples` is True but must be of type int"),
+        ({"client": 3}, "`client` is 3 but must be of type str"),
+    ],
+)
+def test_a_member_with_odd_values_is_refused(change, message):
+    content = wire.encode_member(Member("vqa-0", "vqa", 90, 1))
+    content["member"].update(change)
+    with pytest.raises(UpdateError, match=message):
+        wire.decode_member(content)
+
+
+@pytest.mark.parametrize("decode", [wire.decode_member, wire.decode_order, wire.decode_update])
+@given(st.dictionaries(st.sampled_from(["order", "result", "member", "lora"]), st.booleans()))
+def test_foreign_messages_give_typed_errors_only(decode, names):
+    content = RecordDict(
+        {n: ConfigRecord({"client": "x"}) if kind else ArrayRecord() for n, kind in names.items()}
+    )
+    with pytest.raises(UpdateError):
+        decode(content)
