@@ -101,9 +101,9 @@ def client_turn_rows(results: Results) -> Rows:
             [
                 f"a client's turn with the base warm, against loading it, {title} "
                 f"({millions:,.1f} M), one example, one step",
-                f"{seconds['warm_turn']:.3g} s against {seconds['cold_turn']:.3g} s "
+                f"{seconds['warm_turn']:#.3g} s against {seconds['cold_turn']:#.3g} s "
                 f"({measured['wall']['ratio']['cold_to_warm']:.1f} x); of it "
-                f"{measured['training_seconds_in_a_turn']:.2f} s training, swap "
+                f"{measured['training_seconds_in_a_turn']:#.3g} s training, swap "
                 f"{seconds['swap_in']:.3f} s in, {seconds['swap_out']:.3f} s out",
                 "",
             ]
