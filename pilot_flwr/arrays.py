@@ -35,8 +35,8 @@ _SUPPORTED = [("numpy", dtype, "cpu") for dtype in _NUMPY_DTYPES] + [
     ("torch", dtype, torch.device("cpu")) for dtype in _TORCH_DTYPES
 ]
 
-# Elements of a staged (K, width) block: 2 MiB in float64, which stays in cache.
-_BLOCK_ELEMENTS = 1 << 18
+# Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache.
+_BLOCK_ELEMENTS = 1 << 17
 
 
 class ClientUpdateError(UpdateError):
