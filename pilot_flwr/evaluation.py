@@ -10,7 +10,7 @@ from pilot_flwr.errors import DataError
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.models import PilotModel
 from pilot_flwr.settings import EvaluationConfig
-from pilot_flwr.training import Encoder
+from pilot_flwr.training import Encoder, autocast
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,24 @@ def evaluate(
     encode: Encoder,
     metric: str,
     config: EvaluationConfig,
+    autocast_choice: str,
 ) -> EvaluationResult:
     """Answer every example and score the answers.
+
+    Parameters
+    ----------
+    model : PilotModel
+        With all states loaded.
+    examples : sequence of Example
+        The client's test split.
+    collator, encode
+        Make token tensors and visual features of examples.
+    metric : str
+        A key of `pilot_flwr.metrics.METRICS`.
+    config : EvaluationConfig
+        Batches and length of the answers.
+    autocast_choice : str
+        `train.autocast`: a model answers in the precision that it is trained in.
 
     Raises
     ------
@@ -47,7 +63,9 @@ def evaluate(
     for start in range(0, len(examples), config.batch_size):
         part = examples[start : start + config.batch_size]
         batch = collator.prompt_batch(part).to(model.device)
-        tokens = model.generate(batch, encode(part), max_new_tokens=config.max_new_tokens)
+        features = encode(part)
+        with autocast(model.device, autocast_choice):
+            tokens = model.generate(batch, features, max_new_tokens=config.max_new_tokens)
         answers = collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         scores += [
             METRICS[metric](answer, example.answer)

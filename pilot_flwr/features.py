@@ -4,17 +4,22 @@ The tower is frozen, so H_v of an image never changes within a run. Features are
 memory (shared by all turns of a process) or on the client's disk, up to a bound; what does
 not fit is encoded again. Nothing is evicted: training walks through all images in every
 epoch, for which a cache that keeps its first entries is the best fixed policy.
+
+A file of the cache can always be made anew, so it is not flushed to disk as states are, and
+one that cannot be read counts as absent.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pilot_flwr.checkpoint import load_tensors, save_tensors
 from pilot_flwr.data.examples import Example
 from pilot_flwr.models import PilotModel
 from pilot_flwr.settings import FeatureCacheConfig
@@ -31,7 +36,8 @@ class FeatureCache:
     config : FeatureCacheConfig
         Where features are kept, and how much.
     namespace : str
-        Tells this client's images of this base model from others in the same process.
+        Tells these features from others in the same process or folder: all that they depend
+        on besides an example's id, which must be unique in it.
     folder : Path
         Used if features are kept on disk.
     """
@@ -62,7 +68,11 @@ class FeatureCache:
         if self.config.where == "memory":
             return _MEMORY.get(key)
         if self.config.where == "disk" and (path := self._path(key)).exists():
-            return load_tensors(path)[0]["features"]
+            try:
+                features: Tensor = load_file(path)["features"]
+            except SafetensorError:  # torn by a crash
+                return None
+            return features
         return None
 
     def _put(self, key: str, features: Tensor) -> None:
@@ -71,8 +81,15 @@ class FeatureCache:
             _MEMORY[key] = features
             _used_memory += features.nbytes
         elif self.config.where == "disk" and self._used_disk + features.nbytes <= self.limit:
-            save_tensors(self._path(key), {"features": features}, {"key": key})
-            self._used_disk += self._path(key).stat().st_size
+            path = self._path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            try:
+                save_file({"features": features}, temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            self._used_disk += path.stat().st_size
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

@@ -7,7 +7,7 @@ a client's turn swaps adapters in and out, the base is never loaded again.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import peft
 import torch
@@ -75,18 +75,23 @@ def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype)
     Raises
     ------
     ModelError
-        No layer is called as `model.lora.targets` says.
+        No linear layer is called as one of `model.lora.targets`; peft would pass over it.
     """
+    linear = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
+    unknown = [t for t in lora.targets if not any(f".{name}".endswith(f".{t}") for name in linear)]
+    if unknown:
+        raise ModelError(
+            f"`model.lora.targets` is {list(lora.targets)} but no linear layer is called "
+            f"{', '.join(map(repr, unknown))}; there are "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}."
+        )
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
     )
-    try:
-        peft.inject_adapter_in_model(config, language_model)
-    except ValueError as error:
-        raise ModelError(f"`model.lora.targets` is {list(lora.targets)}: {error}") from error
+    peft.inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -138,6 +143,12 @@ class PilotModel(nn.Module):
     def own_task(self) -> str:
         """Task of the client whose turn it is."""
         return self._own_task
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but the vision tower: it is frozen and stays in evaluation."""
+        super().train(mode)
+        self.llava.model.vision_tower.eval()
+        return self
 
     def enter_stage1(self, own_task: str, *, initialisation: str | None = None) -> None:
         """Begin a client's turn: a fresh stage-1 connector from the pretrained projector.

@@ -1,7 +1,8 @@
 """Local training of one client for one round: E epochs of mini-batches.
 
 ``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2 (design section
-2); every coefficient is applied here, once, in `total_loss`.
+2); every coefficient is applied here, once, in `total_loss`. Gradients are clipped to
+`train.max_grad_norm` group by group (those of `pilot_flwr.parameters`), see `_clip`.
 """
 
 import contextlib
@@ -95,35 +96,49 @@ def train(
     Raises
     ------
     TrainingError
-        There is no example, or the loss is not finite.
+        There is no example, or the loss or a gradient is not finite.
     """
     if not examples:
         raise TrainingError("There is no training example.")
-    started = time.perf_counter()
     per_step = config.batch_size * config.accumulation_steps
     num_steps = config.epochs * math.ceil(len(examples) / per_step)
-    optimizer, schedule = _optimizer(model, config, num_steps)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer, schedule = _optimizer(model, config, num_steps)
     model.train()
     with _dropout_seed(generator, model.device):
         for chosen in _steps(examples, config, generator):
             batches = [collator.train_batch(part).to(model.device) for part in chosen]
             features = [encode(part) for part in chosen]
-            losses = _accumulate(model, batches, features, config)
-            meter.update(losses)
-            nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            meter.update(_accumulate(model, batches, features, config))
+            _clip(meter.groups, config.max_grad_norm, stage=model.stage)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
     model.eval()
-    return TrainingResult(
-        losses=meter.means(),
-        steps=num_steps,
-        examples=len(examples),
-        seconds=time.perf_counter() - started,
-        gradients=meter.gradients,
-    )
+    return meter.result(len(examples))
+
+
+def check_finite(model: PilotModel) -> None:
+    """Check what the model's stage has trained, before it is kept or sent.
+
+    Raises
+    ------
+    TrainingError
+        A trained tensor holds NaN or Inf.
+    """
+    groups = model.groups()
+    for group in trained_groups(model.stage):
+        for name, parameter in groups[group].items():
+            if not torch.isfinite(parameter).all():
+                raise _diverged(f"After training, `{name}` of {group} is not finite", model.stage)
+
+
+def autocast(device: torch.device, choice: str) -> contextlib.AbstractContextManager[object]:
+    """Return the context for forward passes and generation that `train.autocast` chooses."""
+    enabled = choice == "bfloat16" or (choice == "auto" and device.type == "cuda")
+    if not enabled:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def _optimizer(
@@ -159,7 +174,7 @@ def _accumulate(
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     losses = dict.fromkeys(LOSSES, 0.0)
     for batch, visual in zip(batches, features, strict=True):
-        with _autocast(model.device, config.autocast):
+        with autocast(model.device, config.autocast):
             output = model(batch, visual)
         summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
         share = 1 / len(batches)
@@ -168,15 +183,31 @@ def _accumulate(
         )
         loss = total_loss(summed / num_tokens, parts, config)
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"The loss is {loss.item()} in stage {model.stage}; lower `train.stage"
-                f"{model.stage}.lora_lr` or `.connector_lr`."
-            )
+            raise _diverged(f"The loss is {loss.item()}", model.stage)
         loss.backward()  # type: ignore[no-untyped-call]
         values = (loss, summed / num_tokens, parts.difference, parts.balance, parts.z)
         for name, value in zip(losses, values, strict=True):
             losses[name] += value.item()
     return losses
+
+
+def _clip(groups: dict[GroupName, dict[str, nn.Parameter]], max_norm: float, *, stage: int) -> None:
+    """Scale the gradient of each trained group to a norm of at most `max_norm`, by itself.
+
+    The normalized difference loss does not depend on the scale of x_s, so its gradient grows
+    as 1/‖x_s‖, and after identity initialisation x_s begins at zero. Clipped together, ψ_s
+    would shrink the gradients of Θ_l and ψ_t with its own, by an order of magnitude.
+    """
+    for group in trained_groups(stage):
+        norm = nn.utils.clip_grad_norm_(groups[group].values(), max_norm)
+        if not torch.isfinite(norm):
+            raise _diverged(f"The norm of the gradient of {group} is {norm.item()}", stage)
+
+
+def _diverged(what: str, stage: int) -> TrainingError:
+    return TrainingError(
+        f"{what} in stage {stage}; lower `train.stage{stage}.lora_lr` or `.connector_lr`."
+    )
 
 
 def _steps(
@@ -193,13 +224,6 @@ def _steps(
             yield parts[start : start + config.accumulation_steps]
 
 
-def _autocast(device: torch.device, choice: str) -> contextlib.AbstractContextManager[object]:
-    enabled = choice == "bfloat16" or (choice == "auto" and device.type == "cuda")
-    if not enabled:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
 @contextlib.contextmanager
 def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     """Seed torch's own generators, which dropout uses, for this training alone."""
@@ -210,7 +234,7 @@ def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[
 
 
 class _Meter:
-    """Means of the losses, what had gradients, and a progress line now and then."""
+    """Means of the losses, what had gradients, the time, and a progress line now and then."""
 
     def __init__(
         self, model: PilotModel, progress: Callable[[str], None], num_steps: int, every: float
@@ -220,7 +244,7 @@ class _Meter:
         self.sums: Losses = {}
         self.steps = 0
         self.gradients: dict[GroupName, int] = {}
-        self.last = time.perf_counter()
+        self.started = self.last = time.perf_counter()
 
     def update(self, losses: Losses) -> None:
         """Note one step's losses and gradients, before they are cleared."""
@@ -234,6 +258,12 @@ class _Meter:
             self.last = time.perf_counter()
             self.progress(f"step {self.steps}/{self.num_steps}, loss {losses['total']:.4f}")
 
-    def means(self) -> Losses:
-        """Return the mean of every loss over the steps so far."""
-        return {name: value / self.steps for name, value in self.sums.items()}
+    def result(self, num_examples: int) -> TrainingResult:
+        """Return the means over all steps, and the time since this meter was made."""
+        return TrainingResult(
+            losses={name: value / self.steps for name, value in self.sums.items()},
+            steps=self.steps,
+            examples=num_examples,
+            seconds=time.perf_counter() - self.started,
+            gradients=self.gradients,
+        )

@@ -7,7 +7,8 @@ sent) and from the client's own disk (what never leaves it).
 
 import time
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +16,15 @@ import torch
 
 from pilot_flwr.checkpoint import PrivateState, PrivateStore
 from pilot_flwr.data.collator import Collator
-from pilot_flwr.data.federation import Client, client_examples, task_metric
-from pilot_flwr.errors import StateError
+from pilot_flwr.data.examples import Example
+from pilot_flwr.data.federation import Client, Split, client_examples, task_metric
+from pilot_flwr.errors import DataError, StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.models import PilotModel, load_processor, num_visual_tokens, warm_model
 from pilot_flwr.parameters import GROUPS, State
 from pilot_flwr.settings import PilotConfig
-from pilot_flwr.training import Encoder, TrainingResult, train
+from pilot_flwr.training import Encoder, TrainingResult, check_finite, train
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,16 @@ def take_turn(
 ) -> TurnResult:
     """Evaluate and train as `order` says.
 
-    The incoming model is evaluated in the architecture that the client last trained: the
-    untouched base model before its first training, stage 1 after the first exchange, CT-MoA
-    from then on.
+    The incoming model is evaluated in the architecture that the client last trained: stage 1
+    after its first training, CT-MoA after a stage-2 one. Before its first training it is
+    stage 1 with an inert ψ_s: the base model with the task adapter and the LoRA that the
+    server sent. In the first exchange these are the base model's own, so this is the untouched
+    base model; a client that joins late is sent aggregated ones.
 
     Raises
     ------
     StateError
-        Stage 2 is ordered but this client holds no stage-1 state.
+        Stage 2 is ordered but this client holds no stage-1 state, or one for other tasks.
     PilotError
         The model, the data or the training fails; the private state on disk is as before.
     """
@@ -129,6 +133,7 @@ def take_turn(
         generator = turn_generator(config.seed, site.client.id, order.server_round)
         _enter_ordered_architecture(model, site.client.task, private, order, generator)
         training = kit.train(generator, progress)
+        check_finite(model)
         store.save(_private_state(model))
     return TurnResult(
         adapter=model.state("own_task_adapter") if training else {},
@@ -226,7 +231,7 @@ class _Kit:
         """Train on the client's training split."""
         return train(
             self.model,
-            client_examples(self.config.data, self.site.client, "train", seed=self.config.seed),
+            self._examples("train"),
             collator=self.collator,
             encode=self._encoder("train"),
             config=self.config.train,
@@ -238,17 +243,31 @@ class _Kit:
         """Evaluate on the client's test split."""
         return evaluate(
             self.model,
-            client_examples(self.config.data, self.site.client, "test", seed=self.config.seed),
+            self._examples("test"),
             collator=self.collator,
             encode=self._encoder("test"),
             metric=task_metric(self.config.data, self.site.client.task),
             config=self.config.evaluation,
+            autocast_choice=self.config.train.autocast,
         )
 
-    def _encoder(self, split: str) -> Encoder:
+    def _examples(self, split: Split) -> Sequence[Example]:
+        """Return a split, whose ids must be unique: they are the feature cache's keys."""
+        client = self.site.client
+        examples = client_examples(self.config.data, client, split, seed=self.config.seed)
+        counts = Counter(example.id for example in examples)
+        if twice := [repr(name) for name, count in counts.items() if count > 1]:
+            raise DataError(
+                f"In the {split} split of client {client.id!r}, {len(twice)} ids belong to more "
+                f"than one example but must be unique: {', '.join(twice[:3])}."
+            )
+        return examples
+
+    def _encoder(self, split: Split) -> Encoder:
+        model, data = self.config.model, (self.config.seed, self.config.data)
         cache = FeatureCache(
-            self.config.model.feature_cache,
-            namespace=f"{self.config.model.path}/{self.site.client.id}/{split}",
+            model.feature_cache,
+            namespace=f"{model.path}/{model.dtype}/{data}/{self.site.client.id}/{split}",
             folder=self.site.state_folder / "features",
         )
         return lambda examples: cache.encode(self.model, self.processor.image_processor, examples)

@@ -91,9 +91,11 @@ class Collator:
             inside = any(first <= start and end <= last for first, last in spans)
             overlaps = any(start < last and first < end for first, last in spans)
             if overlaps and not inside:
+                # By position alone: errors go to the server, and the text is the client's.
                 raise DataError(
-                    f"Example {example.id!r}: token {text[start:end]!r} straddles the edge of "
-                    "an answer, so its label is undefined."
+                    f"Example {example.id!r}: the token at characters {start} to {end} of the "
+                    "rendered conversation straddles the edge of an answer, so its label is "
+                    "undefined."
                 )
             labels.append(token if inside and end > start else IGNORE_INDEX)
         return encoded["input_ids"], labels
