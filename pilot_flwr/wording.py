@@ -1,5 +1,14 @@
 """Words for people: the line of an error that matters, durations, sizes, counts."""
 
+import re
+
+_TERMINAL = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, erasing
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS …
+    r"|\x1b[ -/]+[0-~]|\x1b[0-Z\\^-~]"  # two characters and more, as for another character set
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # every other control character but tab and newline
+)
+
 
 def headline(reason: str) -> str:
     """Return the one line of an error reply that says what went wrong.
@@ -18,9 +27,13 @@ def headline(reason: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return `text` without terminal colours."""
-    first, *rest = text.split("\x1b[")
-    return first + "".join(part[part.find("m") + 1 :] for part in rest)
+    """Return `text` without what a terminal would obey: of all controls, tab and newline stay.
+
+    Escape sequences go whole, in their 7-bit and 8-bit forms: CSI (colours, cursor, erasing) and
+    the strings OSC, DCS, SOS, PM and APC (window title, clipboard). Of one that is cut short,
+    only the control characters go.
+    """
+    return _TERMINAL.sub("", text)
 
 
 def human_seconds(seconds: float) -> str:
