@@ -142,7 +142,7 @@ class CrossTaskMoA(nn.Module):
                 f"foreign tasks {list(self.tasks[1:])}."
             )
         for task in self.tasks:
-            if hasattr(nn.ModuleDict, task):
+            if is_reserved(task):
                 raise ModelError(f"Task name {task!r} is taken by torch; choose another.")
         if router.out_features != len(self.tasks):
             raise ModelError(
@@ -181,6 +181,11 @@ class CrossTaskMoA(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(self.router.weight.dtype, torch.float32)
             return nn.functional.linear(features.to(dtype), self.router.weight.to(dtype))
+
+
+def is_reserved(task: str) -> bool:
+    """Whether a torch module has an attribute of this name, so that no task adapter can."""
+    return hasattr(nn.ModuleDict(), task)
 
 
 def stage1_connector(

@@ -4,49 +4,14 @@ To add a setting, add a field and, if it has a rule, a check in ``__post_init__`
 choices live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pilot_flwr.checks import at_least, at_most, one_of, positive, share
+from pilot_flwr.checks import check_name as check_name
 from pilot_flwr.errors import ConfigError
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-"""Names that become file names, record keys and module names: run, task and client names."""
-
-
-def _at_least(key: str, value: float, minimum: float) -> None:
-    if not value >= minimum:
-        raise ConfigError(f"`{key}` is {value} but must be at least {minimum}.")
-
-
-def _positive(key: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"`{key}` is {value} but must be above 0 and finite.")
-
-
-def _share(key: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ConfigError(f"`{key}` is {value} but must be at least 0 and below 1.")
-
-
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(allowed)}.")
-
-
-def check_name(key: str, value: str) -> None:
-    """Raise unless `value` can be a file name, a record key and a module name at once.
-
-    Raises
-    ------
-    ConfigError
-        Names `key`, the value and the allowed characters.
-    """
-    if not NAME_PATTERN.fullmatch(value):
-        raise ConfigError(
-            f"`{key}` is {value!r} but must be letters, digits, '_' and '-' only, "
-            "beginning with a letter or digit."
-        )
+LARGEST_SEED = 2**63 - 1
+"""What torch's and numpy's generators both take."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +37,9 @@ class LoraConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("model.lora.rank", self.rank, 1)
-        _positive("model.lora.alpha", self.alpha)
-        _share("model.lora.dropout", self.dropout)
+        at_least("model.lora.rank", self.rank, 1)
+        positive("model.lora.alpha", self.alpha)
+        share("model.lora.dropout", self.dropout)
         if not self.targets:
             raise ConfigError("`model.lora.targets` is empty but must name at least one layer.")
 
@@ -91,8 +56,8 @@ class FeatureCacheConfig:
     max_gib: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("model.feature_cache.where", self.where, ("memory", "disk", "off"))
-        _positive("model.feature_cache.max_gib", self.max_gib)
+        one_of("model.feature_cache.where", self.where, ("memory", "disk", "off"))
+        positive("model.feature_cache.max_gib", self.max_gib)
 
 
 @dataclass(frozen=True)
@@ -103,6 +68,10 @@ class ModelConfig:
     folder or a Hugging Face id. `dtype` is the frozen base's, `adapter_dtype` that of the
     trained parameters (and so of what is sent). `initialisation` and
     `stage2_client_adapter` are the decisions of design section 2.
+
+    ``adapter_dtype=bfloat16`` halves what is sent, but AdamW then works on bfloat16 parameters
+    directly, whose eight bits of precision lose small updates: design section 8. Hence the
+    default.
     """
 
     path: str = "tiny-llava"
@@ -118,10 +87,10 @@ class ModelConfig:
             raise ConfigError(
                 "`model.path` is empty but must be a shipped name, a folder or a hub id."
             )
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))
-        _one_of("model.initialisation", self.initialisation, ("identity", "official"))
-        _one_of("model.stage2_client_adapter", self.stage2_client_adapter, ("frozen", "off"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))
+        one_of("model.initialisation", self.initialisation, ("identity", "official"))
+        one_of("model.stage2_client_adapter", self.stage2_client_adapter, ("frozen", "off"))
 
 
 @dataclass(frozen=True)
@@ -139,16 +108,16 @@ class DataConfig:
     test_examples: int = 60
 
     def __post_init__(self) -> None:
-        _one_of("data.source", self.source, ("digits",))
+        one_of("data.source", self.source, ("digits",))
         if not self.tasks:
             raise ConfigError("`data.tasks` is empty but must name at least one task.")
         for task in self.tasks:
             check_name("data.tasks", task)
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"`data.tasks` is {self.tasks} but must not name a task twice.")
-        _at_least("data.clients_per_task", self.clients_per_task, 1)
-        _at_least("data.train_examples", self.train_examples, 1)
-        _at_least("data.test_examples", self.test_examples, 1)
+        at_least("data.clients_per_task", self.clients_per_task, 1)
+        at_least("data.train_examples", self.train_examples, 1)
+        at_least("data.test_examples", self.test_examples, 1)
 
 
 @dataclass(frozen=True)
@@ -168,12 +137,12 @@ class StrategyConfig:
     round_timeout_seconds: float = 86400.0
 
     def __post_init__(self) -> None:
-        _one_of("strategy.name", self.name, ("pilot",))
-        _at_least("strategy.rounds", self.rounds, 1)
-        _at_least("strategy.num_neighbors", self.num_neighbors, 1)
-        _at_least("strategy.min_replies", self.min_replies, 1)
-        _positive("strategy.wait_seconds", self.wait_seconds)
-        _positive("strategy.round_timeout_seconds", self.round_timeout_seconds)
+        one_of("strategy.name", self.name, ("pilot",))
+        at_least("strategy.rounds", self.rounds, 1)
+        at_least("strategy.num_neighbors", self.num_neighbors, 1)
+        at_least("strategy.min_replies", self.min_replies, 1)
+        positive("strategy.wait_seconds", self.wait_seconds)
+        positive("strategy.round_timeout_seconds", self.round_timeout_seconds)
 
 
 @dataclass(frozen=True)
@@ -192,8 +161,8 @@ class DifferenceLossConfig:
     reduction: str = "normalized"
 
     def __post_init__(self) -> None:
-        _at_least("train.difference_loss.weight", self.weight, 0)
-        _one_of(
+        at_least("train.difference_loss.weight", self.weight, 0)
+        one_of(
             "train.difference_loss.reduction",
             self.reduction,
             ("normalized", "frobenius", "official"),
@@ -226,17 +195,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation_steps", "max_length"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
-        _share("train.warmup_ratio", self.warmup_ratio)
-        _at_least("train.weight_decay", self.weight_decay, 0)
-        _positive("train.max_grad_norm", self.max_grad_norm)
-        _one_of("train.autocast", self.autocast, ("auto", "bfloat16", "off"))
-        _positive("train.log_every_seconds", self.log_every_seconds)
-        _at_least("train.balance_weight", self.balance_weight, 0)
-        _at_least("train.z_weight", self.z_weight, 0)
+            at_least(f"train.{name}", getattr(self, name), 1)
+        share("train.warmup_ratio", self.warmup_ratio)
+        at_least("train.weight_decay", self.weight_decay, 0)
+        positive("train.max_grad_norm", self.max_grad_norm)
+        one_of("train.autocast", self.autocast, ("auto", "bfloat16", "off"))
+        positive("train.log_every_seconds", self.log_every_seconds)
+        at_least("train.balance_weight", self.balance_weight, 0)
+        at_least("train.z_weight", self.z_weight, 0)
         for stage in (1, 2):
             for name in ("lora_lr", "connector_lr"):
-                _positive(f"train.stage{stage}.{name}", getattr(self.stage(stage), name))
+                positive(f"train.stage{stage}.{name}", getattr(self.stage(stage), name))
 
     def stage(self, stage: int) -> StageConfig:
         """Learning rates of `stage` (1 or 2)."""
@@ -252,24 +221,38 @@ class EvaluationConfig:
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.batch_size", self.batch_size, 1)
-        _at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
+        at_least("evaluation.batch_size", self.batch_size, 1)
+        at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """Resources of Flower's simulation engine; `cpus` = 0 takes all of the machine's."""
+    """Resources of Flower's simulation engine, which Ray shares out among the clients.
+
+    `cpus` is the number of CPU cores that the simulation takes; 0 takes all of the machine's.
+    `gpus` is the number of its GPUs: -1 takes all that torch sees, 0 none. `client_cpus` and
+    `client_gpus` are one client's part, and so say how many clients train at a time.
+    `client_gpus` may be a fraction (0.25: four clients on one GPU, whose memory they share) or
+    a whole number; -1 is one GPU per client if the simulation has any, 0 hides the GPUs from
+    the clients, which then use the CPU.
+    """
 
     cpus: int = 0
-    gpus: float = 0.0
+    gpus: int = -1
     client_cpus: int = 1
-    client_gpus: float = 0.0
+    client_gpus: float = -1.0
 
     def __post_init__(self) -> None:
-        _at_least("simulation.cpus", self.cpus, 0)
-        _at_least("simulation.gpus", self.gpus, 0)
-        _at_least("simulation.client_cpus", self.client_cpus, 1)
-        _at_least("simulation.client_gpus", self.client_gpus, 0)
+        at_least("simulation.cpus", self.cpus, 0)
+        at_least("simulation.gpus", self.gpus, -1)
+        at_least("simulation.client_cpus", self.client_cpus, 1)
+        if self.client_gpus != -1:
+            at_least("simulation.client_gpus", self.client_gpus, 0)
+        if self.client_gpus > 1 and self.client_gpus != int(self.client_gpus):
+            raise ConfigError(
+                f"`simulation.client_gpus` is {self.client_gpus} but must be a whole number if "
+                "above 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -295,7 +278,8 @@ class PilotConfig:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        _at_least("seed", self.seed, 0)
+        at_least("seed", self.seed, 0)
+        at_most("seed", self.seed, LARGEST_SEED)
         if self.strategy.min_replies > self.num_clients:
             raise ConfigError(
                 f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "

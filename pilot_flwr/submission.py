@@ -35,14 +35,22 @@ def app_folder() -> Path:
     return folder
 
 
+def default_run_folder(name: str, now: datetime) -> Path:
+    """Return the run folder of a run that names none: ``outputs/<name>-<YYYYmmdd-HHMMSS>``.
+
+    It is relative: it starts where the user, or the ServerApp, stands.
+    """
+    return Path("outputs") / f"{name}-{now:%Y%m%d-%H%M%S}"
+
+
 def run_folder(configured: str, name: str, now: datetime) -> Path:
     """Return the absolute run folder, which is new or empty.
 
     Parameters
     ----------
     configured : str
-        `run.folder`; empty means ``outputs/<name>-<YYYYmmdd-HHMMSS>``. Relative paths start
-        where the user stands.
+        `run.folder`; empty means `default_run_folder`. Relative paths start where the user
+        stands.
     name : str
         The run's `name`.
     now : datetime
@@ -53,8 +61,8 @@ def run_folder(configured: str, name: str, now: datetime) -> Path:
     ConfigError
         There is something in it already.
     """
-    default = f"outputs/{name}-{now:%Y%m%d-%H%M%S}"
-    folder = Path(os.path.abspath(Path(configured or default).expanduser()))
+    path = Path(configured).expanduser() if configured else default_run_folder(name, now)
+    folder = Path(os.path.abspath(path))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"`run.folder` is {str(folder)!r} but must be a new or empty folder.")
     return folder
@@ -91,7 +99,8 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     num_clients : int
         SuperNodes to simulate.
     simulation : SimulationConfig
-        Resources; `cpus` = 0 stands for all that this process may use.
+        Resources. `cpus` = 0 stands for all that this process may use, `gpus` = -1 for all that
+        torch sees here, `client_gpus` = -1 for one per client if there is any.
 
     Raises
     ------
@@ -99,23 +108,46 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
         Not even one client fits: Flower would call that run completed.
     """
     cpus = simulation.cpus or len(os.sched_getaffinity(0))
+    gpus = _visible_gpus() if simulation.gpus == -1 else simulation.gpus
+    client_gpus = min(gpus, 1) if simulation.client_gpus == -1 else simulation.client_gpus
     if simulation.client_cpus > cpus:
         raise ConfigError(
             f"`simulation.client_cpus` is {simulation.client_cpus} but must be at most "
             f"`simulation.cpus`, here {cpus}."
         )
-    if simulation.gpus != int(simulation.gpus):
-        raise ConfigError(f"`simulation.gpus` is {simulation.gpus} but must be a whole number.")
-    if simulation.client_gpus > simulation.gpus:
+    if client_gpus > gpus:
         raise ConfigError(
-            f"`simulation.client_gpus` is {simulation.client_gpus} but must be at most "
-            f"`simulation.gpus`, {simulation.gpus:g}."
+            f"`simulation.client_gpus` is {client_gpus:g} but must be at most "
+            f"`simulation.gpus`, here {gpus}."
         )
     values = {
         "num-supernodes": num_clients,
         "client-resources-num-cpus": simulation.client_cpus,
-        "client-resources-num-gpus": float(simulation.client_gpus),
+        "client-resources-num-gpus": float(client_gpus),
         "init-args-num-cpus": cpus,
-        "init-args-num-gpus": int(simulation.gpus),
+        "init-args-num-gpus": gpus,
     }
     return " ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def check_gpus(simulation: SimulationConfig) -> None:
+    """Refuse GPUs that this machine does not have; their clients would end up on the CPU.
+
+    Not part of `federation_config`, which a client calls too: Ray may hide the GPUs from it.
+
+    Raises
+    ------
+    ConfigError
+        `simulation.gpus` is above what torch sees.
+    """
+    if simulation.gpus > 0 and simulation.gpus > (seen := _visible_gpus()):
+        raise ConfigError(
+            f"`simulation.gpus` is {simulation.gpus} but must be at most {seen}, the number of "
+            "GPUs that torch sees here."
+        )
+
+
+def _visible_gpus() -> int:
+    import torch  # here, as it takes seconds, and only a run needs to know
+
+    return torch.cuda.device_count()

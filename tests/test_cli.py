@@ -100,6 +100,9 @@ def test_other_ends(launched, capsys, monkeypatch, error, code, words):
         (["strategy.rounds=many"], "strategy.rounds"),
         (["strategy.rounds=0"], "strategy.rounds"),
         (["simulation.cpus=1", "simulation.client_cpus=2"], "simulation.client_cpus"),
+        (["simulation.gpus=99"], "simulation.gpus"),
+        (["data.tasks=[foo]"], "`data.tasks` names 'foo' but source 'digits' has vqa"),
+        (["data.tasks=[keys]"], "`data.tasks` names 'keys' but must not"),
         (["just words"], "just words"),
     ],
 )

@@ -1,6 +1,8 @@
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from pilot_flwr.config import config_folder, load_config, to_dict, to_yaml
 from pilot_flwr.errors import ConfigError
@@ -52,11 +54,29 @@ def test_text_becomes_the_type_of_the_field():
         ("data.tasks=[a.b]", r"`data\.tasks` is 'a\.b' but must be letters, digits"),
         ("name=../up", r"`name` is '\.\./up' but must be letters"),
         ("seed=-1", r"`seed` is -1 but must be at least 0"),
+        ("seed=9223372036854775808", r"`seed` is 9223372036854775808 but must be at most 92233"),
+        ("train.difference_loss.weight=inf", r"`train\.difference_loss\.weight` is inf but .* fin"),
+        ("train.balance_weight=nan", r"`train\.balance_weight` is nan but must be at least 0 and"),
+        ("train.z_weight=inf", r"`train\.z_weight` is inf but must be at least 0 and finite"),
+        ("train.weight_decay=inf", r"`train\.weight_decay` is inf but must be"),
+        ("simulation.gpus=0.5", r"(?s)could not be converted to Integer.*simulation\.gpus"),
+        ("simulation.gpus=inf", r"(?s)could not be converted to Integer.*simulation\.gpus"),
+        ("simulation.gpus=-2", r"`simulation\.gpus` is -2 but must be at least -1"),
+        ("simulation.client_gpus=-0.5", r"`simulation\.client_gpus` is -0\.5 but must be"),
+        ("simulation.client_gpus=nan", r"`simulation\.client_gpus` is nan but must be"),
+        ("simulation.client_gpus=inf", r"`simulation\.client_gpus` is inf but must be"),
+        ("simulation.client_gpus=1.5", r"`simulation\.client_gpus` is 1\.5 but .* whole number"),
     ],
 )
 def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides)
+
+
+def test_the_largest_seed_is_one_that_torch_and_numpy_take():
+    seed = load_config(f"seed={2**63 - 1}").seed
+    torch.Generator().manual_seed(seed)
+    np.random.default_rng([seed, 1])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
 from pilot_flwr import submission
 from pilot_flwr.config import load_config
@@ -54,7 +55,7 @@ def test_flower_reads_back_the_overrides(text, parse_config_args):
 
 def test_the_federation_config_in_flowers_words(parse_config_args):
     text = submission.federation_config(
-        9, SimulationConfig(cpus=4, gpus=1.0, client_cpus=2, client_gpus=0.25)
+        9, SimulationConfig(cpus=4, gpus=1, client_cpus=2, client_gpus=0.25)
     )
     assert parse_config_args([text]) == {
         "num-supernodes": 9,
@@ -70,8 +71,8 @@ def test_the_federation_config_in_flowers_words(parse_config_args):
     ("simulation", "field"),
     [
         (SimulationConfig(cpus=2, client_cpus=3), "simulation.client_cpus"),
-        (SimulationConfig(cpus=1, client_gpus=0.5), "simulation.client_gpus"),
-        (SimulationConfig(cpus=1, gpus=0.5), "simulation.gpus"),
+        (SimulationConfig(cpus=1, gpus=0, client_gpus=0.5), "simulation.client_gpus"),
+        (SimulationConfig(cpus=1, gpus=1, client_gpus=2), "simulation.client_gpus"),
     ],
 )
 def test_a_federation_in_which_no_client_fits_is_refused(simulation, field):
@@ -79,11 +80,53 @@ def test_a_federation_in_which_no_client_fits_is_refused(simulation, field):
         submission.federation_config(3, simulation)
 
 
+@pytest.mark.parametrize(
+    ("seen", "simulation", "client_gpus", "gpus"),
+    [
+        (0, SimulationConfig(), 0.0, 0),
+        (1, SimulationConfig(), 1.0, 1),
+        (4, SimulationConfig(), 1.0, 4),
+        (4, SimulationConfig(client_gpus=0.25), 0.25, 4),
+        (4, SimulationConfig(client_gpus=2), 2.0, 4),
+        (4, SimulationConfig(gpus=2), 1.0, 2),
+        (4, SimulationConfig(gpus=0), 0.0, 0),
+        (4, SimulationConfig(client_gpus=0), 0.0, 4),
+    ],
+)
+def test_gpus_are_found_unless_the_user_says_otherwise(
+    monkeypatch, parse_config_args, seen, simulation, client_gpus, gpus
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    config = parse_config_args([submission.federation_config(3, simulation)])
+    assert config["client-resources-num-gpus"] == client_gpus
+    assert config["init-args-num-gpus"] == gpus
+
+
+def test_a_message_about_gpus_names_what_was_found(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    message = "`simulation.client_gpus` is 0.5 but must be at most `simulation.gpus`, here 0"
+    with pytest.raises(ConfigError, match=message):
+        submission.federation_config(3, SimulationConfig(client_gpus=0.5))
+
+
+@pytest.mark.parametrize(("seen", "gpus"), [(0, -1), (0, 0), (2, 2), (2, 0)])
+def test_gpus_that_are_there_are_enough(monkeypatch, seen, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    submission.check_gpus(SimulationConfig(gpus=gpus))
+
+
+def test_more_gpus_than_there_are_would_silently_be_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="`simulation.gpus` is 2 but must be at most 1, the"):
+        submission.check_gpus(SimulationConfig(gpus=2))
+
+
 def test_the_default_run_folder_is_where_the_user_stands(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     now = datetime(2025, 3, 4, 5, 6, 7)
     expected = tmp_path / "outputs" / "demo-20250304-050607"
     assert submission.run_folder("", "demo", now) == expected
+    assert submission.default_run_folder("demo", now).absolute() == expected
     assert submission.run_folder("../x/./y", "demo", now) == tmp_path.parent / "x" / "y"
 
 

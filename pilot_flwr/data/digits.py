@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from pilot_flwr.checks import at_least, one_of
 from pilot_flwr.data.digit_questions import WRITERS
 from pilot_flwr.data.digit_style import Style, draw_style, render
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
@@ -61,6 +61,8 @@ def load_scans() -> Scans:
     Scans
         Read-only arrays, shared between calls.
     """
+    from sklearn.datasets import load_digits  # takes two seconds, which a look at `TASKS` need not
+
     images, labels = load_digits(return_X_y=True)
     small = (images.reshape(-1, 8, 8) * (255.0 / 16.0)).round().astype(np.uint8)
     size = (_TILE, _TILE)
@@ -85,7 +87,7 @@ def scan_indices(subset: Subset) -> _Ints:
     ndarray of int64
         Sorted.
     """
-    _one_of("subset", subset, tuple(SPLIT_SHARES))
+    one_of("subset", subset, tuple(SPLIT_SHARES))
     return np.sort(np.concatenate(_by_digit(subset)))
 
 
@@ -146,8 +148,8 @@ def client_sizes(num_clients: int, mean: int) -> list[int]:
     list of int
         One number per client, at least 1 each.
     """
-    _at_least("num_clients", num_clients, 1)
-    _at_least("mean", mean, 1)
+    at_least("num_clients", num_clients, 1)
+    at_least("mean", mean, 1)
     if num_clients == 1:
         return [mean]
     golden = (np.arange(num_clients) * 0.6180339887498949) % 1.0
@@ -174,8 +176,8 @@ def client_style(client_index: int, *, seed: int) -> Style:
     Style
         Constant over the client's examples.
     """
-    _at_least("client_index", client_index, 0)
-    _at_least("seed", seed, 0)
+    at_least("client_index", client_index, 0)
+    at_least("seed", seed, 0)
     rng = np.random.default_rng([seed, client_index])
     return replace(
         draw_style(rng, strength=1.0),
@@ -222,10 +224,10 @@ def client_examples(
     ConfigError
         If an argument is unknown or out of range.
     """
-    _one_of("task", task, TASKS)
-    _one_of("split", split, ("train", "test"))
-    _at_least("num_examples", num_examples, 1)
-    _at_least("seed", seed, 0)
+    one_of("task", task, TASKS)
+    one_of("split", split, ("train", "test"))
+    at_least("num_examples", num_examples, 1)
+    at_least("seed", seed, 0)
     style = client_style(client_index, seed=seed)
     pool = client_scan_indices(client_index, num_clients=num_clients)
     if split == "test":
@@ -256,17 +258,7 @@ def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
     return rng.permutation(np.concatenate(parts))
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"`{name}` is {value!r} but must be one of {', '.join(allowed)}.")
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"`{name}` is {value} but must be at least {minimum}.")
-
-
 def _check_client(client_index: int, num_clients: int) -> None:
-    _at_least("num_clients", num_clients, 1)
+    at_least("num_clients", num_clients, 1)
     if not 0 <= client_index < num_clients:
         raise ConfigError(f"`client_index` is {client_index} but must be 0 to {num_clients - 1}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pilot_flwr.connector import is_reserved
 from pilot_flwr.data import digits
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import ConfigError
@@ -42,10 +43,14 @@ def federation_clients(data: DataConfig) -> list[Client]:
     Raises
     ------
     ConfigError
-        The source does not have one of `data.tasks`.
+        The source does not have one of `data.tasks`, or no module can have its name.
     """
     allowed = SOURCES[data.source].metrics
     for task in data.tasks:
+        if is_reserved(task):
+            raise ConfigError(
+                f"`data.tasks` names {task!r} but must not use a name of torch's own."
+            )
         if task not in allowed:
             raise ConfigError(
                 f"`data.tasks` names {task!r} but source {data.source!r} has {', '.join(allowed)}."

@@ -1,0 +1,55 @@
+"""Checks of values that come from outside: each raises an error in the user's own words.
+
+`key` is the field as the user typed it. To add a check, write one function that raises
+`ConfigError` with the key, the value received and what is allowed.
+"""
+
+import re
+from collections.abc import Sequence
+
+from pilot_flwr.errors import ConfigError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Names that become file names, record keys and module names: run, task and client names."""
+
+_INFINITY = float("inf")
+
+
+def at_least(key: str, value: float, minimum: float) -> None:
+    """Raise unless `value` is finite and not below `minimum`."""
+    if not minimum <= value < _INFINITY:
+        finite = "" if value < minimum else " and finite"
+        raise ConfigError(f"`{key}` is {value} but must be at least {minimum}{finite}.")
+
+
+def at_most(key: str, value: float, maximum: float) -> None:
+    """Raise unless `value` is finite and not above `maximum`."""
+    if not -_INFINITY < value <= maximum:
+        raise ConfigError(f"`{key}` is {value} but must be at most {maximum}.")
+
+
+def positive(key: str, value: float) -> None:
+    """Raise unless `value` is finite and above zero."""
+    if not 0 < value < _INFINITY:
+        raise ConfigError(f"`{key}` is {value} but must be above 0 and finite.")
+
+
+def share(key: str, value: float) -> None:
+    """Raise unless `value` is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ConfigError(f"`{key}` is {value} but must be at least 0 and below 1.")
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise unless `value` is among `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(allowed)}.")
+
+
+def check_name(key: str, value: str) -> None:
+    """Raise unless `value` can be a file name, a record key and a module name at once."""
+    if not NAME_PATTERN.fullmatch(value):
+        raise ConfigError(
+            f"`{key}` is {value!r} but must be letters, digits, '_' and '-' only, "
+            "beginning with a letter or digit."
+        )

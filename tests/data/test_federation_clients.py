@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from pilot_flwr.connector import is_reserved
+from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings import DataConfig
+
+
+@pytest.mark.parametrize("task", ["keys", "training", "forward", "type", "pop", "dump_patches"])
+def test_a_task_that_no_module_can_have_is_refused_with_its_field(task):
+    with pytest.raises(KeyError):  # torch itself
+        nn.ModuleDict({task: nn.Identity()})
+    assert is_reserved(task)
+    with pytest.raises(ConfigError, match=f"`data.tasks` names '{task}' but must not"):
+        federation_clients(DataConfig(tasks=["vqa", task]))
+
+
+def test_other_names_are_free():
+    for task in ("vqa", "counting", "ocr-vqa", "Keys", "task_adapter"):
+        nn.ModuleDict({task: nn.Identity()})
+        assert not is_reserved(task)
+
+
+def test_looking_at_the_tasks_does_not_load_the_scans():
+    code = "import sys, pilot_flwr.data.federation; print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
