@@ -3,7 +3,7 @@
 Pure functions over named arrays (*states*, see :mod:`pilot_flwr.arrays`), without Flower types.
 Results have the container type and the dtype of their inputs, which are never changed.
 
-One round of the server (DESIGN.md section 4)::
+One round of the server (docs/design.md section 4)::
 
     task_adapters = task_aware_average(adapters, tasks, num_examples)
     weights = adaptive_weights(pairwise_distances(loras), num_examples, num_neighbors)
@@ -68,7 +68,7 @@ def task_aware_average(
 
     Notes
     -----
-    DESIGN.md section 4; Pilot (arXiv 2501.13985), task-specific adapter aggregation.
+    docs/design.md section 4; Pilot (arXiv 2501.13985), task-specific adapter aggregation.
     """
     counts = _check_examples(num_examples, len(adapters))
     if len(tasks) != len(adapters):
@@ -140,7 +140,7 @@ def pairwise_distances(states: Sequence[State]) -> Matrix:
     -----
     Differences and products are float64. Pairs that lie so close together, and so far from client
     0, that G cancels are computed again relative to one of themselves: one more pass per such
-    cluster. DESIGN.md section 4.
+    cluster. docs/design.md section 4.
     """
     check_states(states, range(len(states)))
     distances = np.sqrt(_squared_distances(states))
@@ -188,7 +188,7 @@ def adaptive_weights(
     Notes
     -----
     Ties go to the lower index: callers sort clients by id to make runs comparable.
-    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation; DESIGN.md section 4.
+    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation; docs/design.md section 4.
     """
     if num_neighbors < 1:
         raise ConfigError(f"`strategy.num_neighbors` is {num_neighbors} but must be at least 1.")
@@ -244,7 +244,7 @@ def mix(states: Sequence[State], weights: Matrix) -> list[dict[str, Array]]:
     Notes
     -----
     A client's values matter to the rows that give it weight and to no others, however far it lies
-    from them. DESIGN.md section 4.
+    from them. docs/design.md section 4.
     """
     clients = range(len(states))
     check_states(states, clients)
