@@ -77,7 +77,13 @@ def _turn(message: Message, context: Context) -> RecordDict:
 def _open(message: Message, context: Context) -> tuple[PilotConfig, Site]:
     config = _config(str(context.run_config["overrides"]))
     run = wire.decode_run(message.content)
-    site = find_site(context.node_config, config, run_name=run.name, run_folder=run.folder)
+    site = find_site(
+        context.node_config,
+        config,
+        run_name=run.name,
+        run_folder=run.folder,
+        run_token=run.token,
+    )
     return config, site
 
 

@@ -7,9 +7,9 @@ from flwr.app import Error
 from pilot_flwr.errors import RunError
 from pilot_flwr.wording import headline
 
-_DEAD_WORKER = re.compile(
-    r"ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
-    r"WorkerCrashedError|NodeDiedError|OutOfMemoryError|LocalRayletDiedError)"
+_DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own exceptions
+    r"<class 'ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
+    r"WorkerCrashedError|NodeDiedError|OutOfMemoryError|LocalRayletDiedError)'>"
 )
 
 OWN_ERROR = 1001
@@ -26,7 +26,7 @@ def reason_of(error: Error) -> str:
         the run cannot go on.
     """
     text = (error.reason or "").strip()
-    if _DEAD_WORKER.search(text):
+    if error.code != OWN_ERROR and _DEAD_WORKER.match(text):
         raise RunError(
             "A Ray worker process died while it ran a client (often: out of memory). Flower "
             "does not replace it, so the run stops here; the last complete round is in "

@@ -34,20 +34,22 @@ class PollingGrid(Grid):
         outgoing = list(messages)
         if not outgoing:
             return
-        waiting = {identity for identity in self._grid.push_messages(outgoing) if identity}
-        now = time.monotonic()
-        deadline = now + timeout if timeout is not None else float("inf")
-        last = now
-        while waiting and time.monotonic() < deadline:
+        waiting = dict.fromkeys(i for i in self._grid.push_messages(outgoing) if i)
+        last = time.monotonic()
+        deadline = last + timeout if timeout is not None else float("inf")
+        while waiting:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:
-                waiting.discard(reply.metadata.reply_to_message_id)
+                waiting.pop(reply.metadata.reply_to_message_id, None)
                 yield reply
+            now = time.monotonic()
+            if now >= deadline:
+                return
             if replies:
-                last = time.monotonic()
+                last = now
             elif waiting:
-                idle = time.monotonic() - last
-                time.sleep(min(max(_SHORTEST, _SHARE * idle), _LONGEST))
+                nap = min(max(_SHORTEST, _SHARE * (now - last)), _LONGEST)
+                time.sleep(min(nap, deadline - now))
 
     def set_run(self, run: object) -> None:
         """See `flwr.serverapp.Grid`."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from flwr.app import RecordDict
 
 from pilot_flwr import wire
+from pilot_flwr.codec import num_bytes
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_state import Aggregation, Member, Update
 from pilot_flwr.tables import summary, timeline
@@ -29,6 +30,7 @@ class Journal:
 
     def __init__(self, folder: RunFolder, *, num_exchanges: int) -> None:
         self.folder, self.num_exchanges = folder, num_exchanges
+        self._down: dict[str, int] = {}
 
     def roster(
         self, server_round: int, members: Sequence[Member], stages: Mapping[str, int]
@@ -40,24 +42,26 @@ class Journal:
         ]
         self.folder.record("roster", round=server_round, clients=clients)
 
-    def update(
-        self,
-        server_round: int,
-        stage: int,
-        update: Update,
-        *,
-        sent: RecordDict,
-        received: RecordDict,
+    def order(
+        self, server_round: int, phase: str, member: Member, stage: int, content: RecordDict
     ) -> None:
-        """Write down one client's training and the bytes that its messages had.
+        """Write down the bytes that go to a client, when they go."""
+        down = num_bytes(content)
+        self._down[member.client] = sum(down.values())
+        self.folder.record(
+            "order",
+            round=server_round,
+            phase=phase,
+            client=member.client,
+            task=member.task,
+            stage=stage,
+            down=down,
+        )
 
-        Raises
-        ------
-        UpdateError
-            Its metrics are incomplete.
-        """
-        numbers = wire.training_metrics(received)
-        down, up = wire.num_bytes(sent), wire.num_bytes(received)
+    def update(self, server_round: int, stage: int, update: Update, report: wire.Report) -> None:
+        """Write down one client's training and the bytes that came from it."""
+        assert report.training is not None
+        numbers = report.training
         self.folder.record(
             "train",
             round=server_round,
@@ -69,35 +73,27 @@ class Journal:
             examples=update.num_examples,
             steps=numbers["steps"],
             seconds=numbers["seconds"],
-            gradients=_part(numbers, "gradients."),
-            bytes_down=sum(down.values()),
-            bytes_up=sum(up.values()),
-            down=down,
-            up=up,
-            **wire.turn_times(received),
+            gradients=report.gradients,
+            bytes_down=self._down[update.client],
+            bytes_up=sum(report.sizes.values()),
+            up=report.sizes,
+            **report.times,
         )
 
-    def evaluation(self, server_round: int, member: Member, content: RecordDict) -> None:
-        """Write down a score, if there is one, of the model after exchange `server_round`.
-
-        Raises
-        ------
-        UpdateError
-            Its metrics are incomplete.
-        """
-        found = wire.evaluation_metrics(content)
-        if found is None:
+    def evaluation(self, server_round: int, member: Member, report: wire.Report) -> None:
+        """Write down a score, if there is one, of the model after exchange `server_round`."""
+        result = report.evaluation
+        if result is None:
             return
-        numbers, metric = found
         self.folder.record(
             "evaluate",
             round=server_round,
             client=member.client,
             task=member.task,
-            score=numbers["score"],
-            metric=metric,
-            examples=int(numbers["examples"]),
-            seconds=numbers["seconds"],
+            score=result.score,
+            metric=result.metric,
+            examples=result.examples,
+            seconds=result.seconds,
         )
 
     def aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
@@ -112,10 +108,24 @@ class Journal:
             distances=done.distances,
         )
 
-    def failure(self, server_round: int, phase: str, client: str, reason: str) -> None:
-        """Write down, and log, that a client's part in a phase is missing, and why."""
+    def failure(
+        self,
+        server_round: int,
+        phase: str,
+        client: str,
+        reason: str,
+        *,
+        received: RecordDict | None = None,
+    ) -> None:
+        """Write down, and log, that a client's part in a phase is missing, and why.
+
+        `received` is a reply that was rejected: its bytes did travel.
+        """
         logger.warning("Exchange %d, %s, %s: %s", server_round, phase, client, reason)
-        self.folder.record("failure", round=server_round, phase=phase, client=client, reason=reason)
+        up = {} if received is None else {"up": num_bytes(received)}
+        self.folder.record(
+            "failure", round=server_round, phase=phase, client=client, reason=reason, **up
+        )
 
     def close(self, server_round: int, seconds: float) -> float:
         """End an exchange's train phase; return the mean loss of its clients."""
@@ -126,20 +136,18 @@ class Journal:
         losses = [e["loss"] for e in self.folder.select("train") if e["round"] == server_round]
         return float(sum(losses) / len(losses))
 
+    def close_evaluation(self, server_round: int, seconds: float) -> float | None:
+        """End the closing evaluation; return the mean over clients of its scores."""
+        self.folder.record("closing_evaluation", round=server_round, seconds=seconds)
+        self.write_tables()
+        scores = [e["score"] for e in self.folder.select("evaluate") if e["round"] == server_round]
+        return float(sum(scores) / len(scores)) if scores else None
+
     def write_tables(self) -> None:
         """Write ``timeline.md`` and ``summary.md`` anew."""
         self.folder.write("timeline.md", timeline(self.folder.events))
         self.folder.write("summary.md", summary(self.folder.events))
 
-    def mean_score(self, server_round: int) -> float | None:
-        """Return the mean over clients of the scores after an exchange."""
-        scores = [e["score"] for e in self.folder.select("evaluate") if e["round"] == server_round]
-        return float(sum(scores) / len(scores)) if scores else None
-
     def reasons(self, server_round: int) -> list[str]:
         """Return why clients are missing in an exchange, first one first."""
         return [e["reason"] for e in self.folder.select("failure") if e["round"] == server_round]
-
-
-def _part(numbers: Mapping[str, float], prefix: str) -> dict[str, int]:
-    return {k.removeprefix(prefix): int(v) for k, v in numbers.items() if k.startswith(prefix)}

@@ -12,6 +12,7 @@
 """
 
 import json
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ from typing import Any
 from pilot_flwr.checkpoint import write_text
 
 Event = dict[str, Any]
+
+_TOKEN = ".token"
+
+
+def holds_token(folder: Path, token: str) -> bool:
+    """Return whether `folder` is the run folder of whoever knows `token`, seen from here."""
+    try:
+        held = (folder / _TOKEN).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return bool(token) and secrets.compare_digest(held, token)
 
 
 class RunFolder:
@@ -28,13 +40,20 @@ class RunFolder:
     ----------
     path : Path
         Absolute; made if it does not exist.
+
+    Attributes
+    ----------
+    token : str
+        Random; the folder holds it, so that a simulated client can tell that it sees the same
+        folder as the server.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.events: list[Event] = []
         self._started = time.time()
-        path.mkdir(parents=True, exist_ok=True)
+        self.token = secrets.token_hex(16)
+        self.write(_TOKEN, self.token)
 
     @property
     def checkpoints(self) -> Path:

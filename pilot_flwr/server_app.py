@@ -39,14 +39,13 @@ def main(grid: Grid, context: Context) -> None:
 
 def federate(grid: Grid, config: PilotConfig, folder: RunFolder, *, run_name: str) -> PilotStrategy:
     """Run R + 1 exchanges over `grid` and return the strategy with its final state."""
-    clients = federation_clients(config.data)
     initial = initial_state(config.model, seed=config.seed)
     strategy = PilotStrategy(
         config.strategy,
         ServerState(tuple(config.data.tasks), initial),
-        run=RunInfo(run_name, str(folder.path)),
+        run=RunInfo(run_name, str(folder.path), folder.token),
         folder=folder,
-        num_clients=len(clients),
+        expected={client.id: client.task for client in federation_clients(config.data)},
         evaluate=config.evaluation.enabled,
     )
     strategy.start(

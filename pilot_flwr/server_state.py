@@ -5,7 +5,7 @@ aggregation, `ServerState.aggregate` lets the updates of one round in.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,10 +18,17 @@ from pilot_flwr.aggregation import (
     task_aware_average,
     weighted_average,
 )
-from pilot_flwr.arrays import Array
+from pilot_flwr.arrays import Array, Matrix
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.initial import InitialState
 from pilot_flwr.parameters import State
+from pilot_flwr.settings import StrategyConfig
+
+LoraRule = Callable[[Matrix, Sequence[float], int], Matrix]
+"""From distances (K, K), examples (K,) and M to mixing weights (K, K), row-stochastic."""
+
+LORA_RULES: dict[str, LoraRule] = {"pilot": adaptive_weights}
+"""How LoRAs are mixed, by `strategy.name`."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,11 @@ class ServerState:
         Raises
         ------
         UpdateError
-            Another round's or task's update, no examples or more than declared, or tensors
-            that are not exactly those asked for, or not finite.
+            Another client's, round's or task's update, no examples or more than declared, or
+            tensors that are not exactly those asked for, or not finite.
         """
+        if update.client != member.client:
+            raise UpdateError(f"it says that it is from {update.client!r}")
         if update.server_round != server_round:
             raise UpdateError(f"it is for round {update.server_round}, not {server_round}")
         if update.task != member.task or update.task not in self.tasks:
@@ -134,8 +143,8 @@ class ServerState:
         _check_tensors("task adapter", update.adapter, self.initial.adapter)
         _check_tensors("LoRA", update.lora, self.initial.lora)
 
-    def aggregate(self, updates: Sequence[Update], *, num_neighbors: int) -> Aggregation:
-        """Average the task adapters per task and mix the LoRAs (ATA), in place.
+    def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
+        """Average the task adapters per task and mix the LoRAs, in place.
 
         Raises
         ------
@@ -152,7 +161,7 @@ class ServerState:
         self.adapters |= {task: _state(average) for task, average in averages.items()}
         loras = [update.lora for update in updates]
         distances = pairwise_distances(loras)
-        weights = adaptive_weights(distances, examples, num_neighbors)
+        weights = LORA_RULES[config.name](distances, examples, config.num_neighbors)
         self.loras |= dict(zip(clients, map(_state, mix(loras, weights)), strict=True))
         self.task_of |= dict(zip(clients, tasks, strict=True))
         self.rounds += 1

@@ -7,21 +7,22 @@ the last exchange one evaluate phase closes the run.
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pilot_flwr import wire
 from pilot_flwr.checkpoint import save_checkpoint
+from pilot_flwr.codec import encode_state
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.failures import reason_of
 from pilot_flwr.journal import Journal
 from pilot_flwr.parameters import State
-from pilot_flwr.roster import Present, call_roster
+from pilot_flwr.roster import Present, Roster
 from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.server_state import ServerState, Update
+from pilot_flwr.server_state import Member, ServerState, Update
 from pilot_flwr.settings import StrategyConfig
 from pilot_flwr.turn import Order
 
@@ -42,8 +43,8 @@ class PilotStrategy(Strategy):
         Sent to the clients.
     folder : RunFolder
         Gets events, timeline, summary and checkpoints.
-    num_clients : int
-        Clients that the first exchange waits for.
+    expected : Mapping[str, str]
+        Task of every client of the federation, by client id.
     evaluate : bool
         Whether clients evaluate the incoming models.
     """
@@ -55,12 +56,18 @@ class PilotStrategy(Strategy):
         *,
         run: wire.RunInfo,
         folder: RunFolder,
-        num_clients: int,
+        expected: Mapping[str, str],
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
         self.journal = Journal(folder, num_exchanges=self.num_exchanges)
-        self.num_clients, self.evaluate = num_clients, evaluate
+        self.roster = Roster(
+            run,
+            expected,
+            config,
+            lambda number, who, why: self.journal.failure(number, "roster", who, why),
+        )
+        self.evaluate = evaluate
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
         self._sent: list[tuple[Message, str]] = []
@@ -77,7 +84,7 @@ class PilotStrategy(Strategy):
             "\t├──> %d exchanges, tasks %s, %d clients, %d neighbours",
             self.num_exchanges,
             ", ".join(self.state.tasks),
-            self.num_clients,
+            len(self.roster.expected),
             self.config.num_neighbors,
         )
 
@@ -86,14 +93,7 @@ class PilotStrategy(Strategy):
     ) -> Iterable[Message]:
         """Call the roster and send every client its order: stage, Θ̄_l and task adapters."""
         self._started = time.perf_counter()
-        self._present = call_roster(
-            grid,
-            self.run,
-            server_round=server_round,
-            wanted=self.num_clients if server_round == 1 else self.config.min_replies,
-            config=self.config,
-            on_failure=lambda who, why: self.journal.failure(server_round, "roster", who, why),
-        )
+        self._present = self.roster.call(grid, server_round)
         self._stages = {p.member.client: self.state.stage_for(p.member) for p in self._present}
         self.journal.roster(server_round, [p.member for p in self._present], self._stages)
         return self._orders(server_round, train=True)
@@ -111,12 +111,10 @@ class PilotStrategy(Strategy):
         updates = []
         for present, reply in self._answers(server_round, "train", replies):
             try:
-                update = self._receive_update(server_round, present, reply)
+                updates.append(self._receive_update(server_round, present.member, reply.content))
             except UpdateError as error:
-                reason = f"Rejected: {error}."
-                self.journal.failure(server_round, "train", present.member.client, reason)
-                continue
-            updates.append(update)
+                client, reason = present.member.client, f"Rejected: {error}."
+                self.journal.failure(server_round, "train", client, reason, received=reply.content)
         if len(updates) < self.config.min_replies:
             reasons = self.journal.reasons(server_round) or ["none"]
             raise RunError(
@@ -125,7 +123,7 @@ class PilotStrategy(Strategy):
                 f"{self.config.min_replies}. First reason: {reasons[0]}"
             )
         started = time.perf_counter()
-        done = self.state.aggregate(updates, num_neighbors=self.config.num_neighbors)
+        done = self.state.aggregate(updates, self.config)
         self.journal.aggregation(server_round, done, time.perf_counter() - started)
         self._save(server_round)
         loss = self.journal.close(server_round, time.perf_counter() - self._started)
@@ -141,6 +139,7 @@ class PilotStrategy(Strategy):
         # A client whose reply was lost may be further than the server knows, and it evaluates
         # the architecture that it last trained: so all of them get all task adapters.
         self._stages = dict.fromkeys(self._stages, 2)
+        self._started = time.perf_counter()
         return self._orders(server_round + 1, train=False)
 
     def aggregate_evaluate(
@@ -150,13 +149,15 @@ class PilotStrategy(Strategy):
         if not self._sent:
             return None
         for present, reply in self._answers(server_round, "evaluate", replies):
-            client = present.member.client
             try:
-                self.journal.evaluation(server_round, present.member, reply.content)
+                with wire.refuse_unusable():
+                    report = wire.decode_report(reply.content)
             except UpdateError as error:
-                self.journal.failure(server_round, "evaluate", client, f"{error}.")
-        self.journal.write_tables()
-        score = self.journal.mean_score(server_round)
+                client, reason = present.member.client, f"Rejected: {error}."
+                self.journal.failure(server_round, "evaluate", client, reason)
+                continue
+            self.journal.evaluation(server_round, present.member, report)
+        score = self.journal.close_evaluation(server_round, time.perf_counter() - self._started)
         return None if score is None else MetricRecord({"score": score})
 
     def global_arrays(self) -> ArrayRecord:
@@ -166,10 +167,10 @@ class PilotStrategy(Strategy):
             for task, state in self.state.adapters.items()
             for name, tensor in state.items()
         }
-        return wire.encode_state(flat)
+        return encode_state(flat)
 
     def _orders(self, server_round: int, *, train: bool) -> list[Message]:
-        packed = {task: wire.encode_state(s) for task, s in self.state.adapters.items()}
+        packed = {task: encode_state(s) for task, s in self.state.adapters.items()}
         self._sent = []
         for present in self._present:
             member = present.member
@@ -191,6 +192,8 @@ class PilotStrategy(Strategy):
                 ttl=self.config.round_timeout_seconds,
                 group_id=str(server_round),
             )
+            phase = "train" if train else "evaluate"
+            self.journal.order(order.server_round, phase, member, stage, message.content)
             self._sent.append((message, member.client))
         return [message for message, _ in self._sent]
 
@@ -219,16 +222,14 @@ class PilotStrategy(Strategy):
             reason = f"No reply within {self.config.round_timeout_seconds:g} s."
             self.journal.failure(server_round, phase, client, reason)
 
-    def _receive_update(self, server_round: int, present: Present, reply: Message) -> Update:
-        content, member = reply.content, present.member
-        update = wire.decode_update(content)
-        if update.client != member.client:
-            raise UpdateError(f"it says that it is from {update.client!r}")
-        self.state.check(update, member, server_round)
-        self.journal.evaluation(server_round - 1, member, content)
-        sent = next(m.content for m, client in self._sent if client == member.client)
-        stage = self._stages[member.client]
-        self.journal.update(server_round, stage, update, sent=sent, received=content)
+    def _receive_update(self, server_round: int, member: Member, content: RecordDict) -> Update:
+        """Read and check all of a reply, and only then write anything down."""
+        with wire.refuse_unusable():
+            update = wire.decode_update(content)
+            report = wire.decode_report(content)
+            self.state.check(update, member, server_round)
+        self.journal.evaluation(server_round - 1, member, report)
+        self.journal.update(server_round, self._stages[member.client], update, report)
         return update
 
     def _save(self, server_round: int) -> None:

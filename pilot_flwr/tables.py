@@ -1,7 +1,8 @@
 """Tables of a run, made from its events: the timeline and the scores.
 
 Everything here was observed: which parameters had a gradient is counted by the clients, bytes
-are those of the serialised messages, and what the server did is what its aggregation returned.
+are those of the serialised arrays in the messages, and what the server did is what its
+aggregation returned.
 """
 
 from collections import defaultdict
@@ -36,21 +37,30 @@ def timeline(events: Sequence[Event]) -> str:
     for closed in _select(events, "round"):
         number = closed["round"]
         trained = _select(events, "train", number)
+        orders = _select(events, "order", number)
         failures = _select(events, "failure", number)
         rows.append(
             [
                 f"{number} of {closed['exchanges']}",
                 "<br>".join(_stages(trained)) + (f"<br>failed: {len(failures)}" * bool(failures)),
                 "<br>".join(_gradients(trained)),
-                "<br>".join(_bytes(trained, "down")),
-                "<br>".join(_bytes(trained, "up")),
+                "<br>".join(_bytes(orders, "down")),
+                "<br>".join(_bytes([*trained, *failures], "up")),
                 "<br>".join(_server(_select(events, "aggregate", number))),
                 f"{closed['seconds']:.1f}",
             ]
         )
+    for closed in _select(events, "closing_evaluation"):
+        orders = [e for e in _select(events, "order") if e["phase"] == "evaluate"]
+        scores = len(_select(events, "evaluate", closed["round"]))
+        down = "<br>".join(_bytes(orders, "down"))
+        what = f"{len(orders)} clients"
+        rows.append(
+            ["evaluation", what, "none", down, f"{scores} scores", "", f"{closed['seconds']:.1f}"]
+        )
     return (
         "# What happened\n\nOne row per exchange, from what the run observed. "
-        "Bytes are sums over the clients.\n\n" + markdown(rows)
+        "Bytes are those of the arrays, summed over the clients.\n\n" + markdown(rows)
     )
 
 
@@ -61,9 +71,11 @@ def summary(events: Sequence[Event]) -> str:
         return "No evaluation.\n"
     rounds = sorted({event["round"] for event in evaluated})
     tasks = list(dict.fromkeys(event["task"] for event in evaluated))
-    stages = {event["round"]: event["stage"] for event in _select(events, "train")}
     header = ["task", "metric", "test examples"]
-    header += ["zero-shot" if r == 0 else f"exchange {r} (stage {stages.get(r)})" for r in rounds]
+    for number in rounds:
+        stages = sorted({str(event["stage"]) for event in _select(events, "train", number)})
+        title = f"exchange {number} (stage {' and '.join(stages)})"
+        header.append("zero-shot" if number == 0 else title)
     rows = [header]
     means: dict[int, list[float]] = defaultdict(list)
     for task in tasks:
@@ -132,9 +144,9 @@ def _gradients(trained: Sequence[Event]) -> list[str]:
     return lines
 
 
-def _bytes(trained: Sequence[Event], way: str) -> list[str]:
+def _bytes(events: Sequence[Event], way: str) -> list[str]:
     names = {"lora": "Θ_l", "task_adapters": "ψ_t"}
-    sums = {name: sum(event[way][name] for event in trained) for name in names}
+    sums = {name: sum(e[way][name] for e in events if way in e) for name in names}
     return [f"{names[name]} {human_bytes(size)}" for name, size in sums.items()]
 
 

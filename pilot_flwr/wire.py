@@ -3,28 +3,33 @@
 Three message types: ``query`` (roster), ``train`` (evaluate the incoming personalised model,
 then train) and ``evaluate`` (the last evaluation). This module alone knows the records' names.
 Only Θ_a, Θ_l and T consensus task adapters are ever tensors in a message.
-
-A tensor's name ends in ``:bfloat16`` if its two bytes are a bfloat16's bit pattern, because
-Flower's arrays do not have that type: what was trained in bfloat16 is sent in bfloat16.
+Tensors are packed by `pilot_flwr.codec`.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
+from pilot_flwr.codec import (
+    arrays_of,
+    config_of,
+    decode_state,
+    encode_state,
+    metrics_of,
+    num_bytes,
+    number_of,
+    value_of,
+)
 from pilot_flwr.errors import UpdateError
-from pilot_flwr.parameters import State
+from pilot_flwr.evaluation import EvaluationResult
+from pilot_flwr.parameters import GROUPS
 from pilot_flwr.server_state import Member, Update
 from pilot_flwr.training import LOSSES
 from pilot_flwr.turn import Order, TurnResult
 
-_T = TypeVar("_T")
 _ADAPTER = "task-adapter."
-_BFLOAT16 = ":bfloat16"
 
 
 @dataclass(frozen=True)
@@ -37,52 +42,49 @@ class RunInfo:
         Tells this run's private states from those of other runs.
     folder : str
         The run folder on the server; only clients simulated on the same machine use it.
+    token : str
+        What `folder` holds as a proof that client and server see the same folder.
     """
 
     name: str
     folder: str
+    token: str
 
 
-def encode_state(state: State) -> ArrayRecord:
-    """Pack named tensors; bfloat16 as its bit pattern."""
-    record = ArrayRecord()
-    for name, tensor in state.items():
-        if tensor.dtype == torch.bfloat16:
-            record[name + _BFLOAT16] = Array(tensor.view(torch.int16).numpy())
-        else:
-            record[name] = Array(tensor.numpy())
-    return record
+@dataclass(frozen=True)
+class Report:
+    """What a reply says besides its tensors; every number is finite and in range.
 
-
-def decode_state(record: ArrayRecord) -> State:
-    """Unpack what `encode_state` packed.
-
-    Raises
-    ------
-    UpdateError
-        An array cannot be read, or its name and type contradict each other.
+    Attributes
+    ----------
+    training : dict or None
+        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained.
+    gradients : dict
+        Group → number of its parameters that received a gradient.
+    evaluation : EvaluationResult or None
+        Score of the incoming model, if it was evaluated.
+    times : dict
+        ``started`` (seconds since 1970) and ``turn_seconds`` of the whole turn.
+    sizes : dict
+        Bytes of the reply's arrays, see `num_bytes`.
     """
-    state: State = {}
-    for name, array in record.items():
-        try:
-            tensor = torch.from_numpy(array.numpy())
-        except (TypeError, ValueError, EOFError, OSError) as error:
-            raise UpdateError(f"array `{name}` cannot be read: {error}") from error
-        if name.endswith(_BFLOAT16):
-            if tensor.dtype != torch.int16:
-                raise UpdateError(f"array `{name}` has type {tensor.dtype}, not a bit pattern")
-            name, tensor = name.removesuffix(_BFLOAT16), tensor.view(torch.bfloat16)
-        state[name] = tensor
-    return state
+
+    training: dict[str, float] | None
+    gradients: dict[str, int]
+    evaluation: EvaluationResult | None
+    times: dict[str, float]
+    sizes: dict[str, int]
 
 
-def num_bytes(content: RecordDict) -> dict[str, int]:
-    """Bytes of the serialised arrays in a message: ``lora`` and ``task_adapters``."""
-    sizes = {"lora": 0, "task_adapters": 0}
-    for name, record in content.array_records.items():
-        size = sum(len(array.data) for array in record.values())
-        sizes["lora" if name == "lora" else "task_adapters"] += size
-    return sizes
+@contextlib.contextmanager
+def refuse_unusable() -> Iterator[None]:
+    """Turn whatever goes wrong while a message from outside is read into an `UpdateError`."""
+    try:
+        yield
+    except UpdateError:
+        raise
+    except Exception as error:  # a hostile message must not end the run, whatever is in it
+        raise UpdateError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
 def encode_query(run: RunInfo) -> RecordDict:
@@ -109,12 +111,12 @@ def decode_member(content: RecordDict) -> Member:
     UpdateError
         A value is missing or of the wrong type.
     """
-    values = _config(content, "member")
+    values = config_of(content, "member")
     return Member(
-        client=_value(values, "client", str),
-        task=_value(values, "task", str),
-        examples=_value(values, "examples", int),
-        stage_trained=_value(values, "stage-trained", int),
+        client=value_of(values, "client", str),
+        task=value_of(values, "task", str),
+        examples=value_of(values, "examples", int),
+        stage_trained=value_of(values, "stage-trained", int),
     )
 
 
@@ -146,22 +148,25 @@ def decode_order(content: RecordDict) -> tuple[Order, str]:
     UpdateError
         A value or tensor is missing or of the wrong type.
     """
-    values = _config(content, "order")
+    values = config_of(content, "order")
     adapters = {
         name.removeprefix(_ADAPTER): decode_state(record)
         for name, record in content.array_records.items()
         if name.startswith(_ADAPTER)
     }
+    stage = value_of(values, "stage", int)
+    if stage not in (1, 2):
+        raise UpdateError(f"`stage` is {stage} but must be 1 or 2")
     order = Order(
-        server_round=_value(values, "round", int),
-        stage=_value(values, "stage", int),
-        tasks=tuple(_value(values, "tasks", list)),
+        server_round=value_of(values, "round", int),
+        stage=stage,
+        tasks=tuple(value_of(values, "tasks", list)),
         adapters=adapters,
-        lora=decode_state(_arrays(content, "lora")),
-        train=_value(values, "train", bool),
-        evaluate=_value(values, "evaluate", bool),
+        lora=decode_state(arrays_of(content, "lora")),
+        train=value_of(values, "train", bool),
+        evaluate=value_of(values, "evaluate", bool),
     )
-    return order, _value(values, "client", str)
+    return order, value_of(values, "client", str)
 
 
 def decode_run(content: RecordDict) -> RunInfo:
@@ -172,8 +177,8 @@ def decode_run(content: RecordDict) -> RunInfo:
     UpdateError
         A value is missing or of the wrong type.
     """
-    values = _config(content, "run")
-    return RunInfo(_value(values, "name", str), _value(values, "folder", str))
+    values = config_of(content, "run")
+    return RunInfo(*(value_of(values, name, str) for name in ("name", "folder", "token")))
 
 
 def encode_result(result: TurnResult, order: Order, client: str, task: str) -> RecordDict:
@@ -217,83 +222,57 @@ def decode_update(content: RecordDict) -> Update:
     UpdateError
         A value or tensor is missing, unreadable or of the wrong type.
     """
-    values = _config(content, "result")
-    task = _value(values, "task", str)
-    training = _metrics(content, "training")
+    values = config_of(content, "result")
+    task = value_of(values, "task", str)
+    examples = number_of(metrics_of(content, "training"), "examples", low=1)
     return Update(
-        client=_value(values, "client", str),
+        client=value_of(values, "client", str),
         task=task,
-        server_round=_value(values, "round", int),
-        num_examples=int(training.get("examples", 0)),
-        adapter=decode_state(_arrays(content, _ADAPTER + task)),
-        lora=decode_state(_arrays(content, "lora")),
+        server_round=value_of(values, "round", int),
+        num_examples=int(examples),
+        adapter=decode_state(arrays_of(content, _ADAPTER + task)),
+        lora=decode_state(arrays_of(content, "lora")),
     )
 
 
-def training_metrics(content: RecordDict) -> dict[str, float]:
-    """Read the numbers of a local training, flat: ``loss.ce``, ``gradients.lora``, ``steps`` ….
+def decode_report(content: RecordDict) -> Report:
+    """Read everything in a reply but its tensors.
 
     Raises
     ------
     UpdateError
-        One is missing or not finite.
+        A number is missing, not finite or out of range.
     """
+    trained = "training" in content.metric_records
+    training = content.metric_records.get("training", MetricRecord())
     needed = ("steps", "seconds", *(f"loss.{name}" for name in LOSSES))
-    return _finite(content, "training", needed)
+    return Report(
+        training={name: number_of(training, name) for name in needed} if trained else None,
+        gradients={
+            group: int(number_of(training, f"gradients.{group}", low=0))
+            for group in GROUPS
+            if f"gradients.{group}" in training
+        },
+        evaluation=_evaluation(content),
+        times={
+            name: number_of(metrics_of(content, "turn"), name)
+            for name in ("started", "turn_seconds")
+        },
+        sizes=num_bytes(content),
+    )
 
 
-def turn_times(content: RecordDict) -> dict[str, float]:
-    """Read when a turn started (seconds since 1970) and how many seconds it took."""
-    return _metrics(content, "turn")
-
-
-def evaluation_metrics(content: RecordDict) -> tuple[dict[str, float], str] | None:
-    """Read score, examples and seconds of an evaluation and its metric's name, if there is one.
-
-    Raises
-    ------
-    UpdateError
-        One is missing or not finite.
-    """
+def _evaluation(content: RecordDict) -> EvaluationResult | None:
     if "evaluation" not in content.metric_records:
         return None
-    name = _value(_config(content, "evaluation-metric"), "metric", str)
-    return _finite(content, "evaluation", ("score", "examples", "seconds")), name
+    numbers = metrics_of(content, "evaluation")
+    return EvaluationResult(
+        score=number_of(numbers, "score", low=0, high=1),
+        metric=value_of(config_of(content, "evaluation-metric"), "metric", str),
+        examples=int(number_of(numbers, "examples", low=1)),
+        seconds=number_of(numbers, "seconds"),
+    )
 
 
 def _run_record(run: RunInfo) -> ConfigRecord:
-    return ConfigRecord({"name": run.name, "folder": run.folder})
-
-
-def _config(content: RecordDict, name: str) -> ConfigRecord:
-    if name not in content.config_records:
-        raise UpdateError(f"the message has no record `{name}`")
-    return content.config_records[name]
-
-
-def _arrays(content: RecordDict, name: str) -> ArrayRecord:
-    if name not in content.array_records:
-        raise UpdateError(f"the message has no arrays `{name}`")
-    return content.array_records[name]
-
-
-def _metrics(content: RecordDict, name: str) -> dict[str, float]:
-    if name not in content.metric_records:
-        raise UpdateError(f"the message has no metrics `{name}`")
-    values = content.metric_records[name]
-    return {key: value for key, value in values.items() if isinstance(value, (int, float))}
-
-
-def _finite(content: RecordDict, name: str, needed: Iterable[str]) -> dict[str, float]:
-    numbers = _metrics(content, name)
-    for metric in needed:
-        if not math.isfinite(numbers.get(metric, math.nan)):
-            raise UpdateError(f"metric `{metric}` is {numbers.get(metric)} but must be finite")
-    return numbers
-
-
-def _value(values: ConfigRecord, name: str, kind: type[_T]) -> _T:
-    value = values.get(name)
-    if type(value) is not kind:
-        raise UpdateError(f"`{name}` is {value!r} but must be of type {kind.__name__}")
-    return value
+    return ConfigRecord({"name": run.name, "folder": run.folder, "token": run.token})

@@ -1,4 +1,4 @@
-"""A Flower grid that calls the ClientApp in this process, for tests of whole runs.
+"""Whole runs in this process: a Flower grid that calls the ClientApp, and a run over it.
 
 Messages and replies pass through Flower's own serialisation of arrays; every one of them is
 kept in `InProcessGrid.messages`, so that a test can look at all that travelled.
@@ -11,6 +11,19 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+
+from pilot_flwr.checkpoint import PrivateStore
+from pilot_flwr.client_app import app
+from pilot_flwr.config import load_config
+from pilot_flwr.run_folder import RunFolder
+from pilot_flwr.server_app import federate
+
+# Two steps at least: the first layer of an adapter that ends in zero moves at the second.
+SMALL = (
+    "data.train_examples=8 data.test_examples=2 train.epochs=1 train.batch_size=2 "
+    "evaluation.max_new_tokens=2"
+)
+TWO_TASKS = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=2 strategy.rounds=1"
 
 
 class InProcessGrid(Grid):
@@ -82,3 +95,37 @@ class InProcessGrid(Grid):
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
+
+
+class Federation:
+    """A run of the demo's app over an in-process grid, and what it left behind."""
+
+    def __init__(self, folder, overrides=TWO_TASKS, **grid_options):
+        self.config = load_config(overrides)
+        self.grid = InProcessGrid(
+            app,
+            num_nodes=grid_options.pop("num_nodes", self.config.num_clients),
+            overrides=overrides,
+            **grid_options,
+        )
+        self.folder = RunFolder(folder)
+
+    def run(self):
+        self.strategy = federate(self.grid, self.config, self.folder, run_name="test-1")
+        return self
+
+    def events(self, kind, **match):
+        return [e for e in self.folder.select(kind) if all(e[k] == v for k, v in match.items())]
+
+    def replies(self, message_type):
+        """Successful replies of one type, in order."""
+        return [
+            m
+            for m in self.grid.messages
+            if m.metadata.reply_to_message_id
+            and m.metadata.message_type == message_type
+            and not m.has_error()
+        ]
+
+    def private(self, client):
+        return PrivateStore(self.folder.path / "clients" / client).load()

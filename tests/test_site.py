@@ -1,18 +1,19 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.site import find_site
 
 CONFIG = load_config()
 
 
-def site(node_config, run_name="demo-1"):
-    return find_site(node_config, CONFIG, run_name=run_name, run_folder="/runs/x")
+def site(node_config, run_name="demo-1", folder="/runs/x", token="secret"):
+    return find_site(
+        node_config, CONFIG, run_name=run_name, run_folder=str(folder), run_token=token
+    )
 
 
 def test_clients_are_counted_task_by_task():
@@ -21,10 +22,27 @@ def test_clients_are_counted_task_by_task():
     assert [client.index for client in federation_clients(CONFIG.data)] == list(range(9))
 
 
-def test_a_simulated_node_is_the_client_with_its_number():
-    found = site({"partition-id": 4, "num-partitions": 9})
+def test_a_simulated_node_is_the_client_with_its_number(tmp_path):
+    run = RunFolder(tmp_path)
+    found = site({"partition-id": 4, "num-partitions": 9}, folder=tmp_path, token=run.token)
     assert (found.client.id, found.client.task) == ("counting-1", "counting")
-    assert found.state_folder == Path("/runs/x/clients/counting-1")
+    assert found.state_folder == tmp_path / "clients/counting-1"
+
+
+@pytest.mark.parametrize("token", ["", "guessed"])
+def test_a_node_on_another_machine_does_not_write_where_the_server_says(tmp_path, token):
+    RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match="`state-folder` is missing"):
+        site({"partition-id": 4}, folder=tmp_path, token=token)
+    with pytest.raises(ConfigError, match="`state-folder` is missing"):
+        site({"partition-id": 4}, folder=tmp_path / "elsewhere", token=token)
+
+
+def test_a_state_folder_is_used_whatever_tells_the_client(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    node_config = {"partition-id": 4, "state-folder": str(tmp_path / "own")}
+    found = site(node_config, folder=tmp_path / "run", token=run.token)
+    assert found.state_folder == tmp_path / "own" / "demo-1"
 
 
 def test_a_real_site_is_what_its_own_node_config_says(tmp_path):
@@ -41,7 +59,10 @@ def test_a_real_site_is_what_its_own_node_config_says(tmp_path):
         ({"client-id": "nobody", "state-folder": "/x"}, "`client-id` is 'nobody' but must be one"),
         ({"client-id": "vqa-0"}, "`state-folder` is missing in the node config of .*'vqa-0'"),
         ({"partition-id": 0, "num-partitions": 2}, "2 SuperNodes but .* 9 clients"),
-        ({"partition-id": 0, "device": "tpu9"}, "`device` is 'tpu9' but must be"),
+        ({"partition-id": 9}, "`partition-id` is 9 but must be from 0 to 8"),
+        ({"client-id": "vqa-0", "device": "tpu9"}, "`device` is 'tpu9' but must be"),
+        ({"client-id": "vqa-0", "device": "meta"}, "`device` is 'meta' but must be"),
+        ({"client-id": "vqa-0", "device": "cuda:99"}, "`device` is 'cuda:99' but this machine"),
     ],
 )
 def test_an_incomplete_node_config_is_refused(node_config, message):

@@ -11,14 +11,22 @@ def events(folder):
         ("vqa-0", 1, {"lora": 10, "own_task_adapter": 5, "client_adapter": 5, "base": 0}),
         ("vqa-1", 2, {"lora": 10, "own_task_adapter": 5, "router": 3, "base": 0}),
     ):
+        run.record("order", round=1, phase="train", client=client, task="vqa", stage=stage,
+                   down={"lora": 1000, "task_adapters": 500})  # fmt: skip
         run.record("train", round=1, stage=stage, client=client, task="vqa", loss=1.0,
-                   gradients=grads, down={"lora": 1000, "task_adapters": 500},
+                   gradients=grads,
                    up={"lora": 2_000_000, "task_adapters": 0})  # fmt: skip
-    run.record("failure", round=1, phase="train", client="ocr-0", reason="boom")
+    run.record("failure", round=1, phase="train", client="ocr-0", reason="boom",
+               up={"lora": 0, "task_adapters": 700})  # fmt: skip
     run.record("aggregate", round=1, seconds=0.1, clients=2, tasks={"vqa": ["vqa-0", "vqa-1"]},
                neighbors={"vqa-0": {"vqa-0": 0.5, "vqa-1": 0.5}, "vqa-1": {"vqa-1": 1.0}},
                distances={})  # fmt: skip
     run.record("round", round=1, exchanges=2, seconds=12.34)
+    run.record("order", round=2, phase="evaluate", client="vqa-0", task="vqa", stage=2,
+               down={"lora": 100, "task_adapters": 900})  # fmt: skip
+    run.record("evaluate", round=1, client="vqa-0", task="vqa", score=1.0, metric="exact_match",
+               examples=30, seconds=1.0)  # fmt: skip
+    run.record("closing_evaluation", round=1, seconds=3.21)
     return run
 
 
@@ -31,21 +39,25 @@ def test_summary_weights_clients_by_test_examples_and_tasks_equally(tmp_path):
     assert rows["vqa"][3].strip() == "40"
     assert rows["ocr"][4].strip() == "0.200"
     assert rows["mean over tasks"][4].strip() == "**0.537**"  # (0.875 + 0.2) / 2, half to even
+    assert rows["task"][5].strip() == "exchange 1 (stage 1 and 2)"
 
 
 def test_timeline_says_what_the_events_say(tmp_path):
-    row = timeline(events(tmp_path).events).splitlines()[-1]
+    row, closing = timeline(events(tmp_path).events).splitlines()[-2:]
     for part in (
         "1 of 2",
         "stage 1: 1 clients<br>stage 2: 1 clients<br>failed: 1",
         "Θ_l 10<br>ψ_t 5<br>ψ_s 0–5<br>φ 0–3",
         "Θ_l 2.0 kB<br>ψ_t 1.0 kB",
-        "Θ_l 4.0 MB<br>ψ_t 0 B",
+        "Θ_l 4.0 MB<br>ψ_t 700 B",
         "averaged ψ_t: vqa of 2<br>mixed 2 Θ_l, each with 0–1 others",
         "12.3",
     ):
         assert part in row
     assert "base" not in row
+    cells = [cell.strip() for cell in closing.split("|")][1:-1]
+    assert cells == ["evaluation", "1 clients", "none", "Θ_l 100 B<br>ψ_t 900 B", "1 scores", "",
+                     "3.2"]  # fmt: skip
 
 
 def test_result_counts_failures_and_keeps_the_last_scores(tmp_path):

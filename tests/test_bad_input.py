@@ -1,0 +1,296 @@
+"""Runs in which somebody fails, lies or sends garbage: the others go on."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ConfigRecord, Error, Message, MessageType, MetricRecord
+from inprocess import SMALL, TWO_TASKS, Federation
+
+from pilot_flwr.errors import RunError
+from pilot_flwr.failures import OWN_ERROR
+
+
+def corrupt_nan(content):
+    array = content["lora"]
+    name = next(iter(array))
+    value = array[name].numpy().copy()
+    value.flat[0] = np.nan
+    array[name] = Array(value)
+
+
+def corrupt_inf(content):
+    array = content["task-adapter.vqa"]
+    array["linear_2.bias"] = Array(np.full_like(array["linear_2.bias"].numpy(), np.inf))
+
+
+def corrupt_shape(content):
+    array = content["lora"]
+    name = next(iter(array))
+    array[name] = Array(array[name].numpy()[:1])
+
+
+def corrupt_dtype(content):
+    array = content["lora"]
+    name = next(iter(array))
+    array[name] = Array(array[name].numpy().astype(np.float64))
+
+
+def corrupt_missing(content):
+    del content["lora"][next(iter(content["lora"]))]
+
+
+def corrupt_extra(content):
+    content["lora"]["router.weight"] = Array(np.zeros(3, np.float32))
+
+
+def corrupt_task(content):
+    content["result"]["task"] = "captioning"
+    content["task-adapter.captioning"] = content["task-adapter.vqa"]
+
+
+def corrupt_zero_examples(content):
+    content["training"]["examples"] = 0
+
+
+def corrupt_too_many_examples(content):
+    content["training"]["examples"] = 10**9
+
+
+def corrupt_round(content):
+    content["result"]["round"] = 7
+
+
+def corrupt_client(content):
+    content["result"]["client"] = "counting-0"
+
+
+def corrupt_metrics(content):
+    del content["training"]["loss.total"]
+
+
+def corrupt_examples_nan(content):
+    content["training"]["examples"] = float("nan")
+
+
+def corrupt_gradients_nan(content):
+    content["training"]["gradients.lora"] = float("nan")
+
+
+def corrupt_extra_metric(content):
+    content["turn"]["round"] = 3
+    content["turn"]["started"] = float("inf")
+
+
+def corrupt_zip(content):
+    name = next(iter(content["lora"]))
+    content["lora"][name] = Array(
+        dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"PK\x03\x04 and so on"
+    )
+
+
+def corrupt_score(content):
+    content["evaluation"] = MetricRecord({"score": 1e9, "examples": 2, "seconds": 0.1})
+    content["evaluation-metric"] = ConfigRecord({"metric": "exact_match"})
+
+
+def corrupt_no_test_examples(content):
+    content["evaluation"] = MetricRecord({"score": 0.5, "examples": 0, "seconds": 0.1})
+    content["evaluation-metric"] = ConfigRecord({"metric": "exact_match"})
+
+
+def corrupt_bytes(content):
+    array = content["lora"]
+    name = next(iter(array))
+    old = array[name]
+    array[name] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=old.data[:50])
+
+
+def corrupt_result(content):
+    del content["result"]
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "reason"),
+    [
+        (corrupt_nan, "its LoRA has values that are not finite"),
+        (corrupt_inf, "its task adapter has values that are not finite"),
+        (corrupt_shape, "of its LoRA is float32 (1, "),
+        (corrupt_dtype, "of its LoRA is float64"),
+        (corrupt_missing, "(1 and 0 in all)"),
+        (corrupt_extra, "unexpected ones ['router.weight']"),
+        (corrupt_task, "its task is 'captioning' but the client's is 'vqa'"),
+        (corrupt_zero_examples, "metric `examples` is 0 but must be from 1"),
+        (corrupt_too_many_examples, "counts 1000000000 examples"),
+        (corrupt_round, "it is for round 7, not 1"),
+        (corrupt_client, "it says that it is from 'counting-0'"),
+        (corrupt_metrics, "metric `loss.total` is None"),
+        (corrupt_bytes, "cannot be read"),
+        (corrupt_examples_nan, "metric `examples` is nan but must be a finite number"),
+        (corrupt_gradients_nan, "metric `gradients.lora` is nan"),
+        (corrupt_extra_metric, "metric `started` is inf"),
+        (corrupt_zip, "cannot be read"),
+        (corrupt_score, "metric `score` is 1000000000.0 but must be from 0 to 1"),
+        (corrupt_no_test_examples, "metric `examples` is 0 but must be from 1"),
+        (corrupt_result, "the message has no record `result`"),
+    ],
+)
+def test_a_bad_update_is_rejected_and_the_others_go_on(tmp_path, corrupt, reason):
+    federation = Federation(tmp_path, f"{TWO_TASKS} evaluation.enabled=false")
+
+    def spoil(message, reply):
+        if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
+            if message.content["order"]["client"] == "vqa-0":
+                corrupt(reply.content)
+        return reply
+
+    federation.grid.on_reply = spoil
+    federation.run()
+    failures = federation.folder.select("failure")
+    assert [(f["round"], f["phase"], f["client"]) for f in failures] == [(1, "train", "vqa-0")]
+    assert reason in failures[0]["reason"]
+    # Nothing of a rejected reply is in the results, not even its score.
+    assert not [e for e in federation.folder.select("evaluate") if e["client"] == "vqa-0"]
+    # The others' result of the exchange is what it would have been without that client.
+    done = federation.events("aggregate", round=1)[0]
+    assert done["tasks"] == {"vqa": ["vqa-1"], "counting": ["counting-0", "counting-1"]}
+
+
+def test_a_rejected_client_does_not_touch_the_others(tmp_path):
+    results = []
+    for name, spoil in (("nan", corrupt_nan), ("silent", None)):
+        federation = Federation(tmp_path / name, f"{TWO_TASKS} evaluation.enabled=false")
+
+        def change(message, reply, spoil=spoil):
+            if message.metadata.message_type == MessageType.TRAIN:
+                if message.content["order"]["client"] == "vqa-0":
+                    if spoil is None:
+                        return Message(Error(0, "gone"), reply_to=message)
+                    spoil(reply.content)
+            return reply
+
+        federation.grid.on_reply = change
+        results.append(federation.run().strategy.state)
+    assert results[0].loras.keys() == results[1].loras.keys()
+    for client, state in results[0].loras.items():
+        assert all(torch.equal(t, results[1].loras[client][n]) for n, t in state.items())
+
+
+def test_the_run_fails_when_no_usable_update_is_left(tmp_path):
+    federation = Federation(tmp_path)
+
+    def spoil(message, reply):
+        if message.metadata.message_type == MessageType.TRAIN:
+            corrupt_nan(reply.content)
+        return reply
+
+    federation.grid.on_reply = spoil
+    with pytest.raises(RunError, match="0 of 4 clients delivered a usable update.*not finite"):
+        federation.run()
+    assert len(federation.folder.select("failure")) == 4
+
+
+def test_fewer_replies_than_asked_for_fail_the_run(tmp_path):
+    federation = Federation(tmp_path, f"{TWO_TASKS} strategy.min_replies=4")
+
+    def drop(message, reply):
+        if message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == 1:
+            return Message(Error(0, "ValueError: boom"), reply_to=message)
+        return reply
+
+    federation.grid.on_reply = drop
+    with pytest.raises(RunError, match="3 of 4 clients .*`strategy.min_replies` is 4.*boom"):
+        federation.run()
+
+
+def test_a_dead_ray_worker_stops_the_run_at_once(tmp_path):
+    federation = Federation(tmp_path)
+
+    def die(message, reply):
+        if message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == 2:
+            text = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly.'>"
+            return Message(Error(0, text), reply_to=message)
+        return reply
+
+    federation.grid.on_reply = die
+    with pytest.raises(RunError, match="A Ray worker process died.*The actor died unexpectedly"):
+        federation.run()
+    assert federation.folder.select("failure")[0]["client"] == "vqa-1"
+
+
+def test_another_number_of_nodes_than_clients_stops_with_the_command_to_use(tmp_path):
+    federation = Federation(tmp_path, "experiment=demo", num_nodes=2)
+    with pytest.raises(RunError) as caught:
+        federation.run()
+    assert "2 SuperNodes but the configuration has 9 clients" in str(caught.value)
+    assert 'flwr run . --federation-config "num-supernodes=9 ' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"client": "../../../../evil"}, "client '../../../../evil' with task 'vqa' is not one of"),
+        ({"client": "vqa-7"}, "client 'vqa-7' with task 'vqa' is not one of vqa-0 (vqa), vqa-1"),
+        ({"task": "ocr"}, "client 'vqa-0' with task 'ocr' is not one of"),
+        ({"task": "counting"}, "client 'vqa-0' with task 'counting' is not one of"),
+        ({"examples": 0}, "`examples` is 0 but must be at least 1"),
+        ({"stage-trained": 7}, "`stage-trained` is 7 but must be 0, 1 or 2"),
+        ({"examples": 1.5}, "`examples` is 1.5 but must be of type int"),
+    ],
+)
+def test_a_node_that_says_odd_things_of_itself_is_refused(tmp_path, change, reason):
+    federation = Federation(tmp_path / "run", f"{TWO_TASKS} evaluation.enabled=false")
+
+    def lie(message, reply):
+        if message.metadata.message_type == MessageType.QUERY and message.metadata.dst_node_id == 1:
+            reply.content["member"].update(change)
+        return reply
+
+    federation.grid.on_reply = lie
+    federation.run()
+    failures = federation.folder.select("failure")
+    refused = [f for f in failures if f["client"] == "node 1"]
+    assert len(refused) == 2  # once an exchange
+    assert reason in refused[0]["reason"]
+    assert [f["client"] for f in failures if f not in refused] == ["vqa-0"] * 2  # it is missing
+    assert {e["client"] for e in federation.events("train", round=2)} == {
+        "vqa-1",
+        "counting-0",
+        "counting-1",
+    }
+    assert not list(tmp_path.glob("**/*evil*"))
+
+
+def test_a_client_that_never_comes_is_a_failure_of_the_run(tmp_path):
+    federation = Federation(tmp_path, f"{TWO_TASKS} strategy.wait_seconds=0.3")
+    federation.grid.nodes = federation.grid.nodes[:3]
+    federation.run()
+    failures = federation.folder.finish(error=None)["failures"]
+    assert {(f["round"], f["client"]) for f in failures} == {(1, "counting-1"), (2, "counting-1")}
+
+
+def test_a_client_cannot_stop_the_run_by_quoting_ray(tmp_path):
+    federation = Federation(tmp_path, f"{TWO_TASKS} evaluation.enabled=false")
+    text = "<class 'ray.exceptions.ActorDiedError'>:<'so I say'>"
+
+    def quote(message, reply):
+        if message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == 2:
+            return Message(Error(OWN_ERROR, text), reply_to=message)
+        return reply
+
+    federation.grid.on_reply = quote
+    federation.run()
+    assert {f["client"] for f in federation.folder.select("failure")} == {"vqa-1"}
+
+
+def test_two_nodes_with_one_client_id_are_refused(tmp_path):
+    sites = [{"client-id": "vqa-0", "state-folder": str(tmp_path / "s")}] * 2
+    federation = Federation(tmp_path / "run", num_nodes=2, node_configs=sites)
+    with pytest.raises(RunError, match="are both client 'vqa-0'"):
+        federation.run()
+
+
+def test_a_site_without_a_state_folder_is_told_so(tmp_path):
+    overrides = f"{SMALL} data.tasks=[vqa] data.clients_per_task=1"
+    federation = Federation(tmp_path, overrides, node_configs=[{"client-id": "vqa-0"}])
+    with pytest.raises(RunError, match="`state-folder` is missing in the node config"):
+        federation.run()
