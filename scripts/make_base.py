@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from base_model import NUM_VISUAL_TOKENS, make_model, make_processor
 from base_tasks import (
     PLAIN_TASKS,
     STYLED_TASKS,
@@ -27,135 +28,18 @@ from base_tasks import (
     mild,
     plain,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.digit_questions import ask_caption, ask_count, ask_position
 from pilot_flwr.data.digits import scan_indices
-from pilot_flwr.data.examples import IMAGE_MARKER, Example
+from pilot_flwr.data.examples import Example
 from pilot_flwr.shipped import write_bundle
 
 DEFAULT_OUT = Path(__file__).parents[1] / "pilot_flwr" / "assets" / "tiny-llava"
-IMAGE_SIZE, PATCH_SIZE = 32, 8
-NUM_VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 PLAIN_STEPS, STYLED_STEPS, BATCH_SIZE = 2000, 1100, 64
 TAKEN_OFF = 0.15  # loss that ends the plain phase; when it comes varies, hence no fixed step
 LEARNING_RATE = 2e-3
-SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", IMAGE_MARKER]
-SPECIAL_IDS = ("bos", "eos", "pad")
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set parts = message['content'] -%}
-{%- if parts is string -%}{%- set parts = [{'type': 'text', 'text': parts}] -%}{%- endif -%}
-{%- if message['role'] == 'user' -%}{{ 'USER: ' }}
-{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}
-{%- elif message['role'] != 'system' -%}
-{{ raise_exception("message role '" + message['role'] + "' is not system, user or assistant") }}
-{%- endif -%}
-{%- for part in parts if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-{{ '</s>' if message['role'] == 'assistant' else ' ' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
-"""
-
-
-def make_processor(rng: np.random.Generator) -> LlavaProcessor:
-    """Train the tokenizer on the demo's own texts and join it with the image processor."""
-    labels = [rng.integers(0, 10, 4) for _ in range(200)]
-    texts = [
-        f"USER: {question} ASSISTANT: {answer}"
-        for writer in [*STYLED_TASKS, ask_count]
-        for digits in labels
-        for question, answer in [writer(digits, rng)]
-    ]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": IMAGE_MARKER},
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """Build the untrained model: D = 64 and three vision layers, C = 96 and four LLM layers."""
-    tokenizer = processor.tokenizer
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_IDS}
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=64,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        **ids,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_seq_length=NUM_VISUAL_TOKENS,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        **ids,
-    )
-    model = LlavaForConditionalGeneration(config)
-    # CLIP's default of 0.02 drowns the place of a patch in its content: reading takes off late.
-    positions = model.model.vision_tower.embeddings.position_embedding.weight
-    torch.nn.init.normal_(positions, std=0.3)
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
-    return model
 
 
 def pixels(processor: LlavaProcessor, examples: list[Example]) -> torch.Tensor:

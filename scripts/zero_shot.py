@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_base import DEFAULT_OUT, NUM_VISUAL_TOKENS, exact_match
+from base_model import NUM_VISUAL_TOKENS
+from make_base import DEFAULT_OUT, exact_match
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pilot_flwr.data.collator import Collator
