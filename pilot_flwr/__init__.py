@@ -1,10 +1,58 @@
 """Pilot: federated multimodal instruction tuning as a Flower app.
 
-The map of the package, from left to right (imports go to the right only)::
+The map of the package, layer by layer; a module imports only what stands above it::
 
-    errors, config -> connector, losses, aggregation, metrics, data
-        -> parameters, models, checkpoint -> training, evaluation
-        -> wire, strategy, client_app, server_app -> cli
+    errors                typed errors for all that comes from outside
+    checks                ranges and names, checked in the user's own words
+    wording               words for people: reasons, durations, sizes
+    settings              every setting's type, default and range
+    config                conf/ and overrides, composed into settings
+    submission            what is handed to Flower: folders, quoting, resources
+
+    losses                the three auxiliary losses
+    connector             stage 1 and stage 2 (CT-MoA)
+    arrays                passes over the named arrays of several clients
+    aggregation           task-aware average, adaptive text-adapter aggregation
+    metrics               scores of generated answers
+    shipped               checkpoints that come with the package
+
+    data.examples         an example and its turns
+    data.digit_questions  the demo's questions and answers
+    data.digit_style      the demo's styles, one per client
+    data.digits           the demo's scans and clients
+    data.collator         examples to batches of token ids
+    data.federation       who the clients are, and which examples each has
+
+    parameters            which parameter is trained, sent, private or frozen
+    models                the base model with Pilot's adapters, and its stages
+    initial               what the server starts from, without loading the base
+    checkpoint            tensors on disk
+    features              the frozen vision tower's features, kept
+    run_folder            what a run leaves behind
+
+    training              local training of one client
+    evaluation            greedy generation and its score
+
+    turn                  one client's turn: evaluate, then train
+    server_state          what the server knows, and how a round changes it
+    site                  who and where a client is
+    tables                timeline and scores, from the run's events
+
+    codec                 named tensors as Flower's arrays
+    wire                  the messages
+    failures              what a Flower error reply means
+    roster                who takes part in an exchange
+    grid                  replies as they come
+    journal               events of a run, written at once
+    strategy              the server's strategy
+    client_app            Flower's ClientApp
+    server_app            Flower's ServerApp
+
+    progress              events as live lines of text
+    outcome               whether a run succeeded, and if not, why
+    processes             the processes of one launch, all ended
+    launch                a run under Flower's simulation engine
+    cli                   the command line tool
 
 "Pilot: Building the Federated Multimodal Instruction Tuning Framework",
 Xiong et al., AAAI 2025, arXiv 2501.13985, is "the paper" in every docstring.
