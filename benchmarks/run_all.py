@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-BENCHMARKS = ("connector", "aggregation", "client_turn", "round_overhead")
+BENCHMARKS = ("connector", "aggregation", "client_turn", "demo")
 
 
 def run_demo(folder: Path) -> None:
-    """Run the demo into `folder`; its events are what ``round_overhead.py`` reads."""
+    """Run the demo into `folder`; its events are what ``demo.py`` reads."""
     program = Path(sys.executable).parent / "pilot-flwr"
     command = [str(program), "run", "experiment=demo", f"run.folder={folder}"]
     subprocess.run(command, check=True)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for benchmark in BENCHMARKS:
             print(f"== {benchmark}", flush=True)
             extra = ["--quick"] if options.quick else []
-            if benchmark == "round_overhead" and not options.quick:
+            if benchmark == "demo" and not options.quick:
                 run_demo(demo)
                 extra = [str(demo)]
             script = str(FOLDER / f"{benchmark}.py")

@@ -1,17 +1,22 @@
-"""Print the README's benchmark table from ``benchmarks/results``, so that no number is typed.
+"""Make the README's tables from ``benchmarks/results``, so that no number is typed.
 
-Run ``python benchmarks/tables.py``.
+Run ``python benchmarks/tables.py`` to print the benchmark table, ``--readme`` to renew all tables
+of the README: what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
+import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _record import RESULTS
+from _record import RESULTS, ROOT
 
-from pilot_flwr.tables import human_bytes, markdown
+from pilot_flwr.tables import markdown
+from pilot_flwr.wording import human_bytes
 
+README = ROOT / "README.md"
 Results = dict[str, Any]
 Rows = list[list[str]]
 """What was measured, the figure, the goal."""
@@ -71,6 +76,18 @@ def aggregation_rows(results: Results) -> Rows:
             "<= 4 x",
         ],
         [
+            "the same, in 56 large tensors (r=64)",
+            f"{results['few_large_tensors']['wall']['ratio']['to_flower']:.2f} x",
+            "",
+        ],
+        [
+            "the same, if decoding the records, which Flower's function does, is added to ours; "
+            "to the bare arithmetic of Flower's",
+            f"{ratio['with_decoding_to_flower']:.2f} x; "
+            f"{ratio['to_flower_arithmetic_alone']:.2f} x",
+            "",
+        ],
+        [
             "extra peak memory of distances; of ATA",
             f"{memory['distances_extra_peak_mib']:.1f} MiB; {memory['mix_extra_peak_mib']:.1f} MiB",
             f"<= {allowed:.1f} MiB (output + one stacked tensor)",
@@ -111,8 +128,8 @@ def client_turn_rows(results: Results) -> Rows:
     return rows
 
 
-def round_overhead_rows(results: Results) -> Rows:
-    """Rows of ``round_overhead.json``."""
+def demo_rows(results: Results) -> Rows:
+    """Rows of ``demo.json``."""
     first, later = results["first_exchange"], results["idle_share_after_first"]
     goal = results["goals"]["idle_share_after_first"]
     return [
@@ -133,7 +150,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
     "client_turn": client_turn_rows,
-    "round_overhead": round_overhead_rows,
+    "demo": demo_rows,
 }
 """Rows by the name of a result file."""
 
@@ -169,9 +186,31 @@ def note(record: Results) -> str:
     )
 
 
+def readme(text: str, folder: Path = RESULTS) -> str:
+    """Return the README with its tables renewed; one without a result file stays as it is."""
+    contents = {"benchmarks": table(folder)}
+    demo = folder / "demo.json"
+    if demo.exists():
+        record = json.loads(demo.read_text())
+        body = record["results"]["timeline"].split("\n\n", 1)[1]  # without its heading
+        contents |= {
+            "demo": f"{record['results']['summary']}\n{note(record)}\n",
+            "timeline": body,
+        }
+    for name, content in contents.items():
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)
+    return text
+
+
 def main() -> None:
-    """Print the table."""
-    print(table(), end="")
+    """Print the benchmark table, or renew the README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", action="store_true", help="renew the README's tables")
+    if parser.parse_args().readme:
+        README.write_text(readme(README.read_text()))
+    else:
+        print(table(), end="")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ServerApp: load the configuration, open the run folder, run the strategy, close."""
 
 import logging
-import time
+from datetime import datetime
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,6 +15,7 @@ from pilot_flwr.initial import initial_state
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_state import ServerState
 from pilot_flwr.strategy import PilotStrategy
+from pilot_flwr.submission import default_run_folder
 from pilot_flwr.wire import RunInfo
 
 app = ServerApp()
@@ -58,7 +59,7 @@ def federate(grid: Grid, config: PilotConfig, folder: RunFolder, *, run_name: st
 
 
 def run_path(config: PilotConfig) -> Path:
-    """Return the absolute run folder: the configured one, or ``outputs/<name>-<time>`` here.
+    """Return the absolute run folder: the configured one, or the default where Flower runs.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def run_path(config: PilotConfig) -> Path:
     if config.run.folder:
         path = Path(config.run.folder).expanduser().absolute()
     else:
-        path = Path.cwd() / "outputs" / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = default_run_folder(config.name, datetime.now()).absolute()
     if (path / "metrics.jsonl").exists():
         raise RunError(f"`run.folder` is {path}, which already holds a run; choose another.")
     return path

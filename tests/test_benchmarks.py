@@ -25,7 +25,7 @@ def result_files() -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (FOLDER / "results").glob("*.json")}
 
 
-@pytest.mark.parametrize("name", ["connector", "client_turn", "round_overhead"])
+@pytest.mark.parametrize("name", ["connector", "client_turn", "demo"])
 def test_quick_size_runs_and_writes_nothing(name, benchmark, capsys):
     before = result_files()
     benchmark(name).main(["--quick"])
@@ -74,12 +74,12 @@ def test_peak_memory_of_the_literal_formula_holds_its_matrix(benchmark):
 def test_union_of_intervals_counts_no_second_twice(benchmark):
     intervals = [(3, 5), (0, 2), (1, 2), (4, 9), (4, 6), (12, 13)]
     covered = {second for first, last in intervals for second in range(first, last)}
-    assert benchmark("round_overhead").union_seconds(intervals) == len(covered)
+    assert benchmark("demo").union_seconds(intervals) == len(covered)
 
 
 def test_idle_share_of_a_made_up_run(benchmark):
     """Both exchanges last 10 s, of which clients are busy for 8: in turn, then side by side."""
-    found = benchmark("round_overhead").main(["--quick"])
+    found = benchmark("demo").main(["--quick"])
     (later,) = found["later_exchanges"]
     assert found["first_exchange"]["idle_share"] == later["idle_share"] == pytest.approx(0.2)
     assert (found["first_exchange"]["mean_busy_workers"], later["mean_busy_workers"]) == (0.8, 1.6)
@@ -87,7 +87,7 @@ def test_idle_share_of_a_made_up_run(benchmark):
 
 def test_an_unfinished_run_is_refused(benchmark, tmp_path):
     with pytest.raises(SystemExit, match="no completed run"):
-        benchmark("round_overhead").main([str(tmp_path)])
+        benchmark("demo").main([str(tmp_path)])
 
 
 def test_ratios_are_taken_within_each_turn(benchmark):
@@ -97,3 +97,9 @@ def test_ratios_are_taken_within_each_turn(benchmark):
     assert found["ratio"]["a_to_b"] == 1
     assert found["ratio_range"]["a_to_b"] == [0.5, 3]
     assert math.isclose(found["median_seconds"]["a"], 4)
+
+
+def test_the_readmes_tables_are_those_of_the_result_files(benchmark):
+    text = (FOLDER.parent / "README.md").read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 3
+    assert benchmark("tables").readme(text) == text

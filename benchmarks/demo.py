@@ -1,11 +1,11 @@
-"""Measure what share of a run's wall time no client trains or evaluates, from ``metrics.jsonl``.
+"""Record a demo run's scores and timeline, and what share of its time no client was at work.
 
 Goal: at most 15 % of every exchange after the first one, which also starts Ray and loads torch and
 the base in every worker. The rest is roster, messages, Flower's scheduling, the swap of adapters,
 the clients' files, aggregation and checkpoint.
 
-Run ``python benchmarks/round_overhead.py RUN_FOLDER`` on the folder of a finished run to renew
-``benchmarks/results/round_overhead.json``, or ``--quick`` instead of the folder to see that it
+Run ``python benchmarks/demo.py RUN_FOLDER`` on the folder of a finished run to renew
+``benchmarks/results/demo.json``, or ``--quick`` instead of the folder to see that it
 works. The last evaluation, after the last exchange, belongs to no exchange and is not counted.
 """
 
@@ -22,7 +22,7 @@ from _record import RESULTS, write_record
 Event = dict[str, Any]
 Interval = tuple[float, float]
 
-RESULT = RESULTS / "round_overhead.json"
+RESULT = RESULTS / "demo.json"
 
 
 def read_events(folder: Path) -> list[Event]:
@@ -98,6 +98,8 @@ def measure(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     return {
         "run": {"name": config["name"], "seed": config["seed"], "exchanges": len(exchanges)},
+        "summary": (folder / "summary.md").read_text(),
+        "timeline": (folder / "timeline.md").read_text(),
         "goals": {"idle_share_after_first": 0.15},
         "first_exchange": exchanges[0],
         "later_exchanges": later,
@@ -130,6 +132,8 @@ def make_example(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "result.json").write_text('{"status": "completed"}')
     (folder / "config.yaml").write_text("name: example\nseed: 0\n")
+    for table in ("summary", "timeline"):
+        (folder / f"{table}.md").write_text(f"# {table}\n\n| a |\n|---|\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
