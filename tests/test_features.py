@@ -69,6 +69,31 @@ def test_the_bound_is_kept_and_the_rest_encoded_again(
     assert count == [4, 2]
 
 
+def test_kept_files_are_not_flushed_and_leave_nothing_beside_them(
+    tmp_path, counted, processor, examples, monkeypatch
+):
+    """They can be made anew; two flushes an image would take longer than encoding it."""
+
+    def flush(descriptor):
+        raise AssertionError("flushed")
+
+    monkeypatch.setattr("os.fsync", flush)
+    cache(tmp_path, "disk", "flush").encode(counted[0], processor.image_processor, examples)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * len(examples)
+
+
+def test_a_torn_file_counts_as_absent(tmp_path, counted, processor, examples):
+    model, count = counted
+    expected = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
+    empty, short, *_ = sorted(tmp_path.iterdir())
+    empty.write_bytes(b"")
+    short.write_bytes(short.read_bytes()[:-1])
+    for _ in range(2):  # encoded again, then found
+        again = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
+        torch.testing.assert_close(again, expected)
+    assert count == [4, 2]
+
+
 def test_two_clients_with_equal_ids_do_not_share(tmp_path, counted, processor, examples):
     model, count = counted
     for name in ("a", "b"):

@@ -170,9 +170,38 @@ def test_a_base_that_is_not_there_is_a_clear_error(tmp_path):
         load_llava(str(tmp_path / "nothing"), dtype="float32")
 
 
-def test_unknown_lora_targets_are_a_clear_error(make_model):
-    with pytest.raises(ModelError, match=r"`model\.lora\.targets` is \['foo'\]"):
-        make_model(lora=LoraConfig(targets=["foo"]))
+@pytest.mark.parametrize(
+    ("targets", "unknown"),
+    [
+        (["foo"], "'foo'"),
+        (["q_proj", "k_porj"], "'k_porj'"),
+        (["proj", "q_proj", "mlp"], "'proj', 'mlp'"),  # not a whole name; no linear layer
+    ],
+)
+def test_every_lora_target_must_be_a_linear_layer(make_model, targets, unknown):
+    message = rf"`model\.lora\.targets` is .* no linear layer is called {unknown}; .* k_proj, "
+    with pytest.raises(ModelError, match=message):
+        make_model(lora=LoraConfig(targets=targets))
+    with pytest.raises(ModelError, match=message):  # the server finds it, before any round
+        initial_state(ModelConfig(lora=LoraConfig(targets=targets)), seed=0)
+
+
+def test_a_lora_target_may_name_one_layer(make_model):
+    model = make_model(lora=LoraConfig(targets=["0.self_attn.q_proj", "down_proj"]))
+    layers = {name.rpartition(".")[0] for name in model.state("lora")}
+    down = {name for name in layers if name.endswith("down_proj")}
+    assert len(down) == model.llava.config.text_config.num_hidden_layers
+    assert layers - down == {"layers.0.self_attn.q_proj"}
+
+
+def test_the_vision_tower_stays_in_evaluation(make_model):
+    model = make_model(lora=LoraConfig(dropout=0.1))
+    assert model.train() is model
+    assert not any(module.training for module in model.llava.model.vision_tower.modules())
+    assert all(module.training for module in model.llava.model.language_model.modules())
+    assert model.connector.training
+    model.eval()
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_checkpoint_with_missing_keys_is_refused(tmp_path, llava, processor):

@@ -2,20 +2,23 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pilot_flwr.connector import ConnectorOutput
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import TrainingError
+from pilot_flwr.evaluation import evaluate
 from pilot_flwr.initial import initial_state
 from pilot_flwr.settings import (
     DataConfig,
     DifferenceLossConfig,
+    EvaluationConfig,
     LoraConfig,
     StageConfig,
     TrainConfig,
 )
-from pilot_flwr.training import total_loss, train
+from pilot_flwr.training import autocast, total_loss, train
 
 TASKS = ("vqa", "counting", "captioning")
 TRAINED = {
@@ -51,6 +54,33 @@ def run(processor, examples):
         )
 
     return call
+
+
+@pytest.fixture
+def steps():
+    """What every optimizer holds just before each of its steps: settings and gradients."""
+    seen = []
+
+    def note(optimizer, args, kwargs):
+        settings = [
+            {key: group[key] for key in ("lr", "weight_decay")} for group in optimizer.param_groups
+        ]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append((settings, {p: p.grad.clone() for p in parameters}))
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
+def gradient_norms(model, step):
+    """‖gradient‖₂ of every trained group at one step of the fixture `steps`."""
+    gradients = step[1]
+    return {
+        group: math.sqrt(sum(float(gradients[p].square().sum()) for p in parameters.values()))
+        for group, parameters in model.groups().items()
+        if group in TRAINED[model.stage]
+    }
 
 
 def states(model):
@@ -155,6 +185,92 @@ def test_lora_and_connector_have_their_own_learning_rates(make_model, run):
     assert change("lora") < 1e-8 < 1e-4 < change("own_task_adapter")
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_learning_rates_warm_up_and_follow_a_cosine(make_model, generator, run, steps, stage):
+    """``lr · s/w`` in the w steps of warm-up, then ``lr · (1 + cos π(s − w)/(n − w))/2``."""
+    model = make_model()
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    rates = {f"stage{stage}": StageConfig(lora_lr=3e-4, connector_lr=2e-4)}
+    run(model, epochs=3, warmup_ratio=0.4, **rates)
+    n, w = 6, 2  # 3 epochs of 8 / 4 steps; 0.4 · 6 rounded down
+    factors = [
+        s / w if s < w else (1 + math.cos(math.pi * (s - w) / (n - w))) / 2 for s in range(n)
+    ]
+    for index, rate in enumerate((3e-4, 2e-4)):
+        got = [settings[index]["lr"] for settings, _ in steps]
+        assert got == pytest.approx([rate * factor for factor in factors])
+
+
+def test_weight_decay_is_for_all_that_is_trained(make_model, run, steps):
+    """AdamW's decay is apart from the gradient: with a rate of lr, a weight shrinks by lr · λ."""
+    plain, decayed = make_model(), make_model()
+    before = plain.state("own_task_adapter")["linear_1.weight"]
+    rates = {"stage1": StageConfig(lora_lr=1e-4, connector_lr=1e-4), "batch_size": 8}
+    run(plain, **rates)
+    run(decayed, weight_decay=0.5, **rates)
+    decays = [[group["weight_decay"] for group in settings] for settings, _ in steps]
+    assert decays == [[0, 0], [0.5, 0.5]]
+    after, shrunk = (m.state("own_task_adapter")["linear_1.weight"] for m in (plain, decayed))
+    torch.testing.assert_close(after - shrunk, 1e-4 * 0.5 * before, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_each_groups_gradient_is_clipped_by_itself(make_model, generator, run, steps, stage):
+    model = make_model()
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    before = states(model)
+    for bound in (1e6, 1e-3):
+        for group, state in before.items():
+            model.load(group, state)
+        run(model, batch_size=8, max_grad_norm=bound)
+    free, clipped = (gradient_norms(model, step) for step in steps)
+    assert min(free.values()) > 2e-3
+    assert clipped == pytest.approx(dict.fromkeys(TRAINED[stage], 1e-3), rel=2e-3)  # norm + 1e-6
+    for parameter, gradient in steps[0][1].items():  # the direction stays
+        group = next(
+            g for g, ps in model.groups().items() if any(p is parameter for p in ps.values())
+        )
+        expected = gradient * (clipped[group] / free[group])
+        torch.testing.assert_close(steps[1][1][parameter], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_a_client_adapter_near_zero_does_not_slow_down_the_others(make_model, run, steps):
+    """L_d's gradient grows as 1/‖x_s‖; that of Θ_l does not depend on L_d at all."""
+
+    def norms(weight, max_norm):
+        model = make_model()
+        model.load("lora", initial_state(model.config, seed=0).lora)
+        with torch.no_grad():
+            last = model.connector.client_adapter.linear_2.weight
+            last.normal_(std=1e-6, generator=torch.Generator().manual_seed(0))
+        loss = DifferenceLossConfig(weight=weight)
+        run(model, batch_size=8, max_grad_norm=max_norm, difference_loss=loss)
+        return gradient_norms(model, steps[-1])
+
+    free, without, clipped = norms(0.1, 1e6), norms(0.0, 1.0), norms(0.1, 1.0)
+    assert free["client_adapter"] > 10 * free["lora"]
+    assert clipped["client_adapter"] == pytest.approx(1, rel=1e-3)
+    assert clipped["lora"] == pytest.approx(without["lora"], rel=1e-6)
+    assert clipped["own_task_adapter"] == pytest.approx(without["own_task_adapter"], rel=0.05)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("group", ["lora", "client_adapter"])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(make_model, run, steps, group, value):
+    """The loss is finite, the gradient is not: as after an overflow in the backward pass."""
+    model = make_model()
+    before = states(model)
+    name, parameter = list(model.groups()[group].items())[-1]
+    parameter.register_hook(lambda gradient: gradient + value)
+    with pytest.raises(TrainingError, match=f"gradient of {group} is {value} in stage 1; lower"):
+        run(model)
+    assert not steps
+    for other, tensors in before.items():
+        assert all(torch.equal(t, model.state(other)[n]) for n, t in tensors.items())
+
+
 def test_the_same_generator_gives_the_same_training(make_model, run):
     results = []
     for seed in (1, 1, 2):
@@ -203,3 +319,49 @@ def test_bfloat16_autocast_trains(make_model, run):
     half = run(make_model(), autocast="bfloat16").losses["ce"]
     assert half == pytest.approx(full, rel=0.05)
     assert half != full
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "enabled"),
+    [
+        ("cuda", "auto", True),
+        ("cpu", "auto", False),
+        ("cuda", "bfloat16", True),
+        ("cpu", "bfloat16", True),
+        ("cuda", "off", False),
+        ("cpu", "off", False),
+    ],
+)
+def test_autocast_by_choice_and_device(monkeypatch, device, choice, enabled):
+    """torch's own class warns where there is no GPU, so its arguments are looked at."""
+    calls = []
+    monkeypatch.setattr(torch, "autocast", lambda *args: calls.append(args))
+    autocast(torch.device(device), choice)
+    assert calls == ([(device, torch.bfloat16)] if enabled else [])
+
+
+@pytest.mark.parametrize("choice", ["bfloat16", "off"])
+def test_evaluation_generates_in_the_precision_of_training(
+    make_model, processor, examples, monkeypatch, choice
+):
+    model, dtypes = make_model(), []
+    model.llava.lm_head.register_forward_hook(lambda m, a, logits: dtypes.append(logits.dtype))
+
+    def encode(part):
+        images = [example.image for example in part]
+        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        features = model.encode_images(pixels)
+        assert features.dtype == torch.float32  # of the frozen tower, as in training
+        return features
+
+    result = evaluate(
+        model,
+        examples,
+        collator=Collator(processor, num_visual_tokens=16, max_length=256),
+        encode=encode,
+        metric="exact_match",
+        config=EvaluationConfig(max_new_tokens=2, batch_size=5),
+        autocast_choice=choice,
+    )
+    assert result.examples == len(examples)
+    assert set(dtypes) == {torch.bfloat16 if choice == "bfloat16" else torch.float32}

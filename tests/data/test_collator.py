@@ -110,8 +110,13 @@ def test_too_long_is_an_error_never_cut(processor):
 def test_a_token_across_the_edge_of_an_answer_is_an_error(collator, monkeypatch):
     spans = collator._assistant_spans
     monkeypatch.setattr(collator, "_assistant_spans", lambda *a: [(s + 1, e) for s, e in spans(*a)])
-    with pytest.raises(DataError, match="straddles the edge"):
-        collator.tokenize(example("<image>\nHow many?", "two"))
+    one = example("<image>\nHow many?", "two")
+    text = collator._render(one.turns)
+    start = text.rindex("two") - 1  # the tokenizer's word begins with its space
+    message = rf"'e1': the token at characters {start} to {start + 4} .* straddles the edge"
+    with pytest.raises(DataError, match=message) as caught:
+        collator.tokenize(one)
+    assert "two" not in str(caught.value)  # errors go to the server, the text must not
 
 
 @pytest.mark.parametrize(
