@@ -6,8 +6,7 @@ choices live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
 
 from dataclasses import dataclass, field
 
-from pilot_flwr.checks import at_least, at_most, one_of, positive, share
-from pilot_flwr.checks import check_name as check_name
+from pilot_flwr.checks import at_least, at_most, check_name, one_of, positive, share
 from pilot_flwr.errors import ConfigError
 
 LARGEST_SEED = 2**63 - 1

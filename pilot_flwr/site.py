@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from pilot_flwr.checks import check_name
 from pilot_flwr.data.federation import Client, client_by_id, federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run_folder import holds_token
-from pilot_flwr.settings import PilotConfig, check_name
+from pilot_flwr.settings import PilotConfig
 from pilot_flwr.submission import federation_config
 from pilot_flwr.turn import Site
 
