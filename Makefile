@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or 3.12; both make their own
+# `make demo` and `make test` need nothing but Python 3.11; both make their own
 # virtual environment in .venv (or in VENV=...).
 PYTHON ?= python3
 VENV ?= .venv
