@@ -77,13 +77,11 @@ def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype)
     ModelError
         No linear layer is called as one of `model.lora.targets`; peft would pass over it.
     """
-    linear = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
-    unknown = [t for t in lora.targets if not any(f".{name}".endswith(f".{t}") for name in linear)]
-    if unknown:
+    linear = [f".{name}" for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
+    if unknown := [t for t in lora.targets if not any(n.endswith(f".{t}") for n in linear)]:
+        there = sorted({name.rpartition(".")[2] for name in linear})
         raise ModelError(
-            f"`model.lora.targets` is {list(lora.targets)} but no linear layer is called "
-            f"{', '.join(map(repr, unknown))}; there are "
-            f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}."
+            f"`model.lora.targets` names {unknown} but must name linear layers, of {there}."
         )
     config = peft.LoraConfig(
         r=lora.rank,

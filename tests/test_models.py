@@ -179,7 +179,7 @@ def test_a_base_that_is_not_there_is_a_clear_error(tmp_path):
     ],
 )
 def test_every_lora_target_must_be_a_linear_layer(make_model, targets, unknown):
-    message = rf"`model\.lora\.targets` is .* no linear layer is called {unknown}; .* k_proj, "
+    message = rf"`model\.lora\.targets` names \[{unknown}\] but must .*, of \[.*'k_proj', "
     with pytest.raises(ModelError, match=message):
         make_model(lora=LoraConfig(targets=targets))
     with pytest.raises(ModelError, match=message):  # the server finds it, before any round
