@@ -173,8 +173,9 @@ class TrainConfig:
     """Local training on a client: `epochs` is the paper's E.
 
     `balance_weight` is λ1, `z_weight` is λ2. An optimizer step uses `batch_size` ×
-    `accumulation_steps` examples. `autocast` is ``auto`` (bfloat16 on a GPU, off on a CPU),
-    ``bfloat16`` or ``off``.
+    `accumulation_steps` examples. The gradient of each parameter group is clipped to
+    `max_grad_norm` by itself. `autocast` is ``auto`` (bfloat16 on a GPU, off on a CPU),
+    ``bfloat16`` or ``off``, in evaluation as in training.
     """
 
     epochs: int = 1
