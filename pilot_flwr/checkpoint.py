@@ -106,7 +106,7 @@ class PrivateStore:
         StateError
             The file is torn or foreign.
         """
-        return int(_metadata(self.path)["stage"]) if self.path.exists() else 0
+        return self._header()[0] if self.path.exists() else 0
 
     def load(self) -> PrivateState | None:
         """Return the state, or None if this client has not trained yet.
@@ -118,16 +118,22 @@ class PrivateStore:
         """
         if not self.path.exists():
             return None
-        tensors, metadata = load_tensors(self.path)
+        stage, tasks = self._header()
         groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
         try:
-            stage, tasks = int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
-            for name, tensor in tensors.items():
+            for name, tensor in load_tensors(self.path)[0].items():
                 group, key = name.split("/", 1)
                 groups[group][key] = tensor  # type: ignore[index]
         except (KeyError, ValueError) as error:
             raise StateError(f"{self.path} is not a private state: {error}") from error
         return PrivateState(stage, tasks, groups)
+
+    def _header(self) -> tuple[int, tuple[str, ...]]:
+        metadata = _metadata(self.path)
+        try:
+            return int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
+        except (KeyError, ValueError) as error:
+            raise StateError(f"{self.path} is not a private state: {error}") from error
 
     def save(self, state: PrivateState) -> None:
         """Replace the state on disk, atomically."""

@@ -59,6 +59,10 @@ def test_a_foreign_file_is_refused(tmp_path):
     save_tensors(store.path, {"nonsense": torch.zeros(1)}, {"stage": "1", "tasks": "[]"})
     with pytest.raises(StateError, match="is not a private state"):
         store.load()
+    for metadata in ({}, {"stage": "one", "tasks": "[]"}, {"stage": "1", "tasks": "["}):
+        save_tensors(store.path, {}, metadata)
+        with pytest.raises(StateError, match="is not a private state"):
+            store.stage()
 
 
 def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
