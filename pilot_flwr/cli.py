@@ -112,13 +112,39 @@ def _run(options: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
         return 128 + stop.signum
-    summary = folder / "summary.md"
-    if summary.is_file():
-        _say("\n" + summary.read_text(encoding="utf-8").strip())
-    _say(f"\nRun folder: {folder}")
+    _show_results(folder)
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
     return SUCCESS if outcome.succeeded else FAILURE
+
+
+def _show_results(folder: Path) -> None:
+    """Print the time line and the scores, and say where the adapters are."""
+    timeline, summary = folder / "timeline.md", folder / "summary.md"
+    if timeline.is_file():
+        _say("\nWhat happened")
+        _show_table(timeline.read_text(encoding="utf-8"))
+    if summary.is_file():
+        _say("\n" + summary.read_text(encoding="utf-8").strip())
+    checkpoints = sorted((folder / "checkpoint").glob("round-*"))
+    if checkpoints:
+        _say(f"\nAdapters: {checkpoints[-1]}")
+    _say(f"\nRun folder: {folder}")
+
+
+def _show_table(markdown: str) -> None:
+    """Print a Markdown table whose cells have several lines."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = Table(*rows[0], show_lines=True) if rows else Table()
+    for row in rows[2:]:  # the second line is the rule under the header
+        table.add_row(*(Text(cell.replace("<br>", "\n")) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
 
 
 def _say(line: str) -> None:

@@ -57,6 +57,24 @@ def test_success(launched, capsys, tmp_path):
     assert out.rstrip().endswith(f"Run folder: {folder}")
 
 
+def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tmp_path):
+    def leave(app, overrides, federation, folder, *, out, verbose):
+        (folder / "checkpoint" / "round-0002").mkdir(parents=True)
+        rows = "| exchange | up |\n|---|---|\n| 1 of 2 | Θ_l 2 MB<br>ψ_t [1 kB] |\n"
+        (folder / "timeline.md").write_text(f"# What happened\n\nText.\n\n{rows}")
+        return Outcome(succeeded=True)
+
+    launch_module.launch = leave  # put back by the fixture
+    assert cli.main(["run"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2" in out
+    (first,) = [line for line in out.splitlines() if "Θ_l 2 MB" in line]
+    assert "ψ_t" not in first  # a line of its own
+    assert "ψ_t [1 kB]" in out  # no markup is read into it
+    assert "<br>" not in out
+    assert f"checkpoint{os.sep}round-0002" in out
+
+
 def test_a_run_folder_with_blanks_and_quotes_is_carried(launched, tmp_path):
     assert cli.main(["run", "run.folder='it\\'s, mine=1'"]) == 0
     assert launched.calls[0][3] == tmp_path / "it's, mine=1"
