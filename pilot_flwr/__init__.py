@@ -41,8 +41,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     codec                 named tensors as Flower's arrays
     wire                  the messages
     failures              what a Flower error reply means
-    roster                who takes part in an exchange
     grid                  replies as they come
+    roster                who takes part in an exchange
     journal               events of a run, written at once
     strategy              the server's strategy
     client_app            Flower's ClientApp

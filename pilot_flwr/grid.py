@@ -7,12 +7,41 @@ one, so that a strategy's loop over them shows the progress of a round.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
+
+
+def match(
+    messages: Sequence[Message], replies: Iterable[Message]
+) -> Iterator[tuple[int, Message | None]]:
+    """Yield which message each reply answers, then those that none has answered.
+
+    Parameters
+    ----------
+    messages : sequence of Message
+        As handed to the grid, which gives them their ids when it sends them.
+    replies : iterable of Message
+        As the grid yields them.
+
+    Yields
+    ------
+    tuple of int and Message or None
+        Index of a message and its reply, as it arrives; None for silence, at the end. A
+        reply to something older, or a second one, is passed over.
+    """
+    silent = dict.fromkeys(range(len(messages)))
+    for reply in replies:
+        index_of = {messages[i].metadata.message_id: i for i in silent}
+        index = index_of.get(reply.metadata.reply_to_message_id)
+        if index is not None:
+            del silent[index]
+            yield index, reply
+    for index in silent:
+        yield index, None
 
 
 class PollingGrid(Grid):

@@ -133,14 +133,14 @@ class Journal:
             "round", round=server_round, exchanges=self.num_exchanges, seconds=seconds
         )
         self.write_tables()
-        losses = [e["loss"] for e in self.folder.select("train") if e["round"] == server_round]
+        losses = [e["loss"] for e in self.folder.select("train", server_round)]
         return float(sum(losses) / len(losses))
 
     def close_evaluation(self, server_round: int, seconds: float) -> float | None:
         """End the closing evaluation; return the mean over clients of its scores."""
         self.folder.record("closing_evaluation", round=server_round, seconds=seconds)
         self.write_tables()
-        scores = [e["score"] for e in self.folder.select("evaluate") if e["round"] == server_round]
+        scores = [e["score"] for e in self.folder.select("evaluate", server_round)]
         return float(sum(scores) / len(scores)) if scores else None
 
     def write_tables(self) -> None:
@@ -150,4 +150,4 @@ class Journal:
 
     def reasons(self, server_round: int) -> list[str]:
         """Return why clients are missing in an exchange, first one first."""
-        return [e["reason"] for e in self.folder.select("failure") if e["round"] == server_round]
+        return [e["reason"] for e in self.folder.select("failure", server_round)]

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from pilot_flwr import wire
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.failures import reason_of
+from pilot_flwr.grid import match
 from pilot_flwr.server_state import Member
 from pilot_flwr.settings import StrategyConfig
 
@@ -103,22 +104,21 @@ class Roster:
         self, grid: Grid, nodes: list[int], server_round: int, seconds: float
     ) -> Iterator[tuple[int, Member | str]]:
         """Yield node and member, or node and the reason why it cannot take part."""
+        silence = "It did not answer the roster query in time."
+        if seconds <= 0:
+            yield from ((node, silence) for node in nodes)
+            return
         content, group = wire.encode_query(self.run), str(server_round)
         messages = [
-            Message(content, node, MessageType.QUERY, ttl=seconds, group_id=group)
-            for node in nodes
-            if seconds > 0
+            Message(content, node, MessageType.QUERY, ttl=seconds, group_id=group) for node in nodes
         ]
-        silent = dict.fromkeys(nodes)
-        for reply in grid.send_and_receive(messages, timeout=max(seconds, 0)):
-            nodes_asked = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-            node = nodes_asked.get(reply.metadata.reply_to_message_id)
-            if node is None or node not in silent:
-                continue  # a reply to something older, or a second one
-            del silent[node]
-            yield node, reason_of(reply.error) if reply.has_error() else self._read(reply)
-        for node in silent:
-            yield node, "It did not answer the roster query in time."
+        for index, reply in match(messages, grid.send_and_receive(messages, timeout=seconds)):
+            if reply is None:
+                yield nodes[index], silence
+            elif reply.has_error():
+                yield nodes[index], reason_of(reply.error)
+            else:
+                yield nodes[index], self._read(reply)
 
     def _read(self, reply: Message) -> Member | str:
         try:

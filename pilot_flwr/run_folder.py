@@ -14,6 +14,7 @@
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from pilot_flwr.checkpoint import write_text
 Event = dict[str, Any]
 
 _TOKEN = ".token"
+
+
+def select(events: Sequence[Event], kind: str, server_round: int | None = None) -> list[Event]:
+    """Return the events of one kind, in order, and of one round if it is given."""
+    return [
+        event
+        for event in events
+        if event["event"] == kind and (server_round is None or event["round"] == server_round)
+    ]
 
 
 def holds_token(folder: Path, token: str) -> bool:
@@ -67,9 +77,9 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def select(self, event: str) -> list[Event]:
-        """Return the events of one kind, in order."""
-        return [entry for entry in self.events if entry["event"] == event]
+    def select(self, kind: str, server_round: int | None = None) -> list[Event]:
+        """Return the events of one kind, in order, and of one round if it is given."""
+        return select(self.events, kind, server_round)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder, atomically."""

@@ -18,6 +18,7 @@ from pilot_flwr.checkpoint import save_checkpoint
 from pilot_flwr.codec import encode_state
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.failures import reason_of
+from pilot_flwr.grid import match
 from pilot_flwr.journal import Journal
 from pilot_flwr.parameters import State
 from pilot_flwr.roster import Present, Roster
@@ -70,7 +71,7 @@ class PilotStrategy(Strategy):
         self.evaluate = evaluate
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
-        self._sent: list[tuple[Message, str]] = []
+        self._sent: list[tuple[Message, Present]] = []
         self._started = 0.0
 
     @property
@@ -171,6 +172,7 @@ class PilotStrategy(Strategy):
 
     def _orders(self, server_round: int, *, train: bool) -> list[Message]:
         packed = {task: encode_state(s) for task, s in self.state.adapters.items()}
+        phase = MessageType.TRAIN if train else MessageType.EVALUATE
         self._sent = []
         for present in self._present:
             member = present.member
@@ -188,28 +190,25 @@ class PilotStrategy(Strategy):
             message = Message(
                 wire.encode_order(order, self.run, member.client, adapters=packed),
                 present.node_id,
-                MessageType.TRAIN if train else MessageType.EVALUATE,
+                phase,
                 ttl=self.config.round_timeout_seconds,
                 group_id=str(server_round),
             )
-            phase = "train" if train else "evaluate"
             self.journal.order(order.server_round, phase, member, stage, message.content)
-            self._sent.append((message, member.client))
+            self._sent.append((message, present))
         return [message for message, _ in self._sent]
 
     def _answers(
         self, server_round: int, phase: str, replies: Iterable[Message]
     ) -> Iterable[tuple[Present, Message]]:
         """Yield client and reply as they arrive; errors and silence become failures."""
-        present = {p.member.client: p for p in self._present}
-        silent = dict.fromkeys(client for _, client in self._sent)
-        for reply in replies:
-            sent = {message.metadata.message_id: client for message, client in self._sent}
-            client = sent.get(reply.metadata.reply_to_message_id)
-            if client is None or client not in silent:
-                continue  # a reply to something older, or a second one
-            del silent[client]
-            if reply.has_error():
+        for index, reply in match([message for message, _ in self._sent], replies):
+            present = self._sent[index][1]
+            client = present.member.client
+            if reply is None:
+                reason = f"No reply within {self.config.round_timeout_seconds:g} s."
+                self.journal.failure(server_round, phase, client, reason)
+            elif reply.has_error():
                 try:
                     reason = reason_of(reply.error)
                 except RunError as error:
@@ -217,10 +216,7 @@ class PilotStrategy(Strategy):
                     raise
                 self.journal.failure(server_round, phase, client, reason)
             else:
-                yield present[client], reply
-        for client in silent:
-            reason = f"No reply within {self.config.round_timeout_seconds:g} s."
-            self.journal.failure(server_round, phase, client, reason)
+                yield present, reply
 
     def _receive_update(self, server_round: int, member: Member, content: RecordDict) -> Update:
         """Read and check all of a reply, and only then write anything down."""

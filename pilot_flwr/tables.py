@@ -7,12 +7,10 @@ aggregation returned.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from pilot_flwr.parameters import GROUPS
+from pilot_flwr.run_folder import Event, select
 from pilot_flwr.wording import human_bytes
-
-Event = dict[str, Any]
 
 
 def timeline(events: Sequence[Event]) -> str:
@@ -34,11 +32,11 @@ def timeline(events: Sequence[Event]) -> str:
             "seconds",
         ]
     ]
-    for closed in _select(events, "round"):
+    for closed in select(events, "round"):
         number = closed["round"]
-        trained = _select(events, "train", number)
-        orders = _select(events, "order", number)
-        failures = _select(events, "failure", number)
+        trained = select(events, "train", number)
+        orders = select(events, "order", number)
+        failures = select(events, "failure", number)
         rows.append(
             [
                 f"{number} of {closed['exchanges']}",
@@ -46,13 +44,13 @@ def timeline(events: Sequence[Event]) -> str:
                 "<br>".join(_gradients(trained)),
                 "<br>".join(_bytes(orders, "down")),
                 "<br>".join(_bytes([*trained, *failures], "up")),
-                "<br>".join(_server(_select(events, "aggregate", number))),
+                "<br>".join(_server(select(events, "aggregate", number))),
                 f"{closed['seconds']:.1f}",
             ]
         )
-    for closed in _select(events, "closing_evaluation"):
-        orders = [e for e in _select(events, "order") if e["phase"] == "evaluate"]
-        scores = len(_select(events, "evaluate", closed["round"]))
+    for closed in select(events, "closing_evaluation"):
+        orders = [e for e in select(events, "order") if e["phase"] == "evaluate"]
+        scores = len(select(events, "evaluate", closed["round"]))
         down = "<br>".join(_bytes(orders, "down"))
         what = f"{len(orders)} clients"
         rows.append(
@@ -66,14 +64,14 @@ def timeline(events: Sequence[Event]) -> str:
 
 def summary(events: Sequence[Event]) -> str:
     """Return a Markdown table of scores: a row per task and their mean, a column per round."""
-    evaluated = _select(events, "evaluate")
+    evaluated = select(events, "evaluate")
     if not evaluated:
         return "No evaluation.\n"
     rounds = sorted({event["round"] for event in evaluated})
     tasks = list(dict.fromkeys(event["task"] for event in evaluated))
     header = ["task", "metric", "test examples"]
     for number in rounds:
-        stages = sorted({str(event["stage"]) for event in _select(events, "train", number)})
+        stages = sorted({str(event["stage"]) for event in select(events, "train", number)})
         title = f"exchange {number} (stage {' and '.join(stages)})"
         header.append("zero-shot" if number == 0 else title)
     rows = [header]
@@ -104,14 +102,6 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
-
-
-def _select(events: Sequence[Event], kind: str, number: int | None = None) -> list[Event]:
-    return [
-        event
-        for event in events
-        if event["event"] == kind and (number is None or event["round"] == number)
-    ]
 
 
 def _weighted_score(events: Sequence[Event]) -> float | None:

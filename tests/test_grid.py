@@ -5,7 +5,7 @@ import types
 import pytest
 
 from pilot_flwr import grid as module
-from pilot_flwr.grid import PollingGrid
+from pilot_flwr.grid import PollingGrid, match
 
 
 class Clock:
@@ -72,3 +72,13 @@ def test_the_time_limit_holds(clock):
 def test_no_message_is_no_wait(clock):
     assert list(PollingGrid(SlowGrid(clock, [])).send_and_receive([])) == []
     assert clock.naps == []
+
+
+def test_replies_are_matched_with_messages_once_and_silence_comes_last():
+    def message(**values):
+        return types.SimpleNamespace(metadata=types.SimpleNamespace(**values))
+
+    messages = [message(message_id=name) for name in "abc"]
+    replies = [message(reply_to_message_id=name) for name in ("c", "older", "c", "a")]
+    found = list(match(messages, replies))
+    assert found == [(2, replies[0]), (0, replies[3]), (1, None)]
