@@ -28,9 +28,11 @@ from transformers.utils import logging as transformers_logging
 
 from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.initial import initial_state
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import load_processor, warm_model
-from pilot_flwr.settings import DataConfig, ModelConfig, PilotConfig, TrainConfig
+from pilot_flwr.settings import PilotConfig, TrainConfig
 from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.turn import (
     Order,

@@ -5,6 +5,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     errors                typed errors for all that comes from outside
     checks                ranges and names, checked in the user's own words
     wording               words for people: reasons, durations, sizes
+    model_settings        the base model's settings
+    data_settings         the data's settings
     settings              every setting's type, default and range
     config                conf/ and overrides, composed into settings
     submission            what is handed to Flower: folders, quoting, resources
@@ -52,6 +54,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     outcome               whether a run succeeded, and if not, why
     processes             the processes of one launch, all ended
     launch                a run under Flower's simulation engine
+    commands.run          ``pilot-flwr run``
     cli                   the command line tool
 
 "Pilot: Building the Federated Multimodal Instruction Tuning Framework",

@@ -1,21 +1,24 @@
 """The command line tool ``pilot-flwr``.
 
-To add a command, add a function that adds its parser and sets `handler`, and name it in
-`_parser`. A handler takes the parsed arguments and returns the exit code. Heavy imports stay
-inside handlers, so that ``pilot-flwr --help`` answers at once.
+Each command is a module of `pilot_flwr.commands` whose function `add` adds its parser and sets
+`handler`. To add a command, write such a module and name it in `COMMANDS`. A handler takes the
+parsed arguments and returns the exit code. Heavy imports stay inside handlers, so that
+``pilot-flwr --help`` answers at once.
 """
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pilot_flwr import __version__
+from pilot_flwr.commands import run
 from pilot_flwr.errors import ConfigError, PilotError
 
-SUCCESS, FAILURE, USAGE = 0, 1, 2
+FAILURE, USAGE = 1, 2
+
+COMMANDS = (run.add,)
+"""In the order in which ``--help`` lists them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest  # words behind an option, which argparse does not collect
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    options.__dict__.setdefault("overrides", []).extend(
+        rest
+    )  # words behind an option, which argparse does not collect
     try:
         return int(options.handler(options))
     except ConfigError as error:
@@ -62,93 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pilot-flwr {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_run(commands)
+    for add in COMMANDS:
+        add(commands)
     return parser
-
-
-def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    run = commands.add_parser(
-        "run",
-        help="run a federation under Flower's simulation engine, to its end",
-        description="Run a federation under Flower's simulation engine, to its end. "
-        "Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, "
-        "130 or 143 stopped by Ctrl-C or SIGTERM. No process is left behind.",
-        epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1",
-    )
-    run.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
-    )
-    run.add_argument("--verbose", action="store_true", help="show Flower's own log as well")
-    run.set_defaults(handler=_run)
-
-
-def _run(options: argparse.Namespace) -> int:
-    from datetime import datetime
-
-    from pilot_flwr import submission
-    from pilot_flwr.config import load_config
-    from pilot_flwr.data.federation import federation_clients
-    from pilot_flwr.launch import launch
-    from pilot_flwr.processes import Interrupted
-    from pilot_flwr.shipped import checkpoint_path
-
-    config = load_config(shlex.join(options.overrides))
-    federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
-    submission.check_gpus(config.simulation)
-    federation = submission.federation_config(config.num_clients, config.simulation)
-    folder = submission.run_folder(config.run.folder, config.name, datetime.now())
-    words = [*options.overrides, submission.path_override("run.folder", folder)]
-    base = config.model.path
-    if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
-        words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
-    overrides = shlex.join(words)
-    if load_config(overrides).run.folder != str(folder):
-        raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
-    app = submission.app_folder()
-    _say(f"{config.name}: {config.num_clients} clients, run folder {folder}")
-    _say("Starting Flower and Ray; the first news takes half a minute.")
-    try:
-        outcome = launch(app, overrides, federation, folder, out=_say, verbose=options.verbose)
-    except Interrupted as stop:
-        print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
-        return 128 + stop.signum
-    _show_results(folder)
-    if not outcome.succeeded:
-        print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
-    return SUCCESS if outcome.succeeded else FAILURE
-
-
-def _show_results(folder: Path) -> None:
-    """Print the time line and the scores, and say where the adapters are."""
-    timeline, summary = folder / "timeline.md", folder / "summary.md"
-    if timeline.is_file():
-        _say("\nWhat happened")
-        _show_table(timeline.read_text(encoding="utf-8"))
-    if summary.is_file():
-        _say("\n" + summary.read_text(encoding="utf-8").strip())
-    checkpoints = sorted((folder / "checkpoint").glob("round-*"))
-    if checkpoints:
-        _say(f"\nAdapters: {checkpoints[-1]}")
-    _say(f"\nRun folder: {folder}")
-
-
-def _show_table(markdown: str) -> None:
-    """Print a Markdown table whose cells have several lines."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    table = Table(*rows[0], show_lines=True) if rows else Table()
-    for row in rows[2:]:  # the second line is the rule under the header
-        table.add_row(*(Text(cell.replace("<br>", "\n")) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(table)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def evaluate(
             tokens = model.generate(batch, features, max_new_tokens=config.max_new_tokens)
         answers = collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         scores += [
-            METRICS[metric](answer, example.answer)
+            METRICS[metric](answer, example.answers[0])
             for answer, example in zip(answers, part, strict=True)
         ]
     return EvaluationResult(

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pilot_flwr.data.examples import Example
+from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel
-from pilot_flwr.settings import FeatureCacheConfig
 
 _MEMORY: dict[str, Tensor] = {}
 _used_memory = 0
@@ -57,7 +57,7 @@ class FeatureCache:
         found = {key: kept for key in keys if (kept := self._get(key)) is not None}
         absent = {k: e for k, e in zip(keys, examples, strict=True) if k not in found}
         if absent:
-            images = [example.image for example in absent.values()]
+            images = [example.images[0].read() for example in absent.values()]
             pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
             for key, features in zip(absent, model.encode_images(pixels).cpu(), strict=True):
                 found[key] = features.clone()

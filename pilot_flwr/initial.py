@@ -16,9 +16,9 @@ from safetensors import safe_open
 from transformers.utils import cached_file
 
 from pilot_flwr.errors import ModelError
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import State
-from pilot_flwr.settings import ModelConfig
 from pilot_flwr.shipped import checkpoint_path
 
 _PROJECTOR = "multi_modal_projector."

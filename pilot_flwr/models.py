@@ -24,8 +24,8 @@ from pilot_flwr.connector import (
 )
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
+from pilot_flwr.model_settings import LoraConfig, ModelConfig
 from pilot_flwr.parameters import GroupName, State, claim, read, set_trainable, write
-from pilot_flwr.settings import LoraConfig, ModelConfig
 from pilot_flwr.shipped import checkpoint_path
 
 _WARM: dict[tuple[str, str, str], "PilotModel"] = {}

@@ -1,122 +1,19 @@
 """Typed, frozen, validated settings: every default and every range of the configuration.
 
-To add a setting, add a field and, if it has a rule, a check in ``__post_init__``. Named
-choices live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
+The model's and the data's are in `pilot_flwr.model_settings` and `pilot_flwr.data_settings`. To
+add a setting, add a field and, if it has a rule, a check in ``__post_init__``. Named choices
+ live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
 """
 
 from dataclasses import dataclass, field
 
 from pilot_flwr.checks import at_least, at_most, check_name, one_of, positive, share
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.model_settings import ModelConfig
 
 LARGEST_SEED = 2**63 - 1
 """What torch's and numpy's generators both take."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """The text adapter Θ_l: a LoRA in the frozen language model.
-
-    `targets` are the names of the linear layers within a decoder layer that get a LoRA.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: list[str] = field(
-        default_factory=lambda: [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ]
-    )
-
-    def __post_init__(self) -> None:
-        at_least("model.lora.rank", self.rank, 1)
-        positive("model.lora.alpha", self.alpha)
-        share("model.lora.dropout", self.dropout)
-        if not self.targets:
-            raise ConfigError("`model.lora.targets` is empty but must name at least one layer.")
-
-
-@dataclass(frozen=True)
-class FeatureCacheConfig:
-    """Where the frozen vision tower's features are kept: `memory`, `disk` or `off`.
-
-    `max_gib` bounds the kept features in GiB, in memory per process and on disk per client;
-    images beyond it are encoded again whenever they are needed.
-    """
-
-    where: str = "memory"
-    max_gib: float = 1.0
-
-    def __post_init__(self) -> None:
-        one_of("model.feature_cache.where", self.where, ("memory", "disk", "off"))
-        positive("model.feature_cache.max_gib", self.max_gib)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The base model and what is added to it.
-
-    `path` is the name of a checkpoint shipped with the package (``tiny-llava``), a local
-    folder or a Hugging Face id. `dtype` is the frozen base's, `adapter_dtype` that of the
-    trained parameters (and so of what is sent). `initialisation` and
-    `stage2_client_adapter` are the decisions of design section 2.
-
-    ``adapter_dtype=bfloat16`` halves what is sent, but AdamW then works on bfloat16 parameters
-    directly, whose eight bits of precision lose small updates: design section 8. Hence the
-    default.
-    """
-
-    path: str = "tiny-llava"
-    dtype: str = "float32"
-    adapter_dtype: str = "float32"
-    initialisation: str = "identity"
-    stage2_client_adapter: str = "frozen"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError(
-                "`model.path` is empty but must be a shipped name, a folder or a hub id."
-            )
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))
-        one_of("model.initialisation", self.initialisation, ("identity", "official"))
-        one_of("model.stage2_client_adapter", self.stage2_client_adapter, ("frozen", "off"))
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The federation's tasks and clients: `clients_per_task` clients for every task.
-
-    `train_examples` is the mean number of training examples of a client (clients differ),
-    `test_examples` the number of test examples of each client.
-    """
-
-    source: str = "digits"
-    tasks: list[str] = field(default_factory=lambda: ["vqa", "counting", "captioning"])
-    clients_per_task: int = 3
-    train_examples: int = 200
-    test_examples: int = 60
-
-    def __post_init__(self) -> None:
-        one_of("data.source", self.source, ("digits",))
-        if not self.tasks:
-            raise ConfigError("`data.tasks` is empty but must name at least one task.")
-        for task in self.tasks:
-            check_name("data.tasks", task)
-        if len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"`data.tasks` is {self.tasks} but must not name a task twice.")
-        at_least("data.clients_per_task", self.clients_per_task, 1)
-        at_least("data.train_examples", self.train_examples, 1)
-        at_least("data.test_examples", self.test_examples, 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pilot_flwr.data.digit_questions import POSITIONS, WORDS, Writer, ask_caption, ask_position
 from pilot_flwr.data.digit_style import PLAIN, Style, draw_style, render
 from pilot_flwr.data.digits import client_style, load_scans
-from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
 
 Ints = NDArray[np.int64]
 Tasks = dict[Writer, float]
@@ -92,4 +92,4 @@ def draw_example(tasks: Tasks, styles: Styles, pool: Ints, rng: np.random.Genera
     question, answer = writer(scans.labels[chosen], rng)
     image = render(jitter(scans.ink[chosen], rng), styles(rng), rng)
     turns = (Turn("user", f"{IMAGE_MARKER}\n{question}"), Turn("assistant", answer))
-    return Example("-".join(map(str, chosen)), image, turns)
+    return Example("-".join(map(str, chosen)), (KeptImage(image),), turns)

@@ -44,7 +44,7 @@ LEARNING_RATE = 2e-3
 
 def pixels(processor: LlavaProcessor, examples: list[Example]) -> torch.Tensor:
     """Pixel values, shape (B, 3, 32, 32)."""
-    images = [example.image for example in examples]
+    images = [example.images[0].read() for example in examples]
     values: torch.Tensor = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return values
 
@@ -67,7 +67,7 @@ def exact_match(
         )
         new = output[:, batch.input_ids.shape[1] :]
         replies = collator.tokenizer.batch_decode(new, skip_special_tokens=True)
-        hits += sum(r.strip() == e.answer for r, e in zip(replies, part, strict=True))
+        hits += sum(r.strip() == e.answers[0] for r, e in zip(replies, part, strict=True))
     return hits / len(examples)
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel, load_llava, load_processor
-from pilot_flwr.settings import ModelConfig
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other

@@ -59,13 +59,13 @@ def test_one_image_takes_sixteen_tokens(processor, model):
     (example,) = client_examples(
         "vqa", client_index=0, num_clients=9, split="test", num_examples=1, seed=0
     )
-    inputs = processor(text="<image>", images=example.image, return_tensors="pt")
+    inputs = processor(text="<image>", images=example.images[0].read(), return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
     assert inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
     # CLIP's own normalisation, computed here from the pixels: no resampling has taken place.
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    expected = (np.asarray(example.image) / 255 - mean) / std
+    expected = (np.asarray(example.images[0].read()) / 255 - mean) / std
     np.testing.assert_allclose(inputs["pixel_values"][0].permute(1, 2, 0), expected, atol=1e-5)
 
 
@@ -132,12 +132,12 @@ def test_zero_shot_reading_is_far_above_chance(processor, model):
             )
             for example in examples
         ]
-        images = [example.image for example in examples]
+        images = [example.images[0].read() for example in examples]
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=8)
         replies = processor.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         pairs = zip(replies, examples, strict=True)
-        hits += sum(reply.strip() == example.answer for reply, example in pairs)
+        hits += sum(reply.strip() == example.answers[0] for reply, example in pairs)
     assert hits >= 24  # of 48; chance is about 5

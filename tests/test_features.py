@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from pilot_flwr.data.federation import client_examples, federation_clients
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.features import FeatureCache
-from pilot_flwr.settings import DataConfig, FeatureCacheConfig
+from pilot_flwr.model_settings import FeatureCacheConfig
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_features_are_transformers_own(tmp_path, make_model, processor, examples
     """The projector applied to our features is LLaVA's `get_image_features`."""
     model = make_model()
     features = cache(tmp_path, "off", "own").encode(model, processor.image_processor, examples)
-    images = [example.image for example in examples]
+    images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     projector = model.connector.task_adapter
     model.llava.model.multi_modal_projector = projector

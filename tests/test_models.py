@@ -3,10 +3,11 @@ import torch
 
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.initial import initial_state
+from pilot_flwr.model_settings import LoraConfig, ModelConfig
 from pilot_flwr.models import load_llava, num_visual_tokens, warm_model
-from pilot_flwr.settings import DataConfig, LoraConfig, ModelConfig
 
 TASKS = ("vqa", "counting", "captioning")
 
@@ -23,7 +24,7 @@ def collator(processor, llava):
 
 
 def pixels(processor, examples):
-    images = [example.image for example in examples]
+    images = [example.images[0].read() for example in examples]
     return processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 

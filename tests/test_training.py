@@ -7,17 +7,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from pilot_flwr.connector import ConnectorOutput
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.evaluation import evaluate
 from pilot_flwr.initial import initial_state
-from pilot_flwr.settings import (
-    DataConfig,
-    DifferenceLossConfig,
-    EvaluationConfig,
-    LoraConfig,
-    StageConfig,
-    TrainConfig,
-)
+from pilot_flwr.model_settings import LoraConfig
+from pilot_flwr.settings import DifferenceLossConfig, EvaluationConfig, StageConfig, TrainConfig
 from pilot_flwr.training import autocast, total_loss, train
 
 TASKS = ("vqa", "counting", "captioning")
@@ -39,7 +34,7 @@ def run(processor, examples):
 
     def call(model, *, seed=0, given=examples, progress=lambda line: None, **config):
         def encode(part):
-            images = [example.image for example in part]
+            images = [example.images[0].read() for example in part]
             pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
             return model.encode_images(pixels)
 
@@ -135,7 +130,7 @@ def test_each_coefficient_is_applied_once():
 def test_cross_entropy_is_transformers_own(make_model, run, processor, examples, llava):
     """One step over all examples with a tiny rate: the loss of LLaVA's own forward pass."""
     batch = Collator(processor, num_visual_tokens=16, max_length=256).train_batch(examples)
-    images = [example.image for example in examples]
+    images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     expected = llava(
         input_ids=batch.input_ids,
@@ -348,7 +343,7 @@ def test_evaluation_generates_in_the_precision_of_training(
     model.llava.lm_head.register_forward_hook(lambda m, a, logits: dtypes.append(logits.dtype))
 
     def encode(part):
-        images = [example.image for example in part]
+        images = [example.images[0].read() for example in part]
         pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         features = model.encode_images(pixels)
         assert features.dtype == torch.float32  # of the frozen tower, as in training

@@ -13,18 +13,13 @@ import torch
 from pilot_flwr import turn
 from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import DataError, StateError, TrainingError
 from pilot_flwr.evaluation import EvaluationResult
 from pilot_flwr.initial import initial_state
+from pilot_flwr.model_settings import LoraConfig, ModelConfig
 from pilot_flwr.parameters import trained_groups
-from pilot_flwr.settings import (
-    DataConfig,
-    EvaluationConfig,
-    LoraConfig,
-    ModelConfig,
-    PilotConfig,
-    TrainConfig,
-)
+from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import TrainingResult
 from pilot_flwr.turn import Order, Site, stage_trained, take_turn
 

@@ -24,7 +24,7 @@ from PIL import Image
 from pilot_flwr.checks import at_least, one_of
 from pilot_flwr.data.digit_questions import WRITERS
 from pilot_flwr.data.digit_style import Style, draw_style, render
-from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
 from pilot_flwr.errors import ConfigError
 
 TASKS: tuple[str, ...] = tuple(WRITERS)
@@ -243,7 +243,7 @@ def _example(name: str, task: str, pool: _Ints, style: Style, rng: np.random.Gen
     question, answer = WRITERS[task](scans.labels[chosen], rng)
     return Example(
         id=f"{name}/" + "-".join(map(str, chosen)),
-        image=render(scans.ink[chosen], style, rng),
+        images=(KeptImage(render(scans.ink[chosen], style, rng)),),
         turns=(Turn("user", f"{IMAGE_MARKER}\n{question}"), Turn("assistant", answer)),
     )
 

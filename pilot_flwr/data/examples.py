@@ -4,7 +4,7 @@ To add a data source, return a sequence of `Example`; nothing else in the packag
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -21,19 +21,49 @@ class Turn(NamedTuple):
     text: str
 
 
+class ImageSource(Protocol):
+    """An image that is read when it is needed, and not before."""
+
+    def read(self) -> Image.Image:
+        """Return the decoded RGB image, as the model is to see it."""
+        ...
+
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) of what `read` gives, without decoding the image."""
+        ...
+
+
+class KeptImage(NamedTuple):
+    """An image that is in memory."""
+
+    image: Image.Image
+
+    def read(self) -> Image.Image:
+        """Return the image in RGB."""
+        return self.image.convert("RGB")
+
+    def size(self) -> tuple[int, int]:
+        """Return (height, width)."""
+        return self.image.height, self.image.width
+
+
 @dataclass(frozen=True)
 class Example:
-    """One image and the conversation about it.
+    """A conversation about no image, one image, or several.
 
     Parameters
     ----------
     id : str
         Unique within the client's split; errors name it.
-    image : PIL.Image.Image
-        RGB image.
+    images : tuple of ImageSource
+        In the order of the markers.
     turns : tuple of Turn
-        User and assistant alternate, the user begins and the assistant ends. The text of
-        the first user turn holds `IMAGE_MARKER` once.
+        User and assistant alternate, the user begins and the assistant ends. The user's turns
+        hold as many `IMAGE_MARKER` as there are images, the assistant's none.
+    references : tuple of str
+        Answers that the last one is scored against; if empty, the last turn is the only one.
+    origin : str
+        Where the example comes from, such as ``train.json, row 17``; errors name it.
 
     Raises
     ------
@@ -42,26 +72,37 @@ class Example:
     """
 
     id: str
-    image: Image.Image
+    images: tuple[ImageSource, ...]
     turns: tuple[Turn, ...]
+    references: tuple[str, ...] = ()
+    origin: str = ""
 
     def __post_init__(self) -> None:
         for number, turn in enumerate(self.turns, start=1):
             role = "user" if number % 2 else "assistant"
             if turn.role != role:
                 raise DataError(
-                    f"Example {self.id!r}: turn {number} is {turn.role!r} but must be {role!r}."
+                    f"{self.name}: turn {number} is {turn.role!r} but must be {role!r}."
                 )
             if not turn.text.strip():
-                raise DataError(f"Example {self.id!r}: turn {number} is empty.")
+                raise DataError(f"{self.name}: turn {number} is empty.")
+            if role == "assistant" and IMAGE_MARKER in turn.text:
+                raise DataError(
+                    f"{self.name}: turn {number} is an answer but holds an image marker."
+                )
         if len(self.turns) < 2 or len(self.turns) % 2:
-            raise DataError(f"Example {self.id!r} must end with an assistant turn.")
-        markers = [turn.text.count(IMAGE_MARKER) for turn in self.turns]
-        if markers[0] != 1 or sum(markers) != 1:
+            raise DataError(f"{self.name} must end with an assistant turn.")
+        markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)
+        if markers != len(self.images):
             raise DataError(
-                f"Example {self.id!r} has {sum(markers)} image markers ({IMAGE_MARKER}) but must "
-                "have one, in its first turn."
+                f"{self.name} has {markers} image markers ({IMAGE_MARKER}) but "
+                f"{len(self.images)} images."
             )
+
+    @property
+    def name(self) -> str:
+        """What errors call this example."""
+        return f"Example {self.id!r}" + (f" ({self.origin})" if self.origin else "")
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -69,6 +110,6 @@ class Example:
         return self.turns[:-1]
 
     @property
-    def answer(self) -> str:
-        """Text of the last assistant turn: the reference at evaluation."""
-        return self.turns[-1].text
+    def answers(self) -> tuple[str, ...]:
+        """The references at evaluation, at least one."""
+        return self.references or (self.turns[-1].text,)

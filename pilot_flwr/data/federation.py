@@ -10,8 +10,8 @@ from typing import Literal
 from pilot_flwr.connector import is_reserved
 from pilot_flwr.data import digits
 from pilot_flwr.data.examples import Example
+from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.settings import DataConfig
 
 Split = Literal["train", "test"]
 

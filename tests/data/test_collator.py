@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from pilot_flwr.data.collator import IGNORE_INDEX, Collator
-from pilot_flwr.data.examples import Example, Turn
+from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import DataError
 
 VISUAL = 16
@@ -16,7 +16,7 @@ def collator(processor):
 def example(*texts: str) -> Example:
     roles = ["user", "assistant"] * len(texts)
     turns = tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
-    return Example("e1", Image.new("RGB", (32, 32)), turns)
+    return Example("e1", (KeptImage(Image.new("RGB", (32, 32))),), turns)
 
 
 def labelled_text(collator, ids, labels):
@@ -80,7 +80,7 @@ def test_the_processors_own_encoding_is_the_same(collator):
             {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
         ]
     )
-    encoded = collator.processor(images=[one.image], text=[text])
+    encoded = collator.processor(images=[one.images[0].read()], text=[text])
     assert collator.tokenize(one)[0] == list(encoded["input_ids"][0])
 
 
@@ -126,10 +126,10 @@ def test_a_token_across_the_edge_of_an_answer_is_an_error(collator, monkeypatch)
         ([("assistant", "two")], "turn 1 is 'assistant' but must be 'user'"),
         ([("user", "How many?"), ("assistant", "two")], "0 image markers"),
         ([("user", "<image><image>"), ("assistant", "two")], "2 image markers"),
-        ([("user", "<image>\nHow?"), ("assistant", "<image>")], "2 image markers"),
+        ([("user", "<image>\nHow?"), ("assistant", "<image>")], "turn 2 is an answer but holds"),
         ([("user", "<image>\nHow?"), ("assistant", " ")], "turn 2 is empty"),
     ],
 )
 def test_an_example_of_another_shape_is_refused(turns, message):
     with pytest.raises(DataError, match=message):
-        Example("e1", Image.new("RGB", (4, 4)), tuple(Turn(*turn) for turn in turns))
+        Example("e1", (KeptImage(Image.new("RGB", (4, 4))),), tuple(Turn(*turn) for turn in turns))

@@ -56,7 +56,9 @@ def test_answers_agree_with_the_source_labels(task, split):
 @pytest.mark.parametrize("task", TASKS)
 def test_images_are_small_rgb_and_ids_unique(task):
     drawn = examples(task, num_examples=40)
-    assert {(e.image.mode, e.image.size) for e in drawn} == {("RGB", (32, 32))}
+    assert {(e.images[0].read().mode, e.images[0].read().size) for e in drawn} == {
+        ("RGB", (32, 32))
+    }
     assert len({e.id for e in drawn}) == 40
     assert all(len(set(source_scans(e))) == 4 for e in drawn)
 
@@ -77,8 +79,8 @@ def test_enlarged_scans_keep_the_originals_mean_ink():
 
 
 def same(one, other):
-    return [(e.id, e.turns, e.image.tobytes()) for e in one] == [
-        (e.id, e.turns, e.image.tobytes()) for e in other
+    return [(e.id, e.turns, e.images[0].read().tobytes()) for e in one] == [
+        (e.id, e.turns, e.images[0].read().tobytes()) for e in other
     ]
 
 
@@ -138,7 +140,7 @@ def test_examples_use_their_own_subset_only():
 
 def test_every_count_is_about_equally_frequent():
     drawn = examples("counting", num_examples=500)
-    counts = np.bincount([int(e.answer) for e in drawn], minlength=5)
+    counts = np.bincount([int(e.answers[0]) for e in drawn], minlength=5)
     # Binomial(500, 1/5): mean 100, standard deviation 8.9; four of them allowed.
     assert len(counts) == 5 and np.abs(counts - 100).max() < 36
 

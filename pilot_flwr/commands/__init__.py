@@ -1,0 +1,1 @@
+"""The commands of ``pilot-flwr``, a module each."""

@@ -1,0 +1,97 @@
+"""``pilot-flwr run``: a federation under Flower's simulation engine."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from pilot_flwr.errors import ConfigError
+
+SUCCESS, FAILURE = 0, 1
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    run = commands.add_parser(
+        "run",
+        help="run a federation under Flower's simulation engine, to its end",
+        description="Run a federation under Flower's simulation engine, to its end. "
+        "Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, "
+        "130 or 143 stopped by Ctrl-C or SIGTERM. No process is left behind.",
+        epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1",
+    )
+    run.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
+    )
+    run.add_argument("--verbose", action="store_true", help="show Flower's own log as well")
+    run.set_defaults(handler=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from datetime import datetime
+
+    from pilot_flwr import submission
+    from pilot_flwr.config import load_config
+    from pilot_flwr.data.federation import federation_clients
+    from pilot_flwr.launch import launch
+    from pilot_flwr.processes import Interrupted
+    from pilot_flwr.shipped import checkpoint_path
+
+    config = load_config(shlex.join(options.overrides))
+    federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
+    submission.check_gpus(config.simulation)
+    federation = submission.federation_config(config.num_clients, config.simulation)
+    folder = submission.run_folder(config.run.folder, config.name, datetime.now())
+    words = [*options.overrides, submission.path_override("run.folder", folder)]
+    base = config.model.path
+    if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
+        words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
+    overrides = shlex.join(words)
+    if load_config(overrides).run.folder != str(folder):
+        raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
+    app = submission.app_folder()
+    _say(f"{config.name}: {config.num_clients} clients, run folder {folder}")
+    _say("Starting Flower and Ray; the first news takes half a minute.")
+    try:
+        outcome = launch(app, overrides, federation, folder, out=_say, verbose=options.verbose)
+    except Interrupted as stop:
+        print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
+        return 128 + stop.signum
+    _show_results(folder)
+    if not outcome.succeeded:
+        print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
+    return SUCCESS if outcome.succeeded else FAILURE
+
+
+def _show_results(folder: Path) -> None:
+    """Print the time line and the scores, and say where the adapters are."""
+    timeline, summary = folder / "timeline.md", folder / "summary.md"
+    if timeline.is_file():
+        _say("\nWhat happened")
+        _show_table(timeline.read_text(encoding="utf-8"))
+    if summary.is_file():
+        _say("\n" + summary.read_text(encoding="utf-8").strip())
+    checkpoints = sorted((folder / "checkpoint").glob("round-*"))
+    if checkpoints:
+        _say(f"\nAdapters: {checkpoints[-1]}")
+    _say(f"\nRun folder: {folder}")
+
+
+def _show_table(markdown: str) -> None:
+    """Print a Markdown table whose cells have several lines."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = Table(*rows[0], show_lines=True) if rows else Table()
+    for row in rows[2:]:  # the second line is the rule under the header
+        table.add_row(*(Text(cell.replace("<br>", "\n")) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

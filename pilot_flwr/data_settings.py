@@ -1,0 +1,112 @@
+"""Settings of the federation's data: tasks, files, partition."""
+
+from dataclasses import dataclass, field
+
+from pilot_flwr.checks import at_least, check_name, one_of, positive, share
+from pilot_flwr.errors import ConfigError
+
+ALL = 0
+"""`data.train_examples` and `data.test_examples` of a client that uses all that it has."""
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """One task's data as LLaVA JSON or JSONL, and how its answers are scored.
+
+    Paths are relative to `data.folder`. `train` is one file, or several that are read one after
+    the other; with ``data.partition.kind=files`` it is one file per client, in the clients'
+    order. `test` is the same for the test split; a single test file is dealt out as the training
+    rows are only if `split_test` is set, else every client of the task is tested on all of it.
+    `images` is the folder that image paths are relative to. `prompt_suffix` is appended to
+    every question on a line of its own. `metric` is a key of the table of metrics.
+    """
+
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    images: str = ""
+    prompt_suffix: str = ""
+    metric: str = "exact_match"
+    split_test: bool = False
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How a task's training rows are dealt out to its clients, with Flower's partitioners.
+
+    ``iid``: disjoint random shares of equal size. ``dirichlet``: by the values of `column`, a
+    field of the rows, in shares drawn from Dirichlet(`alpha`) for each value; with an empty
+    `column` the clients' sizes are drawn instead. ``files``: one file per client.
+    A Dirichlet partition in which a client has fewer than `min_examples` is drawn again.
+    """
+
+    kind: str = "iid"
+    alpha: float = 0.5
+    column: str = ""
+    min_examples: int = 10
+
+    def __post_init__(self) -> None:
+        one_of("data.partition.kind", self.kind, ("iid", "dirichlet", "files"))
+        positive("data.partition.alpha", self.alpha)
+        at_least("data.partition.min_examples", self.min_examples, 1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The federation's tasks and clients: `clients_per_task` clients for every task.
+
+    With ``source=digits``, `train_examples` is the mean number of training examples of a client
+    (clients differ) and `test_examples` the number of test examples of each. With
+    ``source=llava`` each of `tasks` is described in `files`, and both are the most examples that
+    a client uses, drawn at random; 0 uses all. `image_aspect_ratio` is ``pad`` (to a square, in
+    the image processor's mean colour, as LLaVA-1.5 does) or ``keep`` (as the image processor
+    treats it). Up to a share `allowed_broken` of a client's rows may be broken or over-long: they
+    are skipped and counted; with 0, one broken row stops the client before it trains.
+    """
+
+    source: str = "digits"
+    tasks: list[str] = field(default_factory=lambda: ["vqa", "counting", "captioning"])
+    clients_per_task: int = 3
+    train_examples: int = 200
+    test_examples: int = 60
+    folder: str = ""
+    files: dict[str, TaskFiles] = field(default_factory=dict)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    image_aspect_ratio: str = "keep"
+    allowed_broken: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("data.source", self.source, ("digits", "llava"))
+        if not self.tasks:
+            raise ConfigError("`data.tasks` is empty but must name at least one task.")
+        for task in self.tasks:
+            check_name("data.tasks", task)
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"`data.tasks` is {self.tasks} but must not name a task twice.")
+        at_least("data.clients_per_task", self.clients_per_task, 1)
+        least = ALL if self.source == "llava" else 1
+        at_least("data.train_examples", self.train_examples, least)
+        at_least("data.test_examples", self.test_examples, least)
+        one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("keep", "pad"))
+        share("data.allowed_broken", self.allowed_broken)
+        if self.source == "llava":
+            self._check_files()
+
+    def _check_files(self) -> None:
+        for task in self.tasks:
+            if task not in self.files:
+                described = ", ".join(self.files) or "none"
+                raise ConfigError(
+                    f"`data.tasks` names {task!r} but `data.files` describes {described}."
+                )
+            for split in ("train", "test"):
+                number = len(getattr(self.files[task], split))
+                each = self.partition.kind == "files"
+                if number == 0:
+                    raise ConfigError(
+                        f"`data.files.{task}.{split}` is empty but must name at least one file."
+                    )
+                if split == "train" and each and number != self.clients_per_task:
+                    raise ConfigError(
+                        f"`data.files.{task}.train` names {number} files but must name one for "
+                        f"each of {self.clients_per_task} clients (`data.partition.kind=files`)."
+                    )

@@ -1,0 +1,99 @@
+"""Settings of the base model and of what is added to it."""
+
+from dataclasses import dataclass, field
+
+from pilot_flwr.checks import at_least, one_of, positive, share
+from pilot_flwr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The text adapter Θ_l: a LoRA in the frozen language model.
+
+    `targets` are the names of the linear layers within a decoder layer that get a LoRA.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(
+        default_factory=lambda: [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ]
+    )
+
+    def __post_init__(self) -> None:
+        at_least("model.lora.rank", self.rank, 1)
+        positive("model.lora.alpha", self.alpha)
+        share("model.lora.dropout", self.dropout)
+        if not self.targets:
+            raise ConfigError("`model.lora.targets` is empty but must name at least one layer.")
+
+
+@dataclass(frozen=True)
+class FeatureCacheConfig:
+    """Where the frozen vision tower's features are kept: `memory`, `disk` or `off`.
+
+    `max_gib` bounds the kept features in GiB, in memory per process and on disk per client;
+    images beyond it are encoded again whenever they are needed.
+    """
+
+    where: str = "memory"
+    max_gib: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("model.feature_cache.where", self.where, ("memory", "disk", "off"))
+        positive("model.feature_cache.max_gib", self.max_gib)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model and what is added to it.
+
+    `path` is the name of a checkpoint shipped with the package (``tiny-llava``), a local
+    folder or a Hugging Face id, of which `revision` may pin a version. `dtype` is the frozen
+    base's, `adapter_dtype` that of the trained parameters (and so of what is sent).
+    `initialisation` and `stage2_client_adapter` are the decisions of design section 2.
+
+    ``adapter_dtype=bfloat16`` halves what is sent, but AdamW then works on bfloat16 parameters
+    directly, whose eight bits of precision lose small updates: design section 8. Hence the
+    default.
+
+    `quantization` is ``none`` or ``4bit`` (the frozen language model in NF4, by bitsandbytes:
+    ``pip install 'pilot-flwr[quantization]'``). `attention` is the implementation that
+    transformers uses in the language model. `gradient_checkpointing` trades time for memory
+    in training; `compile` compiles each decoder layer with torch. `system_prompt`, if any,
+    begins every conversation.
+    """
+
+    path: str = "tiny-llava"
+    revision: str = ""
+    dtype: str = "float32"
+    adapter_dtype: str = "float32"
+    initialisation: str = "identity"
+    stage2_client_adapter: str = "frozen"
+    quantization: str = "none"
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    system_prompt: str = ""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError(
+                "`model.path` is empty but must be a shipped name, a folder or a hub id."
+            )
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))
+        one_of("model.quantization", self.quantization, ("none", "4bit"))
+        one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
+        one_of("model.initialisation", self.initialisation, ("identity", "official"))
+        one_of("model.stage2_client_adapter", self.stage2_client_adapter, ("frozen", "off"))
