@@ -15,7 +15,9 @@ The map of the package, layer by layer; a module imports only what stands above 
     connector             stage 1 and stage 2 (CT-MoA)
     arrays                passes over the named arrays of several clients
     aggregation           task-aware average, adaptive text-adapter aggregation
-    metrics               scores of generated answers
+    metrics.score         what a metric is
+    metrics.text          an answer's text against its references
+    metrics.table         every metric by its name
     shipped               checkpoints that come with the package
 
     data.examples         an example and its turns

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics import METRICS
+from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.models import PilotModel
 from pilot_flwr.settings import EvaluationConfig
 from pilot_flwr.training import Encoder, autocast
@@ -44,7 +44,7 @@ def evaluate(
     collator, encode
         Make token tensors and visual features of examples.
     metric : str
-        A key of `pilot_flwr.metrics.METRICS`.
+        A key of `pilot_flwr.metrics.table.METRICS`.
     config : EvaluationConfig
         Batches and length of the answers.
     autocast_choice : str
@@ -59,7 +59,7 @@ def evaluate(
         raise DataError("There is no test example.")
     started = time.perf_counter()
     model.eval()
-    scores = []
+    predictions: list[str] = []
     for start in range(0, len(examples), config.batch_size):
         part = examples[start : start + config.batch_size]
         batch = collator.prompt_batch(part).to(model.device)
@@ -67,10 +67,6 @@ def evaluate(
         with autocast(model.device, autocast_choice):
             tokens = model.generate(batch, features, max_new_tokens=config.max_new_tokens)
         answers = collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        scores += [
-            METRICS[metric](answer, example.answers[0])
-            for answer, example in zip(answers, part, strict=True)
-        ]
-    return EvaluationResult(
-        sum(scores) / len(scores), metric, len(examples), time.perf_counter() - started
-    )
+        predictions += answers
+    score = METRICS[metric].score(predictions, [example.answers for example in examples])
+    return EvaluationResult(score.mean, metric, len(examples), time.perf_counter() - started)

@@ -24,7 +24,16 @@ LAYERS = [
         "config",
         "submission",
     ],
-    ["losses", "connector", "arrays", "aggregation", "metrics", "shipped"],
+    [
+        "losses",
+        "connector",
+        "arrays",
+        "aggregation",
+        "metrics.score",
+        "metrics.text",
+        "metrics.table",
+        "shipped",
+    ],
     [
         "data.examples",
         "data.digit_questions",

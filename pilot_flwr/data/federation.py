@@ -86,7 +86,7 @@ def client_examples(
 
 
 def task_metric(data: DataConfig, task: str) -> str:
-    """Return the name of a task's metric, a key of `pilot_flwr.metrics.METRICS`."""
+    """Return the name of a task's metric, a key of `pilot_flwr.metrics.table.METRICS`."""
     return SOURCES[data.source].metrics[task]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pilot_flwr.metrics import METRICS, exact_match
+from pilot_flwr.metrics import text
 
 
 @pytest.mark.parametrize(
@@ -15,5 +15,5 @@ from pilot_flwr.metrics import METRICS, exact_match
     ],
 )
 def test_exact_match(prediction, reference, score):
-    assert exact_match(prediction, reference) == score
-    assert METRICS["exact_match"] is exact_match
+    assert text.exact_match(prediction, [reference]) == score
+    assert text.exact_match(prediction, ["nine", reference]) == score
