@@ -31,6 +31,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     models                the base model with Pilot's adapters, and its stages
     initial               what the server starts from, without loading the base
     checkpoint            tensors on disk
+    personal              a client's personalised model, put together
     features              the frozen vision tower's features, kept
     run_folder            what a run leaves behind
 

@@ -1,7 +1,7 @@
 """Evaluation of one client's personalised model: greedy generation and the task's metric."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pilot_flwr.data.collator import Collator
@@ -58,15 +58,41 @@ def evaluate(
     if not examples:
         raise DataError("There is no test example.")
     started = time.perf_counter()
+    predictions = answer(
+        model,
+        examples,
+        collator=collator,
+        encode=encode,
+        config=config,
+        autocast_choice=autocast_choice,
+    )
+    score = METRICS[metric].score(predictions, [example.answers for example in examples])
+    return EvaluationResult(score.mean, metric, len(examples), time.perf_counter() - started)
+
+
+def answer(
+    model: PilotModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    config: EvaluationConfig,
+    autocast_choice: str,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Return the model's greedy answer to the last question of every example.
+
+    The parameters are those of `evaluate`; `progress` gets the number of answers after each
+    batch.
+    """
     model.eval()
-    predictions: list[str] = []
+    answers: list[str] = []
     for start in range(0, len(examples), config.batch_size):
         part = examples[start : start + config.batch_size]
         batch = collator.prompt_batch(part).to(model.device)
         features = encode(part)
         with autocast(model.device, autocast_choice):
             tokens = model.generate(batch, features, max_new_tokens=config.max_new_tokens)
-        answers = collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        predictions += answers
-    score = METRICS[metric].score(predictions, [example.answers for example in examples])
-    return EvaluationResult(score.mean, metric, len(examples), time.perf_counter() - started)
+        answers += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        progress(len(answers))
+    return answers

@@ -23,6 +23,7 @@ from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.models import PilotModel, load_processor, num_visual_tokens, warm_model
 from pilot_flwr.parameters import GROUPS, State
+from pilot_flwr.personal import assemble, enter_own, enter_stage2, load_received
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.training import Encoder, TrainingResult, check_finite, train
 
@@ -126,7 +127,14 @@ def take_turn(
     kit = _Kit(site, config, model)
     evaluation = None
     if order.evaluate:
-        _enter_trained_architecture(model, site.client.task, private, order)
+        assemble(
+            model,
+            site.client.task,
+            private,
+            adapters=order.adapters,
+            lora=order.lora,
+            tasks=order.tasks,
+        )
         evaluation = kit.evaluate()
     training = None
     if order.train:
@@ -151,19 +159,6 @@ def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Genera
     return torch.Generator().manual_seed(zlib.crc32(text) + (zlib.adler32(text) << 32))
 
 
-def _enter_trained_architecture(
-    model: PilotModel, task: str, private: PrivateState | None, order: Order
-) -> None:
-    if private is None:
-        model.enter_stage1(task, initialisation="identity")
-    else:
-        model.enter_stage1(task)
-        model.load("client_adapter", private.groups["client_adapter"])
-        if private.stage == 2:
-            _enter_stage2(model, private, order, torch.Generator())
-    _load_received(model, order)
-
-
 def _enter_ordered_architecture(
     model: PilotModel,
     task: str,
@@ -171,42 +166,13 @@ def _enter_ordered_architecture(
     order: Order,
     generator: torch.Generator,
 ) -> None:
-    model.enter_stage1(task)
-    if private is not None:
-        model.load("client_adapter", private.groups["client_adapter"])
+    if private is None:
+        model.enter_stage1(task)
+    else:
+        enter_own(model, task, private)
         if order.stage == 2:
-            _enter_stage2(model, private, order, generator)
-    _load_received(model, order)
-
-
-def _enter_stage2(
-    model: PilotModel, private: PrivateState, order: Order, generator: torch.Generator
-) -> None:
-    """Switch to CT-MoA; ψ_c and φ are new at the first time and from the disk afterwards."""
-    model.enter_stage2(order.tasks, generator)
-    if private.stage == 2:
-        trained = private.tasks
-        present = (model.own_task, *(t for t in order.tasks if t != model.own_task))
-        if trained != present:
-            raise StateError(
-                f"The private state is for tasks {list(trained)} but the server has "
-                f"{list(present)}."
-            )
-        for group in ("cross_task_adapters", "router"):
-            model.load(group, private.groups[group])
-
-
-def _load_received(model: PilotModel, order: Order) -> None:
-    model.load("lora", order.lora)
-    model.load("own_task_adapter", order.adapters[model.own_task])
-    if model.stage == 2:
-        foreign = {
-            f"{task}/{name}": tensor
-            for task, state in order.adapters.items()
-            if task != model.own_task
-            for name, tensor in state.items()
-        }
-        model.load("foreign_task_adapters", foreign)
+            enter_stage2(model, private, order.tasks, generator)
+    load_received(model, order.adapters, order.lora)
 
 
 def _private_state(model: PilotModel) -> PrivateState:

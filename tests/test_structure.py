@@ -42,7 +42,7 @@ LAYERS = [
         "data.collator",
         "data.federation",
     ],
-    ["parameters", "models", "initial", "checkpoint", "features", "run_folder"],
+    ["parameters", "models", "initial", "checkpoint", "personal", "features", "run_folder"],
     ["training", "evaluation"],
     ["turn", "server_state", "site", "tables"],
     [
