@@ -175,6 +175,99 @@ def save_checkpoint(
     return target
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint folder; its tensors are read when they are asked for.
+
+    Attributes
+    ----------
+    folder : Path
+        ``round-NNNN/``.
+    server_round : int
+        Exchange after which it was written.
+    tasks : tuple of str
+        The T tasks in the federation's order.
+    task_of : dict
+        Client → its task, of the clients that have a LoRA.
+    """
+
+    folder: Path
+    server_round: int
+    tasks: tuple[str, ...]
+    task_of: dict[str, str]
+
+    def adapter(self, task: str) -> State:
+        """Read a task's adapter ψ_t."""
+        return load_tensors(self.folder / "task_adapters" / f"{task}.safetensors")[0]
+
+    def lora(self, client: str) -> State:
+        """Read a client's LoRA Θ̄_l."""
+        return load_tensors(self.folder / "lora" / f"{client}.safetensors")[0]
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Open ``round-NNNN/`` and check that it is what `save_checkpoint` wrote, file by file.
+
+    Raises
+    ------
+    StateError
+        It is torn or foreign: a file is missing, cut short, too many or of another format.
+    """
+    path = folder / "state.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checkpoint = Checkpoint(
+            folder, int(content["round"]), tuple(content["tasks"]), dict(content["task_of"])
+        )
+        version = content["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
+    if version != FORMAT:
+        raise StateError(f"{path} has format {version!r} but must have {FORMAT!r}.")
+    if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
+        raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
+    named = {"task_adapters": ("task", checkpoint.tasks), "lora": ("client", checkpoint.task_of)}
+    for part, (kind, names) in named.items():
+        present = {file.name.removesuffix(".safetensors") for file in (folder / part).glob("*")}
+        if present != set(names):
+            raise StateError(
+                f"{folder / part} has files for {sorted(present)} but must have them for "
+                f"{sorted(names)}."
+            )
+        for name in names:
+            file = folder / part / f"{name}.safetensors"
+            if (owner := _metadata(file).get(kind)) != name:
+                raise StateError(f"{file} is of {kind} {owner!r} but must be of {name!r}.")
+    return checkpoint
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Open the last whole checkpoint of a run.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of all checkpoints.
+
+    Returns
+    -------
+    Checkpoint, list of str
+        And for every later one that was passed over, why.
+
+    Raises
+    ------
+    StateError
+        None is whole.
+    """
+    passed_over: list[str] = []
+    for candidate in sorted(folder.glob("round-*"), reverse=True):
+        try:
+            return load_checkpoint(candidate), passed_over
+        except StateError as error:
+            passed_over.append(str(error))
+    raise StateError(" ".join([f"{folder} holds no whole checkpoint.", *passed_over]))
+
+
 def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:  # refuses a file that is cut short

@@ -6,6 +6,7 @@ under ``conf/<group>/``.
 """
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.settings import PilotConfig
 
-__all__ = ["PilotConfig", "config_folder", "load_config", "to_dict", "to_yaml"]
+__all__ = ["PilotConfig", "config_folder", "from_yaml", "load_config", "to_dict", "to_yaml"]
 
 
 def config_folder() -> Path:
@@ -72,11 +74,44 @@ def to_yaml(config: PilotConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
+    """Read back what `to_yaml` wrote; a setting that it does not have gets its default.
+
+    Parameters
+    ----------
+    text : str
+        YAML.
+    overrides : sequence of str
+        Each ``key=value``, applied on top.
+
+    Raises
+    ------
+    ConfigError
+        An unknown key, a wrong type, a value out of range, or text that is no such YAML.
+    """
+    try:
+        changes = OmegaConf.from_dotlist([_pair(override) for override in overrides])
+        schema = OmegaConf.structured(PilotConfig)
+        _unlock(schema)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(text), changes))
+    except (OmegaConfBaseException, ValueError, YAMLError) as error:
+        raise ConfigError(_readable(error)) from None
+    if not isinstance(config, PilotConfig):
+        raise ConfigError("It is YAML but not a configuration.")
+    return config
+
+
 def to_dict(config: PilotConfig) -> dict[str, Any]:
     """Return `config` as nested plain dicts and lists."""
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _pair(override: str) -> str:
+    if "=" not in override:
+        raise ConfigError(f"The override {override!r} must be `key=value`.")
+    return override
 
 
 def _store_schema() -> None:

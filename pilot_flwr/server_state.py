@@ -5,7 +5,7 @@ aggregation, `ServerState.aggregate` lets the updates of one round in.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -113,9 +113,8 @@ class ServerState:
         """Return Θ̄_l of a client: its own, else the mean of its task's, else of all, else Θ_l⁰."""
         if client in self.loras:
             return self.loras[client]
-        peers = [self.loras[c] for c in sorted(self.loras) if self.task_of[c] == task]
-        states = peers or [self.loras[c] for c in sorted(self.loras)]
-        return _state(weighted_average(states, [1] * len(states))) if states else self.initial.lora
+        peers = lora_peers(self.task_of, task)
+        return mean_lora([self.loras[peer] for peer in peers]) if peers else self.initial.lora
 
     def check(self, update: Update, member: Member, server_round: int) -> None:
         """Say whether an update may enter the round's aggregation.
@@ -170,6 +169,19 @@ class ServerState:
             neighbors=_as_dict(clients, weights.tolist(), drop_zero=True),
             distances=_as_dict(clients, distances.tolist()),
         )
+
+
+def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
+    """Return whose mean LoRA a client of `task` gets that has none: its task's clients, else all.
+
+    `task_of` has the task of every client that has a LoRA.
+    """
+    return sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
+
+
+def mean_lora(loras: Sequence[State]) -> State:
+    """Return the mean of LoRAs, tensor by tensor, every client counting the same."""
+    return _state(weighted_average(loras, [1] * len(loras)))
 
 
 def _state(arrays: dict[str, Array]) -> State:
