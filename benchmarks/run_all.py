@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-BENCHMARKS = ("connector", "aggregation", "client_turn", "demo")
+BENCHMARKS = ("connector", "aggregation", "client_turn", "demo", "rows")
 
 
 def run_demo(folder: Path) -> None:

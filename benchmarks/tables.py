@@ -146,11 +146,27 @@ def demo_rows(results: Results) -> Rows:
     ]
 
 
+def rows_rows(results: Results) -> Rows:
+    """Rows of ``rows.json``."""
+    names = {"array": "LLaVA JSON", "lines": "JSONL"}
+    return [
+        [
+            f"finding {measured['rows']:,} rows in {measured['file_mb'] / 1000:.1f} GB of "
+            f"{names[kind]}; reading one of them; extra peak memory",
+            f"{measured['walk_seconds']:.1f} s; {measured['random_row_microseconds']:.0f} µs; "
+            f"{measured['extra_peak_mb']:.0f} MB",
+            "",
+        ]
+        for kind, measured in results.items()
+    ]
+
+
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
     "client_turn": client_turn_rows,
     "demo": demo_rows,
+    "rows": rows_rows,
 }
 """Rows by the name of a result file."""
 

@@ -39,6 +39,7 @@ LAYERS = [
         "data.digit_questions",
         "data.digit_style",
         "data.digits",
+        "data.rows",
         "data.collator",
         "data.federation",
     ],
