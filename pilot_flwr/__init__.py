@@ -17,6 +17,10 @@ The map of the package, layer by layer; a module imports only what stands above 
     aggregation           task-aware average, adaptive text-adapter aggregation
     metrics.score         what a metric is
     metrics.text          an answer's text against its references
+    metrics.vqa           soft accuracy against ten annotators
+    metrics.grounding     boxes, by intersection over union
+    metrics.ptb           Penn Treebank tokens, by Java or nearly so
+    metrics.captions      CIDEr-D, BLEU-4, ROUGE-L
     metrics.table         every metric by its name
     shipped               checkpoints that come with the package
 
@@ -29,6 +33,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.federation       who the clients are, and which examples each has
 
     parameters            which parameter is trained, sent, private or frozen
+    architectures         what differs between base architectures
+    base                  the base model as its checkpoint has it
     models                the base model with Pilot's adapters, and its stages
     initial               what the server starts from, without loading the base
     checkpoint            tensors on disk

@@ -3,12 +3,30 @@
 To add a metric, write a function in the module of its family and add its row to `METRICS`.
 """
 
-from pilot_flwr.metrics import text
+from pilot_flwr.metrics import captions, grounding, ptb, text, vqa
 from pilot_flwr.metrics.score import Metric, Score, per_prediction
 
 __all__ = ["METRICS", "Metric", "Score"]
 
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("exact match", per_prediction(text.exact_match)),
+    "gqa": Metric("GQA accuracy", per_prediction(text.gqa)),
+    "vqav2": Metric("VQAv2 accuracy", per_prediction(vqa.vqav2)),
+    "textvqa": Metric("TextVQA accuracy", per_prediction(vqa.textvqa)),
+    "anls": Metric("ANLS", per_prediction(text.anls)),
+    "scienceqa": Metric("ScienceQA accuracy", per_prediction(text.scienceqa)),
+    "grounding": Metric("IoU > 0.5", per_prediction(grounding.grounding)),
+    "cider_d": Metric(
+        "CIDEr-D",
+        captions.on_tokens(captions.cider_d),
+        maximum=10.0,
+        approximate=ptb.why_approximate,
+    ),
+    "bleu_4": Metric(
+        "BLEU-4", captions.on_tokens(captions.bleu_4), approximate=ptb.why_approximate
+    ),
+    "rouge_l": Metric(
+        "ROUGE-L", captions.on_tokens(captions.rouge_l), approximate=ptb.why_approximate
+    ),
 }
 """Metric by the name under which a task asks for it."""

@@ -1,0 +1,77 @@
+"""Grounding: whether the predicted box is the reference's, by intersection over union.
+
+Boxes are text in LLaVA's form, ``[x1, y1, x2, y2]``: the left, upper, right and lower edge as
+shares of the image's width and height. Numbers are compared as exact fractions, so that a box
+at the threshold is on its right side.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from pilot_flwr.errors import DataError
+
+THRESHOLD = Fraction(1, 2)
+
+_NUMBER = r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+
+
+class Box(NamedTuple):
+    """Edges as shares of the image's width and height, in [0, 1]."""
+
+    left: Fraction
+    upper: Fraction
+    right: Fraction
+    lower: Fraction
+
+    @property
+    def area(self) -> Fraction:
+        """Share of the image that is inside; 0 if an edge is beyond its opposite."""
+        return max(self.right - self.left, Fraction(0)) * max(self.lower - self.upper, Fraction(0))
+
+
+def grounding(prediction: str, references: Sequence[str]) -> float:
+    """Return 1 if the predicted box overlaps a reference with IoU > 0.5, else 0.
+
+    A prediction without a box, or whose first box is not one, is wrong.
+
+    Raises
+    ------
+    DataError
+        A reference is not a box of LLaVA's form with an area.
+    """
+    expected = [_reference(text) for text in references]
+    said = parse_box(prediction)
+    return float(said is not None and any(iou(said, box) > THRESHOLD for box in expected))
+
+
+def parse_box(text: str) -> Box | None:
+    """Return the first box in `text`, or None if there is none with an area inside the image."""
+    found = _BOX.search(text)
+    if not found:
+        return None
+    box = Box(*(Fraction(number.rstrip(".")) for number in found.groups()))
+    return box if box.area > 0 and max(box) <= 1 else None
+
+
+def iou(first: Box, second: Box) -> Fraction:
+    """Return the intersection's area over the union's, for boxes that have an area."""
+    common = Box(
+        max(first.left, second.left),
+        max(first.upper, second.upper),
+        min(first.right, second.right),
+        min(first.lower, second.lower),
+    ).area
+    return common / (first.area + second.area - common)
+
+
+def _reference(text: str) -> Box:
+    box = parse_box(text)
+    if box is None:
+        raise DataError(
+            f"The reference {text!r} is not a box; it must be '[x1, y1, x2, y2]' with edges from "
+            "0 to 1 and x1 < x2, y1 < y2."
+        )
+    return box
