@@ -26,12 +26,13 @@ from _record import RESULTS, write_record
 from _timing import summarize, take_turns
 from transformers.utils import logging as transformers_logging
 
+from pilot_flwr.base import load_processor
 from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.initial import initial_state
 from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.models import load_processor, warm_model
+from pilot_flwr.models import warm_model
 from pilot_flwr.settings import PilotConfig, TrainConfig
 from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.turn import (

@@ -60,7 +60,8 @@ class DataConfig:
     a client uses, drawn at random; 0 uses all. `image_aspect_ratio` is ``pad`` (to a square, in
     the image processor's mean colour, as LLaVA-1.5 does) or ``keep`` (as the image processor
     treats it). Up to a share `allowed_broken` of a client's rows may be broken or over-long: they
-    are skipped and counted; with 0, one broken row stops the client before it trains.
+    are skipped and counted; with 0, one broken row stops the client before it trains. `workers`
+    threads decode images while the model is busy with the batch before; 0 decodes in between.
     """
 
     source: str = "digits"
@@ -73,6 +74,7 @@ class DataConfig:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     image_aspect_ratio: str = "keep"
     allowed_broken: float = 0.0
+    workers: int = 0
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("digits", "llava"))
@@ -88,6 +90,7 @@ class DataConfig:
         at_least("data.test_examples", self.test_examples, least)
         one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("keep", "pad"))
         share("data.allowed_broken", self.allowed_broken)
+        at_least("data.workers", self.workers, 0)
         if self.source == "llava":
             self._check_files()
 

@@ -15,7 +15,7 @@ from pilot_flwr.training import Encoder, autocast
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean score of one client's test split, in [0, 1], and the wall time in seconds."""
+    """Mean score of one client's test split, up to its metric's maximum, and the wall time in s."""
 
     score: float
     metric: str
@@ -87,12 +87,18 @@ def answer(
     """
     model.eval()
     answers: list[str] = []
-    for start in range(0, len(examples), config.batch_size):
-        part = examples[start : start + config.batch_size]
-        batch = collator.prompt_batch(part).to(model.device)
-        features = encode(part)
+    parts = [
+        range(start, min(start + config.batch_size, len(examples)))
+        for start in range(0, len(examples), config.batch_size)
+    ]
+    stop = collator.end_token_id()
+    visuals = encode([examples[i] for i in part] for part in parts)
+    for part in parts:
+        batch = collator.prompt_batch([examples[i] for i in part]).to(model.device)
         with autocast(model.device, autocast_choice):
-            tokens = model.generate(batch, features, max_new_tokens=config.max_new_tokens)
+            tokens = model.generate(
+                batch, next(visuals), max_new_tokens=config.max_new_tokens, stop=stop
+            )
         answers += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         progress(len(answers))
     return answers

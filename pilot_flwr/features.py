@@ -3,7 +3,8 @@
 The tower is frozen, so H_v of an image never changes within a run. Features are kept in
 memory (shared by all turns of a process) or on the client's disk, up to a bound; what does
 not fit is encoded again. Nothing is evicted: training walks through all images in every
-epoch, for which a cache that keeps its first entries is the best fixed policy.
+epoch, for which a cache that keeps its first entries is the best fixed policy. Images that have
+to be encoded are read and decoded by threads while the model is busy with the batch before.
 
 A file of the cache can always be made anew, so it is not flushed to disk as states are, and
 one that cannot be read counts as absent.
@@ -11,21 +12,34 @@ one that cannot be read counts as absent.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pilot_flwr.architectures import ImageShape, Visual, feature_size
 from pilot_flwr.data.examples import Example
 from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel
 
+_ROWS_AT_A_TIME = 32
+"""Crops that the vision tower sees at once, which bounds its memory."""
+
 _MEMORY: dict[str, Tensor] = {}
 _used_memory = 0
+
+
+class _Decoded(NamedTuple):
+    """What a worker has read of a batch: features (rows, N, D) or pixels, by key."""
+
+    kept: dict[str, Tensor]
+    pixels: dict[str, Tensor]
 
 
 class FeatureCache:
@@ -51,18 +65,92 @@ class FeatureCache:
 
     def encode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
-    ) -> Tensor:
-        """Return H_v of the examples' images, shape (B, N, D), encoding only what is not kept."""
-        keys = [f"{self.namespace}/{example.id}" for example in examples]
-        found = {key: kept for key in keys if (kept := self._get(key)) is not None}
-        absent = {k: e for k, e in zip(keys, examples, strict=True) if k not in found}
-        if absent:
-            images = [example.images[0].read() for example in absent.values()]
-            pixels = image_processor(images=images, return_tensors="pt")["pixel_values"]
-            for key, features in zip(absent, model.encode_images(pixels).cpu(), strict=True):
-                found[key] = features.clone()
-                self._put(key, found[key])
-        return torch.stack([found[key] for key in keys])
+    ) -> Visual:
+        """Return H_v of the examples' images, encoding only what is not kept."""
+        return self._encode(model, examples, self._decode(model, image_processor, examples))
+
+    def stream(
+        self,
+        model: PilotModel,
+        image_processor: Any,
+        parts: Iterable[Sequence[Example]],
+        *,
+        workers: int,
+    ) -> Iterator[Visual]:
+        """Yield H_v of one batch of examples after the other.
+
+        Parameters
+        ----------
+        model : PilotModel
+            Encodes what is not kept, in the caller's thread.
+        image_processor
+            Makes pixels of images, in the workers.
+        parts : iterable of sequence of Example
+            The batches, taken from it ahead of time.
+        workers : int
+            Threads that decode images, one batch each; 0 decodes in the caller's thread.
+        """
+        if workers == 0:
+            yield from (self.encode(model, image_processor, part) for part in parts)
+            return
+        waiting: deque[tuple[Sequence[Example], Future[_Decoded]]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for part in parts:
+                    waiting.append((part, pool.submit(self._decode, model, image_processor, part)))
+                    if len(waiting) > workers:
+                        done, future = waiting.popleft()
+                        yield self._encode(model, done, future.result())
+                while waiting:
+                    done, future = waiting.popleft()
+                    yield self._encode(model, done, future.result())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode(
+        self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
+    ) -> _Decoded:
+        """Read the examples' features where they are kept, else their images' pixels."""
+        kept: dict[str, Tensor] = {}
+        pixels: dict[str, Tensor] = {}
+        for example in examples:
+            keys = self._keys(example)
+            found = {key: self._get(key) for key in keys}
+            if any(features is None for features in found.values()):
+                images = [image.read() for image in example.images]
+                crops = model.spec.crops(image_processor, images)
+                pixels |= dict(zip(keys, crops, strict=True))
+            kept |= {key: features for key, features in found.items() if features is not None}
+        return _Decoded(kept, pixels)
+
+    def _encode(self, model: PilotModel, examples: Sequence[Example], decoded: _Decoded) -> Visual:
+        kept, fresh = dict(decoded.kept), {}
+        for key, pixels in decoded.pixels.items():
+            # What a batch before has encoded meanwhile is taken from there: which worker was
+            # faster must not show in the result.
+            features = kept.get(key, self._get(key))
+            if features is None:
+                fresh[key] = pixels
+            else:
+                kept[key] = features
+        if fresh:
+            rows = torch.split(torch.cat(list(fresh.values())), _ROWS_AT_A_TIME)
+            encoded = torch.cat([model.encode_images(part) for part in rows])
+            sizes = [len(pixels) for pixels in fresh.values()]
+            for key, features in zip(fresh, torch.split(encoded, sizes), strict=True):
+                kept[key] = features
+                self._put(key, features)
+        shapes, tensors = [], []
+        for example in examples:
+            for key, image in zip(self._keys(example), example.images, strict=True):
+                tensors.append(kept[key].to(model.device))
+                shapes.append(ImageShape(len(kept[key]), *image.size()))
+        if not tensors:
+            return Visual(torch.empty(0, *feature_size(model.llava.config)), ())
+        return Visual(torch.cat(tensors), tuple(shapes))
+
+    def _keys(self, example: Example) -> list[str]:
+        return [f"{self.namespace}/{example.id}/{number}" for number in range(len(example.images))]
 
     def _get(self, key: str) -> Tensor | None:
         if self.config.where == "memory":
@@ -77,6 +165,9 @@ class FeatureCache:
 
     def _put(self, key: str, features: Tensor) -> None:
         global _used_memory
+        if self.config.where == "off":
+            return
+        features = features.cpu().clone()  # a view would keep the whole batch
         if self.config.where == "memory" and _used_memory + features.nbytes <= self.limit:
             _MEMORY[key] = features
             _used_memory += features.nbytes

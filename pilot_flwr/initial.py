@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from pilot_flwr.base import empty_base, read_config
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel
@@ -67,14 +67,9 @@ def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
 
 
 def _lora_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    try:
-        base = transformers.AutoConfig.from_pretrained(checkpoint_path(config.path))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"`model.path` is {config.path!r}, which cannot be read: {error}"
-        ) from error
+    base = empty_base(read_config(config))
     with torch.device("meta"):
-        model = PilotModel(transformers.LlavaForConditionalGeneration(base), config)
+        model = PilotModel(base, config)
         model.enter_stage1("any")
     return {name: p.shape for name, p in model.groups()["lora"].items()}
 

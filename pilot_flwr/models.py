@@ -5,7 +5,6 @@ and a Pilot connector in place of its projector. One base serves all clients of 
 a client's turn swaps adapters in and out, the base is never loaded again.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pilot_flwr.architectures import Visual, select_features, spec_of
+from pilot_flwr.base import load_base
 from pilot_flwr.connector import (
     Adapter,
     ConnectorOutput,
@@ -26,7 +27,6 @@ from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model_settings import LoraConfig, ModelConfig
 from pilot_flwr.parameters import GroupName, State, claim, read, set_trainable, write
-from pilot_flwr.shipped import checkpoint_path
 
 _WARM: dict[tuple[str, str, str], "PilotModel"] = {}
 
@@ -47,26 +47,6 @@ class ModelOutput(NamedTuple):
     logits: Tensor
     labels: Tensor
     connector: ConnectorOutput
-
-
-def load_llava(path: str, *, dtype: str) -> Any:
-    """Load a LLaVA model with `from_pretrained`, on the CPU, every key checked.
-
-    Raises
-    ------
-    ModelError
-        It cannot be loaded, is no LLaVA, or keys are missing, unexpected or mismatched.
-    """
-    try:
-        model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-            checkpoint_path(path), dtype=getattr(torch, dtype), output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"`model.path` is {path!r}, which cannot be loaded: {error}") from error
-    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if problems:
-        raise ModelError(f"`model.path` is {path!r}, whose keys do not fit: {problems}")
-    return model
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
@@ -112,10 +92,16 @@ class PilotModel(nn.Module):
         super().__init__()
         self.config = config
         self.reduction = reduction
+        self.spec = spec_of(llava.config)
         dtype = getattr(torch, config.adapter_dtype)
         llava.requires_grad_(False)
         add_lora(llava.model.language_model, config.lora, dtype=dtype)
         self.llava = llava
+        if config.gradient_checkpointing:
+            llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            for layer in llava.model.language_model.layers:
+                layer.compile(dynamic=True)
         self._own_task = ""
         # Kept out of the module tree: it is no parameter of this model but its starting point.
         self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
@@ -208,27 +194,24 @@ class PilotModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """H_v = f(X_v): frozen patch features, shape (B, N, D), from (B, 3, height, width)."""
-        config = self.llava.config
-        output = self.llava.model.vision_tower(
-            pixel_values.to(self.device, self.llava.dtype), output_hidden_states=True
-        )
-        features: Tensor = output.hidden_states[config.vision_feature_layer]
-        return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
+        """H_v = f(X_v): frozen patch features, shape (R, N, D), from (R, 3, height, width)."""
+        tower = self.llava.model.vision_tower
+        output = tower(pixel_values.to(self.device, tower.dtype), output_hidden_states=True)
+        return select_features(self.llava.config, output.hidden_states)
 
-    def forward(self, batch: Batch, features: Tensor) -> ModelOutput:
+    def forward(self, batch: Batch, visual: Visual) -> ModelOutput:
         """Run connector and language model; the LM head sees answer positions only.
 
         Parameters
         ----------
         batch : Batch
             Token tensors, shape (B, L), on the model's device.
-        features : Tensor
-            H_v, shape (B, N, D).
+        visual : Visual
+            H_v of the batch's images.
         """
-        connected: ConnectorOutput = self.connector(self._as_adapter_input(features))
+        connected = self._connect(visual)
         hidden = self.llava.model.language_model(
-            inputs_embeds=self._embed(batch.input_ids, connected.features),
+            inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
             attention_mask=batch.attention_mask,
             use_cache=False,
         ).last_hidden_state
@@ -237,41 +220,56 @@ class PilotModel(nn.Module):
         return ModelOutput(logits, batch.labels[:, 1:][answer], connected)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, features: Tensor, *, max_new_tokens: int) -> Tensor:
-        """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`)."""
-        connected: ConnectorOutput = self.connector(self._as_adapter_input(features))
+    def generate(
+        self, batch: Batch, visual: Visual, *, max_new_tokens: int, stop: int | None = None
+    ) -> Tensor:
+        """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`).
+
+        Generation ends at the checkpoint's own end tokens and at `stop`.
+        """
+        connected = self._connect(visual)
+        ends = self.llava.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends |= {stop} - {None}
         tokens: Tensor = self.llava.generate(
-            inputs_embeds=self._embed(batch.input_ids, connected.features),
+            inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
             attention_mask=batch.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=min(ends, default=0),
+            ),
         )
         return tokens
 
-    def _embed(self, input_ids: Tensor, features: Tensor) -> Tensor:
+    def _connect(self, visual: Visual) -> ConnectorOutput:
+        """Run the connector; a batch without images has neither features nor losses."""
+        adapter = self._projector[0]
+        if not visual.images:
+            empty = adapter.linear_2.weight.new_zeros(0, 0, adapter.linear_2.out_features)
+            zero = empty.new_zeros(())
+            return ConnectorOutput(empty.to(self.device), *3 * (zero.to(self.device),))
+        features = visual.features.to(self.device, adapter.linear_1.weight.dtype)
+        output: ConnectorOutput = self.connector(features)
+        return output
+
+    def _embed(self, input_ids: Tensor, rows: Tensor, visual: Visual) -> Tensor:
         """Token embeddings with x_img in place of the image tokens."""
         embeddings: Tensor = self.llava.get_input_embeddings()(input_ids)
+        if not visual.images:
+            return embeddings
+        tokens = self.spec.pack(self.llava, rows, visual.images)
         places = input_ids == self.llava.config.image_token_id
-        if int(places.sum()) != features.shape[0] * features.shape[1]:
+        if int(places.sum()) != len(tokens):
             raise ModelError(
-                f"The batch has {int(places.sum())} image tokens for "
-                f"{features.shape[0]} × {features.shape[1]} visual features."
+                f"The batch has {int(places.sum())} image tokens for {len(tokens)} visual features."
             )
-        return embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
-
-    def _as_adapter_input(self, features: Tensor) -> Tensor:
-        return features.to(self.device, self._projector[0].linear_1.weight.dtype)
+        return embeddings.masked_scatter(places.unsqueeze(-1), tokens.to(embeddings.dtype))
 
     def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
         self.llava.model.multi_modal_projector = connector.to(self.device)
         set_trainable(self.llava, own_task=self.own_task, stage=self.stage)
-
-
-def num_visual_tokens(llava_config: Any) -> int:
-    """N: visual tokens of one image, from the checkpoint's configuration."""
-    vision = llava_config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return int(patches + (llava_config.vision_feature_select_strategy != "default"))
 
 
 def warm_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
@@ -279,18 +277,8 @@ def warm_model(config: ModelConfig, *, reduction: str, device: torch.device) -> 
     key = (repr(config), reduction, str(device))
     if key not in _WARM:
         _WARM.clear()  # one base at a time: two may not fit
-        llava = load_llava(config.path, dtype=config.dtype).to(device)
-        _WARM[key] = PilotModel(llava, config, reduction=reduction)
+        _WARM[key] = PilotModel(load_base(config, device), config, reduction=reduction)
     return _WARM[key]
-
-
-@functools.lru_cache(maxsize=1)
-def load_processor(path: str) -> Any:
-    """Load the checkpoint's processor: tokenizer, chat template, image processor."""
-    try:
-        return transformers.AutoProcessor.from_pretrained(checkpoint_path(path))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
 
 
 def _projector_as_adapter(projector: Any) -> Adapter:

@@ -28,6 +28,15 @@ def checkpoint_path(path: str) -> str:
     return str(folder if whole else _assemble(folder, bundle))
 
 
+def reference_config(path: str) -> str | None:
+    """Return the file with a well-known hub checkpoint's configuration, if the package has it.
+
+    It answers questions about the checkpoint's size on a machine that does not have it.
+    """
+    file = ASSETS / "configs" / f"{path.replace('/', '--')}.json"
+    return str(file) if file.is_file() else None
+
+
 def write_bundle(folder: Path) -> None:
     """Write `BUNDLE` of a checkpoint folder: the files that Flower's app bundle leaves out."""
     bundle = {

@@ -8,13 +8,14 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from pilot_flwr.architectures import Visual
 from pilot_flwr.connector import ConnectorOutput
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
@@ -23,8 +24,8 @@ from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import GroupName, trained_groups
 from pilot_flwr.settings import TrainConfig
 
-Encoder = Callable[[Sequence[Example]], Tensor]
-"""Returns H_v, shape (B, N, D), of B examples."""
+Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
+"""From batches of examples to H_v of each batch's images, one batch after the other."""
 
 LOSSES = ("total", "ce", "difference", "balance", "z")
 """Names of the losses: the total with, its parts without coefficients."""
@@ -106,10 +107,11 @@ def train(
     optimizer, schedule = _optimizer(model, config, num_steps)
     model.train()
     with _dropout_seed(generator, model.device):
-        for chosen in _steps(examples, config, generator):
-            batches = [collator.train_batch(part).to(model.device) for part in chosen]
-            features = [encode(part) for part in chosen]
-            meter.update(_accumulate(model, batches, features, config))
+        steps = _steps(len(examples), config, generator)
+        visuals = encode([examples[i] for i in part] for step in steps for part in step)
+        for step in steps:
+            batches = [collator.train_batch([examples[i] for i in part]) for part in step]
+            meter.update(_accumulate(model, batches, visuals, config))
             _clip(meter.groups, config.max_grad_norm, stage=model.stage)
             optimizer.step()
             schedule.step()
@@ -164,7 +166,7 @@ def _optimizer(
 
 
 def _accumulate(
-    model: PilotModel, batches: list[Batch], features: list[Tensor], config: TrainConfig
+    model: PilotModel, batches: list[Batch], visuals: Iterator[Visual], config: TrainConfig
 ) -> Losses:
     """Backpropagate one optimizer step's micro-batches; return its losses.
 
@@ -173,9 +175,9 @@ def _accumulate(
     """
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     losses = dict.fromkeys(LOSSES, 0.0)
-    for batch, visual in zip(batches, features, strict=True):
+    for batch in batches:
         with autocast(model.device, config.autocast):
-            output = model(batch, visual)
+            output = model(batch.to(model.device), next(visuals))
         summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
         share = 1 / len(batches)
         parts = ConnectorOutput(
@@ -211,17 +213,21 @@ def _diverged(what: str, stage: int) -> TrainingError:
 
 
 def _steps(
-    examples: Sequence[Example], config: TrainConfig, generator: torch.Generator
-) -> Iterator[list[list[Example]]]:
-    """Yield the micro-batches of every optimizer step of every epoch, in random order."""
+    num_examples: int, config: TrainConfig, generator: torch.Generator
+) -> list[list[list[int]]]:
+    """Return the micro-batches of every optimizer step of every epoch, in random order."""
+    steps = []
     for _ in range(config.epochs):
-        order = torch.randperm(len(examples), generator=generator).tolist()
+        order = torch.randperm(num_examples, generator=generator).tolist()
         parts = [
-            [examples[i] for i in order[start : start + config.batch_size]]
-            for start in range(0, len(order), config.batch_size)
+            order[start : start + config.batch_size]
+            for start in range(0, num_examples, config.batch_size)
         ]
-        for start in range(0, len(parts), config.accumulation_steps):
-            yield parts[start : start + config.accumulation_steps]
+        steps += [
+            parts[start : start + config.accumulation_steps]
+            for start in range(0, len(parts), config.accumulation_steps)
+        ]
+    return steps
 
 
 @contextlib.contextmanager

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
+from pilot_flwr.base import load_processor, make_collator
 from pilot_flwr.checkpoint import PrivateState, PrivateStore
-from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import Client, Split, client_examples, task_metric
 from pilot_flwr.errors import DataError, StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
-from pilot_flwr.models import PilotModel, load_processor, num_visual_tokens, warm_model
+from pilot_flwr.models import PilotModel, warm_model
 from pilot_flwr.parameters import GROUPS, State
 from pilot_flwr.personal import assemble, enter_own, enter_stage2, load_received
 from pilot_flwr.settings import PilotConfig
@@ -124,7 +124,7 @@ def take_turn(
     model = warm_model(
         config.model, reduction=config.train.difference_loss.reduction, device=site.device
     )
-    kit = _Kit(site, config, model)
+    kit = Kit(site, config, model)
     evaluation = None
     if order.evaluate:
         assemble(
@@ -181,16 +181,14 @@ def _private_state(model: PilotModel) -> PrivateState:
     return PrivateState(model.stage, tasks, groups)
 
 
-class _Kit:
+class Kit:
     """The client's data, tokenizer and feature cache, made once per turn."""
 
     def __init__(self, site: Site, config: PilotConfig, model: PilotModel) -> None:
         self.site, self.config, self.model = site, config, model
-        self.processor = load_processor(config.model.path)
-        self.collator = Collator(
-            self.processor,
-            num_visual_tokens=num_visual_tokens(model.llava.config),
-            max_length=config.train.max_length,
+        self.processor = load_processor(config.model.path, config.model.revision)
+        self.collator = make_collator(
+            config.model, self.processor, model.llava.config, max_length=config.train.max_length
         )
 
     def train(self, generator: torch.Generator, progress: Callable[[str], None]) -> TrainingResult:
@@ -236,4 +234,5 @@ class _Kit:
             namespace=f"{model.path}/{model.dtype}/{data}/{self.site.client.id}/{split}",
             folder=self.site.state_folder / "features",
         )
-        return lambda examples: cache.encode(self.model, self.processor.image_processor, examples)
+        processor, workers = self.processor.image_processor, self.config.data.workers
+        return lambda parts: cache.stream(self.model, processor, parts, workers=workers)

@@ -30,7 +30,7 @@ from base_tasks import (
 )
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.digit_questions import ask_caption, ask_count, ask_position
 from pilot_flwr.data.digits import scan_indices
 from pilot_flwr.data.examples import Example
@@ -143,7 +143,7 @@ def make_base(seed: int, plain_steps: int, styled_steps: int, out: Path) -> dict
     rng = np.random.default_rng([seed, 1])
     processor = make_processor(np.random.default_rng([seed, 0]))
     model = make_model(processor)
-    collator = Collator(processor, num_visual_tokens=NUM_VISUAL_TOKENS, max_length=128)
+    collator = Collator(processor, count_tokens=same_for_all(NUM_VISUAL_TOKENS), max_length=128)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     first = {"tasks": PLAIN_TASKS, "styles": plain, "steps": plain_steps, "until": TAKEN_OFF}
     second = {"tasks": STYLED_TASKS, "styles": mild, "steps": styled_steps}

@@ -15,7 +15,7 @@ from base_model import NUM_VISUAL_TOKENS
 from make_base import DEFAULT_OUT, exact_match
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.digits import TASKS, client_examples
 
 CLIENTS_PER_TASK = 3
@@ -31,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(args.base)
-    collator = Collator(processor, num_visual_tokens=NUM_VISUAL_TOKENS, max_length=128)
+    collator = Collator(processor, count_tokens=same_for_all(NUM_VISUAL_TOKENS), max_length=128)
     means = []
     for number, task in enumerate(TASKS):
         scores = []

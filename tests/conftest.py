@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from pilot_flwr.base import load_base, load_processor
 from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.models import PilotModel, load_llava, load_processor
+from pilot_flwr.models import PilotModel
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
@@ -17,7 +18,7 @@ def processor():
 @pytest.fixture
 def llava():
     """A fresh copy of the shipped base model, as transformers loads it."""
-    return load_llava("tiny-llava", dtype="float32").eval()
+    return load_base(ModelConfig(), torch.device("cpu")).eval()
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def make_model():
     """Build a `PilotModel` on a fresh base; keyword arguments go to `ModelConfig`."""
 
     def make(task: str = "vqa", **config) -> PilotModel:
-        model = PilotModel(load_llava("tiny-llava", dtype="float32"), ModelConfig(**config))
+        model = PilotModel(load_base(ModelConfig(), torch.device("cpu")), ModelConfig(**config))
         model.enter_stage1(task)
         return model.eval()
 

@@ -37,7 +37,7 @@ def test_each_image_is_encoded_once_if_kept(tmp_path, counted, processor, exampl
     second = cache(tmp_path, where, f"once-{where}").encode(
         model, processor.image_processor, list(reversed(examples))
     )
-    assert torch.equal(first, second.flip(0))
+    assert torch.equal(first.features, second.features.flip(0))
     assert sum(count) == encoded
 
 
@@ -50,7 +50,7 @@ def test_features_are_transformers_own(tmp_path, make_model, processor, examples
     projector = model.connector.task_adapter
     model.llava.model.multi_modal_projector = projector
     expected = torch.stack(list(model.llava.get_image_features(pixels).pooler_output))
-    torch.testing.assert_close(projector(features), expected)
+    torch.testing.assert_close(projector(features.features), expected)
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -63,7 +63,7 @@ def test_the_bound_is_kept_and_the_rest_encoded_again(
     from pilot_flwr import features as module
 
     used = module._used_memory if where == "memory" else 0
-    bound = (used + 2.5 * (one.nbytes + (where == "disk") * 300)) / 2**30
+    bound = (used + 2.5 * (one.features.nbytes + (where == "disk") * 300)) / 2**30
     small = cache(tmp_path, where, f"bound-{where}", max_gib=bound)
     small.encode(model, processor.image_processor, examples)
     small.encode(model, processor.image_processor, examples)
@@ -91,7 +91,7 @@ def test_a_torn_file_counts_as_absent(tmp_path, counted, processor, examples):
     short.write_bytes(short.read_bytes()[:-1])
     for _ in range(2):  # encoded again, then found
         again = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
-        torch.testing.assert_close(again, expected)
+        torch.testing.assert_close(again.features, expected.features)
     assert count == [4, 2]
 
 

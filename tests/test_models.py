@@ -1,13 +1,14 @@
 import pytest
 import torch
+from visuals import visual
 
-from pilot_flwr.data.collator import Collator
+from pilot_flwr.base import load_base, make_collator
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.initial import initial_state
 from pilot_flwr.model_settings import LoraConfig, ModelConfig
-from pilot_flwr.models import load_llava, num_visual_tokens, warm_model
+from pilot_flwr.models import warm_model
 
 TASKS = ("vqa", "counting", "captioning")
 
@@ -20,7 +21,7 @@ def examples():
 
 @pytest.fixture
 def collator(processor, llava):
-    return Collator(processor, num_visual_tokens=num_visual_tokens(llava.config), max_length=256)
+    return make_collator(ModelConfig(), processor, llava.config, max_length=256)
 
 
 def pixels(processor, examples):
@@ -46,7 +47,7 @@ def test_inert_adapters_leave_the_base_models_logits_unchanged(
     model = make_model()
     if stage == 2:
         model.enter_stage2(TASKS, generator)
-    output = model(batch, model.encode_images(pixel_values))
+    output = model(batch, visual(model, processor, examples))
     if stage == 1:
         assert torch.equal(output.logits, expected)
     else:  # Σ_i P_i = 1 up to rounding
@@ -59,7 +60,7 @@ def test_trained_adapters_do_change_the_logits(make_model, llava, processor, col
     model = make_model()
     state = {name: t + 0.1 for name, t in model.state("lora").items()}
     model.load("lora", state)
-    output = model(batch, model.encode_images(pixel_values))
+    output = model(batch, visual(model, processor, examples))
     assert not torch.allclose(output.logits, base_logits(llava, batch, pixel_values), atol=0.1)
 
 
@@ -75,7 +76,7 @@ def test_generation_is_transformers_own(make_model, llava, processor, collator, 
         do_sample=False,
     )[:, batch.input_ids.shape[1] :]
     model = make_model()
-    got = model.generate(batch, model.encode_images(pixel_values), max_new_tokens=8)
+    got = model.generate(batch, visual(model, processor, examples), max_new_tokens=8)
     assert torch.equal(got, expected)
 
 
@@ -103,8 +104,8 @@ def test_the_switch_is_refused_twice_and_for_a_foreign_own_task(make_model, gene
 
 def test_image_tokens_and_features_must_fit(make_model, processor, collator, examples):
     model = make_model()
-    features = model.encode_images(pixels(processor, examples[:1]))
-    with pytest.raises(ModelError, match="32 image tokens for 1 × 16 visual features"):
+    features = visual(model, processor, examples[:1])
+    with pytest.raises(ModelError, match="32 image tokens for 16 visual features"):
         model(collator.train_batch(examples[:2]), features)
 
 
@@ -149,7 +150,7 @@ def test_bfloat16_adapters_train_and_generate(
     model = make_model(adapter_dtype="bfloat16")
     if stage == 2:
         model.enter_stage2(TASKS, generator)
-    features = model.encode_images(pixels(processor, examples))
+    features = visual(model, processor, examples)
     output = model(collator.train_batch(examples), features)
     (output.logits.float().sum() + output.connector.z).backward()
     assert all(p.grad is not None for p in model.groups()["lora"].values())
@@ -168,7 +169,7 @@ def test_a_process_loads_the_base_once():
 
 def test_a_base_that_is_not_there_is_a_clear_error(tmp_path):
     with pytest.raises(ModelError, match=r"`model\.path` is '.*nothing'"):
-        load_llava(str(tmp_path / "nothing"), dtype="float32")
+        load_base(ModelConfig(path=str(tmp_path / "nothing")), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -214,4 +215,4 @@ def test_a_checkpoint_with_missing_keys_is_refused(tmp_path, llava, processor):
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"missing_keys.*multi_modal_projector"):
-        load_llava(str(tmp_path), dtype="float32")
+        load_base(ModelConfig(path=str(tmp_path)), torch.device("cpu"))

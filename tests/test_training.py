@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from visuals import encoder
 
 from pilot_flwr.connector import ConnectorOutput
-from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
@@ -33,16 +34,11 @@ def run(processor, examples):
     """Train a model on eight examples; keyword arguments change `TrainConfig`."""
 
     def call(model, *, seed=0, given=examples, progress=lambda line: None, **config):
-        def encode(part):
-            images = [example.images[0].read() for example in part]
-            pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-            return model.encode_images(pixels)
-
         return train(
             model,
             given,
-            collator=Collator(processor, num_visual_tokens=16, max_length=256),
-            encode=encode,
+            collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+            encode=encoder(model, processor),
             config=TrainConfig(**({"epochs": 1, "batch_size": 4} | config)),
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
@@ -129,7 +125,7 @@ def test_each_coefficient_is_applied_once():
 
 def test_cross_entropy_is_transformers_own(make_model, run, processor, examples, llava):
     """One step over all examples with a tiny rate: the loss of LLaVA's own forward pass."""
-    batch = Collator(processor, num_visual_tokens=16, max_length=256).train_batch(examples)
+    batch = Collator(processor, count_tokens=same_for_all(16), max_length=256).train_batch(examples)
     images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     expected = llava(
@@ -342,18 +338,16 @@ def test_evaluation_generates_in_the_precision_of_training(
     model, dtypes = make_model(), []
     model.llava.lm_head.register_forward_hook(lambda m, a, logits: dtypes.append(logits.dtype))
 
-    def encode(part):
-        images = [example.images[0].read() for example in part]
-        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        features = model.encode_images(pixels)
-        assert features.dtype == torch.float32  # of the frozen tower, as in training
-        return features
+    def checked(parts):
+        for features in encoder(model, processor)(parts):
+            assert features.features.dtype == torch.float32  # of the tower, as in training
+            yield features
 
     result = evaluate(
         model,
         examples,
-        collator=Collator(processor, num_visual_tokens=16, max_length=256),
-        encode=encode,
+        collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+        encode=checked,
         metric="exact_match",
         config=EvaluationConfig(max_new_tokens=2, batch_size=5),
         autocast_choice=choice,

@@ -377,7 +377,7 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, m
         real = turn.evaluate
 
         def evaluate(model, examples, *, encode, real=real, **kwargs):
-            seen_dtypes.append(encode(examples[:1]).dtype)
+            seen_dtypes.append(next(encode([examples[:1]])).features.dtype)
             return real(model, examples, encode=encode, **kwargs)
 
         with monkeypatch.context() as patch:

@@ -1,13 +1,14 @@
 """From examples to token tensors, with labels on the assistant's tokens alone.
 
-The processor's own chat template renders the text; where the assistant's turns begin and end
-is read off the template by rendering the conversation's beginnings, and the tokenizer's
-offsets say which tokens they are. Nothing about one template is hard-coded.
+The processor's own chat template renders the text. Where an answer ends is read off the
+template; if no special token follows it there, the tokenizer's end token is put behind it, as
+LLaVA's own training format has it. The tokenizer's offsets say which tokens are the answer's.
+Nothing about one template is hard-coded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from pilot_flwr.errors import DataError
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
+
+TokenCounter = Callable[[Sequence[tuple[int, int]]], list[int]]
+"""From the sizes (height, width) of one example's images to the tokens that each takes."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +45,47 @@ class Batch:
         )
 
 
+class _Rendered(NamedTuple):
+    """A conversation as text, and where its answers with their end tokens are in it."""
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
+def same_for_all(tokens: int) -> TokenCounter:
+    """Return the counter of an architecture whose images all take `tokens` tokens."""
+    return lambda sizes: [tokens] * len(sizes)
+
+
 class Collator:
     """Tokenizes and pads examples.
 
     Parameters
     ----------
     processor
-        A LLaVA processor of transformers: tokenizer with offsets, chat template, image token.
-    num_visual_tokens : int
-        N, tokens that one image takes.
+        A processor of transformers: tokenizer with offsets, chat template, image token.
+    count_tokens : callable
+        How many tokens the images of an example take.
     max_length : int
         Longest sequence allowed, in tokens; a longer example is an error, never cut.
+    system_prompt : str
+        Begins every conversation, if not empty.
     """
 
-    def __init__(self, processor: Any, *, num_visual_tokens: int, max_length: int) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        count_tokens: TokenCounter,
+        max_length: int,
+        system_prompt: str = "",
+    ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.num_visual_tokens = num_visual_tokens
+        self.count_tokens = count_tokens
         self.max_length = max_length
+        self.system_prompt = system_prompt
+        self._special = sorted(_special_tokens(self.tokenizer) - {processor.image_token})
 
     def train_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize whole conversations, padded on the right.
@@ -75,72 +102,140 @@ class Collator:
         """Tokenize all turns but the last, ready to generate, padded on the left."""
         rows = []
         for example in examples:
-            text = self._render(example.prompt, generate=True)
+            text = self._conversation(example, example.prompt, generate=True).text
             rows.append(self._encode(text, example)["input_ids"])
         return self._pad(rows, [[IGNORE_INDEX] * len(ids) for ids in rows], side="left")
 
+    def length(self, example: Example) -> int:
+        """Return the number of tokens of the whole conversation, however long it is.
+
+        Only the headers of the images are read.
+        """
+        text = self._conversation(example, example.turns).text
+        return len(self._tokens(text)["input_ids"])
+
     def tokenize(self, example: Example) -> tuple[list[int], list[int]]:
-        """Return token ids and labels of one example, each a list of L integers."""
-        text = self._render(example.turns)
+        """Return token ids and labels of one example, each a list of L integers.
+
+        Raises
+        ------
+        DataError
+            The example is too long, or a token straddles the edge of an answer.
+        """
+        text, answers = self._conversation(example, example.turns)
         encoded = self._encode(text, example)
-        spans = self._assistant_spans(example, text)
         labels = []
         for token, (start, end) in zip(
             encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            inside = any(first <= start and end <= last for first, last in spans)
-            overlaps = any(start < last and first < end for first, last in spans)
+            inside = any(first <= start and end <= last for first, last in answers)
+            overlaps = any(start < last and first < end for first, last in answers)
             if overlaps and not inside:
                 # By position alone: errors go to the server, and the text is the client's.
                 raise DataError(
-                    f"Example {example.id!r}: the token at characters {start} to {end} of the "
+                    f"{example.name}: the token at characters {start} to {end} of the "
                     "rendered conversation straddles the edge of an answer, so its label is "
                     "undefined."
                 )
             labels.append(token if inside and end > start else IGNORE_INDEX)
         return encoded["input_ids"], labels
 
-    def _assistant_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
-        spans = []
-        for index, turn in enumerate(example.turns):
+    def end_token_id(self) -> int:
+        """Return the id of the token that ends every answer: where generation has to stop."""
+        turns = (Turn("user", "a"), Turn("assistant", "b"))
+        text, ((_, end),) = self._conversation(Example("", (), turns), turns)
+        ends = [token for token in self._special if text[:end].endswith(token)]
+        return int(self.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
+
+    def _conversation(
+        self, example: Example, turns: Sequence[Turn], *, generate: bool = False
+    ) -> _Rendered:
+        """Render turns, with image tokens in their number and an end token after each answer."""
+        whole = self._render(turns, generate=generate)
+        text, answers, done = "", [], 0
+        for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prefix = self._render(example.turns[:index], generate=True)
-            through = self._render(example.turns[: index + 1])
-            if not text.startswith(prefix) or not text.startswith(through):
-                raise DataError(
-                    f"Example {example.id!r}: the chat template renders turn {index + 1} "
-                    "differently on its own, so the answer cannot be located."
-                )
-            spans.append((len(prefix), len(through)))
-        return spans
+            start, end, after = self._answer_span(example, turns, index, whole)
+            text += whole[done:start]
+            begin = len(text)
+            text += whole[start:end]
+            if after is None:  # the template has no end token; white space would follow
+                text += str(self.tokenizer.eos_token)
+                done = end + len(whole[end:]) - len(whole[end:].lstrip())
+            else:
+                text += whole[end:after]
+                done = after
+            answers.append((begin, len(text)))
+        return self._with_image_tokens(example, _Rendered(text + whole[done:], answers))
+
+    def _answer_span(
+        self, example: Example, turns: Sequence[Turn], index: int, whole: str
+    ) -> tuple[int, int, int | None]:
+        """Return where an answer begins and ends, and where the end token after it ends."""
+        prefix = self._render(turns[:index], generate=True)
+        through = self._render(turns[: index + 1])
+        answer = turns[index].text.strip()
+        begins = through.find(answer, len(prefix)) if through.startswith(prefix) else -1
+        if begins < 0 or not whole.startswith(through):
+            raise DataError(
+                f"{example.name}: the chat template renders turn {index + 1} differently on "
+                "its own, so the answer cannot be located."
+            )
+        end = begins + len(answer)
+        tail = through[end:].lstrip()
+        for token in self._special:
+            if tail.startswith(token):
+                return len(prefix), end, len(through) - len(tail) + len(token)
+        return len(prefix), end, None
 
     def _render(self, turns: Sequence[Turn], *, generate: bool = False) -> str:
-        messages = [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
+        system = [Turn("user", self.system_prompt)] if self.system_prompt else []
+        messages = [{"role": "system", "content": _content(turn.text)} for turn in system]
+        messages += [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
         text: str = self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generate
         )
-        image_token = self.processor.image_token
-        return text.replace(image_token, image_token * self.num_visual_tokens)
+        return text
 
-    def _encode(self, text: str, example: Example) -> Any:
+    def _with_image_tokens(self, example: Example, rendered: _Rendered) -> _Rendered:
+        """Repeat each image token as often as its image has features."""
+        image_token = self.processor.image_token
+        pieces = rendered.text.split(image_token)
+        if len(pieces) - 1 != len(example.images):
+            raise DataError(
+                f"{example.name}: the chat template renders {len(pieces) - 1} image tokens for "
+                f"{len(example.images)} images."
+            )
+        counts = self.count_tokens([image.size() for image in example.images])
+        text, moved = pieces[0], []
+        for piece, count in zip(pieces[1:], counts, strict=True):
+            moved.append((len(text), (count - 1) * len(image_token)))
+            text += image_token * count + piece
+        return _Rendered(text, [_shift(span, moved) for span in rendered.answers])
+
+    def _tokens(self, text: str) -> Any:
         bos = self.tokenizer.bos_token
-        encoded = self.tokenizer(
+        return self.tokenizer(
             text,
             return_offsets_mapping=True,
             add_special_tokens=not (bos and text.startswith(bos)),
+            verbose=False,  # what is too long is an error of our own
         )
+
+    def _encode(self, text: str, example: Example) -> Any:
+        encoded = self._tokens(text)
         length = len(encoded["input_ids"])
         if length > self.max_length:
             raise DataError(
-                f"Example {example.id!r} has {length} tokens but `train.max_length` is "
-                f"{self.max_length}."
+                f"{example.name} has {length} tokens but `train.max_length` is {self.max_length}."
             )
         return encoded
 
     def _pad(self, ids: list[list[int]], labels: list[list[int]], *, side: str) -> Batch:
         longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
 
         def stack(rows: list[list[int]], value: int) -> Tensor:
             fill = [[value] * (longest - len(row)) for row in rows]
@@ -150,6 +245,20 @@ class Collator:
 
         mask = stack([[1] * len(row) for row in ids], 0)
         return Batch(stack(ids, pad), mask, stack(labels, IGNORE_INDEX))
+
+
+def _shift(span: tuple[int, int], moved: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Move a span behind the insertions before it, each given by its new place and length."""
+    start, end = span
+    for place, length in moved:
+        if place < start:
+            start, end = start + length, end + length
+    return start, end
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(map(str, tokenizer.all_special_tokens))
 
 
 def _content(text: str) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from pilot_flwr.data.collator import IGNORE_INDEX, Collator
+from pilot_flwr.data.collator import IGNORE_INDEX, Collator, same_for_all
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import DataError
 
@@ -10,7 +10,7 @@ VISUAL = 16
 
 @pytest.fixture
 def collator(processor):
-    return Collator(processor, num_visual_tokens=VISUAL, max_length=256)
+    return Collator(processor, count_tokens=same_for_all(VISUAL), max_length=256)
 
 
 def example(*texts: str) -> Example:
@@ -102,16 +102,21 @@ def test_padding_sides_and_masks(collator):
 
 
 def test_too_long_is_an_error_never_cut(processor):
-    collator = Collator(processor, num_visual_tokens=VISUAL, max_length=20)
+    collator = Collator(processor, count_tokens=same_for_all(VISUAL), max_length=20)
     with pytest.raises(DataError, match=r"'e1' has \d+ tokens but `train\.max_length` is 20"):
         collator.tokenize(example("<image>\nHow many digits are odd?", "two"))
 
 
 def test_a_token_across_the_edge_of_an_answer_is_an_error(collator, monkeypatch):
-    spans = collator._assistant_spans
-    monkeypatch.setattr(collator, "_assistant_spans", lambda *a: [(s + 1, e) for s, e in spans(*a)])
+    conversation = collator._conversation
+
+    def late(*arguments, **options):
+        text, answers = conversation(*arguments, **options)
+        return text, [(start + 1, end) for start, end in answers]
+
+    monkeypatch.setattr(collator, "_conversation", late)
     one = example("<image>\nHow many?", "two")
-    text = collator._render(one.turns)
+    text, _ = conversation(one, one.turns)
     start = text.rindex("two") - 1  # the tokenizer's word begins with its space
     message = rf"'e1': the token at characters {start} to {start + 4} .* straddles the edge"
     with pytest.raises(DataError, match=message) as caught:

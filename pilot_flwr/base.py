@@ -1,0 +1,146 @@
+"""The base model as its checkpoint has it: configuration, weights, processor.
+
+A checkpoint is a name that ships with the package, a local folder or a Hugging Face id. What a
+model is made of is read from its configuration alone, on the meta device (`empty_base`), so
+that a question about it does not load it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+
+from pilot_flwr.architectures import spec_of
+from pilot_flwr.data.collator import Collator
+from pilot_flwr.errors import ModelError
+from pilot_flwr.model_settings import ModelConfig
+from pilot_flwr.shipped import checkpoint_path, reference_config
+
+_NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
+
+
+def read_config(config: ModelConfig) -> Any:
+    """Read the transformers configuration of a checkpoint.
+
+    Raises
+    ------
+    ModelError
+        It cannot be read, or its architecture is not supported.
+    """
+    try:
+        read = transformers.AutoConfig.from_pretrained(**_source(config))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`model.path` is {config.path!r}, which cannot be read: {error}"
+        ) from error
+    spec_of(read)
+    return read
+
+
+def known_config(config: ModelConfig) -> Any:
+    """Read the configuration without the network: the checkpoint's, else the one we ship.
+
+    Raises
+    ------
+    ModelError
+        The checkpoint is not on this machine and its configuration is not shipped.
+    """
+    reference = reference_config(config.path)
+    try:
+        read = transformers.AutoConfig.from_pretrained(
+            **_source(config), local_files_only=reference is not None
+        )
+    except (OSError, ValueError) as error:
+        if reference is None:
+            raise ModelError(
+                f"`model.path` is {config.path!r}, which cannot be read: {error}"
+            ) from error
+        read = transformers.AutoConfig.from_pretrained(reference)
+    spec_of(read)
+    return read
+
+
+def load_base(config: ModelConfig, device: torch.device) -> Any:
+    """Load a base model with `from_pretrained`, every key checked.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Checkpoint, precision, quantization, attention.
+    device : torch.device
+        Where its weights go, straight from the file.
+
+    Raises
+    ------
+    ModelError
+        It cannot be loaded, or keys are missing, unexpected or mismatched.
+    """
+    read = read_config(config)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.quantization == "4bit":
+        options["quantization_config"] = _four_bit(options["dtype"])
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    try:
+        model, info = getattr(transformers, spec_of(read).model_class).from_pretrained(
+            attn_implementation={"text_config": config.attention},
+            output_loading_info=True,
+            **options,
+            **_source(config),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"`model.path` is {config.path!r}, which cannot be loaded: {error}"
+        ) from error
+    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if problems:
+        raise ModelError(f"`model.path` is {config.path!r}, whose keys do not fit: {problems}")
+    return model
+
+
+def empty_base(transformers_config: Any) -> Any:
+    """Return the model without weights, on the meta device."""
+    with torch.device("meta"):
+        model_class = getattr(transformers, spec_of(transformers_config).model_class)
+        return model_class(transformers_config)
+
+
+@functools.lru_cache(maxsize=1)
+def load_processor(path: str, revision: str = "") -> Any:
+    """Load the checkpoint's processor: tokenizer, chat template, image processor."""
+    config = ModelConfig(path=path, revision=revision)
+    try:
+        return transformers.AutoProcessor.from_pretrained(**_source(config))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
+
+
+def make_collator(
+    config: ModelConfig, processor: Any, transformers_config: Any, *, max_length: int
+) -> Collator:
+    """Return the collator of a base model."""
+    spec = spec_of(transformers_config)
+    return Collator(
+        processor,
+        count_tokens=lambda sizes: spec.count_tokens(processor, transformers_config, sizes),
+        max_length=max_length,
+        system_prompt=config.system_prompt,
+    )
+
+
+def _source(config: ModelConfig) -> dict[str, str]:
+    """Return what `from_pretrained` has to know to find the checkpoint."""
+    source = {"pretrained_model_name_or_path": checkpoint_path(config.path)}
+    return source | ({"revision": config.revision} if config.revision else {})
+
+
+def _four_bit(dtype: torch.dtype) -> Any:
+    """NF4 with double quantization for the language model's layers."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=_NOT_QUANTIZED,
+    )

@@ -1,0 +1,16 @@
+"""Visual features for tests, made the plain way: no cache, no workers."""
+
+from pilot_flwr.architectures import ImageShape, Visual
+
+
+def visual(model, processor, examples):
+    """H_v of single-image examples of a plain LLaVA."""
+    images = [example.images[0].read() for example in examples]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    shapes = tuple(ImageShape(1, image.height, image.width) for image in images)
+    return Visual(model.encode_images(pixels), shapes)
+
+
+def encoder(model, processor):
+    """What `train` and `evaluate` take as `encode`."""
+    return lambda parts: (visual(model, processor, part) for part in parts)
