@@ -29,6 +29,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.digit_style      the demo's styles, one per client
     data.digits           the demo's scans and clients
     data.rows             rows of a JSON array or JSONL file, read one at a time
+    data.image_files      images in a client's folder, and nowhere else
     data.collator         examples to batches of token ids
     data.federation       who the clients are, and which examples each has
 

@@ -44,6 +44,7 @@ LAYERS = [
         "data.digit_style",
         "data.digits",
         "data.rows",
+        "data.image_files",
         "data.collator",
         "data.federation",
     ],

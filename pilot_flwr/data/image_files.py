@@ -1,0 +1,174 @@
+"""Images in a client's folder: which file a row may name, and what is read of it.
+
+A name in a row is data from outside. It counts from the image folder and must stay in it, links
+resolved; what it names must be a plain file in one of `FORMATS`. Errors name the row and never
+the image, whose name may say whom it shows; `ImageError.path` has it, for the owner's own screen.
+
+Pixels are read as LLaVA reads them: converted to RGB, a transparent background dropped, and an
+orientation that a camera noted in EXIF *not* applied.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+
+from pilot_flwr.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats that are decoded, in Pillow's words; of several frames the first one."""
+
+MOST_PIXELS = 89_478_485
+"""Largest image in pixels: Pillow's own bound against decompression bombs."""
+
+Colour = tuple[int, int, int]
+"""RGB, each from 0 to 255."""
+
+
+class ImageError(DataError):
+    """An image cannot be used.
+
+    Attributes
+    ----------
+    path : str
+        The image as the row names it; not part of the message.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def mean_colour(image_processor: Any) -> Colour:
+    """Return the image processor's mean colour as LLaVA pads with it: cut, not rounded."""
+    red, green, blue = (math.floor(255 * mean) for mean in image_processor.image_mean)
+    return red, green, blue
+
+
+def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
+    """Return the image in the middle of a square, as LLaVA-1.5 does with ``pad``.
+
+    An odd pixel goes below or to the right.
+    """
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a row, read when it is needed.
+
+    Parameters
+    ----------
+    folder : Path
+        The image folder.
+    name : str
+        As the row has it: relative to `folder`, with ``/`` between folders.
+    origin : str
+        Row and image for errors, such as ``train.json, row 17, image 1``.
+    background : tuple of int, optional
+        Colour to pad the image with to a square; None keeps its shape.
+    """
+
+    folder: Path
+    name: str
+    origin: str
+    background: Colour | None = None
+
+    def read(self) -> Image.Image:
+        """Return the decoded image in RGB.
+
+        Raises
+        ------
+        ImageError
+            As for `path`; or the image is in none of `FORMATS`, too large, broken or cut short.
+        """
+        with self._open() as image:
+            try:
+                image.load()
+                # Pillow warns of palettes with transparency unless they are given alpha first.
+                transparent = image.mode == "P" and "transparency" in image.info
+                pixels = image.convert("RGBA") if transparent else image
+                pixels = pixels.convert("RGB")
+            except Exception as error:  # decoders raise all kinds on broken files
+                raise self._error(f"cannot be decoded ({type(error).__name__})") from None
+        return pixels if self.background is None else expand_to_square(pixels, self.background)
+
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) of what `read` gives, from the file's header.
+
+        Raises
+        ------
+        ImageError
+            As `read`, as far as the header tells.
+        """
+        with self._open() as image:
+            width, height = image.size
+        if self.background is not None:
+            width = height = max(width, height)
+        return height, width
+
+    def path(self) -> Path:
+        """Return the file, every link resolved.
+
+        Raises
+        ------
+        ImageError
+            The name is absolute or goes up, the file is absent, outside the folder or not a
+            plain file.
+        """
+        if not self.name or "\0" in self.name:
+            raise self._error("is empty or has a NUL in its name")
+        if ".." in _parts(self.name) or _is_absolute(self.name):
+            raise self._error("must be relative to the image folder and must not go up ('..')")
+        try:
+            folder = self.folder.resolve(strict=True)
+            found = (folder / self.name).resolve(strict=True)
+            plain = found.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+            what = getattr(error, "strerror", None) or "no file can have this name"
+            raise self._error(f"cannot be opened ({what})") from None
+        if not found.is_relative_to(folder):
+            raise self._error("is a link that leads out of the image folder")
+        if not plain:
+            raise self._error("is not a file")
+        return found
+
+    def _open(self) -> Image.Image:
+        path = self.path()
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise self._too_large() from None
+        except Exception as error:  # as in `read`; Pillow's texts have the file's path
+            raise self._error(f"cannot be read as an image ({type(error).__name__})") from None
+        if math.prod(image.size) > MOST_PIXELS:
+            image.close()
+            raise self._too_large()
+        if 0 in image.size:
+            image.close()
+            raise self._error("has no pixels")
+        return image
+
+    def _too_large(self) -> ImageError:
+        return self._error(f"has more than {MOST_PIXELS:,} pixels")
+
+    def _error(self, what: str) -> ImageError:
+        return ImageError(f"{self.origin} {what}.", self.name)
+
+
+def _parts(name: str) -> Sequence[str]:
+    return PureWindowsPath(name).parts  # of both separators
+
+
+def _is_absolute(name: str) -> bool:
+    windows = PureWindowsPath(name)
+    return PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root)

@@ -1,0 +1,179 @@
+"""Which file a row may name, and what is read of it."""
+
+import os
+import pickle
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pilot_flwr.data import image_files
+from pilot_flwr.data.image_files import ImageError, ImageFile, expand_to_square, mean_colour
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for name in ("outside.png", "images/a.png", "images/sub/b.png", "images2.png"):
+        Image.new("RGB", (6, 4), (10, 20, 30)).save(tmp_path / name)
+    return tmp_path / "images"
+
+
+def image(folder, name, **more):
+    return ImageFile(folder, name, "train.json, row 17, image 1", **more)
+
+
+def refused(folder, name, message):
+    for read in (image(folder, name).read, image(folder, name).size):
+        with pytest.raises(ImageError, match=f"^train.json, row 17, image 1 {message}") as error:
+            read()
+        assert error.value.path == name
+        assert len(name) < 5 or name not in str(error.value)
+        assert pickle.loads(pickle.dumps(error.value)).path == name
+        assert str(folder) not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.png", "sub/b.png", "./sub//b.png"])
+def test_an_image_of_the_folder_is_read(folder, name):
+    assert image(folder, name).read().getpixel((0, 0)) == (10, 20, 30)
+    assert image(folder, name).size() == (4, 6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.png", "sub/../a.png", "sub/../../outside.png", "/etc/hostname", "C:\\a.png"]
+    + ["..\\outside.png", "\\\\host\\a.png", "//etc/hostname", "\\etc", "C:a.png", ".."],
+)
+def test_a_name_that_may_leave_the_folder_is_refused(folder, name):
+    refused(folder, name, "must be relative to the image folder and must not go up")
+
+
+def test_links_may_not_lead_out_of_the_folder(folder, tmp_path):
+    (folder / "file.png").symlink_to(tmp_path / "outside.png")
+    (folder / "relative.png").symlink_to("../outside.png")
+    (folder / "sibling.png").symlink_to(tmp_path / "images2.png")  # its path begins with ours
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "second.png").symlink_to("file.png")
+    for name in ("file.png", "relative.png", "sibling.png", "up/outside.png", "second.png"):
+        refused(folder, name, "is a link that leads out of the image folder")
+
+
+def test_links_within_the_folder_and_to_it_are_fine(folder, tmp_path):
+    (folder / "inner.png").symlink_to("sub/b.png")
+    (tmp_path / "linked").symlink_to(folder)
+    assert image(folder, "inner.png").size() == (4, 6)
+    assert image(tmp_path / "linked", "a.png").size() == (4, 6)
+    (folder / "in").symlink_to(tmp_path / "linked" / "sub")
+    assert image(folder, "in/b.png").size() == (4, 6)
+
+
+def test_what_is_no_plain_file_is_refused(folder):
+    os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
+    (folder / "circle.png").symlink_to("circle.png")
+    refused(folder, "pipe.png", "is not a file")
+    refused(folder, "sub", "is not a file")
+    refused(folder, ".", "is not a file")
+    refused(folder, "absent.png", r"cannot be opened \(No such file or directory\)")
+    refused(folder, "a.png/b.png", r"cannot be opened \(Not a directory\)")
+    refused(folder, "circle.png", "cannot be opened")
+    refused(folder, "a" * 5000, r"cannot be opened \(File name too long\)")
+    refused(folder, "\ud800.png", r"cannot be opened \(no file can have this name\)")
+    for name in ("", "a.png\0.txt"):
+        refused(folder, name, "is empty or has a NUL in its name")
+
+
+def test_a_folder_that_is_absent_is_an_error_of_the_row(folder):
+    refused(folder / "nowhere", "a.png", "cannot be opened")
+
+
+def test_a_broken_or_cut_image_names_the_row(folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("cut.jpg", "cut.png"):
+        Image.fromarray(pixels).save(folder / name)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+        assert image(folder, name).size() == (64, 64)  # the header is whole
+        with pytest.raises(ImageError, match=r"row 17, image 1 cannot be decoded \(OSError\)"):
+            image(folder, name).read()
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").write_bytes(b"")
+    for name in ("text.png", "empty.png"):
+        refused(folder, name, r"cannot be read as an image \(UnidentifiedImageError\)")
+
+
+def test_a_format_that_runs_other_programs_is_not_opened(folder):
+    Image.new("RGB", (4, 4)).save(folder / "a.eps")
+    refused(folder, "a.eps", "cannot be read as an image")
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 50_000])  # Pillow warns of the one, refuses the other
+def test_a_decompression_bomb_is_refused_by_its_header(folder, side):
+    (folder / "bomb.png").write_bytes(png_header(side, side))
+    refused(folder, "bomb.png", "has more than 89,478,485 pixels")
+
+
+def test_the_bound_is_pillows_own():
+    assert image_files.MOST_PIXELS == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb_as_pillow_converts_it(folder, mode):
+    suffix = "tif" if mode == "CMYK" else "png"
+    original = Image.new("RGB", (5, 3), (200, 100, 50)).convert(mode)
+    original.save(folder / f"mode.{suffix}")
+    found = image(folder, f"mode.{suffix}").read()
+    assert found.mode == "RGB"
+    assert np.array_equal(np.asarray(found), np.asarray(original.convert("RGB")))
+
+
+def test_transparency_is_dropped_and_the_colour_below_stays(folder):
+    Image.new("RGBA", (2, 2), (200, 100, 50, 0)).save(folder / "clear.png")
+    assert image(folder, "clear.png").read().getpixel((0, 0)) == (200, 100, 50)
+    palette = Image.new("P", (2, 2))
+    palette.putpalette([200, 100, 50] + [0] * 765)
+    palette.save(folder / "palette.png", transparency=b"\x00\xff")
+    assert image(folder, "palette.png").read().getpixel((0, 0)) == (200, 100, 50)
+
+
+def test_the_orientation_in_exif_is_not_applied_as_in_llava(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright
+    Image.new("RGB", (6, 4)).save(folder / "exif.jpg", exif=exif)
+    assert image(folder, "exif.jpg").size() == (4, 6)
+    assert image(folder, "exif.jpg").read().size == (6, 4)
+
+
+def test_the_mean_colour_is_clips_as_llava_has_it():
+    processor = SimpleNamespace(image_mean=CLIP_MEAN)
+    assert mean_colour(processor) == (122, 116, 104)  # 122.77, 116.75, 104.09
+
+
+@pytest.mark.parametrize(("width", "height"), [(5, 2), (2, 5), (4, 1), (3, 3), (1, 4)])
+def test_padding_is_numpys_centred_padding(folder, width, height):
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    side, colour = max(width, height), (122, 116, 104)
+    top, left = (side - height) // 2, (side - width) // 2
+    expected = np.empty((side, side, 3), np.uint8)
+    expected[:] = colour
+    expected[top : top + height, left : left + width] = pixels
+    assert np.array_equal(expand_to_square(Image.fromarray(pixels), colour), expected)
+    Image.fromarray(pixels).save(folder / "odd.png")
+    padded = image(folder, "odd.png", background=colour)
+    assert np.array_equal(np.asarray(padded.read()), expected)
+    assert padded.size() == (side, side)
