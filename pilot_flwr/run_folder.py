@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.checkpoint import write_text
+from pilot_flwr.errors import StateError
 
 Event = dict[str, Any]
 
@@ -32,6 +33,31 @@ def select(events: Sequence[Event], kind: str, server_round: int | None = None) 
         for event in events
         if event["event"] == kind and (server_round is None or event["round"] == server_round)
     ]
+
+
+def read_events(folder: Path) -> list[Event]:
+    """Read the events of a run folder, none if it has no ``metrics.jsonl``.
+
+    Its last line may be cut short, because a run may end while it is written: it is left out.
+
+    Raises
+    ------
+    StateError
+        Another line is no event.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            event["event"]
+            events.append(event)
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise StateError(f"{path}, line {number}, is no event of a run.") from None
+    return events
 
 
 def holds_token(folder: Path, token: str) -> bool:

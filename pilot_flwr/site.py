@@ -46,7 +46,7 @@ def find_site(
         than the configuration has clients.
     """
     check_name("run name", run_name)
-    device = _device(str(node_config.get("device", "auto")))
+    device = find_device(str(node_config.get("device", "auto")))
     client = _client(node_config, config)
     if node_config.get("state-folder"):
         folder = Path(str(node_config["state-folder"])).expanduser() / run_name
@@ -87,7 +87,14 @@ def _check_partitions(node_config: NodeConfig, config: PilotConfig) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; ``auto`` is a GPU if there is one.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

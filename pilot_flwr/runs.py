@@ -1,0 +1,261 @@
+"""Open a run folder, to use what came out of it. Nothing is written into it.
+
+The server's part of a personalised model (task adapters, LoRAs) is in the run's checkpoint. A
+client's own part is in ``clients/<id>/`` after a simulation, and on the site's disk after a real
+run. A client that was not in the run gets its task's consensus model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pilot_flwr.checkpoint import (
+    Checkpoint,
+    PrivateState,
+    PrivateStore,
+    latest_checkpoint,
+    load_checkpoint,
+)
+from pilot_flwr.config import from_yaml
+from pilot_flwr.data.federation import Client, federation_clients
+from pilot_flwr.errors import ConfigError, RunError, StateError
+from pilot_flwr.model_settings import FeatureCacheConfig
+from pilot_flwr.models import PilotModel, warm_model
+from pilot_flwr.parameters import State
+from pilot_flwr.personal import assemble
+from pilot_flwr.run_folder import Event, read_events
+from pilot_flwr.server_state import lora_peers, mean_lora
+from pilot_flwr.settings import PilotConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended, or has got as far as a checkpoint.
+
+    Attributes
+    ----------
+    folder : Path
+        The run folder.
+    config : PilotConfig
+        The run's configuration.
+    checkpoint : Checkpoint
+        The server's part.
+    events : list of dict
+        What happened.
+    notes : tuple of str
+        What the user should be told, for instance that a torn checkpoint was passed over.
+    """
+
+    folder: Path
+    config: PilotConfig
+    checkpoint: Checkpoint
+    events: list[Event]
+    notes: tuple[str, ...]
+
+    def clients(self) -> list[Client]:
+        """Return the clients of the configured federation."""
+        return federation_clients(self.config.data)
+
+    def lora(self, client: str | None, task: str) -> State:
+        """Return Θ̄_l of a client as the server would send it; None is a client without one."""
+        if client is not None and client in self.checkpoint.task_of:
+            return self.checkpoint.lora(client)
+        peers = lora_peers(self.checkpoint.task_of, task)
+        return mean_lora([self.checkpoint.lora(peer) for peer in peers])
+
+    def check_task(self, task: str) -> None:
+        """Raise `ConfigError` unless the run has the task."""
+        if task not in self.checkpoint.tasks:
+            raise ConfigError(
+                f"`--task` is {task!r} but must be one of {', '.join(self.checkpoint.tasks)}."
+            )
+
+
+@dataclass(frozen=True)
+class Personal:
+    """Whose model it is, and what it is made of.
+
+    Attributes
+    ----------
+    client : Client or None
+        None for a task's consensus model.
+    task : str
+        The task.
+    private : PrivateState or None
+        The client's own part; None if it has none, and for a consensus model.
+    """
+
+    client: Client | None
+    task: str
+    private: PrivateState | None
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.client.id if self.client else f"consensus of {self.task}"
+
+
+def open_run(
+    folder: Path, *, server_round: int | None = None, overrides: Sequence[str] = ()
+) -> Run:
+    """Open a run folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    server_round : int, optional
+        Exchange whose checkpoint is wanted; the last whole one otherwise.
+    overrides : sequence of str
+        Each ``key=value``: settings that are different now, for instance where the base model is.
+
+    Raises
+    ------
+    RunError
+        It is no run folder.
+    ConfigError
+        Its configuration is not one, or an override is wrong.
+    StateError
+        It has no whole checkpoint, or not the one that is wanted.
+    """
+    path = folder / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise RunError(f"{folder} is no run folder: it has no readable config.yaml.") from None
+    try:
+        recorded = from_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a run's configuration: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"{path} is empty.")
+    config = from_yaml(text, overrides) if overrides else recorded
+    # Every image is needed once, and nothing is written into the run folder.
+    config = replace(
+        config, model=replace(config.model, feature_cache=FeatureCacheConfig(where="off"))
+    )
+    checkpoint, notes = _checkpoint(folder / "checkpoint", server_round)
+    if set(checkpoint.tasks) != set(recorded.data.tasks):
+        raise StateError(
+            f"{checkpoint.folder} is for tasks {list(checkpoint.tasks)} but the run's "
+            f"configuration has {list(recorded.data.tasks)}."
+        )
+    return Run(folder, config, checkpoint, read_events(folder), tuple(notes))
+
+
+def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal:
+    """Find a client's own part.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    client_id : str
+        A client of its federation.
+    state : Path, optional
+        Folder of the client's private state; ``clients/<id>/`` of the run folder otherwise.
+
+    Raises
+    ------
+    ConfigError
+        The federation has no such client.
+    StateError
+        The client took part, but its own part is not there, is torn or foreign.
+    """
+    clients = {client.id: client for client in run.clients()}
+    if client_id not in clients:
+        raise ConfigError(
+            f"`--client` is {client_id!r} but must be one of {', '.join(clients)}. A new site has "
+            "no adapters of its own: give it the consensus model of its task with `--task`."
+        )
+    folder = state or run.folder / "clients" / client_id
+    private = PrivateStore(folder).load()
+    if private is None and (state or client_id in run.checkpoint.task_of):
+        raise StateError(
+            f"{folder} has no private.safetensors. Client {client_id!r} has trained, so its model "
+            "needs it: give the folder with `--state` where the client keeps it, or take the "
+            "consensus model of its task with `--task`."
+        )
+    return Personal(clients[client_id], clients[client_id].task, private)
+
+
+def consensus(run: Run, task: str) -> Personal:
+    """Return what a client of `task` gets that was not in the run: a new site.
+
+    It is the stage-1 architecture with the task's adapter ψ_t, an inert ψ_s and the mean LoRA
+    of the task's clients: what the server sends to a client that joins late.
+
+    Raises
+    ------
+    ConfigError
+        The run has no such task.
+    """
+    run.check_task(task)
+    return Personal(None, task, None)
+
+
+def personal_model(run: Run, who: Personal, *, device: torch.device) -> PilotModel:
+    """Return this process's base model with the adapters of `who` in it.
+
+    Raises
+    ------
+    PilotError
+        The base model cannot be loaded, or the adapters do not fit it.
+    """
+    reduction = run.config.train.difference_loss.reduction
+    model = warm_model(run.config.model, reduction=reduction, device=device)
+    fill(model, run, who)
+    return model
+
+
+def client_model(
+    run: Run, client_id: str, *, device: torch.device, state: Path | None = None
+) -> PilotModel:
+    """Return a client's personalised model: `personal`, then `personal_model`."""
+    return personal_model(run, personal(run, client_id, state=state), device=device)
+
+
+def fill(model: PilotModel, run: Run, who: Personal) -> None:
+    """Load the adapters of `who` into a model of the run's base."""
+    stage = who.private.stage if who.private else 1
+    tasks = run.checkpoint.tasks if stage == 2 else (who.task,)
+    assemble(
+        model,
+        who.task,
+        who.private,
+        adapters={task: run.checkpoint.adapter(task) for task in tasks},
+        lora=run.lora(who.client.id if who.client else None, who.task),
+        tasks=run.checkpoint.tasks,
+    )
+    model.eval()
+
+
+def last_scores(run: Run) -> list[Event]:
+    """Return the last recorded evaluation of every client, in the clients' order."""
+    last = {event["client"]: event for event in run.events if event["event"] == "evaluate"}
+    return [last[client.id] for client in run.clients() if client.id in last]
+
+
+def _checkpoint(folder: Path, server_round: int | None) -> tuple[Checkpoint, list[str]]:
+    if server_round is None:
+        checkpoint, torn = latest_checkpoint(folder)
+        notes = [f"Passed over a checkpoint: {reason}" for reason in torn]
+        if torn:
+            notes.append(
+                f"Using {checkpoint.folder.name}; the clients' own adapters are the last ones "
+                "that they saved, which may be later."
+            )
+        return checkpoint, notes
+    wanted = folder / f"round-{server_round:04d}"
+    if not wanted.is_dir():
+        present = ", ".join(str(int(p.name[6:])) for p in sorted(folder.glob("round-*"))) or "none"
+        raise StateError(f"`--round` is {server_round} but the run has checkpoints of {present}.")
+    notes = []
+    if sorted(folder.glob("round-*"))[-1] != wanted:
+        notes.append(
+            "The clients' own adapters are the last ones that they saved, which are later than "
+            f"exchange {server_round}."
+        )
+    return load_checkpoint(wanted), notes
