@@ -27,6 +27,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
+# Without "I'm" and the like: texts are in lower case when they are looked up.
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
