@@ -45,6 +45,7 @@ LAYERS = [
         "data.digits",
         "data.rows",
         "data.image_files",
+        "data.llava",
         "data.collator",
         "data.federation",
     ],

@@ -1,0 +1,214 @@
+"""LLaVA's JSON rows as examples, each read when it is asked for.
+
+A row is an object with
+
+- ``id``: text or a number; need not be unique, as it is not in LLaVA's own files,
+- ``image``: a file in the image folder, or a list of several; absent for a row without images,
+- ``conversations``: turns ``{"from": "human" | "gpt", "value": text}``, human first, gpt last,
+- ``references``: optional list of answers that the last one is scored against.
+
+Other fields are left alone; a partition may go by one. Image markers (``<image>`` in a human
+turn) are treated as LLaVA-1.5's training does: the only marker of a turn moves to its front, on a
+line of its own. A row with one image and no marker gets the marker in front of its first
+question; LLaVA would train on it as if it had no image.
+
+Every error names file and row, and never what the row says: errors go to the server.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
+from pilot_flwr.data.image_files import Colour, ImageFile
+from pilot_flwr.data.rows import Row, RowFile
+from pilot_flwr.errors import DataError
+
+LONGEST_ID = 256
+"""In characters: an id is a label in errors, and must not carry a text."""
+
+_ROLES: dict[str, Any] = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become examples.
+
+    Parameters
+    ----------
+    images : Path, optional
+        Folder that image names count from; without it no row may have an image.
+    prompt_suffix : str
+        Put behind every human turn that does not end with it, on a line of its own.
+    background : tuple of int, optional
+        Colour that images are padded with to squares; None keeps their shapes.
+    """
+
+    images: Path | None = None
+    prompt_suffix: str = ""
+    background: Colour | None = None
+
+
+class LlavaExamples(Sequence[Example]):
+    """Rows of one file or several as examples.
+
+    An example's id is its row number, from 1, a colon and the row's own id; with several files
+    the file's number and a slash come before: ``2/17:000000033471``. So ids are unique, whatever
+    the rows' own are.
+
+    Parameters
+    ----------
+    files : sequence of RowFile
+        Read one after the other.
+    reading : Reading
+        How their rows become examples.
+    rows : array of int64, optional
+        Which rows, counted from 0 through all files; all of them without it.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RowFile],
+        reading: Reading,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.files = tuple(files)
+        self.reading = reading
+        self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
+        total = int(self._ends[-1]) if self.files else 0
+        self.rows = np.arange(total, dtype=np.int64) if rows is None else rows
+        assert self.rows.size == 0 or 0 <= self.rows.min() <= self.rows.max() < total
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        """Return one example, or those of a slice.
+
+        Raises
+        ------
+        DataError
+            The row cannot be used; names file and row.
+        """
+        if isinstance(position, slice):
+            return [self[n] for n in range(*position.indices(len(self)))]
+        file, number = self._place(position)
+        label = f"{number + 1}:" if len(self.files) == 1 else f"{file + 1}/{number + 1}:"
+        origin = self.files[file].origin(number)
+        return to_example(self.files[file][number], label, origin, self.reading)
+
+    def select(self, positions: NDArray[np.int64]) -> "LlavaExamples":
+        """Return the examples at some positions."""
+        return LlavaExamples(self.files, self.reading, self.rows[positions])
+
+    def row(self, position: int) -> Row:
+        """Return the row of an example as the file has it."""
+        file, number = self._place(position)
+        found: Row = self.files[file][number]
+        return found
+
+    def origin(self, position: int) -> str:
+        """Return file and row of an example, as errors name them."""
+        file, number = self._place(position)
+        return self.files[file].origin(number)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        row = int(self.rows[position])
+        file = int(np.searchsorted(self._ends, row, side="right"))
+        return file, row - (int(self._ends[file - 1]) if file else 0)
+
+
+def to_example(row: Row, label: str, origin: str, reading: Reading) -> Example:
+    """Return a row as an example.
+
+    Parameters
+    ----------
+    row : dict
+        As the file has it.
+    label : str
+        Put before the row's id.
+    origin : str
+        File and row, for errors.
+    reading : Reading
+        Image folder, prompt suffix, padding.
+
+    Raises
+    ------
+    DataError
+        A field is missing or not as said above; images are not looked at.
+    """
+    images = _images(row, origin, reading)
+    turns = _turns(row, origin)
+    if len(images) == 1 and turns and not any(IMAGE_MARKER in turn.text for turn in turns):
+        turns[0] = turns[0]._replace(text=f"{IMAGE_MARKER}\n{turns[0].text}")
+    return Example(
+        id=label + _id(row, origin),
+        images=images,
+        turns=tuple(_prompt(turn, reading) if turn.role == "user" else turn for turn in turns),
+        references=_references(row, origin),
+        origin=origin,
+    )
+
+
+def _id(row: Row, origin: str) -> str:
+    found = row.get("id")
+    if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
+        raise DataError(f"{origin}: `id` is missing, or neither text nor a whole number.")
+    text = str(found)
+    if len(text) > LONGEST_ID or not text.isprintable():
+        raise DataError(f"{origin}: `id` must be printable and of at most {LONGEST_ID} characters.")
+    return text
+
+
+def _images(row: Row, origin: str, reading: Reading) -> tuple[ImageSource, ...]:
+    found = row.get("image")
+    names = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(f"{origin}: `image` must be a file's name or a list of them.")
+    if names and reading.images is None:
+        raise DataError(f"{origin} has an image, but no image folder is configured.")
+    folder = reading.images or Path()
+    return tuple(
+        ImageFile(folder, name, f"{origin}, image {number}", reading.background)
+        for number, name in enumerate(names, start=1)
+    )
+
+
+def _turns(row: Row, origin: str) -> list[Turn]:
+    found = row.get("conversations")
+    if not isinstance(found, list) or not found:
+        raise DataError(f"{origin}: `conversations` is missing or not a list of turns.")
+    turns = []
+    for number, turn in enumerate(found, start=1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise DataError(
+                f"{origin}: turn {number} of `conversations` must be an object with a text in "
+                "`value`."
+            )
+        if turn.get("from") not in ("human", "gpt"):
+            raise DataError(
+                f"{origin}: `from` of turn {number} of `conversations` must be human or gpt."
+            )
+        turns.append(Turn(_ROLES[turn["from"]], turn["value"]))
+    return turns
+
+
+def _prompt(turn: Turn, reading: Reading) -> Turn:
+    """Return a user's turn with its only marker in front and the suffix behind it."""
+    text = turn.text
+    if text.count(IMAGE_MARKER) == 1:
+        text = f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
+    if reading.prompt_suffix and text.strip() and not text.endswith(reading.prompt_suffix):
+        text = f"{text}\n{reading.prompt_suffix}"
+    return turn._replace(text=text)
+
+
+def _references(row: Row, origin: str) -> tuple[str, ...]:
+    found = row.get("references", [])
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise DataError(f"{origin}: `references` must be a list of texts.")
+    return tuple(found)
