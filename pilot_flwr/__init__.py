@@ -37,6 +37,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     parameters            which parameter is trained, sent, private or frozen
     architectures         what differs between base architectures
     base                  the base model as its checkpoint has it
+    lora                  the LoRA in the language model
     models                the base model with Pilot's adapters, and its stages
     initial               what the server starts from, without loading the base
     checkpoint            tensors on disk

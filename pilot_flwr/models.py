@@ -5,10 +5,10 @@ and a Pilot connector in place of its projector. One base serves all clients of 
 a client's turn swaps adapters in and out, the base is never loaded again.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
-import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from pilot_flwr.connector import (
 )
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model_settings import LoraConfig, ModelConfig
+from pilot_flwr.lora import add_lora, lora_layers, share_inputs
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.parameters import GroupName, State, claim, read, set_trainable, write
 
 _WARM: dict[tuple[str, str, str], "PilotModel"] = {}
@@ -47,32 +48,6 @@ class ModelOutput(NamedTuple):
     logits: Tensor
     labels: Tensor
     connector: ConnectorOutput
-
-
-def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
-    """Put Θ_l into the language model, in place, by peft.
-
-    Raises
-    ------
-    ModelError
-        No linear layer is called as one of `model.lora.targets`; peft would pass over it.
-    """
-    linear = [f".{name}" for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
-    if unknown := [t for t in lora.targets if not any(n.endswith(f".{t}") for n in linear)]:
-        there = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(
-            f"`model.lora.targets` names {unknown} but must name linear layers, of {there}."
-        )
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-    )
-    peft.inject_adapter_in_model(config, language_model)
-    for name, parameter in language_model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
 
 
 class PilotModel(nn.Module):
@@ -98,11 +73,12 @@ class PilotModel(nn.Module):
         add_lora(llava.model.language_model, config.lora, dtype=dtype)
         self.llava = llava
         if config.gradient_checkpointing:
-            llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         if config.compile:
             for layer in llava.model.language_model.layers:
                 layer.compile(dynamic=True)
         self._own_task = ""
+        self._lora_layers = lora_layers(llava)
         # Kept out of the module tree: it is no parameter of this model but its starting point.
         self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
 
@@ -209,10 +185,13 @@ class PilotModel(nn.Module):
         visual : Visual
             H_v of the batch's images.
         """
+        share_inputs(self._lora_layers, torch.is_autocast_enabled(self.device.type))
         connected = self._connect(visual)
         hidden = self.llava.model.language_model(
             inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
-            attention_mask=batch.attention_mask,
+            # No mask: the padding is on the right, where causal attention never looks, and
+            # without a mask the fastest attention kernels can be used.
+            attention_mask=None,
             use_cache=False,
         ).last_hidden_state
         answer = batch.labels[:, 1:] != IGNORE_INDEX
@@ -231,16 +210,20 @@ class PilotModel(nn.Module):
         ends = self.llava.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         ends |= {stop} - {None}
-        tokens: Tensor = self.llava.generate(
-            inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
-            attention_mask=batch.attention_mask,
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=min(ends, default=0),
-            ),
+        config = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
         )
+        # Every new token has another length: compiled layers would be compiled over and over.
+        eager = self.config.compile and torch.compiler.set_stance("force_eager")
+        with eager or contextlib.nullcontext():
+            tokens: Tensor = self.llava.generate(
+                inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
+                attention_mask=batch.attention_mask,
+                generation_config=config,
+            )
         return tokens
 
     def _connect(self, visual: Visual) -> ConnectorOutput:

@@ -53,6 +53,7 @@ LAYERS = [
         "parameters",
         "architectures",
         "base",
+        "lora",
         "models",
         "initial",
         "checkpoint",
@@ -81,7 +82,7 @@ ALLOWED_IN = {
     "flwr": set(LAYERS[6]),
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "peft": {"models"},
+    "peft": {"lora"},
     "sklearn": {"data.digits"},
 }
 MOST_LINES = 300
