@@ -53,6 +53,17 @@ The map of the package, layer by layer; a module imports only what stands above 
     site                  who and where a client is
     tables                timeline and scores, from the run's events
 
+    answering             conversations in, answers out
+    conversation          a conversation with a model
+    runs                  a run folder, opened to use what came out of it
+    questions             a file of rows to be answered
+    scoring               scores per client, per task, and their mean
+    standalone.modeling_pilot  what loads an exported model; copied into it
+    standalone.modeling_wide   a wider projector; copied into a merged model
+    exporting             a model as a folder that loads without this package
+    merging               a stage-1 model as one checkpoint
+    model_card            what an exported model says of itself
+
     codec                 named tensors as Flower's arrays
     wire                  the messages
     failures              what a Flower error reply means
@@ -68,6 +79,11 @@ The map of the package, layer by layer; a module imports only what stands above 
     processes             the processes of one launch, all ended
     launch                a run under Flower's simulation engine
     commands.run          ``pilot-flwr run``
+    commands.arguments    what the commands that use a run have in common
+    commands.evaluate     ``pilot-flwr evaluate``
+    commands.predict      ``pilot-flwr predict``
+    commands.chat         ``pilot-flwr chat``
+    commands.export       ``pilot-flwr export``
     cli                   the command line tool
 
 "Pilot: Building the Federated Multimodal Instruction Tuning Framework",

@@ -65,6 +65,11 @@ class Run:
         peers = lora_peers(self.checkpoint.task_of, task)
         return mean_lora([self.checkpoint.lora(peer) for peer in peers])
 
+    def prompt_suffix(self, task: str) -> str:
+        """Return what every question of a task ends with in the run's data; empty if nothing."""
+        files = self.config.data.files
+        return files[task].prompt_suffix if task in files else ""
+
     def check_task(self, task: str) -> None:
         """Raise `ConfigError` unless the run has the task."""
         if task not in self.checkpoint.tasks:

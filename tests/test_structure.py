@@ -64,6 +64,18 @@ LAYERS = [
     ["training", "evaluation"],
     ["turn", "server_state", "site", "tables"],
     [
+        "answering",
+        "conversation",
+        "runs",
+        "questions",
+        "scoring",
+        "standalone.modeling_pilot",
+        "standalone.modeling_wide",
+        "exporting",
+        "merging",
+        "model_card",
+    ],
+    [
         "codec",
         "wire",
         "failures",
@@ -74,15 +86,27 @@ LAYERS = [
         "client_app",
         "server_app",
     ],
-    ["progress", "outcome", "processes", "launch", "commands.run", "cli"],
+    [
+        "progress",
+        "outcome",
+        "processes",
+        "launch",
+        "commands.run",
+        "commands.arguments",
+        "commands.evaluate",
+        "commands.predict",
+        "commands.chat",
+        "commands.export",
+        "cli",
+    ],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 
 ALLOWED_IN = {
-    "flwr": set(LAYERS[6]),
+    "flwr": set(LAYERS[7]),
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "peft": {"lora"},
+    "peft": {"lora", "standalone.modeling_pilot", "exporting", "merging", "model_card"},
     "sklearn": {"data.digits"},
 }
 MOST_LINES = 300

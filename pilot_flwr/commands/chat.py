@@ -1,0 +1,95 @@
+"""``pilot-flwr chat``: talk to a model of a run in the terminal."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pilot_flwr.commands.arguments import OVERRIDES, add_model, add_run, chosen, open_chosen, say
+
+HELP = """Type a question; the model sees the whole conversation.
+/image FILE   show it an image, with your next question
+/reset        forget the conversation and its images
+/quit         end (as does Ctrl-D)"""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a personalised model, or to a task's consensus model",
+        description="Talk to a model of a run, about an image or without one. Questions are read "
+        "from the terminal or from a pipe, one a line. " + OVERRIDES,
+        epilog="in a conversation: /image FILE, /reset, /quit",
+    )
+    add_run(parser)
+    add_model(parser)
+    parser.add_argument("--image", type=Path, metavar="F", help="begin with this image")
+    parser.add_argument("--question", metavar="Q", help="answer this one question, and end")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="do not add the prompt suffix that the task's questions have in the run's data",
+    )
+    parser.set_defaults(handler=_chat)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from pilot_flwr.answering import Answerer
+    from pilot_flwr.checks import at_least
+    from pilot_flwr.conversation import Conversation
+    from pilot_flwr.runs import personal_model
+    from pilot_flwr.site import find_device
+
+    at_least("--max-new-tokens", options.max_new_tokens, 1)
+    run = open_chosen(options)
+    who = chosen(run, options)
+    model = personal_model(run, who, device=find_device(options.device))
+    conversation = Conversation(
+        Answerer(run.config, model, keep=f"chat {id(options)}"),
+        max_new_tokens=options.max_new_tokens,
+        suffix="" if options.plain else run.prompt_suffix(who.task),
+        pad=run.config.data.image_aspect_ratio == "pad",
+    )
+    if options.image is not None:
+        conversation.show(options.image)
+    if options.question is not None:
+        print(conversation.ask(options.question), flush=True)
+        return 0
+    say(f"{who.name}, stage {model.stage}, task {who.task}")
+    if conversation.suffix:
+        say(f"After every question comes: {conversation.suffix!r} (--plain leaves it out)")
+    return _talk(conversation)
+
+
+def _talk(conversation: "object") -> int:
+    from pilot_flwr.conversation import Conversation
+    from pilot_flwr.errors import DataError
+
+    assert isinstance(conversation, Conversation)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        say(HELP)
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return 0
+        command, _, rest = line.strip().partition(" ")
+        try:
+            if command == "/quit":
+                return 0
+            elif command == "/reset":
+                conversation.reset()
+                say("The conversation is forgotten.")
+            elif command == "/image":
+                conversation.show(Path(rest.strip()).expanduser())
+                say("Shown with your next question.")
+            elif command.startswith("/"):
+                say(HELP)
+            elif command:
+                print(conversation.ask(line), flush=True)
+        except DataError as error:
+            say(str(error))

@@ -1,0 +1,1 @@
+"""Files that an exported model takes along; none of them imports this package."""

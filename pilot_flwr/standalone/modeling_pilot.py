@@ -1,0 +1,184 @@
+"""Load a model that was tuned with Pilot, without the code that tuned it.
+
+This file lies beside the weights that it loads and needs torch, transformers, peft and
+safetensors only::
+
+    from modeling_pilot import load
+
+    model, processor = load(".")
+
+`model` is a `peft.PeftModel` around the base model: LoRA in the language model and Pilot's
+connector in place of the projector. It generates as the base model does. The folder holds
+
+    connector.json           architecture of the connector, and the base model
+    connector.safetensors    its weights
+    lora/                    the LoRA in peft's own format
+    base/                    the base model, if it cannot be had elsewhere
+
+Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+FORMAT = "pilot-export-1"
+
+
+class Adapter(nn.Module):
+    """Two-layer GELU MLP, as the base model's projector."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features, bias=bias)
+        self.linear_2 = nn.Linear(out_features, out_features, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (..., D) to (..., C)."""
+        hidden: Tensor = nn.functional.gelu(self.linear_1(features))
+        output: Tensor = self.linear_2(hidden)
+        return output
+
+
+class Connector(nn.Module):
+    """Maps visual features (..., D) to the language model's (..., C).
+
+    Stage 1 is ``ψ_t(H) + ψ_s(H)``. Stage 2 is ``ψ_s(H) + Σ_i P_i h_i`` with ``P = softmax(H W_φ)``,
+    ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the others. ψ_s is
+    left out where the description says so.
+
+    Parameters
+    ----------
+    description : dict
+        The entry `connector` of ``connector.json``.
+    """
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        super().__init__()
+
+        def adapter() -> Adapter:
+            return Adapter(
+                description["in_features"], description["out_features"], bias=description["bias"]
+            )
+
+        self.tasks = list(description["tasks"])
+        self.stage = int(description["stage"])
+        self.client_adapter = adapter() if description["client_adapter"] else None
+        if self.stage == 1:
+            self.task_adapter = adapter()
+        else:
+            self.task_adapters = nn.ModuleDict({task: adapter() for task in self.tasks})
+            self.cross_task_adapters = nn.ModuleDict({task: adapter() for task in self.tasks[1:]})
+            self.router = nn.Linear(description["in_features"], len(self.tasks), bias=False)
+        self.to(getattr(torch, description["dtype"]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return x_img in the dtype of `features`."""
+        inputs = features.to(next(self.parameters()).dtype)
+        if self.stage == 1:
+            output: Tensor = self.task_adapter(inputs)
+            if self.client_adapter is not None:
+                output = output + self.client_adapter(inputs)
+        else:
+            output = self._mixture(inputs)
+        return output.to(features.dtype)
+
+    def _mixture(self, inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            wide = torch.promote_types(inputs.dtype, torch.float32)
+            logits = nn.functional.linear(inputs.to(wide), self.router.weight.to(wide))
+        probs = logits.softmax(-1)
+        mixed = self.client_adapter(inputs) if self.client_adapter is not None else None
+        for index, task in enumerate(self.tasks):
+            expert = self.task_adapters[task](inputs)
+            if index > 0:
+                expert = expert + self.cross_task_adapters[task](inputs)
+            weight = probs[..., index, None].to(expert.dtype)
+            mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
+        assert mixed is not None
+        return mixed
+
+
+def load(folder: str | Path = ".", base: str | Path | None = None, **options: Any) -> Any:
+    """Return model and processor.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The exported folder.
+    base : str or Path, optional
+        Where the base model is, if not where ``connector.json`` says.
+    **options
+        For the base model's `from_pretrained`, for instance ``device_map="auto"``,
+        ``dtype=torch.bfloat16`` or a `quantization_config`.
+
+    Raises
+    ------
+    ValueError
+        A file is of another format, or any key is missing, unexpected or of another shape.
+    """
+    folder = Path(folder)
+    description = _describe(folder)
+    origin = description["base"]
+    where = str(base or (folder / "base" if origin["included"] else origin["path"]))
+    pinned = {"revision": origin["revision"]} if origin["revision"] and base is None else {}
+    options.setdefault("dtype", getattr(torch, origin["dtype"]))
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        where, output_loading_info=True, **pinned, **options
+    )
+    if problems := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
+        raise ValueError(f"The base model {where!r} does not fit its own class: {problems}")
+    connector = Connector(description["connector"])
+    _fill(connector.state_dict(), folder / "connector.safetensors")
+    model.model.multi_modal_projector = connector.to(model.device)
+    model.generation_config.eos_token_id = description["end_token_ids"]
+    model = peft.PeftModel.from_pretrained(model, folder / "lora", autocast_adapter_dtype=False)
+    _load_lora(model, folder / "lora" / "adapter_model.safetensors")
+    processor = transformers.AutoProcessor.from_pretrained(where, **pinned)
+    processor.tokenizer.padding_side = "left"  # answers begin where prompts end
+    return model.eval(), processor
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    description: dict[str, Any] = json.loads((folder / "connector.json").read_text("utf-8"))
+    if description.get("format") != FORMAT:
+        found = description.get("format")
+        raise ValueError(f"connector.json has format {found!r} but must have {FORMAT!r}.")
+    return description
+
+
+def _load_lora(model: Any, file: Path) -> None:
+    """Check that the file has the model's LoRA and nothing else; take its values and dtype.
+
+    peft itself passes over a missing key with a warning, and over an unexpected one.
+    """
+    own = {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    state = load_file(file)
+    for parameter, tensor in zip(own.values(), (state.get(name) for name in own), strict=True):
+        if tensor is not None and tensor.shape == parameter.shape:
+            parameter.data = parameter.data.to(tensor.dtype)
+    _fill(own, file)
+
+
+def _fill(own: dict[str, Any], file: Path) -> None:
+    state = load_file(file)
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"{file.name}: missing {missing}, unexpected {unexpected}")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"{file.name}: `{name}` has shape {tuple(tensor.shape)} but must have "
+                f"{tuple(own[name].shape)}"
+            )
+        own[name].data.copy_(tensor)
