@@ -31,6 +31,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.rows             rows of a JSON array or JSONL file, read one at a time
     data.image_files      images in a client's folder, and nowhere else
     data.llava            LLaVA's JSON rows as examples
+    data.partition        rows dealt out to clients by Flower's partitioners
     data.collator         examples to batches of token ids
     data.federation       who the clients are, and which examples each has
 

@@ -46,6 +46,7 @@ LAYERS = [
         "data.rows",
         "data.image_files",
         "data.llava",
+        "data.partition",
         "data.collator",
         "data.federation",
     ],
@@ -103,6 +104,8 @@ LAYERS = [
 ORDER = [module for layer in LAYERS for module in layer]
 
 ALLOWED_IN = {
+    "datasets": {"data.partition"},
+    "flwr_datasets": {"data.partition"},
     "flwr": set(LAYERS[7]),
     "hydra": {"config"},
     "omegaconf": {"config"},

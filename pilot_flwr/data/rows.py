@@ -96,10 +96,21 @@ class RowFile(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         """Go through all rows in one pass; raises as reading a row does."""
+        for row in self.scan():
+            if isinstance(row, DataError):
+                raise row
+            yield row
+
+    def scan(self) -> Iterator[Row | DataError]:
+        """Go through all rows in one pass; a broken one comes as its error."""
         with self._open() as file:
             self._check_unchanged(file)
             for number in range(len(self)):
-                yield self._read(file, number)
+                try:
+                    row: Row | DataError = self._read(file, number)
+                except DataError as error:
+                    row = error
+                yield row
 
     def origin(self, number: int) -> str:
         """Return what errors call a row: ``train.json, row 17`` for number 16."""

@@ -1,0 +1,188 @@
+"""A task's rows dealt out to its clients, by Flower's own partitioners (flwr-datasets).
+
+They partition a Hugging Face data set; here that is a table of row numbers with, at most, one
+more column, so the rows themselves are never loaded. The same seed gives the same shares in
+every process. To add a kind, add a function and its row to `_BY_SIZE`, and its name to
+`pilot_flwr.data_settings`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pilot_flwr.data.rows import RowFile
+from pilot_flwr.data_settings import PartitionConfig
+from pilot_flwr.errors import ConfigError, DataError
+
+Rows = NDArray[np.int64]
+"""Row numbers, sorted."""
+
+_DRAWS = 10  # as often as flwr-datasets tries
+
+
+def deal(
+    files: Sequence[RowFile],
+    config: PartitionConfig,
+    *,
+    num_clients: int,
+    seed: Sequence[int],
+    allow_broken: bool = False,
+) -> list[Rows]:
+    """Deal the rows of some files out to clients: disjoint, and every row to somebody.
+
+    Parameters
+    ----------
+    files : sequence of RowFile
+        Rows are numbered from 0 through all of them.
+    config : PartitionConfig
+        ``iid`` or ``dirichlet``. IID shares are equal but for the remainder, of which the first
+        clients get a row each.
+    num_clients : int
+        Number of shares.
+    seed : sequence of int
+        Seeds everything that is drawn.
+    allow_broken : bool
+        Whether broken rows are dealt out too, as if they had a value of their own in the
+        column; otherwise a partition by a column raises their error.
+
+    Returns
+    -------
+    list of array of int64
+        Each client's rows.
+
+    Raises
+    ------
+    ConfigError
+        There are fewer rows than clients, or no partition gives every client enough.
+    DataError
+        A row has no value in the column.
+    """
+    total = sum(map(len, files))
+    if total < num_clients:
+        raise ConfigError(
+            f"`data.clients_per_task` is {num_clients} but the task has {total} rows to deal out."
+        )
+    rng = np.random.default_rng(seed)
+    if config.kind == "dirichlet" and config.column:
+        values = column_codes(files, config.column, allow_broken=allow_broken)
+        shares = _by_column(values, config, num_clients, rng)
+    else:
+        shares = _BY_SIZE[config.kind](total, config, num_clients, rng)
+    return [np.sort(share) for share in shares]
+
+
+def draw(rows: Rows, most: int, seed: Sequence[int]) -> Rows:
+    """Draw at most `most` rows, 0 for all; fewer are among more.
+
+    Parameters
+    ----------
+    rows : array of int64
+        To draw from.
+    most : int
+        How many.
+    seed : sequence of int
+        Seeds the draw.
+    """
+    if most == 0 or most >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
+
+
+def column_codes(files: Sequence[RowFile], column: str, *, allow_broken: bool) -> NDArray[np.int64]:
+    """Return a number for each row's value in a column, the same for equal values.
+
+    Raises
+    ------
+    DataError
+        A row has no value there, or a list or an object; or it is broken.
+    """
+    codes: dict[tuple[str, Any], int] = {}
+    found = np.empty(sum(map(len, files)), np.int64)
+    for number, value in enumerate(_values(files, column, allow_broken)):
+        found[number] = codes.setdefault((type(value).__name__, value), len(codes))
+    return found
+
+
+def _values(files: Sequence[RowFile], column: str, allow_broken: bool) -> Iterable[Any]:
+    for file in files:
+        for number, row in enumerate(file.scan()):
+            if isinstance(row, DataError):
+                if not allow_broken:
+                    raise row
+                yield None
+            elif isinstance(value := row.get(column), str | int | float):
+                yield value
+            else:
+                raise DataError(
+                    f"{file.origin(number)} has no text or number in `{column}`, by which "
+                    "`data.partition.column` divides the rows."
+                )
+
+
+def _iid(
+    total: int, config: PartitionConfig, num_clients: int, rng: np.random.Generator
+) -> list[Rows]:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _shares(IidPartitioner(num_clients), {"row": rng.permutation(total)}, num_clients)
+
+
+def _by_size(
+    total: int, config: PartitionConfig, num_clients: int, rng: np.random.Generator
+) -> list[Rows]:
+    from flwr_datasets.partitioner import SizePartitioner
+
+    for _ in range(_DRAWS):
+        cuts = np.cumsum(rng.dirichlet([config.alpha] * num_clients))[:-1] * total
+        sizes = np.diff(np.round(cuts).astype(int), prepend=0, append=total).tolist()
+        if min(sizes) >= config.min_examples:
+            rows = {"row": rng.permutation(total)}
+            return _shares(SizePartitioner(sizes), rows, num_clients)
+    raise _too_few(config, total, num_clients)
+
+
+def _by_column(
+    values: NDArray[np.int64], config: PartitionConfig, num_clients: int, rng: np.random.Generator
+) -> list[Rows]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    partitioner = DirichletPartitioner(
+        num_clients,
+        partition_by="value",
+        alpha=config.alpha,
+        min_partition_size=config.min_examples,
+        seed=int(rng.integers(2**32)),
+    )
+    table = {"row": np.arange(len(values)), "value": values}
+    try:
+        return _shares(partitioner, table, num_clients)
+    except ValueError:  # its way to say that no draw gave every client enough
+        raise _too_few(config, len(values), num_clients) from None
+
+
+def _shares(partitioner: Any, table: dict[str, Any], num_clients: int) -> list[Rows]:
+    """Return the row numbers of each partition of a table."""
+    import datasets  # takes seconds, which a look at the settings need not
+
+    partitioner.dataset = datasets.Dataset.from_dict(table)
+    with warnings.catch_warnings():  # one for every draw; the last one raises
+        warnings.simplefilter("ignore")
+        parts = [partitioner.load_partition(n).with_format("numpy") for n in range(num_clients)]
+    return [np.asarray(part["row"][:], np.int64) for part in parts]
+
+
+def _too_few(config: PartitionConfig, total: int, num_clients: int) -> ConfigError:
+    return ConfigError(
+        f"`data.partition.min_examples` is {config.min_examples} but in {_DRAWS} draws with "
+        f"`data.partition.alpha` {config.alpha}, {total} rows never gave each of {num_clients} "
+        "clients as many; raise alpha or lower min_examples."
+    )
+
+
+_BY_SIZE: dict[str, Callable[[int, PartitionConfig, int, np.random.Generator], list[Rows]]] = {
+    "iid": _iid,
+    "dirichlet": _by_size,
+}
