@@ -31,6 +31,11 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.rows             rows of a JSON array or JSONL file, read one at a time
     data.image_files      images in a client's folder, and nowhere else
     data.llava            LLaVA's JSON rows as examples
+    data.conversion       annotation files entry by entry, rows as LLaVA has them
+    data.from_vqa         GQA, OCR-VQA, VQAv2, TextVQA, ScienceQA
+    data.from_captions    COCO's captions
+    data.from_boxes       boxes with an expression
+    data.convert          a data set's own files as LLaVA JSONL
     data.partition        rows dealt out to clients by Flower's partitioners
     data.collator         examples to batches of token ids
     data.federation       who the clients are, and which examples each has
@@ -46,6 +51,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     features              the frozen vision tower's features, kept
     run_folder            what a run leaves behind
 
+    memory                GPU memory of a training step, from shapes
+    plan                  what a run trains, sends and needs
     training              local training of one client
     evaluation            greedy generation and its score
 
@@ -80,11 +87,14 @@ The map of the package, layer by layer; a module imports only what stands above 
     processes             the processes of one launch, all ended
     launch                a run under Flower's simulation engine
     commands.run          ``pilot-flwr run``
+    commands.plan         ``pilot-flwr plan``
     commands.arguments    what the commands that use a run have in common
     commands.evaluate     ``pilot-flwr evaluate``
     commands.predict      ``pilot-flwr predict``
     commands.chat         ``pilot-flwr chat``
     commands.export       ``pilot-flwr export``
+    commands.convert      ``pilot-flwr data convert``
+    commands.data         ``pilot-flwr data``, of those
     cli                   the command line tool
 
 "Pilot: Building the Federated Multimodal Instruction Tuning Framework",

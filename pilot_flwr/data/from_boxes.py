@@ -1,0 +1,83 @@
+"""Converter of boxes with an expression (RefCOCO and the like) to LLaVA's coordinates.
+
+A file is a list of objects: `image` (file name), `width` and `height` in pixels, `expression`,
+and `bbox` = [x, y, w, h] in pixels. LLaVA's boxes are ``[x1, y1, x2, y2]`` as shares of width and
+height with two decimals; in its own data they are shares of the square that an image is padded to.
+"""
+
+from collections.abc import Iterator
+
+from pilot_flwr.data.conversion import (
+    Entry,
+    Row,
+    Sources,
+    Unusable,
+    as_fields,
+    elements,
+    field,
+    optional,
+    to_row,
+)
+
+REQUEST = "Please provide the bounding box coordinate of the region this sentence describes:"
+TOLERANCE = 1.0
+"""By how many pixels a box may stand out of its image; it is cut to the image's edge."""
+
+
+def box_entries(sources: Sources) -> Iterator[Entry]:
+    """Yield the expressions of the files."""
+    for number, path in enumerate(sources.annotations):
+        for place, item in enumerate(elements(path), start=1):
+            fields = as_fields(item)
+            own = fields.get("id")
+            key = f"{number}-{place}" if own is None else str(own)
+            yield Entry(f"{path}, entry {place}", key, fields)
+
+
+def box_row(entry: Entry, sources: Sources) -> Row:
+    """Return an expression's row; the reference has six decimals where the answer has two."""
+    width, height = (_positive(entry, name) for name in ("width", "height"))
+    edges = _edges(entry, width, height)
+    if sources.padded:
+        side = max(width, height)
+        across, down = (side - width) // 2, (side - height) // 2  # as LLaVA's expand2square
+        edges = [edges[0] + across, edges[1] + down, edges[2] + across, edges[3] + down]
+        width = height = side
+    shares = [edge / size for edge, size in zip(edges, [width, height] * 2, strict=True)]
+    return to_row(
+        entry,
+        field(entry, "image"),
+        f"{REQUEST} {field(entry, 'expression')}",
+        _box(shares, 2),
+        [_box(shares, 6)] if sources.scored else None,
+        optional(entry, category=("category",)),
+    )
+
+
+def _box(shares: list[float], decimals: int) -> str:
+    return "[" + ", ".join(f"{share:.{decimals}f}" for share in shares) + "]"
+
+
+def _positive(entry: Entry, name: str) -> int:
+    value = entry.fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise Unusable(entry.origin, f"`{name}` must be a whole number of pixels.")
+    return value
+
+
+def _edges(entry: Entry, width: int, height: int) -> list[float]:
+    """Return left, upper, right and lower edge in pixels, inside the image."""
+    box = entry.fields.get("bbox")
+    numbers = isinstance(box, list) and len(box) == 4
+    if not numbers or not all(type(edge) in (int, float) for edge in box or []):
+        raise Unusable(entry.origin, "`bbox` must be [x, y, width, height] in pixels.")
+    assert box is not None
+    x, y, w, h = box
+    edges = [x, y, x + w, y + h]
+    limits = [width, height] * 2
+    inside = [min(max(edge, 0.0), float(limit)) for edge, limit in zip(edges, limits, strict=True)]
+    if any(abs(a - b) > TOLERANCE for a, b in zip(edges, inside, strict=True)):
+        raise Unusable(entry.origin, "`bbox` stands out of the image.")
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise Unusable(entry.origin, "`bbox` has no area.")
+    return inside
