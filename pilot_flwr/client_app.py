@@ -3,17 +3,18 @@
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pilot_flwr import wire
 from pilot_flwr.config import PilotConfig, load_config
-from pilot_flwr.data.federation import client_examples
+from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import PilotError, UpdateError
 from pilot_flwr.failures import OWN_ERROR
 from pilot_flwr.server_state import Member
-from pilot_flwr.site import find_site
+from pilot_flwr.site import find_site, is_simulated, site_model
 from pilot_flwr.turn import Site, stage_trained, take_turn
 
 app = ClientApp()
@@ -41,9 +42,11 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
 def query(message: Message, context: Context) -> RecordDict:
     """Say which client this node is, and whether it holds stage-1 state."""
     config, site = _open(message, context)
-    examples = client_examples(config.data, site.client, "train", seed=config.seed)
+    examples = count_examples(
+        config.data, site.client, "train", seed=config.seed, files=site.files
+    )
     return wire.encode_member(
-        Member(site.client.id, site.client.task, len(examples), stage_trained(site))
+        Member(site.client.id, site.client.task, examples, stage_trained(site))
     )
 
 
@@ -84,7 +87,9 @@ def _open(message: Message, context: Context) -> tuple[PilotConfig, Site]:
         run_folder=run.folder,
         run_token=run.token,
     )
-    return config, site
+    simulated = is_simulated(context.node_config, run.folder, run.token)
+    model = site_model(context.node_config, config.model, simulated=simulated)
+    return replace(config, model=model), site
 
 
 @functools.lru_cache(maxsize=1)

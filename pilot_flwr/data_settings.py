@@ -13,12 +13,14 @@ ALL = 0
 class TaskFiles:
     """One task's data as LLaVA JSON or JSONL, and how its answers are scored.
 
-    Paths are relative to `data.folder`. `train` is one file, or several that are read one after
-    the other; with ``data.partition.kind=files`` it is one file per client, in the clients'
-    order. `test` is the same for the test split; a single test file is dealt out as the training
-    rows are only if `split_test` is set, else every client of the task is tested on all of it.
-    `images` is the folder that image paths are relative to. `prompt_suffix` is appended to
-    every question on a line of its own. `metric` is a key of the table of metrics.
+    Paths are relative to `data.folder`, and are those of a simulation: a real site has its own,
+    from its node configuration, and `train`, `test` and `images` may then be left out. `train`
+    is one file, or several that are read one after the other; with ``data.partition.kind=files``
+    it is one file per client, in the clients' order. `test` is the same for the test split,
+    which every client of the task has whole, unless there is a file per client or `split_test`
+    deals it out as the training rows are. `images` is the folder that image names count from,
+    by default `data.folder`. `prompt_suffix` is put behind every question on a line of its own.
+    `metric` is a key of the table of metrics.
     """
 
     train: list[str] = field(default_factory=list)
@@ -104,12 +106,9 @@ class DataConfig:
             for split in ("train", "test"):
                 number = len(getattr(self.files[task], split))
                 each = self.partition.kind == "files"
-                if number == 0:
+                allowed = {0, self.clients_per_task} | ({1} if split == "test" else set())
+                if each and number not in allowed:
                     raise ConfigError(
-                        f"`data.files.{task}.{split}` is empty but must name at least one file."
-                    )
-                if split == "train" and each and number != self.clients_per_task:
-                    raise ConfigError(
-                        f"`data.files.{task}.train` names {number} files but must name one for "
+                        f"`data.files.{task}.{split}` names {number} files but must name one for "
                         f"each of {self.clients_per_task} clients (`data.partition.kind=files`)."
                     )

@@ -1,25 +1,35 @@
 """Where a client is: what its node's own configuration says, never what the server says.
 
 A simulated node has a ``partition-id``: it is the client with that number, and its private
-folder is inside the run folder. A real site's ``--node-config`` gives ``client-id`` and
-``state-folder`` and may give ``device``.
+folder is inside the run folder, and its files are those that the run's configuration names. A
+real site's ``--node-config`` gives ``client-id`` and ``state-folder``, the site's data as
+``train-file``, ``test-file`` and ``image-folder``, and may give ``device`` and ``model-path``. No
+path of the run's configuration is ever opened there.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from pilot_flwr.checks import check_name
-from pilot_flwr.data.federation import Client, client_by_id, federation_clients
+from pilot_flwr.checks import NAME_PATTERN, check_name
+from pilot_flwr.data.federation import Client, SiteFiles, client_by_id, federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.run_folder import holds_token
 from pilot_flwr.settings import PilotConfig
+from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.submission import federation_config
 from pilot_flwr.turn import Site
 
 NodeConfig = Mapping[str, bool | float | int | str]
+
+FILE_SEPARATOR = ";"
+"""Between the files of ``train-file`` and of ``test-file``."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def find_site(
@@ -46,18 +56,96 @@ def find_site(
         than the configuration has clients.
     """
     check_name("run name", run_name)
-    device = find_device(str(node_config.get("device", "auto")))
+    device = _device(str(node_config.get("device", "auto")))
     client = _client(node_config, config)
+    simulated = is_simulated(node_config, run_folder, run_token)
     if node_config.get("state-folder"):
         folder = Path(str(node_config["state-folder"])).expanduser() / run_name
-    elif "client-id" not in node_config and holds_token(Path(run_folder), run_token):
+    elif simulated:
         folder = Path(run_folder) / "clients" / client.id
     else:
         raise ConfigError(
             f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
             "a folder of this site for its private adapters."
         )
-    return Site(client, folder, device)
+    files = None
+    if config.data.source == "llava" and not simulated:
+        files = _files(node_config, client)
+    return Site(client, folder, device, files)
+
+
+def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
+    """Return whether the run's configuration may name files here.
+
+    That takes a node without a ``client-id`` which can read the run folder's token: only then
+    server and client are on one machine, started together.
+    """
+    return "client-id" not in node_config and holds_token(Path(run_folder), run_token)
+
+
+def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) -> ModelConfig:
+    """Return the base model's settings as they hold at this client.
+
+    Parameters
+    ----------
+    node_config : mapping
+        Its ``model-path``, if any, is the folder of the base model at this site.
+    model : ModelConfig
+        The run's.
+    simulated : bool
+        What `is_simulated` says; if so, `model.path` may be a folder.
+
+    Raises
+    ------
+    ConfigError
+        At a real site, ``model-path`` is no folder, or there is none and `model.path` is
+        something else than a shipped name or a hub id.
+    """
+    if simulated:
+        return model
+    if node_config.get("model-path"):
+        path = _path(node_config, "model-path", str(node_config["model-path"]))
+        if not path.is_dir():
+            raise ConfigError(f"`model-path` names {path.name!r}, which is no folder.")
+        return replace(model, path=str(path))
+    if NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
+        return model
+    if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
+        raise ConfigError(
+            f"`model.path` is {model.path!r} but at a real site must be a shipped name or a hub "
+            "id (organisation/name); a folder of the site is named by `model-path` in its node "
+            "config."
+        )
+    return model
+
+
+def _files(node_config: NodeConfig, client: Client) -> SiteFiles:
+    if not node_config.get("train-file"):
+        raise ConfigError(
+            f"`train-file` is missing in the node config of client {client.id!r}; it must be "
+            "this site's training data, LLaVA JSON or JSONL."
+        )
+    split = {}
+    for key in ("train-file", "test-file"):
+        names = str(node_config.get(key, "")).split(FILE_SEPARATOR)
+        split[key] = tuple(_path(node_config, key, name) for name in names if name.strip())
+        for path in split[key]:
+            if not path.is_file():
+                raise ConfigError(f"`{key}` names {path.name!r}, which is no file.")
+    images = None
+    if node_config.get("image-folder"):
+        images = _path(node_config, "image-folder", str(node_config["image-folder"]))
+        if not images.is_dir():
+            raise ConfigError(f"`image-folder` names {images.name!r}, which is no folder.")
+    return SiteFiles(split["train-file"], split["test-file"], images)
+
+
+def _path(node_config: NodeConfig, key: str, name: str) -> Path:
+    """Return a path of the node config; errors go to the server and have its last part only."""
+    path = Path(name.strip()).expanduser()
+    if not path.is_absolute():
+        raise ConfigError(f"`{key}` names {path.name!r} but must be an absolute path.")
+    return path
 
 
 def _client(node_config: NodeConfig, config: PilotConfig) -> Client:

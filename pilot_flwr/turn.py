@@ -17,7 +17,14 @@ import torch
 from pilot_flwr.base import load_processor, make_collator
 from pilot_flwr.checkpoint import PrivateState, PrivateStore
 from pilot_flwr.data.examples import Example
-from pilot_flwr.data.federation import Client, Split, client_examples, task_metric
+from pilot_flwr.data.federation import (
+    Client,
+    SiteFiles,
+    Split,
+    client_examples,
+    padding_colour,
+    task_metric,
+)
 from pilot_flwr.errors import DataError, StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
@@ -40,11 +47,14 @@ class Site:
         Its own folder for this run: private state and kept features.
     device : torch.device
         Where it computes.
+    files : SiteFiles, optional
+        Its own data; a simulated client has what the run's configuration names.
     """
 
     client: Client
     state_folder: Path
     device: torch.device
+    files: SiteFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -217,8 +227,15 @@ class Kit:
 
     def _examples(self, split: Split) -> Sequence[Example]:
         """Return a split, whose ids must be unique: they are the feature cache's keys."""
-        client = self.site.client
-        examples = client_examples(self.config.data, client, split, seed=self.config.seed)
+        client, data = self.site.client, self.config.data
+        examples = client_examples(
+            data,
+            client,
+            split,
+            seed=self.config.seed,
+            files=self.site.files,
+            background=padding_colour(data, self.processor.image_processor),
+        )
         counts = Counter(example.id for example in examples)
         if twice := [repr(name) for name, count in counts.items() if count > 1]:
             raise DataError(

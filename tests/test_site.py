@@ -4,8 +4,9 @@ import torch
 from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.site import find_site
+from pilot_flwr.site import find_site, is_simulated, site_model
 
 CONFIG = load_config()
 
@@ -80,3 +81,91 @@ def test_a_task_that_the_source_does_not_have_is_refused():
     config = load_config("data.tasks=[vqa,ocr]")
     with pytest.raises(ConfigError, match="names 'ocr' but source 'digits' has vqa, counting"):
         federation_clients(config.data)
+
+
+LLAVA = load_config(
+    "data.source=llava data.tasks=[gqa] data.clients_per_task=2 data.folder=/servers/choice "
+    "+data.files={gqa:{train:[/servers/choice/train.json],test:[t.json],images:/etc}}"
+)
+
+
+@pytest.fixture
+def data_files(tmp_path):
+    for name in ("a.json", "b.json", "t.json"):
+        (tmp_path / name).write_text("[]")
+    (tmp_path / "images").mkdir()
+    return tmp_path
+
+
+def llava_site(node_config, folder="/runs/x", token="secret"):
+    return find_site(
+        node_config, LLAVA, run_name="r", run_folder=str(folder), run_token=token
+    )
+
+
+def test_a_real_sites_files_are_those_of_its_node_config(data_files):
+    own = {"client-id": "gqa-1", "state-folder": "/state"}
+    own |= {"train-file": f"{data_files}/a.json; {data_files}/b.json", "test-file": ""}
+    found = llava_site(own)
+    assert found.files.train == (data_files / "a.json", data_files / "b.json")
+    assert (found.files.test, found.files.images) == ((), None)
+    own |= {"test-file": f"{data_files}/t.json", "image-folder": f"{data_files}/images"}
+    found = llava_site(own)
+    assert (found.files.test, found.files.images) == (
+        (data_files / "t.json",),
+        data_files / "images",
+    )
+
+
+def test_only_a_proven_simulation_uses_the_runs_files(tmp_path):
+    run = RunFolder(tmp_path)
+    node_config = {"partition-id": 1, "state-folder": "/state"}
+    assert llava_site(node_config, folder=tmp_path, token=run.token).files is None
+    assert is_simulated(node_config, str(tmp_path), run.token)
+    for token in ("", "guessed"):
+        with pytest.raises(ConfigError, match="`train-file` is missing in the node config"):
+            llava_site(node_config, folder=tmp_path, token=token)
+    real = {"client-id": "gqa-1", "state-folder": "/state"}  # even on the server's machine
+    assert not is_simulated(real, str(tmp_path), run.token)
+    with pytest.raises(ConfigError, match="`train-file` is missing in the node config of .*gqa-1"):
+        llava_site(real, folder=tmp_path, token=run.token)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train-file": "a.json"}, "`train-file` names 'a.json' but must be an absolute path"),
+        ({"train-file": "{0}/no.json"}, "`train-file` names 'no.json', which is no file"),
+        ({"train-file": "{0}/images"}, "`train-file` names 'images', which is no file"),
+        ({"test-file": "{0}/t.json;{0}/no.json"}, "`test-file` names 'no.json', which is no"),
+        ({"image-folder": "{0}/a.json"}, "`image-folder` names 'a.json', which is no folder"),
+    ],
+)
+def test_a_wrong_path_of_a_node_config_is_named_without_its_folder(data_files, change, message):
+    own = {"client-id": "gqa-1", "state-folder": "/state", "train-file": f"{data_files}/a.json"}
+    own |= {key: value.format(data_files) for key, value in change.items()}
+    with pytest.raises(ConfigError, match=message) as error:
+        llava_site(own)
+    assert str(data_files) not in str(error.value)
+
+
+def test_a_real_sites_base_model_is_a_name_or_its_own_folder(tmp_path, monkeypatch):
+    def path(configured, **node_config):
+        node_config = {key.replace("_", "-"): value for key, value in node_config.items()}
+        return site_model(node_config, ModelConfig(path=configured), simulated=False).path
+
+    assert path("tiny-llava") == "tiny-llava"
+    assert path("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    assert path("/servers/choice", model_path=str(tmp_path)) == str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "local" / "model").mkdir(parents=True)
+    (tmp_path / "single").mkdir()
+    wrong = ("/etc", "local/model", "single", "../tiny-llava", "a/b/c", "./tiny-llava", "~/model")
+    for name in (*wrong, str(tmp_path), "absent", "..", "a/..", "org/../x"):
+        with pytest.raises(ConfigError, match="`model.path` is .* but at a real site must be"):
+            path(name)
+    for name, message in (("local", "absolute path"), (str(tmp_path / "no"), "is no folder")):
+        with pytest.raises(ConfigError, match=f"`model-path` names .*{message}"):
+            path("tiny-llava", model_path=name)
+    simulated = site_model({}, ModelConfig(path=str(tmp_path)), simulated=True)
+    assert simulated.path == str(tmp_path)

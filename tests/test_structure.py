@@ -52,6 +52,7 @@ LAYERS = [
         "data.from_boxes",
         "data.convert",
         "data.partition",
+        "data.files",
         "data.collator",
         "data.federation",
     ],

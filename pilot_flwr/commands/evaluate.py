@@ -155,12 +155,16 @@ def _score(
 def _examples(
     run: "Run", options: argparse.Namespace, client: "Client", answerer: "Answerer"
 ) -> "Sequence[Example]":
-    from pilot_flwr.data.federation import client_examples
+    from pilot_flwr.data.federation import client_examples, padding_colour
     from pilot_flwr.questions import open_file
 
     if options.data is not None:
         return open_file(run, client.task, answerer, options.data, options.images)
-    return client_examples(run.config.data, client, options.split, seed=run.config.seed)
+    data = run.config.data
+    background = padding_colour(data, answerer.processor.image_processor)
+    return client_examples(
+        data, client, options.split, seed=run.config.seed, background=background
+    )
 
 
 def _progress(name: str, total: int) -> "Callable[[int], None]":

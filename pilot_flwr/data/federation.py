@@ -1,20 +1,33 @@
-"""Who the clients of a simulated federation are, and which examples and metric each has.
+"""Who the clients of a federation are, and which examples and metric each has.
 
 To add a data source, add a row to `SOURCES`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from pilot_flwr.connector import is_reserved
 from pilot_flwr.data import digits
 from pilot_flwr.data.examples import Example
+from pilot_flwr.data.files import SiteFiles, Split, read_simulated, read_site
+from pilot_flwr.data.image_files import Colour, mean_colour
 from pilot_flwr.data_settings import DataConfig
-from pilot_flwr.errors import ConfigError
+from pilot_flwr.errors import ConfigError, DataError
+from pilot_flwr.metrics.table import METRICS
 
-Split = Literal["train", "test"]
-
+__all__ = [
+    "SOURCES",
+    "Client",
+    "SiteFiles",
+    "Split",
+    "client_by_id",
+    "client_examples",
+    "count_examples",
+    "federation_clients",
+    "padding_colour",
+    "task_metric",
+]
 
 _READ: dict[tuple[str, "Client", Split, int], Sequence[Example]] = {}
 _MOST_READ = 64
@@ -30,11 +43,31 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data source: its tasks with their metric, and how a client's examples are read."""
+class Request:
+    """A client's split, and what it takes to read it; see `client_examples`."""
 
-    metrics: dict[str, str]
-    examples: Callable[[DataConfig, Client, Split, int], Sequence[Example]]
+    data: DataConfig
+    client: Client
+    split: Split
+    seed: int
+    files: SiteFiles | None = None
+    background: Colour | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data source.
+
+    Attributes
+    ----------
+    metrics : callable
+        From the settings to the metric of each task that there is.
+    examples : callable
+        Reads a client's split.
+    """
+
+    metrics: Callable[[DataConfig], dict[str, str]]
+    examples: Callable[[Request], Sequence[Example]]
 
 
 def federation_clients(data: DataConfig) -> list[Client]:
@@ -43,17 +76,23 @@ def federation_clients(data: DataConfig) -> list[Client]:
     Raises
     ------
     ConfigError
-        The source does not have one of `data.tasks`, or no module can have its name.
+        The source does not have one of `data.tasks`, no module can have its name, or its metric
+        is unknown.
     """
-    allowed = SOURCES[data.source].metrics
+    metrics = SOURCES[data.source].metrics(data)
     for task in data.tasks:
         if is_reserved(task):
             raise ConfigError(
                 f"`data.tasks` names {task!r} but must not use a name of torch's own."
             )
-        if task not in allowed:
+        if task not in metrics:
             raise ConfigError(
-                f"`data.tasks` names {task!r} but source {data.source!r} has {', '.join(allowed)}."
+                f"`data.tasks` names {task!r} but source {data.source!r} has {', '.join(metrics)}."
+            )
+        if metrics[task] not in METRICS:
+            raise ConfigError(
+                f"`data.files.{task}.metric` is {metrics[task]!r} but must be one of "
+                f"{', '.join(METRICS)}."
             )
     names = [(task, number) for task in data.tasks for number in range(data.clients_per_task)]
     return [Client(f"{task}-{n}", task, index) for index, (task, n) in enumerate(names)]
@@ -74,36 +113,107 @@ def client_by_id(data: DataConfig, client_id: str) -> Client:
 
 
 def client_examples(
-    data: DataConfig, client: Client, split: Split, *, seed: int
+    data: DataConfig,
+    client: Client,
+    split: Split,
+    *,
+    seed: int,
+    files: SiteFiles | None = None,
+    background: Colour | None = None,
 ) -> Sequence[Example]:
-    """Return the examples of one client's split, the same in every process."""
-    key = (repr(data), client, split, seed)
-    if key not in _READ:
-        if len(_READ) >= _MOST_READ:
-            _READ.pop(next(iter(_READ)))
-        _READ[key] = SOURCES[data.source].examples(data, client, split, seed)
-    return _READ[key]
+    """Return the examples of one client's split, the same in every process.
+
+    Parameters
+    ----------
+    data : DataConfig
+        The run's.
+    client : Client
+        Whose.
+    split : {"train", "test"}
+        Which.
+    seed : int
+        Seed of the federation.
+    files : SiteFiles, optional
+        A real site's own files; without it the client is simulated and has what the run's
+        configuration names.
+    background : tuple of int, optional
+        What `padding_colour` returns for the model's image processor.
+
+    Raises
+    ------
+    ConfigError, DataError
+        The split cannot be read; broken rows are errors only when they are read.
+    """
+    assert background is not None or not _pads(data), "padding_colour() was not asked"
+    return _examples(Request(data, client, split, seed, files, background))
+
+
+def count_examples(
+    data: DataConfig, client: Client, split: Split, *, seed: int, files: SiteFiles | None = None
+) -> int:
+    """Return the number of examples of one client's split, without reading any."""
+    return len(_examples(Request(data, client, split, seed, files)))
+
+
+def padding_colour(data: DataConfig, image_processor: Any) -> Colour | None:
+    """Return the colour that images are padded with to squares, None if they keep their shape."""
+    return mean_colour(image_processor) if _pads(data) else None
 
 
 def task_metric(data: DataConfig, task: str) -> str:
     """Return the name of a task's metric, a key of `pilot_flwr.metrics.table.METRICS`."""
-    return SOURCES[data.source].metrics[task]
+    return SOURCES[data.source].metrics(data)[task]
 
 
-def _digits(data: DataConfig, client: Client, split: Split, seed: int) -> Sequence[Example]:
-    num_clients = len(data.tasks) * data.clients_per_task
-    sizes = digits.client_sizes(num_clients, data.train_examples)
-    return digits.client_examples(
-        client.task,
-        client_index=client.index,
-        num_clients=num_clients,
-        split=split,
-        num_examples=sizes[client.index] if split == "train" else data.test_examples,
-        seed=seed,
+def _pads(data: DataConfig) -> bool:
+    return data.source == "llava" and data.image_aspect_ratio == "pad"
+
+
+def _examples(request: Request) -> Sequence[Example]:
+    examples = SOURCES[request.data.source].examples(request)
+    if not len(examples):
+        raise DataError(f"The {request.split} split of client {request.client.id!r} has no rows.")
+    return examples
+
+
+def _digits(request: Request) -> Sequence[Example]:
+    data, client, split, seed = request.data, request.client, request.split, request.seed
+    key = (repr(data), client, split, seed)
+    if key not in _READ:
+        if len(_READ) >= _MOST_READ:
+            _READ.pop(next(iter(_READ)))
+        num_clients = len(data.tasks) * data.clients_per_task
+        sizes = digits.client_sizes(num_clients, data.train_examples)
+        _READ[key] = digits.client_examples(
+            client.task,
+            client_index=client.index,
+            num_clients=num_clients,
+            split=split,
+            num_examples=sizes[client.index] if split == "train" else data.test_examples,
+            seed=seed,
+        )
+    return _READ[key]
+
+
+def _llava(request: Request) -> Sequence[Example]:
+    data, client, split = request.data, request.client, request.split
+    if request.files is not None:
+        return read_site(
+            data,
+            request.files,
+            client.task,
+            split,
+            seed=request.seed,
+            background=request.background,
+        )
+    number = client.index - data.tasks.index(client.task) * data.clients_per_task
+    return read_simulated(
+        data, client.task, number, split, seed=request.seed, background=request.background
     )
 
 
 SOURCES: dict[str, Source] = {
-    "digits": Source({task: "exact_match" for task in digits.TASKS}, _digits),
+    "digits": Source(lambda data: {task: "exact_match" for task in digits.TASKS}, _digits),
+    "llava": Source(lambda data: {t: files.metric for t, files in data.files.items()}, _llava),
 }
 """Data source by `data.source`."""

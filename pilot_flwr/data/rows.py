@@ -50,6 +50,8 @@ class RowFile(Sequence[Row]):
         The file's base name, by which errors call it: they may leave this machine.
     is_array : bool
         Whether it is one JSON array.
+    stamp : tuple of int
+        Size and time of the last change; a file that has another one is not read on.
 
     Raises
     ------
@@ -62,7 +64,7 @@ class RowFile(Sequence[Row]):
         self.path = path
         self.name = path.name
         with self._open() as file:
-            self._stamp = _stamp(file)
+            self.stamp = _stamp(file)
             first = _first_byte(file)
             self.is_array = first == b"["
             if not self.is_array and first != b"{":
@@ -142,7 +144,7 @@ class RowFile(Sequence[Row]):
             raise DataError(f"{self.name} cannot be opened ({error.strerror}).") from None
 
     def _check_unchanged(self, file: BinaryIO) -> None:
-        if _stamp(file) != self._stamp:
+        if _stamp(file) != self.stamp:
             raise DataError(f"{self.name} has changed since it was opened; start anew.")
 
     def _walk_array(self, file: BinaryIO, chunk: int) -> "array[int]":
