@@ -103,7 +103,7 @@ def convert(name: str, sources: Sources, out: Path, *, skip_unusable: bool = Fal
         with open(part, "wb") as file:
             for entry in converter.entries(sources):
                 try:
-                    line = _line(entry, converter.row(entry, sources), images)
+                    row = converter.row(entry, sources)
                 except Unusable as error:
                     if not skip_unusable:
                         raise
@@ -112,7 +112,9 @@ def convert(name: str, sources: Sources, out: Path, *, skip_unusable: bool = Fal
                 if entry.id in ids:
                     raise DataError(f"{entry.origin}: the id {entry.id!r} came before.")
                 ids.add(entry.id)
-                file.write(line)
+                images.update([row["image"]] if "image" in row else [])
+                # Half a surrogate pair becomes "?", as the parser would have it.
+                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         if not ids:
             raise DataError(f"There is no row for split {sources.split!r}.")
         os.replace(part, out)
@@ -121,16 +123,6 @@ def convert(name: str, sources: Sources, out: Path, *, skip_unusable: bool = Fal
     finally:
         part.unlink(missing_ok=True)
     return Report(len(ids), len(images), dict(skipped))
-
-
-def _line(entry: Entry, row: Row, images: set[str]) -> bytes:
-    try:
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        raise Unusable(entry.origin, "Half of a surrogate pair is no character.") from None
-    if "image" in row:
-        images.add(row["image"])
-    return line
 
 
 def _checked(name: str, sources: Sources, out: Path) -> Converter:

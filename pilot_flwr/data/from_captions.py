@@ -5,6 +5,7 @@ captions. A caption has no question, so the request is LLaVA-1.5's own for short
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from pilot_flwr.data.conversion import (
     Entry,
@@ -29,14 +30,14 @@ def coco_entries(sources: Sources) -> Iterator[Entry]:
     for path in sources.annotations:
         images = map(as_fields, elements(path, "images"))
         names = {str(image.get("id")): image.get("file_name") for image in images}
-        captions: dict[str, list[str]] = {}
+        captions: dict[str, list[Any]] = {}
         for item in map(as_fields, elements(path, "annotations")):
             image, key = str(item.get("image_id")), item.get("id")
             origin = f"{path}, annotation {key}"
             if image not in names:
                 raise DataError(f"{origin}: image {image} is not among `images`.")
             if sources.scored:
-                captions.setdefault(image, []).append(item.get("caption", ""))
+                captions.setdefault(image, []).append(item.get("caption"))
             else:
                 fields = {"file_name": names[image], "captions": [item.get("caption")]}
                 yield Entry(origin, f"{image}-{key}", fields)
