@@ -9,7 +9,7 @@ ALL = 0
 """`data.train_examples` and `data.test_examples` of a client that uses all that it has."""
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: OmegaConf cannot fill the frozen values of a dict
 class TaskFiles:
     """One task's data as LLaVA JSON or JSONL, and how its answers are scored.
 

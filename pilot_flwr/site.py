@@ -56,7 +56,7 @@ def find_site(
         than the configuration has clients.
     """
     check_name("run name", run_name)
-    device = _device(str(node_config.get("device", "auto")))
+    device = find_device(str(node_config.get("device", "auto")))
     client = _client(node_config, config)
     simulated = is_simulated(node_config, run_folder, run_token)
     if node_config.get("state-folder"):

@@ -98,9 +98,7 @@ def data_files(tmp_path):
 
 
 def llava_site(node_config, folder="/runs/x", token="secret"):
-    return find_site(
-        node_config, LLAVA, run_name="r", run_folder=str(folder), run_token=token
-    )
+    return find_site(node_config, LLAVA, run_name="r", run_folder=str(folder), run_token=token)
 
 
 def test_a_real_sites_files_are_those_of_its_node_config(data_files):

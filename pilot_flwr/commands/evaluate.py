@@ -162,9 +162,7 @@ def _examples(
         return open_file(run, client.task, answerer, options.data, options.images)
     data = run.config.data
     background = padding_colour(data, answerer.processor.image_processor)
-    return client_examples(
-        data, client, options.split, seed=run.config.seed, background=background
-    )
+    return client_examples(data, client, options.split, seed=run.config.seed, background=background)
 
 
 def _progress(name: str, total: int) -> "Callable[[int], None]":
