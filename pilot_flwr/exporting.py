@@ -8,7 +8,6 @@ is) and a model card. The base model is named, not copied, unless it ships with 
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def export_model(
     *,
     client_adapter: bool,
     end_token_ids: list[int],
-    extras: Mapping[str, Any],
+    image_aspect_ratio: str,
 ) -> None:
     """Write an assembled model.
 
@@ -68,8 +67,8 @@ def export_model(
         Whether ψ_s does anything: it does not in a consensus model, and is then left out.
     end_token_ids : list of int
         Tokens that end an answer.
-    extras : Mapping[str, Any]
-        More entries of ``connector.json``, for readers.
+    image_aspect_ratio : {"keep", "pad"}
+        Whether images are padded to squares.
 
     Raises
     ------
@@ -102,7 +101,7 @@ def export_model(
             "dtype": model.config.adapter_dtype,
         },
         "end_token_ids": end_token_ids,
-        **extras,
+        "image_aspect_ratio": image_aspect_ratio,
     }
     tensors = _connector_tensors(model, moa=moa, client_adapter=client_adapter)
     save_file(tensors, folder / "connector.safetensors", metadata={"format": "pt"})

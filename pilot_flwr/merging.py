@@ -78,7 +78,8 @@ def merge_model(
     projector.load_state_dict(merged)
     llava.model.multi_modal_projector = projector.to(llava.dtype)
     llava.generation_config.eos_token_id = end_token_ids
-    llava.save_pretrained(folder)
+    # For a class that is not its own, transformers does not translate the names of older versions.
+    llava.save_pretrained(folder, save_original_format=hidden == width)
     processor.save_pretrained(folder)
     if hidden > width:
         _name_the_class(folder, type(llava).__name__, hidden)

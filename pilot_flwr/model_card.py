@@ -44,6 +44,10 @@ processor = AutoProcessor.from_pretrained(".")
 ```""",
 }
 
+_QUANTIZED = """The model was tuned on a base in 4 bit (NF4, double quantization, vision tower and
+projector left out); `load` takes the base as it is stored. To have the base that it was tuned on,
+give `load` the same `quantization_config`."""
+
 
 def model_card(run: Run, who: Personal, *, stage: int, merged: Merged = "", dtype: str = "") -> str:
     """Return the card as Markdown.
@@ -69,6 +73,7 @@ def model_card(run: Run, who: Personal, *, stage: int, merged: Merged = "", dtyp
         *([f"Merged from the unquantised base, in {dtype}."] if merged else []),
         "## Load",
         _LOAD[merged],
+        *([_QUANTIZED] if base.quantization != "none" and not merged else []),
         "## Prompts",
         _prompts(run, who),
         "## Scores in the run",

@@ -43,9 +43,12 @@ def _export(options: argparse.Namespace) -> int:
     if options.dtype is not None and not options.merge:
         raise ConfigError("`--dtype` belongs to `--merge`: an export names the base as it is.")
     from pilot_flwr.exporting import new_folder
+    from pilot_flwr.merging import check_mergeable
 
     run = open_chosen(options)
     who = chosen(run, options)
+    if options.merge:
+        check_mergeable(who.private)
     new_folder(options.folder)
     (_merge if options.merge else _write)(run, who, options)
     if who.private is not None:
@@ -70,11 +73,7 @@ def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
         options.folder,
         client_adapter=who.private is not None,
         end_token_ids=Answerer(run.config, model).end_token_ids(),
-        extras={
-            "image_aspect_ratio": run.config.data.image_aspect_ratio,
-            "prompt_suffix": run.prompt_suffix(who.task),
-            "system_prompt": run.config.model.system_prompt,
-        },
+        image_aspect_ratio=run.config.data.image_aspect_ratio,
     )
     card = model_card(run, who, stage=model.stage)
     (options.folder / "README.md").write_text(card, encoding="utf-8")
@@ -83,13 +82,12 @@ def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
 def _merge(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
     from pilot_flwr.answering import Answerer
     from pilot_flwr.base import load_base
-    from pilot_flwr.merging import check_mergeable, merge_model
+    from pilot_flwr.merging import merge_model
     from pilot_flwr.model_card import model_card
     from pilot_flwr.models import PilotModel
     from pilot_flwr.runs import fill
     from pilot_flwr.site import find_device
 
-    check_mergeable(who.private)
     dtype = options.dtype or run.config.model.dtype
     config = replace(run.config.model, quantization="none", dtype=dtype)
     model = PilotModel(load_base(config, find_device(options.device)), config)  # it is used up

@@ -1,7 +1,7 @@
 """Load a model that was tuned with Pilot, without the code that tuned it.
 
-This file lies beside the weights that it loads and needs torch, transformers, peft and
-safetensors only::
+This file lies beside the weights that it loads and needs torch, transformers, peft,
+safetensors and Pillow only::
 
     from modeling_pilot import load
 
@@ -19,12 +19,14 @@ Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -138,11 +140,44 @@ def load(folder: str | Path = ".", base: str | Path | None = None, **options: An
     _fill(connector.state_dict(), folder / "connector.safetensors")
     model.model.multi_modal_projector = connector.to(model.device)
     model.generation_config.eos_token_id = description["end_token_ids"]
-    model = peft.PeftModel.from_pretrained(model, folder / "lora", autocast_adapter_dtype=False)
+    lora = peft.PeftConfig.from_pretrained(str(folder / "lora"))
+    model = peft.PeftModel(model, lora, autocast_adapter_dtype=False)
     _load_lora(model, folder / "lora" / "adapter_model.safetensors")
     processor = transformers.AutoProcessor.from_pretrained(where, **pinned)
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
+    if description["image_aspect_ratio"] == "pad":
+        _pad_images(processor.image_processor)
     return model.eval(), processor
+
+
+def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Return the image in RGB in the middle of a square, as LLaVA-1.5 does."""
+    image = image.convert("RGB")
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _pad_images(image_processor: Any) -> None:
+    """Let the image processor pad first, in its mean colour: the model was tuned on such images."""
+    colour = tuple(math.floor(255 * mean) for mean in image_processor.image_mean)
+    kind = type(image_processor)
+
+    def padded(images: Any) -> Any:
+        if isinstance(images, list | tuple):
+            return [padded(image) for image in images]
+        if not isinstance(images, Image.Image):
+            raise ValueError("This model's images are padded: give them as PIL images.")
+        return expand_to_square(images, colour)
+
+    def preprocess(self: Any, images: Any, *args: Any, **options: Any) -> Any:
+        return kind.preprocess(self, padded(images), *args, **options)
+
+    image_processor.__class__ = type(kind.__name__, (kind,), {"preprocess": preprocess})
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -156,7 +191,7 @@ def _describe(folder: Path) -> dict[str, Any]:
 def _load_lora(model: Any, file: Path) -> None:
     """Check that the file has the model's LoRA and nothing else; take its values and dtype.
 
-    peft itself passes over a missing key with a warning, and over an unexpected one.
+    `PeftModel.from_pretrained` warns of a missing key and says nothing of an unexpected one.
     """
     own = {
         name.replace(".default.", "."): parameter
