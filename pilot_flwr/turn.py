@@ -7,7 +7,6 @@ sent) and from the client's own disk (what never leaves it).
 
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,8 @@ from pilot_flwr.data.federation import (
     padding_colour,
     task_metric,
 )
-from pilot_flwr.errors import DataError, StateError
+from pilot_flwr.data.screening import usable
+from pilot_flwr.errors import StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.models import PilotModel, warm_model
@@ -134,7 +134,9 @@ def take_turn(
     model = warm_model(
         config.model, reduction=config.train.difference_loss.reduction, device=site.device
     )
-    kit = Kit(site, config, model)
+    kit = Kit(site, config, model, progress)
+    if order.train:
+        kit.examples("train")  # what is broken stops the turn now, not after the evaluation
     evaluation = None
     if order.evaluate:
         assemble(
@@ -150,7 +152,7 @@ def take_turn(
     if order.train:
         generator = turn_generator(config.seed, site.client.id, order.server_round)
         _enter_ordered_architecture(model, site.client.task, private, order, generator)
-        training = kit.train(generator, progress)
+        training = kit.train(generator)
         check_finite(model)
         store.save(_private_state(model))
     return TurnResult(
@@ -194,30 +196,36 @@ def _private_state(model: PilotModel) -> PrivateState:
 class Kit:
     """The client's data, tokenizer and feature cache, made once per turn."""
 
-    def __init__(self, site: Site, config: PilotConfig, model: PilotModel) -> None:
-        self.site, self.config, self.model = site, config, model
+    def __init__(
+        self,
+        site: Site,
+        config: PilotConfig,
+        model: PilotModel,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.site, self.config, self.model, self.progress = site, config, model, progress
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
             config.model, self.processor, model.llava.config, max_length=config.train.max_length
         )
 
-    def train(self, generator: torch.Generator, progress: Callable[[str], None]) -> TrainingResult:
+    def train(self, generator: torch.Generator) -> TrainingResult:
         """Train on the client's training split."""
         return train(
             self.model,
-            self._examples("train"),
+            self.examples("train"),
             collator=self.collator,
             encode=self._encoder("train"),
             config=self.config.train,
             generator=generator,
-            progress=progress,
+            progress=self.progress,
         )
 
     def evaluate(self) -> EvaluationResult:
         """Evaluate on the client's test split."""
         return evaluate(
             self.model,
-            self._examples("test"),
+            self.examples("test"),
             collator=self.collator,
             encode=self._encoder("test"),
             metric=task_metric(self.config.data, self.site.client.task),
@@ -225,8 +233,8 @@ class Kit:
             autocast_choice=self.config.train.autocast,
         )
 
-    def _examples(self, split: Split) -> Sequence[Example]:
-        """Return a split, whose ids must be unique: they are the feature cache's keys."""
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Return the examples of a split that can be used; see `pilot_flwr.data.screening`."""
         client, data = self.site.client, self.config.data
         examples = client_examples(
             data,
@@ -236,13 +244,16 @@ class Kit:
             files=self.site.files,
             background=padding_colour(data, self.processor.image_processor),
         )
-        counts = Counter(example.id for example in examples)
-        if twice := [repr(name) for name, count in counts.items() if count > 1]:
-            raise DataError(
-                f"In the {split} split of client {client.id!r}, {len(twice)} ids belong to more "
-                f"than one example but must be unique: {', '.join(twice[:3])}."
-            )
-        return examples
+        collator = self.collator
+        return usable(
+            examples,
+            name=f"{split} split of client {client.id!r}",
+            check=collator.tokenize if split == "train" else collator.check_prompt,
+            allowed=data.allowed_broken,
+            settings=f"{split}/{collator.max_length}/{self.config.model}",
+            folder=self.site.state_folder / "checked",
+            progress=self.progress,
+        )
 
     def _encoder(self, split: Split) -> Encoder:
         model, data = self.config.model, (self.config.seed, self.config.data)

@@ -53,6 +53,7 @@ LAYERS = [
         "data.convert",
         "data.partition",
         "data.files",
+        "data.screening",
         "data.collator",
         "data.federation",
     ],

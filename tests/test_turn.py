@@ -346,8 +346,8 @@ def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, 
     read = turn.client_examples
     for split, order in (("test", make_order(1, train=False)), ("train", make_order(1))):
 
-        def twice(data, client, asked, *, seed, split=split):
-            examples = read(data, client, asked, seed=seed)
+        def twice(data, client, asked, *, split=split, **more):
+            examples = read(data, client, asked, **more)
             return [*examples[:-1], examples[0]] if asked == split else examples
 
         monkeypatch.setattr(turn, "client_examples", twice)

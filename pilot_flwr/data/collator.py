@@ -106,6 +106,10 @@ class Collator:
             rows.append(self._encode(text, example)["input_ids"])
         return self._pad(rows, [[IGNORE_INDEX] * len(ids) for ids in rows], side="left")
 
+    def check_prompt(self, example: Example) -> None:
+        """Raise `DataError` unless the prompt can be tokenized and is short enough."""
+        self._encode(self._conversation(example, example.prompt, generate=True).text, example)
+
     def length(self, example: Example) -> int:
         """Return the number of tokens of the whole conversation, however long it is.
 
