@@ -56,6 +56,8 @@ class ModelSpec:
     ----------
     model_class : str
         Name of the class in transformers.
+    least_rows : int
+        Rows of an image that is not larger than what the vision tower sees at once.
     count_tokens : callable
         From (processor, model configuration, sizes of one example's images) to the number of
         tokens that each image takes.
@@ -68,6 +70,7 @@ class ModelSpec:
     """
 
     model_class: str
+    least_rows: int
     count_tokens: Callable[[Any, Any, Sequence[Size]], list[int]]
     crops: Callable[[Any, Sequence[Image.Image]], list[Tensor]]
     pack: Callable[[Any, Tensor, Sequence[ImageShape]], Tensor]
@@ -154,9 +157,12 @@ def _onevision_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> T
 
 
 SPECS: dict[str, ModelSpec] = {
-    "llava": ModelSpec("LlavaForConditionalGeneration", _llava_tokens, _llava_crops, _llava_pack),
+    "llava": ModelSpec(
+        "LlavaForConditionalGeneration", 1, _llava_tokens, _llava_crops, _llava_pack
+    ),
     "llava_onevision": ModelSpec(
         "LlavaOnevisionForConditionalGeneration",
+        2,  # the whole image, and its one crop
         _onevision_tokens,
         _onevision_crops,
         _onevision_pack,

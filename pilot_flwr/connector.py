@@ -232,8 +232,9 @@ def stage2_connector(
     weight = projector.linear_1.weight
     router = nn.Linear(weight.shape[1], len(tasks), bias=False)
     bound = weight.shape[1] ** -0.5
+    drawn = torch.empty(router.weight.shape, device="cpu")
     with torch.no_grad():
-        router.weight.uniform_(-bound, bound, generator=generator)
+        router.weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
     return CrossTaskMoA(
         {task: projector.copy() for task in tasks},
         {task: projector.copy(zero_output=initialisation == "identity") for task in tasks[1:]},

@@ -30,7 +30,7 @@ class InitialState(NamedTuple):
     Attributes
     ----------
     adapter : State
-        The pretrained projector, in `model.adapter_dtype`.
+        The pretrained projector, as all that is sent in `model.sent_dtype`.
     lora : State
         Θ_l: A uniform in ±1/√(inputs) as peft draws it, B zero.
     """
@@ -54,7 +54,7 @@ def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
     ModelError
         The checkpoint cannot be read or has no projector.
     """
-    dtype = getattr(torch, config.adapter_dtype)
+    dtype = getattr(torch, config.wire_dtype)
     generator = torch.Generator().manual_seed(seed)
     lora: State = {}
     for name, shape in _lora_shapes(config).items():

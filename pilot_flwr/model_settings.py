@@ -61,9 +61,10 @@ class ModelConfig:
     base's, `adapter_dtype` that of the trained parameters (and so of what is sent).
     `initialisation` and `stage2_client_adapter` are the decisions of design section 2.
 
-    ``adapter_dtype=bfloat16`` halves what is sent, but AdamW then works on bfloat16 parameters
-    directly, whose eight bits of precision lose small updates: design section 8. Hence the
-    default.
+    `sent_dtype` is what trained parameters are rounded to, once, when they are sent and
+    aggregated: ``bfloat16`` halves the bytes, ``same`` is the adapters' own. Training itself in
+    bfloat16 (`adapter_dtype`) loses small updates, as AdamW then works on eight bits of
+    precision: design section 8. Hence the defaults.
 
     `quantization` is ``none`` or ``4bit`` (the frozen language model in NF4, by bitsandbytes:
     ``pip install 'pilot-flwr[quantization]'``). `attention` is the implementation that
@@ -76,6 +77,7 @@ class ModelConfig:
     revision: str = ""
     dtype: str = "float32"
     adapter_dtype: str = "float32"
+    sent_dtype: str = "same"
     initialisation: str = "identity"
     stage2_client_adapter: str = "frozen"
     quantization: str = "none"
@@ -93,7 +95,13 @@ class ModelConfig:
             )
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))
+        one_of("model.sent_dtype", self.sent_dtype, ("same", "float32", "bfloat16"))
         one_of("model.quantization", self.quantization, ("none", "4bit"))
         one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
         one_of("model.initialisation", self.initialisation, ("identity", "official"))
         one_of("model.stage2_client_adapter", self.stage2_client_adapter, ("frozen", "off"))
+
+    @property
+    def wire_dtype(self) -> str:
+        """What is sent, aggregated and checkpointed."""
+        return self.adapter_dtype if self.sent_dtype == "same" else self.sent_dtype

@@ -86,7 +86,7 @@ GROUPS: dict[GroupName, ParameterGroup] = {
     ),
     "base": ParameterGroup(
         "base",
-        r"(?:model\.(?:vision_tower|language_model)|lm_head)\.(?P<key>(?!.*\blora_).+)",
+        r"model\.image_newline|(?:model\.(?:vision_tower|language_model)|lm_head)\.(?!.*\blora_).+",
         frozenset(),
     ),
 }
@@ -123,7 +123,7 @@ def claim(model: nn.Module, *, own_task: str) -> dict[GroupName, dict[str, nn.Pa
             raise ModelError(f"Parameter `{name}` {claims}; see pilot_flwr/parameters.py.")
         ((group, match),) = matches.items()
         parts = match.groupdict()
-        key = parts["key"] if group != "base" else name
+        key = parts.get("key", name)  # the base's names are its own
         claimed[group]["/".join(filter(None, (parts.get("task"), key)))] = parameter
     return claimed
 

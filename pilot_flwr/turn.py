@@ -29,8 +29,9 @@ from pilot_flwr.errors import StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.models import PilotModel, warm_model
-from pilot_flwr.parameters import GROUPS, State
+from pilot_flwr.parameters import GROUPS, GroupName, State
 from pilot_flwr.personal import assemble, enter_own, enter_stage2, load_received
+from pilot_flwr.plan import out_of_memory_explained
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.training import Encoder, TrainingResult, check_finite, train
 
@@ -147,22 +148,29 @@ def take_turn(
             lora=order.lora,
             tasks=order.tasks,
         )
-        evaluation = kit.evaluate()
+        with out_of_memory_explained(config, model.stage):
+            evaluation = kit.evaluate()
     training = None
     if order.train:
         generator = turn_generator(config.seed, site.client.id, order.server_round)
         _enter_ordered_architecture(model, site.client.task, private, order, generator)
-        training = kit.train(generator)
+        with out_of_memory_explained(config, model.stage):
+            training = kit.train(generator)
         check_finite(model)
         store.save(_private_state(model))
     return TurnResult(
-        adapter=model.state("own_task_adapter") if training else {},
-        lora=model.state("lora") if training else {},
+        adapter=_to_send(model, "own_task_adapter") if training else {},
+        lora=_to_send(model, "lora") if training else {},
         training=training,
         evaluation=evaluation,
         started=started,
         seconds=time.time() - started,
     )
+
+
+def _to_send(model: PilotModel, group: GroupName) -> State:
+    dtype = getattr(torch, model.config.wire_dtype)
+    return {name: tensor.to(dtype) for name, tensor in model.state(group).items()}
 
 
 def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Generator:

@@ -18,6 +18,7 @@ from pilot_flwr.errors import DataError, StateError, TrainingError
 from pilot_flwr.evaluation import EvaluationResult
 from pilot_flwr.initial import initial_state
 from pilot_flwr.model_settings import LoraConfig, ModelConfig
+from pilot_flwr.models import warm_model
 from pilot_flwr.parameters import trained_groups
 from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import TrainingResult
@@ -401,3 +402,36 @@ def test_evaluation_uses_the_autocast_of_training(sites, make_order, seen, monke
     config = replace(CONFIG, train=replace(CONFIG.train, autocast="bfloat16"))
     take(sites["vqa"], make_order(1, train=False), config)
     assert given == ["bfloat16"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_out_of_memory_says_what_to_change(sites, make_order, seen, monkeypatch, stage):
+    if stage == 2:
+        take(sites["vqa"], make_order(1))
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(turn, "train", fail)
+    message = (
+        rf"ran out of memory in stage {stage} with a micro-batch of 4\..*expects \d.*"
+        r"`train\.batch_size`.*`model\.gradient_checkpointing=true`.*`model\.quantization=4bit`"
+        r".*Tried to allocate 2\.00 GiB\.$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        take(sites["vqa"], make_order(stage))
+
+
+def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make_order, seen):
+    config = replace(CONFIG, model=replace(CONFIG.model, sent_dtype="bfloat16"))
+    assert {t.dtype for t in initial_state(config.model, seed=0).lora.values()} == {torch.bfloat16}
+    result = take(sites["vqa"], make_order(1), config)
+    assert {t.dtype for t in {**result.lora, **result.adapter}.values()} == {torch.bfloat16}
+    held = warm_model(config.model, reduction="normalized", device=torch.device("cpu"))
+    assert {p.dtype for p in held.groups()["lora"].values()} == {torch.float32}
+    for name, parameter in held.groups()["lora"].items():
+        assert torch.equal(result.lora[name], parameter.to(torch.bfloat16))
+    kept = private(sites["vqa"])["client_adapter"]
+    assert {t.dtype for t in kept.values()} == {torch.float32}
+    exact = take(sites["counting"], make_order(1, task="counting"))
+    assert {t.dtype for t in exact.lora.values()} == {torch.float32}
