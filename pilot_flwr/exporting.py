@@ -86,9 +86,10 @@ def export_model(
     moa = isinstance(connector, CrossTaskMoA)
     client_adapter &= connector.use_client_adapter if isinstance(connector, CrossTaskMoA) else True
     first = model.state("own_task_adapter")
+    base = _base(model.config, folder)
     description = {
         "format": modeling_pilot.FORMAT,
-        "base": _base(model.config, folder),
+        "base": base,
         "connector": {
             "stage": model.stage,
             "tasks": list(connector.tasks)
@@ -107,7 +108,7 @@ def export_model(
     save_file(tensors, folder / "connector.safetensors", metadata={"format": "pt"})
     text = json.dumps(description, indent=2, ensure_ascii=False)
     (folder / "connector.json").write_text(text + "\n", encoding="utf-8")
-    export_lora(model, folder / "lora", base=description["base"]["path"])
+    export_lora(model, folder / "lora", base=base["path"])
     shutil.copyfile(str(modeling_pilot.__file__), folder / "modeling_pilot.py")
 
 

@@ -45,7 +45,7 @@ def export(model, folder, *, client_adapter=True, image_aspect_ratio="keep"):
 
 
 def logits(model, processor, examples):
-    """Logits that predict answers, of a `PilotModel` and of any model with transformers' forward."""
+    """Logits that predict answers, and a function that gives those of any transformers model."""
     collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
     batch = collator.train_batch(examples)
     images = [example.images[0].read() for example in examples]

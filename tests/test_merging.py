@@ -91,7 +91,7 @@ def logits(model, batch, pixels):
     return output.logits[:, :-1][batch.labels[:, 1:] != -100]
 
 
-# Largest difference measured in float32: 5e-6 on logits up to 13.
+# Largest difference measured in float32: 7e-6 on logits up to 14.5.
 CLOSE = {"rtol": 0.0, "atol": 3e-5}
 
 

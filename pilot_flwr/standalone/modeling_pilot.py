@@ -96,7 +96,9 @@ class Connector(nn.Module):
             wide = torch.promote_types(inputs.dtype, torch.float32)
             logits = nn.functional.linear(inputs.to(wide), self.router.weight.to(wide))
         probs = logits.softmax(-1)
-        mixed = self.client_adapter(inputs) if self.client_adapter is not None else None
+        mixed: Tensor | None = None
+        if self.client_adapter is not None:
+            mixed = self.client_adapter(inputs)
         for index, task in enumerate(self.tasks):
             expert = self.task_adapters[task](inputs)
             if index > 0:

@@ -29,7 +29,7 @@ def widen(projector: Any, hidden: int) -> None:
     projector.linear_2 = nn.Linear(hidden, second.out_features, bias=bias)
 
 
-class WideLlava(LlavaForConditionalGeneration):
+class WideLlava(LlavaForConditionalGeneration):  # type: ignore[misc]
     """`LlavaForConditionalGeneration` with a projector of another width."""
 
     def __init__(self, config: Any) -> None:
@@ -37,7 +37,7 @@ class WideLlava(LlavaForConditionalGeneration):
         widen(self.model.multi_modal_projector, config.projector_hidden_size)
 
 
-class WideLlavaOnevision(LlavaOnevisionForConditionalGeneration):
+class WideLlavaOnevision(LlavaOnevisionForConditionalGeneration):  # type: ignore[misc]
     """`LlavaOnevisionForConditionalGeneration` with a projector of another width."""
 
     def __init__(self, config: Any) -> None:
