@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest
     )  # words behind an option, which argparse does not collect
     try:
+        options.overrides = _expand(options.overrides)
         return int(options.handler(options))
     except ConfigError as error:
         print(f"pilot-flwr: {error}", file=sys.stderr)
@@ -59,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         return 130
+
+
+def _expand(words: list[str]) -> list[str]:
+    if not any(word.startswith("data=") for word in words):
+        return words
+    from pilot_flwr.federation_file import expand
+
+    return expand(words)
 
 
 def _parser() -> argparse.ArgumentParser:

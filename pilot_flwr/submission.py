@@ -69,16 +69,20 @@ def run_folder(configured: str, name: str, now: datetime) -> Path:
 
 
 def path_override(key: str, path: Path) -> str:
-    r"""Return the Hydra override that sets `key` to a path, whatever characters it has.
+    """Return the Hydra override that sets `key` to a path, whatever characters it has."""
+    plain = re.fullmatch(r"[A-Za-z0-9_./-]+", str(path))
+    return f"{key}={path if plain else hydra_text(str(path))}"
 
-    In Hydra's quotes a quote is written ``\'`` and backslashes count only before a quote;
-    OmegaConf reads ``\${`` as a plain ``${``.
+
+def hydra_text(text: str) -> str:
+    r"""Return `text` in Hydra's quotes.
+
+    In them a quote is written ``\'`` and backslashes count only before a quote; OmegaConf reads
+    ``\${`` as a plain ``${``.
     """
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", str(path)):
-        return f"{key}={path}"
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", r"\'")
-    return f"{key}='{text}'"
+    return f"'{text}'"
 
 
 def toml_string(text: str) -> str:

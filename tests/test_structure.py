@@ -23,6 +23,7 @@ LAYERS = [
         "settings",
         "config",
         "submission",
+        "federation_file",
     ],
     [
         "losses",

@@ -34,16 +34,21 @@ def _run(options: argparse.Namespace) -> int:
     from pilot_flwr import submission
     from pilot_flwr.config import load_config
     from pilot_flwr.data.federation import federation_clients
+    from pilot_flwr.data.files import check_simulated
+    from pilot_flwr.federation_file import with_folder
     from pilot_flwr.launch import launch
     from pilot_flwr.processes import Interrupted
     from pilot_flwr.shipped import checkpoint_path
 
     config = load_config(shlex.join(options.overrides))
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
+    config, words = with_folder(config, options.overrides)
+    if config.data.source == "llava":
+        check_simulated(config.data)
     submission.check_gpus(config.simulation)
     federation = submission.federation_config(config.num_clients, config.simulation)
     folder = submission.run_folder(config.run.folder, config.name, datetime.now())
-    words = [*options.overrides, submission.path_override("run.folder", folder)]
+    words.append(submission.path_override("run.folder", folder))
     base = config.model.path
     if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
         words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
