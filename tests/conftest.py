@@ -36,3 +36,12 @@ def make_model():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of two tasks and four clients that went through both stages; only read from it."""
+    from inprocess import TWO_TASKS, finish  # imports Flower, which takes seconds
+
+    more = "data.train_examples=16 data.test_examples=6 evaluation.max_new_tokens=4"
+    return finish(tmp_path_factory.mktemp("finished") / "run", f"{TWO_TASKS} {more}")

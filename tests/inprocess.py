@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.client_app import app
-from pilot_flwr.config import load_config
+from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_app import federate
 
@@ -129,3 +129,12 @@ class Federation:
 
     def private(self, client):
         return PrivateStore(self.folder.path / "clients" / client).load()
+
+
+def finish(folder, overrides):
+    """Run to the end as the ServerApp does, and leave a whole run folder."""
+    federation = Federation(folder, overrides)
+    federation.folder.write("config.yaml", to_yaml(federation.config))
+    federation.run()
+    federation.folder.finish(error=None)
+    return federation

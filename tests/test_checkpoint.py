@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ import torch
 from pilot_flwr.checkpoint import (
     PrivateState,
     PrivateStore,
+    latest_checkpoint,
+    load_checkpoint,
     load_tensors,
     save_checkpoint,
     save_tensors,
@@ -101,3 +104,71 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(tmp_path):
     assert metadata["task"] == "vqa"
     state = json.loads((tmp_path / "round-0003/state.json").read_text())
     assert (state["round"], state["tasks"]) == (3, ["vqa"])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder of two checkpoints, and the last one of them."""
+    for number in (1, 2):
+        last = save_checkpoint(
+            tmp_path,
+            server_round=number,
+            adapters={"a": {"w": torch.full((2,), float(number))}, "b": {"w": torch.zeros(2)}},
+            loras={"a-0": {"l": torch.full((3,), float(number))}},
+            info={"tasks": ["a", "b"], "task_of": {"a-0": "a"}},
+        )
+    return last
+
+
+def test_a_checkpoint_is_read_back(checkpoint):
+    loaded = load_checkpoint(checkpoint)
+    assert (loaded.server_round, loaded.tasks, loaded.task_of) == (2, ("a", "b"), {"a-0": "a"})
+    assert loaded.adapter("a")["w"].tolist() == [2, 2]
+    assert loaded.lora("a-0")["l"].tolist() == [2, 2, 2]
+    assert latest_checkpoint(checkpoint.parent) == (loaded, [])
+
+
+def _cut(folder):
+    file = folder / "lora" / "a-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _swap(folder):
+    shutil.copy(folder / "task_adapters/a.safetensors", folder / "task_adapters/b.safetensors")
+
+
+def _edit(old, new):
+    def edit(folder):
+        text = (folder / "state.json").read_text()
+        assert old in text
+        (folder / "state.json").write_text(text.replace(old, new))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (_cut, "cannot be read"),
+        (_swap, "is of task 'a' but must be of 'b'"),
+        (lambda f: (f / "state.json").unlink(), "FileNotFoundError"),
+        (lambda f: (f / "state.json").write_text("[]"), "TypeError"),
+        (lambda f: (f / "lora" / "a-0.safetensors").unlink(), r"has files for \[\]"),
+        (lambda f: (f / "lora" / "x.safetensors").write_bytes(b""), r"\['a-0', 'x'\]"),
+        (_edit("pilot-flwr-1", "pilot-flwr-0"), "format 'pilot-flwr-0'"),
+        (_edit('"a-0": "a"', '"a-0": "c"'), r"tasks \['c'\]"),
+        (_edit('"tasks"', '"task"'), "KeyError: 'tasks'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_passed_over(checkpoint, damage, words):
+    damage(checkpoint)
+    with pytest.raises(StateError, match=words):
+        load_checkpoint(checkpoint)
+    found, passed_over = latest_checkpoint(checkpoint.parent)
+    assert found.server_round == 1
+    assert len(passed_over) == 1
+
+
+def test_without_a_whole_checkpoint_there_is_an_error(tmp_path):
+    with pytest.raises(StateError, match="no whole checkpoint"):
+        latest_checkpoint(tmp_path)

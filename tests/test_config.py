@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pilot_flwr.config import config_folder, load_config, to_dict, to_yaml
+from pilot_flwr.config import config_folder, from_yaml, load_config, to_dict, to_yaml
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.settings import PilotConfig
 
@@ -98,3 +98,34 @@ def test_yaml_and_dict_hold_every_value():
     assert to_dict(config)["strategy"]["rounds"] == 7
     assert "rounds: 7" in to_yaml(config)
     assert dataclasses.asdict(config) == to_dict(config)
+
+
+def test_yaml_is_read_back():
+    config = load_config("data.tasks=[vqa] seed=7 'run.folder=\"/tmp/a b\"'")
+    assert from_yaml(to_yaml(config)) == config
+    assert from_yaml(to_yaml(config), ["seed=8", "model.lora.rank=3"]) == dataclasses.replace(
+        config,
+        seed=8,
+        model=dataclasses.replace(
+            config.model, lora=dataclasses.replace(config.model.lora, rank=3)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "text, overrides, words",
+    [
+        ("a: 1", [], "'a' not in"),
+        ("model: {rank: 3}", [], "model.rank"),
+        ("seed: x", [], "Key: seed"),
+        ("seed: -1", [], "`seed` is -1"),
+        ("model: 3", [], "ModelConfig"),
+        ("- a", [], "merge"),
+        ("a: [", [], "parsing"),
+        ("seed: 1", ["seed"], "'seed' must be `key=value`"),
+        ("seed: 1", ["speed=2"], "'speed' not in"),
+    ],
+)
+def test_yaml_that_is_no_configuration_is_refused(text, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        from_yaml(text, overrides)
