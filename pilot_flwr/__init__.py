@@ -10,8 +10,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     settings              every setting's type, default and range
     config                conf/ and overrides, composed into settings
     submission            what is handed to Flower: folders, quoting, resources
-
     federation_file       a user's own federation, as overrides
+
 
     losses                the three auxiliary losses
     connector             stage 1 and stage 2 (CT-MoA)

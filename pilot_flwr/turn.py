@@ -256,7 +256,7 @@ class Kit:
         return usable(
             examples,
             name=f"{split} split of client {client.id!r}",
-            check=collator.tokenize if split == "train" else collator.check_prompt,
+            check=collator.tokenize if split == "train" else collator.prompt,
             allowed=data.allowed_broken,
             settings=f"{split}/{collator.max_length}/{self.config.model}",
             folder=self.site.state_folder / "checked",

@@ -100,15 +100,14 @@ class Collator:
 
     def prompt_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize all turns but the last, ready to generate, padded on the left."""
-        rows = []
-        for example in examples:
-            text = self._conversation(example, example.prompt, generate=True).text
-            rows.append(self._encode(text, example)["input_ids"])
+        rows = [self.prompt(example) for example in examples]
         return self._pad(rows, [[IGNORE_INDEX] * len(ids) for ids in rows], side="left")
 
-    def check_prompt(self, example: Example) -> None:
-        """Raise `DataError` unless the prompt can be tokenized and is short enough."""
-        self._encode(self._conversation(example, example.prompt, generate=True).text, example)
+    def prompt(self, example: Example) -> list[int]:
+        """Return token ids of all turns but the last; raises `DataError` if there are too many."""
+        text = self._conversation(example, example.prompt, generate=True).text
+        ids: list[int] = self._encode(text, example)["input_ids"]
+        return ids
 
     def length(self, example: Example) -> int:
         """Return the number of tokens of the whole conversation, however long it is.
