@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import transformers
 
 from pilot_flwr.base import load_processor, make_collator
 from pilot_flwr.data.examples import Example
@@ -11,6 +14,17 @@ from pilot_flwr.features import FeatureCache
 from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.settings import PilotConfig
+
+
+class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
+    """Hands on text as soon as it is sure that the next token does not change it."""
+
+    def __init__(self, tokenizer: Any, out: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.out(text)
 
 
 class Answerer:
@@ -41,6 +55,7 @@ class Answerer:
         *,
         max_new_tokens: int = 0,
         progress: Callable[[int], None] = lambda done: None,
+        piece: Callable[[str], None] | None = None,
     ) -> list[str]:
         """Return the answer to the last question of every example.
 
@@ -52,6 +67,8 @@ class Answerer:
             Longest answer in tokens; 0 takes `evaluation.max_new_tokens`.
         progress : callable
             Gets the number of answers after every batch.
+        piece : callable, optional
+            Gets the answer's text in pieces, as it comes; for a single example.
 
         Raises
         ------
@@ -72,6 +89,7 @@ class Answerer:
             config=evaluation,
             autocast_choice=self.config.train.autocast,
             progress=progress,
+            streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
         )
 
     def end_token_ids(self) -> list[int]:

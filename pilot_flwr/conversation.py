@@ -1,5 +1,6 @@
 """A conversation with a model: turns so far, and images in them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pilot_flwr.answering import Answerer
@@ -53,8 +54,10 @@ class Conversation:
         image.read()
         self._shown += (image,)
 
-    def ask(self, question: str) -> str:
+    def ask(self, question: str, piece: Callable[[str], None] | None = None) -> str:
         """Return the model's answer; question and answer become part of the conversation.
+
+        `piece` gets the answer's text as it comes.
 
         Raises
         ------
@@ -72,7 +75,7 @@ class Conversation:
         images = self.images + self._shown
         # The last turn is what is asked for: the model does not see it.
         example = Example(f"conversation {self._number}", images, (*asked, Turn("assistant", "?")))
-        (answer,) = self.answerer([example], max_new_tokens=self.max_new_tokens)
+        (answer,) = self.answerer([example], max_new_tokens=self.max_new_tokens, piece=piece)
         answer = answer.strip()
         self.turns = (*asked, Turn("assistant", answer or "(no answer)"))
         self.images, self._shown = images, ()

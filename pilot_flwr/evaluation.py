@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
@@ -79,11 +80,12 @@ def answer(
     config: EvaluationConfig,
     autocast_choice: str,
     progress: Callable[[int], None] = lambda done: None,
+    streamer: Any = None,
 ) -> list[str]:
     """Return the model's greedy answer to the last question of every example.
 
     The parameters are those of `evaluate`; `progress` gets the number of answers after each
-    batch.
+    batch, and `streamer`, of transformers, the tokens of a single example's answer.
     """
     model.eval()
     answers: list[str] = []
@@ -97,7 +99,11 @@ def answer(
         batch = collator.prompt_batch([examples[i] for i in part]).to(model.device)
         with autocast(model.device, autocast_choice):
             tokens = model.generate(
-                batch, next(visuals), max_new_tokens=config.max_new_tokens, stop=stop
+                batch,
+                next(visuals),
+                max_new_tokens=config.max_new_tokens,
+                stop=stop,
+                streamer=streamer,
             )
         answers += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         progress(len(answers))

@@ -127,6 +127,7 @@ def _prompts(run: Run, who: Personal) -> str:
         )
     if data.image_aspect_ratio == "pad":
         lines.append("Images were padded to a square in the image processor's mean colour.")
+    lines.append("The run's scores are of greedy answers (`do_sample=False`).")
     lines.append(
         "In a conversation of several turns, every answer was followed by the tokenizer's end "
         "token, also where the template leaves it out."

@@ -200,11 +200,18 @@ class PilotModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, visual: Visual, *, max_new_tokens: int, stop: int | None = None
+        self,
+        batch: Batch,
+        visual: Visual,
+        *,
+        max_new_tokens: int,
+        stop: int | None = None,
+        streamer: Any = None,
     ) -> Tensor:
         """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`).
 
-        Generation ends at the checkpoint's own end tokens and at `stop`.
+        Generation ends at the checkpoint's own end tokens and at `stop`. `streamer`, of
+        transformers, gets each token as it comes.
         """
         connected = self._connect(visual)
         ends = self.llava.generation_config.eos_token_id
@@ -223,6 +230,7 @@ class PilotModel(nn.Module):
                 inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
                 attention_mask=batch.attention_mask,
                 generation_config=config,
+                streamer=streamer,
             )
         return tokens
 

@@ -65,6 +65,14 @@ def test_every_turn_sees_the_whole_conversation(conversation, answerer, image):
     assert len(conversation.images) == 1
 
 
+def test_an_answer_comes_in_pieces(conversation, image):
+    conversation.show(image)
+    pieces = []
+    answer = conversation.ask("What digit is at the top left?", pieces.append)
+    assert "".join(pieces).strip() == answer
+    assert len(list(filter(None, pieces))) > 1
+
+
 def test_text_alone_and_after_a_reset(conversation, answerer, image):
     conversation.show(image)
     conversation.ask("What digit is at the top left?")

@@ -3,8 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pilot_flwr.commands.arguments import OVERRIDES, add_model, add_run, chosen, open_chosen, say
+
+if TYPE_CHECKING:
+    from pilot_flwr.conversation import Conversation
 
 HELP = """Type a question; the model sees the whole conversation.
 /image FILE   show it an image, with your next question
@@ -56,7 +60,7 @@ def _chat(options: argparse.Namespace) -> int:
     if options.image is not None:
         conversation.show(options.image)
     if options.question is not None:
-        print(conversation.ask(options.question), flush=True)
+        _answer(conversation, options.question)
         return 0
     say(f"{who.name}, stage {model.stage}, task {who.task}")
     if conversation.suffix:
@@ -64,11 +68,18 @@ def _chat(options: argparse.Namespace) -> int:
     return _talk(conversation)
 
 
-def _talk(conversation: "object") -> int:
-    from pilot_flwr.conversation import Conversation
+def _answer(conversation: "Conversation", question: str) -> None:
+    """Print an answer, on a terminal word by word."""
+    if sys.stdout.isatty():
+        conversation.ask(question, lambda text: print(text, end="", flush=True))
+        print()
+    else:
+        print(conversation.ask(question), flush=True)
+
+
+def _talk(conversation: "Conversation") -> int:
     from pilot_flwr.errors import DataError
 
-    assert isinstance(conversation, Conversation)
     terminal = sys.stdin.isatty()
     if terminal:
         say(HELP)
@@ -90,6 +101,6 @@ def _talk(conversation: "object") -> int:
             elif command.startswith("/"):
                 say(HELP)
             elif command:
-                print(conversation.ask(line), flush=True)
+                _answer(conversation, line)
         except DataError as error:
             say(str(error))
