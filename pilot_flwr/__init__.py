@@ -43,6 +43,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.screening        which rows can be used, found before a training
     data.collator         examples to batches of token ids
     data.federation       who the clients are, and which examples each has
+    data.check            all that can be known about rows before a training
 
     parameters            which parameter is trained, sent, private or frozen
     architectures         what differs between base architectures
@@ -98,6 +99,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     commands.chat         ``pilot-flwr chat``
     commands.export       ``pilot-flwr export``
     commands.convert      ``pilot-flwr data convert``
+    commands.check        ``pilot-flwr data check``
     commands.data         ``pilot-flwr data``, of those
     cli                   the command line tool
 

@@ -70,7 +70,7 @@ def find_site(
         )
     files = None
     if config.data.source == "llava" and not simulated:
-        files = _files(node_config, client)
+        files = site_files(node_config, client)
     return Site(client, folder, device, files)
 
 
@@ -119,7 +119,14 @@ def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) 
     return model
 
 
-def _files(node_config: NodeConfig, client: Client) -> SiteFiles:
+def site_files(node_config: NodeConfig, client: Client) -> SiteFiles:
+    """Return a real site's data files.
+
+    Raises
+    ------
+    ConfigError
+        ``train-file`` is missing, a path is relative, or nothing is there.
+    """
     if not node_config.get("train-file"):
         raise ConfigError(
             f"`train-file` is missing in the node config of client {client.id!r}; it must be "

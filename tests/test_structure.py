@@ -57,6 +57,7 @@ LAYERS = [
         "data.screening",
         "data.collator",
         "data.federation",
+        "data.check",
     ],
     [
         "parameters",
@@ -108,6 +109,7 @@ LAYERS = [
         "commands.chat",
         "commands.export",
         "commands.convert",
+        "commands.check",
         "commands.data",
         "cli",
     ],

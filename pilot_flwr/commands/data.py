@@ -6,9 +6,9 @@ To add one, write a module of this package whose function `add` adds its parser,
 
 import argparse
 
-from pilot_flwr.commands import convert
+from pilot_flwr.commands import check, convert
 
-COMMANDS = (convert.add,)
+COMMANDS = (convert.add, check.add)
 """In the order in which ``--help`` lists them."""
 
 

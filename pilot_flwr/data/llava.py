@@ -96,10 +96,10 @@ class LlavaExamples(Sequence[Example]):
         """
         if isinstance(position, slice):
             return [self[n] for n in range(*position.indices(len(self)))]
-        file, number = self._place(position)
-        label = f"{number + 1}:" if len(self.files) == 1 else f"{file + 1}/{number + 1}:"
-        origin = self.files[file].origin(number)
-        return to_example(self.files[file][number], label, origin, self.reading)
+        index, number = self._place(position)
+        file = self.files[index]
+        label = f"{number + 1}:" if len(self.files) == 1 else f"{index + 1}/{number + 1}:"
+        return to_example(file[number], label, file.origin(number), self.reading)
 
     def select(self, positions: NDArray[np.int64]) -> "LlavaExamples":
         """Return the examples at some positions."""
@@ -107,19 +107,24 @@ class LlavaExamples(Sequence[Example]):
 
     def row(self, position: int) -> Row:
         """Return the row of an example as the file has it."""
-        file, number = self._place(position)
-        found: Row = self.files[file][number]
+        file, number = self.place(position)
+        found: Row = file[number]
         return found
 
     def origin(self, position: int) -> str:
         """Return file and row of an example, as errors name them."""
-        file, number = self._place(position)
-        return self.files[file].origin(number)
+        file, number = self.place(position)
+        return file.origin(number)
+
+    def place(self, position: int) -> tuple[RowFile, int]:
+        """Return the file of an example, and the number of its row there, from 0."""
+        index, number = self._place(position)
+        return self.files[index], number
 
     def _place(self, position: int) -> tuple[int, int]:
         row = int(self.rows[position])
-        file = int(np.searchsorted(self._ends, row, side="right"))
-        return file, row - (int(self._ends[file - 1]) if file else 0)
+        index = int(np.searchsorted(self._ends, row, side="right"))
+        return index, row - (int(self._ends[index - 1]) if index else 0)
 
 
 def to_example(row: Row, label: str, origin: str, reading: Reading) -> Example:
