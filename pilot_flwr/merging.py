@@ -16,19 +16,36 @@ token: no single projector computes that.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from pilot_flwr.base import empty_base
 from pilot_flwr.checkpoint import PrivateState
 from pilot_flwr.connector import Adapter, TaskClientConnector
 from pilot_flwr.errors import ModelError
+from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import State
+from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.standalone import modeling_wide
+
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def check_mergeable(private: PrivateState | None) -> None:
@@ -42,17 +59,13 @@ def check_mergeable(private: PrivateState | None) -> None:
         )
 
 
-def merge_model(
-    model: PilotModel, processor: Any, folder: Path, *, end_token_ids: list[int]
-) -> int:
+def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) -> int:
     """Write a Hugging Face checkpoint that computes what the model computes.
 
     Parameters
     ----------
     model : PilotModel
         In stage 1, with all states loaded; it is used up.
-    processor
-        Of the base model; saved along.
     folder : Path
         New or empty.
     end_token_ids : list of int
@@ -80,7 +93,7 @@ def merge_model(
     llava.generation_config.eos_token_id = end_token_ids
     # For a class that is not its own, transformers does not translate the names of older versions.
     llava.save_pretrained(folder, save_original_format=hidden == width)
-    processor.save_pretrained(folder)
+    _copy_processor(model.config, folder)
     if hidden > width:
         _name_the_class(folder, type(llava).__name__, hidden)
     return int(hidden)
@@ -136,6 +149,19 @@ def _fill(tensor: Tensor, length: int, dim: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = length - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _copy_processor(config: ModelConfig, folder: Path) -> None:
+    """Copy the files of the base's tokenizer, chat template and image processor as they are."""
+    for name in _PROCESSOR_FILES:
+        file = cached_file(
+            checkpoint_path(config.path),
+            name,
+            revision=config.revision or None,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _name_the_class(folder: Path, architecture: str, hidden: int) -> None:

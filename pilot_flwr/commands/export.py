@@ -93,9 +93,7 @@ def _merge(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
     model = PilotModel(load_base(config, find_device(options.device)), config)  # it is used up
     fill(model, run, who)
     answerer = Answerer(run.config, model)
-    hidden = merge_model(
-        model, answerer.processor, options.folder, end_token_ids=answerer.end_token_ids()
-    )
+    hidden = merge_model(model, options.folder, end_token_ids=answerer.end_token_ids())
     wide = hidden != model.llava.config.text_config.hidden_size
     if wide:
         say(

@@ -110,7 +110,12 @@ class Connector(nn.Module):
 
 
 def load(folder: str | Path = ".", base: str | Path | None = None, **options: Any) -> Any:
-    """Return model and processor.
+    """Return model and processor: `load_model` and `load_processor`."""
+    return load_model(folder, base, **options), load_processor(folder, base)
+
+
+def load_model(folder: str | Path = ".", base: str | Path | None = None, **options: Any) -> Any:
+    """Return the model.
 
     Parameters
     ----------
@@ -129,15 +134,13 @@ def load(folder: str | Path = ".", base: str | Path | None = None, **options: An
     """
     folder = Path(folder)
     description = _describe(folder)
-    origin = description["base"]
-    where = str(base or (folder / "base" if origin["included"] else origin["path"]))
-    pinned = {"revision": origin["revision"]} if origin["revision"] and base is None else {}
-    options.setdefault("dtype", getattr(torch, origin["dtype"]))
+    source = _source(folder, description, base)
+    options.setdefault("dtype", getattr(torch, description["base"]["dtype"]))
     model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-        where, output_loading_info=True, **pinned, **options
+        **source, output_loading_info=True, **options
     )
     if problems := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
-        raise ValueError(f"The base model {where!r} does not fit its own class: {problems}")
+        raise ValueError(f"The base model does not fit its own class: {problems}")
     connector = Connector(description["connector"])
     _fill(connector.state_dict(), folder / "connector.safetensors")
     model.model.multi_modal_projector = connector.to(model.device)
@@ -145,11 +148,22 @@ def load(folder: str | Path = ".", base: str | Path | None = None, **options: An
     lora = peft.PeftConfig.from_pretrained(str(folder / "lora"))
     model = peft.PeftModel(model, lora, autocast_adapter_dtype=False)
     _load_lora(model, folder / "lora" / "adapter_model.safetensors")
-    processor = transformers.AutoProcessor.from_pretrained(where, **pinned)
+    return model.eval()
+
+
+def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> Any:
+    """Return the base model's processor, set to pad on the left, and images as in the tuning.
+
+    The processor of LLaVA-OneVision needs torchvision.
+    """
+    folder = Path(folder)
+    description = _describe(folder)
+    source = _source(folder, description, base)
+    processor = transformers.AutoProcessor.from_pretrained(**source)
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
     if description["image_aspect_ratio"] == "pad":
         _pad_images(processor.image_processor)
-    return model.eval(), processor
+    return processor
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -188,6 +202,15 @@ def _describe(folder: Path) -> dict[str, Any]:
         found = description.get("format")
         raise ValueError(f"connector.json has format {found!r} but must have {FORMAT!r}.")
     return description
+
+
+def _source(folder: Path, description: dict[str, Any], base: str | Path | None) -> dict[str, str]:
+    origin = description["base"]
+    own = folder / "base" if origin["included"] else origin["path"]
+    source = {"pretrained_model_name_or_path": str(base or own)}
+    if origin["revision"] and base is None:
+        source["revision"] = origin["revision"]
+    return source
 
 
 def _load_lora(model: Any, file: Path) -> None:
