@@ -13,11 +13,13 @@ there, a file in ``conf/model/`` is enough.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.llava_onevision import modeling_llava_onevision as onevision
 
 from pilot_flwr.errors import ModelError
 
@@ -59,21 +61,25 @@ class ModelSpec:
     least_rows : int
         Rows of an image that is not larger than what the vision tower sees at once.
     count_tokens : callable
-        From (processor, model configuration, sizes of one example's images) to the number of
-        tokens that each image takes.
+        From (model configuration, sizes of one example's images) to the number of tokens that
+        each image takes.
     crops : callable
         From (image processor, one example's images) to one tensor (rows, 3, height, width) for
         each image.
     pack : callable
         From (model, connected rows (R, N, C), the batch's images) to the embeddings (S, C) that
         go to the places of the image tokens.
+    has_video : bool
+        Whether transformers' processor class also treats videos, for which it needs a library
+        that nothing here does; its parts are then loaded one by one.
     """
 
     model_class: str
     least_rows: int
-    count_tokens: Callable[[Any, Any, Sequence[Size]], list[int]]
+    count_tokens: Callable[[Any, Sequence[Size]], list[int]]
     crops: Callable[[Any, Sequence[Image.Image]], list[Tensor]]
     pack: Callable[[Any, Tensor, Sequence[ImageShape]], Tensor]
+    has_video: bool = False
 
 
 def spec_of(config: Any) -> ModelSpec:
@@ -116,7 +122,7 @@ def select_features(config: Any, hidden_states: Sequence[Tensor]) -> Tensor:
     return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 
-def _llava_tokens(processor: Any, config: Any, sizes: Sequence[Size]) -> list[int]:
+def _llava_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
     return [feature_size(config)[0]] * len(sizes)
 
 
@@ -129,12 +135,27 @@ def _llava_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> Tenso
     return rows.flatten(0, 1)
 
 
-def _onevision_tokens(processor: Any, config: Any, sizes: Sequence[Size]) -> list[int]:
-    """One image is cut into crops by its size; of several images each is one row and a newline."""
-    if len(sizes) != 1:
-        return [feature_size(config)[0] + 1] * len(sizes)
-    counted = processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])
-    return [int(number) for number in counted["num_image_tokens"]]
+def _onevision_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
+    """One image is cut into crops by its size; of several images each is one row.
+
+    What packing makes of the crops is counted by the model's own code, on tensors without content.
+    """
+    tokens = feature_size(config)[0]
+    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
+    counts = []
+    for size in sizes:
+        alone = len(sizes) == 1
+        rows = onevision.image_size_to_num_patches(list(size), grid, side) if alone else 1
+        features = torch.empty(rows, tokens, 1, device="meta")
+        (packed,), _ = onevision.LlavaOnevisionModel.pack_image_features(
+            SimpleNamespace(config=config),
+            [features],
+            [list(size)],
+            image_newline=torch.empty(1, device="meta"),
+            vision_aspect_ratio=config.vision_aspect_ratio,
+        )
+        counts.append(len(packed))
+    return counts
 
 
 def _onevision_crops(image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -166,6 +187,7 @@ SPECS: dict[str, ModelSpec] = {
         _onevision_tokens,
         _onevision_crops,
         _onevision_pack,
+        has_video=True,
     ),
 }
 """Architecture by transformers' ``model_type``."""

@@ -6,6 +6,7 @@ that a question about it does not load it.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,9 +112,39 @@ def load_processor(path: str, revision: str = "") -> Any:
     """Load the checkpoint's processor: tokenizer, chat template, image processor."""
     config = ModelConfig(path=path, revision=revision)
     try:
+        if spec_of(read_config(config)).has_video:
+            return _image_processor_parts(config)
         return transformers.AutoProcessor.from_pretrained(**_source(config))
     except (OSError, ValueError) as error:
         raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
+
+
+@dataclass(frozen=True)
+class ImageTextProcessor:
+    """The parts of a processor that treats videos too, without that part."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_token: str
+    chat_template: str
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        """Render a conversation, as transformers' processors do."""
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, **options
+        )
+
+
+def _image_processor_parts(config: ModelConfig) -> ImageTextProcessor:
+    source = _source(config)
+    path = source.pop("pretrained_model_name_or_path")
+    values, _ = transformers.ProcessorMixin.get_processor_dict(path, **source)
+    return ImageTextProcessor(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path, **source),
+        image_processor=transformers.AutoImageProcessor.from_pretrained(path, **source),
+        image_token=values.get("image_token", "<image>"),
+        chat_template=values["chat_template"],
+    )
 
 
 def make_collator(
@@ -123,7 +154,7 @@ def make_collator(
     spec = spec_of(transformers_config)
     return Collator(
         processor,
-        count_tokens=lambda sizes: spec.count_tokens(processor, transformers_config, sizes),
+        count_tokens=lambda sizes: spec.count_tokens(transformers_config, sizes),
         max_length=max_length,
         system_prompt=config.system_prompt,
     )

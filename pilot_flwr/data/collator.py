@@ -6,6 +6,7 @@ LLaVA's own training format has it. The tokenizer's offsets say which tokens are
 Nothing about one template is hard-coded.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,6 +44,10 @@ class Batch:
         return Batch(
             self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
         )
+
+
+_PROBE = (Turn("user", "a"), Turn("assistant", "b"))
+"""A conversation that shows how a template treats any."""
 
 
 class _Rendered(NamedTuple):
@@ -145,8 +150,7 @@ class Collator:
 
     def end_token_id(self) -> int:
         """Return the id of the token that ends every answer: where generation has to stop."""
-        turns = (Turn("user", "a"), Turn("assistant", "b"))
-        text, ((_, end),) = self._conversation(Example("", (), turns), turns)
+        text, ((_, end),) = self._conversation(Example("", (), _PROBE), _PROBE)
         ends = [token for token in self._special if text[:end].endswith(token)]
         return int(self.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
 
@@ -154,7 +158,7 @@ class Collator:
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
     ) -> _Rendered:
         """Render turns, with image tokens in their number and an end token after each answer."""
-        whole = self._render(turns, generate=generate)
+        whole = self._prompt(turns) if generate else self._render(turns)
         text, answers, done = "", [], 0
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
@@ -176,21 +180,42 @@ class Collator:
         self, example: Example, turns: Sequence[Turn], index: int, whole: str
     ) -> tuple[int, int, int | None]:
         """Return where an answer begins and ends, and where the end token after it ends."""
-        prefix = self._render(turns[:index], generate=True)
         through = self._render(turns[: index + 1])
+        end, after = self._before_end_tokens(through)
         answer = turns[index].text.strip()
-        begins = through.find(answer, len(prefix)) if through.startswith(prefix) else -1
-        if begins < 0 or not whole.startswith(through):
+        if not whole.startswith(through) or not through[:end].endswith(answer):
             raise DataError(
                 f"{example.name}: the chat template renders turn {index + 1} differently on "
                 "its own, so the answer cannot be located."
             )
-        end = begins + len(answer)
-        tail = through[end:].lstrip()
-        for token in self._special:
-            if tail.startswith(token):
-                return len(prefix), end, len(through) - len(tail) + len(token)
-        return len(prefix), end, None
+        if self._prompts_are_beginnings:
+            return len(self._render(turns[:index], generate=True)), end, after
+        return end - len(answer), end, after
+
+    def _before_end_tokens(self, text: str) -> tuple[int, int | None]:
+        """Return the end of `text` without white space and special tokens, and of the first one."""
+        end, after = len(text.rstrip()), None
+        while token := next((t for t in self._special if text[:end].endswith(t)), None):
+            after = end
+            end = len(text[: end - len(token)].rstrip())
+        return end, after
+
+    @functools.cached_property
+    def _prompts_are_beginnings(self) -> bool:
+        """Whether the template's generation prompt begins an answered conversation.
+
+        LLaVA-OneVision's does not: it ends in ``assistant`` and a newline, where an answer has a
+        blank between the two.
+        """
+        prompt = self._render(_PROBE[:1], generate=True)
+        return self._render(_PROBE).startswith(prompt)
+
+    def _prompt(self, turns: Sequence[Turn]) -> str:
+        """Render what generation starts from: exactly what training has before an answer."""
+        if self._prompts_are_beginnings:
+            return self._render(turns, generate=True)
+        answered = self._render([*turns, _PROBE[1]])
+        return answered[: self._before_end_tokens(answered)[0] - len(_PROBE[1].text)]
 
     def _render(self, turns: Sequence[Turn], *, generate: bool = False) -> str:
         system = [Turn("user", self.system_prompt)] if self.system_prompt else []

@@ -1,0 +1,146 @@
+"""Labels under the chat templates of the hub's checkpoints, against vectors made by hand.
+
+A vector is written down as the text of each token; labelled tokens are in the second list.
+"""
+
+import pytest
+from checkpoints import WRITERS
+from PIL import Image
+
+from pilot_flwr.base import load_processor
+from pilot_flwr.data.collator import IGNORE_INDEX, Collator, same_for_all
+from pilot_flwr.data.examples import Example, KeptImage, Turn
+
+IMAGE = KeptImage(Image.new("RGB", (28, 28)))
+
+
+def make(name, tmp_path, **options):
+    processor = load_processor(WRITERS[name](tmp_path))
+    return Collator(processor, count_tokens=same_for_all(2), max_length=256, **options)
+
+
+def conversation(*texts, images=(IMAGE,)):
+    roles = ["user", "assistant"] * len(texts)
+    return Example("e1", images, tuple(map(Turn, roles, texts)))
+
+
+def read(collator, example):
+    """Return the whole text, and the text of each run of labelled tokens."""
+    ids, labels = collator.tokenize(example)
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(ids, labels, strict=True))
+    runs, current = [], []
+    for token, label in zip([*ids, None], [*labels, IGNORE_INDEX], strict=True):
+        if label != IGNORE_INDEX:
+            current.append(token)
+        elif current:
+            runs.append(collator.tokenizer.decode(current))
+            current = []
+    return collator.tokenizer.decode(ids), runs
+
+
+ONE = ("<image>\nWhat is in the image?", "two zebras")
+TWO = (*ONE, "And else?", "one giraffe")
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "text", "labelled"),
+    [
+        (
+            "llava-1.5",  # Vicuna-v1: the template has no end token, the tokenizer's is put there
+            ONE,
+            "USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>",
+            [" two zebras</s>"],
+        ),
+        (
+            "llava-1.5",
+            TWO,
+            "USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>"
+            "USER: And else? ASSISTANT: one giraffe</s>",
+            [" two zebras</s>", " one giraffe</s>"],
+        ),
+        (
+            "interleave",  # ChatML: the template's own end token, and nothing after it
+            ONE,
+            "<|im_start|>user <image><image>\nWhat is in the image?<|im_end|>"
+            "<|im_start|>assistant \ntwo zebras<|im_end|>",
+            ["two zebras<|im_end|>"],
+        ),
+        (
+            "onevision",
+            TWO,
+            "<|im_start|>user <image><image>\nWhat is in the image?<|im_end|>"
+            "<|im_start|>assistant \ntwo zebras<|im_end|>"
+            "<|im_start|>user \nAnd else?<|im_end|>"
+            "<|im_start|>assistant \none giraffe<|im_end|>",
+            ["two zebras<|im_end|>", "one giraffe<|im_end|>"],
+        ),
+        (
+            "llava-1.5",  # an answer that is also part of the question, of the role, of the markup
+            ("<image>\nassistant or A?", "A"),
+            "USER: <image><image>\nassistant or A? ASSISTANT: A</s>",
+            [" A</s>"],
+        ),
+        (
+            "interleave",
+            ("<image>\nassistant?", "assistant"),
+            "<|im_start|>user <image><image>\nassistant?<|im_end|>"
+            "<|im_start|>assistant \nassistant<|im_end|>",
+            ["assistant<|im_end|>"],
+        ),
+    ],
+)
+def test_only_answers_and_their_end_tokens_carry_labels(tmp_path, name, turns, text, labelled):
+    assert read(make(name, tmp_path), conversation(*turns)) == (text, labelled)
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+@pytest.mark.parametrize("turns", [ONE, TWO])
+def test_a_prompt_is_exactly_what_stands_before_the_last_answers_labels(tmp_path, name, turns):
+    collator = make(name, tmp_path)
+    example = conversation(*turns)
+    ids, labels = collator.tokenize(example)
+    last = len(labels) - labels[::-1].index(IGNORE_INDEX)
+    assert collator.prompt_batch([example]).input_ids[0].tolist() == ids[:last]
+
+
+@pytest.mark.parametrize(("name", "token"), [("llava-1.5", "</s>"), ("interleave", "<|im_end|>")])
+def test_generation_stops_where_labels_end(tmp_path, name, token):
+    collator = make(name, tmp_path)
+    assert collator.tokenizer.convert_ids_to_tokens(collator.end_token_id()) == token
+
+
+def test_text_alone_and_several_images(tmp_path):
+    collator = make("llava-1.5", tmp_path)
+    text, labelled = read(collator, conversation("What is in it?", "two", images=()))
+    assert (text, labelled) == ("USER: What is in it? ASSISTANT: two</s>", [" two</s>"])
+    several = conversation("<image>\n<image>\nWhich?", "two", images=(IMAGE, IMAGE))
+    text, labelled = read(collator, several)
+    assert text == "USER: <image><image>\n<image><image>\nWhich? ASSISTANT: two</s>"
+    assert labelled == [" two</s>"]
+    assert collator.length(several) == len(collator.tokenize(several)[0])
+
+
+def test_the_system_prompt_begins_the_conversation_and_is_not_learnt(tmp_path):
+    collator = make("llava-1.5", tmp_path, system_prompt="A chat.")
+    text, labelled = read(collator, conversation(*ONE))
+    assert text.startswith("A chat. USER: <image><image>\nWhat")
+    assert labelled == [" two zebras</s>"]
+
+
+def test_the_processors_own_encoding_is_the_same(tmp_path):
+    """With the template's own rendering, the number of image tokens aside, ids are equal."""
+    collator = make("interleave", tmp_path)
+    example = conversation(*TWO)
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                *([{"type": "image"}] if "<image>" in turn.text else []),
+                {"type": "text", "text": turn.text.removeprefix("<image>\n")},
+            ],
+        }
+        for turn in example.turns
+    ]
+    text = collator.processor.apply_chat_template(messages, tokenize=False)
+    expected = collator.tokenizer(text.replace("<image>", "<image>" * 2))["input_ids"]
+    assert collator.tokenize(example)[0] == expected
