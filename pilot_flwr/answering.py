@@ -13,6 +13,7 @@ from pilot_flwr.evaluation import answer
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel
+from pilot_flwr.plan import out_of_memory_explained
 from pilot_flwr.settings import PilotConfig
 
 
@@ -72,6 +73,8 @@ class Answerer:
 
         Raises
         ------
+        TrainingError
+            The device ran out of memory.
         DataError
             An image cannot be read, or an example is longer than `train.max_length`.
         """
@@ -79,18 +82,19 @@ class Answerer:
         if max_new_tokens:
             evaluation = replace(evaluation, max_new_tokens=max_new_tokens)
         image_processor, workers = self.processor.image_processor, self.config.data.workers
-        return answer(
-            self.model,
-            examples,
-            collator=self.collator,
-            encode=lambda parts: self._cache.stream(
-                self.model, image_processor, parts, workers=workers
-            ),
-            config=evaluation,
-            autocast_choice=self.config.train.autocast,
-            progress=progress,
-            streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
-        )
+        with out_of_memory_explained(self.config, self.model.stage):
+            return answer(
+                self.model,
+                examples,
+                collator=self.collator,
+                encode=lambda parts: self._cache.stream(
+                    self.model, image_processor, parts, workers=workers
+                ),
+                config=evaluation,
+                autocast_choice=self.config.train.autocast,
+                progress=progress,
+                streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
+            )
 
     def end_token_ids(self) -> list[int]:
         """Return the tokens that end an answer: the template's and the checkpoint's own."""

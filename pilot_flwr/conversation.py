@@ -50,7 +50,8 @@ class Conversation:
         DataError
             It cannot be read.
         """
-        image = ImageFile(path.absolute().parent, path.name, f"Image {path}", self._background)
+        file = path.resolve()
+        image = ImageFile(file.parent, file.name, f"Image {path}", self._background)
         image.read()
         self._shown += (image,)
 

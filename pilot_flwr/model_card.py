@@ -1,5 +1,6 @@
 """The model card of an exported model: where it comes from, how it scored, how to load it."""
 
+from dataclasses import replace
 from typing import Literal
 
 import peft
@@ -10,6 +11,7 @@ from pilot_flwr import __version__
 from pilot_flwr.config import to_yaml
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.runs import Personal, Run, last_scores
+from pilot_flwr.settings import RunConfig
 
 Merged = Literal["", "plain", "wide"]
 """How the model was merged: not at all, into transformers' own class, or into a wider one."""
@@ -65,7 +67,7 @@ def model_card(run: Run, who: Personal, *, stage: int, merged: Merged = "", dtyp
     dtype : str
         Precision of a merged checkpoint.
     """
-    base = run.config.model
+    base, recorded = run.config.model, replace(run.recorded, run=RunConfig())
     parts = [
         _front_matter(base.path),
         f"# {run.config.name}: {who.name}",
@@ -85,7 +87,7 @@ def model_card(run: Run, who: Personal, *, stage: int, merged: Merged = "", dtyp
         f"pilot-flwr {__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__} at the time of this export.",
         "## The run's configuration",
-        f"```yaml\n{to_yaml(run.config).strip()}\n```",
+        f"```yaml\n{to_yaml(recorded).strip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -39,7 +39,9 @@ class Run:
     folder : Path
         The run folder.
     config : PilotConfig
-        The run's configuration.
+        The run's configuration, with the settings that are different now.
+    recorded : PilotConfig
+        The run's configuration as it was.
     checkpoint : Checkpoint
         The server's part.
     events : list of dict
@@ -50,6 +52,7 @@ class Run:
 
     folder: Path
     config: PilotConfig
+    recorded: PilotConfig
     checkpoint: Checkpoint
     events: list[Event]
     notes: tuple[str, ...]
@@ -147,7 +150,7 @@ def open_run(
             f"{checkpoint.folder} is for tasks {list(checkpoint.tasks)} but the run's "
             f"configuration has {list(recorded.data.tasks)}."
         )
-    return Run(folder, config, checkpoint, read_events(folder), tuple(notes))
+    return Run(folder, config, recorded, checkpoint, read_events(folder), tuple(notes))
 
 
 def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal:

@@ -122,6 +122,14 @@ def test_what_cannot_be_asked_leaves_the_conversation_as_it_was(conversation, im
     assert conversation.turns[0].text == "<image>\nWhat?"
 
 
+def test_an_image_may_be_a_link(conversation, image, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.png"
+    link.symlink_to(image)
+    conversation.show(link)
+    assert conversation.ask("What?") is not None
+
+
 def test_an_image_that_cannot_be_read_is_refused_at_once(conversation, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name in ("text.png", "absent.png"):

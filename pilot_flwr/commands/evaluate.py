@@ -199,5 +199,7 @@ def _print(rows: "list[Scored]", run: "Run") -> None:
     table.add_row("mean over tasks", "", "", "", "", "", f"{mean_over_tasks(rows):.3f}", "")
     print(f"{run.folder}, exchange {run.checkpoint.server_round}", flush=True)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
+    if len({METRICS[row.metric].maximum for row in rows}) > 1:
+        say("The tasks' metrics have different ranges: their mean is no figure to compare.")
     for reason in dict.fromkeys(row.approximate for row in rows if row.approximate):
         say(f"Approximate: {reason}")

@@ -94,8 +94,19 @@ def test_an_approximate_metric_says_so(evaluate, capsys, monkeypatch):
     monkeypatch.setitem(table.METRICS, "exact_match", row)
     assert evaluate("--client", "vqa-0")["clients"][0]["approximate"] == "no Java here"
     captured = capsys.readouterr()
+    assert "different ranges" not in captured.err
     assert "(approximate)" in captured.out
     assert "Approximate: no Java here" in captured.err
+
+
+def test_a_mean_of_different_ranges_is_marked(evaluate, capsys, monkeypatch):
+    from pilot_flwr.data import federation
+
+    monkeypatch.setattr(
+        federation, "task_metric", lambda data, task: "cider_d" if task == "vqa" else "exact_match"
+    )
+    evaluate()
+    assert "different ranges" in capsys.readouterr().err
 
 
 def test_a_torn_checkpoint_is_said_aloud(finished, evaluate, tmp_path, capsys):

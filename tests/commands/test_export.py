@@ -38,7 +38,7 @@ def test_a_personal_model(finished, export):
     card = (folder / "README.md").read_text()
     (event,) = finished.events("evaluate", round=2, client="vqa-0")
     assert f"| vqa-0 | exact match | 6 | {event['score']:.3f} |" in card
-    assert "stage 2 (CT-MoA)" in card and "num_neighbors: 2" in card and "own licence" in card
+    assert "stage 2 (CT-MoA)" in card and "where: memory" in card and "own licence" in card
     assert "never left the client" in card
 
 
