@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from checkpoints import WRITERS
 from peft import PeftModel
 from perturbed import perturb
 from PIL import Image
@@ -15,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from visuals import visual
 
-from pilot_flwr.base import make_collator
+from pilot_flwr.architectures import spec_of
+from pilot_flwr.base import load_base, load_processor, make_collator
+from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data.image_files import expand_to_square, mean_colour
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.exporting import export_model
-from pilot_flwr.model_settings import ModelConfig
+from pilot_flwr.features import FeatureCache
+from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
+from pilot_flwr.models import PilotModel
 from pilot_flwr.standalone import modeling_pilot
 
 TASKS = ("vqa", "counting", "captioning")
@@ -109,8 +114,6 @@ print(*processor.tokenizer.batch_decode(new, skip_special_tokens=True), sep="|")
 
 
 def test_it_loads_in_two_lines_without_the_package(make_model, processor, generator, tmp_path):
-    from pilot_flwr.data.examples import Example, KeptImage, Turn
-
     model = make_model()
     model.enter_stage2(TASKS, generator)
     folder = export(perturb(model), tmp_path / "model")
@@ -229,3 +232,43 @@ def test_the_description_says_what_the_folder_is(folder):
     assert description["base"]["path"] == "tiny-llava"
     assert description["connector"]["tasks"] == ["vqa"]
     assert description["end_token_ids"] == [2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
+    path = WRITERS[kind](tmp_path / "base")
+    config = ModelConfig(path=path, lora=LoraConfig(rank=2))
+    model = PilotModel(load_base(config, torch.device("cpu")), config)
+    model.enter_stage1("vqa")
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    perturb(model.eval())
+    processor = load_processor(path)
+    collator = make_collator(config, processor, model.llava.config, max_length=2048)
+    picture = Image.effect_noise((61, 40), 90).convert("RGB")
+    one = Example(
+        "a",
+        (KeptImage(picture),),
+        (Turn("user", "<image>\nWhat is in the image?"), Turn("assistant", "two zebras")),
+    )
+    batch = collator.train_batch([one])
+    cache = FeatureCache(FeatureCacheConfig(where="off"), namespace=path, folder=tmp_path)
+    expected = model(batch, cache.encode(model, processor.image_processor, [one])).logits
+    loaded = modeling_pilot.load_model(export(model, tmp_path / "model"))
+    inputs = processor.image_processor(
+        images=[[picture]] if spec_of(model.llava.config).has_video else [picture],
+        return_tensors="pt",
+    )
+    output = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)
+    got = output.logits[:, :-1][batch.labels[:, 1:] != -100]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+    description = json.loads((tmp_path / "model" / "connector.json").read_text())
+    assert description["base"] == {
+        "path": path,
+        "revision": "",
+        "dtype": "float32",
+        "included": False,
+        "quantization": "none",
+    }

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
+from checkpoints import WRITERS
 from perturbed import perturb, private_state
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from visuals import visual
 
-from pilot_flwr.base import make_collator
+from pilot_flwr.base import load_base, load_processor, make_collator
 from pilot_flwr.connector import Adapter
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
@@ -97,13 +91,13 @@ CLOSE = {"rtol": 0.0, "atol": 3e-5}
 
 @torch.no_grad()
 def test_a_personal_model_merges_into_a_wider_projector(
-    make_model, processor, batch_of, tmp_path, monkeypatch
+    make_model, batch_of, tmp_path, monkeypatch
 ):
     model = perturb(make_model())
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
     width = model.llava.config.text_config.hidden_size
-    assert merge_model(model, processor, tmp_path, end_token_ids=[2]) == 2 * width
+    assert merge_model(model, tmp_path, end_token_ids=[2]) == 2 * width
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     loaded, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
@@ -115,9 +109,7 @@ def test_a_personal_model_merges_into_a_wider_projector(
 
 
 @torch.no_grad()
-def test_a_consensus_model_merges_into_a_plain_checkpoint(
-    make_model, processor, batch_of, tmp_path
-):
+def test_a_consensus_model_merges_into_a_plain_checkpoint(make_model, batch_of, tmp_path):
     model = make_model()
     model.enter_stage1("vqa", initialisation="identity")
     for group in ("lora", "own_task_adapter"):
@@ -126,7 +118,7 @@ def test_a_consensus_model_merges_into_a_plain_checkpoint(
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
     width = model.llava.config.text_config.hidden_size
-    assert merge_model(model, processor, tmp_path, end_token_ids=[2]) == width
+    assert merge_model(model, tmp_path, end_token_ids=[2]) == width
     loaded, info = LlavaForConditionalGeneration.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
@@ -136,40 +128,31 @@ def test_a_consensus_model_merges_into_a_plain_checkpoint(
     assert loaded.generation_config.eos_token_id == [2]
 
 
-def onevision():
-    """A random LLaVA-OneVision, tiny."""
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    config = LlavaOnevisionConfig(
-        vision_config=CLIPVisionConfig(
-            **sizes, num_hidden_layers=2, image_size=16, patch_size=8, projection_dim=16
-        ),
-        text_config=LlamaConfig(**{**sizes, "hidden_size": 24}, num_hidden_layers=2, vocab_size=50),
-        image_token_index=3,
-        video_token_index=4,
-        image_grid_pinpoints=[[16, 16]],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
-    return LlavaOnevisionForConditionalGeneration(config).eval()
-
-
 @torch.no_grad()
-def test_another_architecture_merges_as_well(processor, tmp_path, monkeypatch):
-    config = ModelConfig(lora=LoraConfig(rank=2, targets=["q_proj", "down_proj"]))
-    model = PilotModel(onevision(), config)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_architecture_merges(kind, tmp_path, monkeypatch):
+    config = ModelConfig(path=WRITERS[kind](tmp_path / "base"), lora=LoraConfig(rank=2))
+    model = PilotModel(load_base(config, torch.device("cpu")), config)
     model.enter_stage1("vqa")
     perturb(model.eval())
-    features = torch.randn(2, 5, 16)
+    features = torch.randn(2, 4, 24)
     connected = model.connector(features).features
-    embedded = torch.randn(1, 6, 24)
-    hidden = model.llava.model.language_model(inputs_embeds=embedded).last_hidden_state
-    merge_model(model, processor, tmp_path, end_token_ids=[2])
+    ids = torch.randint(5, 100, (1, 9))
+
+    def text_logits(llava):
+        return llava(input_ids=ids).logits
+
+    expected = text_logits(model.llava)
+    merge_model(model, tmp_path / "merged", end_token_ids=[2])
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
-    assert type(loaded).__name__ == "WideLlavaOnevision"
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    loaded.eval()
     torch.testing.assert_close(loaded.model.multi_modal_projector(features), connected, **CLOSE)
-    again = loaded.model.language_model(inputs_embeds=embedded).last_hidden_state
-    torch.testing.assert_close(again, hidden, **CLOSE)
+    torch.testing.assert_close(text_logits(loaded), expected, **CLOSE)
+    load_processor(str(tmp_path / "merged"))
 
 
 def test_stage_2_is_refused(make_model, generator):
