@@ -194,7 +194,9 @@ def _print(reports: "list[SplitReport]", shared: list[tuple[str, str, int]], sho
         row = report.summary()
         share = row["most_frequent_answer_share"]
         answer = f"{share:.0%} {row['most_frequent_answer']!r}" if share is not None else ""
-        tokens = "" if row["tokens_max"] is None else f"{row['tokens_median']}, {row['tokens_max']}"
+        tokens = (
+            "" if row["tokens_max"] is None else f"{row['tokens_median']:g}, {row['tokens_max']}"
+        )
         cells = (report.client, report.split, report.rows, report.rows - report.usable)
         figures = (report.images, row["turns_mean"], tokens, row["labelled_tokens_mean"], answer)
         table.add_row(*(Text("" if c is None else str(c)) for c in (*cells, *figures)))

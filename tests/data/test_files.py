@@ -184,7 +184,9 @@ def test_a_split_without_rows_is_an_error(make, tmp_path):
 def test_an_unknown_metric_names_those_that_there_are(make):
     data = make(tasks=("vqa",))
     data.files["vqa"].metric = "accuracy"
-    with pytest.raises(ConfigError, match="`data.files.vqa.metric` is 'accuracy' but must be .*gqa"):
+    with pytest.raises(
+        ConfigError, match="`data.files.vqa.metric` is 'accuracy' but must be .*gqa"
+    ):
         federation_clients(data)
 
 

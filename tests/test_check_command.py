@@ -1,0 +1,163 @@
+"""``pilot-flwr data check`` on a federation with known faults."""
+
+import json
+import re
+
+import pytest
+from llava_files import write_federation
+from PIL import Image
+
+from pilot_flwr.cli import main
+from pilot_flwr.data import digits
+
+
+@pytest.fixture
+def federation(tmp_path):
+    return write_federation(tmp_path, train_examples=0)
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def check(path, *more, tmp_path):
+    code = main(["data", "check", f"data={path}", "--json", str(tmp_path / "out.json"), *more])
+    out = tmp_path / "out.json"
+    return code, json.loads(out.read_text()) if out.exists() else None
+
+
+def by_split(found):
+    return {f"{entry['client']} {entry['split']}": entry for entry in found["splits"]}
+
+
+def test_a_sound_federation_can_start(federation, tmp_path, capsys):
+    code, found = check(federation, tmp_path=tmp_path)
+    out = capsys.readouterr().out
+    assert code == 0 and "A run can start." in out and "rows in common" not in out
+    splits = by_split(found)
+    assert list(splits)[:4] == ["vqa-0 train", "vqa-0 test", "vqa-1 train", "vqa-1 test"]
+    assert all(entry["problems"] == {} and not entry["stops"] for entry in splits.values())
+    assert [e["rows"] for e in splits.values()] == [6, 4] * 4
+    train = [splits[f"vqa-{n} train"] for n in (0, 1)]
+    assert sum(entry["images"] for entry in train) == 11  # the first row has none
+    turns = sum(6 * entry["turns_mean"] for entry in train)
+    assert turns == pytest.approx(26, abs=0.1)  # and two turns more
+    assert splits["vqa-0 test"] | {"client": ""} == splits["vqa-1 test"] | {"client": ""}
+
+
+def test_the_figures_of_the_answers(federation, tmp_path, processor):
+    """Counted anew from the demo's own examples: four out of five counts are not the commonest."""
+    _, found = check(federation, "data.clients_per_task=1", tmp_path=tmp_path)
+    entry = by_split(found)["counting-0 train"]
+    examples = digits.client_examples(
+        "counting", client_index=0, num_clients=9, split="train", num_examples=12, seed=0
+    )
+    answers = ["0 1", *(example.turns[1].text for example in examples[1:])]
+    top = max(set(answers), key=answers.count)
+    share = answers.count(top) / 12
+    assert entry["most_frequent_answer_share"] == pytest.approx(share)
+    assert answers.count(entry["most_frequent_answer"]) == answers.count(top)
+    assert entry["different_answers"] == len(set(answers))
+    tokens = [len(processor.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
+    tokens[0] *= 2  # that row gives its answer twice
+    ends = [1] * 12  # the end token after each answer
+    ends[0] = 2
+    assert entry["labelled_tokens_mean"] == pytest.approx((sum(tokens) + sum(ends)) / 12, abs=0.01)
+
+
+def test_every_kind_of_fault_is_found_and_named(federation, tmp_path, capsys):
+    """One row with bad structure, one without its image, one with half an image, one too long."""
+    path = tmp_path / "counting/train.json"
+    rows = [json.loads(line) for line in lines(path)]
+    rows[1]["conversations"][0]["from"] = "Ann"
+    rows[2]["image"] = "absent.png"
+    whole = (tmp_path / "counting/images/train-3.png").read_bytes()
+    (tmp_path / "counting/images/train-3.png").write_bytes(whole[: len(whole) // 2])
+    rows[4]["conversations"][0]["value"] += " why" * 3000
+    path.write_text("\n".join(map(json.dumps, rows)))
+    arguments = (federation, "data.clients_per_task=1", "--show", "3")
+    code, found = check(*arguments, tmp_path=tmp_path)
+    out = capsys.readouterr().out
+    assert code == 1 and "A run would stop at counting-0 train." in out
+    entry = by_split(found)["counting-0 train"]
+    assert entry["problems"] == {"row": 1, "image": 1, "pixels": 1, "tokens": 1}
+    assert (entry["rows"], entry["usable"]) == (12, 8)
+    assert [p["origin"] for p in entry["broken_rows"]] == [
+        f"train.json, row {n}" for n in (2, 3, 4, 5)
+    ]
+    assert re.search(r"row 2: `from` of turn 1 .* must be human or gpt", out)
+    assert re.search(r"row 3, image 1 cannot be opened .* \(absent.png\)", out)
+    assert re.search(r"row 4, image 1 cannot be decoded \(OSError\). \(train-3.png\)", out)
+    assert "... and 1 more" in out
+
+    code, found = check(*arguments, "--fast", tmp_path=tmp_path)  # half an image has a header
+    assert by_split(found)["counting-0 train"]["problems"] == {"row": 1, "image": 1, "tokens": 1}
+    code, found = check(*arguments, "--no-tokens", "--fast", tmp_path=tmp_path)
+    assert by_split(found)["counting-0 train"]["problems"] == {"row": 1, "image": 1}
+
+
+def test_an_allowed_share_does_not_stop_a_run_but_half_an_image_does(federation, tmp_path):
+    path = tmp_path / "counting/train.json"
+    rows = [json.loads(line) for line in lines(path)]
+    rows[1]["image"] = "absent.png"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    arguments = [federation, "data.clients_per_task=1", "--no-tokens"]
+    assert check(*arguments, tmp_path=tmp_path)[0] == 1
+    arguments += ["data.allowed_broken=0.2"]
+    assert check(*arguments, tmp_path=tmp_path)[0] == 0
+    (tmp_path / "counting/images/train-3.png").write_bytes(
+        (tmp_path / "counting/images/train-3.png").read_bytes()[:100]
+    )
+    assert check(*arguments, tmp_path=tmp_path)[0] == 1
+
+
+def test_a_file_that_cannot_be_read_is_reported_and_the_others_are_checked(federation, tmp_path):
+    (tmp_path / "vqa/train.json").write_text('[{"id": 1}, {"id" 2}]')
+    code, found = check(federation, tmp_path=tmp_path)
+    splits = by_split(found)
+    assert code == 1 and "row 2 is broken JSON at byte" in splits["vqa-0 train"]["error"]
+    assert splits["counting-0 train"]["usable"] == 6
+
+
+def test_rows_in_common_are_told(federation, tmp_path, capsys):
+    code, found = check(
+        federation, "data.files.vqa.test=[vqa/train.json]", "--no-tokens", tmp_path=tmp_path
+    )
+    assert found["shared_rows"] == [
+        {"splits": ["vqa-0 train", "vqa-0 test"], "rows": 6},
+        {"splits": ["vqa-0 train", "vqa-1 test"], "rows": 6},
+        {"splits": ["vqa-0 test", "vqa-1 train"], "rows": 6},
+        {"splits": ["vqa-1 train", "vqa-1 test"], "rows": 6},
+    ]
+    assert "vqa-0 train and vqa-0 test have 6 rows in common." in capsys.readouterr().out
+
+
+def test_a_real_site_checks_its_own_data(federation, tmp_path, capsys):
+    words = f'client-id="counting-1" train-file="{tmp_path}/counting/train.json" '
+    words += f'image-folder="{tmp_path}/vqa" test-file="{tmp_path}/vqa/test.json"'
+    code, found = check(federation, "--node-config", words, tmp_path=tmp_path)
+    splits = by_split(found)
+    assert list(splits) == ["counting-1 train", "counting-1 test"]
+    assert splits["counting-1 train"]["rows"] == 12
+    assert code == 1 and splits["counting-1 train"]["problems"] == {"image": 11}
+    assert main(["data", "check", f"data={federation}", "--node-config", "client-id"]) == 2
+    assert "`--node-config` has 'client-id' but must be" in capsys.readouterr().err
+
+
+def test_padding_makes_an_image_no_larger_than_its_square(federation, tmp_path):
+    Image.new("RGB", (64, 16)).save(tmp_path / "vqa/images/train-1.png")
+    code, found = check(federation, "data.image_aspect_ratio=pad", tmp_path=tmp_path)
+    assert code == 0 and by_split(found)["vqa-0 train"]["problems"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experiment=demo"], "`data.source` must be llava"),
+        (["data=absent.yaml"], "`data` is 'absent.yaml', which cannot be read"),
+        (["data=example-llava", "--workers", "0"], "`--workers` is 0 but must be at least 1"),
+    ],
+)
+def test_wrong_usage(words, message, capsys):
+    assert main(["data", "check", *words]) == 2
+    assert message in capsys.readouterr().err
