@@ -16,12 +16,27 @@ from pilot_flwr.training import Encoder, autocast
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Mean score of one client's test split, up to its metric's maximum, and the wall time in s."""
+    """Score of one client's test split.
+
+    Attributes
+    ----------
+    score : float
+        From 0 to the metric's maximum.
+    metric : str
+        A key of `pilot_flwr.metrics.table.METRICS`.
+    examples : int
+        Size of the split.
+    seconds : float
+        Wall time.
+    approximate : bool
+        Whether the figure is not exactly what the metric's own script gives.
+    """
 
     score: float
     metric: str
     examples: int
     seconds: float
+    approximate: bool = False
 
 
 def evaluate(
@@ -68,7 +83,13 @@ def evaluate(
         autocast_choice=autocast_choice,
     )
     score = METRICS[metric].score(predictions, [example.answers for example in examples])
-    return EvaluationResult(score.mean, metric, len(examples), time.perf_counter() - started)
+    return EvaluationResult(
+        score.mean,
+        metric,
+        len(examples),
+        time.perf_counter() - started,
+        approximate=bool(METRICS[metric].approximate()),
+    )
 
 
 def answer(

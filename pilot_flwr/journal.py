@@ -92,6 +92,7 @@ class Journal:
             task=member.task,
             score=result.score,
             metric=result.metric,
+            approximate=result.approximate,
             examples=result.examples,
             seconds=result.seconds,
         )

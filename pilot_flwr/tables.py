@@ -80,7 +80,7 @@ def summary(events: Sequence[Event]) -> str:
         mine = [event for event in evaluated if event["task"] == task]
         row = [
             task,
-            mine[0]["metric"],
+            _metric(mine),
             str(sum(e["examples"] for e in mine if e["round"] == rounds[0])),
         ]
         for number in rounds:
@@ -102,6 +102,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
+
+
+def _metric(events: Sequence[Event]) -> str:
+    approximate = any(event.get("approximate") for event in events)
+    return str(events[0]["metric"]) + (" (approximate)" if approximate else "")
 
 
 def _weighted_score(events: Sequence[Event]) -> float | None:

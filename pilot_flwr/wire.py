@@ -24,6 +24,7 @@ from pilot_flwr.codec import (
 )
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.evaluation import EvaluationResult
+from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.parameters import GROUPS
 from pilot_flwr.server_state import Member, Update
 from pilot_flwr.training import LOSSES
@@ -197,7 +198,12 @@ def encode_result(result: TurnResult, order: Order, client: str, task: str) -> R
                 "seconds": result.evaluation.seconds,
             }
         )
-        content["evaluation-metric"] = ConfigRecord({"metric": result.evaluation.metric})
+        content["evaluation-metric"] = ConfigRecord(
+            {
+                "metric": result.evaluation.metric,
+                "approximate": result.evaluation.approximate,
+            }
+        )
     if result.training is not None:
         training = result.training
         content["lora"] = encode_state(result.lora)
@@ -265,10 +271,14 @@ def decode_report(content: RecordDict) -> Report:
 def _evaluation(content: RecordDict) -> EvaluationResult | None:
     if "evaluation" not in content.metric_records:
         return None
-    numbers = metrics_of(content, "evaluation")
+    numbers, how = metrics_of(content, "evaluation"), config_of(content, "evaluation-metric")
+    metric = value_of(how, "metric", str)
+    if metric not in METRICS:
+        raise UpdateError(f"`metric` is {metric!r} but must be one of {', '.join(METRICS)}")
     return EvaluationResult(
-        score=number_of(numbers, "score", low=0, high=1),
-        metric=value_of(config_of(content, "evaluation-metric"), "metric", str),
+        score=number_of(numbers, "score", low=0, high=METRICS[metric].maximum),
+        metric=metric,
+        approximate=value_of(how, "approximate", bool),
         examples=int(number_of(numbers, "examples", low=1)),
         seconds=number_of(numbers, "seconds"),
     )

@@ -90,12 +90,17 @@ def corrupt_zip(content):
 
 def corrupt_score(content):
     content["evaluation"] = MetricRecord({"score": 1e9, "examples": 2, "seconds": 0.1})
-    content["evaluation-metric"] = ConfigRecord({"metric": "exact_match"})
+    content["evaluation-metric"] = ConfigRecord({"metric": "exact_match", "approximate": False})
+
+
+def corrupt_metric(content):
+    content["evaluation"] = MetricRecord({"score": 0.5, "examples": 2, "seconds": 0.1})
+    content["evaluation-metric"] = ConfigRecord({"metric": "mine", "approximate": False})
 
 
 def corrupt_no_test_examples(content):
     content["evaluation"] = MetricRecord({"score": 0.5, "examples": 0, "seconds": 0.1})
-    content["evaluation-metric"] = ConfigRecord({"metric": "exact_match"})
+    content["evaluation-metric"] = ConfigRecord({"metric": "exact_match", "approximate": False})
 
 
 def corrupt_bytes(content):
@@ -130,6 +135,7 @@ def corrupt_result(content):
         (corrupt_extra_metric, "metric `started` is inf"),
         (corrupt_zip, "cannot be read"),
         (corrupt_score, "metric `score` is 1000000000.0 but must be from 0 to 1"),
+        (corrupt_metric, "`metric` is 'mine' but must be one of exact_match, gqa, "),
         (corrupt_no_test_examples, "metric `examples` is 0 but must be from 1"),
         (corrupt_result, "the message has no record `result`"),
     ],

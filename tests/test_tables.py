@@ -72,3 +72,12 @@ def test_result_counts_failures_and_keeps_the_last_scores(tmp_path):
 
 def test_no_evaluation_is_said(tmp_path):
     assert summary([]) == "No evaluation.\n"
+
+
+def test_an_approximate_metric_is_called_so(tmp_path):
+    run = RunFolder(tmp_path)
+    scored = {"task": "captions", "metric": "cider_d", "examples": 2, "seconds": 1.0, "round": 0}
+    run.record("evaluate", client="a", score=1.5, approximate=False, **scored)
+    assert "(approximate)" not in summary(run.events)
+    run.record("evaluate", client="b", score=0.5, approximate=True, **scored)
+    assert "| cider_d (approximate) | 4             | 1.000" in summary(run.events)
