@@ -12,7 +12,6 @@ The map of the package, layer by layer; a module imports only what stands above 
     submission            what is handed to Flower: folders, quoting, resources
     federation_file       a user's own federation, as overrides
 
-
     losses                the three auxiliary losses
     connector             stage 1 and stage 2 (CT-MoA)
     arrays                passes over the named arrays of several clients
