@@ -9,6 +9,10 @@ from inprocess import Federation
 from llava_files import write_federation
 from PIL import Image
 
+from pilot_flwr.cli import main
+from pilot_flwr.config import load_config
+from pilot_flwr.data.files import check_simulated
+from pilot_flwr.errors import ConfigError
 from pilot_flwr.federation_file import expand
 from pilot_flwr.shipped import checkpoint_path
 
@@ -134,6 +138,15 @@ def test_an_image_of_any_shape_is_padded(federation, tmp_path):
     words = overrides(federation, "data.clients_per_task=1", "data.image_aspect_ratio=pad")
     run = Federation(tmp_path / "run", words).run()
     assert run.folder.select("failure") == []
+
+
+def test_the_command_line_refuses_files_that_are_not_there(federation, capsys):
+    (federation.parent / "counting/test.json").unlink()
+    assert main(["run", f"data={federation}"]) == 2
+    assert "`data.files.counting.test` names" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="`data.files.counting.test` names"):
+        check_simulated(load_config(overrides(federation)).data, ["train", "test"])
+    check_simulated(load_config(overrides(federation)).data, ["train"])
 
 
 @pytest.mark.parametrize("key", ["train-file", "model-path"])

@@ -44,7 +44,8 @@ def _run(options: argparse.Namespace) -> int:
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
     config, words = with_folder(config, options.overrides)
     if config.data.source == "llava":
-        check_simulated(config.data)
+        splits = ("train", "test") if config.evaluation.enabled else ("train",)
+        check_simulated(config.data, splits)
     submission.check_gpus(config.simulation)
     federation = submission.federation_config(config.num_clients, config.simulation)
     folder = submission.run_folder(config.run.folder, config.name, datetime.now())

@@ -7,7 +7,7 @@ configuration alone, whatever the run's says, and all their rows are its own.
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -177,8 +177,8 @@ def simulated_path(data: DataConfig, name: str, key: str) -> Path:
     return path
 
 
-def check_simulated(data: DataConfig) -> None:
-    """Raise unless every file and image folder of the configuration is there.
+def check_simulated(data: DataConfig, splits: Sequence[Split]) -> None:
+    """Raise unless every file of some splits, and every image folder, is there.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def check_simulated(data: DataConfig) -> None:
         Names the setting and the path.
     """
     for task in data.tasks:
-        for split in ("train", "test"):
+        for split in splits:
             simulated_paths(data, task, split)
         key = f"data.files.{task}.images"
         _existing(simulated_path(data, data.files[task].images, key), key, Path.is_dir)

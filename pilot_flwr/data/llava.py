@@ -15,6 +15,7 @@ question; LLaVA would train on it as if it had no image.
 Every error names file and row, and never what the row says: errors go to the server.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from pilot_flwr.errors import DataError
 LONGEST_ID = 256
 """In characters: an id is a label in errors, and must not carry a text."""
 
+_HALF = re.compile("[\ud800-\udfff]")
 _ROLES: dict[str, Any] = {"human": "user", "gpt": "assistant"}
 
 
@@ -189,7 +191,7 @@ def _turns(row: Row, origin: str) -> list[Turn]:
         raise DataError(f"{origin}: `conversations` is missing or not a list of turns.")
     turns = []
     for number, turn in enumerate(found, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not _is_text(turn.get("value")):
             raise DataError(
                 f"{origin}: turn {number} of `conversations` must be an object with a text in "
                 "`value`."
@@ -200,6 +202,11 @@ def _turns(row: Row, origin: str) -> list[Turn]:
             )
         turns.append(Turn(_ROLES[turn["from"]], turn["value"]))
     return turns
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether it is text that a tokenizer takes: JSON can escape half a character."""
+    return isinstance(value, str) and (value.isascii() or not _HALF.search(value))
 
 
 def _prompt(turn: Turn, reading: Reading) -> Turn:
@@ -214,6 +221,6 @@ def _prompt(turn: Turn, reading: Reading) -> Turn:
 
 def _references(row: Row, origin: str) -> tuple[str, ...]:
     found = row.get("references", [])
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    if not isinstance(found, list) or not all(map(_is_text, found)):
         raise DataError(f"{origin}: `references` must be a list of texts.")
     return tuple(found)

@@ -129,8 +129,7 @@ class RowFile(Sequence[Row]):
         except UnicodeDecodeError:
             raise DataError(f"{self.origin(number)} is not UTF-8.") from None
         except (ValueError, RecursionError) as error:
-            what = getattr(error, "msg", "too deeply nested")
-            raise DataError(f"{self.origin(number)} is broken JSON ({what}).") from None
+            raise DataError(f"{self.origin(number)} is broken JSON ({_what(error)}).") from None
         if not self.is_array and text[stop:].strip():
             raise DataError(f"{self.origin(number)} has more than one JSON value on its line.")
         if not isinstance(row, dict):
@@ -185,8 +184,8 @@ class RowFile(Sequence[Row]):
                 if cut and len(walk.text) - walk.at <= LARGEST_ROW and walk.read():
                     continue
                 raise self._broken(row, place, error.msg) from None
-            except RecursionError:
-                raise self._broken(row, walk.place, "too deeply nested") from None
+            except (ValueError, RecursionError) as error:
+                raise self._broken(row, walk.place, _what(error)) from None
             if not isinstance(value, dict):
                 raise self._broken(row, walk.place, "no JSON object")
             return end - walk.at
@@ -285,6 +284,13 @@ def _first_byte(file: BinaryIO) -> bytes:
         pass
     file.seek(begin)
     return byte
+
+
+def _what(error: Exception) -> str:
+    """Return what is wrong with JSON, without its text."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "too deeply nested" if isinstance(error, RecursionError) else "a number too long"
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:

@@ -111,6 +111,8 @@ def test_references_are_the_answers():
         ({"image": ["a", "b"]}, "has 0 image markers .* but 2 images"),
         ({"image": "a", "conversations": turns("<image><image>?", "a")}, "has 2 .* but 1 images"),
         ({"references": "one"}, "`references` must be a list of texts"),
+        ({"references": ["\ud800"]}, "`references` must be a list of texts"),
+        ({"conversations": turns("\udfff", SECRET)}, "turn 1 .* a text in `value`"),
         ({"references": [5]}, "`references` must be a list of texts"),
     ],
 )

@@ -64,6 +64,7 @@ def test_hard_characters_and_a_byte_order_mark(tmp_path, chunk):
         ("[", r"row 1 .* at byte 1 "),
         ('[{"a": 1}] x', "has more after the end of its array, at byte 11"),
         ("[" + '{"a":' * 100_000, r"row 1 .* \(too deeply nested\)"),
+        ('[{"a": ' + "1" * 5000 + "}]", r"row 1 .* \(a number too long\)"),
         ("", "is empty but must be a JSON array"),
         (" \n", "is empty but must be a JSON array"),
         ('"text"', "begins with something else but must be"),
@@ -96,6 +97,7 @@ def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
         (b'{"a": 1} {"b": 2}', "has more than one JSON value on its line"),
         (b'{"a": "\xff"}', "is not UTF-8"),
         (b'{"a":' * 100_000, r"is broken JSON \(too deeply nested\)"),
+        (b'{"a": ' + b"1" * 5000 + b"}", r"is broken JSON \(a number too long\)"),
     ],
 )
 def test_a_broken_line_leaves_the_others_readable(tmp_path, line, message):
