@@ -42,9 +42,7 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
 def query(message: Message, context: Context) -> RecordDict:
     """Say which client this node is, and whether it holds stage-1 state."""
     config, site = _open(message, context)
-    examples = count_examples(
-        config.data, site.client, "train", seed=config.seed, files=site.files
-    )
+    examples = count_examples(config.data, site.client, "train", seed=config.seed, files=site.files)
     return wire.encode_member(
         Member(site.client.id, site.client.task, examples, stage_trained(site))
     )

@@ -44,8 +44,8 @@ def _run(options: argparse.Namespace) -> int:
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
     config, words = with_folder(config, options.overrides)
     if config.data.source == "llava":
-        splits = ("train", "test") if config.evaluation.enabled else ("train",)
-        check_simulated(config.data, splits)
+        evaluated = config.evaluation.enabled
+        check_simulated(config.data, ["train", "test"] if evaluated else ["train"])
     submission.check_gpus(config.simulation)
     federation = submission.federation_config(config.num_clients, config.simulation)
     folder = submission.run_folder(config.run.folder, config.name, datetime.now())
