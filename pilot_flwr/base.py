@@ -6,6 +6,7 @@ that a question about it does not load it.
 """
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from pilot_flwr.errors import ModelError
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.shipped import checkpoint_path, reference_config
 
-_NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
+_NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 def read_config(config: ModelConfig) -> Any:
@@ -168,6 +169,11 @@ def _source(config: ModelConfig) -> dict[str, str]:
 
 def _four_bit(dtype: torch.dtype) -> Any:
     """NF4 with double quantization for the language model's layers."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "`model.quantization` is '4bit', which needs bitsandbytes: "
+            "pip install 'pilot-flwr[quantization]'."
+        )
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
