@@ -33,6 +33,11 @@ def federation(tmp_path):
     return write_federation(folder, train=8, test=4)
 
 
+def stored_rows(folder):
+    text = (folder / "train.json").read_text()
+    return json.loads(text) if text[0] == "[" else [json.loads(x) for x in text.splitlines()]
+
+
 def losses(run):
     return {
         (e["client"], e["round"]): (e["loss"], e["examples"]) for e in run.folder.select("train")
@@ -50,6 +55,12 @@ def test_a_simulated_federation_trains_through_both_stages(federation, tmp_path)
     assert [e["stage"] for e in events] == [1] * 4 + [2] * 4
     assert {e["examples"] for e in events} == {4}  # 8 rows, two clients a task
     assert {e["examples"] for e in run.folder.select("evaluate")} == {4}
+    rows = [r for t in ("vqa", "counting") for r in stored_rows(federation.parent / t)]
+    private = {row.get("image", "train-1.png") for row in rows} | {str(federation.parent)}
+    private |= {turn["value"].removeprefix("<image>\n") for r in rows for turn in r["conversations"]}
+    travelled = "".join(repr(m.content) for m in run.grid.messages if m.has_content())
+    assert "loss" in travelled  # what travels can be read this way
+    assert not [text for text in private if len(text) > 5 and text in travelled]
 
 
 def test_real_sites_with_the_same_files_are_the_same_run(federation, tmp_path):

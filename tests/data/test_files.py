@@ -1,8 +1,11 @@
 """Which rows a client has: of the run's files in a simulation, of its own at a real site."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from llava_files import SUFFIX, write_federation
@@ -16,9 +19,12 @@ from pilot_flwr.data.federation import (
     padding_colour,
     task_metric,
 )
+from pilot_flwr.data.llava import Reading, to_example
 from pilot_flwr.data_settings import DataConfig, TaskFiles
 from pilot_flwr.errors import ConfigError, DataError
 from pilot_flwr.federation_file import expand
+
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "data.md"
 
 
 @pytest.fixture
@@ -188,6 +194,18 @@ def test_an_unknown_metric_names_those_that_there_are(make):
         ConfigError, match="`data.files.vqa.metric` is 'accuracy' but must be .*gqa"
     ):
         federation_clients(data)
+
+
+def test_the_documents_examples_are_valid(tmp_path):
+    """The row and the federation of docs/data.md, read as a user's own would be."""
+    blocks = re.findall(r"```(\w+)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    (row,) = [json.loads(text) for kind, text in blocks if kind == "json"]
+    example = to_example(row, "1:", "a.json, row 1", Reading(tmp_path))
+    assert example.answers == ("white and red", "red and white") and len(example.images) == 1
+    (federation,) = [text for kind, text in blocks if kind == "yaml"]
+    (tmp_path / "mine.yaml").write_text(federation)
+    data = load_config(shlex.join(expand([f"data={tmp_path / 'mine.yaml'}"]))).data
+    assert [client.id for client in federation_clients(data)][::3] == ["gqa-0", "captions-0"]
 
 
 def test_rows_are_written_as_json_says(tmp_path):
