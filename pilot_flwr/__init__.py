@@ -65,16 +65,16 @@ The map of the package, layer by layer; a module imports only what stands above 
     site                  who and where a client is
     tables                timeline and scores, from the run's events
 
-    answering             conversations in, answers out
-    conversation          a conversation with a model
-    runs                  a run folder, opened to use what came out of it
-    questions             a file of rows to be answered
-    scoring               scores per client, per task, and their mean
-    standalone.modeling_pilot  what loads an exported model; copied into it
-    standalone.modeling_wide   a wider projector; copied into a merged model
-    exporting             a model as a folder that loads without this package
-    merging               a stage-1 model as one checkpoint
-    model_card            what an exported model says of itself
+    results.answering                  conversations in, answers out
+    results.conversation               a conversation with a model
+    results.runs                       a run folder, opened to use what came out of it
+    results.questions                  a file of rows to be answered
+    results.scoring                    scores per client, per task, and their mean
+    results.standalone.modeling_pilot  what loads an exported model; copied into it
+    results.standalone.modeling_wide   a wider projector; copied into a merged model
+    results.exporting                  a model as a folder that loads without this package
+    results.merging                    a stage-1 model as one checkpoint
+    results.model_card                 what an exported model says of itself
 
     codec                 named tensors as Flower's arrays
     wire                  the messages

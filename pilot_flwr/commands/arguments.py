@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:  # heavy imports stay inside handlers
-    from pilot_flwr.runs import Personal, Run
+    from pilot_flwr.results.runs import Personal, Run
 
 OVERRIDES = (
     "Settings that are different now follow as KEY=VALUE, for instance "
@@ -50,7 +50,7 @@ def open_chosen(options: argparse.Namespace) -> "Run":
     """Open the run folder, and tell the user what is to be told about it."""
     from transformers.utils import logging
 
-    from pilot_flwr.runs import open_run
+    from pilot_flwr.results.runs import open_run
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -62,7 +62,7 @@ def open_chosen(options: argparse.Namespace) -> "Run":
 
 def chosen(run: "Run", options: argparse.Namespace) -> "Personal":
     """Return whose model is meant by ``--client``, ``--task`` and ``--state``."""
-    from pilot_flwr.runs import consensus, personal
+    from pilot_flwr.results.runs import consensus, personal
 
     if options.task is not None:
         if options.state is not None:

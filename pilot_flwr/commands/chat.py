@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pilot_flwr.commands.arguments import OVERRIDES, add_model, add_run, chosen, open_chosen, say
 
 if TYPE_CHECKING:
-    from pilot_flwr.conversation import Conversation
+    from pilot_flwr.results.conversation import Conversation
 
 HELP = """Type a question; the model sees the whole conversation.
 /image FILE   show it an image, with your next question
@@ -41,10 +41,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from pilot_flwr.answering import Answerer
     from pilot_flwr.checks import at_least
-    from pilot_flwr.conversation import Conversation
-    from pilot_flwr.runs import personal_model
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.conversation import Conversation
+    from pilot_flwr.results.runs import personal_model
     from pilot_flwr.site import find_device
 
     at_least("--max-new-tokens", options.max_new_tokens, 1)

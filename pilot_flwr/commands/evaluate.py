@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pilot_flwr.answering import Answerer
     from pilot_flwr.data.examples import Example
     from pilot_flwr.data.federation import Client
-    from pilot_flwr.runs import Personal, Run
-    from pilot_flwr.scoring import Scored
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.runs import Personal, Run
+    from pilot_flwr.results.scoring import Scored
 
 Chosen = list[tuple["Client", "Personal"]]
 
@@ -63,7 +63,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pilot_flwr.scoring import mean_over_tasks, task_scores
+    from pilot_flwr.results.scoring import mean_over_tasks, task_scores
     from pilot_flwr.site import find_device
 
     _check(options)
@@ -100,7 +100,7 @@ def _check(options: argparse.Namespace) -> None:
 def _choose(run: "Run", options: argparse.Namespace) -> Chosen:
     """Return every client to score, and whose model is scored on its data."""
     from pilot_flwr.data.federation import client_by_id
-    from pilot_flwr.runs import consensus
+    from pilot_flwr.results.runs import consensus
 
     wanted = [client_by_id(run.config.data, name) for name in options.client] or run.clients()
     if options.task is None:
@@ -119,11 +119,11 @@ def _choose(run: "Run", options: argparse.Namespace) -> Chosen:
 def _score(
     run: "Run", options: argparse.Namespace, pairs: Chosen, device: "torch.device"
 ) -> "list[Scored]":
-    from pilot_flwr.answering import Answerer
     from pilot_flwr.data.federation import task_metric
     from pilot_flwr.metrics.table import METRICS
-    from pilot_flwr.runs import last_scores, personal_model
-    from pilot_flwr.scoring import Scored, score_examples
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.runs import last_scores, personal_model
+    from pilot_flwr.results.scoring import Scored, score_examples
 
     recorded = {event["client"]: event for event in last_scores(run)}
     rows = []
@@ -156,7 +156,7 @@ def _examples(
     run: "Run", options: argparse.Namespace, client: "Client", answerer: "Answerer"
 ) -> "Sequence[Example]":
     from pilot_flwr.data.federation import client_examples, padding_colour
-    from pilot_flwr.questions import open_file
+    from pilot_flwr.results.questions import open_file
 
     if options.data is not None:
         return open_file(run, client.task, answerer, options.data, options.images)
@@ -178,7 +178,7 @@ def _print(rows: "list[Scored]", run: "Run") -> None:
     from rich.table import Table
 
     from pilot_flwr.metrics.table import METRICS
-    from pilot_flwr.scoring import mean_over_tasks, task_scores
+    from pilot_flwr.results.scoring import mean_over_tasks, task_scores
 
     table = Table("client", "task", "model", "stage", "metric", "examples", "score", "in the run")
     for row in rows:

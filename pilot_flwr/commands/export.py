@@ -9,7 +9,7 @@ from pilot_flwr.commands.arguments import OVERRIDES, add_model, add_run, chosen,
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pilot_flwr.runs import Personal, Run
+    from pilot_flwr.results.runs import Personal, Run
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,8 +42,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _export(options: argparse.Namespace) -> int:
     if options.dtype is not None and not options.merge:
         raise ConfigError("`--dtype` belongs to `--merge`: an export names the base as it is.")
-    from pilot_flwr.exporting import new_folder
-    from pilot_flwr.merging import check_mergeable
+    from pilot_flwr.results.exporting import new_folder
+    from pilot_flwr.results.merging import check_mergeable
 
     run = open_chosen(options)
     who = chosen(run, options)
@@ -61,10 +61,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
-    from pilot_flwr.answering import Answerer
-    from pilot_flwr.exporting import export_model
-    from pilot_flwr.model_card import model_card
-    from pilot_flwr.runs import personal_model
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.exporting import export_model
+    from pilot_flwr.results.model_card import model_card
+    from pilot_flwr.results.runs import personal_model
     from pilot_flwr.site import find_device
 
     model = personal_model(run, who, device=find_device(options.device))
@@ -80,12 +80,12 @@ def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
 
 
 def _merge(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
-    from pilot_flwr.answering import Answerer
     from pilot_flwr.base import load_base
-    from pilot_flwr.merging import merge_model
-    from pilot_flwr.model_card import model_card
     from pilot_flwr.models import PilotModel
-    from pilot_flwr.runs import fill
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.merging import merge_model
+    from pilot_flwr.results.model_card import model_card
+    from pilot_flwr.results.runs import fill
     from pilot_flwr.site import find_device
 
     dtype = options.dtype or run.config.model.dtype

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pilot_flwr.commands.arguments import OVERRIDES, add_model, add_run, chosen, open_chosen, say
 
 if TYPE_CHECKING:
-    from pilot_flwr.answering import Answerer
-    from pilot_flwr.questions import Questions
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.questions import Questions
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -48,10 +48,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from pilot_flwr.answering import Answerer
     from pilot_flwr.checks import at_least
-    from pilot_flwr.questions import Questions, open_file
-    from pilot_flwr.runs import personal_model
+    from pilot_flwr.results.answering import Answerer
+    from pilot_flwr.results.questions import Questions, open_file
+    from pilot_flwr.results.runs import personal_model
     from pilot_flwr.site import find_device
 
     at_least("--max-new-tokens", options.max_new_tokens, 0)

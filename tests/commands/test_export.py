@@ -9,8 +9,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pilot_flwr import cli
 from pilot_flwr.checkpoint import PrivateStore
-from pilot_flwr.runs import client_model, open_run
-from pilot_flwr.standalone import modeling_pilot
+from pilot_flwr.results.runs import client_model, open_run
+from pilot_flwr.results.standalone import modeling_pilot
 
 
 @pytest.fixture

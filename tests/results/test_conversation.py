@@ -4,12 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pilot_flwr.answering import Answerer
-from pilot_flwr.conversation import Conversation
 from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.image_files import mean_colour
 from pilot_flwr.errors import DataError
-from pilot_flwr.runs import client_model, open_run
+from pilot_flwr.results.answering import Answerer
+from pilot_flwr.results.conversation import Conversation
+from pilot_flwr.results.runs import client_model, open_run
 
 
 @pytest.fixture(scope="module")

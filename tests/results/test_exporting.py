@@ -23,11 +23,11 @@ from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data.image_files import expand_to_square, mean_colour
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError, RunError
-from pilot_flwr.exporting import export_model
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.models import PilotModel
-from pilot_flwr.standalone import modeling_pilot
+from pilot_flwr.results.exporting import export_model
+from pilot_flwr.results.standalone import modeling_pilot
 
 TASKS = ("vqa", "counting", "captioning")
 

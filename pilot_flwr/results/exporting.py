@@ -1,8 +1,8 @@
 """A personalised model as a folder that loads without this package.
 
 The folder holds the LoRA in peft's own format, the connector as safetensors, a description of
-its architecture, the file that loads both (`pilot_flwr.standalone.modeling_pilot`, copied as it
-is) and a model card. The base model is named, not copied, unless it ships with this package.
+its architecture, the file that loads both (`pilot_flwr.results.standalone.modeling_pilot`, copied
+as it is) and a model card. The base model is named, not copied, unless it ships with this package.
 """
 
 import json
@@ -19,8 +19,8 @@ from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import GroupName, State
+from pilot_flwr.results.standalone import modeling_pilot
 from pilot_flwr.shipped import checkpoint_path
-from pilot_flwr.standalone import modeling_pilot
 
 _CONNECTOR_GROUPS: dict[GroupName, str] = {
     "own_task_adapter": "own",

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pilot_flwr.answering import Answerer
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import DataError
 from pilot_flwr.metrics.table import METRICS
+from pilot_flwr.results.answering import Answerer
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ transformers' `LlavaMultiModalProjector` (and LLaVA-OneVision's) ties the hidden
 ``text_config.hidden_size``, that is C, in its ``__init__``; it has no setting for it. So the sum
 is a plain checkpoint only where C hidden units are enough (`fold`), as for a consensus model,
 whose ψ_s is inert; else the checkpoint carries a subclass with the wider layer,
-`pilot_flwr.standalone.modeling_wide`. CT-MoA of stage 2 weighs its experts by a router for every
-token: no single projector computes that.
+`pilot_flwr.results.standalone.modeling_wide`. CT-MoA of stage 2 weighs its experts by a router
+for every token: no single projector computes that.
 """
 
 import json
@@ -29,8 +29,8 @@ from pilot_flwr.errors import ModelError
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import State
+from pilot_flwr.results.standalone import modeling_wide
 from pilot_flwr.shipped import checkpoint_path
-from pilot_flwr.standalone import modeling_wide
 
 _PROCESSOR_FILES = (
     "processor_config.json",

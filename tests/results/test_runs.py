@@ -9,7 +9,14 @@ from perturbed import perturb, private_state
 
 from pilot_flwr.checkpoint import PrivateState, PrivateStore
 from pilot_flwr.errors import ConfigError, RunError, StateError
-from pilot_flwr.runs import client_model, consensus, last_scores, open_run, personal, personal_model
+from pilot_flwr.results.runs import (
+    client_model,
+    consensus,
+    last_scores,
+    open_run,
+    personal,
+    personal_model,
+)
 
 CPU = torch.device("cpu")
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pilot_flwr.answering import Answerer
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
 from pilot_flwr.data.image_files import ImageFile, mean_colour
 from pilot_flwr.errors import DataError
+from pilot_flwr.results.answering import Answerer
 
 
 class Conversation:

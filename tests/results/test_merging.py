@@ -12,9 +12,9 @@ from pilot_flwr.connector import Adapter
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.merging import check_mergeable, fold, merge_model, sum_of_adapters
 from pilot_flwr.model_settings import LoraConfig, ModelConfig
 from pilot_flwr.models import PilotModel
+from pilot_flwr.results.merging import check_mergeable, fold, merge_model, sum_of_adapters
 
 TASKS = ("vqa", "counting", "captioning")
 

@@ -10,7 +10,7 @@ import transformers
 from pilot_flwr import __version__
 from pilot_flwr.config import to_yaml
 from pilot_flwr.metrics.table import METRICS
-from pilot_flwr.runs import Personal, Run, last_scores
+from pilot_flwr.results.runs import Personal, Run, last_scores
 from pilot_flwr.settings import RunConfig
 
 Merged = Literal["", "plain", "wide"]

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.answering import Answerer
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.image_files import mean_colour
 from pilot_flwr.data.llava import LlavaExamples, Reading, to_example
 from pilot_flwr.data.rows import Row, open_rows
 from pilot_flwr.errors import DataError
-from pilot_flwr.runs import Run
+from pilot_flwr.results.answering import Answerer
+from pilot_flwr.results.runs import Run
 
 _NO_ANSWER = {"from": "gpt", "value": "?"}  # generation starts from the turns before the last
 
