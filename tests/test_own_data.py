@@ -57,7 +57,9 @@ def test_a_simulated_federation_trains_through_both_stages(federation, tmp_path)
     assert {e["examples"] for e in run.folder.select("evaluate")} == {4}
     rows = [r for t in ("vqa", "counting") for r in stored_rows(federation.parent / t)]
     private = {row.get("image", "train-1.png") for row in rows} | {str(federation.parent)}
-    private |= {turn["value"].removeprefix("<image>\n") for r in rows for turn in r["conversations"]}
+    private |= {
+        turn["value"].removeprefix("<image>\n") for r in rows for turn in r["conversations"]
+    }
     travelled = "".join(repr(m.content) for m in run.grid.messages if m.has_content())
     assert "loss" in travelled  # what travels can be read this way
     assert not [text for text in private if len(text) > 5 and text in travelled]
