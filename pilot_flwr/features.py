@@ -137,17 +137,18 @@ class FeatureCache:
             rows = torch.split(torch.cat(list(fresh.values())), _ROWS_AT_A_TIME)
             encoded = torch.cat([model.encode_images(part) for part in rows])
             sizes = [len(pixels) for pixels in fresh.values()]
-            for key, features in zip(fresh, torch.split(encoded, sizes), strict=True):
-                kept[key] = features
-                self._put(key, features)
+            kept |= dict(zip(fresh, torch.split(encoded, sizes), strict=True))
+            if self.config.where != "off":
+                for key, features in zip(fresh, torch.split(encoded.cpu(), sizes), strict=True):
+                    self._put(key, features)
         shapes, tensors = [], []
         for example in examples:
             for key, image in zip(self._keys(example), example.images, strict=True):
-                tensors.append(kept[key].to(model.device))
+                tensors.append(kept[key])
                 shapes.append(ImageShape(len(kept[key]), *image.size()))
         if not tensors:
             return Visual(torch.empty(0, *feature_size(model.llava.config)), ())
-        return Visual(torch.cat(tensors), tuple(shapes))
+        return Visual(_together(tensors, model.device), tuple(shapes))
 
     def _keys(self, example: Example) -> list[str]:
         return [f"{self.namespace}/{example.id}/{number}" for number in range(len(example.images))]
@@ -165,9 +166,7 @@ class FeatureCache:
 
     def _put(self, key: str, features: Tensor) -> None:
         global _used_memory
-        if self.config.where == "off":
-            return
-        features = features.cpu().clone()  # a view would keep the whole batch
+        features = features.clone()  # a view would keep the whole batch
         if self.config.where == "memory" and _used_memory + features.nbytes <= self.limit:
             _MEMORY[key] = features
             _used_memory += features.nbytes
@@ -184,3 +183,10 @@ class FeatureCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+
+def _together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Concatenate on `device`; what is all on the host goes there in one copy."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return torch.cat(list(tensors)).to(device)
+    return torch.cat([tensor.to(device) for tensor in tensors])

@@ -186,6 +186,8 @@ class PilotModel(nn.Module):
             H_v of the batch's images.
         """
         share_inputs(self._lora_layers, torch.is_autocast_enabled(self.device.type))
+        # Looked up before anything large is queued: the host has to wait for the answer.
+        rows, columns = (batch.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         connected = self._connect(visual)
         hidden = self.llava.model.language_model(
             inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
@@ -194,9 +196,8 @@ class PilotModel(nn.Module):
             attention_mask=None,
             use_cache=False,
         ).last_hidden_state
-        answer = batch.labels[:, 1:] != IGNORE_INDEX
-        logits = self.llava.lm_head(hidden[:, :-1][answer])
-        return ModelOutput(logits, batch.labels[:, 1:][answer], connected)
+        logits = self.llava.lm_head(hidden[rows, columns])
+        return ModelOutput(logits, batch.labels[rows, columns + 1], connected)
 
     @torch.no_grad()
     def generate(
@@ -251,12 +252,13 @@ class PilotModel(nn.Module):
         if not visual.images:
             return embeddings
         tokens = self.spec.pack(self.llava, rows, visual.images)
-        places = input_ids == self.llava.config.image_token_id
-        if int(places.sum()) != len(tokens):
+        places = (input_ids.flatten() == self.llava.config.image_token_id).nonzero().squeeze(1)
+        if len(places) != len(tokens):
             raise ModelError(
-                f"The batch has {int(places.sum())} image tokens for {len(tokens)} visual features."
+                f"The batch has {len(places)} image tokens for {len(tokens)} visual features."
             )
-        return embeddings.masked_scatter(places.unsqueeze(-1), tokens.to(embeddings.dtype))
+        flat = embeddings.flatten(0, 1).index_copy(0, places, tokens.to(embeddings.dtype))
+        return flat.reshape(embeddings.shape)
 
     def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
         self.llava.model.multi_modal_projector = connector.to(self.device)

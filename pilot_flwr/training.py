@@ -111,8 +111,9 @@ def train(
         visuals = encode([examples[i] for i in part] for step in steps for part in step)
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
-            meter.update(_accumulate(model, batches, visuals, config))
-            _clip(meter.groups, config.max_grad_norm, stage=model.stage)
+            losses = _accumulate(model, batches, visuals, config)
+            norms = _clip(meter.groups, config.max_grad_norm, stage=model.stage)
+            meter.update(_checked(losses, norms, stage=model.stage))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -156,6 +157,8 @@ def _optimizer(
             {"params": connector, "lr": rates.connector_lr},
         ],
         weight_decay=config.weight_decay,
+        # The other way on a GPU has temporary tensors as large as all that is trained.
+        fused=True if model.device.type == "cuda" else None,
     )
     # Rounded down: transformers' warm-up begins at rate zero, which would waste the only step
     # of a very short training.
@@ -167,14 +170,15 @@ def _optimizer(
 
 def _accumulate(
     model: PilotModel, batches: list[Batch], visuals: Iterator[Visual], config: TrainConfig
-) -> Losses:
-    """Backpropagate one optimizer step's micro-batches; return its losses.
+) -> Tensor:
+    """Backpropagate one optimizer step's micro-batches; return its losses, float64.
 
     Cross-entropy is the mean over the answer tokens of the whole step, so that accumulation
-    changes nothing but memory; the auxiliary losses are means over its micro-batches.
+    changes nothing but memory; the auxiliary losses are means over its micro-batches. Nothing
+    here waits for the device to have a value.
     """
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
-    losses = dict.fromkeys(LOSSES, 0.0)
+    losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
     for batch in batches:
         with autocast(model.device, config.autocast):
             output = model(batch.to(model.device), next(visuals))
@@ -184,26 +188,42 @@ def _accumulate(
             output.connector.features, *(share * part for part in output.connector[1:])
         )
         loss = total_loss(summed / num_tokens, parts, config)
-        if not torch.isfinite(loss):
-            raise _diverged(f"The loss is {loss.item()}", model.stage)
         loss.backward()  # type: ignore[no-untyped-call]
         values = (loss, summed / num_tokens, parts.difference, parts.balance, parts.z)
-        for name, value in zip(losses, values, strict=True):
-            losses[name] += value.item()
+        losses += torch.stack([value.detach().double() for value in values])
     return losses
 
 
-def _clip(groups: dict[GroupName, dict[str, nn.Parameter]], max_norm: float, *, stage: int) -> None:
+def _clip(
+    groups: dict[GroupName, dict[str, nn.Parameter]], max_norm: float, *, stage: int
+) -> dict[GroupName, Tensor]:
     """Scale the gradient of each trained group to a norm of at most `max_norm`, by itself.
 
     The normalized difference loss does not depend on the scale of x_s, so its gradient grows
     as 1/‖x_s‖, and after identity initialisation x_s begins at zero. Clipped together, ψ_s
     would shrink the gradients of Θ_l and ψ_t with its own, by an order of magnitude.
+
+    Returns the norms before, by group.
     """
-    for group in trained_groups(stage):
-        norm = nn.utils.clip_grad_norm_(groups[group].values(), max_norm)
-        if not torch.isfinite(norm):
-            raise _diverged(f"The norm of the gradient of {group} is {norm.item()}", stage)
+    return {
+        group: nn.utils.clip_grad_norm_(groups[group].values(), max_norm)
+        for group in trained_groups(stage)
+    }
+
+
+def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> Losses:
+    """Return the losses by name, unless one or a gradient is not finite.
+
+    The one place of a step that waits for the device: all its numbers come over together.
+    """
+    values = torch.cat([losses, torch.stack(list(norms.values())).double()]).tolist()
+    found = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
+    if not math.isfinite(found["total"]):
+        raise _diverged(f"The loss is {found['total']}", stage)
+    for group, norm in zip(norms, values[len(LOSSES) :], strict=True):
+        if not math.isfinite(norm):
+            raise _diverged(f"The norm of the gradient of {group} is {norm}", stage)
+    return found
 
 
 def _diverged(what: str, stage: int) -> TrainingError:
