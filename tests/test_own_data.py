@@ -9,8 +9,10 @@ from inprocess import Federation
 from llava_files import write_federation
 from PIL import Image
 
+from pilot_flwr import turn
 from pilot_flwr.cli import main
 from pilot_flwr.config import load_config
+from pilot_flwr.data.examples import KeptImage
 from pilot_flwr.data.files import check_simulated
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.federation_file import expand
@@ -97,9 +99,6 @@ def test_real_sites_with_the_same_files_are_the_same_run(federation, tmp_path):
 
 def test_features_and_losses_are_those_of_the_images_in_memory(federation, tmp_path, monkeypatch):
     """The same examples, held in memory instead of read from files, give the same run."""
-    from pilot_flwr import turn
-    from pilot_flwr.data.examples import KeptImage
-
     words = overrides(federation, "data.clients_per_task=1")
     one = Federation(tmp_path / "one", words).run()
     read = turn.client_examples
@@ -122,8 +121,15 @@ def break_row(federation, task, number, **change):
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_a_broken_row_stops_its_client_before_anything_and_nobody_else(federation, tmp_path):
+def test_a_broken_row_stops_its_client_before_anything_and_nobody_else(
+    federation, tmp_path, monkeypatch
+):
     break_row(federation, "counting", 3, image="Ann Smith.png")
+    evaluated = []
+    evaluate = turn.Kit.evaluate
+    monkeypatch.setattr(
+        turn.Kit, "evaluate", lambda kit: evaluated.append(kit.site.client.id) or evaluate(kit)
+    )
     run = Federation(tmp_path / "run", overrides(federation, "data.clients_per_task=1")).run()
     failures = run.folder.select("failure")
     assert {e["client"] for e in failures} == {"counting-0"}
@@ -131,7 +137,7 @@ def test_a_broken_row_stops_its_client_before_anything_and_nobody_else(federatio
     assert "train.json, row 4, image 1 cannot be opened" in reason
     assert "Ann" not in reason and str(federation.parent) not in reason
     trained = {e["client"] for e in run.folder.select("train")}
-    assert trained == {"vqa-0"}
+    assert trained == {"vqa-0"} and set(evaluated) == {"vqa-0"}
 
 
 def test_an_allowed_share_is_left_out_and_the_rest_is_trained(federation, tmp_path):
