@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint check bench clean
+.PHONY: demo test test-slow test-extras lint check bench clean
 
 demo: $(STAMP)
 	$(BIN)/pilot-flwr run experiment=demo
@@ -15,6 +15,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# Tests that need an extra: a 4-bit base, and captions scored by way of Java.
+test-extras: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[captions,quantization]"
+	$(BIN)/pytest tests/test_model_options.py tests/metrics
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
