@@ -18,12 +18,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import transformers
 from _record import RESULTS, write_record
 from _timing import summarize, take_turns
+from random_base import HALF_BILLION, TINY, write_random_base
 from transformers.utils import logging as transformers_logging
 
 from pilot_flwr.base import load_processor
@@ -34,7 +34,6 @@ from pilot_flwr.initial import initial_state
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import warm_model
 from pilot_flwr.settings import PilotConfig, TrainConfig
-from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.turn import (
     Order,
     Site,
@@ -46,61 +45,6 @@ from pilot_flwr.turn import (
 )
 
 RESULT = RESULTS / "client_turn.json"
-
-
-class Size(NamedTuple):
-    """Sizes of a checkpoint to make: a CLIP tower and a Llama."""
-
-    vision_width: int
-    vision_layers: int
-    width: int
-    inner: int
-    layers: int
-    vocabulary: int
-
-
-HALF_BILLION = Size(768, 12, 1024, 4096, 22, 32000)
-TINY = Size(64, 2, 64, 128, 2, 512)
-
-
-def make_checkpoint(folder: Path, size: Size) -> int:
-    """Write a random LLaVA in bfloat16 with the shipped tokenizer; return its parameter count.
-
-    Images are 56 x 56 pixels in patches of 14, so that one image is 16 tokens, as for tiny-llava.
-    """
-    image_size, patch_size, head = 56, 14, 64
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint_path("tiny-llava"))
-    processor.patch_size = patch_size
-    processor.image_processor.size = {"shortest_edge": image_size}
-    processor.image_processor.crop_size = {"height": image_size, "width": image_size}
-    processor.save_pretrained(folder)
-    shipped = transformers.AutoConfig.from_pretrained(checkpoint_path("tiny-llava"))
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=size.vision_width,
-            intermediate_size=4 * size.vision_width,
-            num_hidden_layers=size.vision_layers,
-            num_attention_heads=size.vision_width // head,
-            image_size=image_size,
-            patch_size=patch_size,
-        ),
-        text_config=transformers.LlamaConfig(
-            hidden_size=size.width,
-            intermediate_size=size.inner,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.width // head,
-            num_key_value_heads=size.width // head,
-            vocab_size=size.vocabulary,
-            pad_token_id=shipped.text_config.pad_token_id,
-            bos_token_id=shipped.text_config.bos_token_id,
-            eos_token_id=shipped.text_config.eos_token_id,
-        ),
-        image_token_index=shipped.image_token_id,
-        image_seq_length=(image_size // patch_size) ** 2,
-    )
-    model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class Rotation:
@@ -220,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = folder / "base"
-        make_checkpoint(made, TINY if options.quick else HALF_BILLION)
+        write_random_base(made, TINY if options.quick else HALF_BILLION)
         results["random"] = measure(str(made), folder / "random", repeats)
         results["random"]["file_bytes"] = sum(f.stat().st_size for f in made.glob("*.safetensors"))
         results["tiny-llava"] = measure("tiny-llava", folder / "tiny", repeats)
