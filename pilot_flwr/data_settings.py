@@ -62,8 +62,9 @@ class DataConfig:
     a client uses, drawn at random; 0 uses all. `image_aspect_ratio` is ``pad`` (to a square, in
     the image processor's mean colour, as LLaVA-1.5 does) or ``keep`` (as the image processor
     treats it). Up to a share `allowed_broken` of a client's rows may be broken or over-long: they
-    are skipped and counted; with 0, one broken row stops the client before it trains. `workers`
-    threads decode images while the model is busy with the batch before; 0 decodes in between.
+    are skipped and counted; with 0, one broken row stops the client before it trains.
+    `check_images` says how far each image is read for that: ``header``, or ``decode`` for all of
+    it, which takes as long as reading the data once. `workers` threads decode images while the model is busy with the batch before; 0 decodes in between.
     """
 
     source: str = "digits"
@@ -75,6 +76,7 @@ class DataConfig:
     files: dict[str, TaskFiles] = field(default_factory=dict)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     image_aspect_ratio: str = "keep"
+    check_images: str = "header"
     allowed_broken: float = 0.0
     workers: int = 0
 
@@ -90,6 +92,7 @@ class DataConfig:
         least = ALL if self.source == "llava" else 1
         at_least("data.train_examples", self.train_examples, least)
         at_least("data.test_examples", self.test_examples, least)
+        one_of("data.check_images", self.check_images, ("header", "decode"))
         one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("keep", "pad"))
         share("data.allowed_broken", self.allowed_broken)
         at_least("data.workers", self.workers, 0)

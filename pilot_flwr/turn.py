@@ -24,7 +24,7 @@ from pilot_flwr.data.federation import (
     padding_colour,
     task_metric,
 )
-from pilot_flwr.data.screening import usable
+from pilot_flwr.data.screening import decoding, usable
 from pilot_flwr.errors import StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
@@ -252,13 +252,14 @@ class Kit:
             files=self.site.files,
             background=padding_colour(data, self.processor.image_processor),
         )
-        collator = self.collator
+        check = self.collator.tokenize if split == "train" else self.collator.prompt
         return usable(
             examples,
             name=f"{split} split of client {client.id!r}",
-            check=collator.tokenize if split == "train" else collator.prompt,
+            check=decoding(check) if data.check_images == "decode" else check,
             allowed=data.allowed_broken,
-            settings=f"{split}/{collator.max_length}/{self.config.model}",
+            settings=f"{split}/{self.config.train.max_length}/{data.check_images}"
+            f"/{self.config.model}",
             folder=self.site.state_folder / "checked",
             progress=self.progress,
         )

@@ -1,9 +1,9 @@
 """Which of a client's rows can be used, found before it trains.
 
 A whole split is looked at once: structure, images (that they are there, in the folder, and have
-a header), length in tokens. Images are not decoded; ``pilot-flwr data check`` does that. The
-verdict is kept on the client's disk for as long as the files of rows and the settings that it
-depends on stay as they are, so that later messages of the run do not look again.
+a header; with `decoding`, that they are whole), length in tokens. The verdict is kept on the
+client's disk for as long as the files of rows and the settings that it depends on stay as they
+are, so that later messages of the run do not look again.
 """
 
 import hashlib
@@ -72,6 +72,17 @@ def usable(
         verdict.write_text(json.dumps(broken), encoding="utf-8")
         progress(f"{name}: {len(examples)} rows checked, {len(broken)} left out as broken")
     return examples.select(np.setdiff1d(np.arange(len(examples)), broken)) if broken else examples
+
+
+def decoding(check: Check) -> Check:
+    """Return a check that decodes every image too."""
+
+    def both(example: Example) -> None:
+        check(example)
+        for image in example.images:
+            image.read()
+
+    return both
 
 
 def _look(examples: LlavaExamples, check: Check) -> tuple[list[int], str]:

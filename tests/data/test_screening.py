@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.data.rows import RowFile
-from pilot_flwr.data.screening import usable
+from pilot_flwr.data.screening import decoding, usable
 from pilot_flwr.errors import DataError
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
@@ -128,3 +129,21 @@ def test_examples_in_memory_must_have_unique_ids(screen):
     with pytest.raises(DataError, match="gqa-0', 1 ids belong to more than one .* unique: 'x'"):
         screen(examples)
     assert screen(examples[:2]) == examples[:2]
+
+
+def test_an_image_that_is_broken_behind_its_header_is_found_by_decoding(tmp_path, screen):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    rows = [{"id": n, "image": n, "conversations": TURNS} for n in ("a.png", "b.png")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    examples = LlavaExamples([RowFile(tmp_path / "train.jsonl")], Reading(images=tmp_path))
+
+    def header(example):
+        return [image.size() for image in example.images]
+
+    assert len(screen(examples, header, allowed=0.5, settings="header")) == 2
+    left = screen(examples, decoding(header), allowed=0.5, settings="decode")
+    assert [example.id for example in left] == ["1:a.png"]
