@@ -2,7 +2,8 @@
 
 Run ``python benchmarks/run_all.py`` (about 15 minutes, 7 GiB) on a machine that does nothing else
 to renew ``benchmarks/results``, or ``--quick`` to see that all of them work. To add a benchmark,
-add its file to this folder and a row to `BENCHMARKS`, and its rows to ``tables.py``.
+add its file (or a folder with a ``run.py``) to this folder and a row to `BENCHMARKS`, and its rows to
+``tables.py``. What needs a GPU is left out where there is none, and says so.
 """
 
 import argparse
@@ -12,8 +13,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 FOLDER = Path(__file__).resolve().parent
-BENCHMARKS = ("connector", "aggregation", "client_turn", "demo", "rows")
+BENCHMARKS = ("connector", "aggregation", "client_turn", "demo", "rows", "plan", "gpu")
+
+
+def script(benchmark: str) -> Path:
+    """Return the file that runs a benchmark."""
+    folder = FOLDER / benchmark
+    return folder / "run.py" if folder.is_dir() else FOLDER / f"{benchmark}.py"
 
 
 def run_demo(folder: Path) -> None:
@@ -32,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         demo = Path(name) / "demo"
         for benchmark in BENCHMARKS:
             print(f"== {benchmark}", flush=True)
+            if benchmark == "gpu" and not options.quick and not torch.cuda.is_available():
+                print("left out: there is no GPU here", flush=True)
+                continue
             extra = ["--quick"] if options.quick else []
             if benchmark == "demo" and not options.quick:
                 run_demo(demo)
                 extra = [str(demo)]
-            script = str(FOLDER / f"{benchmark}.py")
-            subprocess.run([sys.executable, script, *extra], check=True)
+            subprocess.run([sys.executable, str(script(benchmark)), *extra], check=True)
 
 
 if __name__ == "__main__":

@@ -161,12 +161,112 @@ def rows_rows(results: Results) -> Rows:
     ]
 
 
+def gpu_rows(results: Results) -> Rows:
+    """Rows of ``gpu.json``; what a run that was stopped did not come to has none."""
+    goals = results["goals"]
+    rows = [row for best in results.get("best", []) for row in best_rows(best, results)]
+    for stage in (1, 2):
+        ratios = [
+            f"{case['micro_batch']}{'*' * case['gradient_checkpointing']}: "
+            f"{case['time_to_plain']:.2f} x, {case['peak_to_plain']:.2f} x"
+            for case in results.get("comparisons", [])
+            if case["stage"] == stage
+        ]
+        rows.append(
+            [
+                f"stage {stage}, time and peak memory to transformers + peft at the same "
+                "micro-batch (*: with gradient checkpointing)",
+                "; ".join(ratios),
+                f"<= {goals['time_to_plain']:g} x, <= {goals['peak_to_plain']:g} x",
+            ]
+        )
+    if switch := results.get("switch"):
+        rows.append(
+            [
+                "another client's personalised model on the warm base "
+                f"({human_bytes(switch['bytes'])} from memory and the cached disk)",
+                f"{switch['seconds']:.2f} s",
+                f"< {goals['switch_seconds']:g} s",
+            ]
+        )
+    return rows
+
+
+def best_rows(best: Results, results: Results) -> Rows:
+    """Rows of one stage and setting of checkpointing at its fastest micro-batch."""
+    goals = results["goals"]
+    checkpointing = "with" if best["gradient_checkpointing"] else "without"
+    rows = [
+        [
+            f"local training of {results['size']['name']}, stage {best['stage']}, {checkpointing} "
+            f"gradient checkpointing, micro-batch {best['micro_batch']}",
+            f"{best['tokens_per_second']:,.0f} tokens/s, {best['examples_per_second']:.1f} "
+            f"examples/s, peak {human_bytes(best['peak_bytes'])}",
+            "",
+        ],
+        [
+            "the same: operations needed, to the measured bf16 matrix rate "
+            f"({results['matrix_flops'] / 1e12:.0f} TFLOP/s)",
+            f"{best['utilisation']:.1%}",
+            f">= {goals['utilisation']:.0%}",
+        ],
+    ]
+    if "plain_micro_batch" in best:
+        rows.append(
+            [
+                "the same, to transformers + peft at its own best micro-batch "
+                f"({best['plain_micro_batch']}): time of an example, peak memory",
+                f"{best['time_to_plain']:.2f} x, {best['peak_to_plain']:.2f} x",
+                f"<= {goals['time_to_plain']:g} x, <= {goals['peak_to_plain']:g} x",
+            ]
+        )
+    return rows
+
+
+def plan_rows(results: Results) -> Rows:
+    """``plan.json`` has a table of its own, see `plan_table`; nothing in it is measured."""
+    return []
+
+
+def plan_table(record: Results) -> str:
+    """Return the table of ``plan.json``: a row per base model."""
+    plans = record["results"]
+    sizes = next(iter(plans.values()))["largest_micro_batch"]
+    rows = [
+        [
+            "base model",
+            "LoRA",
+            "per adapter",
+            "a client sends per exchange",
+            "receives (stage 2)",
+            "GPU memory, estimated",
+            *(f"largest micro-batch, {size} GiB" for size in sizes),
+        ]
+    ]
+    for title, plan in plans.items():
+        rows.append(
+            [
+                title,
+                f"{plan['lora'] / 1e6:.1f} M",
+                f"{plan['adapter'] / 1e6:.2f} M",
+                f"{plan['sent'] / 1e6:.1f} M, {human_bytes(plan['up_bytes'])}",
+                human_bytes(plan["down_bytes"]),
+                f"{plan['memory_bytes'] / 2**30:.0f} GiB at {plan['micro_batch']} x "
+                f"{plan['tokens']} tokens",
+                *(str(number or "none") for number in plan["largest_micro_batch"].values()),
+            ]
+        )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
     "client_turn": client_turn_rows,
     "demo": demo_rows,
     "rows": rows_rows,
+    "gpu": gpu_rows,
+    "plan": plan_rows,
 }
 """Rows by the name of a result file."""
 
@@ -195,8 +295,10 @@ def note(record: Results) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     changed = ", with uncommitted changes" if record["commit"]["dirty"] else ""
     commit = (record["commit"]["id"] or "unknown")[:12]
+    gpu = record["results"].get("device")
+    where = f"{gpu['name']}, " if isinstance(gpu, dict) and "name" in gpu else ""
     return (
-        f"`{record['command']}`: {machine['cores']} cores of {machine['cpu']}, load "
+        f"`{record['command']}`: {where}{machine['cores']} cores of {machine['cpu']}, load "
         f"{machine['load_average'][0]:.1f}, {packages}, {record['date'][:10]}, "
         f"commit {commit}{changed}"
     )
@@ -213,6 +315,9 @@ def readme(text: str, folder: Path = RESULTS) -> str:
             "demo": f"{record['results']['summary']}\n{note(record)}\n",
             "timeline": body,
         }
+    plan = folder / "plan.json"
+    if plan.exists():
+        contents["plan"] = plan_table(json.loads(plan.read_text()))
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)

@@ -1,0 +1,68 @@
+"""Record the plan of each base model: what is counted and estimated before anything is loaded.
+
+Nothing is measured here; the figures are those of ``pilot-flwr plan``, kept so that the README's
+table is made from a file. Run ``python benchmarks/plan.py`` (about a minute) to renew
+``benchmarks/results/plan.json``, or ``--quick`` to see that it works.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from _record import RESULTS, write_record
+
+from pilot_flwr.config import load_config
+from pilot_flwr.memory import MicroBatch
+from pilot_flwr.plan import make_plan
+
+RESULT = RESULTS / "plan.json"
+PAPER = "experiment=paper"
+CASES = {
+    "LLaVA-1.5-7B, the paper's scenario": PAPER,
+    "the same, without checkpointing": f"{PAPER} model.gradient_checkpointing=false",
+    "the same, 4-bit base, with checkpointing": f"{PAPER} model.quantization=4bit",
+    "LLaVA-1.5-13B": f"{PAPER} model=llava-1.5-13b",
+    "LLaVA-Interleave-0.5B": f"{PAPER} model=llava-interleave-0.5b",
+    "LLaVA-OneVision-0.5B": f"{PAPER} model=llava-onevision-0.5b",
+}
+"""Overrides by title; rank, tasks and clients are the paper's in all."""
+
+GPU_GIB = (24, 80)
+
+
+def figures(overrides: str) -> dict[str, Any]:
+    """Return one plan's figures, parameters in numbers and memory in bytes."""
+    plan = make_plan(load_config(overrides))
+    memory = [stage.memory for stage in plan.stages.values()]
+    batch = MicroBatch(plan.batch.examples)
+    return {
+        "overrides": overrides,
+        "lora": plan.stages[1].parameters["lora"],
+        "adapter": plan.stages[1].parameters["own_task_adapter"],
+        "sent": plan.stages[1].sent,
+        "up_bytes": plan.stages[1].up_bytes,
+        "down_bytes": plan.stages[2].down_bytes,
+        "micro_batch": plan.batch.examples,
+        "tokens": plan.batch.rows * plan.visual_tokens + plan.batch.text_tokens,
+        "memory_bytes": max(part.total for part in memory),
+        "largest_micro_batch": {
+            str(size): min(part.largest_micro_batch(size * 2**30, batch) for part in memory)
+            for size in GPU_GIB
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the result file, or print one case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the tiny base alone, written nowhere")
+    if parser.parse_args(arguments).quick:
+        print(json.dumps(figures("experiment=demo"), indent=2))
+        return
+    results = {title: figures(overrides) for title, overrides in CASES.items()}
+    write_record(RESULT, results, packages=("pilot-flwr", "torch", "transformers", "peft"))
+
+
+if __name__ == "__main__":
+    main()
