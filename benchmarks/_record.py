@@ -48,9 +48,11 @@ def write_record(path: Path, results: Mapping[str, Any], *, packages: Sequence[s
 
 def command() -> str:
     """Return the command as typed from the repository's root, without folders of this machine."""
-    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    script = Path(sys.argv[0]).resolve()
+    inside = script.is_relative_to(ROOT)
+    shown = script.relative_to(ROOT).as_posix() if inside else f"benchmarks/{script.name}"
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return " ".join(["python", script, *words])
+    return " ".join(["python", shown, *words])
 
 
 def commit() -> dict[str, Any]:

@@ -10,6 +10,15 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what is marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def processor():
     return load_processor("tiny-llava")
