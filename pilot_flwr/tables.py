@@ -8,6 +8,7 @@ aggregation returned.
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.parameters import GROUPS
 from pilot_flwr.run_folder import Event, select
 from pilot_flwr.wording import human_bytes
@@ -90,7 +91,9 @@ def summary(events: Sequence[Event]) -> str:
         rows.append(row)
     last = [sum(means[r]) / len(means[r]) for r in rounds]
     rows.append(["**mean over tasks**", "", "", *(f"**{value:.3f}**" for value in last)])
-    return markdown(rows)
+    ranges = {METRICS[event["metric"]].maximum for event in evaluated}
+    note = "\nThe metrics have different ranges: their mean is no figure to compare.\n"
+    return markdown(rows) + (note if len(ranges) > 1 else "")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -81,3 +81,13 @@ def test_an_approximate_metric_is_called_so(tmp_path):
     assert "(approximate)" not in summary(run.events)
     run.record("evaluate", client="b", score=0.5, approximate=True, **scored)
     assert "| cider_d (approximate) | 4             | 1.000" in summary(run.events)
+
+
+def test_a_mean_over_metrics_of_different_ranges_says_so(tmp_path):
+    run = RunFolder(tmp_path)
+    for task, metric in (("captions", "cider_d"), ("vqa", "exact_match")):
+        note = "different ranges" in summary(run.events)
+        assert not note
+        run.record("evaluate", round=0, client=task, task=task, score=0.5, metric=metric,
+                   examples=2, seconds=1.0)  # fmt: skip
+    assert "different ranges: their mean is no figure to compare" in summary(run.events)
