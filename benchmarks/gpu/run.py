@@ -130,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--steps", type=int, default=5, help="steps of each case that count")
-    parser.add_argument("--rounds", type=int, help="default: 1 on a GPU, 5 on a CPU")
-    parser.add_argument("--most", type=int, help="largest micro-batch; default: 64, on a CPU 4")
+    parser.add_argument("--rounds", type=int, help="default: 1 on a GPU, 3 on a CPU")
+    parser.add_argument("--most", type=int, help="largest micro-batch; default: 64, on a CPU 2")
     parser.add_argument("--quick", action="store_true", help="tiny on a CPU, nothing written")
     options = parser.parse_args(arguments)
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "tiny" if options.quick else name,
         device,
         steps=1 if options.quick else options.steps,
-        rounds=1 if options.quick else options.rounds or (1 if on_gpu else 5),
-        most=1 if options.quick else options.most or (64 if on_gpu else 4),
+        rounds=1 if options.quick else options.rounds or (1 if on_gpu else 3),
+        most=1 if options.quick else options.most or (64 if on_gpu else 2),
         save=save,
     )
     print(json.dumps(results if on_gpu else without_times(results), indent=2))
