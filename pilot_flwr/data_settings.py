@@ -64,7 +64,8 @@ class DataConfig:
     treats it). Up to a share `allowed_broken` of a client's rows may be broken or over-long: they
     are skipped and counted; with 0, one broken row stops the client before it trains.
     `check_images` says how far each image is read for that: ``header``, or ``decode`` for all of
-    it, which takes as long as reading the data once. `workers` threads decode images while the model is busy with the batch before; 0 decodes in between.
+    it, which takes as long as reading the data once. `workers` threads decode images while the
+    model is busy with the batch before; 0 decodes in between.
     """
 
     source: str = "digits"
