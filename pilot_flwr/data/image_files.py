@@ -22,7 +22,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are decoded, in Pillow's words; of several frames the first one."""
 
 MOST_PIXELS = 89_478_485
-"""Largest image in pixels: Pillow's own bound against decompression bombs."""
+"""Largest image in pixels, padding included: Pillow's own bound against decompression bombs."""
+
+MOST_STRETCHED = 100
+"""Most times that one side may be as long as the other.
+
+Image processors that bring the shorter side to their own size make a short thin image huge.
+"""
 
 Colour = tuple[int, int, int]
 """RGB, each from 0 to 255."""
@@ -89,7 +95,8 @@ class ImageFile:
         Raises
         ------
         ImageError
-            As for `path`; or the image is in none of `FORMATS`, too large, broken or cut short.
+            As for `path`; or the image is in none of `FORMATS`, too large, too long and thin,
+            broken or cut short.
         """
         with self._open() as image:
             try:
@@ -98,9 +105,11 @@ class ImageFile:
                 transparent = image.mode == "P" and "transparency" in image.info
                 pixels = image.convert("RGBA") if transparent else image
                 pixels = pixels.convert("RGB")
+                if self.background is not None:
+                    pixels = expand_to_square(pixels, self.background)
             except Exception as error:  # decoders raise all kinds on broken files
                 raise self._error(f"cannot be decoded ({type(error).__name__})") from None
-        return pixels if self.background is None else expand_to_square(pixels, self.background)
+        return pixels
 
     def size(self) -> tuple[int, int]:
         """Return (height, width) of what `read` gives, from the file's header.
@@ -150,13 +159,22 @@ class ImageFile:
             raise self._too_large() from None
         except Exception as error:  # as in `read`; Pillow's texts have the file's path
             raise self._error(f"cannot be read as an image ({type(error).__name__})") from None
-        if math.prod(image.size) > MOST_PIXELS:
+        if wrong := self._wrong_size(*image.size):
             image.close()
-            raise self._too_large()
-        if 0 in image.size:
-            image.close()
-            raise self._error("has no pixels")
+            raise wrong
         return image
+
+    def _wrong_size(self, width: int, height: int) -> ImageError | None:
+        longer, shorter = max(width, height), min(width, height)
+        if longer * shorter > MOST_PIXELS:
+            return self._too_large()
+        if not shorter:
+            return self._error("has no pixels")
+        if self.background is not None and longer**2 > MOST_PIXELS:
+            return self._error(f"has more than {MOST_PIXELS:,} pixels when padded to a square")
+        if longer > MOST_STRETCHED * shorter:
+            return self._error(f"has one side more than {MOST_STRETCHED} times as long as the other")
+        return None
 
     def _too_large(self) -> ImageError:
         return self._error(f"has more than {MOST_PIXELS:,} pixels")

@@ -28,8 +28,8 @@ def image(folder, name, **more):
     return ImageFile(folder, name, "train.json, row 17, image 1", **more)
 
 
-def refused(folder, name, message):
-    for read in (image(folder, name).read, image(folder, name).size):
+def refused(folder, name, message, **more):
+    for read in (image(folder, name, **more).read, image(folder, name, **more).size):
         with pytest.raises(ImageError, match=f"^train.json, row 17, image 1 {message}") as error:
             read()
         assert error.value.path == name
@@ -126,6 +126,38 @@ def png_header(width, height):
 def test_a_decompression_bomb_is_refused_by_its_header(folder, side):
     (folder / "bomb.png").write_bytes(png_header(side, side))
     refused(folder, "bomb.png", "has more than 89,478,485 pixels")
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 400), (400, 30_000), (9_460, 95)])
+def test_padding_counts_for_the_bound_before_anything_is_allocated(folder, width, height):
+    """The largest square within the bound has a side of 9,459 pixels."""
+    (folder / "long.png").write_bytes(png_header(width, height))
+    message = "has more than 89,478,485 pixels when padded to a square"
+    refused(folder, "long.png", message, background=(1, 2, 3))
+    assert image(folder, "long.png").size() == (height, width)  # without padding it is fine
+
+
+def test_the_largest_square_that_padding_may_make(folder):
+    (folder / "long.png").write_bytes(png_header(9_459, 95))
+    assert image(folder, "long.png", background=(1, 2, 3)).size() == (9_459, 9_459)
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 1), (1, 101), (201, 2)])
+def test_a_thread_of_pixels_is_refused_by_its_header(folder, width, height):
+    """An image processor would bring its short side, and so its long one, to some 300 times."""
+    (folder / "thin.png").write_bytes(png_header(width, height))
+    refused(folder, "thin.png", "has one side more than 100 times as long as the other")
+    (folder / "thin.png").write_bytes(png_header(100, 1))
+    assert image(folder, "thin.png").size() == (1, 100)
+
+
+def test_memory_that_is_not_there_is_an_error_of_the_image(folder, monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(image_files, "expand_to_square", exhausted)
+    with pytest.raises(ImageError, match=r"image 1 cannot be decoded \(MemoryError\)"):
+        image(folder, "a.png", background=(1, 2, 3)).read()
 
 
 def test_the_bound_is_pillows_own():
