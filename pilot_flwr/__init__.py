@@ -40,6 +40,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.partition        rows dealt out to clients by Flower's partitioners
     data.files            which files a client has, and which rows are its own
     data.screening        which rows can be used, found before a training
+    data.chat_template    a conversation as text, and where its answers are
     data.collator         examples to batches of token ids
     data.federation       who the clients are, and which examples each has
     data.check            all that can be known about rows before a training

@@ -7,7 +7,7 @@ import json
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -40,12 +40,74 @@ QWEN_TEMPLATE = (
 """LLaVA-OneVision as on the hub: the generation prompt is not how an answered turn begins."""
 
 
+INTERLEAVE_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""LLaVA-Interleave as on the hub: a prompt ends between two newlines, which are one token."""
+
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2's tokenizer splits text: newlines stay together."""
+
+
+def llama_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Llama's kind: a blank before every word, bytes for unknown characters, a first token."""
+    words = ["▁USER", "▁ASSISTANT", "▁What", "▁is", "▁in", "▁two", "▁zebras", "▁one", "USER"]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    merges = []
+    for character in sorted(set("".join(words)) | set(":?.,abcdefghijklmnopqrstuvwxyzAWE▁")):
+        vocabulary.setdefault(character, len(vocabulary))
+    for word in words:
+        for end in range(1, len(word)):
+            if (pair := (word[:end], word[end])) not in merges:
+                merges.append(pair)
+            vocabulary.setdefault(word[: end + 1], len(vocabulary))
+    model = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    model.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="first", split=False
+    )
+    model.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE],
+    )
+
+
 def tokenizer(*, eos: str, more: tuple[str, ...] = ()) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE over a few words, with the special tokens of the templates."""
-    words = ["USER: What is in the image? ASSISTANT: two zebras and one giraffe user assistant"]
+    """Qwen's kind: a byte-level BPE, here over a few words, with the templates' special tokens."""
+    words = ["USER: What is in the image? ASSISTANT: two zebras and one giraffe user assistant\n\n"]
     special = [eos, "<pad>", IMAGE, *more]
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -77,7 +139,7 @@ def text_config(kind, vocabulary):
 
 def write_llava_15(folder):
     """LLaVA-1.5's kind: CLIP with a class token, Llama, Vicuna's template."""
-    tokens = tokenizer(eos="</s>")
+    tokens = llama_tokenizer()
     config = LlavaConfig(
         text_config=text_config("llama", len(tokens)),
         vision_config=CLIPVisionConfig(
@@ -121,7 +183,7 @@ def write_interleave(folder):
         patch_size=14,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
-        chat_template=QWEN_TEMPLATE,
+        chat_template=INTERLEAVE_TEMPLATE,
     )
     return _save(folder, transformers.LlavaForConditionalGeneration, config, processor)
 

@@ -55,6 +55,7 @@ LAYERS = [
         "data.partition",
         "data.files",
         "data.screening",
+        "data.chat_template",
         "data.collator",
         "data.federation",
         "data.check",

@@ -1,20 +1,18 @@
 """From examples to token tensors, with labels on the assistant's tokens alone.
 
-The processor's own chat template renders the text. Where an answer ends is read off the
-template; if no special token follows it there, the tokenizer's end token is put behind it, as
-LLaVA's own training format has it. The tokenizer's offsets say which tokens are the answer's.
-Nothing about one template is hard-coded.
+The text and where its answers are come from `pilot_flwr.data.chat_template`; the tokenizer's
+offsets say which tokens are the answers'.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
+from pilot_flwr.data.chat_template import ChatTemplate, Rendered
+from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.errors import DataError
 
 IGNORE_INDEX = -100
@@ -44,17 +42,6 @@ class Batch:
         return Batch(
             self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
         )
-
-
-_PROBE = (Turn("user", "a"), Turn("assistant", "b"))
-"""A conversation that shows how a template treats any."""
-
-
-class _Rendered(NamedTuple):
-    """A conversation as text, and where its answers with their end tokens are in it."""
-
-    text: str
-    answers: list[tuple[int, int]]
 
 
 def same_for_all(tokens: int) -> TokenCounter:
@@ -89,8 +76,7 @@ class Collator:
         self.tokenizer = processor.tokenizer
         self.count_tokens = count_tokens
         self.max_length = max_length
-        self.system_prompt = system_prompt
-        self._special = sorted(_special_tokens(self.tokenizer) - {processor.image_token})
+        self.template = ChatTemplate(processor, system_prompt=system_prompt)
 
     def train_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize whole conversations, padded on the right.
@@ -102,6 +88,10 @@ class Collator:
         """
         rows = [self.tokenize(example) for example in examples]
         return self._pad([ids for ids, _ in rows], [labels for _, labels in rows], side="right")
+
+    def end_token_id(self) -> int:
+        """Return the id of the token that ends every answer: where generation has to stop."""
+        return self.template.end_token_id()
 
     def prompt_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize all turns but the last, ready to generate, padded on the left."""
@@ -148,85 +138,17 @@ class Collator:
             labels.append(token if inside and end > start else IGNORE_INDEX)
         return encoded["input_ids"], labels
 
-    def end_token_id(self) -> int:
-        """Return the id of the token that ends every answer: where generation has to stop."""
-        text, ((_, end),) = self._conversation(Example("", (), _PROBE), _PROBE)
-        ends = [token for token in self._special if text[:end].endswith(token)]
-        return int(self.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
-
     def _conversation(
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
-    ) -> _Rendered:
-        """Render turns, with image tokens in their number and an end token after each answer."""
-        whole = self._prompt(turns) if generate else self._render(turns)
-        text, answers, done = "", [], 0
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            start, end, after = self._answer_span(example, turns, index, whole)
-            text += whole[done:start]
-            begin = len(text)
-            text += whole[start:end]
-            if after is None:  # the template has no end token; white space would follow
-                text += str(self.tokenizer.eos_token)
-                done = end + len(whole[end:]) - len(whole[end:].lstrip())
-            else:
-                text += whole[end:after]
-                done = after
-            answers.append((begin, len(text)))
-        return self._with_image_tokens(example, _Rendered(text + whole[done:], answers))
+    ) -> Rendered:
+        """Render turns of an example, with image tokens in their number."""
+        try:
+            rendered = self.template.render(turns, generate=generate)
+        except DataError as error:
+            raise DataError(f"{example.name}: {error}") from None
+        return self._with_image_tokens(example, rendered)
 
-    def _answer_span(
-        self, example: Example, turns: Sequence[Turn], index: int, whole: str
-    ) -> tuple[int, int, int | None]:
-        """Return where an answer begins and ends, and where the end token after it ends."""
-        through = self._render(turns[: index + 1])
-        end, after = self._before_end_tokens(through)
-        answer = turns[index].text.strip()
-        if not whole.startswith(through) or not through[:end].endswith(answer):
-            raise DataError(
-                f"{example.name}: the chat template renders turn {index + 1} differently on "
-                "its own, so the answer cannot be located."
-            )
-        if self._prompts_are_beginnings:
-            return len(self._render(turns[:index], generate=True)), end, after
-        return end - len(answer), end, after
-
-    def _before_end_tokens(self, text: str) -> tuple[int, int | None]:
-        """Return the end of `text` without white space and special tokens, and of the first one."""
-        end, after = len(text.rstrip()), None
-        while token := next((t for t in self._special if text[:end].endswith(t)), None):
-            after = end
-            end = len(text[: end - len(token)].rstrip())
-        return end, after
-
-    @functools.cached_property
-    def _prompts_are_beginnings(self) -> bool:
-        """Whether the template's generation prompt begins an answered conversation.
-
-        LLaVA-OneVision's does not: it ends in ``assistant`` and a newline, where an answer has a
-        blank between the two.
-        """
-        prompt = self._render(_PROBE[:1], generate=True)
-        return self._render(_PROBE).startswith(prompt)
-
-    def _prompt(self, turns: Sequence[Turn]) -> str:
-        """Render what generation starts from: exactly what training has before an answer."""
-        if self._prompts_are_beginnings:
-            return self._render(turns, generate=True)
-        answered = self._render([*turns, _PROBE[1]])
-        return answered[: self._before_end_tokens(answered)[0] - len(_PROBE[1].text)]
-
-    def _render(self, turns: Sequence[Turn], *, generate: bool = False) -> str:
-        system = [Turn("user", self.system_prompt)] if self.system_prompt else []
-        messages = [{"role": "system", "content": _content(turn.text)} for turn in system]
-        messages += [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
-        return text
-
-    def _with_image_tokens(self, example: Example, rendered: _Rendered) -> _Rendered:
+    def _with_image_tokens(self, example: Example, rendered: Rendered) -> Rendered:
         """Repeat each image token as often as its image has features."""
         image_token = self.processor.image_token
         pieces = rendered.text.split(image_token)
@@ -240,7 +162,7 @@ class Collator:
         for piece, count in zip(pieces[1:], counts, strict=True):
             moved.append((len(text), (count - 1) * len(image_token)))
             text += image_token * count + piece
-        return _Rendered(text, [_shift(span, moved) for span in rendered.answers])
+        return Rendered(text, [_shift(span, moved) for span in rendered.answers])
 
     def _tokens(self, text: str) -> Any:
         bos = self.tokenizer.bos_token
@@ -282,19 +204,3 @@ def _shift(span: tuple[int, int], moved: Sequence[tuple[int, int]]) -> tuple[int
         if place < start:
             start, end = start + length, end + length
     return start, end
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(map(str, tokenizer.all_special_tokens))
-
-
-def _content(text: str) -> list[dict[str, str]]:
-    """Split LLaVA's text with its image markers into a chat message's parts."""
-    parts: list[dict[str, str]] = []
-    for index, piece in enumerate(text.split(IMAGE_MARKER)):
-        if index > 0:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
-    return parts

@@ -48,21 +48,21 @@ TWO = (*ONE, "And else?", "one giraffe")
         (
             "llava-1.5",  # Vicuna-v1: the template has no end token, the tokenizer's is put there
             ONE,
-            "USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>",
-            [" two zebras</s>"],
+            "<s> USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>",
+            ["two zebras</s>"],
         ),
         (
             "llava-1.5",
             TWO,
-            "USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>"
+            "<s> USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>"
             "USER: And else? ASSISTANT: one giraffe</s>",
-            [" two zebras</s>", " one giraffe</s>"],
+            ["two zebras</s>", "one giraffe</s>"],
         ),
         (
             "interleave",  # ChatML: the template's own end token, and nothing after it
             ONE,
-            "<|im_start|>user <image><image>\nWhat is in the image?<|im_end|>"
-            "<|im_start|>assistant \ntwo zebras<|im_end|>",
+            "<|im_start|>user\n<image><image>\nWhat is in the image?<|im_end|>\n"
+            "<|im_start|>assistant\n\ntwo zebras<|im_end|>\n",
             ["two zebras<|im_end|>"],
         ),
         (
@@ -77,14 +77,14 @@ TWO = (*ONE, "And else?", "one giraffe")
         (
             "llava-1.5",  # an answer that is also part of the question, of the role, of the markup
             ("<image>\nassistant or A?", "A"),
-            "USER: <image><image>\nassistant or A? ASSISTANT: A</s>",
-            [" A</s>"],
+            "<s> USER: <image><image>\nassistant or A? ASSISTANT: A</s>",
+            ["A</s>"],
         ),
         (
             "interleave",
             ("<image>\nassistant?", "assistant"),
-            "<|im_start|>user <image><image>\nassistant?<|im_end|>"
-            "<|im_start|>assistant \nassistant<|im_end|>",
+            "<|im_start|>user\n<image><image>\nassistant?<|im_end|>\n"
+            "<|im_start|>assistant\n\nassistant<|im_end|>\n",
             ["assistant<|im_end|>"],
         ),
     ],
@@ -99,8 +99,9 @@ def test_a_prompt_is_exactly_what_stands_before_the_last_answers_labels(tmp_path
     collator = make(name, tmp_path)
     example = conversation(*turns)
     ids, labels = collator.tokenize(example)
-    last = len(labels) - labels[::-1].index(IGNORE_INDEX)
-    assert collator.prompt_batch([example]).input_ids[0].tolist() == ids[:last]
+    end = max(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
+    start = max(n for n in range(end) if labels[n] == IGNORE_INDEX) + 1
+    assert collator.prompt_batch([example]).input_ids[0].tolist() == ids[:start]
 
 
 @pytest.mark.parametrize(("name", "token"), [("llava-1.5", "</s>"), ("interleave", "<|im_end|>")])
@@ -109,22 +110,59 @@ def test_generation_stops_where_labels_end(tmp_path, name, token):
     assert collator.tokenizer.convert_ids_to_tokens(collator.end_token_id()) == token
 
 
+def test_a_hand_made_vector_of_llamas_tokens(tmp_path):
+    """Vicuna-v1 as Llama's tokenizer has it: a first token, blanks before words, bytes."""
+    ids, labels = (collator := make("llava-1.5", tmp_path)).tokenize(conversation(*ONE))
+    tokens = collator.tokenizer.convert_ids_to_tokens(ids)
+    question = ["<0x0A>", *"What", "▁is", "▁in", "▁t", *"he", "▁i", *"mage", "?"]
+    before = ["<s>", "▁USER", ":", "▁", "<image>", "<image>", *question, "▁ASSISTANT", ":"]
+    assert tokens == [*before, "▁two", "▁zebras", "</s>"]
+    assert labels == [IGNORE_INDEX] * len(before) + ids[-3:]
+
+
+def test_newlines_on_both_sides_of_a_prompts_end_are_one_token(tmp_path):
+    """As in Qwen's vocabulary; a prompt that ended between the two would be another one."""
+    collator = make("interleave", tmp_path)
+    ids, labels = collator.tokenize(conversation(*ONE))
+    pieces = [collator.tokenizer.decode([token]) for token in ids]
+    assert "\n\n" in pieces
+    assert labels[pieces.index("\n\n")] == IGNORE_INDEX
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<image>\n<image>\nWhich?", "USER: <image><image>\n<image><image>\nWhich?"),
+        (
+            "One: <image> is a zebra. Two: <image> is what?",
+            "USER: One: <image><image> is a zebra. Two: <image><image> is what?",
+        ),
+        ("<image>\nThis, and <image>?", "USER: <image><image>\nThis, and <image><image>?"),
+    ],
+)
+def test_images_stay_where_the_text_has_them(tmp_path, text, expected):
+    """The template would put both in front."""
+    example = conversation(text, "two", images=(IMAGE, IMAGE))
+    rendered, _ = read(make("llava-1.5", tmp_path), example)
+    assert rendered == f"<s> {expected} ASSISTANT: two</s>"
+
+
 def test_text_alone_and_several_images(tmp_path):
     collator = make("llava-1.5", tmp_path)
     text, labelled = read(collator, conversation("What is in it?", "two", images=()))
-    assert (text, labelled) == ("USER: What is in it? ASSISTANT: two</s>", [" two</s>"])
+    assert (text, labelled) == ("<s> USER: What is in it? ASSISTANT: two</s>", ["two</s>"])
     several = conversation("<image>\n<image>\nWhich?", "two", images=(IMAGE, IMAGE))
     text, labelled = read(collator, several)
-    assert text == "USER: <image><image>\n<image><image>\nWhich? ASSISTANT: two</s>"
-    assert labelled == [" two</s>"]
+    assert text == "<s> USER: <image><image>\n<image><image>\nWhich? ASSISTANT: two</s>"
+    assert labelled == ["two</s>"]
     assert collator.length(several) == len(collator.tokenize(several)[0])
 
 
 def test_the_system_prompt_begins_the_conversation_and_is_not_learnt(tmp_path):
     collator = make("llava-1.5", tmp_path, system_prompt="A chat.")
     text, labelled = read(collator, conversation(*ONE))
-    assert text.startswith("A chat. USER: <image><image>\nWhat")
-    assert labelled == [" two zebras</s>"]
+    assert text.startswith("<s> A chat. USER: <image><image>\nWhat")
+    assert labelled == ["two zebras</s>"]
 
 
 def test_the_processors_own_encoding_is_the_same(tmp_path):
