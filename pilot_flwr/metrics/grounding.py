@@ -40,11 +40,31 @@ def grounding(prediction: str, references: Sequence[str]) -> float:
     Raises
     ------
     DataError
-        A reference is not a box of LLaVA's form with an area.
+        As `check_boxes`.
     """
-    expected = [_reference(text) for text in references]
+    expected = check_boxes(references)
     said = parse_box(prediction)
     return float(said is not None and any(iou(said, box) > THRESHOLD for box in expected))
+
+
+def check_boxes(references: Sequence[str]) -> list[Box]:
+    """Return the references as boxes.
+
+    Raises
+    ------
+    DataError
+        One is not a box of LLaVA's form with an area; the message does not have its text.
+    """
+    boxes = []
+    for number, text in enumerate(references, start=1):
+        box = parse_box(text)
+        if box is None:
+            raise DataError(
+                f"Reference {number} is not a box; it must be '[x1, y1, x2, y2]' with edges from "
+                "0 to 1 and x1 < x2, y1 < y2."
+            )
+        boxes.append(box)
+    return boxes
 
 
 def parse_box(text: str) -> Box | None:
@@ -65,13 +85,3 @@ def iou(first: Box, second: Box) -> Fraction:
         min(first.lower, second.lower),
     ).area
     return common / (first.area + second.area - common)
-
-
-def _reference(text: str) -> Box:
-    box = parse_box(text)
-    if box is None:
-        raise DataError(
-            f"The reference {text!r} is not a box; it must be '[x1, y1, x2, y2]' with edges from "
-            "0 to 1 and x1 < x2, y1 < y2."
-        )
-    return box

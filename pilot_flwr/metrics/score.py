@@ -20,6 +20,10 @@ class Score(NamedTuple):
     each: list[float]
 
 
+def any_references(references: Sequence[str]) -> None:
+    """Accept the references of a prediction, for a metric that any will do for."""
+
+
 def exact() -> str:
     """Return the empty reason of a metric whose figure is never an approximation."""
     return ""
@@ -41,12 +45,16 @@ class Metric:
         The largest possible figure; the smallest is 0.
     approximate : callable
         Returns why figures taken now are approximate, or an empty text if they are not.
+    check : callable
+        Raises `DataError`, without a text of theirs, if one prediction's references are not what
+        the metric can score against; so this is known before anything is predicted.
     """
 
     title: str
     score: Callable[[Sequence[str], References], Score]
     maximum: float = 1.0
     approximate: Callable[[], str] = exact
+    check: Callable[[Sequence[str]], object] = any_references
 
 
 def per_prediction(

@@ -11,11 +11,15 @@ __all__ = ["METRICS", "Metric", "Score"]
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("exact match", per_prediction(text.exact_match)),
     "gqa": Metric("GQA accuracy", per_prediction(text.gqa)),
-    "vqav2": Metric("VQAv2 accuracy", per_prediction(vqa.vqav2)),
-    "textvqa": Metric("TextVQA accuracy", per_prediction(vqa.textvqa)),
+    "vqav2": Metric("VQAv2 accuracy", per_prediction(vqa.vqav2), check=vqa.check_annotators),
+    "textvqa": Metric("TextVQA accuracy", per_prediction(vqa.textvqa), check=vqa.check_annotators),
     "anls": Metric("ANLS", per_prediction(text.anls)),
-    "scienceqa": Metric("ScienceQA accuracy", per_prediction(text.scienceqa)),
-    "grounding": Metric("IoU > 0.5", per_prediction(grounding.grounding)),
+    "scienceqa": Metric(
+        "ScienceQA accuracy", per_prediction(text.scienceqa), check=text.check_letters
+    ),
+    "grounding": Metric(
+        "IoU > 0.5", per_prediction(grounding.grounding), check=grounding.check_boxes
+    ),
     "cider_d": Metric(
         "CIDEr-D",
         captions.on_tokens(captions.cider_d),

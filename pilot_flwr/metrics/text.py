@@ -17,8 +17,7 @@ ANLS_THRESHOLD = 0.5
 OPTIONS = "ABCDE"
 """The letters of ScienceQA's options."""
 
-_LEADING_LETTER = re.compile(rf"([{OPTIONS}])\. ")
-_ANSWER_IS = re.compile(rf"The answer is ([{OPTIONS}])")
+_ANSWER_IS = re.compile("The answer is ([A-Z]).")  # LLaVA's own: any character may end it
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -52,34 +51,42 @@ def scienceqa(prediction: str, references: Sequence[str]) -> float:
     Raises
     ------
     DataError
-        A reference has no letter.
+        As `check_letters`.
     """
-    expected = []
-    for reference in references:
-        letter = option_letter(reference)
-        if letter is None:
+    check_letters(references)
+    return float(option_letter(prediction) in map(option_letter, references))
+
+
+def check_letters(references: Sequence[str]) -> None:
+    """Raise unless every reference names an option, as `scienceqa` needs it.
+
+    Raises
+    ------
+    DataError
+        One does not; the message does not have its text.
+    """
+    for number, reference in enumerate(references, start=1):
+        if option_letter(reference) is None:
             raise DataError(
-                f"The reference {reference!r} names no option; it must be a letter from "
-                f"{OPTIONS[0]} to {OPTIONS[-1]}, or 'The answer is' and such a letter."
+                f"Reference {number} names no option but must be a letter from {OPTIONS[0]} to "
+                f"{OPTIONS[-1]}, or have 'The answer is', such a letter and a period once."
             )
-        expected.append(letter)
-    return float(option_letter(prediction) in expected)
 
 
 def option_letter(answer: str) -> str | None:
     """Return the letter that a ScienceQA answer names, or None.
 
-    In this order: the answer is a letter and nothing else; it begins with a letter, a period and
-    a blank; it has ``The answer is`` and a letter somewhere. A line's end counts as ``". "``.
+    In this order, as in LLaVA's script: the answer is a letter and nothing else; it begins with
+    a letter, a period and a blank; it has ``The answer is``, a capital and one more character
+    somewhere, exactly once. White space around the answer does not count.
     """
-    line = answer.replace("\n", ". ")
-    if line.strip() in set(OPTIONS):
-        return line.strip()
-    # A letter with a period wins over one without: "The answer is A or B, so The answer is B."
-    leading = _LEADING_LETTER.match(line)
-    stated = re.search(_ANSWER_IS.pattern + r"\.", line) or _ANSWER_IS.search(line)
-    found = leading or stated
-    return found.group(1) if found else None
+    text = answer.strip()
+    if text in set(OPTIONS):
+        return text
+    if text[:1] in set(OPTIONS) and text[1:3] == ". ":
+        return text[0]
+    stated = _ANSWER_IS.findall(text)
+    return stated[0] if len(stated) == 1 and stated[0] in OPTIONS else None
 
 
 def _plain(text: str) -> str:

@@ -90,16 +90,21 @@ def soft_accuracy(answer: str, references: Sequence[str]) -> float:
     Raises
     ------
     DataError
-        There are not ten references.
+        As `check_annotators`.
     """
+    check_annotators(references)
+    matches = [reference == answer for reference in references]
+    left_out = [min(1.0, (sum(matches) - match) / ENOUGH) for match in matches]
+    return sum(left_out) / ANNOTATORS
+
+
+def check_annotators(references: Sequence[str]) -> None:
+    """Raise `DataError` unless there are ten references."""
     if len(references) != ANNOTATORS:
         raise DataError(
             f"A question has {len(references)} reference answers but must have {ANNOTATORS} to "
             "be scored by VQA accuracy, one per annotator."
         )
-    matches = [reference == answer for reference in references]
-    left_out = [min(1.0, (sum(matches) - match) / ENOUGH) for match in matches]
-    return sum(left_out) / ANNOTATORS
 
 
 def strip_punctuation(text: str) -> str:

@@ -55,6 +55,26 @@ def test_the_mean_is_that_of_each(pairs):
         assert all(0 <= figure <= 1 for figure in score.each)
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_references_are_refused_beforehand_just_where_scoring_would_refuse_them(name):
+    metric, refused = METRICS[name], 0
+    sets = [["a"], [""], ["A"], ["The answer is B."], ["a"] * 10, [PERFECT["grounding"][0]]]
+    for references in [*sets, ["A", "heat"], ["[0, 0, 1, 1]", "left"], ["A"] * 11]:
+        try:
+            metric.score(["B", "B"], [references, references])
+            scored = True
+        except DataError as error:
+            scored, message = False, str(error)
+        if scored:
+            metric.check(references)
+        else:
+            with pytest.raises(DataError) as found:
+                metric.check(references)
+            assert str(found.value) == message
+            refused += 1
+    assert (refused > 0) == (name in {"vqav2", "textvqa", "scienceqa", "grounding"})
+
+
 def test_only_caption_metrics_can_be_approximate():
     exact = {name for name, metric in METRICS.items() if metric.approximate() == ""}
     assert set(PERFECT) <= exact
