@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
@@ -30,6 +32,8 @@ class EvaluationResult:
         Wall time.
     approximate : bool
         Whether the figure is not exactly what the metric's own script gives.
+    cut : int
+        Answers that `evaluation.max_new_tokens` ended, not the model.
     """
 
     score: float
@@ -37,6 +41,14 @@ class EvaluationResult:
     examples: int
     seconds: float
     approximate: bool = False
+    cut: int = 0
+
+
+class Answers(NamedTuple):
+    """Texts of the answers, and how many of them were ended by the limit, not by the model."""
+
+    texts: list[str]
+    cut: int
 
 
 def evaluate(
@@ -74,7 +86,7 @@ def evaluate(
     if not examples:
         raise DataError("There is no test example.")
     started = time.perf_counter()
-    predictions = answer(
+    answers = answer(
         model,
         examples,
         collator=collator,
@@ -82,13 +94,14 @@ def evaluate(
         config=config,
         autocast_choice=autocast_choice,
     )
-    score = METRICS[metric].score(predictions, [example.answers for example in examples])
+    score = METRICS[metric].score(answers.texts, [example.answers for example in examples])
     return EvaluationResult(
         score.mean,
         metric,
         len(examples),
         time.perf_counter() - started,
         approximate=bool(METRICS[metric].approximate()),
+        cut=answers.cut,
     )
 
 
@@ -102,7 +115,7 @@ def answer(
     autocast_choice: str,
     progress: Callable[[int], None] = lambda done: None,
     streamer: Any = None,
-) -> list[str]:
+) -> Answers:
     """Return the model's greedy answer to the last question of every example.
 
     The parameters are those of `evaluate`; `progress` gets the number of answers after each
@@ -110,6 +123,7 @@ def answer(
     """
     model.eval()
     answers: list[str] = []
+    cut = 0
     parts = [
         range(start, min(start + config.batch_size, len(examples)))
         for start in range(0, len(examples), config.batch_size)
@@ -126,6 +140,8 @@ def answer(
                 stop=stop,
                 streamer=streamer,
             )
+        ended = torch.isin(tokens, torch.tensor(model.end_tokens(stop), device=tokens.device))
+        cut += int((~ended.any(-1)).sum())
         answers += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         progress(len(answers))
-    return answers
+    return Answers(answers, cut)

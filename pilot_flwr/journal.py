@@ -93,6 +93,7 @@ class Journal:
             score=result.score,
             metric=result.metric,
             approximate=result.approximate,
+            cut=result.cut,
             examples=result.examples,
             seconds=result.seconds,
         )

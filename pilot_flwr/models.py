@@ -6,7 +6,7 @@ a client's turn swaps adapters in and out, the base is never loaded again.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -215,18 +215,16 @@ class PilotModel(nn.Module):
         transformers, gets each token as it comes.
         """
         connected = self._connect(visual)
-        ends = self.llava.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        ends |= {stop} - {None}
+        ends = self.end_tokens(stop)
         config = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=sorted(ends) or None,
+            eos_token_id=ends or None,
             pad_token_id=min(ends, default=0),
         )
         # Every new token has another length: compiled layers would be compiled over and over.
         eager = self.config.compile and torch.compiler.set_stance("force_eager")
-        with eager or contextlib.nullcontext():
+        with eager or contextlib.nullcontext(), self._own_generation_defaults_ignored():
             tokens: Tensor = self.llava.generate(
                 inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
                 attention_mask=batch.attention_mask,
@@ -234,6 +232,22 @@ class PilotModel(nn.Module):
                 streamer=streamer,
             )
         return tokens
+
+    @contextlib.contextmanager
+    def _own_generation_defaults_ignored(self) -> Iterator[None]:
+        """Keep what the checkpoint would add to greedy decoding out of it: penalties, beams."""
+        own = self.llava.generation_config
+        self.llava.generation_config = transformers.GenerationConfig()
+        try:
+            yield
+        finally:
+            self.llava.generation_config = own
+
+    def end_tokens(self, stop: int | None) -> list[int]:
+        """Return the ids that end an answer: the checkpoint's own, and `stop`."""
+        ends = self.llava.generation_config.eos_token_id
+        own = {ends} if isinstance(ends, int) else set(ends or ())
+        return sorted(own | ({stop} - {None}))
 
     def _connect(self, visual: Visual) -> ConnectorOutput:
         """Run the connector; a batch without images has neither features nor losses."""

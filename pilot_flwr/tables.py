@@ -92,8 +92,12 @@ def summary(events: Sequence[Event]) -> str:
     last = [sum(means[r]) / len(means[r]) for r in rounds]
     rows.append(["**mean over tasks**", "", "", *(f"**{value:.3f}**" for value in last)])
     ranges = {METRICS[event["metric"]].maximum for event in evaluated}
-    note = "\nThe metrics have different ranges: their mean is no figure to compare.\n"
-    return markdown(rows) + (note if len(ranges) > 1 else "")
+    notes = []
+    if len(ranges) > 1:
+        notes.append("The metrics have different ranges: their mean is no figure to compare.")
+    if cut := sum(event.get("cut", 0) for event in evaluated if event["round"] == rounds[-1]):
+        notes.append(f"Of the last answers {cut} were cut off at `evaluation.max_new_tokens`.")
+    return markdown(rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

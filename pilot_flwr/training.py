@@ -216,7 +216,9 @@ def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> L
 
     The one place of a step that waits for the device: all its numbers come over together.
     """
-    values = torch.cat([losses, torch.stack(list(norms.values())).double()]).tolist()
+    # Without a gradient, as for a connector that saw text alone, a norm is a zero on the CPU.
+    found_norms = torch.stack([norm.to(losses.device) for norm in norms.values()])
+    values = torch.cat([losses, found_norms.double()]).tolist()
     found = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
     if not math.isfinite(found["total"]):
         raise _diverged(f"The loss is {found['total']}", stage)

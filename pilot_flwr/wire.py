@@ -196,6 +196,7 @@ def encode_result(result: TurnResult, order: Order, client: str, task: str) -> R
                 "score": result.evaluation.score,
                 "examples": result.evaluation.examples,
                 "seconds": result.evaluation.seconds,
+                "cut": result.evaluation.cut,
             }
         )
         content["evaluation-metric"] = ConfigRecord(
@@ -281,6 +282,7 @@ def _evaluation(content: RecordDict) -> EvaluationResult | None:
         approximate=value_of(how, "approximate", bool),
         examples=int(number_of(numbers, "examples", low=1)),
         seconds=number_of(numbers, "seconds"),
+        cut=int(number_of(numbers, "cut", low=0)),
     )
 
 

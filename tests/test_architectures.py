@@ -111,6 +111,21 @@ def test_generation_is_transformers_own(path, model):
                 break
 
 
+@torch.no_grad()
+def test_decoding_is_greedy_whatever_the_checkpoint_asks_for(path):
+    """Penalties, beams and sampling of ``generation_config.json`` would change every score."""
+    model, tokens = None, []
+    for own in ({}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "num_beams": 3}):
+        model = PilotModel(load_base(ModelConfig(path=path), CPU), ModelConfig(path=path))
+        model.enter_stage1("vqa")
+        model.llava.generation_config.update(**own)
+        processor, collator, cache = kit(model, path)
+        visual = cache.encode(model, processor.image_processor, EXAMPLES)
+        batch = collator.prompt_batch(EXAMPLES)
+        tokens.append(model.eval().generate(batch, visual, max_new_tokens=8))
+    assert torch.equal(*tokens)
+
+
 def next_token(base, processor, one, ids):
     inputs = {}
     if one.images:

@@ -90,4 +90,10 @@ def test_a_mean_over_metrics_of_different_ranges_says_so(tmp_path):
         assert not note
         run.record("evaluate", round=0, client=task, task=task, score=0.5, metric=metric,
                    examples=2, seconds=1.0)  # fmt: skip
+    assert "cut off" not in summary(run.events)
+    run.record("evaluate", round=0, client="a", task="vqa", score=0.5, metric="exact_match",
+               examples=9, seconds=1.0, cut=3)  # fmt: skip
+    assert "Of the last answers 3 were cut off at `evaluation.max_new_tokens`" in summary(
+        run.events
+    )
     assert "different ranges: their mean is no figure to compare" in summary(run.events)

@@ -7,6 +7,7 @@ from visuals import encoder
 
 from pilot_flwr.connector import ConnectorOutput
 from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
@@ -354,3 +355,27 @@ def test_evaluation_generates_in_the_precision_of_training(
     )
     assert result.examples == len(examples)
     assert set(dtypes) == {torch.bfloat16 if choice == "bfloat16" else torch.float32}
+
+
+def test_answers_that_the_limit_ends_are_counted(make_model, processor, examples):
+    """The base answers in one or two tokens and an end token; one token is not enough."""
+    model = make_model()
+    options = {
+        "collator": Collator(processor, count_tokens=same_for_all(16), max_length=256),
+        "encode": encoder(model, processor),
+        "metric": "exact_match",
+        "autocast_choice": "off",
+    }
+    short = evaluate(model, examples, config=EvaluationConfig(max_new_tokens=1), **options)
+    whole = evaluate(model, examples, config=EvaluationConfig(max_new_tokens=16), **options)
+    assert (short.cut, whole.cut) == (len(examples), 0)
+
+
+def test_a_step_of_text_alone_trains(make_model, run):
+    texts = [Example(str(n), (), (Turn("user", "How?"), Turn("assistant", "two"))) for n in (1, 2)]
+    model = make_model()
+    before = {group: model.state(group) for group in ("lora", "own_task_adapter")}
+    result = run(model, given=texts, batch_size=2)
+    assert result.losses["difference"] == 0
+    changed = {g for g, s in before.items() if any((model.state(g)[n] != s[n]).any() for n in s)}
+    assert changed == {"lora"}

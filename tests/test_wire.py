@@ -106,7 +106,7 @@ def test_results_come_back():
         {"w": torch.ones(2)},
         {"a": torch.ones(3)},
         training,
-        EvaluationResult(1.25, "cider_d", 60, 0.5, approximate=True),
+        EvaluationResult(1.25, "cider_d", 60, 0.5, approximate=True, cut=7),
         started=100.0,
         seconds=2.0,
     )

@@ -1,10 +1,14 @@
 """Visual features for tests, made the plain way: no cache, no workers."""
 
+import torch
+
 from pilot_flwr.architectures import ImageShape, Visual
 
 
 def visual(model, processor, examples):
-    """H_v of single-image examples of a plain LLaVA."""
+    """H_v of a plain LLaVA's examples, all of one image or all of none."""
+    if not any(example.images for example in examples):
+        return Visual(torch.empty(0, 16, 1), ())
     images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     shapes = tuple(ImageShape(1, image.height, image.width) for image in images)

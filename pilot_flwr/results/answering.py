@@ -94,7 +94,7 @@ class Answerer:
                 autocast_choice=self.config.train.autocast,
                 progress=progress,
                 streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
-            )
+            ).texts
 
     def end_token_ids(self) -> list[int]:
         """Return the tokens that end an answer: the template's and the checkpoint's own."""
