@@ -27,7 +27,6 @@ from random_base import HALF_BILLION, TINY, write_random_base
 from transformers.utils import logging as transformers_logging
 
 from pilot_flwr.base import load_processor
-from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.initial import initial_state
@@ -40,6 +39,7 @@ from pilot_flwr.turn import (
     TurnResult,
     _enter_ordered_architecture,
     _private_state,
+    private_store,
     take_turn,
     turn_generator,
 )
@@ -94,7 +94,7 @@ class Rotation:
     def swap_in(self) -> None:
         """Do of a turn only what makes the base the next client's CT-MoA model."""
         site = next(self.turn)
-        private = PrivateStore(site.state_folder).load()
+        private = private_store(site).load()
         order, generator = self._order(site, stage=2), turn_generator(0, site.client.id, 2)
         _enter_ordered_architecture(self.base(), site.client.task, private, order, generator)
 
@@ -104,7 +104,7 @@ class Rotation:
         model.state("own_task_adapter")
         model.state("lora")
         site = next(site for site in self.sites if site.client.task == model.own_task)
-        PrivateStore(site.state_folder).save(_private_state(model))
+        private_store(site).save(_private_state(model))
 
     def base(self) -> Any:
         """Return the base that is there."""

@@ -93,10 +93,14 @@ class PrivateStore:
     ----------
     folder : Path
         Made at the first save.
+    client, task : str
+        Whose it is. The file says so as well: another client's is refused, because its tensors
+        would fit.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, client: str, task: str) -> None:
         self.path = folder / "private.safetensors"
+        self.owner = {"client": client, "task": task}
 
     def stage(self) -> int:
         """Return the last stage trained, 0 if none, without reading the tensors.
@@ -104,7 +108,7 @@ class PrivateStore:
         Raises
         ------
         StateError
-            The file is torn or foreign.
+            The file is torn, foreign or another client's.
         """
         return self._header()[0] if self.path.exists() else 0
 
@@ -114,7 +118,7 @@ class PrivateStore:
         Raises
         ------
         StateError
-            The file is torn or foreign.
+            The file is torn, foreign or another client's.
         """
         if not self.path.exists():
             return None
@@ -130,6 +134,11 @@ class PrivateStore:
 
     def _header(self) -> tuple[int, tuple[str, ...]]:
         metadata = _metadata(self.path)
+        for kind, name in self.owner.items():
+            if metadata.get(kind) != name:
+                raise StateError(
+                    f"{self.path} is of {kind} {metadata.get(kind)!r} but must be of {name!r}."
+                )
         try:
             return int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
         except (KeyError, ValueError) as error:
@@ -142,7 +151,7 @@ class PrivateStore:
             for group, named in state.groups.items()
             for name, tensor in named.items()
         }
-        metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks)}
+        metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks), **self.owner}
         save_tensors(self.path, tensors, metadata)
 
 

@@ -104,7 +104,12 @@ class TurnResult:
 
 def stage_trained(site: Site) -> int:
     """Return the last stage that this client trained in this run, 0 if none."""
-    return PrivateStore(site.state_folder).stage()
+    return private_store(site).stage()
+
+
+def private_store(site: Site) -> PrivateStore:
+    """Return where the client's private state of this run is."""
+    return PrivateStore(site.state_folder, site.client.id, site.client.task)
 
 
 def take_turn(
@@ -126,7 +131,7 @@ def take_turn(
         The model, the data or the training fails; the private state on disk is as before.
     """
     started = time.time()
-    store = PrivateStore(site.state_folder)
+    store = private_store(site)
     private = store.load()
     if order.train and order.stage == 2 and private is None:
         raise StateError(

@@ -128,7 +128,9 @@ class Federation:
         ]
 
     def private(self, client):
-        return PrivateStore(self.folder.path / "clients" / client).load()
+        return PrivateStore(
+            self.folder.path / "clients" / client, client, client.rsplit("-", 1)[0]
+        ).load()
 
 
 def finish(folder, overrides):

@@ -26,9 +26,11 @@ STATE = PrivateState(
     },
 )
 
+OWNER = {"client": "vqa-0", "task": "vqa"}
+
 
 def test_private_state_round_trip(tmp_path):
-    store = PrivateStore(tmp_path / "new" / "folder")
+    store = PrivateStore(tmp_path / "new" / "folder", "vqa-0", "vqa")
     assert store.load() is None
     assert store.stage() == 0
     store.save(STATE)
@@ -42,7 +44,7 @@ def test_private_state_round_trip(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
 def test_a_torn_file_is_refused(tmp_path, size):
-    store = PrivateStore(tmp_path)
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
     store.save(STATE)
     whole = store.path.read_bytes()
     store.path.write_bytes(whole[:size])
@@ -55,21 +57,33 @@ def test_a_torn_file_is_refused(tmp_path, size):
 def test_a_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
-    store = PrivateStore(tmp_path)
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
     save_file({"a": torch.zeros(1)}, store.path)
     with pytest.raises(StateError, match="has format None"):
         store.load()
-    save_tensors(store.path, {"nonsense": torch.zeros(1)}, {"stage": "1", "tasks": "[]"})
+    save_tensors(store.path, {"nonsense": torch.zeros(1)}, OWNER | {"stage": "1", "tasks": "[]"})
     with pytest.raises(StateError, match="is not a private state"):
         store.load()
     for metadata in ({}, {"stage": "one", "tasks": "[]"}, {"stage": "1", "tasks": "["}):
-        save_tensors(store.path, {}, metadata)
+        save_tensors(store.path, {}, metadata | OWNER)
         with pytest.raises(StateError, match="is not a private state"):
             store.stage()
 
 
+def test_another_clients_state_is_refused(tmp_path):
+    """Its tensors would fit: only the file can say whose it is."""
+    PrivateStore(tmp_path, "vqa-0", "vqa").save(STATE)
+    for client, task, words in [
+        ("vqa-1", "vqa", "is of client 'vqa-0' but must be of 'vqa-1'"),
+        ("vqa-0", "ocr", "is of task 'vqa' but must be of 'ocr'"),
+    ]:
+        for read in (PrivateStore.load, PrivateStore.stage):
+            with pytest.raises(StateError, match=words):
+                read(PrivateStore(tmp_path, client, task))
+
+
 def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
-    store = PrivateStore(tmp_path)
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
     store.save(STATE)
 
     def full(*args):

@@ -278,7 +278,7 @@ def test_real_sites_keep_their_state_in_their_own_folder(tmp_path):
     assert federation.folder.select("failure") == []
     assert not (federation.folder.path / "clients").exists()
     for client in ("vqa-0", "counting-1"):
-        assert PrivateStore(tmp_path / client / "test-1").stage() == 2
+        assert PrivateStore(tmp_path / client / "test-1", client, client[:-2]).stage() == 2
 
 
 def test_bfloat16_travels_as_bfloat16(tmp_path):

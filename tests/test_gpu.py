@@ -11,7 +11,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pilot_flwr import turn
 from pilot_flwr.base import load_base, make_collator
-from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
@@ -21,7 +20,7 @@ from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfi
 from pilot_flwr.models import PilotModel
 from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import autocast, train
-from pilot_flwr.turn import Order, Site, take_turn
+from pilot_flwr.turn import Order, Site, private_store, take_turn
 
 CPU = torch.device("cpu")
 TASKS = ("vqa", "counting", "captioning")
@@ -239,7 +238,7 @@ def test_turns_of_both_stages(take, device):
         sent = [*result.adapter.values(), *result.lora.values()]
         assert {tensor.device.type for tensor in sent} == {"cpu"}
         assert all(torch.isfinite(tensor).all() for tensor in sent)
-        private = PrivateStore(take.site.state_folder).load()
+        private = private_store(take.site).load()
         assert private.stage == stage
     assert turn.warm_model(
         ModelConfig(lora=LoraConfig(rank=4)), reduction="normalized", device=device
@@ -248,7 +247,7 @@ def test_turns_of_both_stages(take, device):
 
 def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, monkeypatch):
     take(1)
-    before = PrivateStore(take.site.state_folder).load()
+    before = private_store(take.site).load()
 
     def too_much(*_, **__):
         if device.type == "cpu":  # whose own error is another
@@ -259,7 +258,7 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, mo
         patch.setattr(turn, "train", too_much)
         with pytest.raises(TrainingError, match=r"ran out of memory in stage 2.*`train\.batch_siz"):
             take(2)
-    after = PrivateStore(take.site.state_folder).load()
+    after = private_store(take.site).load()
     assert after.stage == before.stage == 1
     for name, tensor in before.groups["client_adapter"].items():
         assert torch.equal(after.groups["client_adapter"][name], tensor)

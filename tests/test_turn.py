@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pilot_flwr import turn
-from pilot_flwr.checkpoint import PrivateStore
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import DataError, StateError, TrainingError
@@ -22,7 +21,7 @@ from pilot_flwr.models import warm_model
 from pilot_flwr.parameters import trained_groups
 from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import TrainingResult
-from pilot_flwr.turn import Order, Site, stage_trained, take_turn
+from pilot_flwr.turn import Order, Site, private_store, stage_trained, take_turn
 
 TASKS = ("vqa", "counting", "captioning")
 CONFIG = PilotConfig(
@@ -107,11 +106,11 @@ def take(site, order, config=CONFIG):
 
 
 def private(site):
-    return PrivateStore(site.state_folder).load().groups
+    return private_store(site).load().groups
 
 
 def private_bytes(site):
-    return PrivateStore(site.state_folder).path.read_bytes()
+    return private_store(site).path.read_bytes()
 
 
 def assert_equal(state, expected):
@@ -227,7 +226,7 @@ def test_evaluating_only_writes_nothing(sites, make_order, seen):
     site = sites["vqa"]
     result = take(site, make_order(1, train=False))
     assert result.evaluation and not result.training and not result.adapter and not result.lora
-    assert stage_trained(site) == 0 and not PrivateStore(site.state_folder).path.exists()
+    assert stage_trained(site) == 0 and not private_store(site).path.exists()
     take(site, make_order(1))
     take(site, make_order(2))
     before = private_bytes(site)
@@ -239,6 +238,16 @@ def test_evaluating_only_writes_nothing(sites, make_order, seen):
 def test_training_only_evaluates_nothing(sites, make_order, seen):
     result = take(sites["vqa"], make_order(1, evaluate=False))
     assert result.training and result.evaluation is None and not seen.evaluated
+
+
+def test_the_state_of_another_client_is_refused(sites, make_order, seen):
+    site = sites["vqa"]
+    take(site, make_order(1))
+    other = replace(site, client=replace(site.client, id="vqa-1"))
+    for use in (lambda: take(other, make_order(2)), lambda: stage_trained(other)):
+        with pytest.raises(StateError, match="of client 'vqa-0' but must be of 'vqa-1'"):
+            use()
+    assert len(seen.trained) == 1
 
 
 def test_stage_2_without_stage_1_is_refused(sites, make_order, seen):

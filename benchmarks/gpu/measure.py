@@ -162,7 +162,7 @@ def measure_switch(size: Size, device: torch.device, *, repeats: int) -> Figures
     )
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        stores = [PrivateStore(Path(folder) / name) for name in ("a", "b")]
+        stores = [PrivateStore(Path(folder) / name, name, TASKS[0]) for name in ("a", "b")]
         for store in stores:
             store.save(PrivateState(2, TASKS, private))
         for repeat in range(repeats + 1):

@@ -170,7 +170,7 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
     ConfigError
         The federation has no such client.
     StateError
-        The client took part, but its own part is not there, is torn or foreign.
+        The client took part, but its own part is not there, is torn, foreign or another client's.
     """
     clients = {client.id: client for client in run.clients()}
     if client_id not in clients:
@@ -179,7 +179,7 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
             "no adapters of its own: give it the consensus model of its task with `--task`."
         )
     folder = state or run.folder / "clients" / client_id
-    private = PrivateStore(folder).load()
+    private = PrivateStore(folder, client_id, clients[client_id].task).load()
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
             f"{folder} has no private.safetensors. Client {client_id!r} has trained, so its model "

@@ -56,7 +56,8 @@ def test_a_consensus_model_merged_into_a_plain_checkpoint(export):
 
 
 def test_a_stage_1_model_merged_with_the_class_that_it_needs(export, make_model, tmp_path):
-    PrivateStore(tmp_path / "state").save(private_state(perturb(make_model("vqa"))))
+    store = PrivateStore(tmp_path / "state", "vqa-0", "vqa")
+    store.save(private_state(perturb(make_model("vqa"))))
     arguments = ["--client", "vqa-0", "--state", str(tmp_path / "state"), "--merge"]
     folder, captured = export(*arguments, "--dtype", "bfloat16")
     assert "hidden layer of 192" in captured.err

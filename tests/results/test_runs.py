@@ -81,7 +81,7 @@ def test_a_client_that_never_trained_gets_it_too(copy):
 def test_a_private_state_from_elsewhere(finished, make_model, tmp_path):
     run = open_run(finished.folder.path)
     stage1 = private_state(perturb(make_model("counting")))
-    PrivateStore(tmp_path).save(stage1)
+    PrivateStore(tmp_path, "counting-1", "counting").save(stage1)
     model = client_model(run, "counting-1", device=CPU, state=tmp_path)
     assert model.stage == 1
     assert_same(model.state("client_adapter"), stage1.groups["client_adapter"])
@@ -97,9 +97,16 @@ def test_a_client_whose_own_part_is_missing_is_not_replaced_in_silence(copy):
 
 def test_a_private_state_for_other_tasks_is_refused(finished, tmp_path):
     other = finished.private("vqa-0")
-    PrivateStore(tmp_path).save(PrivateState(2, ("vqa", "captioning"), other.groups))
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    store.save(PrivateState(2, ("vqa", "captioning"), other.groups))
     with pytest.raises(StateError, match="captioning"):
         client_model(open_run(finished.folder.path), "vqa-0", device=CPU, state=tmp_path)
+
+
+def test_another_clients_private_state_is_refused(finished):
+    run = open_run(finished.folder.path)
+    with pytest.raises(StateError, match="of client 'vqa-1' but must be of 'vqa-0'"):
+        personal(run, "vqa-0", state=finished.folder.path / "clients" / "vqa-1")
 
 
 def test_a_torn_checkpoint_is_passed_over_aloud(copy):
