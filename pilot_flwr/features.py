@@ -54,11 +54,17 @@ class FeatureCache:
         on besides an example's id, which must be unique in it.
     folder : Path
         Used if features are kept on disk.
+    base : str, optional
+        The same for images that have an identity, which many examples may share: all that
+        features depend on besides the image, so the vision tower. By default `namespace`.
     """
 
-    def __init__(self, config: FeatureCacheConfig, *, namespace: str, folder: Path) -> None:
+    def __init__(
+        self, config: FeatureCacheConfig, *, namespace: str, folder: Path, base: str | None = None
+    ) -> None:
         self.config = config
         self.namespace = namespace
+        self.base = namespace if base is None else base
         self.folder = folder
         self.limit = int(config.max_gib * 2**30)
         self._used_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -151,7 +157,14 @@ class FeatureCache:
         return Visual(_together(tensors, model.device), tuple(shapes))
 
     def _keys(self, example: Example) -> list[str]:
-        return [f"{self.namespace}/{example.id}/{number}" for number in range(len(example.images))]
+        alone = len(example.images) == 1  # which decides about an image's crops
+        identities = [image.identity() for image in example.images]
+        return [
+            f"{self.namespace}/{example.id}/{number}"
+            if identity is None
+            else f"{self.base}/{identity}/{alone}"
+            for number, identity in enumerate(identities)
+        ]
 
     def _get(self, key: str) -> Tensor | None:
         if self.config.where == "memory":

@@ -63,7 +63,7 @@ def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
             bound = 1 / math.sqrt(shape[1])
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             lora[name] = drawn.to(dtype)
-    return InitialState(_read_projector(config.path, dtype), lora)
+    return InitialState(_read_projector(config, dtype), lora)
 
 
 def _lora_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -74,23 +74,26 @@ def _lora_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.groups()["lora"].items()}
 
 
-def _read_projector(path: str, dtype: torch.dtype) -> State:
+def _read_projector(config: ModelConfig, dtype: torch.dtype) -> State:
     state: State = {}
-    for file in _weight_files(path):
+    for file in _weight_files(config):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 if _PROJECTOR in name:
                     state[name.split(_PROJECTOR)[1]] = tensors.get_tensor(name).to(dtype)
     if not state:
-        raise ModelError(f"`model.path` is {path!r}, which has no tensor `{_PROJECTOR}*`.")
+        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor `{_PROJECTOR}*`.")
     return state
 
 
-def _weight_files(path: str) -> list[str]:
+def _weight_files(config: ModelConfig) -> list[str]:
     """Return the safetensors files that hold the projector."""
-    folder = checkpoint_path(path)
+    folder, revision = checkpoint_path(config.path), config.revision or None
     index = cached_file(
-        folder, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+        folder,
+        "model.safetensors.index.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
     )
     if index is None:
         names = ["model.safetensors"]
@@ -98,6 +101,8 @@ def _weight_files(path: str) -> list[str]:
         weights = json.loads(Path(index).read_text())["weight_map"]
         names = sorted({file for name, file in weights.items() if _PROJECTOR in name})
     try:
-        return [str(cached_file(folder, name)) for name in names]
+        return [str(cached_file(folder, name, revision=revision)) for name in names]
     except OSError as error:
-        raise ModelError(f"`model.path` is {path!r}, whose weights are missing: {error}") from error
+        raise ModelError(
+            f"`model.path` is {config.path!r}, whose weights are missing: {error}"
+        ) from error

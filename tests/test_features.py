@@ -1,5 +1,10 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 import torch
+from PIL import Image
 
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
@@ -102,3 +107,75 @@ def test_two_clients_with_equal_ids_do_not_share(tmp_path, counted, processor, e
             model, processor.image_processor, examples
         )
     assert count == [4, 4]
+
+
+class Named(NamedTuple):
+    """An image that several examples may share."""
+
+    image: Image.Image
+    name: str
+
+    def read(self):
+        return self.image
+
+    def size(self):
+        return self.image.height, self.image.width
+
+    def identity(self):
+        return self.name
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_image_that_examples_share_is_encoded_once(
+    tmp_path, counted, processor, examples, where
+):
+    model, count = counted
+    one, other = (Named(e.images[0].read(), f"{where}{n}") for n, e in enumerate(examples[:2]))
+    shared = [
+        replace(example, images=(image,))
+        for example, image in zip(examples, (one, one, other, one), strict=True)
+    ]
+    kept = cache(tmp_path, where, f"shared-{where}")
+    first = kept.encode(model, processor.image_processor, shared)
+    kept.encode(model, processor.image_processor, shared[1:2])
+    again = cache(tmp_path, where, f"shared-{where}")
+    again.encode(model, processor.image_processor, shared[::-1])
+    assert count == [2]
+    assert torch.equal(first.features[0], first.features[1])
+    assert not torch.equal(first.features[0], first.features[2])
+    elsewhere = cache(tmp_path, where, f"other-{where}")  # another base model
+    elsewhere.encode(model, processor.image_processor, shared)
+    assert count == [2, 2]
+
+
+def test_the_bound_holds_for_what_a_folder_already_has(tmp_path, counted, processor, examples):
+    model, count = counted
+    one = cache(tmp_path / "size", "disk", "size")
+    one.encode(model, processor.image_processor, examples[:1])
+    size = sum(file.stat().st_size for file in (tmp_path / "size").iterdir())
+    for _ in range(3):  # each a process of its own
+        kept = cache(tmp_path, "disk", "again", max_gib=2.5 * size / 2**30)
+        kept.encode(model, processor.image_processor, examples)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_what_is_kept_in_memory_does_not_hold_its_whole_batch(counted, processor, examples):
+    from pilot_flwr import features as module
+
+    kept = cache(Path(), "memory", "alone")
+    kept.encode(counted[0], processor.image_processor, examples)
+    mine = [t for key, t in module._MEMORY.items() if key.startswith("alone/")]
+    assert len(mine) == len(examples)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in mine)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_of_two_batches_in_flight_is_encoded_once(
+    tmp_path, counted, processor, examples, workers
+):
+    """Both are decoded before either is encoded; the first one's features are used for both."""
+    model, count = counted
+    parts = [examples[:2], examples[:2], examples]
+    kept = cache(tmp_path, "memory", f"flight-{workers}")
+    list(kept.stream(model, processor.image_processor, parts, workers=workers))
+    assert count == [2, 2]

@@ -216,3 +216,17 @@ def test_a_checkpoint_with_missing_keys_is_refused(tmp_path, llava, processor):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"missing_keys.*multi_modal_projector"):
         load_base(ModelConfig(path=str(tmp_path)), torch.device("cpu"))
+
+
+def test_the_pinned_revision_is_the_one_that_the_projector_comes_from(monkeypatch):
+    from pilot_flwr import initial as module
+
+    asked, cached_file = [], module.cached_file
+
+    def note(folder, name, *, revision=None, **options):
+        asked.append(revision)
+        return cached_file(folder, name, **options)
+
+    monkeypatch.setattr(module, "cached_file", note)
+    module._read_projector(ModelConfig(revision="v1.5"), torch.float32)
+    assert set(asked) == {"v1.5"}

@@ -32,6 +32,10 @@ class ImageSource(Protocol):
         """Return (height, width) of what `read` gives, without decoding the image."""
         ...
 
+    def identity(self) -> str | None:
+        """Return what tells this image from all others on this machine, None if nothing does."""
+        ...
+
 
 class KeptImage(NamedTuple):
     """An image that is in memory."""
@@ -45,6 +49,9 @@ class KeptImage(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Return (height, width)."""
         return self.image.height, self.image.width
+
+    def identity(self) -> None:
+        """Return nothing: an image in memory has no name."""
 
 
 @dataclass(frozen=True)

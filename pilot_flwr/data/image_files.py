@@ -125,6 +125,21 @@ class ImageFile:
             width = height = max(width, height)
         return height, width
 
+    def identity(self) -> str:
+        """Return file, size, time of its last change, and padding.
+
+        Raises
+        ------
+        ImageError
+            As for `path`.
+        """
+        path = self.path()
+        try:
+            stat = path.stat()
+        except OSError as error:  # gone since
+            raise self._error(f"cannot be opened ({error.strerror})") from None
+        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}"
+
     def path(self) -> Path:
         """Return the file, every link resolved.
 
@@ -173,7 +188,9 @@ class ImageFile:
         if self.background is not None and longer**2 > MOST_PIXELS:
             return self._error(f"has more than {MOST_PIXELS:,} pixels when padded to a square")
         if longer > MOST_STRETCHED * shorter:
-            return self._error(f"has one side more than {MOST_STRETCHED} times as long as the other")
+            return self._error(
+                f"has one side more than {MOST_STRETCHED} times as long as the other"
+            )
         return None
 
     def _too_large(self) -> ImageError:
