@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest
     )  # words behind an option, which argparse does not collect
     try:
-        options.overrides = _expand(options.overrides)
+        if getattr(options, "hydra", True):
+            options.overrides = _expand(options.overrides)
         return int(options.handler(options))
     except ConfigError as error:
         print(f"pilot-flwr: {error}", file=sys.stderr)
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILURE
     except BrokenPipeError:  # the reader of the output has gone, as in `pilot-flwr run | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:  # a full disk, an output that cannot be written
+        print(f"pilot-flwr: {error}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
         return 130

@@ -201,3 +201,11 @@ def test_two_commands_at_a_time_do_not_meet(tmp_path: Path, monkeypatch):
     for name in ("one", "two"):
         result = json.loads((tmp_path / name / "run" / "result.json").read_text())
         assert result["status"] == "completed"
+
+
+def test_an_error_of_the_system_is_one_line(launched, capsys):
+    launched.outcome = OSError(28, "No space left on device", "/data/runs")
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr().err == (
+        "pilot-flwr: [Errno 28] No space left on device: '/data/runs'\n"
+    )

@@ -1,9 +1,12 @@
-"""What the commands that use a run have in common: arguments, opening, choosing a model."""
+"""What the commands that use a run have in common: arguments, opening, choosing, writing."""
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pilot_flwr.errors import ConfigError
 
@@ -28,7 +31,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if any)"
     )
-    parser.set_defaults(overrides=[])
+    parser.set_defaults(overrides=[], hydra=False)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +75,51 @@ def chosen(run: "Run", options: argparse.Namespace) -> "Personal":
     if who.private is None:
         say(f"{who.name} has not trained: this is the consensus model of its task, {who.task}.")
     return who
+
+
+@contextlib.contextmanager
+def new_file(option: str, path: Path) -> Iterator[TextIO]:
+    """Open a file for a command's output; a file that is there already is left alone.
+
+    It is written as ``PATH.part``, which gets its name when all of it is there. If the command
+    stops before that, what has been written stays under the first name.
+
+    Parameters
+    ----------
+    option : str
+        As the user typed it, for errors.
+    path : Path
+        The file.
+
+    Raises
+    ------
+    ConfigError
+        The file is there already, or cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    for taken in (path, part):
+        if os.path.lexists(taken):
+            raise ConfigError(
+                f"`{option}` is {str(path)!r}, but {taken} is there already and is not written "
+                "over; choose another name or move it away."
+            )
+    try:
+        file = part.open("x", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"`{option}` is {str(path)!r}, which cannot be written: {reason}."
+        ) from None
+    try:
+        with file:
+            yield file
+        part.rename(path)
+    finally:
+        if part.exists():
+            if part.stat().st_size:
+                say(f"What was written before the command stopped is in {part}.")
+            else:
+                part.unlink()
 
 
 def say(line: str) -> None:

@@ -81,6 +81,8 @@ def _talk(conversation: "Conversation") -> int:
     from pilot_flwr.errors import DataError
 
     terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text come as halves of characters,
+        sys.stdin.reconfigure(errors="surrogateescape")  # which the conversation refuses
     if terminal:
         say(HELP)
     while True:
@@ -96,7 +98,7 @@ def _talk(conversation: "Conversation") -> int:
                 conversation.reset()
                 say("The conversation is forgotten.")
             elif command == "/image":
-                conversation.show(Path(rest.strip()).expanduser())
+                conversation.show(Path(rest.strip()))
                 say("Shown with your next question.")
             elif command.startswith("/"):
                 say(HELP)

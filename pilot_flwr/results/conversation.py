@@ -43,14 +43,17 @@ class Conversation:
         self._number += 1
 
     def show(self, path: Path) -> None:
-        """Put an image before the next question.
+        """Put an image before the next question; ``~`` is the user's own folder.
 
         Raises
         ------
         DataError
             It cannot be read.
         """
-        file = path.resolve()
+        try:
+            file = path.expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a NUL in the name
+            raise DataError(f"Image {str(path)!r} cannot be opened ({error}).") from None
         image = ImageFile(file.parent, file.name, f"Image {path}", self._background)
         image.read()
         self._shown += (image,)
@@ -63,12 +66,16 @@ class Conversation:
         Raises
         ------
         DataError
-            The question is empty or holds an image marker, or the conversation has become longer
-            than `train.max_length`; it then stays as it was.
+            The question is empty, holds an image marker or is no text, or the conversation has
+            become longer than `train.max_length`; it then stays as it was.
         """
         question = question.strip()
         if not question:
             raise DataError("The question is empty.")
+        try:
+            question.encode()
+        except UnicodeEncodeError:  # halves of characters: what the terminal gave is no UTF-8
+            raise DataError("The question is no text in UTF-8.") from None
         if IMAGE_MARKER in question:
             raise DataError(f"The question must not hold {IMAGE_MARKER}; show an image instead.")
         lines = [*[IMAGE_MARKER] * len(self._shown), question, *filter(None, [self.suffix])]

@@ -65,6 +65,27 @@ def has_answer(row: Row) -> bool:
     return isinstance(last, dict) and last.get("from") == "gpt"
 
 
+def check_all(examples: Sequence[Example], answerer: Answerer) -> None:
+    """Raise unless every example can be answered, as far as rows and image headers tell.
+
+    So a broken row does not end the work in the middle of it.
+
+    Raises
+    ------
+    DataError
+        Names the first one, and counts the others.
+    """
+    errors = []
+    for position in range(len(examples)):
+        try:
+            answerer.collator.prompt(examples[position])
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        others = f" {len(errors) - 1} more of {len(examples)} rows are broken."
+        raise DataError(errors[0] + (others if len(errors) > 1 else ""))
+
+
 def open_file(
     run: Run, task: str, answerer: Answerer, path: Path, images: Path | None, *, plain: bool = False
 ) -> LlavaExamples:

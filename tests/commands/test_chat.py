@@ -13,7 +13,10 @@ def chat(finished, monkeypatch, capsys):
     """Run the command with lines on standard input; return its lines of output."""
 
     def call(*arguments, lines=(), who=("--client", "vqa-0"), code=0):
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        text = b"".join(
+            (line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines
+        )
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
         words = ["chat", str(finished.folder.path), *who, "--max-new-tokens", "6", *arguments]
         assert cli.main(words) == code
         captured = capsys.readouterr()
@@ -51,6 +54,25 @@ def test_mistakes_do_not_end_it(chat):
     assert len(answers) == 1
     assert "absent.png cannot be opened" in said
     assert "/reset" in said and "must not hold <image>" in said
+
+
+def test_what_is_no_file_and_no_text_does_not_end_it_either(chat):
+    lines = [
+        "/image ~no-such-user-at-all/x.png",
+        b"/image a\0b.png",
+        "/image " + "x" * 5000,
+        b"caf\xe9?",
+        "Hello",
+    ]
+    answers, said = chat(lines=lines)
+    assert len(answers) == 1
+    assert "~no-such-user-at-all/x.png' cannot be opened" in said
+    assert said.count("cannot be opened") == 3
+    assert "no text in UTF-8" in said
+    _, said = chat("--question", "caf\udce9", code=1)
+    assert "no text in UTF-8" in said
+    _, said = chat("--image", "~no-such-user-at-all/x.png", "--question", "What?", code=1)
+    assert "cannot be opened" in said
 
 
 def test_the_consensus_model(chat):

@@ -7,6 +7,7 @@ import pytest
 from pilot_flwr import cli
 from pilot_flwr.data.federation import client_by_id, client_examples
 from pilot_flwr.metrics.text import exact_match
+from pilot_flwr.results.answering import Answerer
 
 
 @pytest.fixture
@@ -60,10 +61,55 @@ def test_standard_output(predict, rows, capsys):
     assert all(len(json.loads(line)["prediction"].split()) <= 1 for line in lines)
 
 
-def test_a_broken_row_is_named(predict, tmp_path, capsys):
+def test_a_broken_row_is_named_before_any_is_answered(predict, tmp_path, capsys):
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"id": "x", "conversations": [{"from": "gpt", "value": "a"}]}) + "\n")
+        turns = [{"from": "human", "value": "What?"}]
+        file.write(json.dumps({"id": "y", "image": "absent.png", "conversations": turns}) + "\n")
+    out = tmp_path / "out.jsonl"
+    predict("--out", str(out), code=1)
+    captured = capsys.readouterr()
+    assert "rows.jsonl, row 8" in captured.err and "1 more of 9 rows" in captured.err
+    assert not list(tmp_path.glob("out*"))
     predict(code=1)
-    assert "rows.jsonl, row 8" in capsys.readouterr().err
+    assert capsys.readouterr().out == ""
     predict("--images", str(tmp_path / "absent"), code=1)
     assert "`--images`" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_never_written_over(predict, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    before = rows.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    (tmp_path / "mine.jsonl").write_text("mine")
+    (tmp_path / "next.jsonl.part").write_text("mine")
+    for name in ("rows.jsonl", "link.jsonl", "mine.jsonl", "next.jsonl"):
+        predict("--out", str(tmp_path / name), code=2)
+        assert "`--out` is" in (said := capsys.readouterr().err) and "already" in said
+    assert rows.read_bytes() == before
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+    assert (tmp_path / "next.jsonl.part").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything(predict, tmp_path, capsys):
+    predict("--out", str(tmp_path / "nowhere" / "out.jsonl"), "--round", "99", code=2)
+    assert "No such file or directory" in capsys.readouterr().err
+    predict("--out", "/proc/out.jsonl", "--round", "99", code=2)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_was_answered_before_a_stop_is_kept(predict, tmp_path, capsys, monkeypatch):
+    call, calls = Answerer.__call__, []
+
+    def stopped(answerer, examples, **options):
+        calls.append(len(examples))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return call(answerer, examples, **options)
+
+    monkeypatch.setattr(Answerer, "__call__", stopped)
+    out = tmp_path / "out.jsonl"
+    predict("--out", str(out), "evaluation.batch_size=2", code=130)
+    assert not out.exists()
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
+    assert "out.jsonl.part" in capsys.readouterr().err
