@@ -13,7 +13,6 @@ from typing import Any
 from _record import RESULTS, write_record
 
 from pilot_flwr.config import load_config
-from pilot_flwr.memory import MicroBatch
 from pilot_flwr.plan import make_plan
 
 RESULT = RESULTS / "plan.json"
@@ -24,7 +23,7 @@ CASES = {
     "the same, 4-bit base, with checkpointing": f"{PAPER} model.quantization=4bit",
     "LLaVA-1.5-13B": f"{PAPER} model=llava-1.5-13b",
     "LLaVA-Interleave-0.5B": f"{PAPER} model=llava-interleave-0.5b",
-    "LLaVA-OneVision-0.5B": f"{PAPER} model=llava-onevision-0.5b",
+    "LLaVA-OneVision-0.5B": f"{PAPER} model=llava-onevision-0.5b train.max_length=8192",
 }
 """Overrides by title; rank, tasks and clients are the paper's in all."""
 
@@ -35,7 +34,7 @@ def figures(overrides: str) -> dict[str, Any]:
     """Return one plan's figures, parameters in numbers and memory in bytes."""
     plan = make_plan(load_config(overrides))
     memory = [stage.memory for stage in plan.stages.values()]
-    batch = MicroBatch(plan.batch.examples)
+    batch = plan.batch
     return {
         "overrides": overrides,
         "lora": plan.stages[1].parameters["lora"],
@@ -44,7 +43,7 @@ def figures(overrides: str) -> dict[str, Any]:
         "up_bytes": plan.stages[1].up_bytes,
         "down_bytes": plan.stages[2].down_bytes,
         "micro_batch": plan.batch.examples,
-        "tokens": plan.batch.rows * plan.visual_tokens + plan.batch.text_tokens,
+        "tokens": plan.tokens,
         "memory_bytes": max(part.total for part in memory),
         "largest_micro_batch": {
             str(size): min(part.largest_micro_batch(size * 2**30, batch) for part in memory)

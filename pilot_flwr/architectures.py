@@ -58,11 +58,11 @@ class ModelSpec:
     ----------
     model_class : str
         Name of the class in transformers.
-    least_rows : int
-        Rows of an image that is not larger than what the vision tower sees at once.
     count_tokens : callable
         From (model configuration, sizes of one example's images) to the number of tokens that
         each image takes.
+    count_rows : callable
+        The same, to the rows that each image is.
     crops : callable
         From (image processor, one example's images) to one tensor (rows, 3, height, width) for
         each image.
@@ -75,8 +75,8 @@ class ModelSpec:
     """
 
     model_class: str
-    least_rows: int
     count_tokens: Callable[[Any, Sequence[Size]], list[int]]
+    count_rows: Callable[[Any, Sequence[Size]], list[int]]
     crops: Callable[[Any, Sequence[Image.Image]], list[Tensor]]
     pack: Callable[[Any, Tensor, Sequence[ImageShape]], Tensor]
     has_video: bool = False
@@ -126,6 +126,10 @@ def _llava_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
     return [feature_size(config)[0]] * len(sizes)
 
 
+def _llava_rows(config: Any, sizes: Sequence[Size]) -> list[int]:
+    return [1] * len(sizes)
+
+
 def _llava_crops(image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
     pixels = image_processor(images=list(images), return_tensors="pt")["pixel_values"]
     return list(pixels.split(1))
@@ -141,11 +145,8 @@ def _onevision_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
     What packing makes of the crops is counted by the model's own code, on tensors without content.
     """
     tokens = feature_size(config)[0]
-    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
     counts = []
-    for size in sizes:
-        alone = len(sizes) == 1
-        rows = onevision.image_size_to_num_patches(list(size), grid, side) if alone else 1
+    for size, rows in zip(sizes, _onevision_rows(config, sizes), strict=True):
         features = torch.empty(rows, tokens, 1, device="meta")
         (packed,), _ = onevision.LlavaOnevisionModel.pack_image_features(
             SimpleNamespace(config=config),
@@ -156,6 +157,14 @@ def _onevision_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
         )
         counts.append(len(packed))
     return counts
+
+
+def _onevision_rows(config: Any, sizes: Sequence[Size]) -> list[int]:
+    """Count the whole image, and its crops if it is the conversation's only one."""
+    if len(sizes) != 1:
+        return [1] * len(sizes)
+    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
+    return [onevision.image_size_to_num_patches(list(size), grid, side) for size in sizes]
 
 
 def _onevision_crops(image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -179,12 +188,12 @@ def _onevision_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> T
 
 SPECS: dict[str, ModelSpec] = {
     "llava": ModelSpec(
-        "LlavaForConditionalGeneration", 1, _llava_tokens, _llava_crops, _llava_pack
+        "LlavaForConditionalGeneration", _llava_tokens, _llava_rows, _llava_crops, _llava_pack
     ),
     "llava_onevision": ModelSpec(
         "LlavaOnevisionForConditionalGeneration",
-        2,  # the whole image, and its one crop
         _onevision_tokens,
+        _onevision_rows,
         _onevision_crops,
         _onevision_pack,
         has_video=True,

@@ -38,14 +38,15 @@ class MicroBatch:
     ----------
     examples : int
         Micro-batch size, one image each.
-    rows : int
-        Crops of an image.
+    rows, image_tokens : int
+        Rows of an image, and the tokens that it takes.
     text_tokens, answer_tokens : int
         Tokens of an example besides its image's; those of them that carry a label.
     """
 
     examples: int
-    rows: int = 1
+    rows: int
+    image_tokens: int
     text_tokens: int = 128
     answer_tokens: int = 32
 
@@ -173,6 +174,9 @@ def _kept(model: PilotModel, batch: MicroBatch) -> int:
         connected = model.connector(rows)
         width = connected.features.shape[-1]
         image = connected.features.to(dtype).reshape(batch.examples, -1, width)
+        # What an architecture adds to its rows or takes from them when it packs them.
+        packed = (0, 0, 0, batch.image_tokens - image.shape[1])
+        image = nn.functional.pad(image, packed) if packed[-1] else image
         text = torch.empty(batch.examples, batch.text_tokens, width, dtype=dtype)
         hidden = language_model(inputs_embeds=torch.cat([image, text], 1), use_cache=False)
         model.llava.lm_head(hidden.last_hidden_state[:, -batch.answer_tokens :])

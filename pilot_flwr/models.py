@@ -247,7 +247,7 @@ class PilotModel(nn.Module):
         """Return the ids that end an answer: the checkpoint's own, and `stop`."""
         ends = self.llava.generation_config.eos_token_id
         own = {ends} if isinstance(ends, int) else set(ends or ())
-        return sorted(own | ({stop} - {None}))
+        return sorted(own if stop is None else own | {stop})
 
     def _connect(self, visual: Visual) -> ConnectorOutput:
         """Run the connector; a batch without images has neither features nor losses."""

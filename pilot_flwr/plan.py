@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from pilot_flwr.architectures import feature_size, spec_of
+from pilot_flwr.architectures import Size, feature_size, spec_of
 from pilot_flwr.base import known_config
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.memory import Memory, MicroBatch, empty_model, training_memory
@@ -60,7 +60,10 @@ class Plan:
     stages : dict
         Stage → its plan.
     total_bytes : int
-        All tensors that travel in the run: all clients, all exchanges, both ways.
+        All tensors that travel in the run: all clients, all exchanges, both ways, and what the
+        closing evaluation sends down.
+    max_length : int
+        `train.max_length`: an example with more tokens is refused.
     """
 
     path: str
@@ -71,10 +74,21 @@ class Plan:
     batch: MicroBatch
     stages: dict[int, StagePlan]
     total_bytes: int
+    max_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one example."""
+        return self.batch.image_tokens + self.batch.text_tokens
 
 
 def make_plan(
-    config: PilotConfig, *, text_tokens: int = 128, answer_tokens: int = 32, micro_batch: int = 0
+    config: PilotConfig,
+    *,
+    image_size: Size = (480, 640),
+    text_tokens: int = 128,
+    answer_tokens: int = 32,
+    micro_batch: int = 0,
 ) -> Plan:
     """Count parameters and bytes, and estimate memory.
 
@@ -82,6 +96,8 @@ def make_plan(
     ----------
     config : PilotConfig
         The run's configuration.
+    image_size : tuple of int
+        Height and width of an image in pixels, on which its tokens may depend.
     text_tokens, answer_tokens : int
         Length of an example besides its image, and the part of it that carries labels.
     micro_batch : int
@@ -95,11 +111,16 @@ def make_plan(
     base = known_config(config.model)
     spec = spec_of(base)
     batch = MicroBatch(
-        micro_batch or config.train.batch_size, spec.least_rows, text_tokens, answer_tokens
+        micro_batch or config.train.batch_size,
+        spec.count_rows(base, [image_size])[0],
+        spec.count_tokens(base, [image_size])[0],
+        text_tokens,
+        answer_tokens,
     )
     stages = {stage: _stage(config, base, stage, batch) for stage in (1, 2)}
     tokens, channels = feature_size(base)
     first_exchange = stages[1].up_bytes + stages[1].down_bytes
+    closing = stages[2].down_bytes if config.evaluation.enabled else 0
     others = config.strategy.rounds * (stages[2].up_bytes + stages[2].down_bytes)
     return Plan(
         path=config.model.path,
@@ -109,7 +130,8 @@ def make_plan(
         text_channels=base.text_config.hidden_size,
         batch=batch,
         stages=stages,
-        total_bytes=config.num_clients * (first_exchange + others),
+        total_bytes=config.num_clients * (first_exchange + others + closing),
+        max_length=config.train.max_length,
     )
 
 
@@ -166,7 +188,7 @@ def _advice(config: PilotConfig, stage: int, reason: str) -> str:
     )
     return (
         f"The device ran out of memory in stage {stage} with a micro-batch of "
-        f"{config.train.batch_size}. The plan expects {human_bytes(memory.total)} ({parts}, …) for "
-        f"a short example with one image. To need less: {'; '.join(remedies)}. "
+        f"{config.train.batch_size}. The plan expects {human_bytes(memory.total)} for training "
+        f"({parts}, …) on short examples with one image. To need less: {'; '.join(remedies)}. "
         f"`pilot-flwr plan` shows what each changes. Torch said: {reason.splitlines()[0]}"
     )

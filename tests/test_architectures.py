@@ -169,7 +169,10 @@ def test_rows_have_the_size_that_the_configuration_says(path, model):
     processor, _, cache = kit(model, path)
     visual = cache.encode(model, processor.image_processor, EXAMPLES[:1])
     assert tuple(visual.features.shape[1:]) == feature_size(read_config(ModelConfig(path=path)))
-    assert visual.images[0].rows == model.spec.least_rows
+    for one in EXAMPLES:
+        sizes = [image.size() for image in one.images]
+        shapes = cache.encode(model, processor.image_processor, [one]).images
+        assert [shape.rows for shape in shapes] == model.spec.count_rows(model.llava.config, sizes)
 
 
 def test_an_architecture_without_a_row_is_refused(tmp_path):

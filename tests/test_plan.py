@@ -60,7 +60,9 @@ def test_counts_of_every_model_are_those_by_hand(name):
     assert first.up_bytes == first.down_bytes == 2 * (lora + adapter)
     assert second.down_bytes == 2 * (lora + 3 * adapter)
     assert plan.total_bytes == 9 * (
-        4 * (lora + adapter) + 3 * 2 * (2 * lora + 4 * adapter)  # exchange 1, then three more
+        4 * (lora + adapter)  # exchange 1
+        + 3 * 2 * (2 * lora + 4 * adapter)  # three more
+        + 2 * (lora + 3 * adapter)  # the closing evaluation, downwards
     )
 
 
@@ -111,7 +113,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(processor):
         model(batch, features)
     measured = sum(size for size, _ in kept.values())
     empty = empty_model(config, known_config(config), tasks=("vqa",), stage=1)
-    planned = training_memory(empty, MicroBatch(4, 1, text, answers)).activations
+    planned = training_memory(empty, MicroBatch(4, 1, 16, text, answers)).activations
     assert planned == pytest.approx(measured, rel=0.1)
 
 
@@ -131,8 +133,59 @@ def test_memory_follows_the_settings():
     c, inner = config.hidden_size, config.intermediate_size
     decoder = config.num_hidden_layers * (4 * c * c + 3 * c * inner)  # the layers' matrices
     assert plain.base - small.base == pytest.approx(decoder * (2 - 0.516), rel=0.01)
-    assert plain.largest_micro_batch(plain.total + 99, MicroBatch(40)) == 40
-    assert plain.largest_micro_batch(plain.base, MicroBatch(40)) == 0
+    assert (
+        plain.largest_micro_batch(
+            plain.total + 99, plan_of("model.dtype=bfloat16", micro_batch=40).batch
+        )
+        == 40
+    )
+    assert (
+        plain.largest_micro_batch(plain.base, plan_of("model.dtype=bfloat16", micro_batch=40).batch)
+        == 0
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_part_of_the_memory_is_that_by_hand(checkpointing):
+    """LLaVA-1.5-7B, stage 1, four examples of 576 + 128 tokens, 32 of them labelled.
+
+    Activations: what a decoder layer keeps, counted from its formula in bytes a token.
+    """
+    plan = plan_of(
+        f"model=llava-1.5-7b model.gradient_checkpointing={str(checkpointing).lower()}",
+        micro_batch=4,
+    )
+    memory = plan.stages[1].memory
+    trained = lora_parameters(64, *MODELS["llava-1.5-7b"][1:]) + 2 * adapter_parameters(1024, 4096)
+    assert memory.adapters == memory.gradients == 4 * trained
+    assert memory.optimizer == 8 * trained
+    assert memory.logits == 4 * 32 * 32064 * 2 * (4 + 2)
+    # Weights in bfloat16, without the projector: embeddings and head, layers, norms, the tower.
+    decoder = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
+    tower = 24 * (4 * 1024**2 + 2 * 1024 * 4096 + 4 * 1024 + 4096 + 1024 + 4 * 1024)
+    tower += 1024 * 14 * 14 * 3 + 577 * 1024 + 1024 + 4 * 1024
+    assert memory.base == 2 * (2 * 32064 * 4096 + decoder + tower)
+    tokens, c, inner = 4 * 704, 4096, 11008
+    # bfloat16: four inputs of linear layers (attention, output, MLP, down), q, k, v and what
+    # attention gives, gate, up and their product's parts; float32: the input of both norms.
+    layer = tokens * (2 * (3 * c + inner) + 2 * 4 * c + 2 * 3 * inner + 2 * 4 * c)
+    layers = 32 * tokens * 2 * c + layer if checkpointing else 32 * layer
+    assert memory.activations == pytest.approx(layers, rel=0.25)
+    parts = ("base", "adapters", "gradients", "optimizer", "activations", "logits")
+    total = sum(getattr(memory, part) for part in parts)
+    assert memory.reserve == int(0.1 * total)
+    assert memory.total == total + memory.reserve
+
+
+def test_a_large_image_takes_its_tokens_and_what_is_too_long_is_said(capsys):
+    """480 x 640 under OneVision: the whole image, 2 x 2 crops unpadded to 3:4, and newlines."""
+    height, width = 2 * 27, 2 * 27
+    kept = height - 2 * ((height - round(480 * width / 640)) // 2)
+    expected = 27 * 27 + kept * (width + 1)
+    assert cli.main(["plan", "model=llava-onevision-0.5b", "--micro-batch", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"each one image in {expected} tokens" in out
+    assert f"has {expected + 128} tokens and would be refused: `train.max_length` is 2048" in out
 
 
 def test_the_command_prints_all_of_it(capsys):
@@ -153,6 +206,7 @@ def test_the_command_prints_all_of_it(capsys):
     [
         (["--micro-batch", "-1"], "`--micro-batch` is -1 but must be at least 0"),
         (["--text-tokens", "0"], "`--text-tokens` is 0 but must be at least 1"),
+        (["--image-size", "480"], "`--image-size` is '480' but must be height and width"),
         (["model.quantization=8bit"], "`model.quantization` is '8bit' but must be one of none, 4"),
     ],
 )

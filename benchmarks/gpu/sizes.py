@@ -54,7 +54,8 @@ class Size:
 
     def batch(self, micro_batch: int) -> MicroBatch:
         """Return the shape of a micro-batch, one image an example."""
-        return MicroBatch(micro_batch, 1, self.text_tokens, self.answer_tokens)
+        tokens = feature_size(known_config(self.config()))[0]
+        return MicroBatch(micro_batch, 1, tokens, self.text_tokens, self.answer_tokens)
 
 
 PAPER = LoraConfig(rank=64, alpha=128)

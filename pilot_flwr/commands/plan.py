@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -27,6 +28,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
     )
     plan.add_argument(
+        "--image-size",
+        default="480x640",
+        metavar="HxW",
+        help="size of an image in pixels, on which its tokens may depend (default: 480x640)",
+    )
+    plan.add_argument(
         "--text-tokens", type=int, default=128, help="tokens of an example besides its image"
     )
     plan.add_argument(
@@ -50,6 +57,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(shlex.join(options.overrides))
     plan = make_plan(
         config,
+        image_size=_size(options.image_size),
         text_tokens=options.text_tokens,
         answer_tokens=min(options.answer_tokens, options.text_tokens),
         micro_batch=options.micro_batch,
@@ -60,6 +68,17 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         _show(plan, num_clients=config.num_clients, rounds=config.strategy.rounds)
     return SUCCESS
+
+
+def _size(text: str) -> tuple[int, int]:
+    from pilot_flwr.errors import ConfigError
+
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not match:
+        raise ConfigError(
+            f"`--image-size` is {text!r} but must be height and width, such as 480x640."
+        )
+    return int(match[1]), int(match[2])
 
 
 def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
@@ -80,9 +99,14 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
     batch = plan.batch
     print(
         f"A micro-batch of {batch.examples} examples, each one image in "
-        f"{batch.rows * plan.visual_tokens} tokens and {batch.text_tokens} tokens of text, "
+        f"{batch.image_tokens} tokens and {batch.text_tokens} tokens of text, "
         f"{batch.answer_tokens} of them labelled; bfloat16 autocast."
     )
+    if plan.tokens > plan.max_length:
+        print(
+            f"Such an example has {plan.tokens} tokens and would be refused: `train.max_length` is "
+            f"{plan.max_length}."
+        )
     print(_largest(plan))
     print(_fit(plan))
 
