@@ -47,8 +47,8 @@ def share_inputs(layers: Sequence[Any], shared: bool) -> None:
     """Let peft take inputs as they are, which it otherwise casts to the LoRA's own type.
 
     Under autocast the cast changes no value, but each of a layer's LoRAs would keep a copy of
-    its own for the backward pass. It stays as set,
-    because checkpointing runs layers again in the backward pass.
+    its own for the backward pass. It stays as set, because checkpointing runs layers again in
+    the backward pass.
     """
     for layer in layers:
         layer.cast_input_dtype_enabled = not shared

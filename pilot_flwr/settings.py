@@ -2,7 +2,7 @@
 
 The model's and the data's are in `pilot_flwr.model_settings` and `pilot_flwr.data_settings`. To
 add a setting, add a field and, if it has a rule, a check in ``__post_init__``. Named choices
- live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
+live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
 """
 
 from dataclasses import dataclass, field
