@@ -12,36 +12,42 @@ from pilot_flwr import wire
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import PilotError, UpdateError
-from pilot_flwr.failures import OWN_ERROR
+from pilot_flwr.failures import OWN_ERROR, reply_text
 from pilot_flwr.server_state import Member
-from pilot_flwr.site import find_site, is_simulated, site_model
+from pilot_flwr.site import find_site, is_simulated, private_paths, site_model
 from pilot_flwr.turn import Site, stage_trained, take_turn
 
 app = ClientApp()
 logger = logging.getLogger("flwr")
 
-Handler = Callable[[Message, Context], RecordDict]
+Handler = Callable[[Message, PilotConfig, Site], RecordDict]
 
 
 def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Reply with what `handler` returns, or with its typed error in plain words."""
+    """Reply with what `handler` returns, or with what the server may know of an error."""
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
+        private: dict[str, str] | None = {}
         try:
-            return Message(handler(message, context), reply_to=message)
-        except PilotError as error:
-            logger.error("%s", error)
-            return Message(Error(OWN_ERROR, str(error)), reply_to=message)
+            # Before anything of this site is looked at, an error can quote the server alone.
+            config, run = _received(message, context)
+            simulated = is_simulated(context.node_config, run.folder, run.token)
+            private = None if simulated else private_paths(context.node_config)
+            config, site = _open(context, config, run, simulated=simulated)
+            return Message(handler(message, config, site), reply_to=message)
+        except Exception as error:
+            explained = isinstance(error, PilotError) and private is None
+            logger.error("%s", error, exc_info=not explained)
+            return Message(Error(OWN_ERROR, reply_text(error, private)), reply_to=message)
 
     return handle
 
 
 @app.query()
 @_answer
-def query(message: Message, context: Context) -> RecordDict:
+def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Say which client this node is, and whether it holds stage-1 state."""
-    config, site = _open(message, context)
     examples = count_examples(config.data, site.client, "train", seed=config.seed, files=site.files)
     return wire.encode_member(
         Member(site.client.id, site.client.task, examples, stage_trained(site))
@@ -50,20 +56,19 @@ def query(message: Message, context: Context) -> RecordDict:
 
 @app.train()
 @_answer
-def train(message: Message, context: Context) -> RecordDict:
+def train(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Evaluate the incoming personalised model, then train it."""
-    return _turn(message, context)
+    return _turn(message, config, site)
 
 
 @app.evaluate()
 @_answer
-def evaluate(message: Message, context: Context) -> RecordDict:
+def evaluate(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Evaluate the incoming personalised model."""
-    return _turn(message, context)
+    return _turn(message, config, site)
 
 
-def _turn(message: Message, context: Context) -> RecordDict:
-    config, site = _open(message, context)
+def _turn(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     order, addressee = wire.decode_order(message.content)
     if addressee != site.client.id:
         raise UpdateError(f"The order is for {addressee!r} but this client is {site.client.id!r}.")
@@ -75,9 +80,13 @@ def _turn(message: Message, context: Context) -> RecordDict:
     return wire.encode_result(result, order, site.client.id, site.client.task)
 
 
-def _open(message: Message, context: Context) -> tuple[PilotConfig, Site]:
-    config = _config(str(context.run_config["overrides"]))
-    run = wire.decode_run(message.content)
+def _received(message: Message, context: Context) -> tuple[PilotConfig, wire.RunInfo]:
+    return _config(str(context.run_config["overrides"])), wire.decode_run(message.content)
+
+
+def _open(
+    context: Context, config: PilotConfig, run: wire.RunInfo, *, simulated: bool
+) -> tuple[PilotConfig, Site]:
     site = find_site(
         context.node_config,
         config,
@@ -85,7 +94,6 @@ def _open(message: Message, context: Context) -> tuple[PilotConfig, Site]:
         run_folder=run.folder,
         run_token=run.token,
     )
-    simulated = is_simulated(context.node_config, run.folder, run.token)
     model = site_model(context.node_config, config.model, simulated=simulated)
     return replace(config, model=model), site
 

@@ -3,16 +3,24 @@
 ServerApp, ClientApp, command line and tests all call `load_config` with the same string.
 Types, defaults and ranges are in `pilot_flwr.settings`; to add a choice, add a YAML file
 under ``conf/<group>/``.
+
+A client gets that string from the server, so it is checked before Hydra composes anything: an
+override sets settings to plain values or chooses a file of ``conf/``. What of Hydra reads
+environment variables or other files is refused, on the command line as well, so that a string
+which the user's machine takes is one that every client takes.
 """
 
+import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
+from collections.abc import Iterator, Sequence
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +30,14 @@ from pilot_flwr.errors import ConfigError
 from pilot_flwr.settings import PilotConfig
 
 __all__ = ["PilotConfig", "config_folder", "from_yaml", "load_config", "to_dict", "to_yaml"]
+
+
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+
+_INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
+r"""What OmegaConf evaluates; after an odd number of backslashes ``${`` is plain text to it."""
+
+_MISSING = "???"
 
 
 def config_folder() -> Path:
@@ -48,7 +64,15 @@ def load_config(overrides: str = "") -> PilotConfig:
     Raises
     ------
     ConfigError
-        An unknown key, a wrong type, a value out of range, or text that is no override.
+        An unknown key, a wrong type, a value out of range, text that is no override, or one
+        that could read something else than ``conf/``.
+
+    Notes
+    -----
+    Safe for a string from outside: nothing but the files of ``conf/`` is opened, no environment
+    variable is read, and an error has nothing in it that is neither in the string nor in the
+    package. Refused are interpolations (``${...}``), packages (``group@package``), keys of Hydra
+    itself, deletions (``~key``), sweeps, and a group's choice that is none of its files.
     """
     try:
         arguments = shlex.split(overrides)
@@ -57,6 +81,8 @@ def load_config(overrides: str = "") -> PilotConfig:
             f"The overrides {overrides!r} cannot be split into words: {error}."
         ) from None
     try:
+        for override in OverridesParser.create().parse_overrides(arguments):
+            _check_override(override)
         _store_schema()
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             composed = compose("config", overrides=arguments)
@@ -67,6 +93,44 @@ def load_config(overrides: str = "") -> PilotConfig:
         raise ConfigError(f"Unknown key in {overrides!r}: {error}.") from None
     assert isinstance(config, PilotConfig)
     return config
+
+
+def _check_override(override: Override) -> None:
+    """Refuse what could read anything but ``conf/``, before it is composed."""
+    word, key, value = override.input_line, override.key_or_group, override.value()
+    if override.is_delete() or override.package is not None or not _KEY.fullmatch(key):
+        raise ConfigError(f"The override {word!r} must be `key=value` or `+key=value`.")
+    if override.is_sweep_override():
+        raise ConfigError(f"The override {word!r} must give one value.")
+    groups = {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
+    if key in groups and not isinstance(value, dict):
+        choices = sorted(file.stem for file in (config_folder() / key).glob("*.yaml"))
+        if value not in choices:
+            raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(choices)}.")
+    elif key.split(".")[0] not in {field.name for field in fields(PilotConfig)}:
+        raise ConfigError(f"Unknown key in {word!r}: there is no setting `{key}`.")
+    for text in _texts(value):
+        if _INTERPOLATION.search(text):
+            raise ConfigError(
+                f"`{key}` has {text!r} but must be a plain value: `${{...}}` is not evaluated."
+            )
+        if text == _MISSING:  # OmegaConf would take it as no value at all
+            raise ConfigError(f"`{key}` has {text!r} but must be another text.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in an override's value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+    elif not isinstance(value, bool | int | float | None):
+        raise ConfigError(f"A value is {value!r} but must be text, a number, a list or a mapping.")
 
 
 def to_yaml(config: PilotConfig) -> str:

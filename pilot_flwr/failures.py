@@ -1,10 +1,16 @@
-"""What a Flower error reply means, in a line that a user can act on."""
+"""Error replies: what a client tells the server of one, and what the server reads in it.
 
+A client's log has the whole error; its reply leaves out where things are on its disk. To keep
+more to the site, change `reply_text`, the one place through which an error leaves a client.
+"""
+
+import os
 import re
+from collections.abc import Mapping
 
 from flwr.app import Error
 
-from pilot_flwr.errors import RunError
+from pilot_flwr.errors import PilotError, RunError
 from pilot_flwr.wording import headline
 
 _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own exceptions
@@ -12,8 +18,62 @@ _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own excep
     r"WorkerCrashedError|NodeDiedError|OutOfMemoryError|LocalRayletDiedError)'>"
 )
 
+_URL = r"(?P<url>https?://[^\s'\"<>]+)"
+_ABSOLUTE = r"(?<![\w/>.~])(?:file:)?~?/+[\w.~-][^\s'\"`,;:()\[\]{}<>]*"
+
 OWN_ERROR = 1001
 """Error code of a reply in which this app itself says, in plain words, what is wrong."""
+
+
+def reply_text(error: Exception, private: Mapping[str, str] | None) -> str:
+    """Return what the server gets to read of a client's error.
+
+    A typed error says it in its own words, without paths. Of any other exception, whose text may
+    quote anything, a site sends the type alone, and the system's reason if it has one.
+
+    Parameters
+    ----------
+    error : Exception
+        What was raised.
+    private : mapping or None
+        The site's paths and what to write instead; None if the server is on this machine, so
+        that there is nothing to keep from it.
+    """
+    kind = type(error).__name__
+    if private is None:
+        return str(error) if isinstance(error, PilotError) else f"{kind}: {headline(str(error))}"
+    if isinstance(error, PilotError):
+        return without_paths(str(error), private)
+    number = error.errno if isinstance(error, OSError) else None
+    reason = f" ({os.strerror(number)})" if number else ""
+    return f"{kind}{reason}; what happened is in the client's own log."
+
+
+def without_paths(text: str, private: Mapping[str, str]) -> str:
+    """Replace paths: each of `private` by what it says, any other absolute one by ``<path>``.
+
+    Parameters
+    ----------
+    text : str
+        Of an error.
+    private : mapping
+        Path → what to write instead.
+    """
+    spelled = {
+        form: key
+        for path, key in private.items()
+        for form in (path, repr(path)[1:-1], ascii(path)[1:-1])
+    }
+    longest_first = sorted(spelled, key=len, reverse=True)
+    known = "|".join(map(re.escape, longest_first)) or r"(?!)"
+    pattern = rf"{_URL}|(?P<known>{known})(?![\w-])|{_ABSOLUTE}"
+
+    def instead(match: re.Match[str]) -> str:
+        if match["url"]:
+            return match["url"]
+        return spelled[match["known"]] if match["known"] else "<path>"
+
+    return re.sub(pattern, instead, text)
 
 
 def reason_of(error: Error) -> str:

@@ -1,9 +1,12 @@
 """Settings of the base model and of what is added to it."""
 
+import re
 from dataclasses import dataclass, field
 
 from pilot_flwr.checks import at_least, one_of, positive, share
 from pilot_flwr.errors import ConfigError
+
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")  # it is part of a path in the hub's cache
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class ModelConfig:
         if not self.path:
             raise ConfigError(
                 "`model.path` is empty but must be a shipped name, a folder or a hub id."
+            )
+        if self.revision and (not _REVISION.fullmatch(self.revision) or ".." in self.revision):
+            raise ConfigError(
+                f"`model.revision` is {self.revision!r} but must be a branch, a tag or a commit: "
+                "letters, digits, '.', '_', '-' and '/', without '..'."
             )
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))

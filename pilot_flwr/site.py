@@ -1,12 +1,13 @@
 """Where a client is: what its node's own configuration says, never what the server says.
 
-A simulated node has a ``partition-id``: it is the client with that number, and its private
-folder is inside the run folder, and its files are those that the run's configuration names. A
-real site's ``--node-config`` gives ``client-id`` and ``state-folder``, the site's data as
-``train-file``, ``test-file`` and ``image-folder``, and may give ``device`` and ``model-path``. No
-path of the run's configuration is ever opened there.
+A simulated node has a ``partition-id`` and ``num-partitions``: it is the client with that number,
+and its private folder is inside the run folder, and its files are those that the run's
+configuration names. A real site's ``--node-config`` gives ``client-id`` and ``state-folder``, the
+site's data as ``train-file``, ``test-file`` and ``image-folder``, and may give ``device`` and
+``model-path``. No path of the run's configuration is ever opened there.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -60,7 +61,7 @@ def find_site(
     client = _client(node_config, config)
     simulated = is_simulated(node_config, run_folder, run_token)
     if node_config.get("state-folder"):
-        folder = Path(str(node_config["state-folder"])).expanduser() / run_name
+        folder = _expanded("state-folder", str(node_config["state-folder"])) / run_name
     elif simulated:
         folder = Path(run_folder) / "clients" / client.id
     else:
@@ -77,10 +78,14 @@ def find_site(
 def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
     """Return whether the run's configuration may name files here.
 
-    That takes a node without a ``client-id`` which can read the run folder's token: only then
-    server and client are on one machine, started together.
+    That takes a node as Flower's simulation engine makes it, with ``partition-id`` and
+    ``num-partitions`` and without a ``client-id``, which can read the run folder's token: only
+    then server and client are on one machine, started together. At any other node not even the
+    token is looked for.
     """
-    return "client-id" not in node_config and holds_token(Path(run_folder), run_token)
+    engines = {"partition-id", "num-partitions"} <= node_config.keys()
+    own = "client-id" in node_config
+    return engines and not own and holds_token(Path(run_folder), run_token)
 
 
 def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) -> ModelConfig:
@@ -100,6 +105,13 @@ def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) 
     ConfigError
         At a real site, ``model-path`` is no folder, or there is none and `model.path` is
         something else than a shipped name or a hub id.
+
+    Notes
+    -----
+    What `model.path` names is decided by its letters alone. One look at the disk is left: for a
+    hub id transformers prefers a folder ``organisation/name`` where the client stands, so it is
+    refused if there is one. The error does not repeat `model.path`: beside a path that
+    an error never has, it would tell the server whether it has guessed one.
     """
     if simulated:
         return model
@@ -112,9 +124,8 @@ def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) 
         return model
     if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
         raise ConfigError(
-            f"`model.path` is {model.path!r} but at a real site must be a shipped name or a hub "
-            "id (organisation/name); a folder of the site is named by `model-path` in its node "
-            "config."
+            "`model.path` of the run must be a shipped name or a hub id (organisation/name) at a "
+            "real site; a folder of the site is named by `model-path` in its node config."
         )
     return model
 
@@ -149,10 +160,56 @@ def site_files(node_config: NodeConfig, client: Client) -> SiteFiles:
 
 def _path(node_config: NodeConfig, key: str, name: str) -> Path:
     """Return a path of the node config; errors go to the server and have its last part only."""
-    path = Path(name.strip()).expanduser()
+    path = _expanded(key, name.strip())
     if not path.is_absolute():
         raise ConfigError(f"`{key}` names {path.name!r} but must be an absolute path.")
     return path
+
+
+def _expanded(key: str, name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"`{key}` begins with '~' and the name of no user.") from None
+
+
+def private_paths(node_config: NodeConfig) -> dict[str, str]:
+    """Return what no error may tell the server: this site's paths, and what to write instead.
+
+    Parameters
+    ----------
+    node_config : mapping
+        Every value that is a path counts, each file of ``train-file`` for itself: as it is
+        written, with ``~`` expanded, and with links resolved.
+
+    Returns
+    -------
+    dict
+        Path → ``<key>``; also the folders that files are in, and the home folder.
+    """
+    named: dict[str, str] = {}
+    for key, value in node_config.items():
+        for name in str(value).split(FILE_SEPARATOR) if isinstance(value, str) else ():
+            for form in _forms(name.strip()):
+                named[form] = f"<{key}>"
+                if key.endswith("-file"):
+                    named.setdefault(str(Path(form).parent), f"<folder of {key}>")
+    for form in _forms("~"):
+        named.setdefault(form, "<home>")
+    return {path: key for path, key in named.items() if len(path) > 1}
+
+
+def _forms(name: str) -> set[str]:
+    """Return the spellings of a path; none for what is no path."""
+    if "/" not in name and not name.startswith("~"):
+        return set()
+    forms = {name}
+    try:
+        path = Path(name).expanduser()
+        forms |= {str(path), os.path.abspath(path), str(path.resolve())}
+    except (OSError, RuntimeError, ValueError):  # no such user, a loop of links, a null byte
+        pass
+    return {form.rstrip("/") for form in forms} - {"", "~", "."}
 
 
 def _client(node_config: NodeConfig, config: PilotConfig) -> Client:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.site import find_site, is_simulated, site_model
+from pilot_flwr.site import find_site, is_simulated, private_paths, site_model
 
 CONFIG = load_config()
 
@@ -41,7 +43,7 @@ def test_a_node_on_another_machine_does_not_write_where_the_server_says(tmp_path
 
 def test_a_state_folder_is_used_whatever_tells_the_client(tmp_path):
     run = RunFolder(tmp_path / "run")
-    node_config = {"partition-id": 4, "state-folder": str(tmp_path / "own")}
+    node_config = {"partition-id": 4, "num-partitions": 9, "state-folder": str(tmp_path / "own")}
     found = site(node_config, folder=tmp_path / "run", token=run.token)
     assert found.state_folder == tmp_path / "own" / "demo-1"
 
@@ -61,6 +63,10 @@ def test_a_real_site_is_what_its_own_node_config_says(tmp_path):
         ({"client-id": "vqa-0"}, "`state-folder` is missing in the node config of .*'vqa-0'"),
         ({"partition-id": 0, "num-partitions": 2}, "2 SuperNodes but .* 9 clients"),
         ({"partition-id": 9}, "`partition-id` is 9 but must be from 0 to 8"),
+        (
+            {"client-id": "vqa-0", "state-folder": "~no-such-user/x"},
+            "`state-folder` begins with '~'",
+        ),
         ({"client-id": "vqa-0", "device": "tpu9"}, "`device` is 'tpu9' but must be"),
         ({"client-id": "vqa-0", "device": "meta"}, "`device` is 'meta' but must be"),
         ({"client-id": "vqa-0", "device": "cuda:99"}, "`device` is 'cuda:99' but this machine"),
@@ -117,9 +123,12 @@ def test_a_real_sites_files_are_those_of_its_node_config(data_files):
 
 def test_only_a_proven_simulation_uses_the_runs_files(tmp_path):
     run = RunFolder(tmp_path)
-    node_config = {"partition-id": 1, "state-folder": "/state"}
+    node_config = {"partition-id": 1, "num-partitions": 2, "state-folder": "/state"}
     assert llava_site(node_config, folder=tmp_path, token=run.token).files is None
     assert is_simulated(node_config, str(tmp_path), run.token)
+    for missing in ("partition-id", "num-partitions"):  # not as the simulation engine makes it
+        other = {key: value for key, value in node_config.items() if key != missing}
+        assert not is_simulated(other, str(tmp_path), run.token)
     for token in ("", "guessed"):
         with pytest.raises(ConfigError, match="`train-file` is missing in the node config"):
             llava_site(node_config, folder=tmp_path, token=token)
@@ -160,10 +169,56 @@ def test_a_real_sites_base_model_is_a_name_or_its_own_folder(tmp_path, monkeypat
     (tmp_path / "single").mkdir()
     wrong = ("/etc", "local/model", "single", "../tiny-llava", "a/b/c", "./tiny-llava", "~/model")
     for name in (*wrong, str(tmp_path), "absent", "..", "a/..", "org/../x"):
-        with pytest.raises(ConfigError, match="`model.path` is .* but at a real site must be"):
+        with pytest.raises(
+            ConfigError, match="`model.path` of the run must be a shipped name"
+        ) as error:
             path(name)
-    for name, message in (("local", "absolute path"), (str(tmp_path / "no"), "is no folder")):
-        with pytest.raises(ConfigError, match=f"`model-path` names .*{message}"):
+        assert repr(name) not in str(error.value)
+    for name, message in (
+        ("local", "names .*absolute path"),
+        (str(tmp_path / "no"), "names .*is no folder"),
+        ("~no-such-user/x", "begins with '~' and the name of no user"),
+    ):
+        with pytest.raises(ConfigError, match=f"`model-path` {message}"):
             path("tiny-llava", model_path=name)
     simulated = site_model({}, ModelConfig(path=str(tmp_path)), simulated=True)
     assert simulated.path == str(tmp_path)
+
+
+def test_no_disk_is_asked_about_what_the_server_calls_the_base_model(monkeypatch, tmp_path):
+    asked = []
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: asked.append(str(path)) or exists(path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("/etc", "../x", "~/x", "./org/name", "org/../x", "a/b/c", "org/.git"):
+        with pytest.raises(ConfigError, match="`model.path`"):
+            site_model({}, ModelConfig(path=name), simulated=False)
+    assert asked == []
+    site_model({}, ModelConfig(path="org/name"), simulated=False)
+    assert asked == ["org/name"]  # where transformers would look first
+
+
+def test_a_nodes_private_paths_have_their_keys_in_every_spelling(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    node_config = {
+        "client-id": "vqa-0",
+        "partition-id": 3,
+        "state-folder": "~/state",
+        "train-file": f"{tmp_path}/link/a.json; {tmp_path}/b/c.json",
+        "model-path": "~no-such-user/model",
+    }
+    assert private_paths(node_config) == {
+        "~/state": "<state-folder>",
+        f"{tmp_path}/home/state": "<state-folder>",
+        f"{tmp_path}/link/a.json": "<train-file>",
+        f"{real}/a.json": "<train-file>",
+        f"{tmp_path}/b/c.json": "<train-file>",
+        f"{tmp_path}/link": "<folder of train-file>",
+        f"{real}": "<folder of train-file>",
+        f"{tmp_path}/b": "<folder of train-file>",
+        "~no-such-user/model": "<model-path>",
+        f"{tmp_path}/home": "<home>",
+    }
