@@ -63,8 +63,9 @@ class DataConfig:
     the image processor's mean colour, as LLaVA-1.5 does) or ``keep`` (as the image processor
     treats it). Up to a share `allowed_broken` of a client's rows may be broken or over-long: they
     are skipped and counted; with 0, one broken row stops the client before it trains.
-    `check_images` says how far each image is read for that: ``header``, or ``decode`` for all of
-    it, which takes as long as reading the data once. `workers` threads decode images while the
+    `check_images` says how far each image is read for that: ``decode`` reads all of it, once, which
+    takes as long as reading the data once; with ``header`` an image that is broken behind its
+    header stops the training when its turn comes. `workers` threads decode images while the
     model is busy with the batch before; 0 decodes in between.
     """
 
@@ -77,7 +78,7 @@ class DataConfig:
     files: dict[str, TaskFiles] = field(default_factory=dict)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     image_aspect_ratio: str = "keep"
-    check_images: str = "header"
+    check_images: str = "decode"
     allowed_broken: float = 0.0
     workers: int = 0
 

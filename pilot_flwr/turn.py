@@ -20,11 +20,12 @@ from pilot_flwr.data.federation import (
     Client,
     SiteFiles,
     Split,
+    check_references,
     client_examples,
     padding_colour,
     task_metric,
 )
-from pilot_flwr.data.screening import decoding, usable
+from pilot_flwr.data.screening import WholeImages, usable
 from pilot_flwr.errors import StateError
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
@@ -137,9 +138,10 @@ def take_turn(
         raise StateError(
             f"Client {site.client.id!r} was ordered to train stage 2 but holds no stage-1 state."
         )
-    model = warm_model(
-        config.model, reduction=config.train.difference_loss.reduction, device=site.device
-    )
+    with out_of_memory_explained(config, order.stage):
+        model = warm_model(
+            config.model, reduction=config.train.difference_loss.reduction, device=site.device
+        )
     kit = Kit(site, config, model, progress)
     if order.train:
         kit.examples("train")  # what is broken stops the turn now, not after the evaluation
@@ -257,24 +259,35 @@ class Kit:
             files=self.site.files,
             background=padding_colour(data, self.processor.image_processor),
         )
-        check = self.collator.tokenize if split == "train" else self.collator.prompt
+        metric = task_metric(data, client.task)
+
+        def check(example: Example) -> None:
+            if split == "train":
+                self.collator.tokenize(example)
+            else:
+                self.collator.prompt(example)
+                check_references(metric, example)
+
         return usable(
             examples,
             name=f"{split} split of client {client.id!r}",
-            check=decoding(check) if data.check_images == "decode" else check,
+            check=check,
             allowed=data.allowed_broken,
             settings=f"{split}/{self.config.train.max_length}/{data.check_images}"
-            f"/{self.config.model}",
+            f"/{self.config.model}/{metric}",
             folder=self.site.state_folder / "checked",
             progress=self.progress,
+            images=WholeImages(data.workers) if data.check_images == "decode" else None,
         )
 
     def _encoder(self, split: Split) -> Encoder:
         model, data = self.config.model, (self.config.seed, self.config.data)
+        base = f"{model.path}/{model.revision}/{model.dtype}"
         cache = FeatureCache(
             model.feature_cache,
-            namespace=f"{model.path}/{model.dtype}/{data}/{self.site.client.id}/{split}",
+            namespace=f"{base}/{data}/{self.site.client.id}/{split}",
             folder=self.site.state_folder / "features",
+            base=base,
         )
         processor, workers = self.processor.image_processor, self.config.data.workers
         return lambda parts: cache.stream(self.model, processor, parts, workers=workers)

@@ -1,6 +1,7 @@
 """``pilot-flwr data check``: everything about a federation's data, before there is a run."""
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # heavy imports stay inside handlers
     from pilot_flwr.data.llava import LlavaExamples
     from pilot_flwr.settings import PilotConfig
 
+    Sites = list[tuple[Client, SiteFiles | None]]
     Splits = list[tuple[SplitReport, LlavaExamples | None]]
 
 SUCCESS, FAILURE = 0, 1
@@ -29,7 +31,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="look at every row and image of a federation, before there is a run",
         description="Look at every row of every client as training would: structure, images, "
         "length in tokens; and report counts, broken rows and figures about the answers. "
-        "Exit code: 0 a run can start, 1 it would stop, 2 wrong usage or configuration.",
+        "Exit code: 0 nothing was found that stops a run, 1 it would stop, 2 wrong usage or "
+        "configuration.",
         epilog="example: pilot-flwr data check data=my-federation.yaml model=llava-1.5-7b",
     )
     check.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override")
@@ -60,15 +63,20 @@ def _check(options: argparse.Namespace) -> int:
 
     at_least("--show", options.show, 0)
     at_least("--workers", options.workers, 1)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise ConfigError(f"`--json` is {str(options.json)!r}, whose folder is not there.")
     config, _ = with_folder(load_config(shlex.join(options.overrides)), options.overrides)
     if config.data.source != "llava":
         raise ConfigError("`data.source` must be llava: only files can be checked.")
-    splits = _open(config, options, None if options.no_tokens else _background(config))
+    config, sites = _sites(config, options.node_config)
+    splits = _open(config, sites, _background(config, options))
+    _check_output(options.json, splits)
     shared = list(shared_rows([(f"{r.client} {r.split}", e) for r, e in splits if e is not None]))
     wrong = [(a, b, n) for a, b, n in shared if not a.endswith(" test") or not b.endswith(" test")]
     _look(splits, config, options)
     reports = [report for report, _ in splits]
-    _print(reports, wrong, options.show)
+    unseen = ["pixels (`--fast`)"] * options.fast + ["tokens (`--no-tokens`)"] * options.no_tokens
+    _print(reports, wrong, options.show, unseen)
     if options.json is not None:
         found = {
             "splits": [
@@ -77,32 +85,36 @@ def _check(options: argparse.Namespace) -> int:
             ],
             "shared_rows": [{"splits": [a, b], "rows": n} for a, b, n in wrong],
         }
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        try:
+            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"`--json` cannot be written: {error.strerror}.") from None
     return FAILURE if any(report.stops for report in reports) else SUCCESS
 
 
-def _open(
-    config: "PilotConfig", options: argparse.Namespace, background: "Colour | None"
-) -> "Splits":
+def _check_output(output: Path | None, splits: "Splits") -> None:
+    """Refuse to write the figures over the rows themselves."""
+    files = {file.path.resolve() for _, e in splits if e is not None for file in e.files}
+    if output is not None and output.resolve() in files:
+        raise ConfigError(f"`--json` is {str(output)!r} but must not be one of the data's files.")
+
+
+def _open(config: "PilotConfig", sites: "Sites", background: "Colour | None") -> "Splits":
     """Open every split; one that cannot be read has the reason in its report."""
     from pilot_flwr.data.check import SplitReport
-    from pilot_flwr.data.federation import client_examples, federation_clients
+    from pilot_flwr.data.federation import client_examples
     from pilot_flwr.data.llava import LlavaExamples
 
     data = config.data
-    sites: list[tuple[Client, SiteFiles | None]]
-    if options.node_config is not None:
-        sites = [_site(config, options.node_config)]
-    else:
-        sites = [(client, None) for client in federation_clients(data)]
-    if background is None:  # sizes do not depend on it
-        data = replace(data, image_aspect_ratio="keep")
+    decodes = data.check_images == "decode"
     splits: Splits = []
     for client, files in sites:
         for split in ("train", "test"):
             if split == "test" and not config.evaluation.enabled:
                 continue
-            report = SplitReport(client.id, client.task, split, allowed=data.allowed_broken)
+            report = SplitReport(
+                client.id, client.task, split, allowed=data.allowed_broken, decodes=decodes
+            )
             examples = None
             try:
                 read = client_examples(
@@ -116,25 +128,37 @@ def _open(
     return splits
 
 
-def _site(config: "PilotConfig", words: str) -> "tuple[Client, SiteFiles]":
-    """Return client and files of a node config as it is written for ``flower-supernode``."""
-    from pilot_flwr.data.federation import client_by_id
-    from pilot_flwr.site import site_files
+def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig, Sites]":
+    """Return the clients with their files, and the configuration as it holds at them.
 
-    node_config: dict[str, bool | float | int | str] = {}
-    for word in shlex.split(words):
+    Without a node config, as it is written for ``flower-supernode``, they are simulated.
+    """
+    from pilot_flwr.data.federation import client_by_id, federation_clients
+    from pilot_flwr.site import site_files, site_model
+
+    if node_config is None:
+        return config, [(client, None) for client in federation_clients(config.data)]
+    try:
+        words = shlex.split(node_config)
+    except ValueError as error:
+        raise ConfigError(f"`--node-config` cannot be split into words: {error}.") from None
+    values: dict[str, bool | float | int | str] = {}
+    for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"`--node-config` has {word!r} but must be KEY=VALUE words.")
-        node_config[key] = value
-    client = client_by_id(config.data, str(node_config.get("client-id", "")))
-    return client, site_files(node_config, client)
+        values[key] = value
+    client = client_by_id(config.data, str(values.get("client-id", "")))
+    model = site_model(values, config.model, simulated=False)
+    return replace(config, model=model), [(client, site_files(values, client))]
 
 
-def _background(config: "PilotConfig") -> "Colour | None":
+def _background(config: "PilotConfig", options: argparse.Namespace) -> "Colour | None":
     from pilot_flwr.base import load_processor
     from pilot_flwr.data.federation import padding_colour
 
+    if options.no_tokens:  # any colour will do, and none needs a processor
+        return (0, 0, 0) if config.data.image_aspect_ratio == "pad" else None
     processor = load_processor(config.model.path, config.model.revision)
     return padding_colour(config.data, processor.image_processor)
 
@@ -145,7 +169,10 @@ def _look(splits: "Splits", config: "PilotConfig", options: argparse.Namespace) 
     from rich.progress import Progress
 
     from pilot_flwr.data.check import check_split
+    from pilot_flwr.data.federation import check_references, task_metric
+    from pilot_flwr.data.screening import WholeImages
 
+    images = None if options.fast else WholeImages(options.workers)
     tokenize = {} if options.no_tokens else _tokenizers(config)
     seen: dict[object, SplitReport] = {}
     with Progress(console=Console(stderr=True), transient=True) as bars:
@@ -154,7 +181,8 @@ def _look(splits: "Splits", config: "PilotConfig", options: argparse.Namespace) 
             if examples is None:
                 continue
             files = tuple(str(file.path) for file in examples.files)
-            key = (report.split, files, examples.reading, examples.rows.tobytes())
+            metric = task_metric(config.data, report.task)
+            key = (report.split, metric, files, examples.reading, examples.rows.tobytes())
             if key in seen:
                 splits[index] = (replace(seen[key], client=report.client), examples)
             else:
@@ -163,8 +191,11 @@ def _look(splits: "Splits", config: "PilotConfig", options: argparse.Namespace) 
                     examples,
                     report,
                     tokenize=tokenize.get(report.split),
-                    decode=not options.fast,
+                    images=images,
                     workers=options.workers,
+                    references=functools.partial(check_references, metric)
+                    if report.split == "test"
+                    else None,
                 )
             bars.advance(bar, len(examples))
 
@@ -183,7 +214,12 @@ def _tokenizers(config: "PilotConfig") -> "dict[Split, Tokenize]":
     return {"train": collator.tokenize, "test": lambda example: (collator.prompt(example), [])}
 
 
-def _print(reports: "list[SplitReport]", shared: list[tuple[str, str, int]], show: int) -> None:
+def _print(
+    reports: "list[SplitReport]",
+    shared: list[tuple[str, str, int]],
+    show: int,
+    unseen: list[str],
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -215,4 +251,9 @@ def _print(reports: "list[SplitReport]", shared: list[tuple[str, str, int]], sho
     if len(problems) > show:
         print(f"... and {len(problems) - show} more; `--show` and `--json` have them.")
     stopping = [f"{report.client} {report.split}" for report in reports if report.stops]
-    print(f"A run would stop at {', '.join(stopping)}." if stopping else "A run can start.")
+    if stopping:
+        print(f"A run would stop at {', '.join(stopping)}.")
+    elif unseen:
+        print(f"Nothing that stops a run was found, but not looked at: {', '.join(unseen)}.")
+    else:
+        print("A run can start.")

@@ -1,7 +1,8 @@
 """Everything about a client's rows that can be known before a training, and figures about them.
 
-A row is taken through what training does with it: structure, images, tokens. Unlike the look
-that a client takes before it trains (`pilot_flwr.data.screening`), images are decoded.
+A row is taken through what training does with it: structure, images, tokens, and the references of
+a test row through its metric's rule. Images are decoded even where the look that a client takes
+before it trains (`pilot_flwr.data.screening`) reads headers only.
 """
 
 import statistics
@@ -18,10 +19,14 @@ from pilot_flwr.data.files import Split
 from pilot_flwr.data.image_files import ImageError
 from pilot_flwr.data.llava import LlavaExamples
 from pilot_flwr.data.partition import Rows
+from pilot_flwr.data.screening import WholeImages
 from pilot_flwr.errors import DataError
 
 Tokenize = Callable[[Example], tuple[list[int], list[int]]]
 """Token ids and labels (or none) of an example; raises `DataError`."""
+
+Unscored = Callable[[Example], object]
+"""Raises `DataError` for references that a metric cannot score against."""
 
 _CHUNK = 256
 _LONGEST_ANSWER = 60
@@ -29,9 +34,9 @@ _LONGEST_ANSWER = 60
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a row: `kind` is row, image, pixels or tokens.
+    """What is wrong with a row: `kind` is row, image, pixels, tokens or references.
 
-    ``pixels`` is an image whose header is fine, so that only a training would find out. `image`
+    ``pixels`` is an image whose header is fine, so that it has to be decoded to find out. `image`
     is its name in the row, for the owner's eyes.
     """
 
@@ -43,13 +48,19 @@ class Problem:
 
 @dataclass
 class SplitReport:
-    """What was found in a client's split; lists have a figure per usable row."""
+    """What was found in a client's split; lists have a figure per usable row.
+
+    `decodes` is whether the run itself decodes images before it trains
+    (``data.check_images=decode``), so that it leaves out what is broken behind its header as it
+    leaves out other broken rows.
+    """
 
     client: str
     task: str
     split: Split
     rows: int = 0
     allowed: float = 0.0
+    decodes: bool = True
     problems: list[Problem] = field(default_factory=list)
     images: int = 0
     turns: list[int] = field(default_factory=list)
@@ -67,7 +78,8 @@ class SplitReport:
     def stops(self) -> bool:
         """Whether a run would stop at this split."""
         pixels = any(problem.kind == "pixels" for problem in self.problems)
-        return bool(self.error) or pixels or len(self.problems) > self.allowed * self.rows
+        late = pixels and not self.decodes
+        return bool(self.error) or late or len(self.problems) > self.allowed * self.rows
 
     def summary(self) -> dict[str, object]:
         """Return all figures in JSON types."""
@@ -101,8 +113,9 @@ def check_split(
     report: SplitReport,
     *,
     tokenize: Tokenize | None,
-    decode: bool,
+    images: WholeImages | None,
     workers: int,
+    references: Unscored | None = None,
 ) -> SplitReport:
     """Look at every row of a split and write into its report.
 
@@ -114,10 +127,12 @@ def check_split(
         Without figures.
     tokenize : callable, optional
         Without it tokens are not looked at.
-    decode : bool
-        Decode images, instead of reading their headers.
+    images : WholeImages, optional
+        Decode images; without it, only their headers are read.
     workers : int
-        Threads that read images.
+        Threads that read headers.
+    references : callable, optional
+        Looks at an example's references.
 
     Returns
     -------
@@ -128,12 +143,16 @@ def check_split(
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(examples), _CHUNK):
             positions = range(start, min(start + _CHUNK, len(examples)))
-            look = pool.map(lambda position: _look(examples, position, decode), positions)
-            for position, found in zip(positions, look, strict=True):
-                if isinstance(found, Example):
-                    problem = _count(found, examples.origin(position), report, tokenize)
+            found = list(pool.map(lambda position: _look(examples, position), positions))
+            if images is not None:
+                images.decode(row for row in found if isinstance(row, Example))
+            for position, row in zip(positions, found, strict=True):
+                if isinstance(row, Example):
+                    origin = examples.origin(position)
+                    problem = _behind(row, origin, images, references)
+                    problem = problem or _count(row, origin, report, tokenize)
                 else:
-                    problem = found
+                    problem = row
                 if problem is not None:
                     report.problems.append(problem)
     return report
@@ -168,20 +187,36 @@ def _places(examples: LlavaExamples) -> dict[str, Rows]:
     return {path: np.asarray(rows, np.int64) for path, rows in places.items()}
 
 
-def _look(examples: LlavaExamples, position: int, decode: bool) -> Example | Problem:
-    """Read a row and its images; errors are found in the order in which training finds them."""
+def _look(examples: LlavaExamples, position: int) -> Example | Problem:
+    """Read a row and its images' headers."""
     origin = examples.origin(position)
     try:
         example: Example = examples[position]
     except DataError as error:
         return Problem(origin, "row", str(error))
-    for kind in ("image", "pixels") if decode else ("image",):
-        for image in example.images:
-            try:
-                image.size() if kind == "image" else image.read()
-            except ImageError as error:
-                return Problem(origin, kind, str(error), error.path)
+    for image in example.images:
+        try:
+            image.size()
+        except ImageError as error:
+            return Problem(origin, "image", str(error), error.path)
     return example
+
+
+def _behind(
+    example: Example, origin: str, images: WholeImages | None, references: Unscored | None
+) -> Problem | None:
+    """Look behind the headers of a row's images, and at its references."""
+    try:
+        if images is not None:
+            images.check(example)
+    except ImageError as error:
+        return Problem(origin, "pixels", str(error), error.path)
+    try:
+        if references is not None:
+            references(example)
+    except DataError as error:
+        return Problem(origin, "references", str(error))
+    return None
 
 
 def _count(

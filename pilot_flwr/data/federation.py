@@ -21,6 +21,7 @@ __all__ = [
     "Client",
     "SiteFiles",
     "Split",
+    "check_references",
     "client_by_id",
     "client_examples",
     "count_examples",
@@ -163,6 +164,20 @@ def padding_colour(data: DataConfig, image_processor: Any) -> Colour | None:
 def task_metric(data: DataConfig, task: str) -> str:
     """Return the name of a task's metric, a key of `pilot_flwr.metrics.table.METRICS`."""
     return SOURCES[data.source].metrics(data)[task]
+
+
+def check_references(metric: str, example: Example) -> None:
+    """Raise unless a metric can score against an example's references.
+
+    Raises
+    ------
+    DataError
+        It cannot; names the example, and has no text of it.
+    """
+    try:
+        METRICS[metric].check(example.answers)
+    except DataError as error:
+        raise DataError(f"{example.name}: {error}") from None
 
 
 def _pads(data: DataConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from llava_files import write_federation
@@ -9,6 +10,8 @@ from PIL import Image
 
 from pilot_flwr.cli import main
 from pilot_flwr.data import digits
+from pilot_flwr.data.image_files import ImageFile
+from pilot_flwr.shipped import checkpoint_path
 
 
 @pytest.fixture
@@ -96,19 +99,70 @@ def test_every_kind_of_fault_is_found_and_named(federation, tmp_path, capsys):
     assert by_split(found)["counting-0 train"]["problems"] == {"row": 1, "image": 1}
 
 
-def test_an_allowed_share_does_not_stop_a_run_but_half_an_image_does(federation, tmp_path):
+def cut_image(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_the_verdict_is_a_runs_own(federation, tmp_path, capsys):
+    """An allowed share stops nothing; half an image is one of it if the run decodes beforehand."""
     path = tmp_path / "counting/train.json"
     rows = [json.loads(line) for line in lines(path)]
     rows[1]["image"] = "absent.png"
     path.write_text("\n".join(map(json.dumps, rows)))
-    arguments = [federation, "data.clients_per_task=1", "--no-tokens"]
+    arguments = [federation, "data.clients_per_task=1"]
     assert check(*arguments, tmp_path=tmp_path)[0] == 1
     arguments += ["data.allowed_broken=0.2"]
     assert check(*arguments, tmp_path=tmp_path)[0] == 0
-    (tmp_path / "counting/images/train-3.png").write_bytes(
-        (tmp_path / "counting/images/train-3.png").read_bytes()[:100]
+    cut_image(tmp_path / "counting/images/train-3.png")
+    assert check(*arguments, tmp_path=tmp_path)[0] == 0
+    assert "A run can start." in capsys.readouterr().out
+    assert check(*arguments, "data.check_images=header", tmp_path=tmp_path)[0] == 1
+    assert "A run would stop at counting-0 train." in capsys.readouterr().out
+    assert check(*arguments, "data.allowed_broken=0.1", tmp_path=tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("mode", ["decode", "header"])
+def test_what_was_not_looked_at_is_not_called_sound(federation, tmp_path, capsys, mode):
+    cut_image(tmp_path / "counting/images/train-3.png")
+    words = [federation, f"data.check_images={mode}", "--fast"]
+    assert check(*words, tmp_path=tmp_path)[0] == 0
+    out = capsys.readouterr().out
+    assert "Nothing that stops a run was found, but not looked at: pixels (`--fast`).\n" in out
+    assert check(*words, "--no-tokens", tmp_path=tmp_path)[0] == 0
+    out += capsys.readouterr().out
+    assert "pixels (`--fast`), tokens (`--no-tokens`)." in out and "can start" not in out
+
+
+def test_an_image_of_several_rows_is_decoded_once_and_broken_in_each(
+    federation, tmp_path, monkeypatch
+):
+    path = tmp_path / "counting/train.json"
+    rows = [json.loads(line) for line in lines(path)]
+    for row in rows[1:7]:
+        row["image"] = "train-1.png"
+    for row in rows[7:10]:
+        row["image"] = "train-3.png"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    cut_image(tmp_path / "counting/images/train-3.png")
+    read, decoded = ImageFile.read, []
+    monkeypatch.setattr(ImageFile, "read", lambda self: (decoded.append(self.name), read(self))[1])
+    _, found = check(federation, "data.tasks=[counting]", "--no-tokens", tmp_path=tmp_path)
+    splits = [by_split(found)[f"counting-{n} train"] for n in (0, 1)]
+    broken = [problem["origin"] for split in splits for problem in split["broken_rows"]]
+    assert sorted(broken) == [f"train.json, row {n}" for n in (10, 8, 9)]
+    assert decoded.count("train-1.png") == 1 and decoded.count("test-1.png") == 1
+
+
+def test_references_that_the_metric_cannot_score_against_are_found(federation, tmp_path):
+    words = [federation, "data.clients_per_task=1", "data.files.vqa.metric=vqav2"]
+    code, found = check(*words, "--no-tokens", "--fast", tmp_path=tmp_path)
+    entry = by_split(found)["vqa-0 test"]
+    assert code == 1 and entry["problems"] == {"references": 4}
+    assert by_split(found)["vqa-0 train"]["problems"] == {}  # nothing is scored there
+    assert re.fullmatch(
+        r"Example '2:test1' \(test.json, row 2\): A question has 1 reference answers but .*",
+        entry["broken_rows"][1]["message"],
     )
-    assert check(*arguments, tmp_path=tmp_path)[0] == 1
 
 
 def test_a_file_that_cannot_be_read_is_reported_and_the_others_are_checked(federation, tmp_path):
@@ -140,8 +194,33 @@ def test_a_real_site_checks_its_own_data(federation, tmp_path, capsys):
     assert list(splits) == ["counting-1 train", "counting-1 test"]
     assert splits["counting-1 train"]["rows"] == 12
     assert code == 1 and splits["counting-1 train"]["problems"] == {"image": 11}
+    for wrong, message in (('client-id="x', "cannot be split into words: No closing quotation"),):
+        assert main(["data", "check", f"data={federation}", "--node-config", wrong]) == 2
+        assert message in capsys.readouterr().err
     assert main(["data", "check", f"data={federation}", "--node-config", "client-id"]) == 2
     assert "`--node-config` has 'client-id' but must be" in capsys.readouterr().err
+
+
+def test_a_real_sites_tokens_are_its_own_models(federation, tmp_path, capsys):
+    """As a run has them there: the folder that `model-path` names, and no path of the run's."""
+    words = f'client-id="vqa-1" train-file="{tmp_path}/vqa/train.json" '
+    words += f'test-file="{tmp_path}/vqa/test.json" image-folder="{tmp_path}/vqa/images"'
+    model = shutil.copytree(checkpoint_path("tiny-llava"), tmp_path / "model")
+    arguments = [federation, "model.path=absent/model", "--node-config"]
+    own = f' model-path="{model}"'
+    assert check(*arguments, words + own, tmp_path=tmp_path)[0] == 0
+    path = f"model.path={model}"
+    assert main(["data", "check", f"data={federation}", path, "--node-config", words]) == 2
+    assert "must be a shipped name or a hub id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere/x.json", "vqa/train.json"])
+def test_figures_are_not_written_anywhere(federation, tmp_path, capsys, name):
+    before = (tmp_path / "vqa/train.json").read_bytes()
+    words = [f"data={federation}", "--no-tokens", "--json", str(tmp_path / name)]
+    assert main(["data", "check", *words]) == 2
+    assert "`--json` is '" in capsys.readouterr().err
+    assert (tmp_path / "vqa/train.json").read_bytes() == before
 
 
 def test_padding_makes_an_image_no_larger_than_its_square(federation, tmp_path):

@@ -79,6 +79,18 @@ def test_a_test_file_is_dealt_out_where_that_is_asked_for(make):
     assert found["counting-0"] == found["counting-1"]
 
 
+def test_a_file_that_was_changed_is_dealt_out_anew(make, tmp_path):
+    """In the same process, which keeps the shares of a file as it was."""
+    data = replace(make(), tasks=["counting"])
+    ids(data)
+    path = tmp_path / "counting/train.json"
+    path.write_text(path.read_text() + "\n" + "\n".join(path.read_text().split("\n")[:3]))
+    found = ids(data)
+    assert [len(rows) for rows in found.values()] == [8, 7]
+    numbers = {int(name.split(":")[0]) for rows in found.values() for name in rows}
+    assert numbers == set(range(1, 16))
+
+
 def test_at_most_so_many_training_examples_of_the_clients_own(make):
     data = make()
     few = ids(replace(data, train_examples=4))

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from pilot_flwr.data.examples import Example, Turn
+from pilot_flwr.data.image_files import ImageFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.data.rows import RowFile
-from pilot_flwr.data.screening import decoding, usable
+from pilot_flwr.data.screening import WholeImages, usable
 from pilot_flwr.errors import DataError
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
@@ -43,7 +44,7 @@ class Checks:
 
 @pytest.fixture
 def screen(tmp_path):
-    def screen(examples, check=None, *, allowed=0.0, settings="a", lines=None):
+    def screen(examples, check=None, *, allowed=0.0, settings="a", lines=None, images=None):
         return usable(
             examples,
             name="train split of client 'gqa-0'",
@@ -51,6 +52,7 @@ def screen(tmp_path):
             allowed=allowed,
             settings=settings,
             folder=tmp_path / "checked",
+            images=images,
             progress=(lines if lines is not None else []).append,
         )
 
@@ -145,5 +147,31 @@ def test_an_image_that_is_broken_behind_its_header_is_found_by_decoding(tmp_path
         return [image.size() for image in example.images]
 
     assert len(screen(examples, header, allowed=0.5, settings="header")) == 2
-    left = screen(examples, decoding(header), allowed=0.5, settings="decode")
-    assert [example.id for example in left] == ["1:a.png"]
+    for workers in (0, 2):
+        images, name = WholeImages(workers), f"decode {workers}"
+        left = screen(examples, header, allowed=0.5, settings=name, images=images)
+        assert [example.id for example in left] == ["1:a.png"]
+    with pytest.raises(DataError, match=r"train.jsonl, row 2, image 1 cannot be decoded"):
+        screen(examples, header, settings="none", images=WholeImages())
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_image_that_rows_share_is_decoded_once(tmp_path, screen, monkeypatch, workers):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:45])
+    rows = [{"id": n, "image": "ab"[n % 5 == 0] + ".png", "conversations": TURNS} for n in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    examples = LlavaExamples([RowFile(tmp_path / "train.jsonl")], Reading(images=tmp_path))
+    read, decoded = ImageFile.read, []
+    monkeypatch.setattr(ImageFile, "read", lambda self: (decoded.append(self.name), read(self))[1])
+    left = screen(examples, allowed=0.5, images=WholeImages(workers))
+    assert [example.id for example in left] == [f"{n + 1}:{n}" for n in range(9) if n % 5]
+    assert decoded.count("a.png") == 1
+
+
+def test_the_verdict_depends_on_how_rows_are_read(make, screen):
+    examples = make()
+    screen(examples)
+    other = LlavaExamples(examples.files, Reading(prompt_suffix="Say it in one word."))
+    screen(other, again := Checks())
+    assert len(again.seen) == 10
