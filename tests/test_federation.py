@@ -1,6 +1,7 @@
 """Whole runs in this process: every message goes through Flower's types, no Ray."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from inprocess import SMALL, TWO_TASKS, Federation
 
 from pilot_flwr.checkpoint import PrivateStore, load_tensors
 from pilot_flwr.codec import decode_state
+from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.parameters import GROUPS
+from pilot_flwr.tables import summary
 from pilot_flwr.wire import decode_update
 
 
@@ -327,3 +330,15 @@ def test_one_task_alone(tmp_path):
     for name, tensor in federation.strategy.state.adapters["vqa"].items():
         expected = sum(u.num_examples / total * u.adapter[name].double() for u in updates)
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_approximate_figure_is_called_so_from_client_to_table(tmp_path, monkeypatch):
+    approximate = replace(METRICS["exact_match"], approximate=lambda: "there is no Java")
+    monkeypatch.setitem(METRICS, "exact_match", approximate)
+    run = Federation(tmp_path, f"{TWO_TASKS} evaluation.max_new_tokens=1").run()
+    events = run.folder.select("evaluate")
+    assert events
+    assert all(event["approximate"] for event in events)
+    assert "exact_match (approximate)" in (run.folder.path / "summary.md").read_text()
+    cut = sum(event["cut"] for event in events if event["round"] == 2)
+    assert f"{cut} were cut off at `evaluation.max_new_tokens`" in summary(run.folder.events)
