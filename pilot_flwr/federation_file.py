@@ -60,9 +60,9 @@ def names_a_file(value: str) -> bool:
 
 
 def _overrides(name: str) -> list[str]:
-    path = Path(os.path.abspath(Path(name).expanduser()))
+    path = Path(os.path.abspath(_at_home(name, "`data`")))
     content = _DEFAULTS | _read(path, name)
-    folder = Path(str(content.pop("folder", "."))).expanduser()
+    folder = _at_home(str(content.pop("folder", ".")), f"{name}: `folder`")
     words = [f"{_OPTION}digits"]  # a group must be chosen; what is not a default is set below
     for key, value in content.items():
         # A dictionary is added to: Hydra refuses a task's name as an unknown key otherwise.
@@ -74,6 +74,14 @@ def _overrides(name: str) -> list[str]:
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return words
+
+
+def _at_home(text: str, key: str) -> Path:
+    """Return a path with ``~`` or ``~user`` written out."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{key} is {text!r}, but that user has no home folder.") from None
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
@@ -120,6 +128,6 @@ def with_folder(config: PilotConfig, words: Sequence[str]) -> tuple[PilotConfig,
     data = config.data
     if data.source != "llava":
         return config, list(words)
-    folder = os.path.abspath(Path(data.folder).expanduser())
+    folder = os.path.abspath(_at_home(data.folder, "`data.folder`"))
     changed = [*words, path_override("data.folder", Path(folder))]
     return replace(config, data=replace(data, folder=folder)), changed

@@ -48,6 +48,20 @@ def generator():
 
 
 @pytest.fixture(scope="session")
+def padded(tmp_path_factory):
+    """A finished run over files, in which what a command might forget makes a difference.
+
+    Its images are oblong and padded, its seed is not the default, it draws some of the rows, and
+    of those it left some out as broken.
+    """
+    from inprocess import finish
+    from llava_files import write_oblong_federation
+
+    folder = tmp_path_factory.mktemp("padded")
+    return finish(folder / "run", write_oblong_federation(folder))
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A run of two tasks and four clients that went through both stages; only read from it."""
     from inprocess import TWO_TASKS, finish  # imports Flower, which takes seconds

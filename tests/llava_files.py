@@ -1,11 +1,14 @@
 """A small real federation on disk: the demo's mosaics as PNG, its questions as LLaVA JSON."""
 
 import json
+import shlex
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 from pilot_flwr.data import digits
+from pilot_flwr.federation_file import expand
 
 SUFFIX = "Answer with one word."
 
@@ -35,6 +38,34 @@ def write_federation(
     path = folder / "federation.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+BROKEN = ("test-2.png", "test-4.png", "test-7.png", "train-2.png", "train-5.png")
+"""Images of `write_oblong_federation` that are absent, or end behind their header."""
+
+
+def write_oblong_federation(folder: Path) -> str:
+    """Write a federation of oblong images, some broken, into ``data/``; return its overrides."""
+    (folder / "data").mkdir()
+    path = write_federation(
+        folder / "data",
+        train=12,
+        test=10,
+        clients=1,
+        train_examples=9,
+        test_examples=8,
+        image_aspect_ratio="pad",
+        allowed_broken=0.5,
+    )
+    for file in sorted((folder / "data").glob("*/images/*.png")):
+        with Image.open(file) as image:
+            image.crop((0, 0, 32, 20)).save(file)
+        if file.name in BROKEN[::2]:
+            file.unlink()
+        elif file.name in BROKEN:
+            file.write_bytes(file.read_bytes()[:120])
+    words = "seed=5 strategy.rounds=1 train.epochs=1 train.batch_size=2 evaluation.max_new_tokens=3"
+    return shlex.join(expand([f"data={path}", *words.split()]))
 
 
 def make_rows(folder: Path, task: str, split: str, count: int) -> list[dict]:

@@ -115,3 +115,11 @@ def test_a_relative_folder_counts_from_where_the_user_is(tmp_path, monkeypatch):
     assert config.data.folder == load_config(shlex.join(changed)).data.folder == f"{tmp_path}/sub"
     config, changed = with_folder(load_config(), [])
     assert (config, changed) == (load_config(), [])
+
+
+@pytest.mark.parametrize("words", ["data=~no-such-user-at-all/x.yaml", "data=FILE"])
+def test_a_home_folder_that_nobody_has(tmp_path, words):
+    path = tmp_path / "federation.yaml"
+    path.write_text("tasks: [vqa]\nfolder: ~no-such-user-at-all/x\n")
+    with pytest.raises(ConfigError, match=r"is '~no-such-user-at-all/x.*no home folder"):
+        expand([words.replace("FILE", str(path))])

@@ -1,13 +1,15 @@
 """``pilot-flwr evaluate``: score the models of a run."""
 
 import argparse
+import contextlib
 import json
 import sys
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot_flwr.commands.arguments import OVERRIDES, add_run, chosen, open_chosen, say
+from pilot_flwr.commands.arguments import OVERRIDES, add_run, chosen, new_file, open_chosen, say
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.runs import Personal, Run
     from pilot_flwr.results.scoring import Scored
+    from pilot_flwr.settings import PilotConfig
 
 Chosen = list[tuple["Client", "Personal"]]
 
@@ -57,7 +60,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--metric", metavar="M", help="metric (default: the one of the client's task)"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the scores to FILE as well"
+        "--json", type=Path, metavar="FILE", help="write the scores to a new FILE as well"
     )
     parser.set_defaults(handler=_evaluate)
 
@@ -67,19 +70,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pilot_flwr.site import find_device
 
     _check(options)
-    run = open_chosen(options)
-    rows = _score(run, options, _choose(run, options), find_device(options.device))
-    _print(rows, run)
-    if options.json:
-        result = {
-            "run": str(run.folder),
-            "round": run.checkpoint.server_round,
-            "split": "data" if options.data else options.split,
-            "clients": [asdict(row) for row in rows],
-            "tasks": task_scores(rows),
-            "mean_over_tasks": mean_over_tasks(rows),
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        out = None
+        if options.json is not None:
+            out = stack.enter_context(new_file("--json", options.json))
+        run = open_chosen(options)
+        rows = _score(run, options, _choose(run, options), find_device(options.device))
+        _print(rows, run)
+        if out is not None:
+            result = {
+                "run": str(run.folder),
+                "round": run.checkpoint.server_round,
+                "split": "data" if options.data else options.split,
+                "clients": [asdict(row) for row in rows],
+                "tasks": task_scores(rows),
+                "mean_over_tasks": mean_over_tasks(rows),
+            }
+            out.write(json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -99,10 +106,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def _choose(run: "Run", options: argparse.Namespace) -> Chosen:
     """Return every client to score, and whose model is scored on its data."""
-    from pilot_flwr.data.federation import client_by_id
     from pilot_flwr.results.runs import consensus
 
-    wanted = [client_by_id(run.config.data, name) for name in options.client] or run.clients()
+    wanted = [run.client(name) for name in options.client] or run.clients()
     if options.task is None:
         pairs = []
         for client in wanted:
@@ -126,6 +132,9 @@ def _score(
     from pilot_flwr.results.scoring import Scored, score_examples
 
     recorded = {event["client"]: event for event in last_scores(run)}
+    same_settings = _what_decides(run.config) == _what_decides(run.recorded)
+    if not same_settings:
+        say("Settings are different now: the run's own scores are not put beside these.")
     rows = []
     for client, who in pairs:
         metric = options.metric or task_metric(run.config.data, client.task)
@@ -135,7 +144,14 @@ def _score(
             answerer, examples, metric, progress=_progress(client.id, len(examples))
         )
         event = recorded.get(client.id, {})
-        same = who.client is not None and not options.data and options.split == "test"
+        same = (
+            same_settings
+            and who.client is not None
+            and not options.data
+            and options.split == "test"
+            and event.get("metric") == metric
+            and event.get("examples") == len(examples)
+        )
         rows.append(
             Scored(
                 client.id,
@@ -146,23 +162,37 @@ def _score(
                 len(examples),
                 score,
                 METRICS[metric].approximate(),
-                event.get("score") if same and event.get("metric") == metric else None,
+                event.get("score") if same else None,
             )
         )
     return rows
 
 
+def _what_decides(config: "PilotConfig") -> object:
+    """Return the settings that decide which examples there are and what counts as an answer."""
+    return (
+        replace(config.data, folder="", workers=0),
+        replace(config.evaluation, batch_size=1),
+        config.seed,
+        config.train.max_length,
+    )
+
+
 def _examples(
     run: "Run", options: argparse.Namespace, client: "Client", answerer: "Answerer"
 ) -> "Sequence[Example]":
-    from pilot_flwr.data.federation import client_examples, padding_colour
-    from pilot_flwr.results.questions import open_file
+    """Return what is scored: all rows of a file, or those of a split that the run used."""
+    from pilot_flwr.results.questions import check_all, open_file
+    from pilot_flwr.turn import Kit, Site
 
     if options.data is not None:
-        return open_file(run, client.task, answerer, options.data, options.images)
-    data = run.config.data
-    background = padding_colour(data, answerer.processor.image_processor)
-    return client_examples(data, client, options.split, seed=run.config.seed, background=background)
+        examples = open_file(run, client.task, answerer, options.data, options.images)
+        check_all(examples, answerer)
+        return examples
+    model = answerer.model
+    with tempfile.TemporaryDirectory() as folder:
+        site = Site(client, Path(folder), model.device)
+        return Kit(site, run.config, model, say).examples(options.split)
 
 
 def _progress(name: str, total: int) -> "Callable[[int], None]":

@@ -6,7 +6,7 @@ run. A client that was not in the run gets its task's consensus model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from pilot_flwr.checkpoint import (
 from pilot_flwr.config import from_yaml
 from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError
+from pilot_flwr.federation_file import with_folder
 from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel, warm_model
 from pilot_flwr.parameters import State
@@ -60,6 +61,16 @@ class Run:
     def clients(self) -> list[Client]:
         """Return the clients of the configured federation."""
         return federation_clients(self.config.data)
+
+    def client(self, client_id: str) -> Client:
+        """Return a client by its id; raises `ConfigError` if there is none."""
+        clients = {client.id: client for client in self.clients()}
+        if client_id not in clients:
+            raise ConfigError(
+                f"`--client` is {client_id!r} but must be one of {', '.join(clients)}. A new site "
+                "has no adapters of its own: give it the consensus model of its task with `--task`."
+            )
+        return clients[client_id]
 
     def lora(self, client: str | None, task: str) -> State:
         """Return Θ̄_l of a client as the server would send it; None is a client without one."""
@@ -139,7 +150,7 @@ def open_run(
         raise ConfigError(f"{path} is not a run's configuration: {error}") from None
     if not text.strip():
         raise ConfigError(f"{path} is empty.")
-    config = from_yaml(text, overrides) if overrides else recorded
+    config = _changed(recorded, text, overrides) if overrides else recorded
     # Every image is needed once, and nothing is written into the run folder.
     config = replace(
         config, model=replace(config.model, feature_cache=FeatureCacheConfig(where="off"))
@@ -172,21 +183,16 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
     StateError
         The client took part, but its own part is not there, is torn, foreign or another client's.
     """
-    clients = {client.id: client for client in run.clients()}
-    if client_id not in clients:
-        raise ConfigError(
-            f"`--client` is {client_id!r} but must be one of {', '.join(clients)}. A new site has "
-            "no adapters of its own: give it the consensus model of its task with `--task`."
-        )
+    client = run.client(client_id)
     folder = state or run.folder / "clients" / client_id
-    private = PrivateStore(folder, client_id, clients[client_id].task).load()
+    private = PrivateStore(folder, client_id, client.task).load()
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
             f"{folder} has no private.safetensors. Client {client_id!r} has trained, so its model "
             "needs it: give the folder with `--state` where the client keeps it, or take the "
             "consensus model of its task with `--task`."
         )
-    return Personal(clients[client_id], clients[client_id].task, private)
+    return Personal(client, client.task, private)
 
 
 def consensus(run: Run, task: str) -> Personal:
@@ -244,6 +250,28 @@ def last_scores(run: Run) -> list[Event]:
     """Return the last recorded evaluation of every client, in the clients' order."""
     last = {event["client"]: event for event in run.events if event["event"] == "evaluate"}
     return [last[client.id] for client in run.clients() if client.id in last]
+
+
+def _changed(recorded: PilotConfig, text: str, overrides: Sequence[str]) -> PilotConfig:
+    """Return the configuration with some settings changed; a new `data.folder` counts from here."""
+    groups = [f.name for f in fields(PilotConfig) if is_dataclass(getattr(recorded, f.name))]
+    for word in overrides:
+        key = word.partition("=")[0]
+        if key in [*groups, "experiment"] or not key[:1].isalpha():
+            raise ConfigError(
+                f"{word!r} must be one setting, such as `data.folder=/new/place`: the groups of a "
+                "run's settings are not chosen again."
+            )
+    try:
+        config = from_yaml(text, overrides)
+    except ConfigError as error:
+        for word in overrides:  # the first that is wrong by itself
+            try:
+                from_yaml(text, [word])
+            except ConfigError as own:
+                raise ConfigError(f"{word!r}: {own}") from None
+        raise error from None
+    return with_folder(config, ())[0] if config.data.folder != recorded.data.folder else config
 
 
 def _checkpoint(folder: Path, server_round: int | None) -> tuple[Checkpoint, list[str]]:

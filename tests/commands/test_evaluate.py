@@ -16,7 +16,7 @@ def evaluate(finished, tmp_path):
     """Run the command on the finished run; return what it writes as JSON."""
 
     def call(*arguments, folder=finished.folder.path, code=0):
-        out = tmp_path / "scores.json"
+        out = tmp_path / f"scores-{len(list(tmp_path.glob('scores-*')))}.json"
         assert cli.main(["evaluate", str(folder), *arguments, "--json", str(out)]) == code
         return json.loads(out.read_text()) if code == 0 else None
 
@@ -119,7 +119,8 @@ def test_a_torn_checkpoint_is_said_aloud(finished, evaluate, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, code, words",
     [
-        (["--client", "x"], 2, "'x' but must be one of vqa-0"),
+        (["--client", "x"], 2, "`--client` is 'x' but must be one of vqa-0"),
+        (["--client", "x", "--task", "vqa"], 2, "`--client` is 'x' but must be one of vqa-0"),
         (["--task", "x"], 2, "`--task` is 'x'"),
         (["--task", "vqa", "--client", "counting-0"], 2, "None of the clients"),
         (["--metric", "x"], 2, "`--metric` is 'x'"),
@@ -129,6 +130,10 @@ def test_a_torn_checkpoint_is_said_aloud(finished, evaluate, tmp_path, capsys):
         (["--device", "tpu"], 2, "`device` is 'tpu'"),
         (["evaluation.batch_size=0"], 2, "`evaluation.batch_size` is 0"),
         (["--round", "9"], 1, "`--round` is 9"),
+        (["train.max_length=99", "evaluation.batch_size=["], 2, "'evaluation.batch_size=[': "),
+        (["data=my.yaml"], 2, "'data=my.yaml' must be one setting, such as `data.folder="),
+        (["+data.files={}"], 2, "'+data.files={}' must be one setting"),
+        (["experiment=demo"], 2, "'experiment=demo' must be one setting"),
     ],
 )
 def test_wrong_arguments(evaluate, capsys, arguments, code, words):
@@ -139,3 +144,13 @@ def test_wrong_arguments(evaluate, capsys, arguments, code, words):
 def test_a_folder_that_is_no_run(evaluate, tmp_path, capsys):
     evaluate(folder=tmp_path, code=1)
     assert "no run folder" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything(finished, tmp_path, capsys):
+    words = ["evaluate", str(finished.folder.path), "--round", "99", "--json"]
+    assert cli.main([*words, str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert "`--json` is" in (said := capsys.readouterr().err) and "No such file" in said
+    (tmp_path / "rows.json").write_text("mine")
+    assert cli.main([*words, str(tmp_path / "rows.json")]) == 2
+    assert "already" in capsys.readouterr().err
+    assert (tmp_path / "rows.json").read_text() == "mine"
