@@ -188,6 +188,31 @@ def test_the_base_may_be_elsewhere(folder, tmp_path):
     modeling_pilot.load(folder, tmp_path / "elsewhere")
 
 
+def test_an_answer_ends_at_the_runs_end_tokens(make_model, processor, tmp_path):
+    model = perturb(make_model())
+    question = Example("a", (), (Turn("user", "Hello"), Turn("assistant", "?")))
+    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    batch = collator.prompt_batch([question])
+    prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    loaded = modeling_pilot.load_model(export(model, tmp_path / "a"))
+    loaded.generation_config.eos_token_id = None
+    length = batch.input_ids.shape[1]
+    free = loaded.generate(**prompt, max_new_tokens=8, do_sample=False)[0, length:].tolist()
+    assert len(free) == 8
+    position = next(n for n in range(1, 8) if free[n] not in free[:n])
+    folder = tmp_path / "b"
+    export_model(
+        model,
+        folder,
+        client_adapter=True,
+        end_token_ids=[free[position]],
+        image_aspect_ratio="keep",
+    )
+    ending = modeling_pilot.load_model(folder)
+    answer = ending.generate(**prompt, max_new_tokens=8, do_sample=False)[0, length:]
+    assert answer.tolist() == free[: position + 1]
+
+
 def test_half_precision_is_kept_as_it_was(make_model, tmp_path):
     model = perturb(make_model(adapter_dtype="bfloat16"))
     loaded, _ = modeling_pilot.load(export(model, tmp_path / "model"))
