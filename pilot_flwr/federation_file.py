@@ -23,6 +23,7 @@ from pilot_flwr.settings import PilotConfig
 from pilot_flwr.submission import hydra_text, path_override
 
 _OPTION = "data="
+_NOT_A_TEXT = "???"  # OmegaConf would leave the setting at its default
 _KEYS = tuple(field.name for field in fields(DataConfig))
 _DEFAULTS = {"source": "llava", "train_examples": ALL, "test_examples": ALL}
 
@@ -62,7 +63,13 @@ def names_a_file(value: str) -> bool:
 def _overrides(name: str) -> list[str]:
     path = Path(os.path.abspath(_at_home(name, "`data`")))
     content = _DEFAULTS | _read(path, name)
-    folder = _at_home(str(content.pop("folder", ".")), f"{name}: `folder`")
+    given = content.pop("folder", ".")
+    if not isinstance(given, str) or not given.strip():
+        what = "empty" if given in (None, "") else repr(given)
+        raise ConfigError(
+            f"{name}: `folder` is {what} but must be a folder; `.` is the file's own."
+        )
+    folder = _at_home(given, f"{name}: `folder`")
     words = [f"{_OPTION}digits"]  # a group must be chosen; what is not a default is set below
     for key, value in content.items():
         # A dictionary is added to: Hydra refuses a task's name as an unknown key otherwise.
@@ -84,9 +91,25 @@ def _at_home(text: str, key: str) -> Path:
         raise ConfigError(f"{key} is {text!r}, but that user has no home folder.") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key comes twice; YAML's own rule is that the last one counts."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, or raise for a key that came before."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} comes twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -112,7 +135,9 @@ def _hydra(value: Any, name: str, key: str) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_hydra(item, name, key) for item in value) + "]"
     if value is None:
-        return "null"
+        raise ConfigError(f"{name}: `{key}` is empty; give it a value, or leave it out.")
+    if value == _NOT_A_TEXT:
+        raise ConfigError(f"{name}: `{key}` is {value!r}, which stands for a missing value here.")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):

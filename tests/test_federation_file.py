@@ -17,6 +17,8 @@ NASTY = [
     "line\nbreak",
     "é # no",
     " ",
+    "What???",
+    "????",
 ]
 
 
@@ -92,6 +94,24 @@ def test_later_words_change_the_file_and_others_stay(tmp_path):
         ("tasks: [a]\nfiles: {a: {train: x}}", "(?s)f.yaml: .*data.files.a.train"),
         ("tasks: [a]\nfiles: {a: {}}\npartition: {kind: odd}", "f.yaml: `data.partition.kind`"),
         ("tasks: [a]\nfiles: {'a b': {}}", "f.yaml: 'a b' in `files` must be letters"),
+        ("tasks: [a]\nfiles: {a: {}}\nfolder:", "f.yaml: `folder` is empty but must be a folder"),
+        ("tasks: [a]\nfiles: {a: {}}\nfolder: ''", "f.yaml: `folder` is empty but must be"),
+        ("tasks: [a]\nfiles: {a: {}}\nfolder: [x]", r"f.yaml: `folder` is \['x'\] but must be"),
+        (
+            "tasks: [a]\nfiles: {a: {}}\nfolder: ~nobody-here/x",
+            "f.yaml: `folder` is '~nobody-here/x', but that user has no home folder",
+        ),
+        ("tasks: [a]\nfiles:", "f.yaml: `files` is empty; give it a value, or leave it out"),
+        ("tasks: [a]\nfiles: {a: {images: }}", "f.yaml: `files.a.images` is empty"),
+        (
+            "tasks: [a]\nfiles:\n  a: {metric: gqa}\n  a: {metric: anls}",
+            "(?s)`data` is 'f.yaml', which is no YAML: the key 'a' comes twice.*line 4",
+        ),
+        ("tasks: [a]\ntasks: [b]\nfiles: {a: {}}", "(?s)the key 'tasks' comes twice.*line 2"),
+        (
+            "tasks: [a]\nfiles: {a: {prompt_suffix: '???'}}",
+            r"f.yaml: `files.a.prompt_suffix` is '\?\?\?', which stands for a missing value",
+        ),
         ("tasks: [a]\nfiles: {a: {}}\nclients_per_task: many", "(?s)f.yaml: .*clients_per_task"),
     ],
 )

@@ -67,7 +67,7 @@ class RowFile(Sequence[Row]):
             self.stamp = _stamp(file)
             first = _first_byte(file)
             self.is_array = first == b"["
-            if not self.is_array and first != b"{":
+            if first not in (b"[", b"{"):
                 found = "begins with something else" if first else "is empty"
                 raise DataError(
                     f"{self.name} {found} but must be a JSON array of rows, which begins with "
@@ -266,20 +266,22 @@ class _Walk:
 
 
 def _walk_lines(file: BinaryIO) -> "array[int]":
-    """Places of the lines, blank lines at the end left out."""
+    """Places of the lines, blank lines at the end left out; a line is read in bounded pieces."""
     places = array("q", [file.tell()])
-    last = 0  # lines up to the last one that is not blank
-    for number, line in enumerate(file, start=1):
-        places.append(places[-1] + len(line))
-        if not line.isspace():
-            last = number
+    last, ended = 0, True  # last: lines up to the last one that is not blank
+    while piece := file.readline(LARGEST_ROW):
+        if ended:
+            places.append(places[-1])
+        places[-1] += len(piece)
+        if not piece.isspace():
+            last = len(places) - 1
+        ended = piece.endswith(b"\n")
     return places[: last + 1]
 
 
 def _first_byte(file: BinaryIO) -> bytes:
     """Return the first byte that is not white space; leave the file behind a byte order mark."""
-    begin = 3 if file.read(3) == _BYTE_ORDER_MARK else 0
-    file.seek(begin)
+    file.seek(begin := 3 if file.read(3) == _BYTE_ORDER_MARK else 0)
     while (byte := file.read(1)).isspace():
         pass
     file.seek(begin)

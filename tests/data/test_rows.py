@@ -1,8 +1,10 @@
 """Rows read by number, against `json.load` of the whole file; and where broken ones are."""
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -126,6 +128,31 @@ def test_a_row_longer_than_the_bound_is_refused(tmp_path, monkeypatch):
         RowFile(written(tmp_path / "a.json", f"[{long}]"), chunk=10)
     with pytest.raises(DataError, match="row 1 has more than 100 bytes"):
         RowFile(written(tmp_path / "a.jsonl", long))[0]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \n"])
+def test_a_line_is_read_in_pieces_and_is_one_row(tmp_path, monkeypatch, end):
+    """Lines longer than a piece, as long as one, one byte more; none is ever read whole."""
+    monkeypatch.setattr(rows, "LARGEST_ROW", 20)
+    lines = [json.dumps({"a": "x" * n}) for n in (1, 11, 12, 13, 32, 100)]
+    assert [len(line) for line in lines] == [10, 20, 21, 22, 41, 109]
+    path = written(tmp_path / "a.jsonl", "\n".join([*lines, lines[0]]) + end)
+    sizes = []
+
+    class Bounded(io.BufferedReader):
+        def readline(self, size=-1):
+            sizes.append(size)
+            return super().readline(size)
+
+        def __next__(self):
+            raise AssertionError("a line was read whole")
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Bounded(io.FileIO(self)))
+    found = RowFile(path)
+    assert len(found) == 7 and found[0] == found[6] == {"a": "x"}
+    assert set(sizes) == {20}
+    with pytest.raises(DataError, match="row 6 has more than 20 bytes"):
+        found[5]
 
 
 def test_a_file_that_changes_is_an_error_not_other_rows(tmp_path):
