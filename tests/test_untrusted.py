@@ -46,6 +46,8 @@ def secrets(tmp_path, monkeypatch):
     folder = tmp_path / "secrets"
     folder.mkdir()
     (folder / "secret.yaml").write_text(f"source: {SECRET}\n")
+    (folder / "data").mkdir()  # as a searched folder has it
+    (folder / "data/secret.yaml").write_text(f"source: {SECRET}\n")
     return folder
 
 
@@ -71,9 +73,9 @@ HOSTILE = {
     "file, in a list": "data=[digits,{up}{folder}/secret]",
     "file, at another place": "+experiment@data.files={up}{folder}/secret",
     "file, through a package": "experiment@data={up}{folder}/secret",
-    "searched folder": "hydra.searchpath=[file://{folder}] data=secret",
-    "searched folder, added": "+hydra.searchpath=[file://{folder}] data=secret",
-    "searched folder, by a mapping": "hydra={{searchpath:[file://{folder}]}} data=secret",
+    "searched folder": "hydra.searchpath=['file://{folder}'] data=secret",
+    "searched folder, added": "+hydra.searchpath=['file://{folder}'] data=secret",
+    "searched folder, by a mapping": "hydra={{searchpath:['file://{folder}']}} data=secret",
     "listed folder": "data=glob(*)",
     "group of Hydra": "hydra/job_logging={up}{folder}/secret",
     "deleted": "~data={up}{folder}/secret",
