@@ -32,6 +32,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="boxes are shares of the square that LLaVA pads an image to, or of the image itself",
     )
     parser.add_argument(
+        "--image-prefix",
+        default="",
+        metavar="FOLDER",
+        help="put before every image's name, such as val2017: a folder inside the image folder",
+    )
+    parser.add_argument(
         "--skip-unusable",
         action="store_true",
         help="leave out entries that cannot become a row, and count them; otherwise they are "
@@ -49,6 +55,7 @@ def _convert(options: argparse.Namespace) -> int:
         tuple(options.questions),
         options.split,
         padded=options.boxes == "padded",
+        image_prefix=options.image_prefix,
     )
     report = convert(options.name, sources, options.out, skip_unusable=options.skip_unusable)
     print(f"{options.out}: {report.rows} rows about {report.images} images")

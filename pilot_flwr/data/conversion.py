@@ -40,12 +40,15 @@ class Sources:
         ``train``, or ``val`` or ``test``, whose rows have references to be scored against.
     padded : bool
         Boxes are relative to the square that LLaVA pads an image to, not to the image.
+    image_prefix : str
+        Folder put before every image's name, with ``/`` between folders; may be empty.
     """
 
     annotations: tuple[Path, ...]
     questions: tuple[Path, ...] = ()
     split: str = "train"
     padded: bool = True
+    image_prefix: str = ""
 
     @property
     def scored(self) -> bool:

@@ -7,6 +7,7 @@ suffixes are not theirs (`data.files.<task>.prompt_suffix`).
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ def convert(name: str, sources: Sources, out: Path, *, skip_unusable: bool = Fal
     Raises
     ------
     ConfigError
-        An unknown name or split, files missing or superfluous, or `out` exists.
+        An unknown name or split, files missing or superfluous, a prefix that leads out of the
+        image folder, or `out` exists.
     DataError
         A file or an entry is not as it must be, an id comes twice, or there is no row.
     """
@@ -112,7 +114,9 @@ def convert(name: str, sources: Sources, out: Path, *, skip_unusable: bool = Fal
                 if entry.id in ids:
                     raise DataError(f"{entry.origin}: the id {entry.id!r} came before.")
                 ids.add(entry.id)
-                images.update([row["image"]] if "image" in row else [])
+                if "image" in row:
+                    row["image"] = _placed(sources.image_prefix, row["image"])
+                    images.add(row["image"])
                 # Half a surrogate pair becomes "?", as the parser would have it.
                 file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         if not ids:
@@ -125,6 +129,10 @@ def convert(name: str, sources: Sources, out: Path, *, skip_unusable: bool = Fal
     return Report(len(ids), len(images), dict(skipped))
 
 
+def _placed(prefix: str, image: str) -> str:
+    return f"{prefix.rstrip('/')}/{image}" if prefix else image
+
+
 def _checked(name: str, sources: Sources, out: Path) -> Converter:
     one_of("NAME", name, tuple(CONVERTERS))
     one_of("--split", sources.split, SPLITS)
@@ -135,6 +143,12 @@ def _checked(name: str, sources: Sources, out: Path) -> Converter:
         raise ConfigError(f"`--questions` is empty but must name {converter.questions}.")
     if sources.questions and not converter.questions:
         raise ConfigError(f"`--questions` is given, but {name!r} has only `--annotations`.")
+    prefix = sources.image_prefix
+    if prefix and (prefix.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", prefix)):
+        raise ConfigError(
+            f"`--image-prefix` is {prefix!r} but must be a folder inside the image folder: not "
+            "absolute, and without '..'."
+        )
     if out.exists():
         raise ConfigError(f"`--out` is {str(out)!r} but must be a new file: this one exists.")
     return converter

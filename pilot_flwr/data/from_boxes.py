@@ -35,7 +35,10 @@ def box_entries(sources: Sources) -> Iterator[Entry]:
 
 
 def box_row(entry: Entry, sources: Sources) -> Row:
-    """Return an expression's row; the reference has six decimals where the answer has two."""
+    """Return an expression's row; the reference has six decimals where the answer has two.
+
+    A box without area at two decimals is no answer to be trained on.
+    """
     width, height = (_positive(entry, name) for name in ("width", "height"))
     edges = _edges(entry, width, height)
     if sources.padded:
@@ -44,6 +47,9 @@ def box_row(entry: Entry, sources: Sources) -> Row:
         edges = [edges[0] + across, edges[1] + down, edges[2] + across, edges[3] + down]
         width = height = side
     shares = [edge / size for edge, size in zip(edges, [width, height] * 2, strict=True)]
+    left, upper, right, lower = (round(share, 2) for share in shares)
+    if not sources.scored and (left >= right or upper >= lower):
+        raise Unusable(entry.origin, "`bbox` has no area at two decimals.")
     return to_row(
         entry,
         field(entry, "image"),

@@ -43,8 +43,7 @@ def coco_entries(sources: Sources) -> Iterator[Entry]:
                 yield Entry(origin, f"{image}-{key}", fields)
         if sources.scored:
             for image, name in names.items():
-                fields = {"file_name": name, "captions": captions.get(image)}
-                yield Entry(f"{path}, image {image}", image, fields)
+                yield from _of_image(f"{path}, image {image}", image, name, captions.get(image, []))
 
 
 def karpathy_entries(sources: Sources) -> Iterator[Entry]:
@@ -61,11 +60,21 @@ def karpathy_entries(sources: Sources) -> Iterator[Entry]:
                 name = f"{field(whole, 'filepath')}/{name}"
             captions = texts(whole, "sentences", "raw")
             if sources.scored:
-                yield Entry(origin, key, {"file_name": name, "captions": captions})
+                yield from _of_image(origin, key, name, captions)
                 continue
             for number, caption in enumerate(captions):
                 fields = {"file_name": name, "captions": [caption]}
                 yield Entry(f"{origin}, sentence {number + 1}", f"{key}-{number}", fields)
+
+
+def _of_image(origin: str, key: str, name: Any, captions: list[Any]) -> Iterator[Entry]:
+    """Yield an image with all its captions, and each empty one apart: it is no reference."""
+    empty = [text for text in captions if isinstance(text, str) and not text.strip()]
+    for text in empty:
+        yield Entry(origin, key, {"file_name": name, "captions": [text]})
+    if len(empty) < len(captions) or not captions:
+        rest = [text for text in captions if not isinstance(text, str) or text.strip()]
+        yield Entry(origin, key, {"file_name": name, "captions": rest})
 
 
 def caption_row(entry: Entry, sources: Sources) -> Row:

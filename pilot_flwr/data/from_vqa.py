@@ -103,9 +103,12 @@ def vqav2_entries(sources: Sources) -> Iterator[Entry]:
 
 
 def vqav2_row(entry: Entry, sources: Sources) -> Row:
-    """Return a VQAv2 question's row: the most common answer, and at test all ten."""
-    number = field(entry, "image_id")
-    image = f"COCO_{field(entry, 'subtype')}_{number.zfill(12)}.jpg"
+    """Return a VQAv2 question's row: the most common answer, and at test all ten.
+
+    The image is in the folder that COCO has for the subtype, such as ``val2014``.
+    """
+    number, subtype = field(entry, "image_id"), field(entry, "subtype")
+    image = f"{subtype}/COCO_{subtype}_{number.zfill(12)}.jpg"
     columns = optional(entry, question_type=("question_type",), answer_type=("answer_type",))
     references = texts(entry, "answers", "answer") if sources.scored else None
     answer = field(entry, "multiple_choice_answer")
@@ -147,7 +150,8 @@ def scienceqa_entries(sources: Sources) -> Iterator[Entry]:
 def scienceqa_row(entry: Entry, sources: Sources) -> Row:
     """Return a ScienceQA problem's row; the answer is the option's letter.
 
-    Context, question and options are put together as LLaVA's ``CQM`` form has them.
+    Context, question and options are put together as LLaVA's ``CQM`` form has them. The image is
+    where the data set has it: in a folder per split and problem.
     """
     choices = texts(entry, "choices")
     right = entry.fields.get("answer")
@@ -158,7 +162,7 @@ def scienceqa_row(entry: Entry, sources: Sources) -> Row:
     question = f"Context: {context}\nQuestion: {field(entry, 'question')}\nOptions: {options}"
     image = None
     if entry.fields.get("image") is not None:
-        image = f"{entry.id}/{field(entry, 'image')}"
+        image = f"{sources.split}/{entry.id}/{field(entry, 'image')}"
     columns = optional(
         entry, subject=("subject",), topic=("topic",), category=("category",), grade=("grade",)
     )

@@ -275,6 +275,45 @@ def test_coco_images_are_a_row_each_at_test(run):
     ]
 
 
+def test_an_empty_caption_is_no_reference_and_costs_no_image(run):
+    """It is an entry that cannot be used, like any other; the image keeps its other captions."""
+    blank = changed(COCO, "annotations", 0, "caption", value=" ")
+    with pytest.raises(DataError, match="image 7: The answer is empty"):
+        run("coco_captions", "test", annotations=[blank])
+    rows = run("coco_captions", "test", annotations=[blank], skip_unusable=True)
+    assert [row["references"] for row in rows] == [["A cat on a mat."], ["The bus is\nred."]]
+    assert rows[1]["conversations"][1]["value"] == "The bus is\nred."
+    assert run.report.skipped == {"The answer is empty.": 1}
+
+
+def test_an_image_of_empty_captions_is_left_out(run):
+    both = changed(COCO, "annotations", 0, "caption", value="")
+    both = changed(both, "annotations", 2, "caption", value="")
+    (row,) = run("coco_captions", "val", annotations=[both], skip_unusable=True)
+    assert row["id"] == "9" and run.report.skipped == {"The answer is empty.": 2}
+
+
+def test_karpathys_empty_captions(run):
+    blank = changed(KARPATHY, "images", 0, "sentences", 0, "raw", value="")
+    (row,) = run("coco_karpathy", "test", annotations=[blank], skip_unusable=True)
+    assert row["references"] == ["test 1"] and run.report.skipped == {"The answer is empty.": 1}
+
+
+@pytest.mark.parametrize("prefix", ["val2014", "a/val2014/"])
+def test_a_prefix_comes_before_every_image(run, prefix):
+    found = run("coco_captions", "test", image_prefix=prefix)
+    assert [row["image"] for row in found] == [
+        f"{prefix.rstrip('/')}/COCO_val2014_00000000000{number}.jpg" for number in (9, 7)
+    ]
+    assert "image" not in run("scienceqa", "train", image_prefix=prefix)[0]
+
+
+@pytest.mark.parametrize("prefix", ["/data", "..", "a/../..", "a\\..\\..", "\\a"])
+def test_a_prefix_stays_in_the_image_folder(run, prefix):
+    with pytest.raises(ConfigError, match="`--image-prefix` is .* but must be a folder inside"):
+        run("coco_captions", "test", image_prefix=prefix)
+
+
 def test_karpathys_split(run):
     assert [row["id"] for row in run("coco_karpathy", "train")] == ["1-0", "1-1", "2-0", "2-1"]
     (only,) = run("coco_karpathy", "test")
@@ -286,7 +325,7 @@ def test_vqav2(run):
     columns = {"question_type": "what color is the", "answer_type": "other"}
     expected = {
         "id": "262148000",
-        "image": "COCO_val2014_000000262148.jpg",
+        "image": "val2014/COCO_val2014_000000262148.jpg",
         "conversations": talk("What color is the hat?", "red"),
     }
     assert run("vqav2", "train") == [expected | columns]
@@ -317,7 +356,7 @@ def test_scienceqa(run):
         }
     ]
     (only,) = run("scienceqa", "test")
-    assert only["image"] == "1/image.png"
+    assert only["image"] == "test/1/image.png"
     assert only["conversations"][0]["value"].startswith("<image>\nContext: N/A\nQuestion: Which")
     assert (only["references"], only["grade"]) == (["A"], "grade2")
 
@@ -336,6 +375,15 @@ def test_boxes(run, padded, answer):
         "<image>\nPlease provide the bounding box coordinate of the region this sentence "
         "describes: the left dog"
     )
+
+
+@pytest.mark.parametrize("box", [[100, 50, 1.5, 90], [100, 50, 90, 0.5]])
+def test_a_box_without_area_at_two_decimals_is_nothing_to_train_on(run, box):
+    small = changed(BOXES, 0, "bbox", value=box)
+    with pytest.raises(DataError, match="entry 1: `bbox` has no area at two decimals"):
+        run("boxes", "train", annotations=[small])
+    (row,) = run("boxes", "test", annotations=[small])  # scored against six decimals
+    assert METRICS["grounding"].score(row["references"], [row["references"]]).mean == 1
 
 
 def test_padded_boxes_are_where_the_padded_image_has_them(run, tmp_path):
@@ -513,7 +561,8 @@ def test_the_command(tmp_path, capsys):
     words += ["--out", str(out)]
     assert main(words) == 1
     assert "`answer` is missing" in capsys.readouterr().err
-    assert main([*words, "--skip-unusable"]) == 0
+    assert main([*words, "--skip-unusable", "--image-prefix", "gqa"]) == 0
+    assert json.loads(out.read_text())["image"] == "gqa/2375429.jpg"
     assert capsys.readouterr().out.splitlines() == [
         f"{out}: 1 rows about 1 images",
         "left out 1: `answer` is missing, empty or not text.",
