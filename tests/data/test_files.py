@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from flwr.common.config import parse_config_args
 from llava_files import SUFFIX, write_federation
 
 from pilot_flwr.config import load_config
@@ -218,6 +219,16 @@ def test_the_documents_examples_are_valid(tmp_path):
     (tmp_path / "mine.yaml").write_text(federation)
     data = load_config(shlex.join(expand([f"data={tmp_path / 'mine.yaml'}"]))).data
     assert [client.id for client in federation_clients(data)][::3] == ["gqa-0", "captions-0"]
+
+
+def test_the_documents_node_configs_are_read_by_flower_and_by_the_check(tmp_path):
+    """Over several lines too: Flower's own parser, that of `--node-config`, and the check's."""
+    blocks = re.findall(r"```bash\n(flower-supernode.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    (words,) = [shlex.split(block)[-1] for block in blocks]
+    assert words.count("\n") == 2
+    expected = dict(word.split("=", 1) for word in shlex.split(words))
+    assert parse_config_args([words]) == expected
+    assert list(expected)[:2] == ["client-id", "state-folder"] and len(expected) == 6
 
 
 def test_rows_are_written_as_json_says(tmp_path):
