@@ -107,6 +107,17 @@ def test_data_that_has_moved(padded, evaluate, asked, tmp_path, monkeypatch):
     assert folders == {tmp_path / "own" / "data" / "vqa" / "images"}
 
 
+def test_scores_of_data_that_was_mended_since_stand_alone(padded, evaluate, tmp_path, capsys):
+    shutil.copytree(padded.config.data.folder, tmp_path / "data")
+    for name in BROKEN:
+        whole = tmp_path / "data" / "vqa" / "images" / "test-1.png"
+        shutil.copyfile(whole, whole.with_name(name))
+    (row,) = evaluate("--client", "vqa-0", f"data.folder={tmp_path}/data")
+    (event,) = padded.events("evaluate", round=2, client="vqa-0")
+    assert (row["examples"], row["recorded"]) == (8, None)
+    assert f"the run scored {event['examples']} examples, not 8" in capsys.readouterr().err
+
+
 def test_a_home_folder_that_nobody_has(padded, evaluate, capsys):
     evaluate("data.folder=~no-such-user-at-all/x", code=2)
     assert "`data.folder` is '~no-such-user-at-all/x'" in capsys.readouterr().err
