@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from llava_files import write_federation
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -44,6 +45,41 @@ def test_pilot_flwr_run_goes_through_both_stages(tmp_path):
     assert {p.name for p in (run / "clients").iterdir()} == {"vqa-0", "counting-0", "captioning-0"}
     assert len(list((run / "checkpoint/round-0002/lora").iterdir())) == 3
     assert "strategy:" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_own_data_from_files_to_a_model_that_answers(tmp_path):
+    """The README's section "Your own data and model", command by command."""
+    write_federation(tmp_path, train=24, clients=1)
+
+    def command(*words: str) -> str:
+        done = subprocess.run(
+            [BIN / "pilot-flwr", *words],
+            cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    data = "data=federation.yaml"
+    assert "own task adapter" in command("plan", data)
+    assert "A run can start." in command("data", "check", data)
+    options = ("strategy.rounds=1", "train.epochs=1", "data.workers=2", "seed=3")
+    command("run", data, *options, "model.feature_cache.where=disk", "run.folder=run")
+    scores = json.loads((tmp_path / "run/result.json").read_text())["scores"]
+    command("evaluate", "run", "--json", "scores.json")
+    found = json.loads((tmp_path / "scores.json").read_text())["clients"]
+    assert {row["client"]: row["score"] for row in found} == scores
+    image = str(next((tmp_path / "vqa/images").iterdir()))
+    question = ["--image", image, "--question", "What digit is at the top left?"]
+    assert command("chat", "run", "--client", "vqa-0", *question).strip()
+    rows = ["--data", "vqa/test.json", "--images", "vqa/images", "--out", "answers.jsonl"]
+    command("predict", "run", "--client", "vqa-0", *rows)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
+    command("export", "run", "--client", "vqa-0", "model")
+    command("export", "run", "--task", "vqa", "merged", "--merge")
+    assert (tmp_path / "model/modeling_pilot.py").is_file()
+    assert (tmp_path / "merged/config.json").is_file()
 
 
 def test_a_wrong_override_is_refused_before_anything_starts(tmp_path):
