@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pilot_flwr.data.examples import Example
+from pilot_flwr.data.federation import check_references
 from pilot_flwr.errors import DataError
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.results.answering import Answerer
@@ -56,10 +57,12 @@ def score_examples(
     Raises
     ------
     DataError
-        There is no example.
+        There is no example, or one whose references the metric cannot score against.
     """
     if not examples:
         raise DataError("There is no example to score.")
+    for example in examples:  # before the work, not after it
+        check_references(metric, example)
     answers = answerer(examples, progress=progress)
     return METRICS[metric].score(answers, [example.answers for example in examples]).mean
 

@@ -131,6 +131,12 @@ def test_rows_of_a_file_are_looked_at_before_any_is_scored(padded, evaluate, ask
     assert asked == [] and not out.exists()
 
 
+def test_references_are_looked_at_before_any_is_answered(evaluate, asked, capsys):
+    evaluate("--client", "vqa-0", "--metric", "grounding", code=1)
+    assert "test.json, row" in capsys.readouterr().err
+    assert asked == []
+
+
 @pytest.fixture
 def oblong(tmp_path):
     path = tmp_path / "oblong.png"
