@@ -91,25 +91,27 @@ def _at_home(text: str, key: str) -> Path:
         raise ConfigError(f"{key} is {text!r}, but that user has no home folder.") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key comes twice; YAML's own rule is that the last one counts."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, or raise for a key that came before."""
+def _check_keys(node: Any) -> None:
+    """Raise for a key that comes twice in a mapping; in YAML the last one would count."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item)
+    elif isinstance(node, yaml.MappingNode):
         seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} comes twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            _check_keys(value)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
