@@ -114,7 +114,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"`data` is {name!r}, which is no YAML: {error}") from None
     if not isinstance(content, dict) or "tasks" not in content:
         raise ConfigError(f"{name} must be settings with `tasks` at least; see docs/data.md.")

@@ -108,6 +108,8 @@ def test_later_words_change_the_file_and_others_stay(tmp_path):
             "(?s)`data` is 'f.yaml', which is no YAML: the key 'a' comes twice.*line 4",
         ),
         ("tasks: [a]\ntasks: [b]\nfiles: {a: {}}", "(?s)the key 'tasks' comes twice.*line 2"),
+        ("tasks: &a [*a]", "`data` is 'f.yaml', which is no YAML: maximum recursion depth"),
+        ("tasks: [{a: 1, a: 2}]", "(?s)the key 'a' comes twice.*line 1"),
         (
             "tasks: [a]\nfiles: {a: {prompt_suffix: '???'}}",
             r"f.yaml: `files.a.prompt_suffix` is '\?\?\?', which stands for a missing value",
