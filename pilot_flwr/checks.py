@@ -6,6 +6,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from pilot_flwr.errors import ConfigError
 
@@ -53,3 +54,11 @@ def check_name(key: str, value: str) -> None:
             f"`{key}` is {value!r} but must be letters, digits, '_' and '-' only, "
             "beginning with a letter or digit."
         )
+
+
+def expanded(key: str, path: str) -> Path:
+    """Return `path` with ``~`` or ``~user`` written out; raise if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"`{key}` begins with '~' and the name of no user.") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from pilot_flwr.checks import expanded
 from pilot_flwr.config import PilotConfig, load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError
@@ -67,7 +68,7 @@ def run_path(config: PilotConfig) -> Path:
         It already holds a run.
     """
     if config.run.folder:
-        path = Path(config.run.folder).expanduser().absolute()
+        path = expanded("run.folder", config.run.folder).absolute()
     else:
         path = default_run_folder(config.name, datetime.now()).absolute()
     if (path / "metrics.jsonl").exists():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pilot_flwr.checks import NAME_PATTERN, check_name
+from pilot_flwr.checks import NAME_PATTERN, check_name, expanded
 from pilot_flwr.data.federation import Client, SiteFiles, client_by_id, federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model_settings import ModelConfig
@@ -61,7 +61,7 @@ def find_site(
     client = _client(node_config, config)
     simulated = is_simulated(node_config, run_folder, run_token)
     if node_config.get("state-folder"):
-        folder = _expanded("state-folder", str(node_config["state-folder"])) / run_name
+        folder = expanded("state-folder", str(node_config["state-folder"])) / run_name
     elif simulated:
         folder = Path(run_folder) / "clients" / client.id
     else:
@@ -160,17 +160,10 @@ def site_files(node_config: NodeConfig, client: Client) -> SiteFiles:
 
 def _path(node_config: NodeConfig, key: str, name: str) -> Path:
     """Return a path of the node config; errors go to the server and have its last part only."""
-    path = _expanded(key, name.strip())
+    path = expanded(key, name.strip())
     if not path.is_absolute():
         raise ConfigError(f"`{key}` names {path.name!r} but must be an absolute path.")
     return path
-
-
-def _expanded(key: str, name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"`{key}` begins with '~' and the name of no user.") from None
 
 
 def private_paths(node_config: NodeConfig) -> dict[str, str]:

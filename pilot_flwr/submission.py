@@ -11,6 +11,7 @@ import tomllib
 from datetime import datetime
 from pathlib import Path
 
+from pilot_flwr.checks import expanded
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.settings import SimulationConfig
 
@@ -61,7 +62,7 @@ def run_folder(configured: str, name: str, now: datetime) -> Path:
     ConfigError
         There is something in it already.
     """
-    path = Path(configured).expanduser() if configured else default_run_folder(name, now)
+    path = expanded("run.folder", configured) if configured else default_run_folder(name, now)
     folder = Path(os.path.abspath(path))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"`run.folder` is {str(folder)!r} but must be a new or empty folder.")

@@ -209,3 +209,23 @@ def test_an_error_of_the_system_is_one_line(launched, capsys):
     assert capsys.readouterr().err == (
         "pilot-flwr: [Errno 28] No space left on device: '/data/runs'\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["run.folder='~nobody-of-this-name/x'"], "run.folder"),
+        (
+            [
+                "data.source=llava",
+                "data.tasks=[a]",
+                "data.folder=/tmp",
+                "+data.files={a:{train:['~nobody-of-this-name/x'],test:[b]}}",
+            ],
+            "data.files.a.train",
+        ),
+    ],
+)
+def test_the_home_of_nobody_is_named(capsys, words, key):
+    assert cli.main(["run", *words]) == 2
+    assert f"`{key}` begins with '~' and the name of no user" in capsys.readouterr().err

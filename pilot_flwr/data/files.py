@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from pilot_flwr.checks import expanded
 from pilot_flwr.data.image_files import Colour
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.data.partition import Rows, deal, draw
@@ -168,7 +169,7 @@ def simulated_path(data: DataConfig, name: str, key: str) -> Path:
     ConfigError
         It is relative, and so is `data.folder`: clients run in other folders than the user.
     """
-    path = Path(data.folder).expanduser() / Path(name).expanduser()
+    path = expanded("data.folder", data.folder) / expanded(key, name)
     if not path.is_absolute():
         raise ConfigError(
             f"`{key}` is {name!r} and `data.folder` {data.folder!r}, but one of them must be an "
