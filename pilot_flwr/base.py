@@ -7,6 +7,7 @@ that a question about it does not load it.
 
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,15 @@ def make_collator(
 
 
 def _source(config: ModelConfig) -> dict[str, str]:
-    """Return what `from_pretrained` has to know to find the checkpoint."""
+    """Return what `from_pretrained` has to know to find the checkpoint.
+
+    Raises
+    ------
+    ModelError
+        The path can only be a folder's, and there is none.
+    """
+    if config.path.startswith(("/", ".", "~")) and not os.path.isdir(config.path):
+        raise ModelError(f"`model.path` is {config.path!r}, but there is no such folder.")
     source = {"pretrained_model_name_or_path": checkpoint_path(config.path)}
     return source | ({"revision": config.revision} if config.revision else {})
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from visuals import visual
 
-from pilot_flwr.base import load_base, make_collator
+from pilot_flwr.base import known_config, load_base, make_collator, read_config
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
@@ -165,6 +165,14 @@ def test_a_process_loads_the_base_once():
     assert warm_model(ModelConfig(), reduction="normalized", device=device) is first
     other = ModelConfig(lora=LoraConfig(rank=4))
     assert warm_model(other, reduction="normalized", device=device) is not first
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "~/nothing"])
+def test_a_folder_that_is_not_there_is_called_so(path):
+    """And not mistaken for a hub id."""
+    for read in (known_config, read_config):
+        with pytest.raises(ModelError, match=rf"`model\.path` is '{path}', but there is no such"):
+            read(ModelConfig(path=path))
 
 
 def test_a_base_that_is_not_there_is_a_clear_error(tmp_path):
