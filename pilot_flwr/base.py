@@ -32,13 +32,11 @@ def read_config(config: ModelConfig) -> Any:
         It cannot be read, or its architecture is not supported.
     """
     try:
-        read = transformers.AutoConfig.from_pretrained(**_source(config))
+        return _supported(**_source(config))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`model.path` is {config.path!r}, which cannot be read: {error}"
         ) from error
-    spec_of(read)
-    return read
 
 
 def known_config(config: ModelConfig) -> Any:
@@ -50,16 +48,17 @@ def known_config(config: ModelConfig) -> Any:
         The checkpoint is not on this machine and its configuration is not shipped.
     """
     reference = reference_config(config.path)
+    if reference is None:
+        return read_config(config)
     try:
-        read = transformers.AutoConfig.from_pretrained(
-            **_source(config), local_files_only=reference is not None
-        )
-    except (OSError, ValueError) as error:
-        if reference is None:
-            raise ModelError(
-                f"`model.path` is {config.path!r}, which cannot be read: {error}"
-            ) from error
-        read = transformers.AutoConfig.from_pretrained(reference)
+        return _supported(**_source(config), local_files_only=True)
+    except (OSError, ValueError):
+        return _supported(reference)
+
+
+def _supported(*place: str, **source: Any) -> Any:
+    """Read a transformers configuration, of an architecture that has a row."""
+    read = transformers.AutoConfig.from_pretrained(*place, **source)
     spec_of(read)
     return read
 
