@@ -36,8 +36,17 @@ _used_memory = 0
 
 
 class _Decoded(NamedTuple):
-    """What a worker has read of a batch: features (rows, N, D) or pixels, by key."""
+    """What a worker has read of a batch.
 
+    Attributes
+    ----------
+    images : list
+        Key, height and width of every image, in the batch's order.
+    kept, pixels : dict
+        Features (rows, N, D) of the images that have them, pixels of the others, by key.
+    """
+
+    images: list[tuple[str, int, int]]
     kept: dict[str, Tensor]
     pixels: dict[str, Tensor]
 
@@ -73,7 +82,7 @@ class FeatureCache:
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
     ) -> Visual:
         """Return H_v of the examples' images, encoding only what is not kept."""
-        return self._encode(model, examples, self._decode(model, image_processor, examples))
+        return self._encode(model, self._decode(model, image_processor, examples))
 
     def stream(
         self,
@@ -99,42 +108,44 @@ class FeatureCache:
         if workers == 0:
             yield from (self.encode(model, image_processor, part) for part in parts)
             return
-        waiting: deque[tuple[Sequence[Example], Future[_Decoded]]] = deque()
+        waiting: deque[Future[_Decoded]] = deque()
         with ThreadPoolExecutor(workers) as pool:
             try:
                 for part in parts:
-                    waiting.append((part, pool.submit(self._decode, model, image_processor, part)))
+                    waiting.append(pool.submit(self._decode, model, image_processor, part))
                     if len(waiting) > workers:
-                        done, future = waiting.popleft()
-                        yield self._encode(model, done, future.result())
+                        yield self._encode(model, waiting.popleft().result())
                 while waiting:
-                    done, future = waiting.popleft()
-                    yield self._encode(model, done, future.result())
+                    yield self._encode(model, waiting.popleft().result())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _decode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
     ) -> _Decoded:
-        """Read the examples' features where they are kept, else their images' pixels."""
-        kept: dict[str, Tensor] = {}
-        pixels: dict[str, Tensor] = {}
+        """Read the examples' features where they are kept, else their images' pixels, once each."""
+        decoded = _Decoded([], {}, {})
         for example in examples:
             keys = self._keys(example)
-            found = {key: self._get(key) for key in keys}
+            for key, image in zip(keys, example.images, strict=True):
+                decoded.images.append((key, *image.size()))
+            absent = [key for key in keys if key not in decoded.kept and key not in decoded.pixels]
+            found = {key: self._get(key) for key in absent}
+            decoded.kept.update(
+                {k: features for k, features in found.items() if features is not None}
+            )
             if any(features is None for features in found.values()):
                 images = [image.read() for image in example.images]
                 crops = model.spec.crops(image_processor, images)
-                pixels |= dict(zip(keys, crops, strict=True))
-            kept |= {key: features for key, features in found.items() if features is not None}
-        return _Decoded(kept, pixels)
+                decoded.pixels.update(zip(keys, crops, strict=True))
+        return decoded
 
-    def _encode(self, model: PilotModel, examples: Sequence[Example], decoded: _Decoded) -> Visual:
+    def _encode(self, model: PilotModel, decoded: _Decoded) -> Visual:
         kept, fresh = dict(decoded.kept), {}
         for key, pixels in decoded.pixels.items():
             # What a batch before has encoded meanwhile is taken from there: which worker was
             # faster must not show in the result.
-            features = kept.get(key, self._get(key))
+            features = kept[key] if key in kept else self._get(key)
             if features is None:
                 fresh[key] = pixels
             else:
@@ -147,14 +158,11 @@ class FeatureCache:
             if self.config.where != "off":
                 for key, features in zip(fresh, torch.split(encoded.cpu(), sizes), strict=True):
                     self._put(key, features)
-        shapes, tensors = [], []
-        for example in examples:
-            for key, image in zip(self._keys(example), example.images, strict=True):
-                tensors.append(kept[key])
-                shapes.append(ImageShape(len(kept[key]), *image.size()))
-        if not tensors:
+        if not decoded.images:
             return Visual(torch.empty(0, *feature_size(model.llava.config)), ())
-        return Visual(_together(tensors, model.device), tuple(shapes))
+        features = _together([kept[key] for key, _, _ in decoded.images], model.device)
+        shapes = (ImageShape(len(kept[key]), *size) for key, *size in decoded.images)
+        return Visual(features, tuple(shapes))
 
     def _keys(self, example: Example) -> list[str]:
         alone = len(example.images) == 1  # which decides about an image's crops

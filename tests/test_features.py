@@ -179,3 +179,18 @@ def test_an_image_of_two_batches_in_flight_is_encoded_once(
     kept = cache(tmp_path, "memory", f"flight-{workers}")
     list(kept.stream(model, processor.image_processor, parts, workers=workers))
     assert count == [2, 2]
+
+
+def test_an_image_that_a_batch_holds_twice_is_read_once(tmp_path, counted, processor, examples):
+    reads = []
+
+    class Counted(Named):
+        def read(self):
+            reads.append(self.name)
+            return super().read()
+
+    image = Counted(examples[0].images[0].read(), "counted")
+    shared = [replace(example, images=(image,)) for example in examples]
+    visual = cache(tmp_path, "off", "twice").encode(counted[0], processor.image_processor, shared)
+    assert reads == ["counted"]
+    assert len(visual.features) == len(visual.images) == len(examples)
