@@ -7,6 +7,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     wording               words for people: reasons, durations, sizes
     model_settings        the base model's settings
     data_settings         the data's settings
+    strategy_settings     the server's settings
     settings              every setting's type, default and range
     config                conf/ and overrides, composed into settings
     submission            what is handed to Flower: folders, quoting, resources
@@ -78,7 +79,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     results.model_card                 what an exported model says of itself
 
     codec                 named tensors as Flower's arrays
-    wire                  the messages
+    wire                  the messages to clients, and the roster's
+    replies               what clients send back
     failures              what a Flower error reply means
     grid                  replies as they come
     roster                who takes part in an exchange

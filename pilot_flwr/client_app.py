@@ -8,7 +8,7 @@ from dataclasses import replace
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pilot_flwr import wire
+from pilot_flwr import replies, wire
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import PilotError, UpdateError
@@ -77,7 +77,7 @@ def _turn(message: Message, config: PilotConfig, site: Site) -> RecordDict:
         logger.info("%s, exchange %d: %s", site.client.id, order.server_round, line)
 
     result = take_turn(site, config, order, progress=progress)
-    return wire.encode_result(result, order, site.client.id, site.client.task)
+    return replies.encode_result(result, order, site.client.id, site.client.task)
 
 
 def _received(message: Message, context: Context) -> tuple[PilotConfig, wire.RunInfo]:

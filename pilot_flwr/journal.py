@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from flwr.app import RecordDict
 
-from pilot_flwr import wire
+from pilot_flwr import replies
 from pilot_flwr.codec import num_bytes
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_state import Aggregation, Member, Update
@@ -58,7 +58,7 @@ class Journal:
             down=down,
         )
 
-    def update(self, server_round: int, stage: int, update: Update, report: wire.Report) -> None:
+    def update(self, server_round: int, stage: int, update: Update, report: replies.Report) -> None:
         """Write down one client's training and the bytes that came from it."""
         assert report.training is not None
         numbers = report.training
@@ -80,7 +80,7 @@ class Journal:
             **report.times,
         )
 
-    def evaluation(self, server_round: int, member: Member, report: wire.Report) -> None:
+    def evaluation(self, server_round: int, member: Member, report: replies.Report) -> None:
         """Write down a score, if there is one, of the model after exchange `server_round`."""
         result = report.evaluation
         if result is None:

@@ -17,7 +17,7 @@ from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
 from pilot_flwr.server_state import Member
-from pilot_flwr.settings import StrategyConfig
+from pilot_flwr.strategy_settings import StrategyConfig
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pilot_flwr.arrays import Array, Matrix
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.initial import InitialState
 from pilot_flwr.parameters import State
-from pilot_flwr.settings import StrategyConfig
+from pilot_flwr.strategy_settings import StrategyConfig
 
 LoraRule = Callable[[Matrix, Sequence[float], int], Matrix]
 """From distances (K, K), examples (K,) and M to mixing weights (K, K), row-stochastic."""

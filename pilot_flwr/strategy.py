@@ -21,10 +21,11 @@ from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
 from pilot_flwr.journal import Journal
 from pilot_flwr.parameters import State
+from pilot_flwr.replies import decode_report, decode_update
 from pilot_flwr.roster import Present, Roster
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_state import Member, ServerState, Update
-from pilot_flwr.settings import StrategyConfig
+from pilot_flwr.strategy_settings import StrategyConfig
 from pilot_flwr.turn import Order
 
 logger = logging.getLogger("flwr")
@@ -152,7 +153,7 @@ class PilotStrategy(Strategy):
         for present, reply in self._answers(server_round, "evaluate", replies):
             try:
                 with wire.refuse_unusable():
-                    report = wire.decode_report(reply.content)
+                    report = decode_report(reply.content)
             except UpdateError as error:
                 client, reason = present.member.client, f"Rejected: {error}."
                 self.journal.failure(server_round, "evaluate", client, reason)
@@ -221,8 +222,8 @@ class PilotStrategy(Strategy):
     def _receive_update(self, server_round: int, member: Member, content: RecordDict) -> Update:
         """Read and check all of a reply, and only then write anything down."""
         with wire.refuse_unusable():
-            update = wire.decode_update(content)
-            report = wire.decode_report(content)
+            update = decode_update(content)
+            report = decode_report(content)
             self.state.check(update, member, server_round)
         self.journal.evaluation(server_round - 1, member, report)
         self.journal.update(server_round, self._stages[member.client], update, report)

@@ -10,27 +10,20 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 
 from pilot_flwr.codec import (
     arrays_of,
     config_of,
     decode_state,
     encode_state,
-    metrics_of,
-    num_bytes,
-    number_of,
     value_of,
 )
 from pilot_flwr.errors import UpdateError
-from pilot_flwr.evaluation import EvaluationResult
-from pilot_flwr.metrics.table import METRICS
-from pilot_flwr.parameters import GROUPS
-from pilot_flwr.server_state import Member, Update
-from pilot_flwr.training import LOSSES
-from pilot_flwr.turn import Order, TurnResult
+from pilot_flwr.server_state import Member
+from pilot_flwr.turn import Order
 
-_ADAPTER = "task-adapter."
+TASK_ADAPTER = "task-adapter."
 
 
 @dataclass(frozen=True)
@@ -50,31 +43,6 @@ class RunInfo:
     name: str
     folder: str
     token: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a reply says besides its tensors; every number is finite and in range.
-
-    Attributes
-    ----------
-    training : dict or None
-        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained.
-    gradients : dict
-        Group → number of its parameters that received a gradient.
-    evaluation : EvaluationResult or None
-        Score of the incoming model, if it was evaluated.
-    times : dict
-        ``started`` (seconds since 1970) and ``turn_seconds`` of the whole turn.
-    sizes : dict
-        Bytes of the reply's arrays, see `num_bytes`.
-    """
-
-    training: dict[str, float] | None
-    gradients: dict[str, int]
-    evaluation: EvaluationResult | None
-    times: dict[str, float]
-    sizes: dict[str, int]
 
 
 @contextlib.contextmanager
@@ -127,7 +95,7 @@ def encode_order(
     """Pack one client's order; `adapters` are already packed, as many clients share them."""
     content = RecordDict({"run": _run_record(run), "lora": encode_state(order.lora)})
     for task in order.adapters:
-        content[_ADAPTER + task] = adapters[task]
+        content[TASK_ADAPTER + task] = adapters[task]
     content["order"] = ConfigRecord(
         {
             "client": client,
@@ -151,9 +119,9 @@ def decode_order(content: RecordDict) -> tuple[Order, str]:
     """
     values = config_of(content, "order")
     adapters = {
-        name.removeprefix(_ADAPTER): decode_state(record)
+        name.removeprefix(TASK_ADAPTER): decode_state(record)
         for name, record in content.array_records.items()
-        if name.startswith(_ADAPTER)
+        if name.startswith(TASK_ADAPTER)
     }
     stage = value_of(values, "stage", int)
     if stage not in (1, 2):
@@ -180,110 +148,6 @@ def decode_run(content: RecordDict) -> RunInfo:
     """
     values = config_of(content, "run")
     return RunInfo(*(value_of(values, name, str) for name in ("name", "folder", "token")))
-
-
-def encode_result(result: TurnResult, order: Order, client: str, task: str) -> RecordDict:
-    """Pack what a turn gives back."""
-    content = RecordDict(
-        {
-            "result": ConfigRecord({"client": client, "task": task, "round": order.server_round}),
-            "turn": MetricRecord({"started": result.started, "turn_seconds": result.seconds}),
-        }
-    )
-    if result.evaluation is not None:
-        content["evaluation"] = MetricRecord(
-            {
-                "score": result.evaluation.score,
-                "examples": result.evaluation.examples,
-                "seconds": result.evaluation.seconds,
-                "cut": result.evaluation.cut,
-            }
-        )
-        content["evaluation-metric"] = ConfigRecord(
-            {
-                "metric": result.evaluation.metric,
-                "approximate": result.evaluation.approximate,
-            }
-        )
-    if result.training is not None:
-        training = result.training
-        content["lora"] = encode_state(result.lora)
-        content[_ADAPTER + task] = encode_state(result.adapter)
-        content["training"] = MetricRecord(
-            {
-                "examples": training.examples,
-                "steps": training.steps,
-                "seconds": training.seconds,
-                **{f"loss.{name}": value for name, value in training.losses.items()},
-                **{f"gradients.{group}": n for group, n in training.gradients.items()},
-            }
-        )
-    return content
-
-
-def decode_update(content: RecordDict) -> Update:
-    """Read a client's update.
-
-    Raises
-    ------
-    UpdateError
-        A value or tensor is missing, unreadable or of the wrong type.
-    """
-    values = config_of(content, "result")
-    task = value_of(values, "task", str)
-    examples = number_of(metrics_of(content, "training"), "examples", low=1)
-    return Update(
-        client=value_of(values, "client", str),
-        task=task,
-        server_round=value_of(values, "round", int),
-        num_examples=int(examples),
-        adapter=decode_state(arrays_of(content, _ADAPTER + task)),
-        lora=decode_state(arrays_of(content, "lora")),
-    )
-
-
-def decode_report(content: RecordDict) -> Report:
-    """Read everything in a reply but its tensors.
-
-    Raises
-    ------
-    UpdateError
-        A number is missing, not finite or out of range.
-    """
-    trained = "training" in content.metric_records
-    training = content.metric_records.get("training", MetricRecord())
-    needed = ("steps", "seconds", *(f"loss.{name}" for name in LOSSES))
-    return Report(
-        training={name: number_of(training, name) for name in needed} if trained else None,
-        gradients={
-            group: int(number_of(training, f"gradients.{group}", low=0))
-            for group in GROUPS
-            if f"gradients.{group}" in training
-        },
-        evaluation=_evaluation(content),
-        times={
-            name: number_of(metrics_of(content, "turn"), name)
-            for name in ("started", "turn_seconds")
-        },
-        sizes=num_bytes(content),
-    )
-
-
-def _evaluation(content: RecordDict) -> EvaluationResult | None:
-    if "evaluation" not in content.metric_records:
-        return None
-    numbers, how = metrics_of(content, "evaluation"), config_of(content, "evaluation-metric")
-    metric = value_of(how, "metric", str)
-    if metric not in METRICS:
-        raise UpdateError(f"`metric` is {metric!r} but must be one of {', '.join(METRICS)}")
-    return EvaluationResult(
-        score=number_of(numbers, "score", low=0, high=METRICS[metric].maximum),
-        metric=metric,
-        approximate=value_of(how, "approximate", bool),
-        examples=int(number_of(numbers, "examples", low=1)),
-        seconds=number_of(numbers, "seconds"),
-        cut=int(number_of(numbers, "cut", low=0)),
-    )
 
 
 def _run_record(run: RunInfo) -> ConfigRecord:

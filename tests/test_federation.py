@@ -13,8 +13,8 @@ from pilot_flwr.checkpoint import PrivateStore, load_tensors
 from pilot_flwr.codec import decode_state
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.parameters import GROUPS
+from pilot_flwr.replies import decode_update
 from pilot_flwr.tables import summary
-from pilot_flwr.wire import decode_update
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ LAYERS = [
         "wording",
         "model_settings",
         "data_settings",
+        "strategy_settings",
         "settings",
         "config",
         "submission",
@@ -89,6 +90,7 @@ LAYERS = [
     [
         "codec",
         "wire",
+        "replies",
         "failures",
         "grid",
         "roster",

@@ -5,7 +5,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot_flwr import wire
+from pilot_flwr import replies, wire
 from pilot_flwr.codec import decode_state, encode_state, num_bytes
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.evaluation import EvaluationResult
@@ -111,12 +111,12 @@ def test_results_come_back():
         seconds=2.0,
     )
     order = Order(3, 2, ("vqa",), {}, {})
-    content = wire.encode_result(result, order, "vqa-0", "vqa")
-    update = wire.decode_update(content)
+    content = replies.encode_result(result, order, "vqa-0", "vqa")
+    update = replies.decode_update(content)
     assert (update.client, update.task, update.server_round) == ("vqa-0", "vqa", 3)
     assert update.num_examples == 90
     assert torch.equal(update.adapter["w"], result.adapter["w"])
-    report = wire.decode_report(content)
+    report = replies.decode_report(content)
     assert report.training["loss.ce"] == 0.5
     assert report.gradients == {"lora": 10, "base": 0}
     assert report.evaluation == result.evaluation
@@ -146,7 +146,7 @@ def test_a_member_with_odd_values_is_refused(change, message):
         wire.decode_member(content)
 
 
-@pytest.mark.parametrize("decode", [wire.decode_member, wire.decode_order, wire.decode_update])
+@pytest.mark.parametrize("decode", [wire.decode_member, wire.decode_order, replies.decode_update])
 @given(st.dictionaries(st.sampled_from(["order", "result", "member", "lora"]), st.booleans()))
 def test_foreign_messages_give_typed_errors_only(decode, names):
     content = RecordDict(
