@@ -30,12 +30,12 @@ from pilot_flwr.base import load_processor
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.initial import initial_state
+from pilot_flwr.kit import Site
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import warm_model
 from pilot_flwr.settings import PilotConfig, TrainConfig
 from pilot_flwr.turn import (
     Order,
-    Site,
     TurnResult,
     _enter_ordered_architecture,
     _private_state,

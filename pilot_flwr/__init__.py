@@ -62,6 +62,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     training              local training of one client
     evaluation            greedy generation and its score
 
+    kit                   a client's place, data and tokenizer
     turn                  one client's turn: evaluate, then train
     server_state          what the server knows, and how a round changes it
     site                  who and where a client is

@@ -13,9 +13,10 @@ from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import PilotError, UpdateError
 from pilot_flwr.failures import OWN_ERROR, reply_text
+from pilot_flwr.kit import Site
 from pilot_flwr.server_state import Member
 from pilot_flwr.site import find_site, is_simulated, private_paths, site_model
-from pilot_flwr.turn import Site, stage_trained, take_turn
+from pilot_flwr.turn import stage_trained, take_turn
 
 app = ClientApp()
 logger = logging.getLogger("flwr")

@@ -18,12 +18,12 @@ import torch
 from pilot_flwr.checks import NAME_PATTERN, check_name, expanded
 from pilot_flwr.data.federation import Client, SiteFiles, client_by_id, federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.kit import Site
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.run_folder import holds_token
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.submission import federation_config
-from pilot_flwr.turn import Site
 
 NodeConfig = Mapping[str, bool | float | int | str]
 

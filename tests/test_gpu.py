@@ -16,11 +16,12 @@ from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.initial import initial_state
+from pilot_flwr.kit import Site
 from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import autocast, train
-from pilot_flwr.turn import Order, Site, private_store, take_turn
+from pilot_flwr.turn import Order, private_store, take_turn
 
 CPU = torch.device("cpu")
 TASKS = ("vqa", "counting", "captioning")

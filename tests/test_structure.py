@@ -74,7 +74,7 @@ LAYERS = [
         "run_folder",
     ],
     ["memory", "plan", "training", "evaluation"],
-    ["turn", "server_state", "site", "tables"],
+    ["kit", "turn", "server_state", "site", "tables"],
     [
         "results.answering",
         "results.conversation",

@@ -10,18 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pilot_flwr import turn
+from pilot_flwr import kit
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import DataError, StateError, TrainingError
 from pilot_flwr.evaluation import EvaluationResult
 from pilot_flwr.initial import initial_state
+from pilot_flwr.kit import Site
 from pilot_flwr.model_settings import LoraConfig, ModelConfig
 from pilot_flwr.models import warm_model
 from pilot_flwr.parameters import trained_groups
 from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import TrainingResult
-from pilot_flwr.turn import Order, Site, private_store, stage_trained, take_turn
+from pilot_flwr.turn import Order, private_store, stage_trained, take_turn
 
 TASKS = ("vqa", "counting", "captioning")
 CONFIG = PilotConfig(
@@ -91,8 +92,8 @@ def seen(monkeypatch):
         seen.note(seen.evaluated, model)
         return EvaluationResult(0.5, metric, len(examples), 0.0)
 
-    monkeypatch.setattr(turn, "train", train)
-    monkeypatch.setattr(turn, "evaluate", evaluate)
+    monkeypatch.setattr(kit, "train", train)
+    monkeypatch.setattr(kit, "evaluate", evaluate)
     return seen
 
 
@@ -297,12 +298,12 @@ def test_a_training_that_fails_leaves_the_private_state(
     for earlier in range(1, stage + 1):
         take(site, make_order(earlier))
     before, order = private_bytes(site), make_order(stage, server_round=3)
-    train = turn.train
-    monkeypatch.setattr(turn, "train", broken)
+    train = kit.train
+    monkeypatch.setattr(kit, "train", broken)
     with pytest.raises(TrainingError, match=message):
         take(site, order)
     assert private_bytes(site) == before
-    monkeypatch.setattr(turn, "train", train)  # and the client is not locked out
+    monkeypatch.setattr(kit, "train", train)  # and the client is not locked out
     saved = private(site)
     take(site, order)
     assert_equal(seen.trained[-1][2]["client_adapter"], saved["client_adapter"])
@@ -320,7 +321,7 @@ def test_each_group_that_is_saved_or_sent_must_be_finite(sites, make_order, seen
                 next(iter(model.groups()[group].values())).view(-1)[0] = float("inf")
             return TrainingResult({}, 1, len(examples), 0.0, {})
 
-        monkeypatch.setattr(turn, "train", one)
+        monkeypatch.setattr(kit, "train", one)
         with pytest.raises(TrainingError, match=f"of {group} is not finite"):
             take(site, make_order(2))
         assert private_bytes(site) == before
@@ -353,14 +354,14 @@ def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
 
 def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, seen, monkeypatch):
     """They would share their features silently."""
-    read = turn.client_examples
+    read = kit.client_examples
     for split, order in (("test", make_order(1, train=False)), ("train", make_order(1))):
 
         def twice(data, client, asked, *, split=split, **more):
             examples = read(data, client, asked, **more)
             return [*examples[:-1], examples[0]] if asked == split else examples
 
-        monkeypatch.setattr(turn, "client_examples", twice)
+        monkeypatch.setattr(kit, "client_examples", twice)
         message = f"{split} split of client 'vqa-0', 1 ids belong to more than one example"
         with pytest.raises(DataError, match=message):
             take(sites["vqa"], order)
@@ -370,13 +371,13 @@ def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, 
 def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, monkeypatch):
     """Features are kept by base type, seed and data settings, not by client and id alone."""
     kept = []
-    cache = turn.FeatureCache
+    cache = kit.FeatureCache
 
     def note(*args, namespace, **kwargs):
         kept.append(namespace)
         return cache(*args, namespace=namespace, **kwargs)
 
-    monkeypatch.setattr(turn, "FeatureCache", note)
+    monkeypatch.setattr(kit, "FeatureCache", note)
     seen_dtypes = []
     for config in (
         CONFIG,
@@ -384,14 +385,14 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, m
         replace(CONFIG, seed=1),
         replace(CONFIG, data=replace(CONFIG.data, train_examples=5)),
     ):
-        real = turn.evaluate
+        real = kit.evaluate
 
         def evaluate(model, examples, *, encode, real=real, **kwargs):
             seen_dtypes.append(next(encode([examples[:1]])).features.dtype)
             return real(model, examples, encode=encode, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(turn, "evaluate", evaluate)
+            patch.setattr(kit, "evaluate", evaluate)
             take(sites["vqa"], make_order(1, train=False), config)
     assert seen_dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     assert len(set(kept)) == len(kept)
@@ -401,13 +402,13 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, m
 
 def test_evaluation_uses_the_autocast_of_training(sites, make_order, seen, monkeypatch):
     given = []
-    noted = turn.evaluate
+    noted = kit.evaluate
 
     def evaluate(*args, autocast_choice, **kwargs):
         given.append(autocast_choice)
         return noted(*args, **kwargs)
 
-    monkeypatch.setattr(turn, "evaluate", evaluate)
+    monkeypatch.setattr(kit, "evaluate", evaluate)
     config = replace(CONFIG, train=replace(CONFIG.train, autocast="bfloat16"))
     take(sites["vqa"], make_order(1, train=False), config)
     assert given == ["bfloat16"]
@@ -421,7 +422,7 @@ def test_out_of_memory_says_what_to_change(sites, make_order, seen, monkeypatch,
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    monkeypatch.setattr(turn, "train", fail)
+    monkeypatch.setattr(kit, "train", fail)
     message = (
         rf"ran out of memory in stage {stage} with a micro-batch of 4\..*expects \d.*"
         r"`train\.batch_size`.*`model\.gradient_checkpointing=true`.*`model\.quantization=4bit`"

@@ -179,8 +179,8 @@ def _examples(
     run: "Run", options: argparse.Namespace, client: "Client", answerer: "Answerer"
 ) -> "Sequence[Example]":
     """Return what is scored: all rows of a file, or those of a split that the run used."""
+    from pilot_flwr.kit import Kit, Site
     from pilot_flwr.results.questions import check_all, open_file
-    from pilot_flwr.turn import Kit, Site
 
     if options.data is not None:
         examples = open_file(run, client.task, answerer, options.data, options.images)

@@ -11,8 +11,8 @@ from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError
 from pilot_flwr.federation_file import expand
+from pilot_flwr.kit import Kit, Site
 from pilot_flwr.models import warm_model
-from pilot_flwr.turn import Kit, Site
 
 
 @pytest.fixture
