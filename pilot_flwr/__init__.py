@@ -17,6 +17,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     connector             stage 1 and stage 2 (CT-MoA)
     arrays                passes over the named arrays of several clients
     aggregation           task-aware average, adaptive text-adapter aggregation
+    norms                 norms of updates, and a bound that a minority cannot move
     metrics.score         what a metric is
     metrics.text          an answer's text against its references
     metrics.vqa           soft accuracy against ten annotators
@@ -65,6 +66,9 @@ The map of the package, layer by layer; a module imports only what stands above 
     kit                   a client's place, data and tokenizer
     turn                  one client's turn: evaluate, then train
     server_state          what the server knows, and how a round changes it
+    norm_check            updates above a bound: warn, clip or reject
+    claims                which node is which client
+    node_config           a node's own words: who it is, where its data are
     site                  who and where a client is
     tables                timeline and scores, from the run's events
 

@@ -10,6 +10,7 @@ from flwr.app import RecordDict
 
 from pilot_flwr import replies
 from pilot_flwr.codec import num_bytes
+from pilot_flwr.norm_check import Verdict, too_few
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_state import Aggregation, Member, Update
 from pilot_flwr.tables import summary, timeline
@@ -31,11 +32,19 @@ class Journal:
     def __init__(self, folder: RunFolder, *, num_exchanges: int) -> None:
         self.folder, self.num_exchanges = folder, num_exchanges
         self._down: dict[str, int] = {}
+        self._rejected: set[str] = set()
 
     def roster(
         self, server_round: int, members: Sequence[Member], stages: Mapping[str, int]
     ) -> None:
-        """Write down who takes part, and in which stage."""
+        """Write down who takes part, and in which stage; log whose number of examples changed."""
+        declared = {
+            c["client"]: c["examples"] for e in self.folder.select("roster") for c in e["clients"]
+        }
+        for m in members:
+            if (before := declared.get(m.client, m.examples)) != m.examples:
+                text = f"declares {m.examples} training examples, and declared {before} before."
+                self.warning(server_round, m.client, text)
         clients = [
             {"client": m.client, "task": m.task, "examples": m.examples, "stage": stages[m.client]}
             for m in members
@@ -110,6 +119,33 @@ class Journal:
             distances=done.distances,
         )
 
+    def update_norms(self, server_round: int, verdicts: Sequence[Verdict]) -> None:
+        """Write down every update's norm and bound, and log those above it."""
+        self._rejected = {v.client for v in verdicts if v.action == "rejected"}
+        for v in verdicts:
+            self.folder.record(
+                "update_norm",
+                round=server_round,
+                client=v.client,
+                action=v.action,
+                norms=v.norms,
+                bounds=v.bounds,
+                reason=v.reason,
+            )
+            if v.action == "rejected":
+                self.failure(server_round, "train", v.client, f"Rejected: {v.reason}.")
+            elif v.reason:
+                logger.warning(
+                    "Exchange %d, train, %s: %s; %s.", server_round, v.client, v.reason, v.action
+                )
+        if text := too_few(verdicts):
+            logger.warning("Exchange %d, train: %s", server_round, text)
+
+    def warning(self, server_round: int, client: str, text: str) -> None:
+        """Write down, and log, what is odd about a client that takes part all the same."""
+        logger.warning("Exchange %d, %s: %s", server_round, client, text)
+        self.folder.record("warning", round=server_round, client=client, text=text)
+
     def failure(
         self,
         server_round: int,
@@ -135,7 +171,8 @@ class Journal:
             "round", round=server_round, exchanges=self.num_exchanges, seconds=seconds
         )
         self.write_tables()
-        losses = [e["loss"] for e in self.folder.select("train", server_round)]
+        trained = self.folder.select("train", server_round)
+        losses = [e["loss"] for e in trained if e["client"] not in self._rejected]
         return float(sum(losses) / len(losses))
 
     def close_evaluation(self, server_round: int, seconds: float) -> float | None:

@@ -86,6 +86,8 @@ class Progress:
             "evaluate": self._evaluate,
             "train": self._train,
             "failure": self._failure,
+            "update_norm": self._update_norm,
+            "warning": self._warning,
             "aggregate": self._aggregate,
             "round": self._round,
         }
@@ -155,6 +157,16 @@ class Progress:
         phase = event.get("phase", "?")
         row = self._row(event, f"FAILED in {phase}: {headline(str(event.get('reason', '')))}")
         return [*self._heading(event), row]
+
+    def _update_norm(self, event: Event) -> list[str]:
+        """Show what was done about a norm; what was rejected is a failure and shown as one."""
+        if event.get("action") not in ("warned", "clipped"):
+            return []
+        action = str(event["action"]).upper()
+        return [*self._heading(event), self._row(event, f"{action}: {event.get('reason', '')}")]
+
+    def _warning(self, event: Event) -> list[str]:
+        return [*self._heading(event), self._row(event, f"WARNING: {event.get('text', '')}")]
 
     def _aggregate(self, event: Event) -> list[str]:
         clients = _integer(event, "clients")

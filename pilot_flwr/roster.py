@@ -6,26 +6,23 @@ holds stage-1 state. Answers come from outside and are checked here, once.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from pilot_flwr import wire
-from pilot_flwr.errors import RunError, UpdateError
+from pilot_flwr.checks import check_name
+from pilot_flwr.claims import Present, Register
+from pilot_flwr.errors import ConfigError, RunError, UpdateError
 from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
 from pilot_flwr.server_state import Member
 from pilot_flwr.strategy_settings import StrategyConfig
+from pilot_flwr.wording import count, human_seconds
 
-
-@dataclass(frozen=True)
-class Present:
-    """A client that answered, and the node at which it is."""
-
-    member: Member
-    node_id: int
+RETRY_SECONDS = 30.0
+"""After which a refused node of an open federation is asked again: its owner may have mended it."""
 
 
 class Roster:
@@ -35,57 +32,73 @@ class Roster:
     ----------
     run : wire.RunInfo
         Sent along.
+    tasks : tuple of str
+        The run's.
     expected : Mapping[str, str]
-        Task of every client of the federation, by client id.
+        Task of every client of the federation, by client id; not looked at if it is open
+        (`strategy.clients` above 0).
     config : StrategyConfig
-        Times and the smallest number of clients.
+        Times, the number of clients and the smallest one.
     on_failure : callable
         Gets exchange, client (or node) and reason of everyone that cannot take part.
+    known : Mapping[str, str]
+        Task of every client that took part before, by client id, if the run was resumed.
     """
 
     def __init__(
         self,
         run: wire.RunInfo,
+        tasks: tuple[str, ...],
         expected: Mapping[str, str],
         config: StrategyConfig,
         on_failure: Callable[[int, str, str], None],
+        *,
+        known: Mapping[str, str],
     ) -> None:
-        self.run, self.expected, self.config = run, expected, config
+        self.run, self.tasks, self.config = run, tasks, config
+        self.open = config.clients > 0
+        self.expected = {} if self.open else dict(expected)
+        self.register = Register({**self.expected, **known})
         self.on_failure = on_failure
+
+    @property
+    def size(self) -> int:
+        """Number of clients that the first exchange waits for."""
+        return self.config.clients or len(self.expected)
 
     def call(self, grid: Grid, server_round: int) -> list[Present]:
         """Return who takes part in an exchange, ordered by client id.
 
         The first exchange waits for all clients of the federation, later ones for
         `strategy.min_replies`, both at most `strategy.wait_seconds`. A client that is not there
-        is a failure of the exchange, not of the run.
+        is a failure of the exchange, not of the run, and so is a node that is refused.
 
         Raises
         ------
         RunError
-            Two nodes are the same client, fewer than `strategy.min_replies` clients came, or a
-            Ray worker died.
+            Fewer than `strategy.min_replies` clients came, or a Ray worker died.
         """
-        wanted = len(self.expected) if server_round == 1 else self.config.min_replies
+        wanted = self.size if server_round == 1 else self.config.min_replies
         deadline = time.monotonic() + self.config.wait_seconds
-        asked: set[int] = set()
-        present: dict[str, Present] = {}
-        refused: list[str] = []
+        sweep = _Sweep(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
-            new = [node for node in grid.get_node_ids() if node not in asked]
-            asked.update(new)
+            connected = set(grid.get_node_ids())
+            new = sweep.to_ask(connected, retry=self.open)
             for node, answer in self._ask(grid, new, server_round, deadline - time.monotonic()):
-                if isinstance(answer, str):
-                    refused.append(answer)
-                    self.on_failure(server_round, f"node {node}", answer)
-                else:
-                    _add(present, Present(answer, node))
-            if len(present) + len(refused) >= wanted or time.monotonic() >= deadline:
+                sweep.note(node, answer)
+            present, doubtful = self.register.settle(sweep.claims, set(grid.get_node_ids()))
+            out = len(sweep.refused) + len(doubtful)
+            # In a simulation all nodes are there from the start: nobody else is to come. At real
+            # sites someone may start, or mend, a node.
+            if len(present) + (0 if self.open else out) >= wanted or time.monotonic() >= deadline:
                 break
-            if refused and len(refused) == len(asked):
-                break  # every node that there is refused; waiting would not change that
+            if out and out == len(sweep.asked) and not self.open:
+                break
             time.sleep(1.0)
-        self._check_enough(present, refused, server_round)
+        for node, why in doubtful.items():
+            self.on_failure(server_round, f"node {node}", why)
+        self._check_enough(present, [*sweep.refused.values(), *doubtful.values()], server_round)
+        self.register.note(present)
         return [present[client] for client in sorted(present)]
 
     def _check_enough(
@@ -93,11 +106,18 @@ class Roster:
     ) -> None:
         if len(present) < self.config.min_replies:
             raise RunError(
-                f"Exchange {server_round}: {len(present)} of {len(self.expected)} clients can "
+                f"Exchange {server_round}: {len(present)} of {self.size} clients can "
                 f"take part but `strategy.min_replies` is {self.config.min_replies}."
                 + "".join(f"\n{reason}" for reason in dict.fromkeys(refused))
             )
-        for client in sorted(self.expected.keys() - present.keys()):
+        if self.open and server_round == 1 and len(present) < self.size:
+            self.on_failure(
+                server_round,
+                count(self.size - len(present), "client"),
+                f"{len(present)} of {self.size} clients came within "
+                f"{human_seconds(self.config.wait_seconds)}; others can join later.",
+            )
+        for client in sorted(self.register.task_of.keys() - present.keys()):
             self.on_failure(server_round, client, "No node said that it is this client.")
 
     def _ask(
@@ -108,7 +128,7 @@ class Roster:
         if seconds <= 0:
             yield from ((node, silence) for node in nodes)
             return
-        content, group = wire.encode_query(self.run), str(server_round)
+        content, group = wire.encode_query(self.run, server_round), str(server_round)
         messages = [
             Message(content, node, MessageType.QUERY, ttl=seconds, group_id=group) for node in nodes
         ]
@@ -130,22 +150,65 @@ class Roster:
         return member
 
     def _check(self, member: Member) -> None:
-        if self.expected.get(member.client) != member.task:
+        if self.open:
+            self._check_names(member)
+            self.register.check(member)
+        elif self.expected.get(member.client) != member.task:
             raise UpdateError(
                 f"client {member.client!r} with task {member.task!r} is not one of "
                 + ", ".join(f"{client} ({task})" for client, task in self.expected.items())
             )
         if member.examples < 1:
             raise UpdateError(f"`examples` is {member.examples} but must be at least 1")
+        if 0 < self.config.max_examples < member.examples:
+            raise UpdateError(
+                f"`examples` is {member.examples} but `strategy.max_examples` is "
+                f"{self.config.max_examples}"
+            )
         if member.stage_trained not in (0, 1, 2):
             raise UpdateError(f"`stage-trained` is {member.stage_trained} but must be 0, 1 or 2")
 
+    def _check_names(self, member: Member) -> None:
+        try:
+            check_name("client-id", member.client)
+        except ConfigError as error:
+            raise UpdateError(str(error).removesuffix(".")) from None
+        if member.task not in self.tasks:
+            raise UpdateError(
+                f"`task` is {member.task!r} but must be one of {', '.join(self.tasks)}"
+            )
 
-def _add(present: dict[str, Present], one: Present) -> None:
-    client = one.member.client
-    if client in present:
-        raise RunError(
-            f"Nodes {present[client].node_id} and {one.node_id} are both client {client!r}; "
-            "`client-id` must be different at every node."
-        )
-    present[client] = one
+
+class _Sweep:
+    """The answers to one exchange's query, as nodes come, go and are asked again."""
+
+    def __init__(self, on_refusal: Callable[[int, str], None]) -> None:
+        self.on_refusal = on_refusal
+        self.asked: dict[int, float] = {}
+        self.claims: dict[int, Member] = {}
+        self.refused: dict[int, str] = {}
+        self._told: dict[int, str] = {}
+
+    def to_ask(self, connected: Collection[int], *, retry: bool) -> list[int]:
+        """Return which nodes to ask now; with `retry` also, at times, those that were refused."""
+        now = time.monotonic()
+        for node in [node for node in self.asked if node not in connected]:
+            del self.asked[node]  # if it comes back, it may say something else
+            self.claims.pop(node, None)
+            self.refused.pop(node, None)
+        again = {n for n in self.refused if retry and now - self.asked[n] >= RETRY_SECONDS}
+        chosen = [node for node in connected if node not in self.asked or node in again]
+        self.asked |= dict.fromkeys(chosen, now)
+        return sorted(chosen)
+
+    def note(self, node: int, answer: Member | str) -> None:
+        """Keep an answer; a refusal is told once."""
+        self.claims.pop(node, None)
+        self.refused.pop(node, None)
+        if isinstance(answer, Member):
+            self.claims[node] = answer
+        else:
+            self.refused[node] = answer
+            if self._told.get(node) != answer:
+                self._told[node] = answer
+                self.on_refusal(node, answer)

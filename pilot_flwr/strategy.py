@@ -15,14 +15,16 @@ from flwr.serverapp.strategy import Strategy
 
 from pilot_flwr import wire
 from pilot_flwr.checkpoint import save_checkpoint
+from pilot_flwr.claims import Present
 from pilot_flwr.codec import encode_state
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
 from pilot_flwr.journal import Journal
+from pilot_flwr.norm_check import check_norms
 from pilot_flwr.parameters import State
 from pilot_flwr.replies import decode_report, decode_update
-from pilot_flwr.roster import Present, Roster
+from pilot_flwr.roster import Roster
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_state import Member, ServerState, Update
 from pilot_flwr.strategy_settings import StrategyConfig
@@ -65,9 +67,11 @@ class PilotStrategy(Strategy):
         self.journal = Journal(folder, num_exchanges=self.num_exchanges)
         self.roster = Roster(
             run,
+            state.tasks,
             expected,
             config,
             lambda number, who, why: self.journal.failure(number, "roster", who, why),
+            known=state.task_of,
         )
         self.evaluate = evaluate
         self._present: list[Present] = []
@@ -86,7 +90,7 @@ class PilotStrategy(Strategy):
             "\t├──> %d exchanges, tasks %s, %d clients, %d neighbours",
             self.num_exchanges,
             ", ".join(self.state.tasks),
-            len(self.roster.expected),
+            self.roster.size,
             self.config.num_neighbors,
         )
 
@@ -117,6 +121,8 @@ class PilotStrategy(Strategy):
             except UpdateError as error:
                 client, reason = present.member.client, f"Rejected: {error}."
                 self.journal.failure(server_round, "train", client, reason, received=reply.content)
+        updates, verdicts = check_norms(updates, self.state, self.config.update_norm)
+        self.journal.update_norms(server_round, verdicts)
         if len(updates) < self.config.min_replies:
             reasons = self.journal.reasons(server_round) or ["none"]
             raise RunError(

@@ -31,6 +31,7 @@ LAYERS = [
         "connector",
         "arrays",
         "aggregation",
+        "norms",
         "metrics.score",
         "metrics.text",
         "metrics.vqa",
@@ -74,7 +75,7 @@ LAYERS = [
         "run_folder",
     ],
     ["memory", "plan", "training", "evaluation"],
-    ["kit", "turn", "server_state", "site", "tables"],
+    ["kit", "turn", "server_state", "norm_check", "claims", "node_config", "site", "tables"],
     [
         "results.answering",
         "results.conversation",
