@@ -115,10 +115,11 @@ def outliers(norms: Matrix, factor: float) -> list[Outlier]:
     Notes
     -----
     What is decided of the others is what would have been decided had the first one not been there,
-    because that is literally how it goes on. With one column this holds for every outlier: whoever
-    lies above a bound lies above the median, so that without it no bound is higher, and those that
-    went out before it still do. The bounds only fall, so the module's upper limit stays; its lower
-    one does while those that are left are honest by majority.
+    because that is literally how it goes on. With one column this holds for everyone above the
+    first bound, that of all clients: whoever lies above a bound lies above the median, so that
+    without it no bound is higher, and those that went out before it still do. The limits of
+    the module's docstring hold for the bounds that are left while most of the clients left are
+    honest; within `factor` of each other, honest ones stay and so remain the majority.
     """
     left = list(range(len(norms)))
     found: list[Outlier] = []
@@ -158,6 +159,7 @@ def shortened(state: State, start: State, factor: float) -> dict[str, Array]:
 def _excess(norms: Matrix, bounds: Matrix) -> Matrix:
     """Return each client's largest ratio of norm to bound; above a bound of 0 it is infinite."""
     ratios = np.where(norms > 0, np.inf, 0.0)
-    np.divide(norms, bounds, out=ratios, where=bounds > 0)
+    with np.errstate(over="ignore"):  # infinite, then, as above a bound of 0
+        np.divide(norms, bounds, out=ratios, where=bounds > 0)
     largest: Matrix = ratios.max(axis=1)
     return largest
