@@ -42,7 +42,7 @@ def flower_environment(scratch: Path, base: Mapping[str, str]) -> dict[str, str]
     return {
         "RAY_DEDUP_LOGS": "0",
         **base,
-        "PATH": os.pathsep.join([str(_program("flwr").parent), base.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(flower_program("flwr").parent), base.get("PATH", os.defpath)]),
         "NO_PROXY": local,
         "no_proxy": local,
         "PYTHONUNBUFFERED": "1",
@@ -202,7 +202,7 @@ class _Flower:
         return ""
 
     def _spawn_superlink(self, port: int) -> subprocess.Popen[bytes]:
-        command = [str(_program("flower-superlink")), "--insecure", "--simulation"]
+        command = [str(flower_program("flower-superlink")), "--insecure", "--simulation"]
         command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
         with (self._logs / "superlink.log").open("ab") as log:
             return self._workplace.spawn(
@@ -218,7 +218,7 @@ class _Flower:
         )
 
     def _stream_log(self, run: str) -> subprocess.Popen[bytes]:
-        command = [str(_program("flwr")), "log", run, CONNECTION, "--stream"]
+        command = [str(flower_program("flwr")), "log", run, CONNECTION, "--stream"]
         with (self._logs / "flower.log").open("wb") as log:  # each stream starts from the beginning
             return self._workplace.spawn(
                 command, self._environment, stdout=log, stderr=subprocess.DEVNULL
@@ -226,7 +226,7 @@ class _Flower:
 
     def _ask(self, *arguments: str) -> dict[str, object]:
         """Run a ``flwr`` command and return its JSON answer."""
-        command = [str(_program("flwr")), *arguments, "--format", "json"]
+        command = [str(flower_program("flwr")), *arguments, "--format", "json"]
         answer, complaint = (self._workplace.folder / name for name in ("answer", "complaint"))
         with answer.open("wb") as stdout, complaint.open("wb") as stderr:
             child = self._workplace.spawn(command, self._environment, stdout=stdout, stderr=stderr)
@@ -247,7 +247,7 @@ class _Flower:
         self._signals.check()
 
 
-def _program(name: str) -> Path:
+def flower_program(name: str) -> Path:
     """Return one of Flower's programs: beside the running Python, not via ``PATH``."""
     for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
         if (folder / name).is_file():

@@ -192,7 +192,7 @@ def pretend_flower(folder: Path, monkeypatch, **kinds) -> None:
     _script(folder / "flower-superlink", SUPERLINK.format(**values))
     _script(folder / "flwr", FLWR.format(**values))
     _script(folder / name, f"import time\ntime.sleep({seconds or 0})\n")
-    monkeypatch.setattr(launch, "_program", lambda name: folder / name)
+    monkeypatch.setattr(launch, "flower_program", lambda name: folder / name)
 
 
 def _script(path: Path, text: str) -> None:

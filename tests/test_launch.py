@@ -206,7 +206,7 @@ def test_the_environment_is_the_users_made_safe(tmp_path: Path):
 
 def test_a_missing_program_is_named():
     with pytest.raises(RunError, match="`no-such-program` is not installed beside"):
-        launch_module._program("no-such-program")
+        launch_module.flower_program("no-such-program")
 
 
 STUBBORN = """
