@@ -8,10 +8,13 @@ The map of the package, layer by layer; a module imports only what stands above 
     model_settings        the base model's settings
     data_settings         the data's settings
     strategy_settings     the server's settings
+    privacy_settings      what differential privacy is asked for
     settings              every setting's type, default and range
     config                conf/ and overrides, composed into settings
     submission            what is handed to Flower: folders, quoting, resources
     federation_file       a user's own federation, as overrides
+    run_identity          which settings stay the same when a run is resumed
+    locks                 one process at a time in a run folder
 
     losses                the three auxiliary losses
     connector             stage 1 and stage 2 (CT-MoA)
@@ -53,11 +56,15 @@ The map of the package, layer by layer; a module imports only what stands above 
     lora                  the LoRA in the language model
     models                the base model with Pilot's adapters, and its stages
     initial               what the server starts from, without loading the base
-    checkpoint            tensors on disk
+    tensors               tensors on disk, whole or not at all
+    private_state         what never leaves a client, one file per exchange
+    checkpoint            the server's checkpoints, whole or refused
     personal              a client's personalised model, put together
     features              the frozen vision tower's features, kept
     run_folder            what a run leaves behind
 
+    privacy               clipping and noise on a client's upload
+    privacy_account       what a client has spent of (ε, δ)
     memory                GPU memory of a training step, from shapes
     plan                  what a run trains, sends and needs
     training              local training of one client
@@ -71,6 +78,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     node_config           a node's own words: who it is, where its data are
     site                  who and where a client is
     tables                timeline and scores, from the run's events
+    resume                a run folder, begun or gone on in
 
     results.answering                  conversations in, answers out
     results.conversation               a conversation with a model
@@ -90,6 +98,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     grid                  replies as they come
     roster                who takes part in an exchange
     journal               events of a run, written at once
+    exchange_loop         the loop over exchanges, begun anywhere
     strategy              the server's strategy
     client_app            Flower's ClientApp
     server_app            Flower's ServerApp
@@ -97,6 +106,9 @@ The map of the package, layer by layer; a module imports only what stands above 
     progress              events as live lines of text
     outcome               whether a run succeeded, and if not, why
     processes             the processes of one launch, all ended
+    cluster               which Ray cluster, and what it offers
+    cluster_survey        a look at a Ray cluster, in a process of its own
+    cluster_nodes         whether every node can run a run's clients
     launch                a run under Flower's simulation engine
     commands.run          ``pilot-flwr run``
     commands.plan         ``pilot-flwr plan``

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from psutil import Process  # type: ignore[import-untyped, unused-ignore]
 
+from pilot_flwr.cluster import ADDRESS_VARIABLE, flower_home, ray_environment
 from pilot_flwr.errors import RunError
 from pilot_flwr.outcome import Outcome, RunStatus, judge
 from pilot_flwr.processes import StopSignals, Workplace, free_port, is_alive, listens
@@ -41,7 +42,7 @@ def flower_environment(scratch: Path, base: Mapping[str, str]) -> dict[str, str]
     local = ",".join(filter(None, [base.get("NO_PROXY") or base.get("no_proxy"), "127.0.0.1"]))
     return {
         "RAY_DEDUP_LOGS": "0",
-        **base,
+        **{name: value for name, value in base.items() if name != ADDRESS_VARIABLE},
         "PATH": os.pathsep.join([str(flower_program("flwr").parent), base.get("PATH", os.defpath)]),
         "NO_PROXY": local,
         "no_proxy": local,
@@ -63,6 +64,7 @@ def launch(
     *,
     out: Callable[[str], None],
     verbose: bool = False,
+    address: str = "",
 ) -> Outcome:
     """Run a Flower app to its end.
 
@@ -80,6 +82,8 @@ def launch(
         Takes the lines of the live output.
     verbose : bool
         Show Flower's own log as well.
+    address : str
+        ``HOST:PORT`` of an existing Ray cluster to run on; empty starts a Ray of its own.
 
     Returns
     -------
@@ -96,8 +100,11 @@ def launch(
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     narrator = Narrator(folder / "metrics.jsonl", logs / "flower.log" if verbose else None, out)
-    with StopSignals() as signals, Workplace() as workplace:
-        flower = _Flower(workplace, logs, signals)
+    with flower_home(folder), StopSignals() as signals, Workplace() as workplace:
+        environment = flower_environment(workplace.folder, os.environ)
+        if address:
+            environment |= ray_environment(address, folder, workplace.mark, os.environ)
+        flower = _Flower(workplace, logs, signals, environment)
         flower.start()
         run = flower.submit(app, overrides, federation)
         status = flower.follow(run, narrator, folder / "result.json")
@@ -111,11 +118,13 @@ def launch(
 class _Flower:
     """A SuperLink of our own, and Flower's command line pointed at it."""
 
-    def __init__(self, workplace: Workplace, logs: Path, signals: StopSignals) -> None:
+    def __init__(
+        self, workplace: Workplace, logs: Path, signals: StopSignals, environment: dict[str, str]
+    ) -> None:
         self._workplace = workplace
         self._logs = logs
         self._signals = signals
-        self._environment = flower_environment(workplace.folder, os.environ)
+        self._environment = environment
         self._superlink: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -210,7 +219,7 @@ class _Flower:
             )
 
     def _write_connection(self, port: int) -> None:
-        home = self._workplace.folder / "flwr"
+        home = Path(self._environment["FLWR_HOME"])
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'

@@ -11,6 +11,7 @@ from pilot_flwr.checks import at_least, at_most, check_name, one_of, positive, s
 from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model_settings import ModelConfig
+from pilot_flwr.privacy_settings import PrivacyConfig
 from pilot_flwr.strategy_settings import StrategyConfig
 
 LARGEST_SEED = 2**63 - 1
@@ -108,8 +109,14 @@ class SimulationConfig:
     `client_gpus` may be a fraction (0.25: four clients on one GPU, whose memory they share) or
     a whole number; -1 is one GPU per client if the simulation has any, 0 hides the GPUs from
     the clients, which then use the CPU.
+
+    `address` is HOST:PORT of an existing Ray cluster's head, ``auto`` (the cluster that this
+    machine is a node of) or ``local`` (a Ray of the run's own); empty is what the environment
+    variable ``RAY_ADDRESS`` says, else ``local``. A cluster is used whole: `cpus` and `gpus`
+    stay at their defaults.
     """
 
+    address: str = ""
     cpus: int = 0
     gpus: int = -1
     client_cpus: int = 1
@@ -130,22 +137,35 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run folder; empty means ``outputs/<name>-<time>`` beside where the user stands."""
+    """The run folder; empty means ``outputs/<name>-<time>`` beside where the user stands.
+
+    `restarts` is how often at most ``pilot-flwr run`` goes on by itself from the last checkpoint
+    when a worker process of Ray or the whole simulation has died.
+    """
 
     folder: str = ""
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        at_least("run.restarts", self.restarts, 0)
 
 
 @dataclass(frozen=True)
 class PilotConfig:
-    """Everything that a run depends on, except what belongs to one client's own site."""
+    """Everything that a run depends on, except what belongs to one client's own site.
+
+    `resume` is the folder of a run that is to go on after its last whole checkpoint.
+    """
 
     name: str = "demo"
     seed: int = 0
+    resume: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -161,5 +181,5 @@ class PilotConfig:
 
     @property
     def num_clients(self) -> int:
-        """Clients of the federation: tasks × clients per task."""
-        return len(self.data.tasks) * self.data.clients_per_task
+        """Clients of the federation: `strategy.clients`, or tasks × clients per task."""
+        return self.strategy.clients or len(self.data.tasks) * self.data.clients_per_task

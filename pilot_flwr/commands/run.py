@@ -25,13 +25,22 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
     )
     run.add_argument("--verbose", action="store_true", help="show Flower's own log as well")
+    run.add_argument(
+        "--superlink",
+        metavar="NAME",
+        help="no simulation: real sites, by the SuperLink of this name in Flower's config.toml",
+    )
     run.set_defaults(handler=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.superlink is not None:
+        from pilot_flwr.commands import superlink
+
+        return superlink.run(options, _show_results)
     from datetime import datetime
 
-    from pilot_flwr import submission
+    from pilot_flwr import cluster, cluster_nodes, submission
     from pilot_flwr.config import load_config
     from pilot_flwr.data.federation import federation_clients
     from pilot_flwr.data.files import check_simulated
@@ -46,8 +55,10 @@ def _run(options: argparse.Namespace) -> int:
     if config.data.source == "llava":
         evaluated = config.evaluation.enabled
         check_simulated(config.data, ["train", "test"] if evaluated else ["train"])
-    submission.check_gpus(config.simulation)
-    federation = submission.federation_config(config.num_clients, config.simulation)
+    address = cluster.address_of(config.simulation, os.environ)
+    if not address:
+        submission.check_gpus(config.simulation)
+        federation = submission.federation_config(config.num_clients, config.simulation)
     folder = submission.run_folder(config.run.folder, config.name, datetime.now())
     words.append(submission.path_override("run.folder", folder))
     base = config.model.path
@@ -58,9 +69,17 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
     app = submission.app_folder()
     _say(f"{config.name}: {config.num_clients} clients, run folder {folder}")
+    if address:
+        paths = cluster_nodes.needed_paths(load_config(overrides))
+        found = cluster_nodes.look_at(address, folder, paths)
+        address = found.address
+        federation = found.federation_config(config.num_clients, config.simulation)
+        _say(found.describe(config.simulation))
     _say("Starting Flower and Ray; the first news takes half a minute.")
     try:
-        outcome = launch(app, overrides, federation, folder, out=_say, verbose=options.verbose)
+        outcome = launch(
+            app, overrides, federation, folder, out=_say, verbose=options.verbose, address=address
+        )
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
         return 128 + stop.signum
