@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,8 +13,9 @@ from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import PilotError, UpdateError
 from pilot_flwr.failures import OWN_ERROR, reply_text
 from pilot_flwr.kit import Site
+from pilot_flwr.node_config import private_paths, read_node_config
 from pilot_flwr.server_state import Member
-from pilot_flwr.site import find_site, is_simulated, private_paths, site_model
+from pilot_flwr.site import find_site, is_simulated, site_config
 from pilot_flwr.turn import stage_trained, take_turn
 
 app = ClientApp()
@@ -51,7 +51,12 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Say which client this node is, and whether it holds stage-1 state."""
     examples = count_examples(config.data, site.client, "train", seed=config.seed, files=site.files)
     return wire.encode_member(
-        Member(site.client.id, site.client.task, examples, stage_trained(site))
+        Member(
+            site.client.id,
+            site.client.task,
+            examples,
+            stage_trained(site, wire.decode_query(message.content)),
+        )
     )
 
 
@@ -88,15 +93,9 @@ def _received(message: Message, context: Context) -> tuple[PilotConfig, wire.Run
 def _open(
     context: Context, config: PilotConfig, run: wire.RunInfo, *, simulated: bool
 ) -> tuple[PilotConfig, Site]:
-    site = find_site(
-        context.node_config,
-        config,
-        run_name=run.name,
-        run_folder=run.folder,
-        run_token=run.token,
-    )
-    model = site_model(context.node_config, config.model, simulated=simulated)
-    return replace(config, model=model), site
+    node = read_node_config(context.node_config)
+    site = find_site(node, config, run_name=run.name, run_folder=run.folder, simulated=simulated)
+    return site_config(node, config, simulated=simulated), site
 
 
 @functools.lru_cache(maxsize=1)

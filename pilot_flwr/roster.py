@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from pilot_flwr import wire
 from pilot_flwr.checks import check_name
 from pilot_flwr.claims import Present, Register
-from pilot_flwr.errors import ConfigError, RunError, UpdateError
+from pilot_flwr.errors import BelowMinimum, ConfigError, RunError, UpdateError
 from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
 from pilot_flwr.server_state import Member
@@ -75,8 +75,10 @@ class Roster:
 
         Raises
         ------
+        BelowMinimum
+            Fewer than `strategy.min_replies` clients came.
         RunError
-            Fewer than `strategy.min_replies` clients came, or a Ray worker died.
+            A Ray worker died.
         """
         wanted = self.size if server_round == 1 else self.config.min_replies
         deadline = time.monotonic() + self.config.wait_seconds
@@ -105,7 +107,7 @@ class Roster:
         self, present: Mapping[str, Present], refused: list[str], server_round: int
     ) -> None:
         if len(present) < self.config.min_replies:
-            raise RunError(
+            raise BelowMinimum(
                 f"Exchange {server_round}: {len(present)} of {self.size} clients can "
                 f"take part but `strategy.min_replies` is {self.config.min_replies}."
                 + "".join(f"\n{reason}" for reason in dict.fromkeys(refused))

@@ -1,67 +1,65 @@
-"""Where a client is: what its node's own configuration says, never what the server says.
+"""Who and where a client is: by what this node says, never what the server says.
 
 A simulated node has a ``partition-id`` and ``num-partitions``: it is the client with that number,
 and its private folder is inside the run folder, and its files are those that the run's
-configuration names. A real site's ``--node-config`` gives ``client-id`` and ``state-folder``, the
-site's data as ``train-file``, ``test-file`` and ``image-folder``, and may give ``device`` and
-``model-path``. No path of the run's configuration is ever opened there.
+configuration names. A real site's ``--node-config`` (`pilot_flwr.node_config`) gives ``client-id``
+and ``state-folder``, the site's data as ``train-file``, ``test-file`` and ``image-folder``, and may
+give ``task``, ``device``, ``model-path`` and ``micro-batch``. No path of the run's configuration is
+ever opened there.
 """
 
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from pilot_flwr.checks import NAME_PATTERN, check_name, expanded
-from pilot_flwr.data.federation import Client, SiteFiles, client_by_id, federation_clients
+from pilot_flwr.checks import NAME_PATTERN, check_name
+from pilot_flwr.data.federation import Client, SiteFiles, federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.kit import Site
 from pilot_flwr.model_settings import ModelConfig
+from pilot_flwr.node_config import NodeConfig, NodeSettings, find_device, is_engines
 from pilot_flwr.run_folder import holds_token
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.shipped import checkpoint_path
 from pilot_flwr.submission import federation_config
 
-NodeConfig = Mapping[str, bool | float | int | str]
-
-FILE_SEPARATOR = ";"
-"""Between the files of ``train-file`` and of ``test-file``."""
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def find_site(
-    node_config: NodeConfig, config: PilotConfig, *, run_name: str, run_folder: str, run_token: str
+    node: NodeSettings,
+    config: PilotConfig,
+    *,
+    run_name: str,
+    run_folder: str,
+    simulated: bool,
 ) -> Site:
-    """Return who and where this client is.
+    """Return who and where this client is; no file is looked at.
 
     Parameters
     ----------
-    node_config : mapping
-        As Flower's context carries it.
+    node : NodeSettings
+        This node's.
     config : PilotConfig
         The run's configuration.
     run_name : str
         Name of the run, from the server; names a folder inside ``state-folder``.
-    run_folder, run_token : str
-        The run folder and what its token file holds; used by simulated clients only, and only
-        if the token can be read there, which shows that the server is on this machine.
+    run_folder : str
+        The run folder; used by simulated clients only.
+    simulated : bool
+        What `is_simulated` says.
 
     Raises
     ------
     ConfigError
-        The node's configuration is incomplete, or the simulation has another number of nodes
-        than the configuration has clients.
+        The node's configuration is incomplete or contradicts itself or the run's, or the
+        simulation has another number of nodes than the configuration has clients.
     """
     check_name("run name", run_name)
-    device = find_device(str(node_config.get("device", "auto")))
-    client = _client(node_config, config)
-    simulated = is_simulated(node_config, run_folder, run_token)
-    if node_config.get("state-folder"):
-        folder = expanded("state-folder", str(node_config["state-folder"])) / run_name
+    device = find_device(node.device)
+    client = site_client(node, config)
+    if node.state_folder is not None:
+        folder = node.state_folder / run_name
     elif simulated:
         folder = Path(run_folder) / "clients" / client.id
     else:
@@ -71,7 +69,7 @@ def find_site(
         )
     files = None
     if config.data.source == "llava" and not simulated:
-        files = site_files(node_config, client)
+        files = site_files(node, client)
     return Site(client, folder, device, files)
 
 
@@ -83,18 +81,42 @@ def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bo
     then server and client are on one machine, started together. At any other node not even the
     token is looked for.
     """
-    engines = {"partition-id", "num-partitions"} <= node_config.keys()
-    own = "client-id" in node_config
-    return engines and not own and holds_token(Path(run_folder), run_token)
+    return is_engines(node_config) and holds_token(Path(run_folder), run_token)
 
 
-def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) -> ModelConfig:
+def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
+    """Return the run's configuration as it holds at this client.
+
+    Raises
+    ------
+    ConfigError
+        See `site_model`; or ``micro-batch`` does not divide the examples of an optimizer step.
+    """
+    config = replace(config, model=site_model(node, config.model, simulated=simulated))
+    if not node.micro_batch:
+        return config
+    train, size = config.train, node.micro_batch
+    per_step = train.batch_size * train.accumulation_steps
+    if per_step % size:
+        possible = ", ".join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)
+        raise ConfigError(
+            f"`micro-batch` is {size} but must divide the {per_step} examples of an optimizer "
+            f"step of the run: {possible}."
+        )
+    return replace(
+        config,
+        train=replace(train, batch_size=size, accumulation_steps=per_step // size),
+        evaluation=replace(config.evaluation, batch_size=min(config.evaluation.batch_size, size)),
+    )
+
+
+def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> ModelConfig:
     """Return the base model's settings as they hold at this client.
 
     Parameters
     ----------
-    node_config : mapping
-        Its ``model-path``, if any, is the folder of the base model at this site.
+    node : NodeSettings
+        Its `model_path`, if any, is the folder of the base model at this site.
     model : ModelConfig
         The run's.
     simulated : bool
@@ -115,11 +137,10 @@ def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) 
     """
     if simulated:
         return model
-    if node_config.get("model-path"):
-        path = _path(node_config, "model-path", str(node_config["model-path"]))
-        if not path.is_dir():
-            raise ConfigError(f"`model-path` names {path.name!r}, which is no folder.")
-        return replace(model, path=str(path))
+    if node.model_path is not None:
+        if not node.model_path.is_dir():
+            raise ConfigError(f"`model-path` names {str(node.model_path)!r}, which is no folder.")
+        return replace(model, path=str(node.model_path))
     if NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
         return model
     if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
@@ -130,123 +151,89 @@ def site_model(node_config: NodeConfig, model: ModelConfig, *, simulated: bool) 
     return model
 
 
-def site_files(node_config: NodeConfig, client: Client) -> SiteFiles:
-    """Return a real site's data files.
+def site_files(node: NodeSettings, client: Client) -> SiteFiles:
+    """Return a real site's data files; `pilot_flwr.readiness` tries them.
 
     Raises
     ------
     ConfigError
-        ``train-file`` is missing, a path is relative, or nothing is there.
+        ``train-file`` is missing.
     """
-    if not node_config.get("train-file"):
+    if not node.train_files:
         raise ConfigError(
             f"`train-file` is missing in the node config of client {client.id!r}; it must be "
             "this site's training data, LLaVA JSON or JSONL."
         )
-    split = {}
-    for key in ("train-file", "test-file"):
-        names = str(node_config.get(key, "")).split(FILE_SEPARATOR)
-        split[key] = tuple(_path(node_config, key, name) for name in names if name.strip())
-        for path in split[key]:
-            if not path.is_file():
-                raise ConfigError(f"`{key}` names {path.name!r}, which is no file.")
-    images = None
-    if node_config.get("image-folder"):
-        images = _path(node_config, "image-folder", str(node_config["image-folder"]))
-        if not images.is_dir():
-            raise ConfigError(f"`image-folder` names {images.name!r}, which is no folder.")
-    return SiteFiles(split["train-file"], split["test-file"], images)
+    return SiteFiles(node.train_files, node.test_files, node.image_folder)
 
 
-def _path(node_config: NodeConfig, key: str, name: str) -> Path:
-    """Return a path of the node config; errors go to the server and have its last part only."""
-    path = expanded(key, name.strip())
-    if not path.is_absolute():
-        raise ConfigError(f"`{key}` names {path.name!r} but must be an absolute path.")
-    return path
-
-
-def private_paths(node_config: NodeConfig) -> dict[str, str]:
-    """Return what no error may tell the server: this site's paths, and what to write instead.
-
-    Parameters
-    ----------
-    node_config : mapping
-        Every value that is a path counts, each file of ``train-file`` for itself: as it is
-        written, with ``~`` expanded, and with links resolved.
-
-    Returns
-    -------
-    dict
-        Path → ``<key>``; also the folders that files are in, and the home folder.
-    """
-    named: dict[str, str] = {}
-    for key, value in node_config.items():
-        for name in str(value).split(FILE_SEPARATOR) if isinstance(value, str) else ():
-            for form in _forms(name.strip()):
-                named[form] = f"<{key}>"
-                if key.endswith("-file"):
-                    named.setdefault(str(Path(form).parent), f"<folder of {key}>")
-    for form in _forms("~"):
-        named.setdefault(form, "<home>")
-    return {path: key for path, key in named.items() if len(path) > 1}
-
-
-def _forms(name: str) -> set[str]:
-    """Return the spellings of a path; none for what is no path."""
-    if "/" not in name and not name.startswith("~"):
-        return set()
-    forms = {name}
-    try:
-        path = Path(name).expanduser()
-        forms |= {str(path), os.path.abspath(path), str(path.resolve())}
-    except (OSError, RuntimeError, ValueError):  # no such user, a loop of links, a null byte
-        pass
-    return {form.rstrip("/") for form in forms} - {"", "~", "."}
-
-
-def _client(node_config: NodeConfig, config: PilotConfig) -> Client:
-    if "client-id" in node_config:
-        return client_by_id(config.data, str(node_config["client-id"]))
-    if "partition-id" not in node_config:
-        raise ConfigError(
-            "The node config has neither `client-id` (a real site) nor `partition-id` "
-            "(a simulated node)."
-        )
-    _check_partitions(node_config, config)
-    clients = federation_clients(config.data)
-    number = int(node_config["partition-id"])
-    if not 0 <= number < len(clients):
-        raise ConfigError(f"`partition-id` is {number} but must be from 0 to {len(clients) - 1}.")
-    return clients[number]
-
-
-def _check_partitions(node_config: NodeConfig, config: PilotConfig) -> None:
-    nodes = int(node_config.get("num-partitions", config.num_clients))
-    if nodes != config.num_clients:
-        fitting = federation_config(config.num_clients, config.simulation)
-        raise ConfigError(
-            f"This simulation has {nodes} SuperNodes but the configuration has "
-            f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
-            f'`flwr run . --federation-config "{fitting}"`.'
-        )
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`; ``auto`` is a GPU if there is one.
+def site_client(node: NodeSettings, config: PilotConfig) -> Client:
+    """Return which client of the run this node is.
 
     Raises
     ------
     ConfigError
-        There is no such device.
+        The node config says too little, or ``client-id`` and ``task`` do not fit each other or
+        the run.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"`device` is {name!r} but must be auto, cpu, cuda or cuda:N.")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if node.client_id:
+        return _named_client(node, config)
+    if node.partition_id is None:
         raise ConfigError(
-            f"`device` is {name!r} but this machine has {torch.cuda.device_count()} GPUs."
+            "The node config has neither `client-id` (a real site) nor `partition-id` "
+            "(a simulated node)."
         )
-    return device
+    if config.strategy.clients:
+        raise ConfigError(
+            f"`strategy.clients` is {config.strategy.clients}, a federation of real sites: the "
+            "node config must have a `client-id`, and a simulation needs `strategy.clients=0`."
+        )
+    _check_partitions(node, config)
+    clients = federation_clients(config.data)
+    if not 0 <= node.partition_id < len(clients):
+        raise ConfigError(
+            f"`partition-id` is {node.partition_id} but must be from 0 to {len(clients) - 1}."
+        )
+    client = clients[node.partition_id]
+    _check_task(node, client)
+    return client
+
+
+def _named_client(node: NodeSettings, config: PilotConfig) -> Client:
+    configured = {client.id: client for client in federation_clients(config.data)}
+    tasks = ", ".join(config.data.tasks)
+    if node.task and node.task not in config.data.tasks:
+        raise ConfigError(f"`task` is {node.task!r} but the run has {tasks}.")
+    if node.client_id in configured:
+        _check_task(node, configured[node.client_id])
+        return configured[node.client_id]
+    names = ", ".join(configured)
+    if not config.strategy.clients:
+        raise ConfigError(
+            f"`client-id` is {node.client_id!r} but must be one of {names}; a run with "
+            "`strategy.clients` above 0 takes any."
+        )
+    if not node.task:
+        raise ConfigError(
+            f"`task` is missing in the node config of client {node.client_id!r}; it must be one "
+            f"of {tasks}. Only {names} need none."
+        )
+    return Client(node.client_id, node.task)
+
+
+def _check_task(node: NodeSettings, client: Client) -> None:
+    if node.task and node.task != client.task:
+        raise ConfigError(
+            f"`task` is {node.task!r} but client {client.id!r} of the run has task "
+            f"{client.task!r}; change `task` or `client-id`."
+        )
+
+
+def _check_partitions(node: NodeSettings, config: PilotConfig) -> None:
+    if node.num_partitions is not None and node.num_partitions != config.num_clients:
+        fitting = federation_config(config.num_clients, config.simulation)
+        raise ConfigError(
+            f"This simulation has {node.num_partitions} SuperNodes but the configuration has "
+            f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
+            f'`flwr run . --federation-config "{fitting}"`.'
+        )

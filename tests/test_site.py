@@ -4,18 +4,23 @@ import pytest
 import torch
 
 from pilot_flwr.config import load_config
-from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.data.federation import count_examples, federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model_settings import ModelConfig
+from pilot_flwr.node_config import NodeSettings, read_node_config
 from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.site import find_site, is_simulated, private_paths, site_model
+from pilot_flwr.site import find_site, is_simulated, site_client, site_config, site_model
 
 CONFIG = load_config()
 
 
-def site(node_config, run_name="demo-1", folder="/runs/x", token="secret"):
+def site(node_config, run_name="demo-1", folder="/runs/x", token="secret", config=CONFIG):
     return find_site(
-        node_config, CONFIG, run_name=run_name, run_folder=str(folder), run_token=token
+        read_node_config(node_config),
+        config,
+        run_name=run_name,
+        run_folder=str(folder),
+        simulated=is_simulated(node_config, str(folder), token),
     )
 
 
@@ -67,6 +72,7 @@ def test_a_real_site_is_what_its_own_node_config_says(tmp_path):
             {"client-id": "vqa-0", "state-folder": "~no-such-user/x"},
             "`state-folder` begins with '~'",
         ),
+        ({"client-id": "vqa-0", "state-folder": "here"}, "`state-folder` names 'here' but must be"),
         ({"client-id": "vqa-0", "device": "tpu9"}, "`device` is 'tpu9' but must be"),
         ({"client-id": "vqa-0", "device": "meta"}, "`device` is 'meta' but must be"),
         ({"client-id": "vqa-0", "device": "cuda:99"}, "`device` is 'cuda:99' but this machine"),
@@ -104,7 +110,7 @@ def data_files(tmp_path):
 
 
 def llava_site(node_config, folder="/runs/x", token="secret"):
-    return find_site(node_config, LLAVA, run_name="r", run_folder=str(folder), run_token=token)
+    return site(node_config, "r", folder, token, LLAVA)
 
 
 def test_a_real_sites_files_are_those_of_its_node_config(data_files):
@@ -138,28 +144,11 @@ def test_only_a_proven_simulation_uses_the_runs_files(tmp_path):
         llava_site(real, folder=tmp_path, token=run.token)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train-file": "a.json"}, "`train-file` names 'a.json' but must be an absolute path"),
-        ({"train-file": "{0}/no.json"}, "`train-file` names 'no.json', which is no file"),
-        ({"train-file": "{0}/images"}, "`train-file` names 'images', which is no file"),
-        ({"test-file": "{0}/t.json;{0}/no.json"}, "`test-file` names 'no.json', which is no"),
-        ({"image-folder": "{0}/a.json"}, "`image-folder` names 'a.json', which is no folder"),
-    ],
-)
-def test_a_wrong_path_of_a_node_config_is_named_without_its_folder(data_files, change, message):
-    own = {"client-id": "gqa-1", "state-folder": "/state", "train-file": f"{data_files}/a.json"}
-    own |= {key: value.format(data_files) for key, value in change.items()}
-    with pytest.raises(ConfigError, match=message) as error:
-        llava_site(own)
-    assert str(data_files) not in str(error.value)
-
-
 def test_a_real_sites_base_model_is_a_name_or_its_own_folder(tmp_path, monkeypatch):
     def path(configured, **node_config):
         node_config = {key.replace("_", "-"): value for key, value in node_config.items()}
-        return site_model(node_config, ModelConfig(path=configured), simulated=False).path
+        node = read_node_config(node_config)
+        return site_model(node, ModelConfig(path=configured), simulated=False).path
 
     assert path("tiny-llava") == "tiny-llava"
     assert path("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
@@ -181,7 +170,7 @@ def test_a_real_sites_base_model_is_a_name_or_its_own_folder(tmp_path, monkeypat
     ):
         with pytest.raises(ConfigError, match=f"`model-path` {message}"):
             path("tiny-llava", model_path=name)
-    simulated = site_model({}, ModelConfig(path=str(tmp_path)), simulated=True)
+    simulated = site_model(NodeSettings(), ModelConfig(path=str(tmp_path)), simulated=True)
     assert simulated.path == str(tmp_path)
 
 
@@ -192,33 +181,75 @@ def test_no_disk_is_asked_about_what_the_server_calls_the_base_model(monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("/etc", "../x", "~/x", "./org/name", "org/../x", "a/b/c", "org/.git"):
         with pytest.raises(ConfigError, match="`model.path`"):
-            site_model({}, ModelConfig(path=name), simulated=False)
+            site_model(NodeSettings(), ModelConfig(path=name), simulated=False)
     assert asked == []
-    site_model({}, ModelConfig(path="org/name"), simulated=False)
+    site_model(NodeSettings(), ModelConfig(path="org/name"), simulated=False)
     assert asked == ["org/name"]  # where transformers would look first
 
 
-def test_a_nodes_private_paths_have_their_keys_in_every_spelling(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    real = tmp_path / "real"
-    real.mkdir()
-    (tmp_path / "link").symlink_to(real)
-    node_config = {
-        "client-id": "vqa-0",
-        "partition-id": 3,
-        "state-folder": "~/state",
-        "train-file": f"{tmp_path}/link/a.json; {tmp_path}/b/c.json",
-        "model-path": "~no-such-user/model",
-    }
-    assert private_paths(node_config) == {
-        "~/state": "<state-folder>",
-        f"{tmp_path}/home/state": "<state-folder>",
-        f"{tmp_path}/link/a.json": "<train-file>",
-        f"{real}/a.json": "<train-file>",
-        f"{tmp_path}/b/c.json": "<train-file>",
-        f"{tmp_path}/link": "<folder of train-file>",
-        f"{real}": "<folder of train-file>",
-        f"{tmp_path}/b": "<folder of train-file>",
-        "~no-such-user/model": "<model-path>",
-        f"{tmp_path}/home": "<home>",
-    }
+OPEN = load_config("strategy.clients=3 data.tasks=[vqa,counting] data.clients_per_task=1")
+
+
+def client_of(config=OPEN, **node_config):
+    values = {key.replace("_", "-"): value for key, value in node_config.items()}
+    return site_client(read_node_config(values), config)
+
+
+@pytest.mark.parametrize("engine", [{}, {"partition_id": 7, "num_partitions": 9}])
+def test_a_site_of_an_open_federation_has_any_name_and_says_its_task(engine):
+    found = client_of(client_id="hospital-a", task="counting", **engine)
+    assert (found.id, found.task, found.index) == ("hospital-a", "counting", None)
+    assert client_of(client_id="counting-0", **engine).task == "counting"  # the run knows it
+    assert client_of(client_id="counting-0", task="counting", **engine).index == 1
+
+
+@pytest.mark.parametrize(
+    ("node_config", "message"),
+    [
+        ({"client_id": "hospital-a"}, "`task` is missing .*'hospital-a'; .* one of vqa, counting"),
+        ({"client_id": "hospital-a", "task": "ocr"}, "`task` is 'ocr' but the run has vqa, count"),
+        ({"client_id": "vqa-0", "task": "counting"}, "`task` is 'counting' but client 'vqa-0' "),
+        ({"client_id": "../x", "task": "vqa"}, "`client-id` is '../x' but must be letters"),
+        ({"client_id": "", "task": "vqa"}, "`client-id` is '' but must be letters"),
+        ({"partition_id": 0, "num_partitions": 3}, "`strategy.clients` is 3, .* `client-id`"),
+    ],
+)
+def test_what_a_site_says_of_itself_must_fit_together_and_the_run(node_config, message):
+    with pytest.raises(ConfigError, match=message):
+        client_of(**node_config)
+
+
+def test_a_configured_federation_says_how_to_let_others_in():
+    with pytest.raises(
+        ConfigError, match="'hospital-a' but .* vqa-0, .*`strategy.clients` above 0"
+    ):
+        client_of(CONFIG, client_id="hospital-a", task="vqa")
+    with pytest.raises(ConfigError, match="`task` is 'vqa' but client 'counting-0'"):
+        client_of(CONFIG, partition_id=3, num_partitions=9, task="vqa")
+
+
+def test_the_demos_data_are_for_its_own_clients():
+    stranger = client_of(client_id="hospital-a", task="vqa")
+    with pytest.raises(ConfigError, match="`data.source` is digits.*vqa-0, counting-0 alone"):
+        count_examples(OPEN.data, stranger, "train", seed=0)
+
+
+def test_min_replies_is_at_most_the_sites_that_are_waited_for():
+    with pytest.raises(ConfigError, match="`strategy.min_replies` is 4 .* clients, 3"):
+        load_config("strategy.clients=3 strategy.min_replies=4")
+
+
+def test_a_micro_batch_keeps_the_examples_of_a_step():
+    config = load_config("train.batch_size=6 train.accumulation_steps=2 evaluation.batch_size=5")
+
+    def own(size):
+        return site_config(NodeSettings(micro_batch=size), config, simulated=False)
+
+    for size, steps in ((1, 12), (3, 4), (4, 3), (12, 1)):
+        assert (own(size).train.batch_size, own(size).train.accumulation_steps) == (size, steps)
+        assert own(size).evaluation.batch_size == min(5, size)
+    assert own(0) == config
+    for size in (5, 24):
+        message = f"`micro-batch` is {size} but must divide the 12 .*: 1, 2, 3, 4, 6, 12\\."
+        with pytest.raises(ConfigError, match=message):
+            own(size)

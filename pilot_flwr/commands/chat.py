@@ -45,7 +45,7 @@ def _chat(options: argparse.Namespace) -> int:
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.conversation import Conversation
     from pilot_flwr.results.runs import personal_model
-    from pilot_flwr.site import find_device
+    from pilot_flwr.node_config import find_device
 
     at_least("--max-new-tokens", options.max_new_tokens, 1)
     run = open_chosen(options)

@@ -133,8 +133,9 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
 
     Without a node config, as it is written for ``flower-supernode``, they are simulated.
     """
-    from pilot_flwr.data.federation import client_by_id, federation_clients
-    from pilot_flwr.site import site_files, site_model
+    from pilot_flwr.data.federation import federation_clients
+    from pilot_flwr.node_config import read_node_config
+    from pilot_flwr.site import site_client, site_config, site_files
 
     if node_config is None:
         return config, [(client, None) for client in federation_clients(config.data)]
@@ -148,9 +149,9 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
         if not equals:
             raise ConfigError(f"`--node-config` has {word!r} but must be KEY=VALUE words.")
         values[key] = value
-    client = client_by_id(config.data, str(values.get("client-id", "")))
-    model = site_model(values, config.model, simulated=False)
-    return replace(config, model=model), [(client, site_files(values, client))]
+    node = read_node_config(values)
+    client = site_client(node, config)
+    return site_config(node, config, simulated=False), [(client, site_files(node, client))]
 
 
 def _background(config: "PilotConfig", options: argparse.Namespace) -> "Colour | None":

@@ -71,7 +71,7 @@ def _answer(options: argparse.Namespace, out: TextIO) -> int:
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.questions import Questions, check_all, open_file
     from pilot_flwr.results.runs import personal_model
-    from pilot_flwr.site import find_device
+    from pilot_flwr.node_config import find_device
 
     run = open_chosen(options)
     who = chosen(run, options)

@@ -36,11 +36,20 @@ _MOST_READ = 64
 
 @dataclass(frozen=True)
 class Client:
-    """One client: `index` counts all clients of the federation, task by task."""
+    """One client.
+
+    Attributes
+    ----------
+    id, task : str
+        Its name and its one task.
+    index : int or None
+        Counts the configured clients of the federation, task by task; None for a real site of
+        another name.
+    """
 
     id: str
     task: str
-    index: int
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,13 @@ def _examples(request: Request) -> Sequence[Example]:
 
 def _digits(request: Request) -> Sequence[Example]:
     data, client, split, seed = request.data, request.client, request.split, request.seed
+    if client.index is None:
+        names = ", ".join(known.id for known in federation_clients(data))
+        raise ConfigError(
+            f"`data.source` is digits, the demo's, which has data for {names} alone; "
+            f"`client-id` is {client.id!r}. A site with data of its own needs a run with "
+            "`data.source=llava`."
+        )
     key = (repr(data), client, split, seed)
     if key not in _READ:
         if len(_READ) >= _MOST_READ:
@@ -221,6 +237,7 @@ def _llava(request: Request) -> Sequence[Example]:
             seed=request.seed,
             background=request.background,
         )
+    assert client.index is not None, "only a real site has a name of its own"
     number = client.index - data.tasks.index(client.task) * data.clients_per_task
     return read_simulated(
         data, client.task, number, split, seed=request.seed, background=request.background
