@@ -78,6 +78,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     node_config           a node's own words: who it is, where its data are
     site                  who and where a client is
     tables                timeline and scores, from the run's events
+    progress              events as live lines of text
+    announcements         progress and verdict in the ServerApp's log
     resume                a run folder, begun or gone on in
 
     results.answering                  conversations in, answers out
@@ -103,13 +105,15 @@ The map of the package, layer by layer; a module imports only what stands above 
     client_app            Flower's ClientApp
     server_app            Flower's ServerApp
 
-    progress              events as live lines of text
     outcome               whether a run succeeded, and if not, why
     processes             the processes of one launch, all ended
     cluster               which Ray cluster, and what it offers
     cluster_survey        a look at a Ray cluster, in a process of its own
     cluster_nodes         whether every node can run a run's clients
     launch                a run under Flower's simulation engine
+    connections           the SuperLinks that Flower's config.toml names
+    remote                a run on a SuperLink that is already there
+    commands.superlink    ``pilot-flwr run --superlink``
     commands.run          ``pilot-flwr run``
     commands.plan         ``pilot-flwr plan``
     commands.arguments    what the commands that use a run have in common

@@ -50,6 +50,11 @@ def _run(options: argparse.Namespace) -> int:
     from pilot_flwr.shipped import checkpoint_path
 
     config = load_config(shlex.join(options.overrides))
+    if config.strategy.clients:
+        raise ConfigError(
+            f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
+            "simulation has the configured clients: leave it 0, or use `--superlink`."
+        )
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
     config, words = with_folder(config, options.overrides)
     if config.data.source == "llava":
