@@ -104,7 +104,7 @@ class Rotation:
         model.state("own_task_adapter")
         model.state("lora")
         site = next(site for site in self.sites if site.client.task == model.own_task)
-        private_store(site).save(_private_state(model))
+        private_store(site).save(_private_state(model), server_round=2)
 
     def base(self) -> Any:
         """Return the base that is there."""

@@ -1,158 +1,56 @@
-"""Tensors on disk: a client's private state and the server's checkpoints.
+"""The server's checkpoints: ``round-NNNN/``, whole or refused.
 
-Files are safetensors, written whole to a temporary name, flushed to disk and then renamed, so
-that a reader finds either the old content or the new one. No pickle is read or written.
+``state.json`` names every file with its SHA-256, says which run it belongs to and how many events
+of ``metrics.jsonl``, and carries a checksum of itself. A folder is written under a hidden name,
+flushed and then renamed; none is ever removed before its successor is whole.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from pilot_flwr.errors import StateError
-from pilot_flwr.parameters import GROUPS, GroupName, State
-
-FORMAT = "pilot-flwr-1"
-"""Version of the private state's file and of the checkpoint folder."""
+from pilot_flwr.parameters import State
+from pilot_flwr.tensors import (
+    FORMAT,
+    flush,
+    load_tensors,
+    read_metadata,
+    save_tensors,
+    sha256,
+    write_text,
+)
 
 KEPT_ROUNDS = 2
 """Checkpoints kept: the last one and the one before it."""
 
+_PARTS = {"task_adapters": "task", "lora": "client"}
+"""Folder → what its files are named after."""
 
-def save_tensors(path: Path, tensors: State, metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to `path`, atomically.
-
-    Raises
-    ------
-    OSError
-        The folder cannot be written, for instance because the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": FORMAT, **metadata})
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
-
-
-def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Read what `save_tensors` wrote.
-
-    Raises
-    ------
-    StateError
-        The file is torn, or not of this format.
-    """
-    metadata = _metadata(path)
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
+_NAME = re.compile(r"round-(\d{4,})(\.old)?")
 
 
 @dataclass(frozen=True)
-class PrivateState:
-    """What never leaves a client: ψ_s and, after stage 2, ψ_c and φ.
+class RunIdentity:
+    """Which run a checkpoint belongs to.
 
     Attributes
     ----------
-    stage : int
-        The last stage trained.
-    tasks : tuple of str
-        After stage 2, the T tasks in the router's order; else empty.
-    groups : dict
-        Group → its tensors, for the groups that are private.
+    name : str
+        The run's name, by which clients find their private states.
+    settings : str
+        Hash of the settings on which its results depend.
     """
 
-    stage: int
-    tasks: tuple[str, ...] = ()
-    groups: dict[GroupName, State] = field(default_factory=dict)
-
-
-class PrivateStore:
-    """The private state of one client in one run, one file in its own folder.
-
-    Parameters
-    ----------
-    folder : Path
-        Made at the first save.
-    client, task : str
-        Whose it is. The file says so as well: another client's is refused, because its tensors
-        would fit.
-    """
-
-    def __init__(self, folder: Path, client: str, task: str) -> None:
-        self.path = folder / "private.safetensors"
-        self.owner = {"client": client, "task": task}
-
-    def stage(self) -> int:
-        """Return the last stage trained, 0 if none, without reading the tensors.
-
-        Raises
-        ------
-        StateError
-            The file is torn, foreign or another client's.
-        """
-        return self._header()[0] if self.path.exists() else 0
-
-    def load(self) -> PrivateState | None:
-        """Return the state, or None if this client has not trained yet.
-
-        Raises
-        ------
-        StateError
-            The file is torn, foreign or another client's.
-        """
-        if not self.path.exists():
-            return None
-        stage, tasks = self._header()
-        groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
-        try:
-            for name, tensor in load_tensors(self.path)[0].items():
-                group, key = name.split("/", 1)
-                groups[group][key] = tensor  # type: ignore[index]
-        except (KeyError, ValueError) as error:
-            raise StateError(f"{self.path} is not a private state: {error}") from error
-        return PrivateState(stage, tasks, groups)
-
-    def _header(self) -> tuple[int, tuple[str, ...]]:
-        metadata = _metadata(self.path)
-        for kind, name in self.owner.items():
-            if metadata.get(kind) != name:
-                raise StateError(
-                    f"{self.path} is of {kind} {metadata.get(kind)!r} but must be of {name!r}."
-                )
-        try:
-            return int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
-        except (KeyError, ValueError) as error:
-            raise StateError(f"{self.path} is not a private state: {error}") from error
-
-    def save(self, state: PrivateState) -> None:
-        """Replace the state on disk, atomically."""
-        tensors = {
-            f"{group}/{name}": tensor
-            for group, named in state.groups.items()
-            for name, tensor in named.items()
-        }
-        metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks), **self.owner}
-        save_tensors(self.path, tensors, metadata)
+    name: str = ""
+    settings: str = ""
 
 
 def save_checkpoint(
@@ -161,26 +59,62 @@ def save_checkpoint(
     server_round: int,
     adapters: Mapping[str, State],
     loras: Mapping[str, State],
-    info: Mapping[str, Any],
+    tasks: tuple[str, ...],
+    task_of: Mapping[str, str],
+    run: RunIdentity,
+    events: int,
 ) -> Path:
     """Write ``round-NNNN/`` with the task adapters, each client's LoRA and ``state.json``.
 
     The folder appears whole or not at all; the last `KEPT_ROUNDS` are kept.
+
+    Parameters
+    ----------
+    folder : Path
+        Of all checkpoints.
+    server_round : int
+        The exchange that has been aggregated.
+    adapters, loras : mapping
+        Task → ψ_t and client → Θ̄_l.
+    tasks : tuple of str
+        All T tasks in the federation's order.
+    task_of : mapping
+        Client → its task, of the clients that have a LoRA.
+    run : RunIdentity
+        The run.
+    events : int
+        Lines of ``metrics.jsonl`` up to here.
     """
     target = folder / f"round-{server_round:04d}"
     temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    for task, state in adapters.items():
-        save_tensors(temporary / "task_adapters" / f"{task}.safetensors", state, {"task": task})
-    for client, state in loras.items():
-        save_tensors(temporary / "lora" / f"{client}.safetensors", state, {"client": client})
-    content = {"format": FORMAT, "round": server_round, **info}
+    _sweep(folder)
+    written = [
+        *((Path("task_adapters") / f"{t}.safetensors", s, {"task": t}) for t, s in adapters.items()),
+        *((Path("lora") / f"{c}.safetensors", s, {"client": c}) for c, s in loras.items()),
+    ]
+    for path, state, metadata in written:
+        save_tensors(temporary / path, state, metadata)
+    content = {
+        "format": FORMAT,
+        "round": server_round,
+        "tasks": list(tasks),
+        "task_of": dict(task_of),
+        "run": run.name,
+        "settings": run.settings,
+        "events": events,
+        "files": {path.as_posix(): sha256(temporary / path) for path, _, _ in written},
+    }
+    content["checksum"] = _checksum(content)
     write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
+    replaced = folder / f"{target.name}.old"
+    if target.exists():  # it stays readable under another name until the new one is in place
+        _discard(replaced)
+        os.replace(target, replaced)
     os.replace(temporary, target)
-    _flush(folder)
-    for old in sorted(folder.glob("round-*"))[:-KEPT_ROUNDS]:
-        shutil.rmtree(old)
+    flush(folder)
+    _discard(replaced)
+    for old in checkpoint_folders(folder)[:-KEPT_ROUNDS]:
+        _discard(old)
     return target
 
 
@@ -198,12 +132,18 @@ class Checkpoint:
         The T tasks in the federation's order.
     task_of : dict
         Client → its task, of the clients that have a LoRA.
+    run : RunIdentity
+        The run that it belongs to.
+    events : int
+        Lines of ``metrics.jsonl`` that belong to it.
     """
 
     folder: Path
     server_round: int
     tasks: tuple[str, ...]
     task_of: dict[str, str]
+    run: RunIdentity = RunIdentity()
+    events: int = 0
 
     def adapter(self, task: str) -> State:
         """Read a task's adapter ψ_t."""
@@ -215,82 +155,118 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open ``round-NNNN/`` and check that it is what `save_checkpoint` wrote, file by file.
+    """Open ``round-NNNN/`` and check that it is what `save_checkpoint` wrote, byte by byte.
 
     Raises
     ------
     StateError
-        It is torn or foreign: a file is missing, cut short, too many or of another format.
+        It is torn, changed or foreign: a file is missing, cut short, another one than was
+        written, too many, or of another format.
     """
     path = folder / "state.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        checkpoint = Checkpoint(
-            folder, int(content["round"]), tuple(content["tasks"]), dict(content["task_of"])
-        )
         version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
     if version != FORMAT:
         raise StateError(f"{path} has format {version!r} but must have {FORMAT!r}.")
+    if content.get("checksum") != _checksum(content):
+        raise StateError(f"{path} has been changed: its checksum is not that of its content.")
+    try:
+        checkpoint = Checkpoint(
+            folder,
+            int(content["round"]),
+            tuple(content["tasks"]),
+            dict(content["task_of"]),
+            RunIdentity(str(content["run"]), str(content["settings"])),
+            int(content["events"]),
+        )
+        files = dict(content["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
     if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
         raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
-    named = {"task_adapters": ("task", checkpoint.tasks), "lora": ("client", checkpoint.task_of)}
-    for part, (kind, names) in named.items():
-        present = {file.name.removesuffix(".safetensors") for file in (folder / part).glob("*")}
-        if present != set(names):
-            raise StateError(
-                f"{folder / part} has files for {sorted(present)} but must have them for "
-                f"{sorted(names)}."
-            )
-        for name in names:
-            file = folder / part / f"{name}.safetensors"
-            if (owner := _metadata(file).get(kind)) != name:
-                raise StateError(f"{file} is of {kind} {owner!r} but must be of {name!r}.")
+    _check_files(checkpoint, files)
     return checkpoint
 
 
-def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, whole or not, the newest last."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*"))
+    found = [(int(name[1]), name[2] is None, path) for name, path in named if name]
+    return [path for _, _, path in sorted(found)]
+
+
+def latest_checkpoint(
+    folder: Path, *, fits: Callable[[Checkpoint], str] = lambda checkpoint: ""
+) -> tuple[Checkpoint | None, list[str]]:
     """Open the last whole checkpoint of a run.
 
     Parameters
     ----------
     folder : Path
         The folder of all checkpoints.
+    fits : callable
+        Says why a whole checkpoint cannot be used, or nothing.
 
     Returns
     -------
-    Checkpoint, list of str
-        And for every later one that was passed over, why.
-
-    Raises
-    ------
-    StateError
-        None is whole.
+    Checkpoint or None, list of str
+        None if none is whole; and for every later one that was passed over, why.
     """
     passed_over: list[str] = []
-    for candidate in sorted(folder.glob("round-*"), reverse=True):
+    for candidate in reversed(checkpoint_folders(folder)):
         try:
-            return load_checkpoint(candidate), passed_over
+            checkpoint = load_checkpoint(candidate)
+            if defect := fits(checkpoint):
+                raise StateError(f"{candidate} {defect}")
         except StateError as error:
             passed_over.append(str(error))
-    raise StateError(" ".join([f"{folder} holds no whole checkpoint.", *passed_over]))
+        else:
+            return checkpoint, passed_over
+    return None, passed_over
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:  # refuses a file that is cut short
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise StateError(f"{path} cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise StateError(f"{path} has format {metadata.get('format')!r} but must have {FORMAT!r}.")
-    return metadata
+def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
+    folder = checkpoint.folder
+    for part, names in (("task_adapters", checkpoint.tasks), ("lora", checkpoint.task_of)):
+        present = {file.name.removesuffix(".safetensors") for file in (folder / part).glob("*")}
+        listed = {
+            Path(file).name.removesuffix(".safetensors")
+            for file in files
+            if Path(file).parent == Path(part)
+        }
+        if present != set(names) or listed != set(names):
+            raise StateError(
+                f"{folder / part} has files for {sorted(present)} but must have them for "
+                f"{sorted(names)}."
+            )
+        for name in names:
+            file = folder / part / f"{name}.safetensors"
+            kind = _PARTS[part]
+            if (owner := read_metadata(file).get(kind)) != name:
+                raise StateError(f"{file} is of {kind} {owner!r} but must be of {name!r}.")
+            if sha256(file) != files[f"{part}/{name}.safetensors"]:
+                raise StateError(f"{file} has been changed: its SHA-256 is another one.")
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; what is half removed has a name that no reader looks at."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a writer that was killed has left."""
+    for leftover in folder.glob(".round-*"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(leftover)

@@ -35,3 +35,11 @@ class StateError(PilotError):
 
 class RunError(PilotError):
     """A federated run cannot start, or cannot go on."""
+
+
+class BelowMinimum(RunError):
+    """Fewer clients than `strategy.min_replies` can take part, or delivered a usable update."""
+
+
+class WorkerDied(RunError):
+    """A worker process of the simulation died: the run may go on from its last checkpoint."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from flwr.app import Error
 
-from pilot_flwr.errors import PilotError, RunError
+from pilot_flwr.errors import PilotError, WorkerDied
 from pilot_flwr.wording import headline
 
 _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own exceptions
@@ -81,13 +81,13 @@ def reason_of(error: Error) -> str:
 
     Raises
     ------
-    RunError
+    WorkerDied
         The reply says that a Ray worker process died. Flower keeps handing messages to it, so
         the run cannot go on.
     """
     text = (error.reason or "").strip()
     if error.code != OWN_ERROR and _DEAD_WORKER.match(text):
-        raise RunError(
+        raise WorkerDied(
             "A Ray worker process died while it ran a client (often: out of memory). Flower "
             "does not replace it, so the run stops here; the last complete round is in "
             f"checkpoint/. Ray says: {headline(text)}"

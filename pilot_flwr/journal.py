@@ -32,6 +32,7 @@ class Journal:
     def __init__(self, folder: RunFolder, *, num_exchanges: int) -> None:
         self.folder, self.num_exchanges = folder, num_exchanges
         self._down: dict[str, int] = {}
+        self._began = 0
         self._rejected: set[str] = set()
 
     def roster(
@@ -164,6 +165,16 @@ class Journal:
         self.folder.record(
             "failure", round=server_round, phase=phase, client=client, reason=reason, **up
         )
+
+    def begin(self) -> None:
+        """Take note that an attempt at an exchange begins."""
+        self._began = len(self.folder.events)
+
+    def repeat(self, server_round: int, reason: str) -> None:
+        """Write down, and log, that an exchange is repeated: what it recorded does not count."""
+        logger.warning("%s The exchange is repeated.", reason)
+        undone = len(self.folder.events) - self._began
+        self.folder.record("repeat", round=server_round, reason=reason, undone=undone)
 
     def close(self, server_round: int, seconds: float) -> float:
         """End an exchange's train phase; return the mean loss of its clients."""

@@ -3,7 +3,10 @@
 ::
 
     config.yaml      the resolved configuration
+    overrides.txt    the overrides that it was started with, which `resume` starts it with again
+    run.json         which run it is: its name, by which clients know it, and a hash of its settings
     metrics.jsonl    one event a line: who trained what, how long, which bytes, which scores
+    interrupted-N.jsonl  events after the checkpoint from which the N-th resumption went on
     timeline.md      one row per exchange, from the events
     summary.md       scores per task and round, from the events
     result.json      how the run ended; the last file written
@@ -14,12 +17,12 @@
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.checkpoint import write_text
 from pilot_flwr.errors import StateError
+from pilot_flwr.tensors import flush, write_text
 
 Event = dict[str, Any]
 
@@ -35,8 +38,22 @@ def select(events: Sequence[Event], kind: str, server_round: int | None = None) 
     ]
 
 
+def history(events: Sequence[Event]) -> list[Event]:
+    """Return what counts: not the attempts at an exchange that were closed and then repeated.
+
+    A ``repeat`` event stays; with it goes what its attempt recorded before, the last `undone`
+    events.
+    """
+    kept: list[Event] = []
+    for event in events:
+        if event["event"] == "repeat" and event["undone"]:
+            del kept[-event["undone"] :]
+        kept.append(event)
+    return kept
+
+
 def read_events(folder: Path) -> list[Event]:
-    """Read the events of a run folder, none if it has no ``metrics.jsonl``.
+    """Read what counts of the events of a run folder, none if it has no ``metrics.jsonl``.
 
     Its last line may be cut short, because a run may end while it is written: it is left out.
 
@@ -57,7 +74,7 @@ def read_events(folder: Path) -> list[Event]:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise StateError(f"{path}, line {number}, is no event of a run.") from None
-    return events
+    return history(events)
 
 
 def holds_token(folder: Path, token: str) -> bool:
@@ -76,18 +93,28 @@ class RunFolder:
     ----------
     path : Path
         Absolute; made if it does not exist.
+    events : sequence of dict
+        Every event that ``metrics.jsonl`` holds already, if the run goes on.
 
     Attributes
     ----------
+    events : list of dict
+        Those that count, see `history`.
+    listener : callable
+        Gets every event as it is recorded.
+    lines : int
+        Of ``metrics.jsonl``.
     token : str
         Random; the folder holds it, so that a simulated client can tell that it sees the same
         folder as the server.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, events: Sequence[Event] = ()) -> None:
         self.path = path
-        self.events: list[Event] = []
-        self._started = time.time()
+        self.events = history(events)
+        self.lines = len(events)
+        self._started = time.time() - (events[-1]["elapsed"] if events else 0.0)
+        self.listener: Callable[[Event], None] = lambda event: None
         self.token = secrets.token_hex(16)
         self.write(_TOKEN, self.token)
 
@@ -100,8 +127,16 @@ class RunFolder:
         """Append one event to ``metrics.jsonl``, at once; `elapsed` seconds are added."""
         entry = {"event": event, "elapsed": round(time.time() - self._started, 3), **values}
         self.events.append(entry)
+        if event == "repeat":
+            self.events = history([*self.events])
+        self.lines += 1
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        self.listener(entry)
+
+    def flush(self) -> None:
+        """Flush the events to disk: what is written next may count on them."""
+        flush(self.path / "metrics.jsonl")
 
     def select(self, kind: str, server_round: int | None = None) -> list[Event]:
         """Return the events of one kind, in order, and of one round if it is given."""
@@ -111,8 +146,12 @@ class RunFolder:
         """Write a text file of the folder, atomically."""
         write_text(self.path / name, text)
 
-    def finish(self, *, error: str | None) -> dict[str, Any]:
-        """Write ``result.json`` and return it: status, error, failures, last scores."""
+    def finish(self, *, error: str | None, restartable: bool = False) -> dict[str, Any]:
+        """Write ``result.json`` and return it: status, error, failures, last scores.
+
+        `restartable` says that the error has nothing to do with the run itself, so that it may
+        go on from its last checkpoint.
+        """
         failures = [
             {key: entry[key] for key in ("round", "phase", "client", "reason")}
             for entry in self.select("failure")
@@ -120,8 +159,10 @@ class RunFolder:
         result = {
             "status": "failed" if error else "completed",
             "error": error,
+            "restartable": restartable,
             "failures": failures,
             "scores": {entry["client"]: entry["score"] for entry in self.select("evaluate")},
+            "resumed": max([entry["attempt"] for entry in self.select("resume")], default=0),
             "seconds": round(time.time() - self._started, 3),
         }
         self.write("result.json", json.dumps(result, indent=2) + "\n")

@@ -7,13 +7,15 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from pilot_flwr.announcements import Announcer
 from pilot_flwr.checks import expanded
-from pilot_flwr.config import PilotConfig, load_config, to_yaml
+from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.errors import RunError
+from pilot_flwr.errors import RunError, WorkerDied
 from pilot_flwr.grid import PollingGrid
 from pilot_flwr.initial import initial_state
-from pilot_flwr.run_folder import RunFolder
+from pilot_flwr.locks import hold
+from pilot_flwr.resume import Opened, begin_run, completed, continue_run, restored
 from pilot_flwr.server_state import ServerState
 from pilot_flwr.strategy import PilotStrategy
 from pilot_flwr.submission import default_run_folder
@@ -22,32 +24,78 @@ from pilot_flwr.wire import RunInfo
 app = ServerApp()
 logger = logging.getLogger("flwr")
 
+SERVER_LOCK = ".server.lock"
+PATIENCE_SECONDS = 60.0
+"""The ServerApp of a run that was killed may take a while to follow."""
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one federation."""
-    config = load_config(str(context.run_config["overrides"]))
-    folder = RunFolder(run_path(config))
-    folder.write("config.yaml", to_yaml(config))
-    logger.info("Run folder: %s", folder.path)
-    try:
-        federate(grid, config, folder, run_name=f"{config.name}-{context.run_id}")
-    except BaseException as error:
-        folder.finish(error=f"{type(error).__name__}: {error}")
-        raise
-    result = folder.finish(error=None)
-    logger.info("%d failures; results in %s", len(result["failures"]), folder.path)
+    overrides = str(context.run_config["overrides"])
+    run(grid, load_config(overrides), overrides, flower_run=str(context.run_id))
 
 
-def federate(grid: Grid, config: PilotConfig, folder: RunFolder, *, run_name: str) -> PilotStrategy:
-    """Run R + 1 exchanges over `grid` and return the strategy with its final state."""
+def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> None:
+    """Begin a run, or go on with one, and write how it ended.
+
+    Parameters
+    ----------
+    grid : Grid
+        As a ServerApp gets it.
+    config : PilotConfig
+        The configuration.
+    overrides : str
+        What it was composed from.
+    flower_run : str
+        Flower's id of the run.
+
+    Raises
+    ------
+    PilotError
+        The run cannot begin, or cannot go on.
+    """
+    path = run_path(config)
+    with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
+        if config.resume and completed(path, config):
+            logger.info("The run in %s is complete; there is nothing left to do.", path)
+            return
+        name = f"{config.name}-{flower_run}"
+        if config.resume:
+            opened = continue_run(path, config, overrides, name=name, flower_run=flower_run)
+        else:
+            opened = begin_run(path, config, overrides, name=name)
+        logger.info("Run folder: %s", path)
+        announcer = Announcer(logger.info)
+        opened.folder.listener = announcer.event
+        try:
+            federate(grid, config, opened)
+        except BaseException as error:
+            restartable = isinstance(error, WorkerDied)
+            text = f"{type(error).__name__}: {error}"
+            announcer.end(path, opened.folder.finish(error=text, restartable=restartable))
+            raise
+        result = opened.folder.finish(error=None)
+        logger.info("%d failures; results in %s", len(result["failures"]), path)
+        announcer.end(path, result)
+
+
+def federate(grid: Grid, config: PilotConfig, opened: Opened) -> PilotStrategy:
+    """Run the exchanges that are left over `grid`; return the strategy with its final state."""
     initial = initial_state(config.model, seed=config.seed)
+    tasks, folder, identity = tuple(config.data.tasks), opened.folder, opened.identity
+    state = (
+        restored(opened.checkpoint, tasks, initial)
+        if opened.checkpoint
+        else ServerState(tasks, initial)
+    )
     strategy = PilotStrategy(
         config.strategy,
-        ServerState(tuple(config.data.tasks), initial),
-        run=RunInfo(run_name, str(folder.path), folder.token),
+        state,
+        run=RunInfo(identity.name, str(folder.path), folder.token),
         folder=folder,
         expected={client.id: client.task for client in federation_clients(config.data)},
+        settings=identity.settings,
         evaluate=config.evaluation.enabled,
     )
     strategy.start(
@@ -60,17 +108,26 @@ def federate(grid: Grid, config: PilotConfig, folder: RunFolder, *, run_name: st
 
 
 def run_path(config: PilotConfig) -> Path:
-    """Return the absolute run folder: the configured one, or the default where Flower runs.
+    """Return the absolute run folder: `resume`, the configured one, or Flower's default place.
 
     Raises
     ------
     RunError
-        It already holds a run.
+        It already holds a run, or `run.folder` and `resume` are two folders.
     """
+    if config.resume:
+        path = expanded("resume", config.resume).absolute()
+        named = expanded("run.folder", config.run.folder).absolute()
+        if config.run.folder and named != path:
+            raise RunError(f"`run.folder` is {named} but a resumed run goes on in {path}.")
+        return path
     if config.run.folder:
         path = expanded("run.folder", config.run.folder).absolute()
     else:
         path = default_run_folder(config.name, datetime.now()).absolute()
     if (path / "metrics.jsonl").exists():
-        raise RunError(f"`run.folder` is {path}, which already holds a run; choose another.")
+        raise RunError(
+            f"`run.folder` is {path}, which already holds a run; choose another, or go on with "
+            f"that one: `resume={path}`."
+        )
     return path

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from pilot_flwr import wire
-from pilot_flwr.checkpoint import save_checkpoint
+from pilot_flwr.checkpoint import RunIdentity, save_checkpoint
 from pilot_flwr.claims import Present
 from pilot_flwr.codec import encode_state
-from pilot_flwr.errors import RunError, UpdateError
+from pilot_flwr.errors import BelowMinimum, RunError, UpdateError
+from pilot_flwr.exchange_loop import ExchangeLoop
 from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
 from pilot_flwr.journal import Journal
@@ -32,8 +32,11 @@ from pilot_flwr.turn import Order
 
 logger = logging.getLogger("flwr")
 
+LONGEST_PAUSE_SECONDS = 30.0
+"""Before an exchange is repeated that had too few clients."""
 
-class PilotStrategy(Strategy):
+
+class PilotStrategy(ExchangeLoop):
     """Pilot as a Flower strategy; `server_round` counts exchanges, R + 1 in all.
 
     Parameters
@@ -49,6 +52,8 @@ class PilotStrategy(Strategy):
         Gets events, timeline, summary and checkpoints.
     expected : Mapping[str, str]
         Task of every client of the federation, by client id.
+    settings : str
+        Hash of the run's settings, for its checkpoints.
     evaluate : bool
         Whether clients evaluate the incoming models.
     """
@@ -61,6 +66,7 @@ class PilotStrategy(Strategy):
         run: wire.RunInfo,
         folder: RunFolder,
         expected: Mapping[str, str],
+        settings: str = "",
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
@@ -73,6 +79,7 @@ class PilotStrategy(Strategy):
             lambda number, who, why: self.journal.failure(number, "roster", who, why),
             known=state.task_of,
         )
+        self.identity = RunIdentity(run.name, settings)
         self.evaluate = evaluate
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
@@ -83,6 +90,22 @@ class PilotStrategy(Strategy):
     def num_exchanges(self) -> int:
         """R + 1."""
         return self.config.rounds + 1
+
+    @property
+    def rounds_done(self) -> int:
+        """Exchanges that are aggregated already."""
+        return self.state.rounds
+
+    def begin(self, server_round: int) -> None:
+        """Take note that an attempt at an exchange begins."""
+        self.journal.begin()
+
+    def below_minimum(self, server_round: int, error: BelowMinimum) -> None:
+        """Stop, or after a pause repeat the exchange, as `strategy.below_minimum` says."""
+        if self.config.below_minimum == "stop":
+            raise error
+        self.journal.repeat(server_round, str(error))
+        time.sleep(min(LONGEST_PAUSE_SECONDS, self.config.wait_seconds))
 
     def summary(self) -> None:
         """Log what this strategy will do."""
@@ -111,8 +134,10 @@ class PilotStrategy(Strategy):
 
         Raises
         ------
+        BelowMinimum
+            Fewer than `strategy.min_replies` updates are usable.
         RunError
-            Fewer than `strategy.min_replies` updates are usable, or a Ray worker died.
+            A Ray worker died.
         """
         updates = []
         for present, reply in self._answers(server_round, "train", replies):
@@ -125,7 +150,7 @@ class PilotStrategy(Strategy):
         self.journal.update_norms(server_round, verdicts)
         if len(updates) < self.config.min_replies:
             reasons = self.journal.reasons(server_round) or ["none"]
-            raise RunError(
+            raise BelowMinimum(
                 f"Exchange {server_round}: {len(updates)} of {len(self._present)} clients "
                 f"delivered a usable update but `strategy.min_replies` is "
                 f"{self.config.min_replies}. First reason: {reasons[0]}"
@@ -133,8 +158,8 @@ class PilotStrategy(Strategy):
         started = time.perf_counter()
         done = self.state.aggregate(updates, self.config)
         self.journal.aggregation(server_round, done, time.perf_counter() - started)
-        self._save(server_round)
         loss = self.journal.close(server_round, time.perf_counter() - self._started)
+        self._save(server_round)
         return self.global_arrays(), MetricRecord({"loss": loss, "updates": len(updates)})
 
     def configure_evaluate(
@@ -144,9 +169,11 @@ class PilotStrategy(Strategy):
         self._sent = []
         if not self.evaluate or server_round < self.num_exchanges:
             return []
+        if not self._present:  # the run was resumed behind its last exchange
+            self._present = self.roster.call(grid, server_round + 1)
         # A client whose reply was lost may be further than the server knows, and it evaluates
         # the architecture that it last trained: so all of them get all task adapters.
-        self._stages = dict.fromkeys(self._stages, 2)
+        self._stages = {present.member.client: 2 for present in self._present}
         self._started = time.perf_counter()
         return self._orders(server_round + 1, train=False)
 
@@ -236,10 +263,15 @@ class PilotStrategy(Strategy):
         return update
 
     def _save(self, server_round: int) -> None:
+        """Write the checkpoint; it counts on the events that are on disk by then."""
+        self.folder.flush()
         save_checkpoint(
             self.folder.checkpoints,
             server_round=server_round,
             adapters=self.state.adapters,
             loras=self.state.loras,
-            info={"tasks": list(self.state.tasks), "task_of": self.state.task_of},
+            tasks=self.state.tasks,
+            task_of=self.state.task_of,
+            run=self.identity,
+            events=self.folder.lines,
         )

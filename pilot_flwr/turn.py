@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pilot_flwr.checkpoint import PrivateState, PrivateStore
 from pilot_flwr.errors import StateError
 from pilot_flwr.evaluation import EvaluationResult
 from pilot_flwr.kit import Kit, Site
@@ -20,6 +19,7 @@ from pilot_flwr.models import PilotModel, warm_model
 from pilot_flwr.parameters import GROUPS, GroupName, State
 from pilot_flwr.personal import assemble, enter_own, enter_stage2, load_received
 from pilot_flwr.plan import out_of_memory_explained
+from pilot_flwr.private_state import PrivateState, PrivateStore
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.training import TrainingResult, check_finite
 
@@ -68,13 +68,13 @@ class TurnResult:
     seconds: float = 0.0
 
 
-def stage_trained(site: Site) -> int:
-    """Return the last stage that this client trained in this run, 0 if none."""
-    return private_store(site).stage()
+def stage_trained(site: Site, server_round: int) -> int:
+    """Return the last stage that this client trained before an exchange, 0 if none."""
+    return private_store(site).stage(before=server_round)
 
 
 def private_store(site: Site) -> PrivateStore:
-    """Return where the client's private state of this run is."""
+    """Return where the client's private states of this run are."""
     return PrivateStore(site.state_folder, site.client.id, site.client.task)
 
 
@@ -82,6 +82,9 @@ def take_turn(
     site: Site, config: PilotConfig, order: Order, *, progress: Callable[[str], None]
 ) -> TurnResult:
     """Evaluate and train as `order` says.
+
+    The turn starts from the newest private state of an exchange before the ordered one, so that
+    an exchange that is ordered again is repeated exactly.
 
     The incoming model is evaluated in the architecture that the client last trained: stage 1
     after its first training, CT-MoA after a stage-2 one. Before its first training it is
@@ -98,7 +101,7 @@ def take_turn(
     """
     started = time.time()
     store = private_store(site)
-    private = store.load()
+    private = store.load(before=order.server_round)
     if order.train and order.stage == 2 and private is None:
         raise StateError(
             f"Client {site.client.id!r} was ordered to train stage 2 but holds no stage-1 state."
@@ -129,7 +132,7 @@ def take_turn(
         with out_of_memory_explained(config, model.stage):
             training = kit.train(generator)
         check_finite(model)
-        store.save(_private_state(model))
+        store.save(_private_state(model), server_round=order.server_round)
     return TurnResult(
         adapter=_to_send(model, "own_task_adapter") if training else {},
         lora=_to_send(model, "lora") if training else {},

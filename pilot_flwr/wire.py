@@ -56,9 +56,20 @@ def refuse_unusable() -> Iterator[None]:
         raise UpdateError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
-def encode_query(run: RunInfo) -> RecordDict:
-    """Ask a node who it is."""
-    return RecordDict({"run": _run_record(run)})
+def encode_query(run: RunInfo, server_round: int) -> RecordDict:
+    """Ask a node who it is, and what it holds from before an exchange."""
+    return RecordDict({"run": _run_record(run), "query": ConfigRecord({"round": server_round})})
+
+
+def decode_query(content: RecordDict) -> int:
+    """Read the exchange that a query is about.
+
+    Raises
+    ------
+    UpdateError
+        The value is missing or of the wrong type.
+    """
+    return value_of(config_of(content, "query"), "round", int)
 
 
 def encode_member(member: Member) -> RecordDict:

@@ -12,9 +12,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from pilot_flwr.checkpoint import PrivateStore
+from pilot_flwr.private_state import PrivateStore
+from pilot_flwr.checkpoint import RunIdentity
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config, to_yaml
+from pilot_flwr.resume import Opened
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_app import federate
 
@@ -111,7 +113,8 @@ class Federation:
         self.folder = RunFolder(folder)
 
     def run(self):
-        self.strategy = federate(self.grid, self.config, self.folder, run_name="test-1")
+        opened = Opened(self.folder, RunIdentity("test-1"))
+        self.strategy = federate(self.grid, self.config, opened)
         return self
 
     def events(self, kind, **match):

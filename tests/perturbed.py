@@ -2,7 +2,7 @@
 
 import torch
 
-from pilot_flwr.checkpoint import PrivateState
+from pilot_flwr.private_state import PrivateState
 from pilot_flwr.parameters import GROUPS
 
 

@@ -1,6 +1,7 @@
 """Whole runs in this process: every message goes through Flower's types, no Ray."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from flwr.app import Error, Message, MessageType
 from inprocess import SMALL, TWO_TASKS, Federation
 
-from pilot_flwr.checkpoint import PrivateStore, load_tensors
 from pilot_flwr.codec import decode_state
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.parameters import GROUPS
+from pilot_flwr.private_state import PrivateStore
 from pilot_flwr.replies import decode_update
 from pilot_flwr.tables import summary
+from pilot_flwr.tensors import load_tensors
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +222,7 @@ def test_a_client_that_lost_its_state_gets_stage_1_again(tmp_path):
 
     def lose(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            path = federation.folder.path / "clients/vqa-1/private.safetensors"
-            path.unlink(missing_ok=True)
+            shutil.rmtree(federation.folder.path / "clients/vqa-1", ignore_errors=True)
         return reply
 
     federation.grid.on_reply = lose

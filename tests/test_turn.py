@@ -111,7 +111,7 @@ def private(site):
 
 
 def private_bytes(site):
-    return private_store(site).path.read_bytes()
+    return private_store(site).newest().read_bytes()
 
 
 def assert_equal(state, expected):
@@ -227,7 +227,7 @@ def test_evaluating_only_writes_nothing(sites, make_order, seen):
     site = sites["vqa"]
     result = take(site, make_order(1, train=False))
     assert result.evaluation and not result.training and not result.adapter and not result.lora
-    assert stage_trained(site) == 0 and not private_store(site).path.exists()
+    assert stage_trained(site, 2) == 0 and private_store(site).newest() is None
     take(site, make_order(1))
     take(site, make_order(2))
     before = private_bytes(site)
@@ -245,7 +245,7 @@ def test_the_state_of_another_client_is_refused(sites, make_order, seen):
     site = sites["vqa"]
     take(site, make_order(1))
     other = replace(site, client=replace(site.client, id="vqa-1"))
-    for use in (lambda: take(other, make_order(2)), lambda: stage_trained(other)):
+    for use in (lambda: take(other, make_order(2)), lambda: stage_trained(other, 2)):
         with pytest.raises(StateError, match="of client 'vqa-0' but must be of 'vqa-1'"):
             use()
     assert len(seen.trained) == 1

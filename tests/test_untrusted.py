@@ -29,7 +29,7 @@ def ask(overrides, node_config, run=("run-1", "/nowhere", "guessed")):
     grid = InProcessGrid(
         client_app.app, num_nodes=1, overrides=overrides, node_configs=[node_config]
     )
-    query = Message(wire.encode_query(RunInfo(*run)), 1, MessageType.QUERY, group_id="1")
+    query = Message(wire.encode_query(RunInfo(*run), 2), 1, MessageType.QUERY, group_id="1")
     (reply,) = grid.send_and_receive([query])
     return reply
 
@@ -185,13 +185,13 @@ def no_path_of(site, tmp_path, reason):
 def test_a_torn_private_state_is_told_without_its_folder(site, tmp_path, caplog):
     state = tmp_path / "state of the site" / "run-1"
     state.mkdir(parents=True)
-    (state / "private.safetensors").write_bytes(b"torn")
+    (state / "private-0001.safetensors").write_bytes(b"torn")
     with caplog.at_level(logging.ERROR, logger="flwr"):
         caplog.handler.setFormatter(logging.Formatter())
         logging.getLogger("flwr").addHandler(caplog.handler)
         reason = ask(ONE, site).error.reason
         logging.getLogger("flwr").removeHandler(caplog.handler)
-    assert reason.startswith("<state-folder>/run-1/private.safetensors cannot be read")
+    assert reason.startswith("<state-folder>/run-1/private-0001.safetensors cannot be read")
     no_path_of(site, tmp_path, reason)
     assert str(state) in caplog.text and "Traceback" in caplog.text  # its own log has it all
 
@@ -199,7 +199,7 @@ def test_a_torn_private_state_is_told_without_its_folder(site, tmp_path, caplog)
 def test_a_link_to_the_state_is_told_without_where_it_leads(site, tmp_path):
     real = tmp_path / "disk 7" / "run-1"
     real.mkdir(parents=True)
-    (real / "private.safetensors").write_bytes(b"torn")
+    (real / "private-0001.safetensors").write_bytes(b"torn")
     site["state-folder"] = str(tmp_path / "link")
     (tmp_path / "link").symlink_to(real.parent)
     reason = ask(ONE, site).error.reason

@@ -14,7 +14,7 @@ from connector import peak_bytes
 from gpu.loops import PilotLoop, PlainLoop
 from gpu.sizes import TASKS, Size
 from pilot_flwr.base import known_config
-from pilot_flwr.checkpoint import PrivateState, PrivateStore
+from pilot_flwr.private_state import PrivateState, PrivateStore
 from pilot_flwr.memory import empty_model, training_memory
 from pilot_flwr.parameters import GROUPS
 from pilot_flwr.personal import assemble
@@ -164,7 +164,7 @@ def measure_switch(size: Size, device: torch.device, *, repeats: int) -> Figures
     with tempfile.TemporaryDirectory() as folder:
         stores = [PrivateStore(Path(folder) / name, name, TASKS[0]) for name in ("a", "b")]
         for store in stores:
-            store.save(PrivateState(2, TASKS, private))
+            store.save(PrivateState(2, TASKS, private), server_round=1)
         for repeat in range(repeats + 1):
             _synchronize(device)
             started = time.perf_counter()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from pilot_flwr.base import empty_base
-from pilot_flwr.checkpoint import PrivateState
+from pilot_flwr.private_state import PrivateState
 from pilot_flwr.connector import Adapter, TaskClientConnector
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model_settings import ModelConfig

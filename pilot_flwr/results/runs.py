@@ -13,8 +13,7 @@ import torch
 
 from pilot_flwr.checkpoint import (
     Checkpoint,
-    PrivateState,
-    PrivateStore,
+    checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
 )
@@ -26,6 +25,7 @@ from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel, warm_model
 from pilot_flwr.parameters import State
 from pilot_flwr.personal import assemble
+from pilot_flwr.private_state import PrivateState, PrivateStore
 from pilot_flwr.run_folder import Event, read_events
 from pilot_flwr.server_state import lora_peers, mean_lora
 from pilot_flwr.settings import PilotConfig
@@ -185,10 +185,11 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
     """
     client = run.client(client_id)
     folder = state or run.folder / "clients" / client_id
-    private = PrivateStore(folder, client_id, client.task).load()
+    after = run.checkpoint.server_round  # what the client had when the checkpoint was written
+    private = PrivateStore(folder, client_id, client.task).load(before=after + 1)
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
-            f"{folder} has no private.safetensors. Client {client_id!r} has trained, so its model "
+            f"{folder} has no private state of exchange {after} or before. Client {client_id!r} has trained, so its model "
             "needs it: give the folder with `--state` where the client keeps it, or take the "
             "consensus model of its task with `--task`."
         )
@@ -277,21 +278,15 @@ def _changed(recorded: PilotConfig, text: str, overrides: Sequence[str]) -> Pilo
 def _checkpoint(folder: Path, server_round: int | None) -> tuple[Checkpoint, list[str]]:
     if server_round is None:
         checkpoint, torn = latest_checkpoint(folder)
+        if checkpoint is None:
+            raise StateError(" ".join([f"{folder} holds no whole checkpoint.", *torn]))
         notes = [f"Passed over a checkpoint: {reason}" for reason in torn]
         if torn:
-            notes.append(
-                f"Using {checkpoint.folder.name}; the clients' own adapters are the last ones "
-                "that they saved, which may be later."
-            )
+            notes.append(f"Using {checkpoint.folder.name} and the clients' states of that time.")
         return checkpoint, notes
     wanted = folder / f"round-{server_round:04d}"
     if not wanted.is_dir():
-        present = ", ".join(str(int(p.name[6:])) for p in sorted(folder.glob("round-*"))) or "none"
+        numbers = [p.name[6:].lstrip("0") for p in checkpoint_folders(folder)]
+        present = ", ".join(numbers) or "none"
         raise StateError(f"`--round` is {server_round} but the run has checkpoints of {present}.")
-    notes = []
-    if sorted(folder.glob("round-*"))[-1] != wanted:
-        notes.append(
-            "The clients' own adapters are the last ones that they saved, which are later than "
-            f"exchange {server_round}."
-        )
-    return load_checkpoint(wanted), notes
+    return load_checkpoint(wanted), []

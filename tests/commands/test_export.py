@@ -8,7 +8,7 @@ from perturbed import perturb, private_state
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pilot_flwr import cli
-from pilot_flwr.checkpoint import PrivateStore
+from pilot_flwr.private_state import PrivateStore
 from pilot_flwr.results.runs import client_model, open_run
 from pilot_flwr.results.standalone import modeling_pilot
 
@@ -57,7 +57,7 @@ def test_a_consensus_model_merged_into_a_plain_checkpoint(export):
 
 def test_a_stage_1_model_merged_with_the_class_that_it_needs(export, make_model, tmp_path):
     store = PrivateStore(tmp_path / "state", "vqa-0", "vqa")
-    store.save(private_state(perturb(make_model("vqa"))))
+    store.save(private_state(perturb(make_model("vqa"))), server_round=1)
     arguments = ["--client", "vqa-0", "--state", str(tmp_path / "state"), "--merge"]
     folder, captured = export(*arguments, "--dtype", "bfloat16")
     assert "hidden layer of 192" in captured.err

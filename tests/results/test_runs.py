@@ -7,7 +7,7 @@ import pytest
 import torch
 from perturbed import perturb, private_state
 
-from pilot_flwr.checkpoint import PrivateState, PrivateStore
+from pilot_flwr.private_state import PrivateState, PrivateStore
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.results.runs import (
     client_model,
@@ -65,7 +65,7 @@ def test_a_new_site_gets_the_consensus_model_of_its_task(finished):
 
 
 def test_a_client_that_never_trained_gets_it_too(copy):
-    (copy / "clients" / "vqa-0" / "private.safetensors").unlink()
+    shutil.rmtree(copy / "clients" / "vqa-0")
     for round_folder in (copy / "checkpoint").iterdir():
         (round_folder / "lora" / "vqa-0.safetensors").unlink()
         state = round_folder / "state.json"
@@ -81,11 +81,11 @@ def test_a_client_that_never_trained_gets_it_too(copy):
 def test_a_private_state_from_elsewhere(finished, make_model, tmp_path):
     run = open_run(finished.folder.path)
     stage1 = private_state(perturb(make_model("counting")))
-    PrivateStore(tmp_path, "counting-1", "counting").save(stage1)
+    PrivateStore(tmp_path, "counting-1", "counting").save(stage1, server_round=1)
     model = client_model(run, "counting-1", device=CPU, state=tmp_path)
     assert model.stage == 1
     assert_same(model.state("client_adapter"), stage1.groups["client_adapter"])
-    with pytest.raises(StateError, match=r"no private\.safetensors.*`--state`.*`--task`"):
+    with pytest.raises(StateError, match=r"no private state of exchange 2 or before.*`--state`.*`--task`"):
         personal(run, "counting-1", state=tmp_path / "other")
 
 
@@ -98,7 +98,7 @@ def test_a_client_whose_own_part_is_missing_is_not_replaced_in_silence(copy):
 def test_a_private_state_for_other_tasks_is_refused(finished, tmp_path):
     other = finished.private("vqa-0")
     store = PrivateStore(tmp_path, "vqa-0", "vqa")
-    store.save(PrivateState(2, ("vqa", "captioning"), other.groups))
+    store.save(PrivateState(2, ("vqa", "captioning"), other.groups), server_round=2)
     with pytest.raises(StateError, match="captioning"):
         client_model(open_run(finished.folder.path), "vqa-0", device=CPU, state=tmp_path)
 
