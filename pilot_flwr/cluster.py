@@ -113,8 +113,8 @@ class Cluster:
         """Say in a line or two what the cluster offers, and whether others use it too."""
         cpus, gpus = (sum(getattr(n, what) for n in self.nodes) for what in ("cpus", "gpus"))
         fitting = count(self.clients_at_a_time(simulation), "client")
-        line = f"Ray cluster {self.address}: {count(len(self.nodes), 'node')}, {cpus:g} CPUs, "
-        line += f"{gpus:g} GPUs; room for {fitting} at a time."
+        line = f"Ray cluster {self.address}: {count(len(self.nodes), 'machine')}, CPUs {cpus:g}, "
+        line += f"GPUs {gpus:g}; room for {fitting} at a time."
         if self.free_cpus < cpus or self.free_gpus < gpus:
             line += (
                 f"\nOther jobs use the cluster: {self.free_cpus:g} of {cpus:g} CPUs and "
@@ -190,4 +190,4 @@ def ray_environment(
 
 
 def _resources(node: Node) -> str:
-    return f"{node.cpus:g} CPUs, {node.gpus:g} GPUs"
+    return f"CPUs {node.cpus:g}, GPUs {node.gpus:g}"

@@ -68,10 +68,10 @@ def look_at(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:
     probe.write_text(token, encoding="utf-8")
     try:
         answer = _ask(address, request)
+        complaints = [line for row in answer["nodes"] for line in _complaints(row, folder)]
     finally:
         for left in folder.glob(f"{probe.name}*"):
             left.unlink(missing_ok=True)
-    complaints = [line for row in answer["nodes"] for line in _complaints(row, folder)]
     if complaints:
         raise RunError(
             "The Ray cluster cannot run this simulation:\n"
@@ -111,7 +111,7 @@ def _ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-P", "-c", "from pilot_flwr.cluster_survey import main; main()"]
     environment = {k: v for k, v in os.environ.items() if k != ADDRESS_VARIABLE}
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # nosec B603  # no shell, our own program
             [*command, json.dumps(request)],
             cwd="/",
             env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},

@@ -21,6 +21,7 @@ from pathlib import Path
 from psutil import Process  # type: ignore[import-untyped, unused-ignore]
 
 from pilot_flwr.cluster import ADDRESS_VARIABLE, flower_home, ray_environment
+from pilot_flwr.cluster_nodes import look_at
 from pilot_flwr.errors import RunError
 from pilot_flwr.outcome import Outcome, RunStatus, judge
 from pilot_flwr.processes import StopSignals, Workplace, free_port, is_alive, listens
@@ -65,6 +66,7 @@ def launch(
     out: Callable[[str], None],
     verbose: bool = False,
     address: str = "",
+    resumed: bool = False,
 ) -> Outcome:
     """Run a Flower app to its end.
 
@@ -84,6 +86,8 @@ def launch(
         Show Flower's own log as well.
     address : str
         ``HOST:PORT`` of an existing Ray cluster to run on; empty starts a Ray of its own.
+    resumed : bool
+        The run folder holds a run that goes on: what it recorded before is not shown again.
 
     Returns
     -------
@@ -97,6 +101,8 @@ def launch(
     Interrupted
         A signal said stop; everything has been ended.
     """
+    if address and (folder / "metrics.jsonl").exists():
+        look_at(address, folder)  # it goes on: wait until Ray knows which machines are left
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     narrator = Narrator(folder / "metrics.jsonl", logs / "flower.log" if verbose else None, out)
@@ -107,6 +113,8 @@ def launch(
         flower = _Flower(workplace, logs, signals, environment)
         flower.start()
         run = flower.submit(app, overrides, federation)
+        if resumed:
+            narrator.begin_with(run)
         status = flower.follow(run, narrator, folder / "result.json")
         narrator.finish()
         outcome = judge(status, folder)
@@ -188,8 +196,14 @@ class _Flower:
                 if status.finished:
                     return status
                 if problem:
-                    return RunStatus(status.status, problem)
+                    return RunStatus(status.status, problem, lost=self._lost(simulation))
                 log = None if log_ended else log or self._stream_log(run)
+
+    def _lost(self, simulation: Process | None) -> bool:
+        """Tell whether a process has gone that the run needs."""
+        assert self._superlink is not None
+        gone = simulation is not None and not is_alive(simulation)
+        return gone or self._superlink.poll() is not None
 
     def _problem(self, simulation: Process | None, running: float, since_result: float) -> str:
         """Say why the run will not finish by itself, or nothing."""
@@ -201,7 +215,7 @@ class _Flower:
             )
         if simulation is None and running > START_SECONDS:
             return f"Flower did not start the simulation within {START_SECONDS:.0f} s."
-        if simulation is not None and not is_alive(simulation):
+        if self._lost(simulation):
             return (
                 "The simulation's process ended without a word to Flower: it was killed "
                 "(out of memory?), crashed, or left by os._exit."

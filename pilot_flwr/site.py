@@ -25,6 +25,12 @@ from pilot_flwr.submission import federation_config
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
+UNSHARED = (
+    " If this is a simulation, its clients use the run folder, and the one that the server wrote "
+    "cannot be read here: on a Ray cluster of several machines `run.folder` must be on a file "
+    "system that all of them share."
+)
+
 
 def find_site(
     node: NodeSettings,
@@ -63,14 +69,15 @@ def find_site(
     elif simulated:
         folder = Path(run_folder) / "clients" / client.id
     else:
+        engines = node.num_partitions is not None and not node.client_id
         raise ConfigError(
             f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
-            "a folder of this site for its private adapters."
+            "a folder of this site for its private adapters." + (UNSHARED if engines else "")
         )
     files = None
     if config.data.source == "llava" and not simulated:
         files = site_files(node, client)
-    return Site(client, folder, device, files)
+    return Site(client, folder, device, files, run_name, node.demands)
 
 
 def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
@@ -90,8 +97,10 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
     Raises
     ------
     ConfigError
-        See `site_model`; or ``micro-batch`` does not divide the examples of an optimizer step.
+        See `site_model`; or ``micro-batch`` does not divide the examples of an optimizer step;
+        or the run's `privacy` is less than this site demands.
     """
+    node.demands.check(config.privacy)
     config = replace(config, model=site_model(node, config.model, simulated=simulated))
     if not node.micro_batch:
         return config

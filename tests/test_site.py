@@ -46,6 +46,14 @@ def test_a_node_on_another_machine_does_not_write_where_the_server_says(tmp_path
         site({"partition-id": 4}, folder=tmp_path / "elsewhere", token=token)
 
 
+def test_a_simulated_client_that_does_not_see_the_run_folder_says_so(tmp_path):
+    engines = {"partition-id": 4, "num-partitions": 9}
+    with pytest.raises(ConfigError, match="`run.folder` must be on a file system that all"):
+        site(engines, folder=tmp_path / "elsewhere", token="the server's")
+    with pytest.raises(ConfigError, match="private adapters.$"):
+        site({"client-id": "vqa-2"}, folder=tmp_path / "elsewhere", token="the server's")
+
+
 def test_a_state_folder_is_used_whatever_tells_the_client(tmp_path):
     run = RunFolder(tmp_path / "run")
     node_config = {"partition-id": 4, "num-partitions": 9, "state-folder": str(tmp_path / "own")}
