@@ -65,7 +65,9 @@ The map of the package, layer by layer; a module imports only what stands above 
 
     privacy               clipping and noise on a client's upload
     privacy_account       what a client has spent of (ε, δ)
+    privacy_demands       what a site demands of a run's privacy
     memory                GPU memory of a training step, from shapes
+    layout                shapes of what is sent and of what is kept
     plan                  what a run trains, sends and needs
     training              local training of one client
     evaluation            greedy generation and its score
@@ -75,7 +77,10 @@ The map of the package, layer by layer; a module imports only what stands above 
     server_state          what the server knows, and how a round changes it
     norm_check            updates above a bound: warn, clip or reject
     claims                which node is which client
+    weights_sample        a base model's weights, told apart by a sample
+    identity              what server and clients have in common, as hashes
     node_config           a node's own words: who it is, where its data are
+    readiness             what a site can know to be wrong before any training
     site                  who and where a client is
     tables                timeline and scores, from the run's events
     progress              events as live lines of text
@@ -111,6 +116,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     cluster_survey        a look at a Ray cluster, in a process of its own
     cluster_nodes         whether every node can run a run's clients
     launch                a run under Flower's simulation engine
+    restarts              a run gone on with, by the user's word or by itself
     connections           the SuperLinks that Flower's config.toml names
     remote                a run on a SuperLink that is already there
     commands.superlink    ``pilot-flwr run --superlink``

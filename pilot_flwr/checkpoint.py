@@ -89,7 +89,10 @@ def save_checkpoint(
     temporary = folder / f".{target.name}.tmp"
     _sweep(folder)
     written = [
-        *((Path("task_adapters") / f"{t}.safetensors", s, {"task": t}) for t, s in adapters.items()),
+        *(
+            (Path("task_adapters") / f"{t}.safetensors", s, {"task": t})
+            for t, s in adapters.items()
+        ),
         *((Path("lora") / f"{c}.safetensors", s, {"client": c}) for c, s in loras.items()),
     ]
     for path, state, metadata in written:

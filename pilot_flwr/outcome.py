@@ -29,10 +29,13 @@ class RunStatus:
         Flower's word, for instance ``running`` or ``finished:failed``; empty if unknown.
     details : str
         Flower's explanation, or what the launcher itself saw.
+    lost : bool
+        Whether a process of the simulation has gone without a word.
     """
 
     status: str
     details: str = ""
+    lost: bool = False
 
     @property
     def finished(self) -> bool:
@@ -42,10 +45,14 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Success or not, with the lines that explain a failure."""
+    """Success or not, with the lines that explain a failure.
+
+    `restartable` says that a process died, so that the run may go on from its last checkpoint.
+    """
 
     succeeded: bool
     explanation: tuple[str, ...] = ()
+    restartable: bool = False
 
 
 def judge(status: RunStatus, folder: Path) -> Outcome:
@@ -86,7 +93,8 @@ def judge(status: RunStatus, folder: Path) -> Outcome:
     lines = [*_describe(failures), *dict.fromkeys(reasons)]
     if not explained:
         lines += _tail(folder / "logs" / "flower.log") or _tail(folder / "logs" / "superlink.log")
-    return Outcome(False, (*lines, f"Full log: {folder / 'logs' / 'flower.log'}"))
+    restartable = status.lost or result.get("restartable") is True
+    return Outcome(False, (*lines, f"Full log: {folder / 'logs' / 'flower.log'}"), restartable)
 
 
 def _read_result(path: Path) -> tuple[dict[str, Any], str]:

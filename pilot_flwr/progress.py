@@ -7,6 +7,7 @@ another event, add a function to `Progress._words`. Unknown events and keys are 
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,16 +48,23 @@ class EventTail:
 
 
 class LineTail:
-    """Read a growing text file by complete lines; the file need not exist yet."""
+    """Read a growing text file by complete lines; the file need not exist yet.
+
+    If another file takes its place, that is read from its beginning.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._position = 0
+        self._file: int | None = None
 
     def read(self) -> list[str]:
         """Return the lines completed since the last call, without their ends."""
         try:
             with self._path.open("rb") as stream:
+                file = os.fstat(stream.fileno()).st_ino
+                self._position = self._position if self._file in (None, file) else 0
+                self._file = file
                 stream.seek(self._position)
                 data = stream.read()
         except FileNotFoundError:
@@ -87,6 +95,8 @@ class Progress:
             "train": self._train,
             "failure": self._failure,
             "update_norm": self._update_norm,
+            "resume": self._resume,
+            "repeat": self._repeat,
             "warning": self._warning,
             "aggregate": self._aggregate,
             "round": self._round,
@@ -146,7 +156,7 @@ class Progress:
         row = self._row(
             event,
             f"{before} before," if before else "",
-            f"loss {'?' if loss is None else f'{loss:.3f}'}",
+            _private(event) or f"loss {'?' if loss is None else f'{loss:.3f}'}",
             f"({detail})".ljust(40) if detail else "",
             *_effort(event),
             *_traffic(event),
@@ -157,6 +167,19 @@ class Progress:
         phase = event.get("phase", "?")
         row = self._row(event, f"FAILED in {phase}: {headline(str(event.get('reason', '')))}")
         return [*self._heading(event), row]
+
+    def _resume(self, event: Event) -> list[str]:
+        number = _integer(event, "round") or 0
+        self._exchange, self._scores = number or None, {}
+        where = f"after exchange {number}" if number else "from the beginning"
+        passed_over = event.get("passed_over")
+        reasons = passed_over if isinstance(passed_over, list) else []
+        return ["", f"Resumed {where}", *(f"  passed over: {plain(str(r))}" for r in reasons)]
+
+    def _repeat(self, event: Event) -> list[str]:
+        number = _integer(event, "round")
+        self._exchange = None if number is None else number - 1
+        return [f"  {headline(str(event.get('reason', '')))} Waiting; the exchange is repeated."]
 
     def _update_norm(self, event: Event) -> list[str]:
         """Show what was done about a norm; what was rejected is a failure and shown as one."""
@@ -202,13 +225,21 @@ class Narrator:
         self._log = LineTail(log) if log else None
         self._out = out
         self._progress = Progress()
+        self._begins = ""
         self._last_news = time.monotonic()
         self._patience = self.FIRST_SIGN_SECONDS
+
+    def begin_with(self, flower_run: str) -> None:
+        """Pass over all events before the ``resume`` event of a run with this id of Flower's."""
+        self._begins = flower_run
 
     def show(self) -> None:
         """Print what is new."""
         lines = [plain(line) for line in self._log.read()] if self._log else []
         for event in self._events.read():
+            if self._begins and str(event.get("flower_run")) != self._begins:
+                continue
+            self._begins = ""
             lines += self._progress.lines(event)
         for line in lines:
             self._out(line)
@@ -225,6 +256,15 @@ class Narrator:
         self.show()
         if self._events.unreadable:
             self._out(f"  {count(self._events.unreadable, 'line')} of metrics.jsonl unreadable")
+
+
+def _private(event: Event) -> str:
+    """Return what a private upload has cost, with the loss if there is any."""
+    epsilon, delta, loss = (_number(event, key) for key in ("epsilon", "delta", "loss"))
+    if epsilon is None or delta is None:
+        return ""
+    shown = "loss withheld" if loss is None else f"loss {loss:.3f}"
+    return f"ε {epsilon:.4g} at δ {delta:g}, {shown}"
 
 
 def _effort(event: Event) -> list[str]:

@@ -203,9 +203,7 @@ def _like(state: State, pattern: State) -> State:
     return {name: state[name] for name in pattern}
 
 
-def _describe(
-    folder: RunFolder, config: PilotConfig, overrides: str, name: str
-) -> RunIdentity:
+def _describe(folder: RunFolder, config: PilotConfig, overrides: str, name: str) -> RunIdentity:
     """Write down what a run is; its name last, as no client has heard of it before."""
     identity = RunIdentity(name, settings_hash(config))
     folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))

@@ -14,9 +14,10 @@ from flwr.serverapp import Grid
 from pilot_flwr import wire
 from pilot_flwr.checks import check_name
 from pilot_flwr.claims import Present, Register
-from pilot_flwr.errors import BelowMinimum, ConfigError, RunError, UpdateError
+from pilot_flwr.errors import BelowMinimum, ConfigError, UpdateError
 from pilot_flwr.failures import reason_of
 from pilot_flwr.grid import match
+from pilot_flwr.identity import differences
 from pilot_flwr.server_state import Member
 from pilot_flwr.strategy_settings import StrategyConfig
 from pilot_flwr.wording import count, human_seconds
@@ -39,6 +40,8 @@ class Roster:
         (`strategy.clients` above 0).
     config : StrategyConfig
         Times, the number of clients and the smallest one.
+    identity : Mapping[str, str]
+        What `pilot_flwr.identity.identity_of` says of the server.
     on_failure : callable
         Gets exchange, client (or node) and reason of everyone that cannot take part.
     known : Mapping[str, str]
@@ -53,13 +56,14 @@ class Roster:
         config: StrategyConfig,
         on_failure: Callable[[int, str, str], None],
         *,
+        identity: Mapping[str, str],
         known: Mapping[str, str],
     ) -> None:
         self.run, self.tasks, self.config = run, tasks, config
         self.open = config.clients > 0
         self.expected = {} if self.open else dict(expected)
         self.register = Register({**self.expected, **known})
-        self.on_failure = on_failure
+        self.on_failure, self.identity = on_failure, identity
 
     @property
     def size(self) -> int:
@@ -145,6 +149,7 @@ class Roster:
     def _read(self, reply: Message) -> Member | str:
         try:
             with wire.refuse_unusable():
+                self._check_version(wire.decode_identity(reply.content))
                 member = wire.decode_member(reply.content)
                 self._check(member)
         except UpdateError as error:
@@ -169,6 +174,10 @@ class Roster:
             )
         if member.stage_trained not in (0, 1, 2):
             raise UpdateError(f"`stage-trained` is {member.stage_trained} but must be 0, 1 or 2")
+
+    def _check_version(self, identity: Mapping[str, str]) -> None:
+        if found := differences(identity, self.identity):
+            raise UpdateError("it is of another version than the server: " + "; ".join(found))
 
     def _check_names(self, member: Member) -> None:
         try:

@@ -13,6 +13,7 @@ from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
 from pilot_flwr.grid import PollingGrid
+from pilot_flwr.identity import identity_of
 from pilot_flwr.initial import initial_state
 from pilot_flwr.locks import hold
 from pilot_flwr.resume import Opened, begin_run, completed, continue_run, restored
@@ -95,8 +96,9 @@ def federate(grid: Grid, config: PilotConfig, opened: Opened) -> PilotStrategy:
         run=RunInfo(identity.name, str(folder.path), folder.token),
         folder=folder,
         expected={client.id: client.task for client in federation_clients(config.data)},
+        identity=identity_of(config),
         settings=identity.settings,
-        evaluate=config.evaluation.enabled,
+        evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
     )
     strategy.start(
         grid=PollingGrid(grid),

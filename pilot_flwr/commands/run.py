@@ -40,23 +40,27 @@ def _run(options: argparse.Namespace) -> int:
         return superlink.run(options, _show_results)
     from datetime import datetime
 
-    from pilot_flwr import cluster, cluster_nodes, submission
+    from pilot_flwr import cluster, cluster_nodes, restarts, submission
     from pilot_flwr.config import load_config
     from pilot_flwr.data.federation import federation_clients
     from pilot_flwr.data.files import check_simulated
     from pilot_flwr.federation_file import with_folder
     from pilot_flwr.launch import launch
+    from pilot_flwr.locks import hold
+    from pilot_flwr.outcome import Outcome
     from pilot_flwr.processes import Interrupted
+    from pilot_flwr.resume import check_resumable, completed
     from pilot_flwr.shipped import checkpoint_path
 
-    config = load_config(shlex.join(options.overrides))
+    resumed, given = restarts.words_of_run(options.overrides)
+    config = load_config(shlex.join(given))
     if config.strategy.clients:
         raise ConfigError(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
             "simulation has the configured clients: leave it 0, or use `--superlink`."
         )
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
-    config, words = with_folder(config, options.overrides)
+    config, words = with_folder(config, given)
     if config.data.source == "llava":
         evaluated = config.evaluation.enabled
         check_simulated(config.data, ["train", "test"] if evaluated else ["train"])
@@ -64,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
     if not address:
         submission.check_gpus(config.simulation)
         federation = submission.federation_config(config.num_clients, config.simulation)
-    folder = submission.run_folder(config.run.folder, config.name, datetime.now())
+    folder = resumed or submission.run_folder(config.run.folder, config.name, datetime.now())
     words.append(submission.path_override("run.folder", folder))
     base = config.model.path
     if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
@@ -72,8 +76,13 @@ def _run(options: argparse.Namespace) -> int:
     overrides = shlex.join(words)
     if load_config(overrides).run.folder != str(folder):
         raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
+    if resumed:
+        check_resumable(folder, load_config(overrides))
+        if completed(folder, config) is not None:
+            return _say_completed(folder)
     app = submission.app_folder()
-    _say(f"{config.name}: {config.num_clients} clients, run folder {folder}")
+    doing = "going on in run folder" if resumed else "run folder"
+    _say(f"{config.name}: {config.num_clients} clients, {doing} {folder}")
     if address:
         paths = cluster_nodes.needed_paths(load_config(overrides))
         found = cluster_nodes.look_at(address, folder, paths)
@@ -81,16 +90,53 @@ def _run(options: argparse.Namespace) -> int:
         federation = found.federation_config(config.num_clients, config.simulation)
         _say(found.describe(config.simulation))
     _say("Starting Flower and Ray; the first news takes half a minute.")
-    try:
-        outcome = launch(
-            app, overrides, federation, folder, out=_say, verbose=options.verbose, address=address
+
+    def start(overrides: str, goes_on: bool) -> Outcome:
+        return launch(
+            app,
+            overrides,
+            federation,
+            folder,
+            out=_say,
+            verbose=options.verbose,
+            address=address,
+            resumed=goes_on,
         )
+
+    try:
+        with hold(folder / restarts.LAUNCH_LOCK, f"The run folder {folder}"):
+            if not resumed:
+                restarts.keep_overrides(folder, overrides)
+            outcome = restarts.run_attempts(
+                start,
+                overrides,
+                folder,
+                restarts=config.run.restarts,
+                resumed=bool(resumed),
+                out=_say,
+            )
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
+        print(f"To go on: pilot-flwr run resume={shlex.quote(str(folder))}", file=sys.stderr)
         return 128 + stop.signum
     _show_results(folder)
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
+        if (folder / "config.yaml").is_file():
+            print(f"To go on: pilot-flwr run resume={shlex.quote(str(folder))}", file=sys.stderr)
+    return SUCCESS if outcome.succeeded else FAILURE
+
+
+def _say_completed(folder: Path) -> int:
+    """Show a run that is at its end already, and return what its own result says."""
+    from pilot_flwr.outcome import COMPLETED, RunStatus, judge
+
+    _say(f"The run in {folder} is complete: there is nothing left to do.")
+    _say("To train on, resume it with a larger `strategy.rounds`.")
+    _show_results(folder)
+    outcome = judge(RunStatus(COMPLETED), folder)
+    if not outcome.succeeded:
+        print("\nThe run had failures.", *outcome.explanation, sep="\n", file=sys.stderr)
     return SUCCESS if outcome.succeeded else FAILURE
 
 
@@ -102,7 +148,9 @@ def _show_results(folder: Path) -> None:
         _show_table(timeline.read_text(encoding="utf-8"))
     if summary.is_file():
         _say("\n" + summary.read_text(encoding="utf-8").strip())
-    checkpoints = sorted((folder / "checkpoint").glob("round-*"))
+    from pilot_flwr.checkpoint import checkpoint_folders
+
+    checkpoints = checkpoint_folders(folder / "checkpoint")
     if checkpoints:
         _say(f"\nAdapters: {checkpoints[-1]}")
     _say(f"\nRun folder: {folder}")
