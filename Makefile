@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-extras lint check bench clean
+.PHONY: demo test test-slow test-extras lint security check bench clean
 
 demo: $(STAMP)
 	$(BIN)/pilot-flwr run experiment=demo
@@ -26,7 +26,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+# What bandit finds in the code, and known vulnerabilities of what is installed; where the network
+# does not reach the list of these, that is said and is no failure.
+security: $(STAMP)
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive pilot_flwr scripts benchmarks
+	$(BIN)/python scripts/audit.py
+
+check: lint security test
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py

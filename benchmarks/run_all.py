@@ -29,7 +29,7 @@ def run_demo(folder: Path) -> None:
     """Run the demo into `folder`; its events are what ``demo.py`` reads."""
     program = Path(sys.executable).parent / "pilot-flwr"
     command = [str(program), "run", "experiment=demo", f"run.folder={folder}"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True)  # nosec B603  # no shell, our own program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if benchmark == "demo" and not options.quick:
                 run_demo(demo)
                 extra = [str(demo)]
-            subprocess.run([sys.executable, str(script(benchmark)), *extra], check=True)
+            command = [sys.executable, str(script(benchmark)), *extra]
+            subprocess.run(command, check=True)  # nosec B603  # no shell, our own program
 
 
 if __name__ == "__main__":

@@ -53,12 +53,12 @@ def known_config(config: ModelConfig) -> Any:
     try:
         return _supported(**_source(config), local_files_only=True)
     except (OSError, ValueError):
-        return _supported(reference)
+        return _supported(reference, trust_remote_code=False)
 
 
 def _supported(*place: str, **source: Any) -> Any:
     """Read a transformers configuration, of an architecture that has a row."""
-    read = transformers.AutoConfig.from_pretrained(*place, **source)
+    read = transformers.AutoConfig.from_pretrained(*place, **source)  # nosec B615  # has revision
     spec_of(read)
     return read
 
@@ -79,6 +79,13 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
         It cannot be loaded, or keys are missing, unexpected or mismatched.
     """
     read = read_config(config)
+    weights = getattr(read, "transformers_weights", None) or ".safetensors"
+    if not weights.endswith((".safetensors", ".safetensors.index.json")):
+        # It would come before `use_safetensors`.
+        raise ModelError(
+            f"`model.path` is {config.path!r}, whose config.json names {weights!r} as "
+            "`transformers_weights`, but weights are read from safetensors files only."
+        )
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.quantization == "4bit":
         options["quantization_config"] = _four_bit(options["dtype"])
@@ -88,6 +95,7 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
         model, info = getattr(transformers, spec_of(read).model_class).from_pretrained(
             attn_implementation={"text_config": config.attention},
             output_loading_info=True,
+            use_safetensors=True,
             **options,
             **_source(config),
         )
@@ -115,7 +123,8 @@ def load_processor(path: str, revision: str = "") -> Any:
     try:
         if spec_of(read_config(config)).has_video:
             return _image_processor_parts(config)
-        return transformers.AutoProcessor.from_pretrained(**_source(config))
+        source = _source(config)
+        return transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
     except (OSError, ValueError) as error:
         raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
 
@@ -140,9 +149,11 @@ def _image_processor_parts(config: ModelConfig) -> ImageTextProcessor:
     source = _source(config)
     path = source.pop("pretrained_model_name_or_path")
     values, _ = transformers.ProcessorMixin.get_processor_dict(path, **source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **source)  # nosec B615  # as above
+    images = transformers.AutoImageProcessor.from_pretrained(path, **source)  # nosec B615
     return ImageTextProcessor(
-        tokenizer=transformers.AutoTokenizer.from_pretrained(path, **source),
-        image_processor=transformers.AutoImageProcessor.from_pretrained(path, **source),
+        tokenizer=tokenizer,
+        image_processor=images,
         image_token=values.get("image_token", "<image>"),
         chat_template=values["chat_template"],
     )
@@ -161,8 +172,11 @@ def make_collator(
     )
 
 
-def _source(config: ModelConfig) -> dict[str, str]:
-    """Return what `from_pretrained` has to know to find the checkpoint.
+def _source(config: ModelConfig) -> dict[str, Any]:
+    """Return what `from_pretrained` has to know to find the checkpoint, and to run none of it.
+
+    Code in a checkpoint is refused, not asked about, and weights that are not safetensors
+    (`use_safetensors` in `load_base`) are not unpickled.
 
     Raises
     ------
@@ -172,7 +186,8 @@ def _source(config: ModelConfig) -> dict[str, str]:
     if config.path.startswith(("/", ".", "~")) and not os.path.isdir(config.path):
         raise ModelError(f"`model.path` is {config.path!r}, but there is no such folder.")
     source = {"pretrained_model_name_or_path": checkpoint_path(config.path)}
-    return source | ({"revision": config.revision} if config.revision else {})
+    source |= {"revision": config.revision} if config.revision else {}
+    return source | {"trust_remote_code": False}
 
 
 def _four_bit(dtype: torch.dtype) -> Any:

@@ -95,7 +95,7 @@ class Workplace:
         self.mark = uuid.uuid4().hex
         self.folder = Path(tempfile.mkdtemp(prefix="pf-", dir=_scratch_base())).resolve()
         self._children: list[subprocess.Popen[bytes]] = []
-        self._watchdog = subprocess.Popen(
+        self._watchdog = subprocess.Popen(  # nosec B603  # no shell, this very file
             [sys.executable, "-P", __file__, self.mark, str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -135,7 +135,7 @@ class Workplace:
         The session of its own keeps a terminal's Ctrl-C from reaching it before the launcher
         has decided what to do.
         """
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # nosec B603  # no shell; commands of this package and Flower
             command,
             env={**environment, MARK_VARIABLE: self.mark},
             cwd=self.folder,
@@ -229,7 +229,7 @@ def _scratch_base() -> str:
     for base in candidates:
         if base and len(base) <= LONGEST_SCRATCH_BASE and os.access(base, os.W_OK | os.X_OK):
             return base
-    return "/tmp"
+    return "/tmp"  # nosec B108  # mkdtemp makes a folder of its own in it
 
 
 def _watch(mark: str, folder: Path) -> None:

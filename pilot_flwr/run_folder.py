@@ -26,7 +26,7 @@ from pilot_flwr.tensors import flush, write_text
 
 Event = dict[str, Any]
 
-_TOKEN = ".token"
+_TOKEN = ".token"  # nosec B105  # a file's name
 
 
 def select(events: Sequence[Event], kind: str, server_round: int | None = None) -> list[Event]:

@@ -68,7 +68,7 @@ def make_processor(rng: np.random.Generator) -> LlavaProcessor:
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token="<s>",
+        bos_token="<s>",  # nosec B106  # a token of text, no secret
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens={"image_token": IMAGE_MARKER},

@@ -136,7 +136,8 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
     description = _describe(folder)
     source = _source(folder, description, base)
     options.setdefault("dtype", getattr(torch, description["base"]["dtype"]))
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+    options.setdefault("use_safetensors", True)  # weights in another format would be unpickled
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(  # nosec B615  # has it
         **source, output_loading_info=True, **options
     )
     if problems := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
@@ -159,7 +160,7 @@ def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> 
     folder = Path(folder)
     description = _describe(folder)
     source = _source(folder, description, base)
-    processor = transformers.AutoProcessor.from_pretrained(**source)
+    processor = transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
     if description["image_aspect_ratio"] == "pad":
         _pad_images(processor.image_processor)
