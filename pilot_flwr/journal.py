@@ -18,6 +18,9 @@ from pilot_flwr.tables import summary, timeline
 logger = logging.getLogger("flwr")
 
 
+LOSS_PARTS = ("ce", "difference", "balance", "z")
+
+
 class Journal:
     """Turns what the strategy sees into events.
 
@@ -78,8 +81,8 @@ class Journal:
             stage=stage,
             client=update.client,
             task=update.task,
-            loss=numbers["loss.total"],
-            **{f"loss_{n}": numbers[f"loss.{n}"] for n in ("ce", "difference", "balance", "z")},
+            loss=numbers.get("loss.total"),
+            **{f"loss_{n}": numbers.get(f"loss.{n}") for n in LOSS_PARTS},
             examples=update.num_examples,
             steps=numbers["steps"],
             seconds=numbers["seconds"],
@@ -88,7 +91,15 @@ class Journal:
             bytes_up=sum(report.sizes.values()),
             up=report.sizes,
             **report.times,
+            **(report.privacy or {}),
         )
+        if report.privacy:
+            logger.info(
+                "Exchange %d, train, %s: ε = %.4g at δ = %g, uploads so far: %d.",
+                server_round,
+                update.client,
+                *report.privacy.values(),
+            )
 
     def evaluation(self, server_round: int, member: Member, report: replies.Report) -> None:
         """Write down a score, if there is one, of the model after exchange `server_round`."""
@@ -176,15 +187,16 @@ class Journal:
         undone = len(self.folder.events) - self._began
         self.folder.record("repeat", round=server_round, reason=reason, undone=undone)
 
-    def close(self, server_round: int, seconds: float) -> float:
-        """End an exchange's train phase; return the mean loss of its clients."""
+    def close(self, server_round: int, seconds: float) -> float | None:
+        """End an exchange's train phase; return the mean loss of its clients that told it."""
         self.folder.record(
             "round", round=server_round, exchanges=self.num_exchanges, seconds=seconds
         )
         self.write_tables()
         trained = self.folder.select("train", server_round)
-        losses = [e["loss"] for e in trained if e["client"] not in self._rejected]
-        return float(sum(losses) / len(losses))
+        counted = [e["loss"] for e in trained if e["client"] not in self._rejected]
+        losses = [loss for loss in counted if loss is not None]
+        return float(sum(losses) / len(losses)) if losses else None
 
     def close_evaluation(self, server_round: int, seconds: float) -> float | None:
         """End the closing evaluation; return the mean over clients of its scores."""

@@ -21,6 +21,8 @@ from pilot_flwr.data.screening import WholeImages, usable
 from pilot_flwr.evaluation import EvaluationResult, evaluate
 from pilot_flwr.features import FeatureCache
 from pilot_flwr.models import PilotModel
+from pilot_flwr.privacy_account import PrivacyAccount
+from pilot_flwr.privacy_demands import PrivacyDemands
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.training import Encoder, TrainingResult, train
 
@@ -39,12 +41,24 @@ class Site:
         Where it computes.
     files : SiteFiles, optional
         Its own data; a simulated client has what the run's configuration names.
+    run : str
+        Name of the run.
+    demands : PrivacyDemands
+        What it asks of a run's differential privacy.
     """
 
     client: Client
     state_folder: Path
     device: torch.device
     files: SiteFiles | None = None
+    run: str = ""
+    demands: PrivacyDemands = PrivacyDemands()
+
+    @property
+    def account(self) -> PrivacyAccount:
+        """The client's privacy account, beside the folders of its runs."""
+        path = self.state_folder.parent / f"{self.client.id}.privacy.json"
+        return PrivacyAccount(path, self.client.id)
 
 
 class Kit:

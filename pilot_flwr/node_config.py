@@ -7,6 +7,7 @@ it with the run's settings, `pilot_flwr.readiness` tries what it names. To add a
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from pilot_flwr.checks import at_least, check_name, expanded
+from pilot_flwr.checks import at_least, check_name, expanded, positive, share
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.privacy_demands import PrivacyDemands
 
 NodeConfig = Mapping[str, bool | float | int | str]
 """As Flower's context carries it."""
@@ -31,6 +33,11 @@ KEYS = {
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
     "micro-batch": "examples at once in memory",
+    "min-noise-multiplier": "least `privacy.noise_multiplier` of a run",
+    "max-clip-norm": "largest `privacy.clip_norm` of a run",
+    "max-epsilon": "largest ε of all that this site ever uploads",
+    "privacy-delta": "the δ of `max-epsilon`",
+    "allow-metrics": "true if losses and scores may leave beside private uploads",
 }
 """Every key of a real site's node config, and what it is."""
 
@@ -59,6 +66,8 @@ class NodeSettings:
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     micro_batch : int
         Examples at once in memory; 0 for as many as the run says.
+    demands : PrivacyDemands
+        What it asks of a run's differential privacy.
     """
 
     client_id: str = ""
@@ -72,6 +81,7 @@ class NodeSettings:
     device: str = "auto"
     model_path: Path | None = None
     micro_batch: int = 0
+    demands: PrivacyDemands = PrivacyDemands()
 
 
 def read_node_config(values: NodeConfig) -> NodeSettings:
@@ -102,6 +112,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         device=_text(values, "device") or "auto",
         model_path=_folder(values, "model-path"),
         micro_batch=_whole(values, "micro-batch") or 0,
+        demands=_demands(values),
     )
     if "client-id" in values:
         check_name("client-id", settings.client_id)
@@ -183,6 +194,38 @@ def _whole(values: NodeConfig, key: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise ConfigError(f"`{key}` is {value!r} but must be a whole number.")
     return value
+
+
+def _demands(values: NodeConfig) -> PrivacyDemands:
+    limits = {
+        key: _positive(values, key)
+        for key in ("min-noise-multiplier", "max-clip-norm", "max-epsilon", "privacy-delta")
+    }
+    share("privacy-delta", limits["privacy-delta"] or 0)
+    allow = values.get("allow-metrics", False)
+    if not isinstance(allow, bool):
+        raise ConfigError(f"`allow-metrics` is {allow!r} but must be true or false.")
+    return PrivacyDemands(
+        min_noise_multiplier=limits["min-noise-multiplier"] or 0.0,
+        max_clip_norm=limits["max-clip-norm"] or math.inf,
+        max_epsilon=limits["max-epsilon"] or math.inf,
+        delta=limits["privacy-delta"] or PrivacyDemands.delta,
+        allow_metrics=allow,
+    )
+
+
+def _positive(values: NodeConfig, key: str) -> float | None:
+    """Return a number above zero, None if there is no such key."""
+    if key not in values:
+        return None
+    try:
+        number = math.nan if isinstance(values[key], bool) else float(values[key])
+    except (ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"`{key}` is {values[key]!r} but must be a number: {KEYS[key]}.")
+    positive(key, number)
+    return number
 
 
 def _files(values: NodeConfig, key: str) -> tuple[Path, ...]:

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from pilot_flwr.parameters import State
 
 Normal = Callable[[int], NDArray[np.float64]]
 """Gives that many independent standard normal numbers."""
+
+_Group = TypeVar("_Group", bound=str)
 
 _CHUNK = 2**20
 
@@ -72,13 +75,13 @@ def system_normal(count: int) -> NDArray[np.float64]:
 
 
 def release(
-    trained: Mapping[str, State],
-    sent: Mapping[str, State],
+    trained: Mapping[_Group, State],
+    sent: Mapping[_Group, State],
     *,
     clip_norm: float,
     noise_multiplier: float,
     normal: Normal = system_normal,
-) -> tuple[dict[str, State], Clipping]:
+) -> tuple[dict[_Group, State], Clipping]:
     """Return what may leave a client instead of what it has trained.
 
     Parameters
@@ -94,7 +97,7 @@ def release(
     Returns
     -------
     dict, Clipping
-        Group → tensors with the types of `trained`, and how they were clipped.
+        Group → tensors with the types of `sent`, and how they were clipped.
 
     Raises
     ------
@@ -121,7 +124,7 @@ def release(
     return released, Clipping(norm, factor)
 
 
-def change_norm(trained: Mapping[str, State], sent: Mapping[str, State]) -> float:
+def change_norm(trained: Mapping[_Group, State], sent: Mapping[_Group, State]) -> float:
     """Return ‖Δ‖₂ over all tensors, in float64."""
     squares = 0.0
     for group, state in trained.items():
@@ -142,4 +145,4 @@ def _noisy(
 ) -> torch.Tensor:
     noise = torch.from_numpy(normal(trained.numel())) * deviation
     noisy = noise.add_(_change(trained, sent), alpha=factor).view(trained.shape)
-    return noisy.add_(sent.to(torch.float64)).to(trained.dtype)
+    return noisy.add_(sent.to(torch.float64)).to(sent.dtype)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.checkpoint import write_text
 from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.privacy_settings import PrivacyConfig
+from pilot_flwr.tensors import write_text
 
 FORMAT = "pilot-flwr-privacy-1"
 """Version of the account's file."""
@@ -148,8 +148,8 @@ class PrivacyAccount:
         write_text(self.path, json.dumps(content, indent=1) + "\n")
         return _spent(releases, run, config.delta)
 
-    def preview(self, config: PrivacyConfig, *, run: str) -> Spent:
-        """Return what would be spent after one more release; nothing is counted.
+    def epsilon_after(self, config: PrivacyConfig, delta: float) -> float:
+        """Return ε of all releases and one more, over all runs; nothing is counted.
 
         Raises
         ------
@@ -158,8 +158,8 @@ class PrivacyAccount:
         ConfigError
             ``dp-accounting`` is not installed.
         """
-        more = {"run": run, "noise_multiplier": config.noise_multiplier}
-        return _spent([*self.releases(), more], run, config.delta)
+        kept = [entry["noise_multiplier"] for entry in self.releases()]
+        return epsilon([*kept, config.noise_multiplier], delta)
 
 
 def _spent(releases: list[dict[str, Any]], run: str, delta: float) -> Spent:

@@ -35,7 +35,8 @@ class Report:
     Attributes
     ----------
     training : dict or None
-        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained.
+        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained. A client that makes
+        its upload private may keep the losses to itself: all of them, or none.
     gradients : dict
         Group → number of its parameters that received a gradient.
     evaluation : EvaluationResult or None
@@ -44,6 +45,8 @@ class Report:
         ``started`` (seconds since 1970) and ``turn_seconds`` of the whole turn.
     sizes : dict
         Bytes of the reply's arrays, see `num_bytes`.
+    privacy : dict or None
+        ``epsilon``, ``delta`` and ``releases`` of the run so far, if the upload was made private.
     """
 
     training: dict[str, float] | None
@@ -51,6 +54,7 @@ class Report:
     evaluation: EvaluationResult | None
     times: dict[str, float]
     sizes: dict[str, int]
+    privacy: dict[str, float] | None = None
 
 
 def encode_result(result: TurnResult, order: Order, client: str, task: str) -> RecordDict:
@@ -74,6 +78,14 @@ def encode_result(result: TurnResult, order: Order, client: str, task: str) -> R
             {
                 "metric": result.evaluation.metric,
                 "approximate": result.evaluation.approximate,
+            }
+        )
+    if result.spent is not None:
+        content["privacy"] = MetricRecord(
+            {
+                "epsilon": result.spent.epsilon,
+                "delta": result.spent.delta,
+                "releases": result.spent.releases,
             }
         )
     if result.training is not None:
@@ -123,7 +135,11 @@ def decode_report(content: RecordDict) -> Report:
     """
     trained = "training" in content.metric_records
     training = content.metric_records.get("training", MetricRecord())
-    needed = ("steps", "seconds", *(f"loss.{name}" for name in LOSSES))
+    privacy = _privacy(content)
+    losses = tuple(f"loss.{name}" for name in LOSSES)
+    if privacy and not any(name in training for name in losses):
+        losses = ()
+    needed = ("steps", "seconds", *losses)
     return Report(
         training={name: number_of(training, name) for name in needed} if trained else None,
         gradients={
@@ -137,7 +153,19 @@ def decode_report(content: RecordDict) -> Report:
             for name in ("started", "turn_seconds")
         },
         sizes=num_bytes(content),
+        privacy=privacy,
     )
+
+
+def _privacy(content: RecordDict) -> dict[str, float] | None:
+    if "privacy" not in content.metric_records:
+        return None
+    numbers = metrics_of(content, "privacy")
+    return {
+        "epsilon": number_of(numbers, "epsilon", low=0),
+        "delta": number_of(numbers, "delta", low=0, high=1),
+        "releases": int(number_of(numbers, "releases", low=1)),
+    }
 
 
 def _evaluation(content: RecordDict) -> EvaluationResult | None:

@@ -44,7 +44,7 @@ def timeline(events: Sequence[Event]) -> str:
                 "<br>".join(_stages(trained)) + (f"<br>failed: {len(failures)}" * bool(failures)),
                 "<br>".join(_gradients(trained)),
                 "<br>".join(_bytes(orders, "down")),
-                "<br>".join(_bytes([*trained, *failures], "up")),
+                "<br>".join([*_bytes([*trained, *failures], "up"), *_spent(trained)]),
                 "<br>".join(_server(select(events, "aggregate", number))),
                 f"{closed['seconds']:.1f}",
             ]
@@ -67,6 +67,8 @@ def summary(events: Sequence[Event]) -> str:
     """Return a Markdown table of scores: a row per task and their mean, a column per round."""
     evaluated = select(events, "evaluate")
     if not evaluated:
+        if any("epsilon" in event for event in select(events, "train")):
+            return "No evaluation: a private run without `privacy.send_metrics` sends no scores.\n"
         return "No evaluation.\n"
     rounds = sorted({event["round"] for event in evaluated})
     tasks = list(dict.fromkeys(event["task"] for event in evaluated))
@@ -150,6 +152,15 @@ def _bytes(events: Sequence[Event], way: str) -> list[str]:
     names = {"lora": "Θ_l", "task_adapters": "ψ_t"}
     sums = {name: sum(e[way][name] for e in events if way in e) for name in names}
     return [f"{names[name]} {human_bytes(size)}" for name, size in sums.items()]
+
+
+def _spent(trained: Sequence[Event]) -> list[str]:
+    """Return the largest ε that a client has spent in the run, if uploads were made private."""
+    private = [event for event in trained if event.get("epsilon") is not None]
+    if not private:
+        return []
+    most = max(private, key=lambda event: float(event["epsilon"]))
+    return [f"ε <= {most['epsilon']:.4g} at δ {most['delta']:g}"]
 
 
 def _server(aggregated: Sequence[Event]) -> list[str]:

@@ -8,7 +8,7 @@ sent) and from the client's own disk (what never leaves it).
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,9 +19,12 @@ from pilot_flwr.models import PilotModel, warm_model
 from pilot_flwr.parameters import GROUPS, GroupName, State
 from pilot_flwr.personal import assemble, enter_own, enter_stage2, load_received
 from pilot_flwr.plan import out_of_memory_explained
+from pilot_flwr.privacy import release
+from pilot_flwr.privacy_account import Spent, require_accounting
 from pilot_flwr.private_state import PrivateState, PrivateStore
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.training import TrainingResult, check_finite
+from pilot_flwr.wording import count
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,15 @@ class Order:
 class TurnResult:
     """What a turn gives back; `adapter` and `lora` are the only parameters that are sent.
 
-    `started` is in seconds since 1970, `seconds` is the whole turn's wall time.
+    `started` is in seconds since 1970, `seconds` is the whole turn's wall time. `spent` is what
+    the client's privacy account says if `adapter` and `lora` are clipped and noisy.
     """
 
     adapter: State = field(default_factory=dict)
     lora: State = field(default_factory=dict)
     training: TrainingResult | None = None
     evaluation: EvaluationResult | None = None
+    spent: Spent | None = None
     started: float = 0.0
     seconds: float = 0.0
 
@@ -76,6 +81,20 @@ def stage_trained(site: Site, server_round: int) -> int:
 def private_store(site: Site) -> PrivateStore:
     """Return where the client's private states of this run are."""
     return PrivateStore(site.state_folder, site.client.id, site.client.task)
+
+
+def check_budget(site: Site, config: PilotConfig) -> None:
+    """Say whether one more upload is within what this site allows; nothing is looked at if not.
+
+    Raises
+    ------
+    PilotError
+        It is not, or its privacy account cannot be kept.
+    """
+    if config.privacy.enabled:
+        require_accounting()
+        delta = site.demands.delta
+        site.demands.check_budget(site.account.epsilon_after(config.privacy, delta))
 
 
 def take_turn(
@@ -102,6 +121,8 @@ def take_turn(
     started = time.time()
     store = private_store(site)
     private = store.load(before=order.server_round)
+    if order.train:
+        check_budget(site, config)
     if order.train and order.stage == 2 and private is None:
         raise StateError(
             f"Client {site.client.id!r} was ordered to train stage 2 but holds no stage-1 state."
@@ -114,7 +135,7 @@ def take_turn(
     if order.train:
         kit.examples("train")  # what is broken stops the turn now, not after the evaluation
     evaluation = None
-    if order.evaluate:
+    if order.evaluate and not config.privacy.withholds_metrics:
         assemble(
             model,
             site.client.task,
@@ -125,27 +146,52 @@ def take_turn(
         )
         with out_of_memory_explained(config, model.stage):
             evaluation = kit.evaluate()
-    training = None
+    done = TurnResult()
     if order.train:
         generator = turn_generator(config.seed, site.client.id, order.server_round)
         _enter_ordered_architecture(model, site.client.task, private, order, generator)
         with out_of_memory_explained(config, model.stage):
             training = kit.train(generator)
         check_finite(model)
+        done = _upload(model, training, kit, order)
         store.save(_private_state(model), server_round=order.server_round)
-    return TurnResult(
-        adapter=_to_send(model, "own_task_adapter") if training else {},
-        lora=_to_send(model, "lora") if training else {},
-        training=training,
-        evaluation=evaluation,
-        started=started,
-        seconds=time.time() - started,
-    )
+    return replace(done, evaluation=evaluation, started=started, seconds=time.time() - started)
 
 
-def _to_send(model: PilotModel, group: GroupName) -> State:
+def _upload(model: PilotModel, training: TrainingResult, kit: Kit, order: Order) -> TurnResult:
+    """Return what leaves the client; a private run's release is counted before it is made."""
+    site, privacy = kit.site, kit.config.privacy
+    upload: dict[GroupName, State] = {
+        "own_task_adapter": model.state("own_task_adapter"),
+        "lora": model.state("lora"),
+    }
+    spent = None
+    if privacy.enabled:
+        sent: dict[GroupName, State] = {
+            "own_task_adapter": order.adapters[site.client.task],
+            "lora": order.lora,
+        }
+        spent = site.account.spend(privacy, run=site.run, server_round=order.server_round)
+        upload, clipping = release(
+            upload,
+            sent,
+            clip_norm=privacy.clip_norm,
+            noise_multiplier=privacy.noise_multiplier,
+        )
+        kit.progress(
+            f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added; now "
+            f"ε = {spent.epsilon:.4g} in this run and {spent.total_epsilon:.4g} in all, at "
+            f"δ = {spent.delta:g} ({spent.releases} and {count(spent.total_releases, 'release')})"
+        )
+    if privacy.withholds_metrics:
+        training = replace(training, losses={})
+    adapter, lora = (_to_send(model, upload[group]) for group in ("own_task_adapter", "lora"))
+    return TurnResult(adapter, lora, training, spent=spent)
+
+
+def _to_send(model: PilotModel, state: State) -> State:
     dtype = getattr(torch, model.config.wire_dtype)
-    return {name: tensor.to(dtype) for name, tensor in model.state(group).items()}
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
 def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Generator:
