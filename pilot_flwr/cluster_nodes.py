@@ -4,6 +4,7 @@ The look is `pilot_flwr.cluster_survey`'s, in a process of its own with a time l
 lacks is said before any training, node by node: the run folder, data, packages.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ from typing import Any
 
 from pilot_flwr.cluster import ADDRESS_VARIABLE, Cluster, Node
 from pilot_flwr.data.files import simulated_path, simulated_paths
-from pilot_flwr.errors import RunError
+from pilot_flwr.errors import PilotError, RunError
 from pilot_flwr.settings import PilotConfig
 from pilot_flwr.wording import headline
 
@@ -30,6 +31,34 @@ SURVEY_SECONDS = 180.0
 
 ANSWER = "pilot-flwr survey: "
 """What the survey's line starts with; Ray writes to the same stream."""
+
+
+def prepare(config: PilotConfig, address: str, folder: Path) -> tuple[Cluster, str]:
+    """Return the cluster for a run, and the value of ``flwr run --federation-config``.
+
+    Parameters
+    ----------
+    config : PilotConfig
+        The run's, every path absolute.
+    address : str
+        From `pilot_flwr.cluster.address_of`.
+    folder : Path
+        The run folder; made if it is not there, and removed again if it is of no use.
+
+    Raises
+    ------
+    RunError
+        See `look_at`.
+    ConfigError
+        Not even one client fits.
+    """
+    try:
+        found = look_at(address, folder, needed_paths(config))
+        return found, found.federation_config(config.num_clients, config.simulation)
+    except PilotError:
+        with contextlib.suppress(OSError):  # not empty: a run that goes on
+            folder.rmdir()
+        raise
 
 
 def look_at(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:

@@ -84,10 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     doing = "going on in run folder" if resumed else "run folder"
     _say(f"{config.name}: {config.num_clients} clients, {doing} {folder}")
     if address:
-        paths = cluster_nodes.needed_paths(load_config(overrides))
-        found = cluster_nodes.look_at(address, folder, paths)
+        found, federation = cluster_nodes.prepare(load_config(overrides), address, folder)
         address = found.address
-        federation = found.federation_config(config.num_clients, config.simulation)
         _say(found.describe(config.simulation))
     _say("Starting Flower and Ray; the first news takes half a minute.")
 
