@@ -27,6 +27,7 @@ from pilot_flwr.outcome import Outcome, RunStatus, judge
 from pilot_flwr.processes import StopSignals, Workplace, free_port, is_alive, listens
 from pilot_flwr.progress import Narrator
 from pilot_flwr.submission import toml_string
+from pilot_flwr.wording import count
 
 CONNECTION = "pilot"
 TICK_SECONDS = 0.3
@@ -101,8 +102,9 @@ def launch(
     Interrupted
         A signal said stop; everything has been ended.
     """
-    if address and (folder / "metrics.jsonl").exists():
-        look_at(address, folder)  # it goes on: wait until Ray knows which machines are left
+    if address and resumed:  # perhaps a machine has died: wait until Ray knows which are left
+        found = look_at(address, folder)
+        out(f"The Ray cluster has {count(len(found.nodes), 'machine')} now.")
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     narrator = Narrator(folder / "metrics.jsonl", logs / "flower.log" if verbose else None, out)
