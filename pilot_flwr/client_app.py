@@ -7,16 +7,18 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pilot_flwr import replies, wire
+from pilot_flwr import __version__, replies, wire
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import count_examples
-from pilot_flwr.errors import PilotError, UpdateError
+from pilot_flwr.errors import ConfigError, PilotError, UpdateError
 from pilot_flwr.failures import OWN_ERROR, reply_text
+from pilot_flwr.identity import identity_of
 from pilot_flwr.kit import Site
 from pilot_flwr.node_config import private_paths, read_node_config
+from pilot_flwr.readiness import check_readiness
 from pilot_flwr.server_state import Member
 from pilot_flwr.site import find_site, is_simulated, site_config
-from pilot_flwr.turn import stage_trained, take_turn
+from pilot_flwr.turn import check_budget, stage_trained, take_turn
 
 app = ClientApp()
 logger = logging.getLogger("flwr")
@@ -48,7 +50,9 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
 @app.query()
 @_answer
 def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
-    """Say which client this node is, and whether it holds stage-1 state."""
+    """Say which client this node is, of what version, and whether it holds stage-1 state."""
+    check_readiness(site, config)
+    check_budget(site, config)
     examples = count_examples(config.data, site.client, "train", seed=config.seed, files=site.files)
     return wire.encode_member(
         Member(
@@ -56,7 +60,8 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
             site.client.task,
             examples,
             stage_trained(site, wire.decode_query(message.content)),
-        )
+        ),
+        identity_of(config),
     )
 
 
@@ -100,4 +105,7 @@ def _open(
 
 @functools.lru_cache(maxsize=1)
 def _config(overrides: str) -> PilotConfig:
-    return load_config(overrides)
+    try:
+        return load_config(overrides)
+    except ConfigError as error:  # often the server has another version
+        raise ConfigError(f"{error} (pilot-flwr {__version__} at this client)") from None

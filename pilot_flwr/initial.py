@@ -21,7 +21,8 @@ from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import State
 from pilot_flwr.shipped import checkpoint_path
 
-_PROJECTOR = "multi_modal_projector."
+PROJECTOR = "multi_modal_projector."
+"""In the names of the projector's tensors, before what they are called in an adapter."""
 
 
 class InitialState(NamedTuple):
@@ -79,10 +80,10 @@ def _read_projector(config: ModelConfig, dtype: torch.dtype) -> State:
     for file in _weight_files(config):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if _PROJECTOR in name:
-                    state[name.split(_PROJECTOR)[1]] = tensors.get_tensor(name).to(dtype)
+                if PROJECTOR in name:
+                    state[name.split(PROJECTOR)[1]] = tensors.get_tensor(name).to(dtype)
     if not state:
-        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor `{_PROJECTOR}*`.")
+        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor `{PROJECTOR}*`.")
     return state
 
 
@@ -99,7 +100,7 @@ def _weight_files(config: ModelConfig) -> list[str]:
         names = ["model.safetensors"]
     else:
         weights = json.loads(Path(index).read_text())["weight_map"]
-        names = sorted({file for name, file in weights.items() if _PROJECTOR in name})
+        names = sorted({file for name, file in weights.items() if PROJECTOR in name})
     try:
         return [str(cached_file(folder, name, revision=revision)) for name in names]
     except OSError as error:

@@ -52,6 +52,8 @@ class PilotStrategy(ExchangeLoop):
         Gets events, timeline, summary and checkpoints.
     expected : Mapping[str, str]
         Task of every client of the federation, by client id.
+    identity : Mapping[str, str]
+        What clients must have in common with the server, see `pilot_flwr.identity`.
     settings : str
         Hash of the run's settings, for its checkpoints.
     evaluate : bool
@@ -66,6 +68,7 @@ class PilotStrategy(ExchangeLoop):
         run: wire.RunInfo,
         folder: RunFolder,
         expected: Mapping[str, str],
+        identity: Mapping[str, str],
         settings: str = "",
         evaluate: bool = True,
     ) -> None:
@@ -77,6 +80,7 @@ class PilotStrategy(ExchangeLoop):
             expected,
             config,
             lambda number, who, why: self.journal.failure(number, "roster", who, why),
+            identity=identity,
             known=state.task_of,
         )
         self.identity = RunIdentity(run.name, settings)
@@ -160,7 +164,10 @@ class PilotStrategy(ExchangeLoop):
         self.journal.aggregation(server_round, done, time.perf_counter() - started)
         loss = self.journal.close(server_round, time.perf_counter() - self._started)
         self._save(server_round)
-        return self.global_arrays(), MetricRecord({"loss": loss, "updates": len(updates)})
+        metrics = MetricRecord({"updates": len(updates)})
+        if loss is not None:
+            metrics["loss"] = loss
+        return self.global_arrays(), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

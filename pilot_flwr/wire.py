@@ -72,15 +72,15 @@ def decode_query(content: RecordDict) -> int:
     return value_of(config_of(content, "query"), "round", int)
 
 
-def encode_member(member: Member) -> RecordDict:
-    """Answer who one is."""
+def encode_member(member: Member, identity: Mapping[str, str]) -> RecordDict:
+    """Answer who one is, and of what version (`pilot_flwr.identity`)."""
     values: dict[str, ConfigRecordValues] = {
         "client": member.client,
         "task": member.task,
         "examples": member.examples,
         "stage-trained": member.stage_trained,
     }
-    return RecordDict({"member": ConfigRecord(values)})
+    return RecordDict({"member": ConfigRecord(values), "identity": ConfigRecord(dict(identity))})
 
 
 def decode_member(content: RecordDict) -> Member:
@@ -98,6 +98,18 @@ def decode_member(content: RecordDict) -> Member:
         examples=value_of(values, "examples", int),
         stage_trained=value_of(values, "stage-trained", int),
     )
+
+
+def decode_identity(content: RecordDict) -> dict[str, str]:
+    """Read of what version a node is.
+
+    Raises
+    ------
+    UpdateError
+        A value is missing or of the wrong type.
+    """
+    values = config_of(content, "identity")
+    return {key: value_of(values, key, str) for key in values}
 
 
 def encode_order(

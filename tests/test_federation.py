@@ -124,7 +124,8 @@ def test_examples_do_not_travel(finished):
         finished.folder.token,
     }
     tasks, clients = {"vqa", "counting"}, {"vqa-0", "vqa-1", "counting-0", "counting-1"}
-    assert words == tasks | clients | {"test-1", "exact_match"}
+    hashes = set(finished.strategy.roster.identity.values())
+    assert words == tasks | clients | hashes | {"test-1", "exact_match"}
 
 
 def test_private_state_is_kept_and_frozen_parts_stay_bit_identical(tmp_path):
