@@ -116,9 +116,14 @@ def save_checkpoint(
     os.replace(temporary, target)
     flush(folder)
     _discard(replaced)
+    prune_checkpoints(folder)
+    return target
+
+
+def prune_checkpoints(folder: Path) -> None:
+    """Remove all but the last `KEPT_ROUNDS`."""
     for old in checkpoint_folders(folder)[:-KEPT_ROUNDS]:
         _discard(old)
-    return target
 
 
 @dataclass(frozen=True)

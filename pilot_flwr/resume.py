@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pilot_flwr.checkpoint import (
     RunIdentity,
     checkpoint_folders,
     latest_checkpoint,
+    prune_checkpoints,
 )
 from pilot_flwr.config import PilotConfig, from_yaml, to_yaml
 from pilot_flwr.errors import ConfigError, StateError
@@ -106,12 +107,14 @@ def continue_run(
     attempt = 1 + max(_earlier_attempts(path, lines), default=0)
     moved = _set_aside(path, lines, kept, attempt)
     _refuse_later(path / "checkpoint", checkpoint, attempt)
+    prune_checkpoints(path / "checkpoint")  # it may have died before it did
     (path / "result.json").unlink(missing_ok=True)
     folder = RunFolder(path, events)
     if identity is None or recorded is None:
         identity = _describe(folder, config, overrides, identity.name if identity else name)
     elif recorded != _as_recorded(config, path):
         folder.write("config.yaml", to_yaml(_as_recorded(config, path)))
+        folder.write(OVERRIDES, overrides + "\n")
     for reason in passed_over:
         logger.warning("Passed over a checkpoint: %s", reason)
     folder.record(
@@ -213,8 +216,6 @@ def _describe(folder: RunFolder, config: PilotConfig, overrides: str, name: str)
 
 
 def _as_recorded(config: PilotConfig, path: Path) -> PilotConfig:
-    from dataclasses import replace
-
     return replace(config, resume="", run=replace(config.run, folder=str(path)))
 
 
