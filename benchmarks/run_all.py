@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-BENCHMARKS = ("connector", "aggregation", "client_turn", "demo", "rows", "plan", "gpu")
+BENCHMARKS = ("connector", "aggregation", "client_turn", "demo", "rows", "plan", "privacy", "gpu")
 
 
 def script(benchmark: str) -> Path:

@@ -228,6 +228,55 @@ def plan_rows(results: Results) -> Rows:
     return []
 
 
+def privacy_rows(results: Results) -> Rows:
+    """``privacy.json`` has a table of its own, see `privacy_table`."""
+    return []
+
+
+def privacy_table(record: Results) -> str:
+    """Return the table of ``privacy.json``: a row per size of the noise."""
+    results = record["results"]
+    tasks = list(results["untrained"]["score_per_task"])
+    rows = [
+        [
+            "uploads",
+            f"ε after {results['run']['exchanges']} exchanges, δ = {results['delta']:g}",
+            *tasks,
+            "mean over tasks",
+            "range over seeds",
+        ]
+    ]
+    for measured in [results["untrained"], *results["settings"]]:
+        spread = measured.get("score_range_over_seeds")
+        rows.append(
+            [
+                upload_words(measured, results["clip_norm"]),
+                epsilon_words(measured),
+                *(f"{measured['score_per_task'][task]:.3f}" for task in tasks),
+                f"{measured['score_mean_over_tasks']:.3f}",
+                f"{spread[0]:.3f} to {spread[1]:.3f}" if spread else "",
+            ]
+        )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def upload_words(measured: Results, clip_norm: float) -> str:
+    """Return what was uploaded in a row of ``privacy.json``."""
+    if "noise_multiplier" not in measured:
+        return "none: the base model"
+    if measured["noise_multiplier"] is None:
+        return "exact: the demo"
+    return f"clipped to {clip_norm:g}, noise multiplier {measured['noise_multiplier']:g}"
+
+
+def epsilon_words(measured: Results) -> str:
+    """Return ε of a row of ``privacy.json``, three digits of it."""
+    if "noise_multiplier" not in measured:
+        return "0"
+    value = measured["epsilon_after_all_exchanges"]
+    return "no bound" if value is None else f"{float(f'{value:.3g}'):,g}"
+
+
 def plan_table(record: Results) -> str:
     """Return the table of ``plan.json``: a row per base model."""
     plans = record["results"]
@@ -267,6 +316,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "rows": rows_rows,
     "gpu": gpu_rows,
     "plan": plan_rows,
+    "privacy": privacy_rows,
 }
 """Rows by the name of a result file."""
 
@@ -318,6 +368,9 @@ def readme(text: str, folder: Path = RESULTS) -> str:
     plan = folder / "plan.json"
     if plan.exists():
         contents["plan"] = plan_table(json.loads(plan.read_text()))
+    privacy = folder / "privacy.json"
+    if privacy.exists():
+        contents["privacy"] = privacy_table(json.loads(privacy.read_text()))
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)

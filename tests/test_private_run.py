@@ -247,7 +247,7 @@ def test_a_site_takes_part_in_what_it_demands(demand, overrides, tmp_path):
 def test_a_spent_budget_ends_a_sites_part_over_runs(tmp_path):
     """2.2 is enough for one upload at z = 4, whatever the run is called."""
     node = {"client-id": "vqa-0", "state-folder": str(tmp_path / "s"), "max-epsilon": 2.2}
-    other = {"client-id": "counting-0", "state-folder": str(tmp_path / "s")}
+    other = {"client-id": "counting-0", "state-folder": str(tmp_path / "other")}
     run = Federation(tmp_path / "run", NOISY, node_configs=[node, other]).run()
     assert [e["client"] for e in run.events("train", round=1)] == ["counting-0", "vqa-0"]
     assert [e["client"] for e in run.events("train", round=2)] == ["counting-0"]
