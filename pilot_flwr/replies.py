@@ -115,6 +115,8 @@ def decode_update(content: RecordDict) -> Update:
     values = config_of(content, "result")
     task = value_of(values, "task", str)
     examples = number_of(metrics_of(content, "training"), "examples", low=1)
+    if examples != int(examples):
+        raise UpdateError(f"metric `examples` is {examples} but must be a whole number")
     return Update(
         client=value_of(values, "client", str),
         task=task,
