@@ -228,7 +228,8 @@ def test_a_sites_model_folder_is_told_by_its_key(site, tmp_path):
 def test_a_state_folder_that_cannot_be_written_is_told_by_its_kind(site, tmp_path):
     (tmp_path / "state of the site").write_text("a file")
     reason, federation = train(ONE, site)
-    assert "NotADirectoryError (Not a directory); what happened is in the client's own" in reason
+    assert "'<state-folder>/test-1'" in reason
+    assert "cannot be written: Not a directory." in reason
     no_path_of(site, tmp_path, reason)
     failed = [m for m in federation.grid.messages if m.has_error()]
     assert failed and {m.error.code for m in failed} == {OWN_ERROR}

@@ -127,8 +127,10 @@ def test_results_come_back():
 
 
 def test_members_come_back():
-    member = Member("vqa-0", "vqa", 90, 1)
-    assert wire.decode_member(wire.encode_member(member)) == member
+    member, identity = Member("vqa-0", "vqa", 90, 1), {"app": "0.1.0", "base.weights": ""}
+    content = wire.encode_member(member, identity)
+    assert wire.decode_member(content) == member
+    assert wire.decode_identity(content) == identity
 
 
 @pytest.mark.parametrize(
@@ -140,13 +142,15 @@ def test_members_come_back():
     ],
 )
 def test_a_member_with_odd_values_is_refused(change, message):
-    content = wire.encode_member(Member("vqa-0", "vqa", 90, 1))
+    content = wire.encode_member(Member("vqa-0", "vqa", 90, 1), {})
     content["member"].update(change)
     with pytest.raises(UpdateError, match=message):
         wire.decode_member(content)
 
 
-@pytest.mark.parametrize("decode", [wire.decode_member, wire.decode_order, replies.decode_update])
+@pytest.mark.parametrize(
+    "decode", [wire.decode_member, wire.decode_identity, wire.decode_order, replies.decode_update]
+)
 @given(st.dictionaries(st.sampled_from(["order", "result", "member", "lora"]), st.booleans()))
 def test_foreign_messages_give_typed_errors_only(decode, names):
     content = RecordDict(
