@@ -105,9 +105,7 @@ def run_attempts(
         out("\nA process of the simulation died:")
         for line in outcome.explanation[:2]:
             out(f"  {line}")
-        out(
-            f"Restart {number + 1} of at most {restarts} (`run.restarts`), from the last checkpoint."
-        )
+        out(f"Restart {number + 1} of at most {restarts} (`run.restarts`): the last checkpoint.")
         if not resumed:
             overrides = f"{overrides} {shlex.join([path_override('resume', folder)])}"
         resumed = True

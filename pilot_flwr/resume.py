@@ -145,7 +145,9 @@ def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`resume` is {str(path)!r}, whose config.yaml is no text: {error}.")
+        raise ConfigError(
+            f"`resume` is {str(path)!r}, whose config.yaml is no text: {error}."
+        ) from None
     recorded = from_yaml(text)
     if found := differences(recorded, config):
         raise ConfigError(

@@ -1,0 +1,1 @@
+"""Runs that are killed and resumed, compared bit by bit with one that was not."""
