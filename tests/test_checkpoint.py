@@ -1,3 +1,5 @@
+"""The server's checkpoints: whole or refused, and never none."""
+
 import json
 import os
 import shutil
@@ -6,101 +8,16 @@ import pytest
 import torch
 
 from pilot_flwr.checkpoint import (
-    PrivateState,
-    PrivateStore,
+    RunIdentity,
+    checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
-    load_tensors,
     save_checkpoint,
-    save_tensors,
 )
 from pilot_flwr.errors import StateError
+from pilot_flwr.tensors import load_tensors
 
-STATE = PrivateState(
-    2,
-    ("vqa", "ocr"),
-    {
-        "client_adapter": {"linear_1.weight": torch.randn(2, 3)},
-        "cross_task_adapters": {"ocr/linear_1.weight": torch.randn(2, 3).bfloat16()},
-        "router": {"weight": torch.randn(2, 3)},
-    },
-)
-
-OWNER = {"client": "vqa-0", "task": "vqa"}
-
-
-def test_private_state_round_trip(tmp_path):
-    store = PrivateStore(tmp_path / "new" / "folder", "vqa-0", "vqa")
-    assert store.load() is None
-    assert store.stage() == 0
-    store.save(STATE)
-    loaded = store.load()
-    assert (loaded.stage, loaded.tasks, store.stage()) == (2, ("vqa", "ocr"), 2)
-    for group, tensors in STATE.groups.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, loaded.groups[group][name])
-            assert tensor.dtype == loaded.groups[group][name].dtype
-
-
-@pytest.mark.parametrize("size", [0, 7, 100, -1])
-def test_a_torn_file_is_refused(tmp_path, size):
-    store = PrivateStore(tmp_path, "vqa-0", "vqa")
-    store.save(STATE)
-    whole = store.path.read_bytes()
-    store.path.write_bytes(whole[:size])
-    with pytest.raises(StateError, match="cannot be read"):
-        store.load()
-    with pytest.raises(StateError, match="cannot be read"):
-        store.stage()
-
-
-def test_a_foreign_file_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    store = PrivateStore(tmp_path, "vqa-0", "vqa")
-    save_file({"a": torch.zeros(1)}, store.path)
-    with pytest.raises(StateError, match="has format None"):
-        store.load()
-    save_tensors(store.path, {"nonsense": torch.zeros(1)}, OWNER | {"stage": "1", "tasks": "[]"})
-    with pytest.raises(StateError, match="is not a private state"):
-        store.load()
-    for metadata in ({}, {"stage": "one", "tasks": "[]"}, {"stage": "1", "tasks": "["}):
-        save_tensors(store.path, {}, metadata | OWNER)
-        with pytest.raises(StateError, match="is not a private state"):
-            store.stage()
-
-
-def test_another_clients_state_is_refused(tmp_path):
-    """Its tensors would fit: only the file can say whose it is."""
-    PrivateStore(tmp_path, "vqa-0", "vqa").save(STATE)
-    for client, task, words in [
-        ("vqa-1", "vqa", "is of client 'vqa-0' but must be of 'vqa-1'"),
-        ("vqa-0", "ocr", "is of task 'vqa' but must be of 'ocr'"),
-    ]:
-        for read in (PrivateStore.load, PrivateStore.stage):
-            with pytest.raises(StateError, match=words):
-                read(PrivateStore(tmp_path, client, task))
-
-
-def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
-    store = PrivateStore(tmp_path, "vqa-0", "vqa")
-    store.save(STATE)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        store.save(PrivateState(1))
-    monkeypatch.undo()
-    assert store.load().stage == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["private.safetensors"]
-
-
-def test_tensors_that_are_views_are_saved_by_value(tmp_path):
-    base = torch.arange(6.0).reshape(2, 3)
-    save_tensors(tmp_path / "t.safetensors", {"t": base.T}, {})
-    assert torch.equal(load_tensors(tmp_path / "t.safetensors")[0]["t"], base.T)
+RUN = RunIdentity("run-1", "0123")
 
 
 def test_checkpoints_are_whole_and_the_last_two_are_kept(tmp_path):
@@ -110,7 +27,10 @@ def test_checkpoints_are_whole_and_the_last_two_are_kept(tmp_path):
             server_round=number,
             adapters={"vqa": {"w": torch.full((2,), float(number))}},
             loras={"vqa-0": {"a": torch.zeros(1)}},
-            info={"tasks": ["vqa"]},
+            tasks=("vqa",),
+            task_of={"vqa-0": "vqa"},
+            run=RUN,
+            events=7,
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-0002", "round-0003"]
     tensors, metadata = load_tensors(tmp_path / "round-0003/task_adapters/vqa.safetensors")
@@ -129,7 +49,10 @@ def checkpoint(tmp_path):
             server_round=number,
             adapters={"a": {"w": torch.full((2,), float(number))}, "b": {"w": torch.zeros(2)}},
             loras={"a-0": {"l": torch.full((3,), float(number))}},
-            info={"tasks": ["a", "b"], "task_of": {"a-0": "a"}},
+            tasks=("a", "b"),
+            task_of={"a-0": "a"},
+            run=RUN,
+            events=7,
         )
     return last
 
@@ -137,6 +60,7 @@ def checkpoint(tmp_path):
 def test_a_checkpoint_is_read_back(checkpoint):
     loaded = load_checkpoint(checkpoint)
     assert (loaded.server_round, loaded.tasks, loaded.task_of) == (2, ("a", "b"), {"a-0": "a"})
+    assert (loaded.run, loaded.events) == (RUN, 7)
     assert loaded.adapter("a")["w"].tolist() == [2, 2]
     assert loaded.lora("a-0")["l"].tolist() == [2, 2, 2]
     assert latest_checkpoint(checkpoint.parent) == (loaded, [])
@@ -151,6 +75,14 @@ def _swap(folder):
     shutil.copy(folder / "task_adapters/a.safetensors", folder / "task_adapters/b.safetensors")
 
 
+def _flip(folder):
+    """Change one bit of a tensor: only the checksum can tell."""
+    file = folder / "lora" / "a-0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def _edit(old, new):
     def edit(folder):
         text = (folder / "state.json").read_text()
@@ -160,18 +92,38 @@ def _edit(old, new):
     return edit
 
 
+def _rewrite(**changes):
+    """Change the content and give it the checksum of what it says then."""
+
+    def rewrite(folder):
+        from pilot_flwr.checkpoint import _checksum
+
+        content = json.loads((folder / "state.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not None}
+        content["checksum"] = _checksum(content)
+        (folder / "state.json").write_text(json.dumps(content))
+
+    return rewrite
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
         (_cut, "cannot be read"),
+        (_flip, "has been changed: its SHA-256"),
         (_swap, "is of task 'a' but must be of 'b'"),
         (lambda f: (f / "state.json").unlink(), "FileNotFoundError"),
         (lambda f: (f / "state.json").write_text("[]"), "TypeError"),
+        (lambda f: (f / "state.json").write_text('{"format": "pilot'), "JSONDecodeError"),
         (lambda f: (f / "lora" / "a-0.safetensors").unlink(), r"has files for \[\]"),
         (lambda f: (f / "lora" / "x.safetensors").write_bytes(b""), r"\['a-0', 'x'\]"),
-        (_edit("pilot-flwr-1", "pilot-flwr-0"), "format 'pilot-flwr-0'"),
-        (_edit('"a-0": "a"', '"a-0": "c"'), r"tasks \['c'\]"),
-        (_edit('"tasks"', '"task"'), "KeyError: 'tasks'"),
+        (_edit("pilot-flwr-2", "pilot-flwr-1"), "format 'pilot-flwr-1'"),
+        (_edit('"events": 7', '"events": 8'), "has been changed: its checksum"),
+        (_edit('"run-1"', '"run-2"'), "has been changed: its checksum"),
+        (_rewrite(task_of={"a-0": "c"}), r"tasks \['c'\]"),
+        (_rewrite(tasks=None), "KeyError: 'tasks'"),
+        (_rewrite(files={}), r"has files for \['a', 'b'\] but must"),
+        (_rewrite(round="two"), "ValueError"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_passed_over(checkpoint, damage, words):
@@ -183,6 +135,69 @@ def test_a_damaged_checkpoint_is_refused_and_passed_over(checkpoint, damage, wor
     assert len(passed_over) == 1
 
 
-def test_without_a_whole_checkpoint_there_is_an_error(tmp_path):
-    with pytest.raises(StateError, match="no whole checkpoint"):
-        latest_checkpoint(tmp_path)
+def test_without_a_whole_checkpoint_there_is_none(checkpoint):
+    for folder in checkpoint_folders(checkpoint.parent):
+        (folder / "state.json").unlink()
+    found, passed_over = latest_checkpoint(checkpoint.parent)
+    assert found is None
+    assert ["round-0002" in passed_over[0], "round-0001" in passed_over[1]] == [True, True]
+    assert latest_checkpoint(checkpoint / "nothing") == (None, [])
+
+
+def test_a_checkpoint_that_does_not_fit_is_passed_over_with_the_reason(checkpoint):
+    found, passed_over = latest_checkpoint(
+        checkpoint.parent, fits=lambda c: "is too late." if c.server_round == 2 else ""
+    )
+    assert found.server_round == 1
+    assert passed_over == [f"{checkpoint} is too late."]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_whatever_dies_in_a_save_a_whole_checkpoint_is_there(tmp_path, monkeypatch, number):
+    """Raise at every call that changes a name on the disk: of a new exchange, and of one again."""
+
+    def save(folder, server_round, value):
+        save_checkpoint(
+            folder,
+            server_round=server_round,
+            adapters={"a": {"w": torch.full((2,), float(value))}},
+            loras={"a-0": {"l": torch.zeros(1)}},
+            tasks=("a",),
+            task_of={"a-0": "a"},
+            run=RUN,
+            events=1,
+        )
+
+    for count in range(200):
+        folder = tmp_path / str(count)
+        save(folder, 2, 2)
+        calls = iter(range(count))
+        with monkeypatch.context() as patch:
+            for owner, name in [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir")]:
+                patch.setattr(owner, name, _until(calls, getattr(owner, name)))
+            try:
+                save(folder, number, 33)
+                done = True
+            except KeyboardInterrupt:
+                done = False
+        found, _ = latest_checkpoint(folder)
+        assert (found.server_round, found.adapter("a")["w"].tolist()) in [
+            (2, [2, 2]),
+            (number, [33, 33]),
+        ]
+        if done:
+            break
+        save(folder, number, 44)  # and what was left does not stand in the way
+        assert latest_checkpoint(folder)[0].adapter("a")["w"].tolist() == [44, 44]
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert count > 10
+    assert found.adapter("a")["w"].tolist() == [33, 33]
+
+
+def _until(calls, function):
+    def call(*args, **kwargs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
