@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pilot_flwr.architectures import ImageShape, Visual, feature_size
 from pilot_flwr.data.examples import Example
 from pilot_flwr.model_settings import FeatureCacheConfig
 from pilot_flwr.models import PilotModel
+from pilot_flwr.tensors import write_safetensors
 
 _ROWS_AT_A_TIME = 32
 """Crops that the vision tower sees at once, which bounds its memory."""
@@ -196,7 +197,7 @@ class FeatureCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                save_file({"features": features}, temporary)
+                write_safetensors(temporary, {"features": features})
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)

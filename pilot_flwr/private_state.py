@@ -5,8 +5,10 @@ again, because the run was killed in it, starts from exactly what it started fro
 whether or not the first attempt had got as far as saving.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,12 @@ from pilot_flwr.tensors import (
 
 KEPT_STATES = 3
 """Files kept. The server goes back by two exchanges at most, and a third may be unfinished."""
+
+ADVICE = (
+    "Nothing has been overwritten. Put a copy of the file back, or take it away: then this client "
+    "goes on from the state before it, or from stage 1 if there is none."
+)
+"""What to do about a file that cannot be used."""
 
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
@@ -95,7 +103,8 @@ class PrivateStore:
             The file is torn, foreign or another client's.
         """
         path = self.newest(before=before)
-        return self._header(path)[0] if path else 0
+        with _advised():
+            return self._header(path)[0] if path else 0
 
     def load(self, *, before: int | None = None) -> PrivateState | None:
         """Return the newest state (before an exchange), or None if there is none.
@@ -108,15 +117,9 @@ class PrivateStore:
         path = self.newest(before=before)
         if path is None:
             return None
-        stage, tasks = self._header(path)
-        groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
-        try:
-            for name, tensor in load_tensors(path)[0].items():
-                group, key = name.split("/", 1)
-                groups[group][key] = tensor  # type: ignore[index]
-        except (KeyError, ValueError) as error:
-            raise StateError(f"{path} is not a private state: {error}") from error
-        return PrivateState(stage, tasks, groups)
+        with _advised():
+            stage, tasks = self._header(path)
+            return PrivateState(stage, tasks, self._groups(path))
 
     def save(self, state: PrivateState, *, server_round: int) -> None:
         """Keep what exchange `server_round` made, atomically.
@@ -147,6 +150,17 @@ class PrivateStore:
         for number in self.rounds()[:-KEPT_STATES]:
             self.path(number).unlink(missing_ok=True)
 
+    @staticmethod
+    def _groups(path: Path) -> dict[GroupName, State]:
+        groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
+        try:
+            for name, tensor in load_tensors(path)[0].items():
+                group, key = name.split("/", 1)
+                groups[group][key] = tensor  # type: ignore[index]
+        except (KeyError, ValueError) as error:
+            raise StateError(f"{path} is not a private state: {error}") from error
+        return groups
+
     def _header(self, path: Path) -> tuple[int, tuple[str, ...]]:
         metadata = read_metadata(path)
         for kind, name in self.owner.items():
@@ -158,3 +172,11 @@ class PrivateStore:
             return int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
         except (KeyError, ValueError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
+
+
+@contextlib.contextmanager
+def _advised() -> Iterator[None]:
+    try:
+        yield
+    except StateError as error:
+        raise StateError(f"{error} {ADVICE}") from error

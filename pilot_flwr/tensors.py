@@ -8,6 +8,7 @@ new one, whatever dies in between. No pickle is read or written.
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,13 +33,32 @@ def save_tensors(path: Path, tensors: State, metadata: Mapping[str, str]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": FORMAT, **metadata})
+        write_safetensors(temporary, tensors, {"format": FORMAT, **metadata})
         flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def write_safetensors(
+    path: Path, tensors: State, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, neither atomically nor flushed.
+
+    Raises
+    ------
+    OSError
+        With the system's number, which safetensors itself says in its text alone.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
