@@ -41,6 +41,7 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
             return Message(handler(message, config, site), reply_to=message)
         except Exception as error:
             explained = isinstance(error, PilotError) and private is None
+            explained |= isinstance(error, ConfigError)  # it says which word to change
             logger.error("%s", error, exc_info=not explained)
             return Message(Error(OWN_ERROR, reply_text(error, private)), reply_to=message)
 

@@ -100,7 +100,7 @@ class Roster:
                 break
             if out and out == len(sweep.asked) and not self.open:
                 break
-            time.sleep(1.0)
+            time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         for node, why in doubtful.items():
             self.on_failure(server_round, f"node {node}", why)
         self._check_enough(present, [*sweep.refused.values(), *doubtful.values()], server_round)
