@@ -102,6 +102,28 @@ def test_no_source_can_run_what_it_reads(path):
     assert unsafe(path.read_text()) == []
 
 
+TABLE = re.compile(r"^\| attack or fault \|.*?\n\n", re.DOTALL | re.MULTILINE)
+NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def tests_of(path):
+    names = ast.walk(ast.parse((ROOT / path).read_text()))
+    return {node.name for node in names if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_attack_in_the_documentation_has_tests_that_exist():
+    text = (ROOT / "docs" / "security.md").read_text()
+    (table,) = TABLE.findall(text)
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) > 30
+    for row in rows:
+        assert row.count(" | ") == 3, row  # four cells
+        assert NAMED.search(row.split(" | ")[3]), row
+    for path, name in set(NAMED.findall(text)):
+        assert name in tests_of(path), (path, name)
+        assert name.startswith("test_")
+
+
 @pytest.fixture
 def base(tmp_path):
     """A copy of the shipped base that a test may spoil."""
