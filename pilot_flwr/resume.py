@@ -143,7 +143,11 @@ def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return None
+        if not (path / OVERRIDES).is_file():
+            raise ConfigError(
+                f"`resume` is {str(path)!r}, which holds no run to go on with."
+            ) from None
+        return None  # it was stopped while programs started
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`resume` is {str(path)!r}, whose config.yaml is no text: {error}."

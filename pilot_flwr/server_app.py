@@ -16,7 +16,14 @@ from pilot_flwr.grid import PollingGrid
 from pilot_flwr.identity import identity_of
 from pilot_flwr.initial import initial_state
 from pilot_flwr.locks import hold
-from pilot_flwr.resume import Opened, begin_run, completed, continue_run, restored
+from pilot_flwr.resume import (
+    Opened,
+    begin_run,
+    check_resumable,
+    completed,
+    continue_run,
+    restored,
+)
 from pilot_flwr.server_state import ServerState
 from pilot_flwr.strategy import PilotStrategy
 from pilot_flwr.submission import default_run_folder
@@ -58,6 +65,8 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
     """
     path = run_path(config)
     with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
+        if config.resume:
+            check_resumable(path, config)
         if config.resume and completed(path, config):
             logger.info("The run in %s is complete; there is nothing left to do.", path)
             return

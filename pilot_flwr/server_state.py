@@ -157,11 +157,14 @@ class ServerState:
         tasks = [update.task for update in updates]
         examples = [update.num_examples for update in updates]
         averages = task_aware_average([u.adapter for u in updates], tasks, examples)
-        self.adapters |= {task: _state(average) for task, average in averages.items()}
+        self.adapters |= {
+            task: _ordered(average, self.initial.adapter) for task, average in averages.items()
+        }
         loras = [update.lora for update in updates]
         distances = pairwise_distances(loras)
         weights = LORA_RULES[config.name](distances, examples, config.num_neighbors)
-        self.loras |= dict(zip(clients, map(_state, mix(loras, weights)), strict=True))
+        mixed = [_ordered(lora, self.initial.lora) for lora in mix(loras, weights)]
+        self.loras |= dict(zip(clients, mixed, strict=True))
         self.task_of |= dict(zip(clients, tasks, strict=True))
         self.rounds += 1
         return Aggregation(
@@ -182,6 +185,12 @@ def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
 def mean_lora(loras: Sequence[State]) -> State:
     """Return the mean of LoRAs, tensor by tensor, every client counting the same."""
     return _state(weighted_average(loras, [1] * len(loras)))
+
+
+def _ordered(arrays: dict[str, Array], pattern: State) -> State:
+    """Return tensors in the server's order, so that no sum over them depends on a client's."""
+    state = _state(arrays)
+    return {name: state[name] for name in pattern}
 
 
 def _state(arrays: dict[str, Array]) -> State:
