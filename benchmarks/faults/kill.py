@@ -48,7 +48,7 @@ class Plan:
         if phase not in ("start-up", "evaluation") and done >= exchanges:
             phase = "evaluation"
         exchange = draw.randint(min(done + 1, exchanges), min(done + 2, exchanges))
-        longest = {"start-up": start_up, "training": 0.6, "evaluation": 0.3}
+        longest = {"start-up": start_up, "training": 0.6, "evaluation": 0.1}
         return cls(phase, exchange, draw.uniform(0, longest.get(phase, 0.02)))
 
     def reached(self, folder: Path, events: Sequence[dict[str, Any]]) -> bool:
