@@ -54,12 +54,12 @@ class Verdict:
     @property
     def reason(self) -> str:
         """Which norm is above which bound, in words; empty if none is."""
-        return " and ".join(
-            f"the update of its {_WORDS[part]} has norm {self.norms[part]:.4g} but the round's "
-            f"bound is {bound:.4g}"
+        over = ", ".join(
+            f"{_WORDS[part]} {self.norms[part]:.4g} (bound {bound:.4g})"
             for part, bound in self.bounds.items()
             if self.norms[part] > bound
         )
+        return f"the norm of its update is above the round's bound: {over}" if over else ""
 
 
 def check_norms(

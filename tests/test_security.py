@@ -106,7 +106,7 @@ TABLE = re.compile(r"^\| attack or fault \|.*?\n\n", re.DOTALL | re.MULTILINE)
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
-def tests_of(path):
+def functions_of(path):
     names = ast.walk(ast.parse((ROOT / path).read_text()))
     return {node.name for node in names if isinstance(node, ast.FunctionDef)}
 
@@ -120,7 +120,7 @@ def test_every_attack_in_the_documentation_has_tests_that_exist():
         assert row.count(" | ") == 3, row  # four cells
         assert NAMED.search(row.split(" | ")[3]), row
     for path, name in set(NAMED.findall(text)):
-        assert name in tests_of(path), (path, name)
+        assert name in functions_of(path), (path, name)
         assert name.startswith("test_")
 
 
