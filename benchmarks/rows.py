@@ -50,7 +50,7 @@ print(json.dumps({
 
 def make_file(path: Path, rows: int, *, lines: bool) -> None:
     """Write `rows` rows of about 1.6 kB each, as one array or as JSONL."""
-    draw = random.Random(0)  # nosec B311  # rows to read, no secret
+    draw = random.Random(0)
     words = ["".join(draw.choices("aeionrstlm", k=draw.randint(2, 9))) for _ in range(5000)]
 
     def text(most: int) -> str:

@@ -134,7 +134,8 @@ def attempt(
     words = [f"resume={folder}"] if resumed else [*settings, f"run.folder={folder}"]
     if not resumed:
         shutil.rmtree(folder, ignore_errors=True)  # killed before it had written a word
-    scratch = Path(tempfile.mkdtemp(prefix="kf", dir="/tmp"))  # short: Ray puts sockets there
+    # Short, as Ray puts sockets there.
+    scratch = Path(tempfile.mkdtemp(prefix="kf", dir="/tmp"))  # nosec B108  # a folder of its own
     mark = uuid.uuid4().hex
     environment = {**os.environ, MARK: mark, "RAY_TMPDIR": str(scratch)}
     program = Path(sys.executable).parent / "pilot-flwr"
@@ -143,7 +144,7 @@ def attempt(
     news: float | None = None
     try:
         with log.open("wb") as output:
-            launcher = subprocess.Popen(
+            launcher = subprocess.Popen(  # nosec B603  # no shell, our own program
                 [str(program), "run", *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,
