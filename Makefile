@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-extras lint security check bench clean
+.PHONY: demo test test-slow test-deployment test-extras lint security check bench clean
 
 demo: $(STAMP)
 	$(BIN)/pilot-flwr run experiment=demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# docs/deployment.md command by command: a server and three sites over TLS, on this machine.
+test-deployment: $(STAMP)
+	$(BIN)/pytest -m slow tests/deployment
 
 # Tests that need an extra: a 4-bit base, and captions scored by way of Java.
 test-extras: $(STAMP)

@@ -1,0 +1,79 @@
+"""The deployment of ``docs/deployment.md`` on this machine: a server, and sites with data."""
+
+import json
+import shutil
+from pathlib import Path
+
+import guide
+from guide import Machine, free_port, wait_for, wait_for_port
+from llava_files import write_federation
+
+SITES = {"north-hospital": "vqa", "south-hospital": "counting", "west-clinic": "captioning"}
+SMALL = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1"
+
+
+class Lab:
+    """A server and three sites, each with its own folder, data and task; nothing runs yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "data").mkdir(parents=True)
+        write_federation(folder / "data", tasks=tuple(SITES.values()), train=12, test=4, clients=1)
+        link = free_port()
+        self.port = free_port() if guide.has_nginx() else link  # without a gateway: straight on
+        home = folder / "server"
+        names = {"HOST": "localhost", "PORT": self.port, "LINK_PORT": link, "SERVER": home}
+        self.server = Machine("server", home, names)
+        self.sites = {client: self.site(client, task) for client, task in SITES.items()}
+
+    def __enter__(self) -> "Lab":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for machine in (*self.sites.values(), self.server):
+            machine.kill()
+
+    def site(self, client: str, task: str, *, port: int = 0) -> Machine:
+        """Return a site that is not prepared."""
+        home = self.folder / client
+        values = {
+            "HOST": "localhost",
+            "PORT": port or self.port,
+            "NODE_PORT": free_port(),
+            "SITE": home,
+            "DATA": self.folder / "data" / task,
+            "CLIENT": client,
+            "TASK": task,
+        }
+        return Machine("site", home, values)
+
+    def start_server(self) -> None:
+        """Steps 2 to 4 of the page."""
+        self.server.run("certificates")
+        wait_for(self.server.start("superlink"), "Uvicorn running", self.server)
+        self.server.run("connection")
+        if guide.has_nginx():
+            self.server.start("gateway")
+            wait_for_port(self.port, self.server)
+
+    def prepare(self, site: Machine, *, more: str = "") -> None:
+        """Step 5, the keys' exchange, and the node config of step 7 with `more` lines."""
+        site.run("key")
+        key = self.server.folder / "keys" / f"{site.values['CLIENT']}.pub"
+        shutil.copy(site.folder / "node-key.pub", key)
+        shutil.copy(self.server.folder / "tls" / "ca.crt", site.folder / "ca.crt")
+        site.run("node")
+        with (site.folder / "site.toml").open("a") as file:
+            file.write(more)
+
+    def start_sites(self) -> None:
+        """Step 6, and the SuperNodes of step 7."""
+        self.server.run("register")
+        logs = {site: site.start("supernode") for site in self.sites.values()}
+        for site, log in logs.items():
+            wait_for(log, "SuperNode ID", site)
+
+    def events(self, run: Path, kind: str) -> list[dict]:
+        """Return the events of one kind of a run folder."""
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
