@@ -13,10 +13,12 @@ from flowerlab import nothing_left, write_app
 
 from pilot_flwr import cli, submission
 from pilot_flwr import launch as launch_module
-from pilot_flwr.config import load_config
+from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.errors import RunError
+from pilot_flwr.locks import hold
 from pilot_flwr.outcome import Outcome
 from pilot_flwr.processes import Interrupted
+from pilot_flwr.restarts import LAUNCH_LOCK
 
 
 @pytest.fixture
@@ -27,16 +29,18 @@ def launched(monkeypatch, tmp_path):
         outcome: Outcome | Exception = Outcome(succeeded=True)
         calls: list = []
 
-        def __call__(self, app, overrides, federation, folder, *, out, verbose):
+        def __call__(self, app, overrides, federation, folder, *, out, verbose, **more):
             self.calls.append((app, overrides, federation, folder, verbose))
-            folder.mkdir(parents=True)
+            self.more.append(more)
+            (folder / "config.yaml").write_text(to_yaml(load_config(overrides)))
             (folder / "summary.md").write_text("| vqa | 0.5 |\n")
-            if isinstance(self.outcome, Exception):
-                raise self.outcome
-            return self.outcome
+            outcome = self.outcomes.pop(0) if self.outcomes else self.outcome
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
 
     stub = Stub()
-    stub.calls = []
+    stub.calls, stub.more, stub.outcomes = [], [], []
     monkeypatch.setattr(launch_module, "launch", stub)
     monkeypatch.chdir(tmp_path)
     return stub
@@ -58,7 +62,7 @@ def test_success(launched, capsys, tmp_path):
 
 
 def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tmp_path):
-    def leave(app, overrides, federation, folder, *, out, verbose):
+    def leave(app, overrides, federation, folder, *, out, **_):
         (folder / "checkpoint" / "round-0002").mkdir(parents=True)
         rows = "| exchange | up |\n|---|---|\n| 1 of 2 | Θ_l 2 MB<br>ψ_t [1 kB] |\n"
         (folder / "timeline.md").write_text(f"# What happened\n\nText.\n\n{rows}")
@@ -90,7 +94,11 @@ def test_a_relative_base_model_is_made_absolute(launched, tmp_path):
 def test_a_failed_run_is_exit_code_1(launched, capsys):
     launched.outcome = Outcome(False, ("Client c1 failed.", "Full log: x"))
     assert cli.main(["run"]) == 1
-    assert capsys.readouterr().err == "\nThe run failed.\nClient c1 failed.\nFull log: x\n"
+    folder = launched.calls[0][3]
+    assert capsys.readouterr().err == (
+        "\nThe run failed.\nClient c1 failed.\nFull log: x\n"
+        f"To go on: pilot-flwr run resume={folder}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,3 +237,126 @@ def test_an_error_of_the_system_is_one_line(launched, capsys):
 def test_the_home_of_nobody_is_named(capsys, words, key):
     assert cli.main(["run", *words]) == 2
     assert f"`{key}` begins with '~' and the name of no user" in capsys.readouterr().err
+
+
+DIED = Outcome(False, ("Ray says: it died.", "Full log: x"), restartable=True)
+
+
+def test_a_run_whose_worker_died_goes_on_by_itself(launched, capsys, tmp_path):
+    launched.outcomes = [DIED, DIED, Outcome(succeeded=True)]
+    assert cli.main(["run", "run.folder=run", "seed=4"]) == 0
+    overrides = [call[1] for call in launched.calls]
+    assert [load_config(words).resume for words in overrides] == [
+        "", str(tmp_path / "run"), str(tmp_path / "run")
+    ]  # fmt: skip
+    assert {load_config(words).seed for words in overrides} == {4}
+    assert [more["resumed"] for more in launched.more] == [False, True, True]
+    out = capsys.readouterr().out
+    assert "Restart 1 of at most 3" in out and "Restart 2 of at most 3" in out
+    assert "Ray says: it died." in out
+
+
+@pytest.mark.parametrize(
+    ("options", "outcome", "calls"),
+    [
+        (["run.restarts=1"], DIED, 2),
+        (["run.restarts=0"], DIED, 1),
+        ([], Outcome(False, ("too few replies",)), 1),
+    ],
+)
+def test_restarts_are_bounded_and_only_for_processes(launched, tmp_path, options, outcome, calls):
+    launched.outcome = outcome
+    assert cli.main(["run", "run.folder=run", *options]) == 1
+    assert len(launched.calls) == calls
+
+
+def test_every_attempt_keeps_its_logs_and_its_result(launched, tmp_path):
+    def attempt(app, overrides, federation, folder, **_):
+        (folder / "logs").mkdir(exist_ok=True)
+        name = f"{len(launched.calls)}"
+        launched.calls.append(name)
+        (folder / "logs" / "flower.log").write_text(name)
+        assert not (folder / "result.json").exists()
+        (folder / "result.json").write_text(f'"{name}"')
+        return DIED
+
+    launch_module.launch = attempt  # put back by the fixture
+    assert cli.main(["run", "run.folder=run", "run.restarts=2"]) == 1
+    logs = tmp_path / "run" / "logs"
+    assert [(logs / f"attempt-{n}" / "flower.log").read_text() for n in (1, 2)] == ["0", "1"]
+    assert [(logs / f"attempt-{n}" / "result.json").read_text() for n in (1, 2)] == ['"0"', '"1"']
+    assert (logs / "flower.log").read_text() == "2"
+
+
+@pytest.fixture
+def stopped(launched, tmp_path):
+    """A run folder of a run that was stopped, and how it was started."""
+    launched.outcome = Outcome(False, ("stopped",))
+    assert cli.main(["run", "run.folder=old", "seed=5", "data.tasks=[vqa]"]) == 1
+    launched.outcome = Outcome(succeeded=True)
+    launched.calls.clear()
+    return tmp_path / "old"
+
+
+def test_resume_alone_fills_in_the_runs_own_words(launched, stopped, capsys):
+    assert cli.main(["run", "resume=old"]) == 0
+    ((_, overrides, _, folder, _),) = launched.calls
+    config = load_config(overrides)
+    assert (config.seed, config.data.tasks, config.resume) == (5, ["vqa"], str(stopped))
+    assert folder == stopped and config.run.folder == str(stopped)
+    assert launched.more[-1]["resumed"]
+    assert "3 clients, going on in run folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (["run.folder=old", "seed=5", "data.tasks=[vqa]"], {}),
+        (["seed=5"], {}),
+        (["strategy.rounds=9", "strategy.min_replies=2"], {"rounds": 9, "min_replies": 2}),
+    ],
+)
+def test_resume_with_words_that_fit(launched, stopped, words, more):
+    assert cli.main(["run", *words, "resume=old"]) == 0
+    config = load_config(launched.calls[0][1])
+    assert (config.seed, config.data.tasks) == (5, ["vqa"])
+    assert {key: getattr(config.strategy, key) for key in more} == more
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=6", "resume=old"], "`seed` is 6 but was 5 in the run"),
+        (["strategy.rounds=2", "resume=old"], "`strategy.rounds` is 2 but must not be below 3"),
+        (["run.folder=new", "resume=old"], "`run.folder` is 'new' but the resumed run is in"),
+        (["resume=nowhere"], "which holds no run to go on with"),
+        (["resume='~nobody-at-all/run'"], "`resume` begins with '~'"),
+    ],
+)
+def test_resume_with_words_that_do_not_fit_is_exit_code_2(
+    launched, stopped, capsys, words, message
+):
+    assert cli.main(["run", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert launched.calls == []
+
+
+@pytest.mark.parametrize(("failures", "code"), [([], 0), ([{"client": "c", "reason": "no"}], 1)])
+def test_a_completed_run_shows_its_results_and_keeps_its_exit_code(
+    launched, stopped, capsys, failures, code
+):
+    result = {"status": "completed", "error": None, "failures": failures}
+    (stopped / "result.json").write_text(json.dumps(result))
+    assert cli.main(["run", "resume=old"]) == code
+    out = capsys.readouterr().out
+    assert "is complete: there is nothing left to do" in out and "| vqa | 0.5 |" in out
+    assert launched.calls == []
+    assert cli.main(["run", "resume=old", "strategy.rounds=4"]) == 0  # this is something to do
+    assert len(launched.calls) == 1
+
+
+def test_two_commands_in_one_run_folder_are_refused(launched, stopped, capsys):
+    with hold(stopped / LAUNCH_LOCK, "it"):
+        assert cli.main(["run", "resume=old"]) == 1
+    assert "is in use by another process" in capsys.readouterr().err
+    assert launched.calls == []
