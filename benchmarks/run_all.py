@@ -1,6 +1,6 @@
 """Run every benchmark, one after the other, each in a process of its own.
 
-Run ``python benchmarks/run_all.py`` (about 15 minutes, 7 GiB) on a machine that does nothing else
+Run ``python benchmarks/run_all.py`` (about 45 minutes, 7 GiB) on a machine that does nothing else
 to renew ``benchmarks/results``, or ``--quick`` to see that all of them work. To add a benchmark,
 add its file (or a folder with a ``run.py``) to this folder and a row to `BENCHMARKS`, and its rows
 to ``tables.py``. What needs a GPU is left out where there is none, and says so.
@@ -16,7 +16,17 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-BENCHMARKS = ("connector", "aggregation", "client_turn", "demo", "rows", "plan", "privacy", "gpu")
+BENCHMARKS = (
+    "connector",
+    "aggregation",
+    "client_turn",
+    "demo",
+    "rows",
+    "plan",
+    "privacy",
+    "faults",
+    "gpu",
+)
 
 
 def script(benchmark: str) -> Path:

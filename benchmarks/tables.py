@@ -228,6 +228,19 @@ def plan_rows(results: Results) -> Rows:
     return []
 
 
+def faults_rows(results: Results) -> Rows:
+    """Rows of ``faults.json``."""
+    phases = ", ".join(f"{count} {phase}" for phase, count in results["kills_by_phase"].items())
+    return [
+        [
+            f"runs killed {results['kills']} times in all ({phases}) and resumed, bit-identical to "
+            "one that was left alone",
+            f"{results['identical']} of {results['runs']}",
+            f"{results['runs']} of {results['runs']}",
+        ]
+    ]
+
+
 def privacy_rows(results: Results) -> Rows:
     """``privacy.json`` has a table of its own, see `privacy_table`."""
     return []
@@ -316,6 +329,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "rows": rows_rows,
     "gpu": gpu_rows,
     "plan": plan_rows,
+    "faults": faults_rows,
     "privacy": privacy_rows,
 }
 """Rows by the name of a result file."""

@@ -114,8 +114,10 @@ class Workplace:
         traceback: TracebackType | None,
     ) -> None:
         end_marked(self.mark, self.folder)
-        for child in self._children:
-            child.wait()
+        deadline = time.monotonic() + 4 * GRACE_SECONDS
+        for child in self._children:  # killed above; one that hangs in the kernel is left to it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
         shutil.rmtree(self.folder, ignore_errors=True)
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.close()

@@ -21,6 +21,32 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
+def test_faults_tells_runs_apart(benchmark, tmp_path):
+    """What it calls identical is; a bit of a tensor, a score or an event more is not."""
+    faults = benchmark("faults.run")
+    assert faults.main(["--quick"])["differences"] == []
+    faults.make_example(tmp_path)
+    one, two = tmp_path / "reference", tmp_path / "run-1"
+    for path, old, new in [
+        ("metrics.jsonl", b'"loss": 2.0', b'"loss": 2.1'),
+        ("summary.md", b"task", b"tusk"),
+        ("result.json", b"0.5", b"0.6"),
+        ("checkpoint/round-0001/state.json", b'"settings": "s', b'"settings": "S'),
+    ]:
+        content = (two / path).read_bytes()
+        assert content.count(old) == 1
+        (two / path).write_bytes(content.replace(old, new))
+        assert [found.split(":")[0] for found in faults.differences(one, two)] == [
+            path.removeprefix("checkpoint/")
+        ]
+        (two / path).write_bytes(content)
+    for path in two.rglob("*.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert faults.differences(one, two) == [path.relative_to(two).as_posix()]
+        path.write_bytes(content)
+
+
 def result_files() -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (FOLDER / "results").glob("*.json")}
 
@@ -45,7 +71,8 @@ def test_tables_prints_every_result_file_there_is(benchmark, tmp_path):
     tables = benchmark("tables")
     found = tables.table()
     for name in set(result_files()) - {"gpu_tiny_cpu.json"}:  # ratios that say nothing of a GPU
-        assert f"`python benchmarks/{name.removesuffix('.json')}.py" in found
+        script = benchmark("run_all").script(name.removesuffix(".json"))
+        assert f"`python {script.relative_to(FOLDER.parent).as_posix()}" in found
     assert len(tables.table(tmp_path).split("\n|")) == 2  # nothing measured: header and rule
 
 
