@@ -69,6 +69,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     memory                GPU memory of a training step, from shapes
     layout                shapes of what is sent and of what is kept
     plan                  what a run trains, sends and needs
+    accumulation          an optimizer step's loss and gradients, in micro-batches
     training              local training of one client
     evaluation            greedy generation and its score
 

@@ -1,8 +1,7 @@
 """Local training of one client for one round: E epochs of mini-batches.
 
-``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2 (design section
-2); every coefficient is applied here, once, in `total_loss`. Gradients are clipped to
-`train.max_grad_norm` group by group (those of `pilot_flwr.parameters`), see `_clip`.
+The loss and the gradients of an optimizer step are in `pilot_flwr.accumulation`. Gradients are
+clipped to `train.max_grad_norm` group by group (those of `pilot_flwr.parameters`), see `_clip`.
 """
 
 import contextlib
@@ -15,23 +14,28 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pilot_flwr.accumulation import LOSSES, Losses, accumulate, autocast, total_loss
 from pilot_flwr.architectures import Visual
-from pilot_flwr.connector import ConnectorOutput
-from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import GroupName, trained_groups
 from pilot_flwr.settings import TrainConfig
 
+__all__ = [
+    "LOSSES",
+    "Encoder",
+    "Losses",
+    "TrainingResult",
+    "autocast",
+    "check_finite",
+    "total_loss",
+    "train",
+]
+
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
 """From batches of examples to H_v of each batch's images, one batch after the other."""
-
-LOSSES = ("total", "ce", "difference", "balance", "z")
-"""Names of the losses: the total with, its parts without coefficients."""
-
-Losses = dict[str, float]
-"""Mean over the optimizer steps, by name."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,6 @@ class TrainingResult:
     examples: int
     seconds: float
     gradients: dict[GroupName, int]
-
-
-def total_loss(ce: Tensor, connector: ConnectorOutput, config: TrainConfig) -> Tensor:
-    """``L_ce + λ0 L_d + λ1 L_b + λ2 L_z``; the parts that a stage does not have are zero."""
-    return (
-        ce
-        + config.difference_loss.weight * connector.difference
-        + config.balance_weight * connector.balance
-        + config.z_weight * connector.z
-    )
 
 
 def train(
@@ -111,7 +105,7 @@ def train(
         visuals = encode([examples[i] for i in part] for step in steps for part in step)
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
-            losses = _accumulate(model, batches, visuals, config)
+            losses = accumulate(model, batches, visuals, config)
             norms = _clip(meter.groups, config.max_grad_norm, stage=model.stage)
             meter.update(_checked(losses, norms, stage=model.stage))
             optimizer.step()
@@ -136,14 +130,6 @@ def check_finite(model: PilotModel) -> None:
                 raise _diverged(f"After training, `{name}` of {group} is not finite", model.stage)
 
 
-def autocast(device: torch.device, choice: str) -> contextlib.AbstractContextManager[object]:
-    """Return the context for forward passes and generation that `train.autocast` chooses."""
-    enabled = choice == "bfloat16" or (choice == "auto" and device.type == "cuda")
-    if not enabled:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
 def _optimizer(
     model: PilotModel, config: TrainConfig, num_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
@@ -166,32 +152,6 @@ def _optimizer(
         optimizer, int(config.warmup_ratio * num_steps), num_steps
     )
     return optimizer, schedule
-
-
-def _accumulate(
-    model: PilotModel, batches: list[Batch], visuals: Iterator[Visual], config: TrainConfig
-) -> Tensor:
-    """Backpropagate one optimizer step's micro-batches; return its losses, float64.
-
-    Cross-entropy is the mean over the answer tokens of the whole step, so that accumulation
-    changes nothing but memory; the auxiliary losses are means over its micro-batches. Nothing
-    here waits for the device to have a value.
-    """
-    num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
-    losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
-    for batch in batches:
-        with autocast(model.device, config.autocast):
-            output = model(batch.to(model.device), next(visuals))
-        summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
-        share = 1 / len(batches)
-        parts = ConnectorOutput(
-            output.connector.features, *(share * part for part in output.connector[1:])
-        )
-        loss = total_loss(summed / num_tokens, parts, config)
-        loss.backward()  # type: ignore[no-untyped-call]
-        values = (loss, summed / num_tokens, parts.difference, parts.balance, parts.z)
-        losses += torch.stack([value.detach().double() for value in values])
-    return losses
 
 
 def _clip(

@@ -86,6 +86,7 @@ LAYERS = [
         "memory",
         "layout",
         "plan",
+        "accumulation",
         "training",
         "evaluation",
     ],

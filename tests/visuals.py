@@ -6,10 +6,10 @@ from pilot_flwr.architectures import ImageShape, Visual
 
 
 def visual(model, processor, examples):
-    """H_v of a plain LLaVA's examples, all of one image or all of none."""
-    if not any(example.images for example in examples):
+    """H_v of a plain LLaVA's examples, each of one image or of none."""
+    images = [image.read() for example in examples for image in example.images]
+    if not images:
         return Visual(torch.empty(0, 16, 1), ())
-    images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     shapes = tuple(ImageShape(1, image.height, image.width) for image in images)
     return Visual(model.encode_images(pixels), shapes)
