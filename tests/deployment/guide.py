@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,7 +62,11 @@ class Machine:
 
     def script(self, block: str) -> str:
         """Return the text of a block behind this machine's settings."""
-        return "\n".join(["set -euo pipefail", *self._settings, blocks()[f"{self.kind}.{block}"]])
+        return self.own_script(blocks()[f"{self.kind}.{block}"])
+
+    def own_script(self, text: str) -> str:
+        """Return a text of the test's own behind this machine's settings."""
+        return "\n".join(["set -euo pipefail", *self._settings, text])
 
     def run(self, block: str, *, timeout: float = 300, check: bool = True, add: str = "") -> str:
         """Execute a block to its end and return what it printed; `code` has its exit code.
@@ -83,12 +87,12 @@ class Machine:
         assert not check or done.returncode == 0, f"{block}:\n{output}"
         return output
 
-    def start(self, block: str) -> Path:
-        """Start a block that goes on until it is stopped; return its log."""
+    def start(self, block: str, *, script: str = "") -> Path:
+        """Start a block, or a script of the test's own, that goes on; return its log."""
         log = self.folder / f"{block}.log"
         with log.open("ab") as stream:
             process = subprocess.Popen(
-                ["bash", "-c", self.script(block)],
+                ["bash", "-c", script or self.script(block)],
                 env=environment(),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
@@ -157,6 +161,24 @@ def wait_for(log: Path, words: str, machine: Machine, *, seconds: float = 180) -
             break
         time.sleep(0.3)
     raise AssertionError(f"{words!r} is not in {log.name}:\n{log.read_text(errors='replace')}")
+
+
+def wait_for_either(log: Path, words: str, machine: Machine, *, seconds: float = 180) -> bool:
+    """Wait until `words` are at the log's end, or what writes it has ended: return which."""
+    before = log.read_text(errors="replace").count(words)
+    wait_until(
+        lambda: log.read_text(errors="replace").count(words) > before or not machine.is_running(),
+        seconds=seconds,
+    )
+    return machine.is_running()
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.3)
 
 
 def wait_for_port(port: int, machine: Machine, *, seconds: float = 60) -> None:

@@ -15,12 +15,13 @@ SMALL = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.
 class Lab:
     """A server and three sites, each with its own folder, data and task; nothing runs yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, gateway: bool | None = None) -> None:
         self.folder = folder
+        self.gateway = guide.has_nginx() if gateway is None else gateway
         (folder / "data").mkdir(parents=True)
         write_federation(folder / "data", tasks=tuple(SITES.values()), train=12, test=4, clients=1)
         link = free_port()
-        self.port = free_port() if guide.has_nginx() else link  # without a gateway: straight on
+        self.port = free_port() if self.gateway else link  # without a gateway: straight on
         home = folder / "server"
         names = {"HOST": "localhost", "PORT": self.port, "LINK_PORT": link, "SERVER": home}
         self.server = Machine("server", home, names)
@@ -52,7 +53,7 @@ class Lab:
         self.server.run("certificates")
         wait_for(self.server.start("superlink"), "Uvicorn running", self.server)
         self.server.run("connection")
-        if guide.has_nginx():
+        if self.gateway:
             self.server.start("gateway")
             wait_for_port(self.port, self.server)
 
@@ -74,6 +75,7 @@ class Lab:
             wait_for(log, "SuperNode ID", site)
 
     def events(self, run: Path, kind: str) -> list[dict]:
-        """Return the events of one kind of a run folder."""
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        """Return the events of one kind of a run folder, which may not be there yet."""
+        file = run / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == kind]

@@ -1,0 +1,160 @@
+"""No byte of what is private passes the wire: everything between sites and server is recorded.
+
+The deployment is without TLS, so that what the proxies write down is what Flower sends: HTTP/1.1
+with bodies that are not compressed, in which an array's bytes stand in one piece. What is sent is
+found in the recording by the same search that does not find what is private.
+"""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from guide import wait_for
+from lab import SITES, SMALL, Lab
+from PIL import Image
+from recorder import Recorder, Windows
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SUPERLINK = """
+mkdir -p "$FLWR_HOME"; cd "$SERVER"
+printf '[superlink.pilot]\\naddress = "127.0.0.1:%s"\\ninsecure = true\\n' "$LINK_PORT" \\
+    > "$FLWR_HOME/config.toml"
+flower-superlink --insecure --host 127.0.0.1 --port "$LINK_PORT" \\
+    --disable-runtime-dependency-installation
+"""
+SUPERNODE = """
+mkdir -p "$SITE/state" "$FLWR_HOME"; cd "$SITE"
+flower-supernode --insecure --superlink "127.0.0.1:$PORT" --port "$NODE_PORT" \\
+    --node-config site.toml
+"""
+
+
+def mark_texts(folder: Path, client: str) -> list[str]:
+    """Give every row texts and file names that occur nowhere else; return them."""
+    marks = []
+    for split in ("train", "test"):
+        path = folder / f"{split}.json"
+        text = path.read_text()
+        rows = json.loads(text) if text[0] == "[" else [json.loads(x) for x in text.splitlines()]
+        for number, row in enumerate(rows):
+            mark = f"{client[0]}{split}{number}"
+            for turn, entry in enumerate(row["conversations"]):
+                entry["value"] += f" zq{mark}x{turn}"
+                marks.append(f"zq{mark}x{turn}")
+            if "image" in row:
+                name = f"patient-{mark}.png"
+                (folder / "images" / row["image"]).rename(folder / "images" / name)
+                row["image"] = name
+                marks.append(f"patient-{mark}")
+        path.write_text(json.dumps(rows))
+    return marks
+
+
+def tensors(folder: Path, pattern: str) -> dict[str, bytes]:
+    """Return the bytes of every tensor of the safetensors files below `folder`."""
+    found = {}
+    for file in sorted(folder.rglob(pattern)):
+        for name, tensor in load_file(file).items():
+            found[f"{file.name}: {name}"] = tensor.contiguous().numpy().tobytes()
+    return found
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    """Return every image as its file, as its pixels, and as numbers from 0 to 1."""
+    found = {}
+    for file in sorted(folder.glob("*.png")):
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        found[f"{file.name}: file"] = file.read_bytes()
+        found[f"{file.name}: pixels"] = pixels.tobytes()
+        found[f"{file.name}: numbers"] = (pixels.astype(np.float32) / 255).tobytes()
+        found[f"{file.name}: channels first"] = pixels.transpose(2, 0, 1).tobytes()
+    return found
+
+
+def pieces_found(secrets: dict[str, bytes], recording: bytes) -> dict[str, int]:
+    windows = {name: Windows(secret) for name, secret in secrets.items()}
+    return {name: pieces.found_in(recording) for name, pieces in windows.items() if pieces}
+
+
+@pytest.fixture(scope="module")
+def wire(tmp_path_factory):
+    """A run of two paper rounds, and for each site what passed its wire."""
+    lab = Lab(tmp_path_factory.mktemp("wire"), gateway=False)
+    recorders = {client: Recorder(lab.port) for client in SITES}
+    marks = {}
+    try:
+        log = lab.server.start("superlink", script=lab.server.own_script(SUPERLINK))
+        wait_for(log, "Uvicorn running", lab.server)
+        for client, task in SITES.items():
+            marks[client] = mark_texts(lab.folder / "data" / task, client)
+            lab.sites[client] = site = lab.site(client, task, port=recorders[client].port)
+            site.run("node")
+            log = site.start("supernode", script=site.own_script(SUPERNODE))
+            wait_for(log, "SuperNode ID", site)
+        lab.server.run("federation")
+        more = f"{SMALL} train.batch_size=2 model.feature_cache.where=disk"
+        lab.server.run("run", timeout=1200, add=more)
+        yield lab, recorders, marks
+    finally:
+        lab.__exit__()
+        for recorder in recorders.values():
+            recorder.__exit__()
+
+
+def test_what_is_sent_is_found(wire):
+    """The positive control: with the same search, in the bytes of the same run."""
+    lab, recorders, _ = wire
+    checkpoint = max((lab.server.folder / "runs" / "first" / "checkpoint").glob("round-*"))
+    for client, task in SITES.items():
+        adapter = tensors(checkpoint / "task_adapters", f"{task}.safetensors")
+        up, down = recorders[client].bytes("up"), recorders[client].bytes("down")
+        # With one client a task, the task's average is what that client has sent.
+        assert adapter and all(n > 0 for n in pieces_found(adapter, up).values())
+        assert all(n > 0 for n in pieces_found(adapter, down).values())
+        lora = pieces_found(tensors(checkpoint / "lora", f"{client}.safetensors"), down)
+        assert len(lora) > 4 and all(n > 0 for n in lora.values())
+        assert client.encode() in up and task.encode() in up
+
+
+def test_nothing_private_passes_the_wire(wire):
+    lab, recorders, marks = wire
+    everything = {c: r.bytes("up") + r.bytes("down") for c, r in recorders.items()}
+    recording = b"\0\0\0\0".join(everything.values())
+    for client, task in SITES.items():
+        site = lab.sites[client].folder
+        private = tensors(site / "state", "private-*.safetensors")
+        assert len(private) > 3 and len(list((site / "state").rglob("private-*"))) == 3
+        features = tensors(site / "state", "features/*.safetensors")
+        features |= tensors(site / "state", "*/features/**/*.safetensors")
+        pictures = images(lab.folder / "data" / task / "images")
+        assert features and len(pictures) == 4 * 14
+        for secrets in (private, features, pictures):
+            counts = pieces_found(secrets, recording)
+            assert len(counts) > len(secrets) / 3, "too little of it can be looked for"
+            assert not any(counts.values()), {n: k for n, k in counts.items() if k}
+        assert len(marks[client]) > 40
+        assert not [mark for mark in marks[client] if mark.encode() in recording]
+        for path in (site, lab.folder / "data"):
+            assert str(path).encode() not in recording
+
+
+def test_a_leak_would_be_found(wire):
+    """Private bytes that do pass the wire, planted after the run, are found by the search."""
+    lab, recorders, marks = wire
+    client, task = next(iter(SITES.items()))
+    private = tensors(lab.sites[client].folder / "state", "private-*.safetensors")
+    pictures = images(lab.folder / "data" / task / "images")
+    with socket.create_connection(("127.0.0.1", recorders[client].port)) as stream:
+        body = b"".join(private.values()) + b"".join(pictures.values()) + marks[client][0].encode()
+        head = f"POST /v1/fleet/leak HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        stream.sendall(head.encode() + body)
+        stream.recv(1)
+    recording = recorders[client].bytes("up")
+    for secrets in (private, pictures):
+        counts = pieces_found(secrets, recording)
+        assert counts and all(counts.values())
+    assert marks[client][0].encode() in recording
