@@ -5,13 +5,17 @@ import re
 import shlex
 
 import pytest
+import torch
 from flwr.app import MessageType
 from inprocess import Federation
 from llava_files import write_federation
 
 from pilot_flwr import roster as roster_module
-from pilot_flwr.errors import RunError
+from pilot_flwr.config import to_yaml
+from pilot_flwr.data.federation import count_examples
+from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.federation_file import expand
+from pilot_flwr.results.runs import open_run
 
 WORDS = (
     "train.epochs=1 train.batch_size=2 evaluation.enabled=false strategy.rounds=1 "
@@ -71,8 +75,14 @@ def test_sites_of_any_names_train_through_both_stages(federation, sites, tmp_pat
     assert set(run.strategy.state.loras) == {"St_Mary", "clinic-7", "vqa-0"}
     for client in ("St_Mary", "clinic-7"):
         assert list((tmp_path / client / "test-1").glob("private*.safetensors"))
-    lora = run.folder.checkpoints / "round-0002" / "lora"
-    assert (lora / "St_Mary.safetensors").is_file()
+    run.folder.write("config.yaml", to_yaml(run.config))
+    opened = open_run(run.folder.path)
+    assert [c.id for c in opened.clients()] == ["St_Mary", "clinic-7", "vqa-0"]
+    assert opened.client("clinic-7").task == "counting"
+    mine, state = opened.lora("St_Mary", "vqa"), run.strategy.state.loras["St_Mary"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.items())
+    with pytest.raises(ConfigError, match="'clinic-7' is a real site, whose data are named in"):
+        count_examples(opened.config.data, opened.client("clinic-7"), "test", seed=0)
 
 
 def test_who_does_not_come_is_counted_first_and_named_later(federation, sites):

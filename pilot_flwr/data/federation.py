@@ -237,7 +237,11 @@ def _llava(request: Request) -> Sequence[Example]:
             seed=request.seed,
             background=request.background,
         )
-    assert client.index is not None, "only a real site has a name of its own"
+    if client.index is None:
+        raise ConfigError(
+            f"Client {client.id!r} is a real site, whose data are named in its own node config "
+            "alone."
+        )
     number = client.index - data.tasks.index(client.task) * data.clients_per_task
     return read_simulated(
         data, client.task, number, split, seed=request.seed, background=request.background

@@ -59,8 +59,13 @@ class Run:
     notes: tuple[str, ...]
 
     def clients(self) -> list[Client]:
-        """Return the clients of the configured federation."""
-        return federation_clients(self.config.data)
+        """Return the clients of the configured federation; of an open one, those that trained."""
+        configured = federation_clients(self.config.data)
+        if not self.config.strategy.clients:
+            return configured
+        known = {client.id: client for client in configured}
+        trained = sorted(self.checkpoint.task_of.items())
+        return [known.get(name, Client(name, task)) for name, task in trained]
 
     def client(self, client_id: str) -> Client:
         """Return a client by its id; raises `ConfigError` if there is none."""
