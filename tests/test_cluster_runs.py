@@ -22,15 +22,9 @@ pytestmark = pytest.mark.slow
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cluster.md"
 BIN = Path(sys.executable).parent
-SMALL = (
-    "experiment=demo",
-    "data.train_examples=8",
-    "data.test_examples=4",
-    "data.clients_per_task=1",
-    "train.epochs=1",
-    "strategy.rounds=1",
-)
-LONGER = (*SMALL, "data.train_examples=400", "strategy.rounds=2")
+DEMO = ("experiment=demo", "data.test_examples=4", "data.clients_per_task=1", "train.epochs=1")
+SMALL = (*DEMO, "data.train_examples=8", "strategy.rounds=1")
+LONGER = (*DEMO, "data.train_examples=400", "strategy.rounds=2")
 STORE = str(100_000_000)
 
 
@@ -40,22 +34,24 @@ class Machines:
     def __init__(self, temporary: Path) -> None:
         self.temporary = temporary
         self.address = f"127.0.0.1:{free_port()}"
-        # A head resolves its own loopback address to the machine's; the worker keeps this one.
-        self.head = self._start(
-            "--head", "--port", self.address.split(":")[1], "--temp-dir", str(temporary)
-        )
-        self.raylets = [self._raylet(self.head)]
-        self.worker = self._start("--address", self.address, "--node-ip-address", "127.0.0.2")
-        self.raylets.append(self._raylet(self.worker))
+        self.started: list[psutil.Popen] = []
+        self.raylets: list[psutil.Process] = []
 
-    def _start(self, *options: str) -> psutil.Popen:
+    def begin(self) -> None:
+        port = self.address.split(":")[1]
+        self._start("--head", "--port", port, "--temp-dir", str(self.temporary))
+        self._start("--address", self.address, "--node-ip-address", "127.0.0.2")
+
+    def _start(self, *options: str) -> None:
         common = ["--num-cpus", "1", "--num-gpus", "0", "--min-worker-port", "0"]
         common += ["--max-worker-port", "0", "--object-store-memory", STORE, "--block"]
-        return psutil.Popen(
+        machine = psutil.Popen(
             [BIN / "ray", "start", *options, *common],
             env=environment(), cwd=self.temporary,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+        self.started.append(machine)
+        self.raylets.append(self._raylet(machine))
 
     @staticmethod
     def _raylet(machine: psutil.Popen) -> psutil.Process:
@@ -63,7 +59,7 @@ class Machines:
         while time.monotonic() < deadline:
             assert machine.poll() is None, "ray start has ended"
             found = [child for child in machine.children() if child.name() == "raylet"]
-            if found and any("RuntimeEnvAgent" in title(p) for p in found[0].children()):
+            if found and len(children(found[0])) >= 2:  # its two agents
                 return found[0]
             time.sleep(0.2)
         raise AssertionError("ray start has started no raylet")
@@ -75,33 +71,30 @@ class Machines:
             for raylet in self.raylets
         ]
 
-    def workers(self) -> list[psutil.Process]:
-        """Every process that a job of the cluster has on its machines."""
-        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-        found = [p for raylet in self.raylets for p in children(raylet)]
-        return [p for p in found if title(p) and not title(p).startswith(agents)]
-
     def is_clean(self) -> bool:
         """Whether both machines run, and no job has actors or marked processes there."""
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             names = [name for machine in self.actors() for name in machine]
-            if not names and not any(is_marked(p) for p in self.workers()):
+            ours = [p for raylet in self.raylets for p in children(raylet) if is_marked(p)]
+            if not names and not ours:
                 return all(alive(raylet) for raylet in self.raylets)
             time.sleep(0.2)
         return False
 
     def end(self) -> None:
-        everything = [self.head, self.worker]
-        everything += self.head.children(recursive=True) if alive(self.head) else []
-        everything += self.worker.children(recursive=True) if alive(self.worker) else []
-        for machine in (self.worker, self.head):
+        everything = list(self.started)
+        for machine in self.started:
+            everything += machine.children(recursive=True) if alive(machine) else []
+        for machine in reversed(self.started):
             if alive(machine):
                 machine.terminate()
         psutil.wait_procs(everything, timeout=20)
         for process in everything:
             if alive(process):
                 process.kill()
+        for machine in self.started:
+            machine.wait(timeout=20)
 
 
 def title(process: psutil.Process) -> str:
@@ -142,6 +135,7 @@ def two_machines():
     temporary = Path(tempfile.mkdtemp(prefix="c", dir="/tmp")).resolve()
     machines = Machines(temporary)
     try:
+        machines.begin()
         yield machines
     finally:
         machines.end()
