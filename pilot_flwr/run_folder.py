@@ -46,10 +46,14 @@ def history(events: Sequence[Event]) -> list[Event]:
     """
     kept: list[Event] = []
     for event in events:
-        if event["event"] == "repeat" and event["undone"]:
-            del kept[-event["undone"] :]
-        kept.append(event)
+        _add(kept, event)
     return kept
+
+
+def _add(kept: list[Event], event: Event) -> None:
+    if event["event"] == "repeat" and event["undone"]:
+        del kept[-event["undone"] :]
+    kept.append(event)
 
 
 def read_events(folder: Path) -> list[Event]:
@@ -68,13 +72,22 @@ def read_events(folder: Path) -> list[Event]:
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
-            event["event"]
+            if not _is_event(event):
+                raise ValueError("no event")
             events.append(event)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise StateError(f"{path}, line {number}, is no event of a run.") from None
     return history(events)
+
+
+def _is_event(entry: Any) -> bool:
+    """Return whether a line is an event as far as `history` and `select` go by it."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
+        return False
+    undone = entry.get("undone")
+    return entry["event"] != "repeat" or (type(undone) is int and undone >= 0)
 
 
 def holds_token(folder: Path, token: str) -> bool:
@@ -126,9 +139,7 @@ class RunFolder:
     def record(self, event: str, **values: Any) -> None:
         """Append one event to ``metrics.jsonl``, at once; `elapsed` seconds are added."""
         entry = {"event": event, "elapsed": round(time.time() - self._started, 3), **values}
-        self.events.append(entry)
-        if event == "repeat":
-            self.events = history([*self.events])
+        _add(self.events, entry)
         self.lines += 1
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
