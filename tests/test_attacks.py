@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import Array, Error, Message, MessageType
 from inprocess import TWO_TASKS, Federation
+from quick_training import quick_training
 
 from pilot_flwr.checkpoint import load_checkpoint
 from pilot_flwr.codec import decode_state
@@ -15,6 +16,13 @@ from pilot_flwr.errors import RunError
 
 OVERRIDES = f"{TWO_TASKS} evaluation.enabled=false data.train_examples=4"
 WRONG = "vqa-0"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """Training itself is not what is tested here."""
+    with quick_training():
+        yield
 
 
 def federation(folder, change, *, exchange, overrides=OVERRIDES):

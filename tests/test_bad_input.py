@@ -5,9 +5,17 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Error, Message, MessageType, MetricRecord
 from inprocess import SMALL, TWO_TASKS, Federation
+from quick_training import quick_training
 
 from pilot_flwr.errors import RunError
 from pilot_flwr.failures import OWN_ERROR
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """Training itself is not what is tested here."""
+    with quick_training():
+        yield
 
 
 def corrupt_nan(content):

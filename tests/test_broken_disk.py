@@ -11,6 +11,7 @@ import torch
 from flwr.app import MessageType
 from inprocess import SMALL, Federation, InProcessGrid
 from llava_files import write_federation
+from quick_training import quick_training
 
 from pilot_flwr import server_app
 from pilot_flwr.checkpoint import latest_checkpoint
@@ -25,6 +26,13 @@ THREE = (
     "evaluation.enabled=false"
 )
 WRONG = "vqa-0"
+
+
+@pytest.fixture
+def quickly():
+    """Training itself is not what is tested here, except where it is what reads images."""
+    with quick_training():
+        yield
 
 
 @contextlib.contextmanager
@@ -109,6 +117,7 @@ class Sites:
         ]
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_client_whose_disk_is_full_fails_alone_and_comes_back(tmp_path):
     sites = Sites(tmp_path)
     kept = {}
@@ -131,6 +140,7 @@ def test_a_client_whose_disk_is_full_fails_alone_and_comes_back(tmp_path):
     } - {(WRONG, 2)}
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("damage", ["torn", "foreign", "not tensors"])
 def test_a_client_whose_state_is_damaged_is_refused_until_it_is_taken_away(
     tmp_path, damage, caplog
@@ -201,6 +211,7 @@ def test_images_that_are_gone_in_mid_run_fail_that_client_alone(tmp_path):
     assert sites.stages()[WRONG, 3] == 2
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_server_whose_disk_is_full_stops_and_its_last_checkpoint_is_whole(tmp_path):
     folder = tmp_path / "run"
     overrides = f"{THREE} run.folder={folder}"
@@ -227,6 +238,7 @@ def test_a_server_whose_disk_is_full_stops_and_its_last_checkpoint_is_whole(tmp_
     assert latest_checkpoint(folder / "checkpoint")[0].server_round == 3
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_server_that_cannot_write_its_events_stops(tmp_path):
     """The events' file is a full device: a write fails in the middle of a line at most."""
     federation = Federation(tmp_path / "run", THREE)

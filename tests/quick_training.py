@@ -1,0 +1,29 @@
+"""A training that takes no time: what a stage trains is moved at random, by the turn's generator.
+
+For tests of what server and client do around a training. All of it but the gradient steps is real.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from pilot_flwr import kit
+from pilot_flwr.training import LOSSES, TrainingResult
+
+
+def _train(self, generator):
+    examples = self.examples("train")
+    for tensor in self.model.parameters():
+        if tensor.requires_grad:
+            step = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+            tensor.data += 0.01 * step.to(tensor)
+    return TrainingResult(dict.fromkeys(LOSSES, 0.5), 1, len(examples), 0.1, {"lora": 1})
+
+
+@contextlib.contextmanager
+def quick_training():
+    """Train at random in this context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit.Kit, "train", _train)
+        yield
