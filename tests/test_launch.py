@@ -106,12 +106,14 @@ def _find(program: str, base: Path) -> list[psutil.Process]:
     ],
 )
 def test_a_run_that_cannot_finish_is_noticed(tmp_path: Path, monkeypatch, kinds, words):
+    """And may go on by itself if a process has gone."""
     pretend_flower(tmp_path, monkeypatch, **kinds)
     with nothing_left(monkeypatch):
         outcome, _ = run(tmp_path, tmp_path / "run")
     assert not outcome.succeeded
     assert words in "\n".join(outcome.explanation)
     assert "  | flower says hello" in outcome.explanation
+    assert outcome.restartable == ("ended" in words)
 
 
 def test_a_simulation_that_never_starts_is_noticed(tmp_path: Path, monkeypatch):

@@ -100,3 +100,21 @@ def test_what_app_and_flower_both_say_is_said_once(tmp_path: Path):
     assert [line for line in explanation if "no client left" in line] == [
         "RunError: no client left"
     ]
+
+
+@pytest.mark.parametrize(
+    ("status", "result", "restartable"),
+    [
+        (RunStatus("running", "The SuperLink ended.", lost=True), None, True),
+        (RunStatus("finished:failed"), {**GOOD, "status": "failed", "restartable": True}, True),
+        (RunStatus("finished:failed"), {**GOOD, "status": "failed", "restartable": False}, False),
+        (RunStatus("finished:failed"), {**GOOD, "status": "failed", "restartable": "yes"}, False),
+        (RunStatus("finished:failed"), None, False),
+        (RunStatus("running", "Flower did not start the simulation."), None, False),
+    ],
+)
+def test_a_run_may_go_on_by_itself_only_if_a_process_died(tmp_path, status, result, restartable):
+    if result is not None:
+        write(tmp_path, result)
+    outcome = judge(status, tmp_path)
+    assert (outcome.succeeded, outcome.restartable) == (False, restartable)

@@ -1,6 +1,7 @@
 """The live output: which line for which event, whatever the file looks like at the moment."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,60 @@ def test_numbers_for_people():
 
 def test_a_missing_file_is_an_empty_one(tmp_path: Path):
     assert LineTail(tmp_path / "absent").read() == []
+
+
+def test_a_resumed_run_says_where_it_goes_on_and_what_it_passed_over():
+    progress = Progress()
+    assert progress.lines({"event": "resume", "round": 0, "passed_over": []}) == [
+        "",
+        "Resumed from the beginning",
+    ]
+    torn = {"event": "resume", "round": 2, "passed_over": ["round-0003 is \x1b[31mtorn"]}
+    assert progress.lines(torn) == [
+        "",
+        "Resumed after exchange 2",
+        "  passed over: round-0003 is torn",
+    ]
+    roster = {"event": "roster", "round": 3, "clients": [{"client": "a", "stage": 2}]}
+    assert progress.lines(roster)[1].startswith("Exchange 3: 1 client")
+
+
+def test_a_repeated_exchange_has_its_heading_again():
+    progress = Progress()
+    roster = {"event": "roster", "round": 1, "clients": []}
+    progress.lines(roster)
+    assert progress.lines(roster) == []
+    (line,) = progress.lines({"event": "repeat", "round": 1, "reason": "1 of 2 came."})
+    assert line == "  1 of 2 came. Waiting; the exchange is repeated."
+    assert progress.lines(roster)[1].startswith("Exchange 1")
+
+
+def test_only_the_resumed_part_is_shown_whatever_becomes_of_the_file(tmp_path):
+    """The ServerApp puts a shorter file in its place while it is being read."""
+    path, shown = tmp_path / "metrics.jsonl", []
+    old = [json.dumps({"event": "round", "round": n, "exchanges": 9}) + "\n" for n in range(1, 9)]
+    path.write_text("".join(old))
+    narrator = Narrator(path, None, shown.append)
+    narrator.begin_with("77")
+    narrator.show()
+    new = tmp_path / "new"
+    earlier = json.dumps({"event": "resume", "round": 1, "flower_run": "7"}) + "\n"
+    new.write_text(
+        old[0]
+        + earlier
+        + json.dumps({"event": "resume", "round": 1, "flower_run": "77"})
+        + "\n"
+        + old[1]
+    )
+    os.replace(new, path)
+    narrator.show()
+    with path.open("a") as file:
+        file.write(old[2])
+    narrator.finish()
+    assert [line for line in shown if line] == [
+        "Resumed after exchange 1",
+        "Exchange 2",
+        "  exchange 2 of 9 done",
+        "Exchange 3",
+        "  exchange 3 of 9 done",
+    ]
