@@ -12,10 +12,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from pilot_flwr.private_state import PrivateStore
 from pilot_flwr.checkpoint import RunIdentity
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config, to_yaml
+from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.private_state import PrivateStore
 from pilot_flwr.resume import Opened
 from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_app import federate
@@ -26,6 +27,11 @@ SMALL = (
     "evaluation.max_new_tokens=2"
 )
 TWO_TASKS = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=2 strategy.rounds=1"
+
+
+def client_by_id(data, client_id):
+    """Return the configured client called `client_id`."""
+    return {client.id: client for client in federation_clients(data)}[client_id]
 
 
 class InProcessGrid(Grid):

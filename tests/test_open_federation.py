@@ -11,6 +11,7 @@ from inprocess import Federation
 from llava_files import write_federation
 
 from pilot_flwr import roster as roster_module
+from pilot_flwr.cli import main
 from pilot_flwr.config import to_yaml
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import ConfigError, RunError
@@ -105,6 +106,12 @@ def test_who_does_not_come_is_counted_first_and_named_later(federation, sites):
     assert first[:2] == (1, "1 client")
     assert first[2].startswith("2 of 3 clients came within 0.2 s; others can join later")
     assert second == (3, "St_Mary", "No node said that it is this client.")
+
+
+def test_a_simulation_has_the_configured_clients(capsys):
+    assert main(["run", "strategy.clients=2"]) == 2
+    error = capsys.readouterr().err
+    assert "`strategy.clients` is 2, a number of real sites" in error and "--superlink" in error
 
 
 def test_more_sites_than_were_waited_for_may_join(federation, sites):

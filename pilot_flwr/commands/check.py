@@ -135,6 +135,7 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
     """
     from pilot_flwr.data.federation import federation_clients
     from pilot_flwr.node_config import read_node_config
+    from pilot_flwr.readiness import check_files
     from pilot_flwr.site import site_client, site_config, site_files
 
     if node_config is None:
@@ -151,7 +152,9 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
         values[key] = value
     node = read_node_config(values)
     client = site_client(node, config)
-    return site_config(node, config, simulated=False), [(client, site_files(node, client))]
+    files = site_files(node, client)
+    check_files(files, evaluated=config.evaluation.enabled)
+    return site_config(node, config, simulated=False), [(client, files)]
 
 
 def _background(config: "PilotConfig", options: argparse.Namespace) -> "Colour | None":

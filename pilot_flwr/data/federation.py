@@ -22,7 +22,6 @@ __all__ = [
     "SiteFiles",
     "Split",
     "check_references",
-    "client_by_id",
     "client_examples",
     "count_examples",
     "federation_clients",
@@ -106,20 +105,6 @@ def federation_clients(data: DataConfig) -> list[Client]:
             )
     names = [(task, number) for task in data.tasks for number in range(data.clients_per_task)]
     return [Client(f"{task}-{n}", task, index) for index, (task, n) in enumerate(names)]
-
-
-def client_by_id(data: DataConfig, client_id: str) -> Client:
-    """Return the client called `client_id`.
-
-    Raises
-    ------
-    ConfigError
-        There is none; names the ids that there are.
-    """
-    clients = {client.id: client for client in federation_clients(data)}
-    if client_id not in clients:
-        raise ConfigError(f"`client-id` is {client_id!r} but must be one of {', '.join(clients)}.")
-    return clients[client_id]
 
 
 def client_examples(

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from inprocess import client_by_id
 
 from pilot_flwr import cli
-from pilot_flwr.data.federation import client_by_id, client_examples
+from pilot_flwr.data.federation import client_examples
 from pilot_flwr.metrics import table
 
 

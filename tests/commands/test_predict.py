@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from inprocess import client_by_id
 
 from pilot_flwr import cli
-from pilot_flwr.data.federation import client_by_id, client_examples
+from pilot_flwr.data.federation import client_examples
 from pilot_flwr.metrics.text import exact_match
 from pilot_flwr.results.answering import Answerer
 
