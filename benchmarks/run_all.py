@@ -24,6 +24,7 @@ BENCHMARKS = (
     "rows",
     "plan",
     "privacy",
+    "fuzz",
     "faults",
     "gpu",
 )

@@ -290,6 +290,21 @@ def epsilon_words(measured: Results) -> str:
     return "no bound" if value is None else f"{float(f'{value:.3g}'):,g}"
 
 
+def fuzz_rows(results: Results) -> Rows:
+    """Rows of ``fuzz.json``."""
+    found = results["targets"].values()
+    accepted = sum(target["outcomes"].get("accepted", 0) for target in found)
+    slowest = max(target["slowest_input_milliseconds"] for target in found)
+    return [
+        [
+            f"odd inputs for {len(found)} readers of messages, files and settings; of them taken; "
+            "errors that are not the reader's own; slowest input",
+            f"{results['inputs_in_all']:,}; {accepted:,}; none; {slowest / 1000:.1f} s",
+            "none",
+        ]
+    ]
+
+
 def plan_table(record: Results) -> str:
     """Return the table of ``plan.json``: a row per base model."""
     plans = record["results"]
@@ -331,6 +346,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "plan": plan_rows,
     "faults": faults_rows,
     "privacy": privacy_rows,
+    "fuzz": fuzz_rows,
 }
 """Rows by the name of a result file."""
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             int(content["events"]),
         )
         files = dict(content["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        _check_texts([*checkpoint.tasks, *checkpoint.task_of.values(), *files.values()])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
     if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
         raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
@@ -234,6 +235,11 @@ def latest_checkpoint(
         else:
             return checkpoint, passed_over
     return None, passed_over
+
+
+def _check_texts(names: Sequence[object]) -> None:
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("a name is no text")
 
 
 def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ Flower's arrays do not have that type: what was trained in bfloat16 is sent in b
 
 import io
 import math
+import reprlib
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,12 @@ from pilot_flwr.parameters import State
 
 _BFLOAT16 = ":bfloat16"
 _T = TypeVar("_T")
+
+_LARGEST = 1e300
+"""Numbers beyond it are refused, as sums of them are not finite."""
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 
 
 def encode_state(state: State) -> ArrayRecord:
@@ -43,11 +50,14 @@ def decode_state(record: ArrayRecord) -> State:
         try:
             _check_size(array.data)
             tensor = torch.from_numpy(array.numpy())
-        except (TypeError, ValueError, EOFError, OSError) as error:
-            raise UpdateError(f"array `{name}` cannot be read: {error}") from error
+        except Exception as error:  # numpy's parser of headers raises all kinds on odd ones
+            reason = f"{type(error).__name__}: {error}"
+            raise UpdateError(f"array `{_cut(name)}` cannot be read: {_cut(reason)}") from error
         if name.endswith(_BFLOAT16):
             if tensor.dtype != torch.int16:
-                raise UpdateError(f"array `{name}` has type {tensor.dtype}, not a bit pattern")
+                raise UpdateError(
+                    f"array `{_cut(name)}` has type {tensor.dtype}, not a bit pattern"
+                )
             name, tensor = name.removesuffix(_BFLOAT16), tensor.view(torch.bfloat16)
         state[name] = tensor
     return state
@@ -128,10 +138,12 @@ def number_of(
         It is missing, or not as asked.
     """
     value = values.get(name)
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UpdateError(f"metric `{name}` is {value} but must be a finite number")
-    if not low <= value <= high:
-        raise UpdateError(f"metric `{name}` is {value} but must be from {low:g} to {high:g}")
+    if not isinstance(value, (int, float)) or not abs(value) < math.inf:
+        raise UpdateError(f"metric `{name}` is {_shown(value)} but must be a finite number")
+    if not max(low, -_LARGEST) <= value <= min(high, _LARGEST):
+        raise UpdateError(
+            f"metric `{name}` is {_shown(value)} but must be from {low:g} to {high:g}"
+        )
     return value
 
 
@@ -145,5 +157,17 @@ def value_of(values: ConfigRecord, name: str, kind: type[_T]) -> _T:
     """
     value = values.get(name)
     if type(value) is not kind:
-        raise UpdateError(f"`{name}` is {value!r} but must be of type {kind.__name__}")
+        raise UpdateError(f"`{_cut(name)}` is {_shown(value)} but must be of type {kind.__name__}")
     return value
+
+
+def _shown(value: object) -> str:
+    """Return what an error shows of a value from outside, which may be of any length."""
+    try:
+        return _SHOWN.repr(value)
+    except ValueError:  # more digits than Python writes out
+        return "a number too long"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN.maxstring else f"{text[: _SHOWN.maxstring]}..."

@@ -24,7 +24,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, YAMLError
+from yaml import parse as yaml_events
 
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.settings import PilotConfig
@@ -38,6 +39,8 @@ _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
 r"""What OmegaConf evaluates; after an odd number of backslashes ``${`` is plain text to it."""
 
 _MISSING = "???"
+
+_LONGEST_YAML, _DEEPEST_YAML = 2**18, 20
 
 
 def config_folder() -> Path:
@@ -157,12 +160,26 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
         changes = OmegaConf.from_dotlist([_pair(override) for override in overrides])
         schema = OmegaConf.structured(PilotConfig)
         _unlock(schema)
+        _check_plain(text)
         config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(text), changes))
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(_readable(error)) from None
     if not isinstance(config, PilotConfig):
         raise ConfigError("It is YAML but not a configuration.")
     return config
+
+
+def _check_plain(text: str) -> None:
+    """Refuse YAML of which a few lines could fill the memory: no configuration needs it."""
+    if len(text) > _LONGEST_YAML:
+        raise ConfigError(f"It has more than {_LONGEST_YAML:,} characters.")
+    depth = 0
+    for event in yaml_events(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _DEEPEST_YAML:
+            raise ConfigError("It is YAML too deeply nested for a configuration.")
+        if isinstance(event, AliasEvent):
+            raise ConfigError("It has aliases (`*name`), which a configuration must not have.")
 
 
 def to_dict(config: PilotConfig) -> dict[str, Any]:

@@ -169,9 +169,13 @@ class PrivateStore:
                     f"{path} is of {kind} {metadata.get(kind)!r} but must be of {name!r}."
                 )
         try:
-            return int(metadata["stage"]), tuple(json.loads(metadata["tasks"]))
-        except (KeyError, ValueError) as error:
+            stage, tasks = int(metadata["stage"]), json.loads(metadata["tasks"])
+            texts = isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
+            if stage not in (1, 2) or not texts:
+                raise ValueError("its `stage` is not 1 or 2, or its `tasks` are no list of texts")
+        except (KeyError, ValueError, RecursionError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
+        return stage, tuple(tasks)
 
 
 @contextlib.contextmanager

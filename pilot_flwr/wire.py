@@ -146,13 +146,18 @@ def decode_order(content: RecordDict) -> tuple[Order, str]:
         for name, record in content.array_records.items()
         if name.startswith(TASK_ADAPTER)
     }
-    stage = value_of(values, "stage", int)
+    stage, server_round = (value_of(values, name, int) for name in ("stage", "round"))
     if stage not in (1, 2):
         raise UpdateError(f"`stage` is {stage} but must be 1 or 2")
+    if server_round < 1:
+        raise UpdateError(f"`round` is {server_round} but must be at least 1")
+    tasks = value_of(values, "tasks", list)
+    if not all(isinstance(task, str) for task in tasks):
+        raise UpdateError("`tasks` must be texts")
     order = Order(
-        server_round=value_of(values, "round", int),
+        server_round=server_round,
         stage=stage,
-        tasks=tuple(value_of(values, "tasks", list)),
+        tasks=tuple(tasks),
         adapters=adapters,
         lora=decode_state(arrays_of(content, "lora")),
         train=value_of(values, "train", bool),

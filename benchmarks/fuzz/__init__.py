@@ -1,0 +1,1 @@
+"""Odd inputs for everything that reads from outside; see ``run.py``."""
