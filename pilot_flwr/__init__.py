@@ -62,6 +62,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     personal              a client's personalised model, put together
     features              the frozen vision tower's features, kept
     run_folder            what a run leaves behind
+    interrupted           events of a run that died, moved aside
 
     privacy               clipping and noise on a client's upload
     privacy_account       what a client has spent of (ε, δ)

@@ -22,11 +22,12 @@ from pilot_flwr.checkpoint import (
 from pilot_flwr.config import PilotConfig, from_yaml, to_yaml
 from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.initial import InitialState
+from pilot_flwr.interrupted import earlier_attempts, parse, read_lines, set_aside
 from pilot_flwr.parameters import State
-from pilot_flwr.run_folder import Event, RunFolder
+from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.run_identity import differences, settings_hash
 from pilot_flwr.server_state import ServerState
-from pilot_flwr.tensors import flush, write_bytes
+from pilot_flwr.tensors import flush
 
 logger = logging.getLogger("flwr")
 
@@ -98,14 +99,14 @@ def continue_run(
     """
     recorded = check_resumable(path, config)
     identity = _identity(path)
-    lines = _lines(path / "metrics.jsonl")
+    lines = read_lines(path / "metrics.jsonl")
     checkpoint, passed_over = latest_checkpoint(
         path / "checkpoint", fits=lambda found: _misfit(found, identity, config, len(lines))
     )
     kept = lines[: checkpoint.events] if checkpoint else []
-    events = _parsed(kept, path / "metrics.jsonl")
-    attempt = 1 + max(_earlier_attempts(path, lines), default=0)
-    moved = _set_aside(path, lines, kept, attempt)
+    events = parse(kept, path / "metrics.jsonl")
+    attempt = 1 + max(earlier_attempts(path, lines), default=0)
+    moved = set_aside(path, lines, kept, attempt)
     _refuse_later(path / "checkpoint", checkpoint, attempt)
     prune_checkpoints(path / "checkpoint")  # it may have died before it did
     (path / "result.json").unlink(missing_ok=True)
@@ -250,52 +251,6 @@ def _misfit(
     if checkpoint.events > lines:
         return f"counts {checkpoint.events} events, but metrics.jsonl has {lines}."
     return ""
-
-
-def _lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-
-
-def _parsed(lines: list[bytes], path: Path) -> list[Event]:
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            event["event"], event["elapsed"]
-        except (ValueError, KeyError, TypeError):
-            raise StateError(f"{path}, line {number}, is no event of a run.") from None
-        events.append(event)
-    return events
-
-
-def _earlier_attempts(path: Path, lines: list[bytes]) -> list[int]:
-    """Return the numbers of the resumptions that there were."""
-    found = [int(number) for p in path.glob("interrupted-*.jsonl") if (number := p.stem[12:])]
-    for line in lines:
-        if b'"resume"' in line:
-            try:
-                found.append(int(json.loads(line).get("attempt", 0)))
-            except (ValueError, TypeError, AttributeError):
-                continue  # cut short
-    return found
-
-
-def _set_aside(path: Path, lines: list[bytes], kept: list[bytes], attempt: int) -> str:
-    """Move the events behind the kept ones to a file of their own; return its name."""
-    rest = b"".join(lines[len(kept) :])
-    if not rest:
-        return ""
-    target = path / f"interrupted-{attempt}.jsonl"
-    before = path / f"interrupted-{attempt - 1}.jsonl"
-    if before.is_file() and before.read_bytes() == rest:  # died before the next line, last time
-        target = before
-    else:
-        write_bytes(target, rest)
-    write_bytes(path / "metrics.jsonl", b"".join(kept))
-    return target.name
 
 
 def _refuse_later(folder: Path, checkpoint: Checkpoint | None, attempt: int) -> None:

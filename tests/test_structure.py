@@ -78,6 +78,7 @@ LAYERS = [
         "personal",
         "features",
         "run_folder",
+        "interrupted",
     ],
     [
         "privacy",
