@@ -9,7 +9,7 @@ from pilot_flwr.tensors import write_bytes
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file with their ends, the last one perhaps cut short; none if absent."""
+    """Return the lines of a file with their ends, the last perhaps cut short; none if absent."""
     try:
         return path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:

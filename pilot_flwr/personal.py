@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import torch
 
-from pilot_flwr.private_state import PrivateState
 from pilot_flwr.errors import StateError
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import State
+from pilot_flwr.private_state import PrivateState
 
 
 def assemble(

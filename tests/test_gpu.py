@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pilot_flwr import turn
+from pilot_flwr import kit as kit_module
 from pilot_flwr.base import load_base, make_collator
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data_settings import DataConfig
@@ -256,7 +256,7 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, mo
         torch.empty(2**44, dtype=torch.uint8, device=device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(turn, "train", too_much)
+        patch.setattr(kit_module, "train", too_much)
         with pytest.raises(TrainingError, match=r"ran out of memory in stage 2.*`train\.batch_siz"):
             take(2)
     after = private_store(take.site).load()

@@ -111,7 +111,8 @@ def message_targets() -> dict[str, Target]:
 def read_array(data: bytes) -> object:
     """Read one array of a message."""
     array = Array(dtype="float32", shape=(2, 3), stype="numpy.ndarray", data=data)
-    return decode_state(ArrayRecord({"w": array, "w:bfloat16": array}))
+    name = "w:bfloat16" if b"<i2" in data else "w"
+    return decode_state(ArrayRecord({name: array}))
 
 
 def messages(valid: RecordDict) -> st.SearchStrategy[RecordDict]:

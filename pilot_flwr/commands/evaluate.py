@@ -66,8 +66,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pilot_flwr.results.scoring import mean_over_tasks, task_scores
     from pilot_flwr.node_config import find_device
+    from pilot_flwr.results.scoring import mean_over_tasks, task_scores
 
     _check(options)
     with contextlib.ExitStack() as stack:

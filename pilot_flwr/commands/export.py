@@ -61,11 +61,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
+    from pilot_flwr.node_config import find_device
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.exporting import export_model
     from pilot_flwr.results.model_card import model_card
     from pilot_flwr.results.runs import personal_model
-    from pilot_flwr.node_config import find_device
 
     model = personal_model(run, who, device=find_device(options.device))
     export_model(
@@ -82,11 +82,11 @@ def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
 def _merge(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
     from pilot_flwr.base import load_base
     from pilot_flwr.models import PilotModel
+    from pilot_flwr.node_config import find_device
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.merging import merge_model
     from pilot_flwr.results.model_card import model_card
     from pilot_flwr.results.runs import fill
-    from pilot_flwr.node_config import find_device
 
     dtype = options.dtype or run.config.model.dtype
     config = replace(run.config.model, quantization="none", dtype=dtype)

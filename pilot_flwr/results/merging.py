@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from pilot_flwr.base import empty_base
-from pilot_flwr.private_state import PrivateState
 from pilot_flwr.connector import Adapter, TaskClientConnector
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model_settings import ModelConfig
 from pilot_flwr.models import PilotModel
 from pilot_flwr.parameters import State
+from pilot_flwr.private_state import PrivateState
 from pilot_flwr.results.standalone import modeling_wide
 from pilot_flwr.shipped import checkpoint_path
 

@@ -194,8 +194,8 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
     private = PrivateStore(folder, client_id, client.task).load(before=after + 1)
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
-            f"{folder} has no private state of exchange {after} or before. Client {client_id!r} has trained, so its model "
-            "needs it: give the folder with `--state` where the client keeps it, or take the "
+            f"{folder} has no private state of exchange {after} or before. "
+            f"Client {client_id!r} has trained, so its model needs it: give the folder with `--state` where the client keeps it, or take the "
             "consensus model of its task with `--task`."
         )
     return Personal(client, client.task, private)
