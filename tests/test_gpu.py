@@ -18,7 +18,7 @@ from pilot_flwr.features import FeatureCache
 from pilot_flwr.initial import initial_state
 from pilot_flwr.kit import Site
 from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.models import PilotModel
+from pilot_flwr.models import PilotModel, warm_model
 from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.training import autocast, train
 from pilot_flwr.turn import Order, private_store, take_turn
@@ -241,7 +241,7 @@ def test_turns_of_both_stages(take, device):
         assert all(torch.isfinite(tensor).all() for tensor in sent)
         private = private_store(take.site).load()
         assert private.stage == stage
-    assert turn.warm_model(
+    assert warm_model(
         ModelConfig(lora=LoraConfig(rank=4)), reduction="normalized", device=device
     ).device.type == (device.type)
 

@@ -195,8 +195,9 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
             f"{folder} has no private state of exchange {after} or before. "
-            f"Client {client_id!r} has trained, so its model needs it: give the folder with `--state` where the client keeps it, or take the "
-            "consensus model of its task with `--task`."
+            f"Client {client_id!r} has trained, so its model needs it: give "
+            "the folder with `--state` where the client keeps it, or take the consensus model "
+            "of its task with `--task`."
         )
     return Personal(client, client.task, private)
 
