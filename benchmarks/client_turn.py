@@ -26,15 +26,8 @@ from _timing import summarize, take_turns
 from random_base import HALF_BILLION, TINY, write_random_base
 from transformers.utils import logging as transformers_logging
 
-from pilot_flwr.base import load_processor
-from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.data_settings import DataConfig
-from pilot_flwr.initial import initial_state
-from pilot_flwr.kit import Site
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.models import warm_model
-from pilot_flwr.settings import PilotConfig, TrainConfig
-from pilot_flwr.turn import (
+from pilot_flwr.client.kit import Site
+from pilot_flwr.client.turn import (
     Order,
     TurnResult,
     _enter_ordered_architecture,
@@ -43,6 +36,13 @@ from pilot_flwr.turn import (
     take_turn,
     turn_generator,
 )
+from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.model.base import load_processor
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import ModelConfig
+from pilot_flwr.settings.pilot import PilotConfig, TrainConfig
 
 RESULT = RESULTS / "client_turn.json"
 

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from _record import RESULTS, write_record
 
+from pilot_flwr.client.kit import Site
+from pilot_flwr.client.privacy import change_norm
+from pilot_flwr.client.privacy_account import epsilon
+from pilot_flwr.client.turn import Order, TurnResult, stage_trained, take_turn
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import Client, federation_clients
-from pilot_flwr.initial import initial_state
-from pilot_flwr.kit import Site
-from pilot_flwr.privacy import change_norm
-from pilot_flwr.privacy_account import epsilon
-from pilot_flwr.privacy_settings import PrivacyConfig
-from pilot_flwr.server_state import Member, ServerState, Update
-from pilot_flwr.turn import Order, TurnResult, stage_trained, take_turn
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.server.state import Member, ServerState, Update
+from pilot_flwr.settings.privacy import PrivacyConfig
 
 RESULT = RESULTS / "privacy.json"
 CLIP_NORM = 1.0

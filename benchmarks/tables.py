@@ -13,7 +13,7 @@ from typing import Any
 
 from _record import RESULTS, ROOT
 
-from pilot_flwr.tables import markdown
+from pilot_flwr.server.tables import markdown
 from pilot_flwr.wording import human_bytes
 
 README = ROOT / "README.md"

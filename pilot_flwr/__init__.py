@@ -2,92 +2,92 @@
 
 The map of the package, layer by layer; a module imports only what stands above it::
 
-    errors                typed errors for all that comes from outside
-    checks                ranges and names, checked in the user's own words
-    wording               words for people: reasons, durations, sizes
-    model_settings        the base model's settings
-    data_settings         the data's settings
-    strategy_settings     the server's settings
-    privacy_settings      what differential privacy is asked for
-    settings              every setting's type, default and range
-    config                conf/ and overrides, composed into settings
-    submission            what is handed to Flower: folders, quoting, resources
-    federation_file       a user's own federation, as overrides
-    run_identity          which settings stay the same when a run is resumed
-    locks                 one process at a time in a run folder
+    errors                             typed errors for all that comes from outside
+    checks                             ranges and names, checked in the user's own words
+    wording                            words for people: reasons, durations, sizes
+    settings.model                     the base model's settings
+    settings.data                      the data's settings
+    settings.strategy                  the server's settings
+    settings.privacy                   what differential privacy is asked for
+    settings.pilot                     every setting's type, default and range
+    config                             conf/ and overrides, composed into settings
+    submission                         what is handed to Flower: folders, quoting, resources
+    federation_file                    a user's own federation, as overrides
+    storage.run_identity               which settings stay the same when a run is resumed
+    storage.locks                      one process at a time in a run folder
 
-    losses                the three auxiliary losses
-    connector             stage 1 and stage 2 (CT-MoA)
-    arrays                passes over the named arrays of several clients
-    aggregation           task-aware average, adaptive text-adapter aggregation
-    norms                 norms of updates, and a bound that a minority cannot move
-    metrics.score         what a metric is
-    metrics.text          an answer's text against its references
-    metrics.vqa           soft accuracy against ten annotators
-    metrics.grounding     boxes, by intersection over union
-    metrics.ptb           Penn Treebank tokens, by Java or nearly so
-    metrics.captions      CIDEr-D, BLEU-4, ROUGE-L
-    metrics.table         every metric by its name
-    shipped               checkpoints that come with the package
+    losses                             the three auxiliary losses
+    connector                          stage 1 and stage 2 (CT-MoA)
+    arrays                             passes over the named arrays of several clients
+    aggregation                        task-aware average, adaptive text-adapter aggregation
+    norms                              norms of updates, and a bound that a minority cannot move
+    metrics.score                      what a metric is
+    metrics.text                       an answer's text against its references
+    metrics.vqa                        soft accuracy against ten annotators
+    metrics.grounding                  boxes, by intersection over union
+    metrics.ptb                        Penn Treebank tokens, by Java or nearly so
+    metrics.captions                   CIDEr-D, BLEU-4, ROUGE-L
+    metrics.table                      every metric by its name
+    model.shipped                      checkpoints that come with the package
 
-    data.examples         an example and its turns
-    data.digit_questions  the demo's questions and answers
-    data.digit_style      the demo's styles, one per client
-    data.digits           the demo's scans and clients
-    data.rows             rows of a JSON array or JSONL file, read one at a time
-    data.image_files      images in a client's folder, and nowhere else
-    data.llava            LLaVA's JSON rows as examples
-    data.conversion       annotation files entry by entry, rows as LLaVA has them
-    data.from_vqa         GQA, OCR-VQA, VQAv2, TextVQA, ScienceQA
-    data.from_captions    COCO's captions
-    data.from_boxes       boxes with an expression
-    data.convert          a data set's own files as LLaVA JSONL
-    data.partition        rows dealt out to clients by Flower's partitioners
-    data.files            which files a client has, and which rows are its own
-    data.screening        which rows can be used, found before a training
-    data.chat_template    a conversation as text, and where its answers are
-    data.collator         examples to batches of token ids
-    data.federation       who the clients are, and which examples each has
-    data.check            all that can be known about rows before a training
+    data.examples                      an example and its turns
+    data.digit_questions               the demo's questions and answers
+    data.digit_style                   the demo's styles, one per client
+    data.digits                        the demo's scans and clients
+    data.rows                          rows of a JSON array or JSONL file, read one at a time
+    data.image_files                   images in a client's folder, and nowhere else
+    data.llava                         LLaVA's JSON rows as examples
+    data.conversion                    annotation files entry by entry, rows as LLaVA has them
+    data.from_vqa                      GQA, OCR-VQA, VQAv2, TextVQA, ScienceQA
+    data.from_captions                 COCO's captions
+    data.from_boxes                    boxes with an expression
+    data.convert                       a data set's own files as LLaVA JSONL
+    data.partition                     rows dealt out to clients by Flower's partitioners
+    data.files                         which files a client has, and which rows are its own
+    data.screening                     which rows can be used, found before a training
+    data.chat_template                 a conversation as text, and where its answers are
+    data.collator                      examples to batches of token ids
+    data.federation                    who the clients are, and which examples each has
+    data.check                         all that can be known about rows before a training
 
-    parameters            which parameter is trained, sent, private or frozen
-    architectures         what differs between base architectures
-    base                  the base model as its checkpoint has it
-    lora                  the LoRA in the language model
-    models                the base model with Pilot's adapters, and its stages
-    initial               what the server starts from, without loading the base
-    tensors               tensors on disk, whole or not at all
-    private_state         what never leaves a client, one file per exchange
-    checkpoint            the server's checkpoints, whole or refused
-    personal              a client's personalised model, put together
-    features              the frozen vision tower's features, kept
-    run_folder            what a run leaves behind
-    interrupted           events of a run that died, moved aside
+    model.parameters                   which parameter is trained, sent, private or frozen
+    model.architectures                what differs between base architectures
+    model.base                         the base model as its checkpoint has it
+    model.lora                         the LoRA in the language model
+    model.pilot_model                  the base model with Pilot's adapters, and its stages
+    model.initial                      what the server starts from, without loading the base
+    storage.tensors                    tensors on disk, whole or not at all
+    storage.private_state              what never leaves a client, one file per exchange
+    storage.checkpoint                 the server's checkpoints, whole or refused
+    client.personal                    a client's personalised model, put together
+    model.features                     the frozen vision tower's features, kept
+    storage.run_folder                 what a run leaves behind
+    storage.interrupted                events of a run that died, moved aside
 
-    privacy               clipping and noise on a client's upload
-    privacy_account       what a client has spent of (ε, δ)
-    privacy_demands       what a site demands of a run's privacy
-    memory                GPU memory of a training step, from shapes
-    layout                shapes of what is sent and of what is kept
-    plan                  what a run trains, sends and needs
-    accumulation          an optimizer step's loss and gradients, in micro-batches
-    training              local training of one client
-    evaluation            greedy generation and its score
+    client.privacy                     clipping and noise on a client's upload
+    client.privacy_account             what a client has spent of (ε, δ)
+    client.privacy_demands             what a site demands of a run's privacy
+    model.memory                       GPU memory of a training step, from shapes
+    model.layout                       shapes of what is sent and of what is kept
+    model.plan                         what a run trains, sends and needs
+    client.accumulation                an optimizer step's loss and gradients, in micro-batches
+    client.training                    local training of one client
+    client.evaluation                  greedy generation and its score
 
-    kit                   a client's place, data and tokenizer
-    turn                  one client's turn: evaluate, then train
-    server_state          what the server knows, and how a round changes it
-    norm_check            updates above a bound: warn, clip or reject
-    claims                which node is which client
-    weights_sample        a base model's weights, told apart by a sample
-    identity              what server and clients have in common, as hashes
-    node_config           a node's own words: who it is, where its data are
-    readiness             what a site can know to be wrong before any training
-    site                  who and where a client is
-    tables                timeline and scores, from the run's events
-    progress              events as live lines of text
-    announcements         progress and verdict in the ServerApp's log
-    resume                a run folder, begun or gone on in
+    client.kit                         a client's place, data and tokenizer
+    client.turn                        one client's turn: evaluate, then train
+    server.state                       what the server knows, and how a round changes it
+    server.norm_check                  updates above a bound: warn, clip or reject
+    server.claims                      which node is which client
+    model.weights_sample               a base model's weights, told apart by a sample
+    flower.identity                    what server and clients have in common, as hashes
+    client.node_config                 a node's own words: who it is, where its data are
+    client.readiness                   what a site can know to be wrong before any training
+    client.site                        who and where a client is
+    server.tables                      timeline and scores, from the run's events
+    launching.progress                 events as live lines of text
+    server.announcements               progress and verdict in the ServerApp's log
+    storage.resume                     a run folder, begun or gone on in
 
     results.answering                  conversations in, answers out
     results.conversation               a conversation with a model
@@ -100,39 +100,39 @@ The map of the package, layer by layer; a module imports only what stands above 
     results.merging                    a stage-1 model as one checkpoint
     results.model_card                 what an exported model says of itself
 
-    codec                 named tensors as Flower's arrays
-    wire                  the messages to clients, and the roster's
-    replies               what clients send back
-    failures              what a Flower error reply means
-    grid                  replies as they come
-    roster                who takes part in an exchange
-    journal               events of a run, written at once
-    exchange_loop         the loop over exchanges, begun anywhere
-    strategy              the server's strategy
-    client_app            Flower's ClientApp
-    server_app            Flower's ServerApp
+    flower.codec                       named tensors as Flower's arrays
+    flower.wire                        the messages to clients, and the roster's
+    flower.replies                     what clients send back
+    flower.failures                    what a Flower error reply means
+    flower.grid                        replies as they come
+    server.roster                      who takes part in an exchange
+    server.journal                     events of a run, written at once
+    server.exchange_loop               the loop over exchanges, begun anywhere
+    strategy                           the server's strategy
+    client_app                         Flower's ClientApp
+    server_app                         Flower's ServerApp
 
-    outcome               whether a run succeeded, and if not, why
-    processes             the processes of one launch, all ended
-    cluster               which Ray cluster, and what it offers
-    cluster_survey        a look at a Ray cluster, in a process of its own
-    cluster_nodes         whether every node can run a run's clients
-    launch                a run under Flower's simulation engine
-    restarts              a run gone on with, by the user's word or by itself
-    connections           the SuperLinks that Flower's config.toml names
-    remote                a run on a SuperLink that is already there
-    commands.superlink    ``pilot-flwr run --superlink``
-    commands.run          ``pilot-flwr run``
-    commands.plan         ``pilot-flwr plan``
-    commands.arguments    what the commands that use a run have in common
-    commands.evaluate     ``pilot-flwr evaluate``
-    commands.predict      ``pilot-flwr predict``
-    commands.chat         ``pilot-flwr chat``
-    commands.export       ``pilot-flwr export``
-    commands.convert      ``pilot-flwr data convert``
-    commands.check        ``pilot-flwr data check``
-    commands.data         ``pilot-flwr data``, of those
-    cli                   the command line tool
+    launching.outcome                  whether a run succeeded, and if not, why
+    launching.processes                the processes of one launch, all ended
+    launching.cluster                  which Ray cluster, and what it offers
+    launching.cluster_survey           a look at a Ray cluster, in a process of its own
+    launching.cluster_nodes            whether every node can run a run's clients
+    launching.simulation               a run under Flower's simulation engine
+    launching.restarts                 a run gone on with, by the user's word or by itself
+    launching.connections              the SuperLinks that Flower's config.toml names
+    launching.remote                   a run on a SuperLink that is already there
+    commands.superlink                 ``pilot-flwr run --superlink``
+    commands.run                       ``pilot-flwr run``
+    commands.plan                      ``pilot-flwr plan``
+    commands.arguments                 what the commands that use a run have in common
+    commands.evaluate                  ``pilot-flwr evaluate``
+    commands.predict                   ``pilot-flwr predict``
+    commands.chat                      ``pilot-flwr chat``
+    commands.export                    ``pilot-flwr export``
+    commands.convert                   ``pilot-flwr data convert``
+    commands.check                     ``pilot-flwr data check``
+    commands.data                      ``pilot-flwr data``, of those
+    cli                                the command line tool
 
 "Pilot: Building the Federated Multimodal Instruction Tuning Framework",
 Xiong et al., AAAI 2025, arXiv 2501.13985, is "the paper" in every docstring.

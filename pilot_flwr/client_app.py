@@ -1,4 +1,4 @@
-"""The ClientApp: three thin handlers around `pilot_flwr.turn`."""
+"""The ClientApp: three thin handlers around `pilot_flwr.client.turn`."""
 
 import functools
 import logging
@@ -7,18 +7,19 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from pilot_flwr import __version__, replies, wire
+from pilot_flwr import __version__
+from pilot_flwr.client.kit import Site
+from pilot_flwr.client.node_config import private_paths, read_node_config
+from pilot_flwr.client.readiness import check_readiness
+from pilot_flwr.client.site import find_site, is_simulated, site_config
+from pilot_flwr.client.turn import check_budget, stage_trained, take_turn
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
-from pilot_flwr.failures import OWN_ERROR, reply_text
-from pilot_flwr.identity import identity_of
-from pilot_flwr.kit import Site
-from pilot_flwr.node_config import private_paths, read_node_config
-from pilot_flwr.readiness import check_readiness
-from pilot_flwr.server_state import Member
-from pilot_flwr.site import find_site, is_simulated, site_config
-from pilot_flwr.turn import check_budget, stage_trained, take_turn
+from pilot_flwr.flower import replies, wire
+from pilot_flwr.flower.failures import OWN_ERROR, reply_text
+from pilot_flwr.flower.identity import identity_of
+from pilot_flwr.server.state import Member
 
 app = ClientApp()
 logger = logging.getLogger("flwr")

@@ -1,7 +1,7 @@
 """The one source of configuration (design section 7): ``conf/`` and a string of overrides.
 
 ServerApp, ClientApp, command line and tests all call `load_config` with the same string.
-Types, defaults and ranges are in `pilot_flwr.settings`; to add a choice, add a YAML file
+Types, defaults and ranges are in `pilot_flwr.settings.pilot`; to add a choice, add a YAML file
 under ``conf/<group>/``.
 
 A client gets that string from the server, so it is checked before Hydra composes anything: an
@@ -28,7 +28,7 @@ from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, YAMLError
 from yaml import parse as yaml_events
 
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.settings import PilotConfig
+from pilot_flwr.settings.pilot import PilotConfig
 
 __all__ = ["PilotConfig", "config_folder", "from_yaml", "load_config", "to_dict", "to_yaml"]
 

@@ -2,7 +2,7 @@
 
 Flower carries the configuration as one string of overrides, and a client must not read the
 server's files; so a YAML file that is named on the command line is written out into overrides
-there. To add a setting, add it to `pilot_flwr.data_settings`.
+there. To add a setting, add it to `pilot_flwr.settings.data`.
 """
 
 import math
@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from pilot_flwr.config import load_config
-from pilot_flwr.data_settings import ALL, DataConfig
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.settings import PilotConfig
+from pilot_flwr.settings.data import ALL, DataConfig
+from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.submission import hydra_text, path_override
 
 _OPTION = "data="

@@ -1,6 +1,6 @@
 """The three auxiliary losses of Pilot (design section 2) as pure functions of tensors.
 
-A loss coefficient is never applied here: `pilot_flwr.training` does that, once.
+A loss coefficient is never applied here: `pilot_flwr.client.training` does that, once.
 """
 
 import torch

@@ -7,16 +7,18 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from pilot_flwr.announcements import Announcer
 from pilot_flwr.checks import expanded
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
-from pilot_flwr.grid import PollingGrid
-from pilot_flwr.identity import identity_of
-from pilot_flwr.initial import initial_state
-from pilot_flwr.locks import hold
-from pilot_flwr.resume import (
+from pilot_flwr.flower.grid import PollingGrid
+from pilot_flwr.flower.identity import identity_of
+from pilot_flwr.flower.wire import RunInfo
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.server.announcements import Announcer
+from pilot_flwr.server.state import ServerState
+from pilot_flwr.storage.locks import hold
+from pilot_flwr.storage.resume import (
     Opened,
     begin_run,
     check_resumable,
@@ -24,10 +26,8 @@ from pilot_flwr.resume import (
     continue_run,
     restored,
 )
-from pilot_flwr.server_state import ServerState
 from pilot_flwr.strategy import PilotStrategy
 from pilot_flwr.submission import default_run_folder
-from pilot_flwr.wire import RunInfo
 
 app = ServerApp()
 logger = logging.getLogger("flwr")

@@ -1,6 +1,6 @@
 """The server's strategy: task-aware adapter averaging and adaptive LoRA aggregation.
 
-The handlers here decode, call `pilot_flwr.server_state` and encode. One exchange is one
+The handlers here decode, call `pilot_flwr.server.state` and encode. One exchange is one
 train phase: every client evaluates the personalised model that it is sent and trains it; after
 the last exchange one evaluate phase closes the run.
 """
@@ -12,23 +12,23 @@ from collections.abc import Iterable, Mapping
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from pilot_flwr import wire
-from pilot_flwr.checkpoint import RunIdentity, save_checkpoint
-from pilot_flwr.claims import Present
-from pilot_flwr.codec import encode_state
+from pilot_flwr.client.turn import Order
 from pilot_flwr.errors import BelowMinimum, RunError, UpdateError
-from pilot_flwr.exchange_loop import ExchangeLoop
-from pilot_flwr.failures import reason_of
-from pilot_flwr.grid import match
-from pilot_flwr.journal import Journal
-from pilot_flwr.norm_check import check_norms
-from pilot_flwr.parameters import State
-from pilot_flwr.replies import decode_report, decode_update
-from pilot_flwr.roster import Roster
-from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.server_state import Member, ServerState, Update
-from pilot_flwr.strategy_settings import StrategyConfig
-from pilot_flwr.turn import Order
+from pilot_flwr.flower import wire
+from pilot_flwr.flower.codec import encode_state
+from pilot_flwr.flower.failures import reason_of
+from pilot_flwr.flower.grid import match
+from pilot_flwr.flower.replies import decode_report, decode_update
+from pilot_flwr.model.parameters import State
+from pilot_flwr.server.claims import Present
+from pilot_flwr.server.exchange_loop import ExchangeLoop
+from pilot_flwr.server.journal import Journal
+from pilot_flwr.server.norm_check import check_norms
+from pilot_flwr.server.roster import Roster
+from pilot_flwr.server.state import Member, ServerState, Update
+from pilot_flwr.settings.strategy import StrategyConfig
+from pilot_flwr.storage.checkpoint import RunIdentity, save_checkpoint
+from pilot_flwr.storage.run_folder import RunFolder
 
 logger = logging.getLogger("flwr")
 
@@ -53,7 +53,7 @@ class PilotStrategy(ExchangeLoop):
     expected : Mapping[str, str]
         Task of every client of the federation, by client id.
     identity : Mapping[str, str]
-        What clients must have in common with the server, see `pilot_flwr.identity`.
+        What clients must have in common with the server, see `pilot_flwr.flower.identity`.
     settings : str
         Hash of the run's settings, for its checkpoints.
     evaluate : bool

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pilot_flwr.checks import expanded
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.settings import SimulationConfig
+from pilot_flwr.settings.pilot import SimulationConfig
 
 
 def app_folder() -> Path:

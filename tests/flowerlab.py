@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pilot_flwr import launch
+from pilot_flwr.launching import simulation as launch
 
 PYPROJECT = """
 [project]

@@ -12,14 +12,14 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from pilot_flwr.checkpoint import RunIdentity
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.private_state import PrivateStore
-from pilot_flwr.resume import Opened
-from pilot_flwr.run_folder import RunFolder
 from pilot_flwr.server_app import federate
+from pilot_flwr.storage.checkpoint import RunIdentity
+from pilot_flwr.storage.private_state import PrivateStore
+from pilot_flwr.storage.resume import Opened
+from pilot_flwr.storage.run_folder import RunFolder
 
 # Two steps at least: the first layer of an adapter that ends in zero moves at the second.
 SMALL = (

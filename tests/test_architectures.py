@@ -11,14 +11,14 @@ import torch
 from checkpoints import WRITERS
 from PIL import Image
 
-from pilot_flwr.architectures import SPECS, feature_size, spec_of
-from pilot_flwr.base import load_base, load_processor, make_collator, read_config
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import ModelError
-from pilot_flwr.features import FeatureCache
-from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.models import PilotModel
+from pilot_flwr.model.architectures import SPECS, feature_size, spec_of
+from pilot_flwr.model.base import load_base, load_processor, make_collator, read_config
+from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.settings.model import FeatureCacheConfig, LoraConfig, ModelConfig
 
 CPU = torch.device("cpu")
 SIZES = [(28, 28), (20, 61), (64, 30), (90, 90), (7, 100)]

@@ -10,9 +10,9 @@ from flwr.app import Array, Error, Message, MessageType
 from inprocess import TWO_TASKS, Federation
 from quick_training import quick_training
 
-from pilot_flwr.checkpoint import load_checkpoint
-from pilot_flwr.codec import decode_state
 from pilot_flwr.errors import RunError
+from pilot_flwr.flower.codec import decode_state
+from pilot_flwr.storage.checkpoint import load_checkpoint
 
 OVERRIDES = f"{TWO_TASKS} evaluation.enabled=false data.train_examples=4"
 WRONG = "vqa-0"

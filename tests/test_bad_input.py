@@ -8,7 +8,7 @@ from inprocess import SMALL, TWO_TASKS, Federation
 from quick_training import quick_training
 
 from pilot_flwr.errors import RunError
-from pilot_flwr.failures import OWN_ERROR
+from pilot_flwr.flower.failures import OWN_ERROR
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pilot_flwr.data.examples import Example
-from pilot_flwr.model_settings import LoraConfig
+from pilot_flwr.settings.model import LoraConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # Torch's compiler warns about settings of the GPU that are none of ours.

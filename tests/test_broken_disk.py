@@ -14,12 +14,12 @@ from llava_files import write_federation
 from quick_training import quick_training
 
 from pilot_flwr import server_app
-from pilot_flwr.checkpoint import latest_checkpoint
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config
 from pilot_flwr.federation_file import expand
-from pilot_flwr.private_state import PrivateState, PrivateStore
-from pilot_flwr.run_folder import read_events
+from pilot_flwr.storage.checkpoint import latest_checkpoint
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.storage.run_folder import read_events
 
 THREE = (
     f"{SMALL} data.train_examples=4 data.tasks=[vqa] data.clients_per_task=3 strategy.rounds=2 "

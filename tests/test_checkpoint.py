@@ -7,15 +7,15 @@ import shutil
 import pytest
 import torch
 
-from pilot_flwr.checkpoint import (
+from pilot_flwr.errors import StateError
+from pilot_flwr.storage.checkpoint import (
     RunIdentity,
     checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from pilot_flwr.errors import StateError
-from pilot_flwr.tensors import load_tensors
+from pilot_flwr.storage.tensors import load_tensors
 
 RUN = RunIdentity("run-1", "0123")
 
@@ -96,7 +96,7 @@ def _rewrite(**changes):
     """Change the content and give it the checksum of what it says then."""
 
     def rewrite(folder):
-        from pilot_flwr.checkpoint import _checksum
+        from pilot_flwr.storage.checkpoint import _checksum
 
         content = json.loads((folder / "state.json").read_text()) | changes
         content = {key: value for key, value in content.items() if value is not None}

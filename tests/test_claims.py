@@ -2,9 +2,9 @@
 
 import pytest
 
-from pilot_flwr.claims import Register
 from pilot_flwr.errors import UpdateError
-from pilot_flwr.server_state import Member
+from pilot_flwr.server.claims import Register
+from pilot_flwr.server.state import Member
 
 
 def member(client, task="vqa"):

@@ -12,13 +12,13 @@ import pytest
 from flowerlab import nothing_left, write_app
 
 from pilot_flwr import cli, submission
-from pilot_flwr import launch as launch_module
 from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.errors import RunError
-from pilot_flwr.locks import hold
-from pilot_flwr.outcome import Outcome
-from pilot_flwr.processes import Interrupted
-from pilot_flwr.restarts import LAUNCH_LOCK
+from pilot_flwr.launching import simulation as launch_module
+from pilot_flwr.launching.outcome import Outcome
+from pilot_flwr.launching.processes import Interrupted
+from pilot_flwr.launching.restarts import LAUNCH_LOCK
+from pilot_flwr.storage.locks import hold
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_files import write_federation
 
-from pilot_flwr import cluster_nodes, cluster_survey
-from pilot_flwr.cluster import Cluster, Node, address_of, ray_environment
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.federation_file import expand
-from pilot_flwr.processes import free_port
-from pilot_flwr.settings import SimulationConfig
+from pilot_flwr.launching import cluster_nodes, cluster_survey
+from pilot_flwr.launching.cluster import Cluster, Node, address_of, ray_environment
+from pilot_flwr.launching.processes import free_port
+from pilot_flwr.settings.pilot import SimulationConfig
 
 
 @pytest.mark.parametrize(

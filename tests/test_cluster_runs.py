@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pilot_flwr.processes import MARK_VARIABLE, free_port
+from pilot_flwr.launching.processes import MARK_VARIABLE, free_port
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import torch
 
 from pilot_flwr.config import config_folder, from_yaml, load_config, to_dict, to_yaml
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.settings import PilotConfig
+from pilot_flwr.settings.pilot import PilotConfig
 
 
 def test_the_default_is_the_demo():

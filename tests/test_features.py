@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
-from pilot_flwr.features import FeatureCache
-from pilot_flwr.model_settings import FeatureCacheConfig
+from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import FeatureCacheConfig
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_bound_is_kept_and_the_rest_encoded_again(
     model, count = counted
     one = cache(tmp_path, "off", "size").encode(model, processor.image_processor, examples[:1])
     count.clear()
-    from pilot_flwr import features as module
+    from pilot_flwr.model import features as module
 
     used = module._used_memory if where == "memory" else 0
     bound = (used + 2.5 * (one.features.nbytes + (where == "disk") * 300)) / 2**30
@@ -160,7 +160,7 @@ def test_the_bound_holds_for_what_a_folder_already_has(tmp_path, counted, proces
 
 
 def test_what_is_kept_in_memory_does_not_hold_its_whole_batch(counted, processor, examples):
-    from pilot_flwr import features as module
+    from pilot_flwr.model import features as module
 
     kept = cache(Path(), "memory", "alone")
     kept.encode(counted[0], processor.image_processor, examples)

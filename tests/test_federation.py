@@ -10,13 +10,13 @@ import torch
 from flwr.app import Error, Message, MessageType
 from inprocess import SMALL, TWO_TASKS, Federation
 
-from pilot_flwr.codec import decode_state
+from pilot_flwr.flower.codec import decode_state
+from pilot_flwr.flower.replies import decode_update
 from pilot_flwr.metrics.table import METRICS
-from pilot_flwr.parameters import GROUPS
-from pilot_flwr.private_state import PrivateStore
-from pilot_flwr.replies import decode_update
-from pilot_flwr.tables import summary
-from pilot_flwr.tensors import load_tensors
+from pilot_flwr.model.parameters import GROUPS
+from pilot_flwr.server.tables import summary
+from pilot_flwr.storage.private_state import PrivateStore
+from pilot_flwr.storage.tensors import load_tensors
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord
 
-from pilot_flwr.codec import decode_state, number_of
 from pilot_flwr.config import from_yaml
 from pilot_flwr.errors import ConfigError, StateError, UpdateError
-from pilot_flwr.private_state import PrivateState, PrivateStore
-from pilot_flwr.run_folder import read_events
-from pilot_flwr.tensors import save_tensors
+from pilot_flwr.flower.codec import decode_state, number_of
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.storage.run_folder import read_events
+from pilot_flwr.storage.tensors import save_tensors
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = (

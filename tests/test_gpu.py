@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pilot_flwr import kit as kit_module
-from pilot_flwr.base import load_base, make_collator
+from pilot_flwr.client import kit as kit_module
+from pilot_flwr.client.kit import Site
+from pilot_flwr.client.training import autocast, train
+from pilot_flwr.client.turn import Order, private_store, take_turn
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
-from pilot_flwr.features import FeatureCache
-from pilot_flwr.initial import initial_state
-from pilot_flwr.kit import Site
-from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.models import PilotModel, warm_model
-from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
-from pilot_flwr.training import autocast, train
-from pilot_flwr.turn import Order, private_store, take_turn
+from pilot_flwr.model.base import load_base, make_collator
+from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import FeatureCacheConfig, LoraConfig, ModelConfig
+from pilot_flwr.settings.pilot import EvaluationConfig, PilotConfig, TrainConfig
 
 CPU = torch.device("cpu")
 TASKS = ("vqa", "counting", "captioning")

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from pilot_flwr import grid as module
-from pilot_flwr.grid import PollingGrid, match
+from pilot_flwr.flower import grid as module
+from pilot_flwr.flower.grid import PollingGrid, match
 
 
 class Clock:

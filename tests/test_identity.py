@@ -11,17 +11,17 @@ from flwr.app import MessageType
 from inprocess import TWO_TASKS, Federation
 from safetensors.torch import load_file, save_file
 
-from pilot_flwr import identity
+from pilot_flwr.client.node_config import NodeSettings
+from pilot_flwr.client.site import site_config
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import RunError
-from pilot_flwr.identity import NAMES, differences, identity_of
-from pilot_flwr.initial import initial_state
-from pilot_flwr.layout import layout_of
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.node_config import NodeSettings
-from pilot_flwr.shipped import checkpoint_path
-from pilot_flwr.site import site_config
-from pilot_flwr.weights_sample import weights_sample
+from pilot_flwr.flower import identity
+from pilot_flwr.flower.identity import NAMES, differences, identity_of
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.layout import layout_of
+from pilot_flwr.model.shipped import checkpoint_path
+from pilot_flwr.model.weights_sample import weights_sample
+from pilot_flwr.settings.model import ModelConfig
 
 CONFIG = load_config(TWO_TASKS)
 HERE = identity_of(CONFIG)

@@ -13,10 +13,10 @@ import psutil
 import pytest
 from flowerlab import leftovers, nothing_left, pretend_flower, write_app
 
-from pilot_flwr import launch as launch_module
 from pilot_flwr.errors import RunError
-from pilot_flwr.launch import flower_environment, launch
-from pilot_flwr.processes import Interrupted, StopSignals, Workplace, marked_processes
+from pilot_flwr.launching import simulation as launch_module
+from pilot_flwr.launching.processes import Interrupted, StopSignals, Workplace, marked_processes
+from pilot_flwr.launching.simulation import flower_environment, launch
 
 FEDERATION = (
     "num-supernodes=2 client-resources-num-cpus=1 client-resources-num-gpus=0.0 "
@@ -223,7 +223,7 @@ time.sleep(600)
 
 
 def test_a_detached_child_that_ignores_sigterm_is_killed(monkeypatch):
-    monkeypatch.setattr("pilot_flwr.processes.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("pilot_flwr.launching.processes.GRACE_SECONDS", 0.5)
     with nothing_left(monkeypatch):
         stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         with Workplace() as place:
@@ -258,7 +258,7 @@ def test_a_process_without_environment_is_known_by_its_folder(monkeypatch):
 
 LAUNCHER = """
 import os, subprocess, sys, time
-from pilot_flwr.processes import Workplace
+from pilot_flwr.launching.processes import Workplace
 place = Workplace()
 code = "import os, time; os.fork() or os.setsid(); time.sleep(600)"
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

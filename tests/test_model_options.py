@@ -6,12 +6,12 @@ import pytest
 import torch
 from visuals import visual
 
-from pilot_flwr.base import load_base, make_collator
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model_settings import LoraConfig, ModelConfig
-from pilot_flwr.models import PilotModel
+from pilot_flwr.model.base import load_base, make_collator
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import LoraConfig, ModelConfig
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_attention_implementations_agree(processor, examples):
 
 def test_loras_share_their_inputs_under_autocast_without_a_change(processor, examples, monkeypatch):
     shared = outcome(build(), processor, examples, autocast=True)
-    monkeypatch.setattr("pilot_flwr.models.share_inputs", lambda layers, shared: None)
+    monkeypatch.setattr("pilot_flwr.model.pilot_model.share_inputs", lambda layers, shared: None)
     assert_same(shared, outcome(build(), processor, examples, autocast=True), rtol=0, atol=0)
 
 

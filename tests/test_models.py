@@ -2,13 +2,13 @@ import pytest
 import torch
 from visuals import visual
 
-from pilot_flwr.base import known_config, load_base, make_collator, read_config
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.initial import initial_state
-from pilot_flwr.model_settings import LoraConfig, ModelConfig
-from pilot_flwr.models import warm_model
+from pilot_flwr.model.base import known_config, load_base, make_collator, read_config
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import LoraConfig, ModelConfig
 
 TASKS = ("vqa", "counting", "captioning")
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_with_missing_keys_is_refused(tmp_path, llava, processor):
 
 
 def test_the_pinned_revision_is_the_one_that_the_projector_comes_from(monkeypatch):
-    from pilot_flwr import initial as module
+    from pilot_flwr.model import initial as module
 
     asked, cached_file = [], module.cached_file
 

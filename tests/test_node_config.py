@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from pilot_flwr.client.node_config import KEYS, NodeSettings, private_paths, read_node_config
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.node_config import KEYS, NodeSettings, private_paths, read_node_config
 
 
 def test_a_node_config_is_read_as_it_is_written(monkeypatch):

@@ -10,13 +10,13 @@ from flwr.app import MessageType
 from inprocess import Federation
 from llava_files import write_federation
 
-from pilot_flwr import roster as roster_module
 from pilot_flwr.cli import main
 from pilot_flwr.config import to_yaml
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.federation_file import expand
 from pilot_flwr.results.runs import open_run
+from pilot_flwr.server import roster as roster_module
 
 WORDS = (
     "train.epochs=1 train.batch_size=2 evaluation.enabled=false strategy.rounds=1 "

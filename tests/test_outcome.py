@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pilot_flwr.outcome import RunStatus, judge
+from pilot_flwr.launching.outcome import RunStatus, judge
 
 DONE = RunStatus("finished:completed", "N/A")
 GOOD = {"status": "completed", "error": None, "failures": [], "scores": {}}

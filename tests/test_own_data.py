@@ -9,14 +9,14 @@ from inprocess import Federation
 from llava_files import write_federation
 from PIL import Image
 
-from pilot_flwr import kit
 from pilot_flwr.cli import main
+from pilot_flwr.client import kit
 from pilot_flwr.config import load_config
 from pilot_flwr.data.examples import KeptImage
 from pilot_flwr.data.files import check_simulated
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.federation_file import expand
-from pilot_flwr.shipped import checkpoint_path
+from pilot_flwr.model.shipped import checkpoint_path
 
 TRAIN = (
     "train.epochs=1 train.batch_size=2 evaluation.max_new_tokens=2 strategy.rounds=1 "

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pilot_flwr.errors import ModelError
-from pilot_flwr.parameters import GROUPS, claim, read, set_trainable, trained_groups, write
+from pilot_flwr.model.parameters import GROUPS, claim, read, set_trainable, trained_groups, write
 
 TASKS = ("vqa", "counting", "captioning")
 

@@ -8,15 +8,15 @@ import torch
 from visuals import visual
 
 from pilot_flwr import cli
-from pilot_flwr.base import empty_base, known_config, load_base, make_collator
 from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
-from pilot_flwr.memory import MicroBatch, empty_model, training_memory
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.models import PilotModel
-from pilot_flwr.parameters import claim
-from pilot_flwr.plan import make_plan
+from pilot_flwr.model.base import empty_base, known_config, load_base, make_collator
+from pilot_flwr.model.memory import MicroBatch, empty_model, training_memory
+from pilot_flwr.model.parameters import claim
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.plan import make_plan
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import ModelConfig
 
 # (D, C, intermediate, layers, key and value width, vision tower's and language model's
 # parameters without the projector), from the published dimensions.

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
+from pilot_flwr.client.privacy import change_norm, release, system_normal
+from pilot_flwr.client.privacy_account import PrivacyAccount, epsilon
 from pilot_flwr.errors import ConfigError, StateError, TrainingError
-from pilot_flwr.privacy import change_norm, release, system_normal
-from pilot_flwr.privacy_account import PrivacyAccount, epsilon
-from pilot_flwr.privacy_settings import PrivacyConfig
+from pilot_flwr.settings.privacy import PrivacyConfig
 
 CONFIG = PrivacyConfig(enabled=True, clip_norm=2.0, noise_multiplier=3.0)
 
@@ -215,7 +215,7 @@ def test_another_clients_account_is_refused(tmp_path):
 
 def test_a_missing_package_is_told_before_anything_is_spent(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    assert importlib.util.find_spec("pilot_flwr.privacy_account")
+    assert importlib.util.find_spec("pilot_flwr.client.privacy_account")
     account = PrivacyAccount(tmp_path / "c", "c")
     with pytest.raises(ConfigError, match=r"not installed here: pip install \"pilot-flwr\[privacy"):
         account.spend(CONFIG, run="r", server_round=1)

@@ -8,13 +8,15 @@ import torch
 from flwr.app import Message, MessageType
 from inprocess import SMALL, Federation, InProcessGrid
 
-from pilot_flwr import client_app, replies, turn, wire
+from pilot_flwr import client_app
+from pilot_flwr.client import turn
+from pilot_flwr.client.privacy import change_norm
+from pilot_flwr.client.privacy_account import PrivacyAccount, epsilon
+from pilot_flwr.client.privacy_demands import PrivacyDemands
 from pilot_flwr.errors import RunError, UpdateError
-from pilot_flwr.privacy import change_norm
-from pilot_flwr.privacy_account import PrivacyAccount, epsilon
-from pilot_flwr.privacy_demands import PrivacyDemands
-from pilot_flwr.progress import Progress
-from pilot_flwr.wire import RunInfo
+from pilot_flwr.flower import replies, wire
+from pilot_flwr.flower.wire import RunInfo
+from pilot_flwr.launching.progress import Progress
 
 TWO = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=1"
 # Almost no noise, so that what was clipped can be seen.

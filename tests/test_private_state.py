@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pilot_flwr.errors import StateError
-from pilot_flwr.private_state import PrivateState, PrivateStore
-from pilot_flwr.tensors import load_tensors, save_tensors
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.storage.tensors import load_tensors, save_tensors
 
 STATE = PrivateState(
     2,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pilot_flwr import progress
-from pilot_flwr.progress import (
+from pilot_flwr.launching import progress
+from pilot_flwr.launching.progress import (
     EventTail,
     LineTail,
     Narrator,

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pilot_flwr import readiness
+from pilot_flwr.client import readiness
+from pilot_flwr.client.kit import Site
+from pilot_flwr.client.node_config import private_paths
+from pilot_flwr.client.readiness import check_files, check_readiness, check_room, check_writable
 from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import Client
 from pilot_flwr.data.files import SiteFiles
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.failures import reply_text
-from pilot_flwr.kit import Site
-from pilot_flwr.layout import layout_of
-from pilot_flwr.node_config import private_paths
-from pilot_flwr.readiness import check_files, check_readiness, check_room, check_writable
+from pilot_flwr.flower.failures import reply_text
+from pilot_flwr.model.layout import layout_of
 
 CONFIG = load_config()
 NOBODY = 65534

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from flowerlab import pretend_flower
 
-from pilot_flwr import announcements, remote
-from pilot_flwr.announcements import Announcer, Verdict
 from pilot_flwr.cli import main
-from pilot_flwr.connections import find_connection
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.outcome import RunStatus
-from pilot_flwr.remote import Left, RemoteRun, judge, run_remotely
+from pilot_flwr.launching import remote
+from pilot_flwr.launching.connections import find_connection
+from pilot_flwr.launching.outcome import RunStatus
+from pilot_flwr.launching.remote import Left, RemoteRun, judge, run_remotely
+from pilot_flwr.server import announcements
+from pilot_flwr.server.announcements import Announcer, Verdict
 
 RESULT = {"status": "completed", "error": None, "failures": [], "scores": {}, "seconds": 3.5}
 FAILURE = {"round": 2, "phase": "train", "client": "c1", "reason": "out of memory\nINFO :      x"}

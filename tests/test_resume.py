@@ -11,14 +11,14 @@ import pytest
 from flwr.app import MessageType
 from inprocess import SMALL, InProcessGrid
 
-from pilot_flwr import resume as resume_module
 from pilot_flwr import server_app
-from pilot_flwr.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError, RunError, StateError, WorkerDied
-from pilot_flwr.locks import hold
-from pilot_flwr.run_folder import read_events
+from pilot_flwr.storage import resume as resume_module
+from pilot_flwr.storage.checkpoint import load_checkpoint, save_checkpoint
+from pilot_flwr.storage.locks import hold
+from pilot_flwr.storage.run_folder import read_events
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TWO = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=2"

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from pilot_flwr.base import load_base, load_processor, read_config
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.shipped import checkpoint_path
+from pilot_flwr.model.base import load_base, load_processor, read_config
+from pilot_flwr.model.shipped import checkpoint_path
+from pilot_flwr.settings.model import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("pilot_flwr", "scripts", "benchmarks")

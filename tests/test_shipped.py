@@ -5,8 +5,8 @@ import shutil
 import pytest
 from transformers import LlavaForConditionalGeneration
 
-from pilot_flwr import shipped
-from pilot_flwr.shipped import ASSETS, BUNDLE, checkpoint_path, write_bundle
+from pilot_flwr.model import shipped
+from pilot_flwr.model.shipped import ASSETS, BUNDLE, checkpoint_path, write_bundle
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pilot_flwr.client.node_config import NodeSettings, read_node_config
+from pilot_flwr.client.site import find_site, is_simulated, site_client, site_config, site_model
 from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import count_examples, federation_clients
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.node_config import NodeSettings, read_node_config
-from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.site import find_site, is_simulated, site_client, site_config, site_model
+from pilot_flwr.settings.model import ModelConfig
+from pilot_flwr.storage.run_folder import RunFolder
 
 CONFIG = load_config()
 

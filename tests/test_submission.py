@@ -11,7 +11,7 @@ import torch
 from pilot_flwr import submission
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.settings import SimulationConfig
+from pilot_flwr.settings.pilot import SimulationConfig
 
 NASTY = [
     "/plain/path-1.0_x",

@@ -1,5 +1,5 @@
-from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.tables import summary, timeline
+from pilot_flwr.server.tables import summary, timeline
+from pilot_flwr.storage.run_folder import RunFolder
 
 
 def events(folder):

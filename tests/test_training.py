@@ -7,17 +7,22 @@ from perturbed import perturb
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from visuals import encoder
 
+from pilot_flwr.client.evaluation import evaluate
+from pilot_flwr.client.training import autocast, total_loss, train
 from pilot_flwr.connector import ConnectorOutput
 from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import TrainingError
-from pilot_flwr.evaluation import evaluate
-from pilot_flwr.initial import initial_state
-from pilot_flwr.model_settings import LoraConfig
-from pilot_flwr.settings import DifferenceLossConfig, EvaluationConfig, StageConfig, TrainConfig
-from pilot_flwr.training import autocast, total_loss, train
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import LoraConfig
+from pilot_flwr.settings.pilot import (
+    DifferenceLossConfig,
+    EvaluationConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 TASKS = ("vqa", "counting", "captioning")
 TRAINED = {

@@ -10,19 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pilot_flwr import kit
+from pilot_flwr.client import kit
+from pilot_flwr.client.evaluation import EvaluationResult
+from pilot_flwr.client.kit import Site
+from pilot_flwr.client.training import TrainingResult
+from pilot_flwr.client.turn import Order, private_store, stage_trained, take_turn
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import DataError, StateError, TrainingError
-from pilot_flwr.evaluation import EvaluationResult
-from pilot_flwr.initial import initial_state
-from pilot_flwr.kit import Site
-from pilot_flwr.model_settings import LoraConfig, ModelConfig
-from pilot_flwr.models import warm_model
-from pilot_flwr.parameters import trained_groups
-from pilot_flwr.settings import EvaluationConfig, PilotConfig, TrainConfig
-from pilot_flwr.training import TrainingResult
-from pilot_flwr.turn import Order, private_store, stage_trained, take_turn
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.parameters import trained_groups
+from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import LoraConfig, ModelConfig
+from pilot_flwr.settings.pilot import EvaluationConfig, PilotConfig, TrainConfig
 
 TASKS = ("vqa", "counting", "captioning")
 CONFIG = PilotConfig(

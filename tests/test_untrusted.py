@@ -12,13 +12,14 @@ from inprocess import SMALL, Federation, InProcessGrid
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pilot_flwr import client_app, wire
-from pilot_flwr import site as site_module
+from pilot_flwr import client_app
+from pilot_flwr.client import site as site_module
 from pilot_flwr.config import config_folder, load_config
 from pilot_flwr.errors import ConfigError, DataError, RunError
-from pilot_flwr.failures import OWN_ERROR, without_paths
-from pilot_flwr.run_folder import RunFolder
-from pilot_flwr.wire import RunInfo
+from pilot_flwr.flower import wire
+from pilot_flwr.flower.failures import OWN_ERROR, without_paths
+from pilot_flwr.flower.wire import RunInfo
+from pilot_flwr.storage.run_folder import RunFolder
 
 SECRET = "hunter2-of-the-site"
 ONE = f"{SMALL} data.tasks=[vqa] data.clients_per_task=1"

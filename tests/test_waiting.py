@@ -10,7 +10,7 @@ from quick_training import quick_training
 
 from pilot_flwr import strategy
 from pilot_flwr.errors import BelowMinimum
-from pilot_flwr.run_folder import read_events
+from pilot_flwr.storage.run_folder import read_events
 
 QUICK = f"{TWO_TASKS} evaluation.enabled=false"
 PATIENT = f"{QUICK} strategy.min_replies=4 strategy.below_minimum=wait strategy.wait_seconds=3"

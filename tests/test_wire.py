@@ -5,13 +5,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot_flwr import replies, wire
-from pilot_flwr.codec import decode_state, encode_state, num_bytes
+from pilot_flwr.client.evaluation import EvaluationResult
+from pilot_flwr.client.training import LOSSES, TrainingResult
+from pilot_flwr.client.turn import Order, TurnResult
 from pilot_flwr.errors import UpdateError
-from pilot_flwr.evaluation import EvaluationResult
-from pilot_flwr.server_state import Member
-from pilot_flwr.training import LOSSES, TrainingResult
-from pilot_flwr.turn import Order, TurnResult
+from pilot_flwr.flower import replies, wire
+from pilot_flwr.flower.codec import decode_state, encode_state, num_bytes
+from pilot_flwr.server.state import Member
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
 RUN = wire.RunInfo("demo-1", "/runs/demo", "token")

@@ -2,7 +2,7 @@
 
 import torch
 
-from pilot_flwr.architectures import ImageShape, Visual
+from pilot_flwr.model.architectures import ImageShape, Visual
 
 
 def visual(model, processor, examples):

@@ -18,25 +18,25 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fuzz.inputs import ODD_VALUES, files, json_bytes, mutated_tree, texts
-from pilot_flwr import replies, wire
-from pilot_flwr.checkpoint import RunIdentity, _checksum, load_checkpoint, save_checkpoint
-from pilot_flwr.codec import decode_state, encode_state
+from pilot_flwr.client.evaluation import EvaluationResult
+from pilot_flwr.client.node_config import private_paths, read_node_config
+from pilot_flwr.client.privacy_account import PrivacyAccount, Spent
+from pilot_flwr.client.site import find_site, site_config
+from pilot_flwr.client.training import LOSSES, TrainingResult
+from pilot_flwr.client.turn import Order, TurnResult
 from pilot_flwr.config import from_yaml, load_config, to_yaml
 from pilot_flwr.data.image_files import ImageFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.data.rows import RowFile
 from pilot_flwr.errors import ConfigError, DataError, StateError, UpdateError
-from pilot_flwr.evaluation import EvaluationResult
-from pilot_flwr.node_config import private_paths, read_node_config
-from pilot_flwr.privacy_account import PrivacyAccount, Spent
-from pilot_flwr.privacy_settings import PrivacyConfig
-from pilot_flwr.private_state import PrivateState, PrivateStore
-from pilot_flwr.run_folder import read_events
-from pilot_flwr.server_state import Member
-from pilot_flwr.settings import PilotConfig
-from pilot_flwr.site import find_site, site_config
-from pilot_flwr.training import LOSSES, TrainingResult
-from pilot_flwr.turn import Order, TurnResult
+from pilot_flwr.flower import replies, wire
+from pilot_flwr.flower.codec import decode_state, encode_state
+from pilot_flwr.server.state import Member
+from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.settings.privacy import PrivacyConfig
+from pilot_flwr.storage.checkpoint import RunIdentity, _checksum, load_checkpoint, save_checkpoint
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.storage.run_folder import read_events
 
 Errors = tuple[type[Exception], ...]
 

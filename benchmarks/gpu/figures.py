@@ -10,7 +10,7 @@ from typing import Any
 from gpu.arithmetic import operations
 from gpu.measure import Planned, Variant
 from gpu.sizes import TASKS
-from pilot_flwr.architectures import feature_size
+from pilot_flwr.model.architectures import feature_size
 
 Figures = dict[str, Any]
 

@@ -13,16 +13,16 @@ import peft
 import torch
 
 from gpu.sizes import EXAMPLE, TASKS, FixedData, Size, make_base
-from pilot_flwr.models import PilotModel
-from pilot_flwr.settings import TrainConfig
-from pilot_flwr.training import autocast, train
+from pilot_flwr.client.training import autocast, train
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.settings.pilot import TrainConfig
 
 WARM_UP = 2
 """Steps before those that count: allocation, the optimizer's state, compilation."""
 
 
 class PilotLoop:
-    """`pilot_flwr.training.train` on features that are kept.
+    """`pilot_flwr.client.training.train` on features that are kept.
 
     Parameters
     ----------

@@ -4,8 +4,8 @@ Random weights are made on the device, so no checkpoint is needed: 576 image tok
 tokens of which 32 carry labels, LoRA of rank 64 on all linear layers, a bfloat16 base, float32
 adapters, AdamW. Measured are
 
-- time and peak memory of a step of `pilot_flwr.training.train`, in stage 1 and stage 2 (T = 3),
-  with and without gradient checkpointing, by micro-batch, features of the vision tower kept;
+- time and peak memory of a step of `pilot_flwr.client.training.train`, in stage 1 and stage 2 (T =
+  3), with and without gradient checkpointing, by micro-batch, features of the vision tower kept;
 - the same of a plain loop with transformers and peft: vision tower, LoRA, trained projector, the
   model's own loss over all positions;
 - the share of the device's own bfloat16 matrix rate that the operations a step needs make up

@@ -42,7 +42,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _chat(options: argparse.Namespace) -> int:
     from pilot_flwr.checks import at_least
-    from pilot_flwr.node_config import find_device
+    from pilot_flwr.client.node_config import find_device
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.conversation import Conversation
     from pilot_flwr.results.runs import personal_model

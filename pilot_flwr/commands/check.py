@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # heavy imports stay inside handlers
     from pilot_flwr.data.federation import Client, SiteFiles, Split
     from pilot_flwr.data.image_files import Colour
     from pilot_flwr.data.llava import LlavaExamples
-    from pilot_flwr.settings import PilotConfig
+    from pilot_flwr.settings.pilot import PilotConfig
 
     Sites = list[tuple[Client, SiteFiles | None]]
     Splits = list[tuple[SplitReport, LlavaExamples | None]]
@@ -133,10 +133,10 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
 
     Without a node config, as it is written for ``flower-supernode``, they are simulated.
     """
+    from pilot_flwr.client.node_config import read_node_config
+    from pilot_flwr.client.readiness import check_files
+    from pilot_flwr.client.site import site_client, site_config, site_files
     from pilot_flwr.data.federation import federation_clients
-    from pilot_flwr.node_config import read_node_config
-    from pilot_flwr.readiness import check_files
-    from pilot_flwr.site import site_client, site_config, site_files
 
     if node_config is None:
         return config, [(client, None) for client in federation_clients(config.data)]
@@ -158,8 +158,8 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
 
 
 def _background(config: "PilotConfig", options: argparse.Namespace) -> "Colour | None":
-    from pilot_flwr.base import load_processor
     from pilot_flwr.data.federation import padding_colour
+    from pilot_flwr.model.base import load_processor
 
     if options.no_tokens:  # any colour will do, and none needs a processor
         return (0, 0, 0) if config.data.image_aspect_ratio == "pad" else None
@@ -206,7 +206,7 @@ def _look(splits: "Splits", config: "PilotConfig", options: argparse.Namespace) 
 
 def _tokenizers(config: "PilotConfig") -> "dict[Split, Tokenize]":
     """Return what a run does with the rows of each split."""
-    from pilot_flwr.base import known_config, load_processor, make_collator
+    from pilot_flwr.model.base import known_config, load_processor, make_collator
 
     model = config.model
     collator = make_collator(

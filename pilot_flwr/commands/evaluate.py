@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.runs import Personal, Run
     from pilot_flwr.results.scoring import Scored
-    from pilot_flwr.settings import PilotConfig
+    from pilot_flwr.settings.pilot import PilotConfig
 
 Chosen = list[tuple["Client", "Personal"]]
 
@@ -66,7 +66,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pilot_flwr.node_config import find_device
+    from pilot_flwr.client.node_config import find_device
     from pilot_flwr.results.scoring import mean_over_tasks, task_scores
 
     _check(options)
@@ -179,7 +179,7 @@ def _examples(
     run: "Run", options: argparse.Namespace, client: "Client", answerer: "Answerer"
 ) -> "Sequence[Example]":
     """Return what is scored: all rows of a file, or those of a split that the run used."""
-    from pilot_flwr.kit import Kit, Site
+    from pilot_flwr.client.kit import Kit, Site
     from pilot_flwr.results.questions import check_all, open_file
 
     if options.data is not None:

@@ -61,7 +61,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
-    from pilot_flwr.node_config import find_device
+    from pilot_flwr.client.node_config import find_device
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.exporting import export_model
     from pilot_flwr.results.model_card import model_card
@@ -80,9 +80,9 @@ def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
 
 
 def _merge(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
-    from pilot_flwr.base import load_base
-    from pilot_flwr.models import PilotModel
-    from pilot_flwr.node_config import find_device
+    from pilot_flwr.client.node_config import find_device
+    from pilot_flwr.model.base import load_base
+    from pilot_flwr.model.pilot_model import PilotModel
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.merging import merge_model
     from pilot_flwr.results.model_card import model_card

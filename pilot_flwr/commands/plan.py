@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pilot_flwr.plan import Plan
+    from pilot_flwr.model.plan import Plan
 
 SUCCESS = 0
 
@@ -49,7 +49,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _plan(options: argparse.Namespace) -> int:
     from pilot_flwr.checks import at_least
     from pilot_flwr.config import load_config
-    from pilot_flwr.plan import make_plan
+    from pilot_flwr.model.plan import make_plan
 
     at_least("--text-tokens", options.text_tokens, 1)
     at_least("--micro-batch", options.micro_batch, 0)
@@ -116,7 +116,7 @@ def _stage_titles(plan: "Plan") -> list[str]:
 
 
 def _parameter_rows(plan: "Plan") -> list[list[str]]:
-    from pilot_flwr.parameters import GROUPS
+    from pilot_flwr.model.parameters import GROUPS
 
     rows = []
     for group, row in GROUPS.items():
@@ -180,7 +180,7 @@ def _fit(plan: "Plan") -> str:
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    from pilot_flwr.tables import markdown
+    from pilot_flwr.server.tables import markdown
 
     print(markdown([header, *rows]))
 

@@ -68,7 +68,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _answer(options: argparse.Namespace, out: TextIO) -> int:
     """Answer all rows, after a look at each of them; return how many."""
-    from pilot_flwr.node_config import find_device
+    from pilot_flwr.client.node_config import find_device
     from pilot_flwr.results.answering import Answerer
     from pilot_flwr.results.questions import Questions, check_all, open_file
     from pilot_flwr.results.runs import personal_model

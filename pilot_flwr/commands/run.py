@@ -40,17 +40,18 @@ def _run(options: argparse.Namespace) -> int:
         return superlink.run(options, _show_results)
     from datetime import datetime
 
-    from pilot_flwr import cluster, cluster_nodes, restarts, submission
+    from pilot_flwr import submission
     from pilot_flwr.config import load_config
     from pilot_flwr.data.federation import federation_clients
     from pilot_flwr.data.files import check_simulated
     from pilot_flwr.federation_file import with_folder
-    from pilot_flwr.launch import launch
-    from pilot_flwr.locks import hold
-    from pilot_flwr.outcome import Outcome
-    from pilot_flwr.processes import Interrupted
-    from pilot_flwr.resume import check_resumable, completed
-    from pilot_flwr.shipped import checkpoint_path
+    from pilot_flwr.launching import cluster, cluster_nodes, restarts
+    from pilot_flwr.launching.outcome import Outcome
+    from pilot_flwr.launching.processes import Interrupted
+    from pilot_flwr.launching.simulation import launch
+    from pilot_flwr.model.shipped import checkpoint_path
+    from pilot_flwr.storage.locks import hold
+    from pilot_flwr.storage.resume import check_resumable, completed
 
     resumed, given = restarts.words_of_run(options.overrides)
     config = load_config(shlex.join(given))
@@ -127,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _say_completed(folder: Path) -> int:
     """Show a run that is at its end already, and return what its own result says."""
-    from pilot_flwr.outcome import COMPLETED, RunStatus, judge
+    from pilot_flwr.launching.outcome import COMPLETED, RunStatus, judge
 
     _say(f"The run in {folder} is complete: there is nothing left to do.")
     _say("To train on, resume it with a larger `strategy.rounds`.")
@@ -146,7 +147,7 @@ def _show_results(folder: Path) -> None:
         _show_table(timeline.read_text(encoding="utf-8"))
     if summary.is_file():
         _say("\n" + summary.read_text(encoding="utf-8").strip())
-    from pilot_flwr.checkpoint import checkpoint_folders
+    from pilot_flwr.storage.checkpoint import checkpoint_folders
 
     checkpoints = checkpoint_folders(folder / "checkpoint")
     if checkpoints:

@@ -29,8 +29,8 @@ def run(options: argparse.Namespace, show_results: Callable[[Path], None]) -> in
         The configuration or the name of the connection is wrong; nothing was submitted.
     """
     from pilot_flwr import submission
-    from pilot_flwr.connections import find_connection
-    from pilot_flwr.remote import Left, run_remotely
+    from pilot_flwr.launching.connections import find_connection
+    from pilot_flwr.launching.remote import Left, run_remotely
 
     address = find_connection(options.superlink, os.environ)
     overrides, name, clients = _overrides(options.overrides)
@@ -63,7 +63,7 @@ def _overrides(words: list[str]) -> tuple[str, str, int]:
     from pilot_flwr.config import load_config
     from pilot_flwr.data.federation import federation_clients
     from pilot_flwr.federation_file import with_folder
-    from pilot_flwr.shipped import checkpoint_path
+    from pilot_flwr.model.shipped import checkpoint_path
 
     config = load_config(shlex.join(words))
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run

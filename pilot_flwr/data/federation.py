@@ -12,9 +12,9 @@ from pilot_flwr.data import digits
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.files import SiteFiles, Split, read_simulated, read_site
 from pilot_flwr.data.image_files import Colour, mean_colour
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ConfigError, DataError
 from pilot_flwr.metrics.table import METRICS
+from pilot_flwr.settings.data import DataConfig
 
 __all__ = [
     "SOURCES",

@@ -19,8 +19,8 @@ from pilot_flwr.data.image_files import Colour
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.data.partition import Rows, deal, draw
 from pilot_flwr.data.rows import RowFile, open_rows
-from pilot_flwr.data_settings import DataConfig, PartitionConfig
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings.data import DataConfig, PartitionConfig
 
 Split = Literal["train", "test"]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import transformers
 
-from pilot_flwr.base import load_processor, make_collator
+from pilot_flwr.client.evaluation import answer
 from pilot_flwr.data.examples import Example
-from pilot_flwr.evaluation import answer
-from pilot_flwr.features import FeatureCache
-from pilot_flwr.model_settings import FeatureCacheConfig
-from pilot_flwr.models import PilotModel
-from pilot_flwr.plan import out_of_memory_explained
-from pilot_flwr.settings import PilotConfig
+from pilot_flwr.model.base import load_processor, make_collator
+from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.plan import out_of_memory_explained
+from pilot_flwr.settings.model import FeatureCacheConfig
+from pilot_flwr.settings.pilot import PilotConfig
 
 
 class _Pieces(transformers.TextStreamer):  # type: ignore[misc]

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from pilot_flwr.connector import CrossTaskMoA
 from pilot_flwr.errors import ModelError, RunError
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.models import PilotModel
-from pilot_flwr.parameters import GroupName, State
+from pilot_flwr.model.parameters import GroupName, State
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.shipped import checkpoint_path
 from pilot_flwr.results.standalone import modeling_pilot
-from pilot_flwr.shipped import checkpoint_path
+from pilot_flwr.settings.model import ModelConfig
 
 _CONNECTOR_GROUPS: dict[GroupName, str] = {
     "own_task_adapter": "own",

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from pilot_flwr.base import empty_base
 from pilot_flwr.connector import Adapter, TaskClientConnector
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model_settings import ModelConfig
-from pilot_flwr.models import PilotModel
-from pilot_flwr.parameters import State
-from pilot_flwr.private_state import PrivateState
+from pilot_flwr.model.base import empty_base
+from pilot_flwr.model.parameters import State
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.shipped import checkpoint_path
 from pilot_flwr.results.standalone import modeling_wide
-from pilot_flwr.shipped import checkpoint_path
+from pilot_flwr.settings.model import ModelConfig
+from pilot_flwr.storage.private_state import PrivateState
 
 _PROCESSOR_FILES = (
     "processor_config.json",

@@ -11,7 +11,7 @@ from pilot_flwr import __version__
 from pilot_flwr.config import to_yaml
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.results.runs import Personal, Run, last_scores
-from pilot_flwr.settings import RunConfig
+from pilot_flwr.settings.pilot import RunConfig
 
 Merged = Literal["", "plain", "wide"]
 """How the model was merged: not at all, into transformers' own class, or into a wider one."""

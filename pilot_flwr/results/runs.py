@@ -11,24 +11,24 @@ from pathlib import Path
 
 import torch
 
-from pilot_flwr.checkpoint import (
+from pilot_flwr.client.personal import assemble
+from pilot_flwr.config import from_yaml
+from pilot_flwr.data.federation import Client, federation_clients
+from pilot_flwr.errors import ConfigError, RunError, StateError
+from pilot_flwr.federation_file import with_folder
+from pilot_flwr.model.parameters import State
+from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.server.state import lora_peers, mean_lora
+from pilot_flwr.settings.model import FeatureCacheConfig
+from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.storage.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
 )
-from pilot_flwr.config import from_yaml
-from pilot_flwr.data.federation import Client, federation_clients
-from pilot_flwr.errors import ConfigError, RunError, StateError
-from pilot_flwr.federation_file import with_folder
-from pilot_flwr.model_settings import FeatureCacheConfig
-from pilot_flwr.models import PilotModel, warm_model
-from pilot_flwr.parameters import State
-from pilot_flwr.personal import assemble
-from pilot_flwr.private_state import PrivateState, PrivateStore
-from pilot_flwr.run_folder import Event, read_events
-from pilot_flwr.server_state import lora_peers, mean_lora
-from pilot_flwr.settings import PilotConfig
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.storage.run_folder import Event, read_events
 
 
 @dataclass(frozen=True)

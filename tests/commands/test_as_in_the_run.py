@@ -12,9 +12,9 @@ from llava_files import BROKEN, SUFFIX
 from PIL import Image
 
 from pilot_flwr import cli
-from pilot_flwr.base import load_processor
 from pilot_flwr.data.federation import client_examples
 from pilot_flwr.data.image_files import expand_to_square, mean_colour
+from pilot_flwr.model.base import load_processor
 from pilot_flwr.results.answering import Answerer
 from pilot_flwr.results.standalone import modeling_pilot
 

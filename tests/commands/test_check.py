@@ -11,7 +11,7 @@ from PIL import Image
 from pilot_flwr.cli import main
 from pilot_flwr.data import digits
 from pilot_flwr.data.image_files import ImageFile
-from pilot_flwr.shipped import checkpoint_path
+from pilot_flwr.model.shipped import checkpoint_path
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from perturbed import perturb, private_state
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pilot_flwr import cli
-from pilot_flwr.private_state import PrivateStore
 from pilot_flwr.results.runs import client_model, open_run
 from pilot_flwr.results.standalone import modeling_pilot
+from pilot_flwr.storage.private_state import PrivateStore
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from torch import nn
 
 from pilot_flwr.connector import is_reserved
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings.data import DataConfig
 
 
 @pytest.mark.parametrize("task", ["keys", "training", "forward", "type", "pop", "dump_patches"])

@@ -21,9 +21,9 @@ from pilot_flwr.data.federation import (
     task_metric,
 )
 from pilot_flwr.data.llava import Reading, to_example
-from pilot_flwr.data_settings import DataConfig, TaskFiles
 from pilot_flwr.errors import ConfigError, DataError
 from pilot_flwr.federation_file import expand
+from pilot_flwr.settings.data import DataConfig, TaskFiles
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "data.md"
 

@@ -11,8 +11,8 @@ import pytest
 
 from pilot_flwr.data.partition import column_codes, deal, draw
 from pilot_flwr.data.rows import RowFile
-from pilot_flwr.data_settings import PartitionConfig
 from pilot_flwr.errors import ConfigError, DataError
+from pilot_flwr.settings.data import PartitionConfig
 
 KINDS = [
     PartitionConfig(),
@@ -143,7 +143,7 @@ def test_another_process_deals_the_same(files):
         "import sys; from pathlib import Path\n"
         "from pilot_flwr.data.partition import deal\n"
         "from pilot_flwr.data.rows import RowFile\n"
-        "from pilot_flwr.data_settings import PartitionConfig\n"
+        "from pilot_flwr.settings.data import PartitionConfig\n"
         "files = [RowFile(Path(name)) for name in sys.argv[1:]]\n"
         "config = PartitionConfig('dirichlet', alpha=1.0, column='kind')\n"
         "print([s.tolist() for s in deal(files, config, num_clients=3, seed=[0])])"

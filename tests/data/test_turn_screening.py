@@ -7,12 +7,12 @@ import pytest
 import torch
 from llava_files import write_federation
 
+from pilot_flwr.client.kit import Kit, Site
 from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError
 from pilot_flwr.federation_file import expand
-from pilot_flwr.kit import Kit, Site
-from pilot_flwr.models import warm_model
+from pilot_flwr.model.pilot_model import warm_model
 
 
 @pytest.fixture

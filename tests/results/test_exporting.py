@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from visuals import visual
 
-from pilot_flwr.architectures import spec_of
-from pilot_flwr.base import load_base, load_processor, make_collator
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data.image_files import expand_to_square, mean_colour
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError, RunError
-from pilot_flwr.features import FeatureCache
-from pilot_flwr.model_settings import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.models import PilotModel
+from pilot_flwr.model.architectures import spec_of
+from pilot_flwr.model.base import load_base, load_processor, make_collator
+from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.results.exporting import export_model
 from pilot_flwr.results.standalone import modeling_pilot
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import FeatureCacheConfig, LoraConfig, ModelConfig
 
 TASKS = ("vqa", "counting", "captioning")
 

@@ -7,14 +7,14 @@ from perturbed import perturb, private_state
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from visuals import visual
 
-from pilot_flwr.base import load_base, load_processor, make_collator
 from pilot_flwr.connector import Adapter
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data_settings import DataConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model_settings import LoraConfig, ModelConfig
-from pilot_flwr.models import PilotModel
+from pilot_flwr.model.base import load_base, load_processor, make_collator
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.results.merging import check_mergeable, fold, merge_model, sum_of_adapters
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import LoraConfig, ModelConfig
 
 TASKS = ("vqa", "counting", "captioning")
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 from perturbed import perturb, private_state
 
-from pilot_flwr.checkpoint import save_checkpoint
 from pilot_flwr.errors import ConfigError, RunError, StateError
-from pilot_flwr.private_state import PrivateState, PrivateStore
 from pilot_flwr.results.runs import (
     client_model,
     consensus,
@@ -18,6 +16,8 @@ from pilot_flwr.results.runs import (
     personal,
     personal_model,
 )
+from pilot_flwr.storage.checkpoint import save_checkpoint
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
 
 CPU = torch.device("cpu")
 

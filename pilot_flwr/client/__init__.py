@@ -1,0 +1,1 @@
+"""One client: who it is, what it trains, what it keeps."""

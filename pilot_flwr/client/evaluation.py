@@ -1,0 +1,147 @@
+"""Evaluation of one client's personalised model: greedy generation and the task's metric."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from pilot_flwr.client.training import Encoder, autocast
+from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.examples import Example
+from pilot_flwr.errors import DataError
+from pilot_flwr.metrics.table import METRICS
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.settings.pilot import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Score of one client's test split.
+
+    Attributes
+    ----------
+    score : float
+        From 0 to the metric's maximum.
+    metric : str
+        A key of `pilot_flwr.metrics.table.METRICS`.
+    examples : int
+        Size of the split.
+    seconds : float
+        Wall time.
+    approximate : bool
+        Whether the figure is not exactly what the metric's own script gives.
+    cut : int
+        Answers that `evaluation.max_new_tokens` ended, not the model.
+    """
+
+    score: float
+    metric: str
+    examples: int
+    seconds: float
+    approximate: bool = False
+    cut: int = 0
+
+
+class Answers(NamedTuple):
+    """Texts of the answers, and how many of them were ended by the limit, not by the model."""
+
+    texts: list[str]
+    cut: int
+
+
+def evaluate(
+    model: PilotModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    metric: str,
+    config: EvaluationConfig,
+    autocast_choice: str,
+) -> EvaluationResult:
+    """Answer every example and score the answers.
+
+    Parameters
+    ----------
+    model : PilotModel
+        With all states loaded.
+    examples : sequence of Example
+        The client's test split.
+    collator, encode
+        Make token tensors and visual features of examples.
+    metric : str
+        A key of `pilot_flwr.metrics.table.METRICS`.
+    config : EvaluationConfig
+        Batches and length of the answers.
+    autocast_choice : str
+        `train.autocast`: a model answers in the precision that it is trained in.
+
+    Raises
+    ------
+    DataError
+        There is no example.
+    """
+    if not examples:
+        raise DataError("There is no test example.")
+    started = time.perf_counter()
+    answers = answer(
+        model,
+        examples,
+        collator=collator,
+        encode=encode,
+        config=config,
+        autocast_choice=autocast_choice,
+    )
+    score = METRICS[metric].score(answers.texts, [example.answers for example in examples])
+    return EvaluationResult(
+        score.mean,
+        metric,
+        len(examples),
+        time.perf_counter() - started,
+        approximate=bool(METRICS[metric].approximate()),
+        cut=answers.cut,
+    )
+
+
+def answer(
+    model: PilotModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    config: EvaluationConfig,
+    autocast_choice: str,
+    progress: Callable[[int], None] = lambda done: None,
+    streamer: Any = None,
+) -> Answers:
+    """Return the model's greedy answer to the last question of every example.
+
+    The parameters are those of `evaluate`; `progress` gets the number of answers after each
+    batch, and `streamer`, of transformers, the tokens of a single example's answer.
+    """
+    model.eval()
+    answers: list[str] = []
+    cut = 0
+    parts = [
+        range(start, min(start + config.batch_size, len(examples)))
+        for start in range(0, len(examples), config.batch_size)
+    ]
+    stop = collator.end_token_id()
+    visuals = encode([examples[i] for i in part] for part in parts)
+    for part in parts:
+        batch = collator.prompt_batch([examples[i] for i in part]).to(model.device)
+        with autocast(model.device, autocast_choice):
+            tokens = model.generate(
+                batch,
+                next(visuals),
+                max_new_tokens=config.max_new_tokens,
+                stop=stop,
+                streamer=streamer,
+            )
+        ended = torch.isin(tokens, torch.tensor(model.end_tokens(stop), device=tokens.device))
+        cut += int((~ended.any(-1)).sum())
+        answers += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        progress(len(answers))
+    return Answers(answers, cut)

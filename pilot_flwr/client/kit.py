@@ -1,0 +1,146 @@
+"""One client's data, tokenizer and feature cache, as a turn needs them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pilot_flwr.client.evaluation import EvaluationResult, evaluate
+from pilot_flwr.client.privacy_account import PrivacyAccount
+from pilot_flwr.client.privacy_demands import PrivacyDemands
+from pilot_flwr.client.training import Encoder, TrainingResult, train
+from pilot_flwr.data.examples import Example
+from pilot_flwr.data.federation import (
+    Client,
+    SiteFiles,
+    Split,
+    check_references,
+    client_examples,
+    padding_colour,
+    task_metric,
+)
+from pilot_flwr.data.screening import WholeImages, usable
+from pilot_flwr.model.base import load_processor, make_collator
+from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.settings.pilot import PilotConfig
+
+
+@dataclass(frozen=True)
+class Site:
+    """What belongs to the client alone and never comes from the server.
+
+    Attributes
+    ----------
+    client : Client
+        Who it is.
+    state_folder : Path
+        Its own folder for this run: private state and kept features.
+    device : torch.device
+        Where it computes.
+    files : SiteFiles, optional
+        Its own data; a simulated client has what the run's configuration names.
+    run : str
+        Name of the run.
+    demands : PrivacyDemands
+        What it asks of a run's differential privacy.
+    """
+
+    client: Client
+    state_folder: Path
+    device: torch.device
+    files: SiteFiles | None = None
+    run: str = ""
+    demands: PrivacyDemands = PrivacyDemands()
+
+    @property
+    def account(self) -> PrivacyAccount:
+        """The client's privacy account, beside the folders of its runs."""
+        path = self.state_folder.parent / f"{self.client.id}.privacy.json"
+        return PrivacyAccount(path, self.client.id)
+
+
+class Kit:
+    """The client's data, tokenizer and feature cache, made once per turn."""
+
+    def __init__(
+        self,
+        site: Site,
+        config: PilotConfig,
+        model: PilotModel,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.site, self.config, self.model, self.progress = site, config, model, progress
+        self.processor = load_processor(config.model.path, config.model.revision)
+        self.collator = make_collator(
+            config.model, self.processor, model.llava.config, max_length=config.train.max_length
+        )
+
+    def train(self, generator: torch.Generator) -> TrainingResult:
+        """Train on the client's training split."""
+        return train(
+            self.model,
+            self.examples("train"),
+            collator=self.collator,
+            encode=self._encoder("train"),
+            config=self.config.train,
+            generator=generator,
+            progress=self.progress,
+        )
+
+    def evaluate(self) -> EvaluationResult:
+        """Evaluate on the client's test split."""
+        return evaluate(
+            self.model,
+            self.examples("test"),
+            collator=self.collator,
+            encode=self._encoder("test"),
+            metric=task_metric(self.config.data, self.site.client.task),
+            config=self.config.evaluation,
+            autocast_choice=self.config.train.autocast,
+        )
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """Return the examples of a split that can be used; see `pilot_flwr.data.screening`."""
+        client, data = self.site.client, self.config.data
+        examples = client_examples(
+            data,
+            client,
+            split,
+            seed=self.config.seed,
+            files=self.site.files,
+            background=padding_colour(data, self.processor.image_processor),
+        )
+        metric = task_metric(data, client.task)
+
+        def check(example: Example) -> None:
+            if split == "train":
+                self.collator.tokenize(example)
+            else:
+                self.collator.prompt(example)
+                check_references(metric, example)
+
+        return usable(
+            examples,
+            name=f"{split} split of client {client.id!r}",
+            check=check,
+            allowed=data.allowed_broken,
+            settings=f"{split}/{self.config.train.max_length}/{data.check_images}"
+            f"/{self.config.model}/{metric}",
+            folder=self.site.state_folder / "checked",
+            progress=self.progress,
+            images=WholeImages(data.workers) if data.check_images == "decode" else None,
+        )
+
+    def _encoder(self, split: Split) -> Encoder:
+        model, data = self.config.model, (self.config.seed, self.config.data)
+        base = f"{model.path}/{model.revision}/{model.dtype}"
+        cache = FeatureCache(
+            model.feature_cache,
+            namespace=f"{base}/{data}/{self.site.client.id}/{split}",
+            folder=self.site.state_folder / "features",
+            base=base,
+        )
+        processor, workers = self.processor.image_processor, self.config.data.workers
+        return lambda parts: cache.stream(self.model, processor, parts, workers=workers)

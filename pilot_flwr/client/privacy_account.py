@@ -1,0 +1,183 @@
+"""The (ε, δ) account of a client: every release, counted on its own disk before it leaves.
+
+Unit and relation: the whole data set of one client, replaced by any other one. Every release is a
+Gaussian mechanism of multiplier z / 2 (see `pilot_flwr.client.privacy`), chosen by a server that
+has seen all releases before; that is adaptive composition, which Rényi differential privacy adds up
+(Mironov 2017, "Rényi differential privacy", proposition 1). The sums and their conversion to
+(ε, δ) are those of Google's ``dp-accounting``; nothing is sampled, so nothing is amplified.
+
+The account is kept by the client for itself, over all runs that it has state of: a repeated
+exchange counts again, and so does a release that was counted but never sent.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.errors import ConfigError, StateError
+from pilot_flwr.settings.privacy import PrivacyConfig
+from pilot_flwr.storage.tensors import write_text
+
+FORMAT = "pilot-flwr-privacy-1"
+"""Version of the account's file."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a client has spent, the release that is being made included.
+
+    Attributes
+    ----------
+    epsilon : float
+        ε of this run's releases.
+    total_epsilon : float
+        ε of all releases in the account, earlier runs' included.
+    delta : float
+        The δ that both are for.
+    releases, total_releases : int
+        How many there are.
+    """
+
+    epsilon: float
+    total_epsilon: float
+    delta: float
+    releases: int
+    total_releases: int
+
+
+def epsilon(noise_multipliers: Iterable[float], delta: float) -> float:
+    """Return ε of releases with these multipliers z, for `delta`; 0 if there are none.
+
+    Raises
+    ------
+    ConfigError
+        ``dp-accounting`` is not installed.
+    """
+    accounting = require_accounting()
+    accountant = accounting.rdp.RdpAccountant()
+    for multiplier, count in Counter(noise_multipliers).items():
+        # Noise is z C and the sensitivity 2 C.
+        accountant.compose(accounting.GaussianDpEvent(multiplier / 2), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def require_accounting() -> Any:
+    """Return the module ``dp_accounting``.
+
+    Raises
+    ------
+    ConfigError
+        It is not installed.
+    """
+    try:
+        import dp_accounting
+    except ImportError:
+        raise ConfigError(
+            "`privacy.enabled` is true but the package that keeps the account is not installed "
+            'here: pip install "pilot-flwr[privacy]", or dp-accounting.'
+        ) from None
+    return dp_accounting
+
+
+class PrivacyAccount:
+    """All releases of one client, in a file of its own.
+
+    Parameters
+    ----------
+    path : Path
+        Made at the first release. Whoever removes it forgets what was spent.
+    client : str
+        Whose it is; another client's file is refused.
+    """
+
+    def __init__(self, path: Path, client: str) -> None:
+        self.path, self.client = path, client
+
+    def releases(self) -> list[dict[str, Any]]:
+        """Return every release so far: ``run``, ``round``, ``noise_multiplier``, ``clip_norm``.
+
+        Raises
+        ------
+        StateError
+            The file is torn, foreign or another client's. It is never begun anew by itself.
+        """
+        if not self.path.exists():
+            return []
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            version, client, releases = (content[k] for k in ("format", "client", "releases"))
+            for entry in releases:
+                _check_release(entry)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StateError(
+                f"{self.path} is no privacy account: {type(error).__name__}: {error}. Without it "
+                "this client cannot say what it has spent, so it releases nothing."
+            ) from None
+        if (version, client) != (FORMAT, self.client):
+            raise StateError(
+                f"{self.path} has format {version!r} and client {client!r} but must have "
+                f"{FORMAT!r} and {self.client!r}."
+            )
+        return list(releases)
+
+    def spend(self, config: PrivacyConfig, *, run: str, server_round: int) -> Spent:
+        """Count one release and flush it to disk; call this before anything is sent.
+
+        Raises
+        ------
+        StateError
+            The account cannot be read.
+        ConfigError
+            ``dp-accounting`` is not installed.
+        """
+        require_accounting()
+        releases = [
+            *self.releases(),
+            {
+                "run": run,
+                "round": server_round,
+                "noise_multiplier": config.noise_multiplier,
+                "clip_norm": config.clip_norm,
+            },
+        ]
+        content = {"format": FORMAT, "client": self.client, "releases": releases}
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
+        return _spent(releases, run, config.delta)
+
+    def epsilon_after(self, config: PrivacyConfig, delta: float) -> float:
+        """Return ε of all releases and one more, over all runs; nothing is counted.
+
+        Raises
+        ------
+        StateError
+            The account cannot be read.
+        ConfigError
+            ``dp-accounting`` is not installed.
+        """
+        kept = [entry["noise_multiplier"] for entry in self.releases()]
+        return epsilon([*kept, config.noise_multiplier], delta)
+
+
+def _spent(releases: list[dict[str, Any]], run: str, delta: float) -> Spent:
+    all_of_them = [entry["noise_multiplier"] for entry in releases]
+    mine = [entry["noise_multiplier"] for entry in releases if entry["run"] == run]
+    return Spent(
+        epsilon=epsilon(mine, delta),
+        total_epsilon=epsilon(all_of_them, delta),
+        delta=delta,
+        releases=len(mine),
+        total_releases=len(all_of_them),
+    )
+
+
+def _check_release(entry: Any) -> None:
+    multiplier = entry["noise_multiplier"]
+    usual = isinstance(multiplier, float | int) and not isinstance(multiplier, bool)
+    if not usual or not 0 < multiplier < math.inf or not isinstance(entry["run"], str):
+        raise ValueError(
+            f"the release {str(entry)[:200]} has no usable `noise_multiplier` or `run`"
+        )

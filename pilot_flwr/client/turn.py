@@ -1,0 +1,222 @@
+"""One client's turn: evaluate the incoming personalised model, then train it.
+
+This is the client side of the algorithm without a word of Flower. The base model stays warm
+in the process; what makes it this client's model is loaded from the order (what the server
+sent) and from the client's own disk (what never leaves it).
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from pilot_flwr.client.evaluation import EvaluationResult
+from pilot_flwr.client.kit import Kit, Site
+from pilot_flwr.client.personal import assemble, enter_own, enter_stage2, load_received
+from pilot_flwr.client.privacy import release
+from pilot_flwr.client.privacy_account import Spent, require_accounting
+from pilot_flwr.client.training import TrainingResult, check_finite
+from pilot_flwr.errors import StateError
+from pilot_flwr.model.parameters import GROUPS, GroupName, State
+from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.model.plan import out_of_memory_explained
+from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.wording import count
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of a client in one exchange.
+
+    Attributes
+    ----------
+    server_round : int
+        Exchange, from 1.
+    stage : int
+        Architecture to train: the per-client stage flag, the only thing that decides it.
+    tasks : tuple of str
+        All T tasks in the federation's order.
+    adapters : dict
+        Task → ψ_t: all T in stage 2, the own one alone in stage 1.
+    lora : State
+        This client's Θ̄_l.
+    train, evaluate : bool
+        Whether to train, and whether to evaluate the incoming model before.
+    """
+
+    server_round: int
+    stage: int
+    tasks: tuple[str, ...]
+    adapters: dict[str, State]
+    lora: State
+    train: bool = True
+    evaluate: bool = True
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """What a turn gives back; `adapter` and `lora` are the only parameters that are sent.
+
+    `started` is in seconds since 1970, `seconds` is the whole turn's wall time. `spent` is what
+    the client's privacy account says if `adapter` and `lora` are clipped and noisy.
+    """
+
+    adapter: State = field(default_factory=dict)
+    lora: State = field(default_factory=dict)
+    training: TrainingResult | None = None
+    evaluation: EvaluationResult | None = None
+    spent: Spent | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+def stage_trained(site: Site, server_round: int) -> int:
+    """Return the last stage that this client trained before an exchange, 0 if none."""
+    return private_store(site).stage(before=server_round)
+
+
+def private_store(site: Site) -> PrivateStore:
+    """Return where the client's private states of this run are."""
+    return PrivateStore(site.state_folder, site.client.id, site.client.task)
+
+
+def check_budget(site: Site, config: PilotConfig) -> None:
+    """Say whether one more upload is within what this site allows; nothing is looked at if not.
+
+    Raises
+    ------
+    PilotError
+        It is not, or its privacy account cannot be kept.
+    """
+    if config.privacy.enabled:
+        require_accounting()
+        delta = site.demands.delta
+        site.demands.check_budget(site.account.epsilon_after(config.privacy, delta))
+
+
+def take_turn(
+    site: Site, config: PilotConfig, order: Order, *, progress: Callable[[str], None]
+) -> TurnResult:
+    """Evaluate and train as `order` says.
+
+    The turn starts from the newest private state of an exchange before the ordered one, so that
+    an exchange that is ordered again is repeated exactly.
+
+    The incoming model is evaluated in the architecture that the client last trained: stage 1
+    after its first training, CT-MoA after a stage-2 one. Before its first training it is
+    stage 1 with an inert ψ_s: the base model with the task adapter and the LoRA that the
+    server sent. In the first exchange these are the base model's own, so this is the untouched
+    base model; a client that joins late is sent aggregated ones.
+
+    Raises
+    ------
+    StateError
+        Stage 2 is ordered but this client holds no stage-1 state, or one for other tasks.
+    PilotError
+        The model, the data or the training fails; the private state on disk is as before.
+    """
+    started = time.time()
+    store = private_store(site)
+    private = store.load(before=order.server_round)
+    if order.train:
+        check_budget(site, config)
+    if order.train and order.stage == 2 and private is None:
+        raise StateError(
+            f"Client {site.client.id!r} was ordered to train stage 2 but holds no stage-1 state."
+        )
+    with out_of_memory_explained(config, order.stage):
+        model = warm_model(
+            config.model, reduction=config.train.difference_loss.reduction, device=site.device
+        )
+    kit = Kit(site, config, model, progress)
+    if order.train:
+        kit.examples("train")  # what is broken stops the turn now, not after the evaluation
+    evaluation = None
+    if order.evaluate and not config.privacy.withholds_metrics:
+        assemble(
+            model,
+            site.client.task,
+            private,
+            adapters=order.adapters,
+            lora=order.lora,
+            tasks=order.tasks,
+        )
+        with out_of_memory_explained(config, model.stage):
+            evaluation = kit.evaluate()
+    done = TurnResult()
+    if order.train:
+        generator = turn_generator(config.seed, site.client.id, order.server_round)
+        _enter_ordered_architecture(model, site.client.task, private, order, generator)
+        with out_of_memory_explained(config, model.stage):
+            training = kit.train(generator)
+        check_finite(model)
+        done = _upload(model, training, kit, order)
+        store.save(_private_state(model), server_round=order.server_round)
+    return replace(done, evaluation=evaluation, started=started, seconds=time.time() - started)
+
+
+def _upload(model: PilotModel, training: TrainingResult, kit: Kit, order: Order) -> TurnResult:
+    """Return what leaves the client; a private run's release is counted before it is made."""
+    site, privacy = kit.site, kit.config.privacy
+    upload: dict[GroupName, State] = {
+        "own_task_adapter": model.state("own_task_adapter"),
+        "lora": model.state("lora"),
+    }
+    spent = None
+    if privacy.enabled:
+        sent: dict[GroupName, State] = {
+            "own_task_adapter": order.adapters[site.client.task],
+            "lora": order.lora,
+        }
+        spent = site.account.spend(privacy, run=site.run, server_round=order.server_round)
+        upload, clipping = release(
+            upload,
+            sent,
+            clip_norm=privacy.clip_norm,
+            noise_multiplier=privacy.noise_multiplier,
+        )
+        kit.progress(
+            f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added; now "
+            f"ε = {spent.epsilon:.4g} in this run and {spent.total_epsilon:.4g} in all, at "
+            f"δ = {spent.delta:g} ({spent.releases} and {count(spent.total_releases, 'release')})"
+        )
+    if privacy.withholds_metrics:
+        training = replace(training, losses={})
+    adapter, lora = (_to_send(model, upload[group]) for group in ("own_task_adapter", "lora"))
+    return TurnResult(adapter, lora, training, spent=spent)
+
+
+def _to_send(model: PilotModel, state: State) -> State:
+    dtype = getattr(torch, model.config.wire_dtype)
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Generator:
+    """Return the generator of one client's turn, the same however clients are scheduled."""
+    text = f"{seed}/{client_id}/{server_round}".encode()
+    return torch.Generator().manual_seed(zlib.crc32(text) + (zlib.adler32(text) << 32))
+
+
+def _enter_ordered_architecture(
+    model: PilotModel,
+    task: str,
+    private: PrivateState | None,
+    order: Order,
+    generator: torch.Generator,
+) -> None:
+    if private is None:
+        model.enter_stage1(task)
+    else:
+        enter_own(model, task, private)
+        if order.stage == 2:
+            enter_stage2(model, private, order.tasks, generator)
+    load_received(model, order.adapters, order.lora)
+
+
+def _private_state(model: PilotModel) -> PrivateState:
+    tasks = getattr(model.connector, "tasks", ())
+    groups = {name: model.state(name) for name, row in GROUPS.items() if row.private}
+    return PrivateState(model.stage, tasks, groups)

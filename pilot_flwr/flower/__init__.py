@@ -1,0 +1,1 @@
+"""Named tensors and words as Flower's messages, and back."""

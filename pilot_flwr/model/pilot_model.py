@@ -1,0 +1,295 @@
+"""The base model with Pilot's adapters in it, and the switch from stage 1 to stage 2.
+
+`PilotModel` holds a frozen Hugging Face LLaVA model with a peft LoRA in its language model
+and a Pilot connector in place of its projector. One base serves all clients of a process:
+a client's turn swaps adapters in and out, the base is never loaded again.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pilot_flwr.connector import (
+    Adapter,
+    ConnectorOutput,
+    CrossTaskMoA,
+    TaskClientConnector,
+    stage1_connector,
+    stage2_connector,
+)
+from pilot_flwr.data.collator import IGNORE_INDEX, Batch
+from pilot_flwr.errors import ModelError
+from pilot_flwr.model.architectures import Visual, select_features, spec_of
+from pilot_flwr.model.base import load_base
+from pilot_flwr.model.lora import add_lora, lora_layers, share_inputs
+from pilot_flwr.model.parameters import GroupName, State, claim, read, set_trainable, write
+from pilot_flwr.settings.model import ModelConfig
+
+_WARM: dict[tuple[str, str, str], "PilotModel"] = {}
+
+
+class ModelOutput(NamedTuple):
+    """Result of a training forward pass.
+
+    Attributes
+    ----------
+    logits : Tensor
+        Shape (M, V): one row for every answer token of the batch, M in all.
+    labels : Tensor
+        Shape (M,): those tokens.
+    connector : ConnectorOutput
+        Features and auxiliary losses.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    connector: ConnectorOutput
+
+
+class PilotModel(nn.Module):
+    """A frozen LLaVA with Θ_l and a connector; begins in stage 1.
+
+    Parameters
+    ----------
+    llava : LlavaForConditionalGeneration
+        The base model; its language model and projector are changed in place.
+    config : ModelConfig
+        What to add and how to initialise it.
+    reduction : str
+        Reduction of the difference loss.
+    """
+
+    def __init__(self, llava: Any, config: ModelConfig, *, reduction: str = "normalized") -> None:
+        super().__init__()
+        self.config = config
+        self.reduction = reduction
+        self.spec = spec_of(llava.config)
+        dtype = getattr(torch, config.adapter_dtype)
+        llava.requires_grad_(False)
+        add_lora(llava.model.language_model, config.lora, dtype=dtype)
+        self.llava = llava
+        if config.gradient_checkpointing:
+            llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            for layer in llava.model.language_model.layers:
+                layer.compile(dynamic=True)
+        self._own_task = ""
+        self._lora_layers = lora_layers(llava)
+        # Kept out of the module tree: it is no parameter of this model but its starting point.
+        self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
+
+    @property
+    def connector(self) -> TaskClientConnector | CrossTaskMoA:
+        """The connector in place of the projector."""
+        connector: TaskClientConnector | CrossTaskMoA = self.llava.model.multi_modal_projector
+        return connector
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base."""
+        device: torch.device = self.llava.device
+        return device
+
+    @property
+    def stage(self) -> int:
+        """1 or 2, by the connector that is in place."""
+        return 2 if isinstance(self.connector, CrossTaskMoA) else 1
+
+    @property
+    def own_task(self) -> str:
+        """Task of the client whose turn it is."""
+        return self._own_task
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but the vision tower: it is frozen and stays in evaluation."""
+        super().train(mode)
+        self.llava.model.vision_tower.eval()
+        return self
+
+    def enter_stage1(self, own_task: str, *, initialisation: str | None = None) -> None:
+        """Begin a client's turn: a fresh stage-1 connector from the pretrained projector.
+
+        `initialisation` overrides the configured one; with ``identity`` the model is exactly
+        the base model until something is loaded or trained.
+        """
+        self._own_task = own_task
+        self._place(
+            stage1_connector(
+                self._projector[0],
+                initialisation=initialisation or self.config.initialisation,
+                reduction=self.reduction,
+            )
+        )
+
+    def enter_stage2(self, tasks: Sequence[str], generator: torch.Generator) -> None:
+        """Switch in place from stage 1 to CT-MoA: ψ_s is kept, ψ_c and φ are created.
+
+        Parameters
+        ----------
+        tasks : sequence of str
+            All T tasks in the federation's order; the own one is put first.
+        generator : torch.Generator
+            Draws the router.
+
+        Raises
+        ------
+        ModelError
+            The own task is not among `tasks`, or the model is not in stage 1.
+        """
+        stage1 = self.connector
+        if not isinstance(stage1, TaskClientConnector):
+            raise ModelError("Stage 2 can only be entered from stage 1.")
+        if self.own_task not in tasks:
+            raise ModelError(f"The own task {self.own_task!r} is not among {list(tasks)}.")
+        self._place(
+            stage2_connector(
+                self._projector[0],
+                tasks=(self.own_task, *(task for task in tasks if task != self.own_task)),
+                client_adapter=stage1.client_adapter,
+                initialisation=self.config.initialisation,
+                use_client_adapter=self.config.stage2_client_adapter == "frozen",
+                generator=generator,
+            )
+        )
+
+    def state(self, group: GroupName) -> State:
+        """Copy a group's tensors to the CPU; see `pilot_flwr.model.parameters.GROUPS`."""
+        return read(self.groups()[group])
+
+    def load(self, group: GroupName, state: State) -> None:
+        """Copy tensors into a group; names and shapes must be exactly the group's."""
+        write(self.groups()[group], state, what=f"Parameters of {group}")
+
+    def groups(self) -> dict[GroupName, dict[str, nn.Parameter]]:
+        """Every parameter, by group."""
+        return claim(self.llava, own_task=self.own_task)
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """H_v = f(X_v): frozen patch features, shape (R, N, D), from (R, 3, height, width)."""
+        tower = self.llava.model.vision_tower
+        output = tower(pixel_values.to(self.device, tower.dtype), output_hidden_states=True)
+        return select_features(self.llava.config, output.hidden_states)
+
+    def forward(self, batch: Batch, visual: Visual) -> ModelOutput:
+        """Run connector and language model; the LM head sees answer positions only.
+
+        Parameters
+        ----------
+        batch : Batch
+            Token tensors, shape (B, L), on the model's device.
+        visual : Visual
+            H_v of the batch's images.
+        """
+        share_inputs(self._lora_layers, torch.is_autocast_enabled(self.device.type))
+        # Looked up before anything large is queued: the host has to wait for the answer.
+        rows, columns = (batch.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        connected = self._connect(visual)
+        hidden = self.llava.model.language_model(
+            inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
+            # No mask: the padding is on the right, where causal attention never looks, and
+            # without a mask the fastest attention kernels can be used.
+            attention_mask=None,
+            use_cache=False,
+        ).last_hidden_state
+        logits = self.llava.lm_head(hidden[rows, columns])
+        return ModelOutput(logits, batch.labels[rows, columns + 1], connected)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        visual: Visual,
+        *,
+        max_new_tokens: int,
+        stop: int | None = None,
+        streamer: Any = None,
+    ) -> Tensor:
+        """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`).
+
+        Generation ends at the checkpoint's own end tokens and at `stop`. `streamer`, of
+        transformers, gets each token as it comes.
+        """
+        connected = self._connect(visual)
+        ends = self.end_tokens(stop)
+        config = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=min(ends, default=0),
+        )
+        # Every new token has another length: compiled layers would be compiled over and over.
+        eager = self.config.compile and torch.compiler.set_stance("force_eager")
+        with eager or contextlib.nullcontext(), self._own_generation_defaults_ignored():
+            tokens: Tensor = self.llava.generate(
+                inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
+                attention_mask=batch.attention_mask,
+                generation_config=config,
+                streamer=streamer,
+            )
+        return tokens
+
+    @contextlib.contextmanager
+    def _own_generation_defaults_ignored(self) -> Iterator[None]:
+        """Keep what the checkpoint would add to greedy decoding out of it: penalties, beams."""
+        own = self.llava.generation_config
+        self.llava.generation_config = transformers.GenerationConfig()
+        try:
+            yield
+        finally:
+            self.llava.generation_config = own
+
+    def end_tokens(self, stop: int | None) -> list[int]:
+        """Return the ids that end an answer: the checkpoint's own, and `stop`."""
+        ends = self.llava.generation_config.eos_token_id
+        own = {ends} if isinstance(ends, int) else set(ends or ())
+        return sorted(own if stop is None else own | {stop})
+
+    def _connect(self, visual: Visual) -> ConnectorOutput:
+        """Run the connector; a batch without images has neither features nor losses."""
+        adapter = self._projector[0]
+        if not visual.images:
+            empty = adapter.linear_2.weight.new_zeros(0, 0, adapter.linear_2.out_features)
+            zero = empty.new_zeros(())
+            return ConnectorOutput(empty.to(self.device), *3 * (zero.to(self.device),))
+        features = visual.features.to(self.device, adapter.linear_1.weight.dtype)
+        output: ConnectorOutput = self.connector(features)
+        return output
+
+    def _embed(self, input_ids: Tensor, rows: Tensor, visual: Visual) -> Tensor:
+        """Token embeddings with x_img in place of the image tokens."""
+        embeddings: Tensor = self.llava.get_input_embeddings()(input_ids)
+        if not visual.images:
+            return embeddings
+        tokens = self.spec.pack(self.llava, rows, visual.images)
+        places = (input_ids.flatten() == self.llava.config.image_token_id).nonzero().squeeze(1)
+        if len(places) != len(tokens):
+            raise ModelError(
+                f"The batch has {len(places)} image tokens for {len(tokens)} visual features."
+            )
+        flat = embeddings.flatten(0, 1).index_copy(0, places, tokens.to(embeddings.dtype))
+        return flat.reshape(embeddings.shape)
+
+    def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
+        self.llava.model.multi_modal_projector = connector.to(self.device)
+        set_trainable(self.llava, own_task=self.own_task, stage=self.stage)
+
+
+def warm_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
+    """Return this process's one base model; it is loaded at the first call and then kept."""
+    key = (repr(config), reduction, str(device))
+    if key not in _WARM:
+        _WARM.clear()  # one base at a time: two may not fit
+        _WARM[key] = PilotModel(load_base(config, device), config, reduction=reduction)
+    return _WARM[key]
+
+
+def _projector_as_adapter(projector: Any) -> Adapter:
+    weight = projector.linear_1.weight
+    adapter = Adapter(weight.shape[1], weight.shape[0], bias=projector.linear_1.bias is not None)
+    adapter.to(weight).load_state_dict(projector.state_dict())
+    return adapter

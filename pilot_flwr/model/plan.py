@@ -1,0 +1,194 @@
+"""What a run will train, send and need, before anything is loaded.
+
+Everything is counted on a model without weights, with the parameter table that training itself
+uses (`pilot_flwr.model.parameters.GROUPS`), so that plan and run cannot differ.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from pilot_flwr.errors import TrainingError
+from pilot_flwr.model.architectures import Size, feature_size, spec_of
+from pilot_flwr.model.base import known_config
+from pilot_flwr.model.memory import Memory, MicroBatch, empty_model, training_memory
+from pilot_flwr.model.parameters import GROUPS, GroupName, trained_groups
+from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.wording import human_bytes
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of one client.
+
+    Attributes
+    ----------
+    parameters : dict
+        Group → number of its parameters.
+    trained, sent, private, frozen : int
+        Sums of parameters: with gradients; uploaded; kept on the client; not trained.
+    up_bytes, down_bytes : int
+        Tensors that one client sends and receives in one exchange.
+    memory : Memory
+        Peak of one training step.
+    """
+
+    parameters: dict[GroupName, int]
+    trained: int
+    sent: int
+    private: int
+    frozen: int
+    up_bytes: int
+    down_bytes: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `pilot-flwr plan` shows.
+
+    Attributes
+    ----------
+    path, architecture : str
+        The base model.
+    visual_tokens, vision_channels, text_channels : int
+        N, D and C.
+    batch : MicroBatch
+        What the memory is for.
+    stages : dict
+        Stage → its plan.
+    total_bytes : int
+        All tensors that travel in the run: all clients, all exchanges, both ways, and what the
+        closing evaluation sends down.
+    max_length : int
+        `train.max_length`: an example with more tokens is refused.
+    """
+
+    path: str
+    architecture: str
+    visual_tokens: int
+    vision_channels: int
+    text_channels: int
+    batch: MicroBatch
+    stages: dict[int, StagePlan]
+    total_bytes: int
+    max_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one example."""
+        return self.batch.image_tokens + self.batch.text_tokens
+
+
+def make_plan(
+    config: PilotConfig,
+    *,
+    image_size: Size = (480, 640),
+    text_tokens: int = 128,
+    answer_tokens: int = 32,
+    micro_batch: int = 0,
+) -> Plan:
+    """Count parameters and bytes, and estimate memory.
+
+    Parameters
+    ----------
+    config : PilotConfig
+        The run's configuration.
+    image_size : tuple of int
+        Height and width of an image in pixels, on which its tokens may depend.
+    text_tokens, answer_tokens : int
+        Length of an example besides its image, and the part of it that carries labels.
+    micro_batch : int
+        Instead of `train.batch_size`, if above zero.
+
+    Raises
+    ------
+    ModelError
+        The base model's configuration cannot be had, or its architecture is not supported.
+    """
+    base = known_config(config.model)
+    spec = spec_of(base)
+    batch = MicroBatch(
+        micro_batch or config.train.batch_size,
+        spec.count_rows(base, [image_size])[0],
+        spec.count_tokens(base, [image_size])[0],
+        text_tokens,
+        answer_tokens,
+    )
+    stages = {stage: _stage(config, base, stage, batch) for stage in (1, 2)}
+    tokens, channels = feature_size(base)
+    first_exchange = stages[1].up_bytes + stages[1].down_bytes
+    closing = stages[2].down_bytes if config.evaluation.enabled else 0
+    others = config.strategy.rounds * (stages[2].up_bytes + stages[2].down_bytes)
+    return Plan(
+        path=config.model.path,
+        architecture=spec.model_class,
+        visual_tokens=tokens,
+        vision_channels=channels,
+        text_channels=base.text_config.hidden_size,
+        batch=batch,
+        stages=stages,
+        total_bytes=config.num_clients * (first_exchange + others + closing),
+        max_length=config.train.max_length,
+    )
+
+
+def _stage(config: PilotConfig, base: object, stage: int, batch: MicroBatch) -> StagePlan:
+    model = empty_model(config.model, base, tasks=tuple(config.data.tasks), stage=stage)
+    numbers = {g: sum(p.numel() for p in ps.values()) for g, ps in model.groups().items()}
+    trained = trained_groups(stage)
+    width = getattr(torch, config.model.wire_dtype).itemsize
+    sent = sum(number for group, number in numbers.items() if GROUPS[group].sent)
+    adapters = len(config.data.tasks) if stage == 2 else 1
+    return StagePlan(
+        parameters=numbers,
+        trained=sum(numbers[group] for group in trained),
+        sent=sent,
+        private=sum(number for group, number in numbers.items() if GROUPS[group].private),
+        frozen=sum(number for group, number in numbers.items() if group not in trained),
+        up_bytes=sent * width,
+        down_bytes=(numbers["lora"] + adapters * numbers["own_task_adapter"]) * width,
+        memory=training_memory(model, batch),
+    )
+
+
+@contextmanager
+def out_of_memory_explained(config: PilotConfig, stage: int) -> Iterator[None]:
+    """Turn torch's out-of-memory error into one that says what to change.
+
+    Raises
+    ------
+    TrainingError
+        The device ran out of memory inside the block.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(_advice(config, stage, str(error))) from error
+
+
+def _advice(config: PilotConfig, stage: int, reason: str) -> str:
+    remedies = []
+    if config.train.batch_size > 1:
+        remedies.append("lower `train.batch_size` and raise `train.accumulation_steps`")
+    if config.evaluation.enabled and config.evaluation.batch_size > 1:
+        remedies.append("lower `evaluation.batch_size` (if it happened in evaluation)")
+    if not config.model.gradient_checkpointing:
+        remedies.append("set `model.gradient_checkpointing=true`")
+    if config.model.quantization == "none":
+        remedies.append("set `model.quantization=4bit`")
+    remedies.append("let fewer clients share the GPU (`simulation.client_gpus`)")
+    memory = make_plan(config).stages[stage].memory
+    parts = ", ".join(
+        f"{name} {human_bytes(size)}"
+        for name, size in asdict(memory).items()
+        if name in ("base", "optimizer", "activations")
+    )
+    return (
+        f"The device ran out of memory in stage {stage} with a micro-batch of "
+        f"{config.train.batch_size}. The plan expects {human_bytes(memory.total)} for training "
+        f"({parts}, …) on short examples with one image. To need less: {'; '.join(remedies)}. "
+        f"`pilot-flwr plan` shows what each changes. Torch said: {reason.splitlines()[0]}"
+    )

@@ -1,0 +1,97 @@
+"""A base model's weights by a sample: two checkpoints are told apart without reading gigabytes.
+
+Of every tensor the first and the last row are read, of the projector, from which every task adapter
+starts, all. The order, the names and the files of the tensors do not matter: versions of
+transformers write them differently. Tensors that are not floating-point numbers, such as position
+ids, are left out, as newer versions do not write them; equal tensors count once, as tied
+ones are written once or twice. Other values or another precision are another base.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from pilot_flwr.model.initial import PROJECTOR
+from pilot_flwr.model.shipped import checkpoint_path
+from pilot_flwr.settings.model import ModelConfig
+
+UNKNOWN = ""
+"""Where the weights, or some of them, are not on this machine yet."""
+
+_LENGTH = 12
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class WeightsSample(NamedTuple):
+    """Hashes of a base model's weights; `UNKNOWN` for what is not on this machine.
+
+    Attributes
+    ----------
+    projector : str
+        Of all values of the projector.
+    whole : str
+        Of the first and the last row of every tensor.
+    """
+
+    projector: str
+    whole: str
+
+
+def weights_sample(config: ModelConfig) -> WeightsSample:
+    """Read a sample of a base model's weights; nothing is downloaded."""
+    files, complete = _local_files(config)
+    projector: dict[str, str] = {}
+    sampled: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                rows = tensors.get_slice(name)
+                if not str(rows.get_dtype()).startswith(("F", "BF")):
+                    continue
+                if PROJECTOR in name:
+                    key = name.split(PROJECTOR)[1]
+                    projector[key] = _digest(rows, [tensors.get_tensor(name)])
+                sampled.add(_digest(rows, [rows[:1], rows[-1:]] if rows.get_shape() else []))
+    return WeightsSample(
+        _short(json.dumps(projector, sort_keys=True)) if projector else UNKNOWN,
+        _short(" ".join(sorted(sampled))) if complete else UNKNOWN,
+    )
+
+
+def _digest(rows: Any, parts: list[torch.Tensor]) -> str:
+    found = hashlib.sha256(f"{rows.get_shape()} {rows.get_dtype()}".encode())
+    for part in parts:
+        found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
+
+
+def _local_files(config: ModelConfig) -> tuple[list[str], bool]:
+    """Return the safetensors files that are on this machine, and whether these are all."""
+    index = _local(config, _INDEX)
+    if index is None:
+        single = _local(config, _SINGLE)
+        return ([single], True) if single else ([], False)
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    files = [_local(config, name) for name in names]
+    return [file for file in files if file], all(files)
+
+
+def _local(config: ModelConfig, name: str) -> str | None:
+    found: str | None = cached_file(
+        checkpoint_path(config.path),
+        name,
+        revision=config.revision or None,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found

@@ -1,0 +1,228 @@
+"""What the server knows of a federation and how a round changes it (design section 4).
+
+Pure: no Flower, no files. `ServerState.check` says whether an update may enter the
+aggregation, `ServerState.aggregate` lets the updates of one round in.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from pilot_flwr.aggregation import (
+    adaptive_weights,
+    mix,
+    pairwise_distances,
+    task_aware_average,
+    weighted_average,
+)
+from pilot_flwr.arrays import Array, Matrix
+from pilot_flwr.errors import UpdateError
+from pilot_flwr.model.initial import InitialState
+from pilot_flwr.model.parameters import State
+from pilot_flwr.settings.strategy import StrategyConfig
+
+LoraRule = Callable[[Matrix, Sequence[float], int], Matrix]
+"""From distances (K, K), examples (K,) and M to mixing weights (K, K), row-stochastic."""
+
+LORA_RULES: dict[str, LoraRule] = {"pilot": adaptive_weights}
+"""How LoRAs are mixed, by `strategy.name`."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client in the roster.
+
+    Attributes
+    ----------
+    client, task : str
+        Its id and its one task.
+    examples : int
+        Training examples that it declared.
+    stage_trained : int
+        Last stage that it holds a private state of, 0 if none.
+    """
+
+    client: str
+    task: str
+    examples: int
+    stage_trained: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's contribution to one round: Θ_a, Θ_l and n_k."""
+
+    client: str
+    task: str
+    server_round: int
+    num_examples: int
+    adapter: State
+    lora: State
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What a round's aggregation did.
+
+    Attributes
+    ----------
+    tasks : dict
+        Task → clients whose adapters were averaged; a task without a reply is missing.
+    neighbors : dict
+        Client → neighbour → its share in the client's Θ̄_l, own share included.
+    distances : dict
+        Client → client → ‖Θ_l,k − Θ_l,j‖₂.
+    """
+
+    tasks: dict[str, list[str]]
+    neighbors: dict[str, dict[str, float]]
+    distances: dict[str, dict[str, float]]
+
+
+@dataclass
+class ServerState:
+    """Consensus task adapters and personalised LoRAs.
+
+    Parameters
+    ----------
+    tasks : tuple of str
+        The T tasks, in the federation's order.
+    initial : InitialState
+        What everyone starts from.
+    """
+
+    tasks: tuple[str, ...]
+    initial: InitialState
+    adapters: dict[str, State] = field(default_factory=dict)
+    loras: dict[str, State] = field(default_factory=dict)
+    task_of: dict[str, str] = field(default_factory=dict)
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            self.adapters.setdefault(task, self.initial.adapter)
+
+    def stage_for(self, member: Member) -> int:
+        """Return the stage that a client trains next: 2 once it and the server have stage 1."""
+        return 2 if self.rounds > 0 and member.stage_trained > 0 else 1
+
+    def lora_for(self, client: str, task: str) -> State:
+        """Return Θ̄_l of a client: its own, else the mean of its task's, else of all, else Θ_l⁰."""
+        if client in self.loras:
+            return self.loras[client]
+        peers = lora_peers(self.task_of, task)
+        return mean_lora([self.loras[peer] for peer in peers]) if peers else self.initial.lora
+
+    def check(self, update: Update, member: Member, server_round: int) -> None:
+        """Say whether an update may enter the round's aggregation.
+
+        Raises
+        ------
+        UpdateError
+            Another client's, round's or task's update, no examples or more than declared, or
+            tensors that are not exactly those asked for, or not finite.
+        """
+        if update.client != member.client:
+            raise UpdateError(f"it says that it is from {update.client!r}")
+        if update.server_round != server_round:
+            raise UpdateError(f"it is for round {update.server_round}, not {server_round}")
+        if update.task != member.task or update.task not in self.tasks:
+            raise UpdateError(
+                f"its task is {update.task!r} but the client's is {member.task!r}, of "
+                f"{', '.join(self.tasks)}"
+            )
+        if not 1 <= update.num_examples <= member.examples:
+            raise UpdateError(
+                f"it counts {update.num_examples} examples but must count 1 to "
+                f"{member.examples}, as the client declared"
+            )
+        _check_tensors("task adapter", update.adapter, self.initial.adapter)
+        _check_tensors("LoRA", update.lora, self.initial.lora)
+
+    def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
+        """Average the task adapters per task and mix the LoRAs, in place.
+
+        Raises
+        ------
+        UpdateError
+            There is no update.
+        """
+        updates = sorted(updates, key=lambda update: update.client)
+        if not updates:
+            raise UpdateError("There is no update to aggregate.")
+        clients = [update.client for update in updates]
+        tasks = [update.task for update in updates]
+        examples = [update.num_examples for update in updates]
+        averages = task_aware_average([u.adapter for u in updates], tasks, examples)
+        self.adapters |= {
+            task: _ordered(average, self.initial.adapter) for task, average in averages.items()
+        }
+        loras = [update.lora for update in updates]
+        distances = pairwise_distances(loras)
+        weights = LORA_RULES[config.name](distances, examples, config.num_neighbors)
+        mixed = [_ordered(lora, self.initial.lora) for lora in mix(loras, weights)]
+        self.loras |= dict(zip(clients, mixed, strict=True))
+        self.task_of |= dict(zip(clients, tasks, strict=True))
+        self.rounds += 1
+        return Aggregation(
+            tasks={t: [u.client for u in updates if u.task == t] for t in sorted(set(tasks))},
+            neighbors=_as_dict(clients, weights.tolist(), drop_zero=True),
+            distances=_as_dict(clients, distances.tolist()),
+        )
+
+
+def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
+    """Return whose mean LoRA a client of `task` gets that has none: its task's clients, else all.
+
+    `task_of` has the task of every client that has a LoRA.
+    """
+    return sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
+
+
+def mean_lora(loras: Sequence[State]) -> State:
+    """Return the mean of LoRAs, tensor by tensor, every client counting the same."""
+    return _state(weighted_average(loras, [1] * len(loras)))
+
+
+def _ordered(arrays: dict[str, Array], pattern: State) -> State:
+    """Return tensors in the server's order, so that no sum over them depends on a client's."""
+    state = _state(arrays)
+    return {name: state[name] for name in pattern}
+
+
+def _state(arrays: dict[str, Array]) -> State:
+    """Narrow the type: tensors went into the aggregation, so tensors come out."""
+    return cast(State, arrays)
+
+
+def _as_dict(
+    clients: list[str], matrix: list[list[float]], *, drop_zero: bool = False
+) -> dict[str, dict[str, float]]:
+    return {
+        row_client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
+        for row_client, row in zip(clients, matrix, strict=True)
+    }
+
+
+def _check_tensors(what: str, state: State, expected: State) -> None:
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unexpected:
+        raise UpdateError(
+            f"its {what} has missing tensors {sorted(missing)[:3]} and unexpected ones "
+            f"{sorted(unexpected)[:3]} ({len(missing)} and {len(unexpected)} in all)"
+        )
+    for name, tensor in expected.items():
+        got = state[name]
+        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+            raise UpdateError(
+                f"`{name}` of its {what} is {_describe(got)} but must be {_describe(tensor)}"
+            )
+        if not math.isfinite(float(torch.sum(got, dtype=torch.float64))):
+            raise UpdateError(f"`{name}` of its {what} has values that are not finite")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,185 @@
+"""Typed, frozen, validated settings: every default and every range of the configuration.
+
+The model's and the data's are in `pilot_flwr.settings.model` and `pilot_flwr.settings.data`. To
+add a setting, add a field and, if it has a rule, a check in ``__post_init__``. Named choices
+live in ``conf/``; `pilot_flwr.config` composes both (design section 7).
+"""
+
+from dataclasses import dataclass, field
+
+from pilot_flwr.checks import at_least, at_most, check_name, one_of, positive, share
+from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.model import ModelConfig
+from pilot_flwr.settings.privacy import PrivacyConfig
+from pilot_flwr.settings.strategy import StrategyConfig
+
+LARGEST_SEED = 2**63 - 1
+"""What torch's and numpy's generators both take."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Learning rates of one stage, for the LoRA and for the connector."""
+
+    lora_lr: float = 2e-3
+    connector_lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class DifferenceLossConfig:
+    """Weight λ0 and reduction of the difference loss (design section 2)."""
+
+    weight: float = 0.1
+    reduction: str = "normalized"
+
+    def __post_init__(self) -> None:
+        at_least("train.difference_loss.weight", self.weight, 0)
+        one_of(
+            "train.difference_loss.reduction",
+            self.reduction,
+            ("normalized", "frobenius", "official"),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Local training on a client: `epochs` is the paper's E.
+
+    `balance_weight` is λ1, `z_weight` is λ2. An optimizer step uses `batch_size` ×
+    `accumulation_steps` examples. The gradient of each parameter group is clipped to
+    `max_grad_norm` by itself. `autocast` is ``auto`` (bfloat16 on a GPU, off on a CPU),
+    ``bfloat16`` or ``off``, in evaluation as in training.
+    """
+
+    epochs: int = 1
+    batch_size: int = 16
+    accumulation_steps: int = 1
+    max_length: int = 2048
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    autocast: str = "auto"
+    log_every_seconds: float = 30.0
+    stage1: StageConfig = field(default_factory=StageConfig)
+    stage2: StageConfig = field(default_factory=StageConfig)
+    difference_loss: DifferenceLossConfig = field(default_factory=DifferenceLossConfig)
+    balance_weight: float = 0.1
+    z_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation_steps", "max_length"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        share("train.warmup_ratio", self.warmup_ratio)
+        at_least("train.weight_decay", self.weight_decay, 0)
+        positive("train.max_grad_norm", self.max_grad_norm)
+        one_of("train.autocast", self.autocast, ("auto", "bfloat16", "off"))
+        positive("train.log_every_seconds", self.log_every_seconds)
+        at_least("train.balance_weight", self.balance_weight, 0)
+        at_least("train.z_weight", self.z_weight, 0)
+        for stage in (1, 2):
+            for name in ("lora_lr", "connector_lr"):
+                positive(f"train.stage{stage}.{name}", getattr(self.stage(stage), name))
+
+    def stage(self, stage: int) -> StageConfig:
+        """Learning rates of `stage` (1 or 2)."""
+        return self.stage1 if stage == 1 else self.stage2
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Federated evaluation of the personalised models by greedy generation."""
+
+    enabled: bool = True
+    batch_size: int = 64
+    max_new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        at_least("evaluation.batch_size", self.batch_size, 1)
+        at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """Resources of Flower's simulation engine, which Ray shares out among the clients.
+
+    `cpus` is the number of CPU cores that the simulation takes; 0 takes all of the machine's.
+    `gpus` is the number of its GPUs: -1 takes all that torch sees, 0 none. `client_cpus` and
+    `client_gpus` are one client's part, and so say how many clients train at a time.
+    `client_gpus` may be a fraction (0.25: four clients on one GPU, whose memory they share) or
+    a whole number; -1 is one GPU per client if the simulation has any, 0 hides the GPUs from
+    the clients, which then use the CPU.
+
+    `address` is HOST:PORT of an existing Ray cluster's head, ``auto`` (the cluster that this
+    machine is a node of) or ``local`` (a Ray of the run's own); empty is what the environment
+    variable ``RAY_ADDRESS`` says, else ``local``. A cluster is used whole: `cpus` and `gpus`
+    stay at their defaults.
+    """
+
+    address: str = ""
+    cpus: int = 0
+    gpus: int = -1
+    client_cpus: int = 1
+    client_gpus: float = -1.0
+
+    def __post_init__(self) -> None:
+        at_least("simulation.cpus", self.cpus, 0)
+        at_least("simulation.gpus", self.gpus, -1)
+        at_least("simulation.client_cpus", self.client_cpus, 1)
+        if self.client_gpus != -1:
+            at_least("simulation.client_gpus", self.client_gpus, 0)
+        if self.client_gpus > 1 and self.client_gpus != int(self.client_gpus):
+            raise ConfigError(
+                f"`simulation.client_gpus` is {self.client_gpus} but must be a whole number if "
+                "above 1."
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run folder; empty means ``outputs/<name>-<time>`` beside where the user stands.
+
+    `restarts` is how often at most ``pilot-flwr run`` goes on by itself from the last checkpoint
+    when a worker process of Ray or the whole simulation has died.
+    """
+
+    folder: str = ""
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        at_least("run.restarts", self.restarts, 0)
+
+
+@dataclass(frozen=True)
+class PilotConfig:
+    """Everything that a run depends on, except what belongs to one client's own site.
+
+    `resume` is the folder of a run that is to go on after its last whole checkpoint.
+    """
+
+    name: str = "demo"
+    seed: int = 0
+    resume: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        at_least("seed", self.seed, 0)
+        at_most("seed", self.seed, LARGEST_SEED)
+        if self.strategy.min_replies > self.num_clients:
+            raise ConfigError(
+                f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "
+                f"the number of clients, {self.num_clients}."
+            )
+
+    @property
+    def num_clients(self) -> int:
+        """Clients of the federation: `strategy.clients`, or tasks × clients per task."""
+        return self.strategy.clients or len(self.data.tasks) * self.data.clients_per_task

@@ -1,0 +1,286 @@
+"""The server's checkpoints: ``round-NNNN/``, whole or refused.
+
+``state.json`` names every file with its SHA-256, says which run it belongs to and how many events
+of ``metrics.jsonl``, and carries a checksum of itself. A folder is written under a hidden name,
+flushed and then renamed; none is ever removed before its successor is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.errors import StateError
+from pilot_flwr.model.parameters import State
+from pilot_flwr.storage.tensors import (
+    FORMAT,
+    flush,
+    load_tensors,
+    read_metadata,
+    save_tensors,
+    sha256,
+    write_text,
+)
+
+KEPT_ROUNDS = 2
+"""Checkpoints kept: the last one and the one before it."""
+
+_PARTS = {"task_adapters": "task", "lora": "client"}
+"""Folder → what its files are named after."""
+
+_NAME = re.compile(r"round-(\d{4,})(\.old)?")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run a checkpoint belongs to.
+
+    Attributes
+    ----------
+    name : str
+        The run's name, by which clients find their private states.
+    settings : str
+        Hash of the settings on which its results depend.
+    """
+
+    name: str = ""
+    settings: str = ""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    server_round: int,
+    adapters: Mapping[str, State],
+    loras: Mapping[str, State],
+    tasks: tuple[str, ...],
+    task_of: Mapping[str, str],
+    run: RunIdentity,
+    events: int,
+) -> Path:
+    """Write ``round-NNNN/`` with the task adapters, each client's LoRA and ``state.json``.
+
+    The folder appears whole or not at all; the last `KEPT_ROUNDS` are kept.
+
+    Parameters
+    ----------
+    folder : Path
+        Of all checkpoints.
+    server_round : int
+        The exchange that has been aggregated.
+    adapters, loras : mapping
+        Task → ψ_t and client → Θ̄_l.
+    tasks : tuple of str
+        All T tasks in the federation's order.
+    task_of : mapping
+        Client → its task, of the clients that have a LoRA.
+    run : RunIdentity
+        The run.
+    events : int
+        Lines of ``metrics.jsonl`` up to here.
+    """
+    target = folder / f"round-{server_round:04d}"
+    temporary = folder / f".{target.name}.tmp"
+    _sweep(folder)
+    written = [
+        *(
+            (Path("task_adapters") / f"{t}.safetensors", s, {"task": t})
+            for t, s in adapters.items()
+        ),
+        *((Path("lora") / f"{c}.safetensors", s, {"client": c}) for c, s in loras.items()),
+    ]
+    for path, state, metadata in written:
+        save_tensors(temporary / path, state, metadata)
+    content = {
+        "format": FORMAT,
+        "round": server_round,
+        "tasks": list(tasks),
+        "task_of": dict(task_of),
+        "run": run.name,
+        "settings": run.settings,
+        "events": events,
+        "files": {path.as_posix(): sha256(temporary / path) for path, _, _ in written},
+    }
+    content["checksum"] = _checksum(content)
+    write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
+    replaced = folder / f"{target.name}.old"
+    if target.exists():  # it stays readable under another name until the new one is in place
+        _discard(replaced)
+        os.replace(target, replaced)
+    os.replace(temporary, target)
+    flush(folder)
+    _discard(replaced)
+    prune_checkpoints(folder)
+    return target
+
+
+def prune_checkpoints(folder: Path) -> None:
+    """Remove all but the last `KEPT_ROUNDS`."""
+    for old in checkpoint_folders(folder)[:-KEPT_ROUNDS]:
+        _discard(old)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint folder; its tensors are read when they are asked for.
+
+    Attributes
+    ----------
+    folder : Path
+        ``round-NNNN/``.
+    server_round : int
+        Exchange after which it was written.
+    tasks : tuple of str
+        The T tasks in the federation's order.
+    task_of : dict
+        Client → its task, of the clients that have a LoRA.
+    run : RunIdentity
+        The run that it belongs to.
+    events : int
+        Lines of ``metrics.jsonl`` that belong to it.
+    """
+
+    folder: Path
+    server_round: int
+    tasks: tuple[str, ...]
+    task_of: dict[str, str]
+    run: RunIdentity = RunIdentity()
+    events: int = 0
+
+    def adapter(self, task: str) -> State:
+        """Read a task's adapter ψ_t."""
+        return load_tensors(self.folder / "task_adapters" / f"{task}.safetensors")[0]
+
+    def lora(self, client: str) -> State:
+        """Read a client's LoRA Θ̄_l."""
+        return load_tensors(self.folder / "lora" / f"{client}.safetensors")[0]
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Open ``round-NNNN/`` and check that it is what `save_checkpoint` wrote, byte by byte.
+
+    Raises
+    ------
+    StateError
+        It is torn, changed or foreign: a file is missing, cut short, another one than was
+        written, too many, or of another format.
+    """
+    path = folder / "state.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
+    if version != FORMAT:
+        raise StateError(f"{path} has format {version!r} but must have {FORMAT!r}.")
+    if content.get("checksum") != _checksum(content):
+        raise StateError(f"{path} has been changed: its checksum is not that of its content.")
+    try:
+        checkpoint = Checkpoint(
+            folder,
+            int(content["round"]),
+            tuple(content["tasks"]),
+            dict(content["task_of"]),
+            RunIdentity(str(content["run"]), str(content["settings"])),
+            int(content["events"]),
+        )
+        files = dict(content["files"])
+        _check_texts([*checkpoint.tasks, *checkpoint.task_of.values(), *files.values()])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
+    if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
+        raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
+    _check_files(checkpoint, files)
+    return checkpoint
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, whole or not, the newest last."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*"))
+    found = [(int(name[1]), name[2] is None, path) for name, path in named if name]
+    return [path for _, _, path in sorted(found)]
+
+
+def latest_checkpoint(
+    folder: Path, *, fits: Callable[[Checkpoint], str] = lambda checkpoint: ""
+) -> tuple[Checkpoint | None, list[str]]:
+    """Open the last whole checkpoint of a run.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of all checkpoints.
+    fits : callable
+        Says why a whole checkpoint cannot be used, or nothing.
+
+    Returns
+    -------
+    Checkpoint or None, list of str
+        None if none is whole; and for every later one that was passed over, why.
+    """
+    passed_over: list[str] = []
+    for candidate in reversed(checkpoint_folders(folder)):
+        try:
+            checkpoint = load_checkpoint(candidate)
+            if defect := fits(checkpoint):
+                raise StateError(f"{candidate} {defect}")
+        except StateError as error:
+            passed_over.append(str(error))
+        else:
+            return checkpoint, passed_over
+    return None, passed_over
+
+
+def _check_texts(names: Sequence[object]) -> None:
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("a name is no text")
+
+
+def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
+    folder = checkpoint.folder
+    for part, names in (("task_adapters", checkpoint.tasks), ("lora", checkpoint.task_of)):
+        present = {file.name.removesuffix(".safetensors") for file in (folder / part).glob("*")}
+        listed = {
+            Path(file).name.removesuffix(".safetensors")
+            for file in files
+            if Path(file).parent == Path(part)
+        }
+        if present != set(names) or listed != set(names):
+            raise StateError(
+                f"{folder / part} has files for {sorted(present)} but must have them for "
+                f"{sorted(names)}."
+            )
+        for name in names:
+            file = folder / part / f"{name}.safetensors"
+            kind = _PARTS[part]
+            if (owner := read_metadata(file).get(kind)) != name:
+                raise StateError(f"{file} is of {kind} {owner!r} but must be of {name!r}.")
+            if sha256(file) != files[f"{part}/{name}.safetensors"]:
+                raise StateError(f"{file} has been changed: its SHA-256 is another one.")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; what is half removed has a name that no reader looks at."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a writer that was killed has left."""
+    for leftover in folder.glob(".round-*"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(leftover)

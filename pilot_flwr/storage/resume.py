@@ -1,0 +1,262 @@
+"""Begin a run folder, or go on in one: after the last whole checkpoint, under the run's own name.
+
+What was recorded after that checkpoint is moved to ``interrupted-N.jsonl``, so that the history
+is that of a run which was never interrupted. Every step can be repeated if the process dies in it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.config import PilotConfig, from_yaml, to_yaml
+from pilot_flwr.errors import ConfigError, StateError
+from pilot_flwr.model.initial import InitialState
+from pilot_flwr.model.parameters import State
+from pilot_flwr.server.state import ServerState
+from pilot_flwr.storage.checkpoint import (
+    Checkpoint,
+    RunIdentity,
+    checkpoint_folders,
+    latest_checkpoint,
+    prune_checkpoints,
+)
+from pilot_flwr.storage.interrupted import earlier_attempts, parse, read_lines, set_aside
+from pilot_flwr.storage.run_folder import RunFolder
+from pilot_flwr.storage.run_identity import differences, settings_hash
+from pilot_flwr.storage.tensors import flush
+
+logger = logging.getLogger("flwr")
+
+OVERRIDES = "overrides.txt"
+"""File of a run folder: the overrides that the run was started with."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that can begin or go on.
+
+    Attributes
+    ----------
+    folder : RunFolder
+        Where it writes.
+    identity : RunIdentity
+        Its name and the hash of its settings.
+    checkpoint : Checkpoint or None
+        Where it goes on; None from the beginning.
+    """
+
+    folder: RunFolder
+    identity: RunIdentity
+    checkpoint: Checkpoint | None = None
+
+
+def begin_run(path: Path, config: PilotConfig, overrides: str, *, name: str) -> Opened:
+    """Begin a run in a folder that holds none.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    config : PilotConfig
+        Its configuration.
+    overrides : str
+        What the configuration was composed from.
+    name : str
+        The run's name.
+    """
+    folder = RunFolder(path)
+    return Opened(folder, _describe(folder, config, overrides, name))
+
+
+def continue_run(
+    path: Path, config: PilotConfig, overrides: str, *, name: str, flower_run: str
+) -> Opened:
+    """Go on in a run folder.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    config : PilotConfig
+        Its configuration, perhaps with more rounds.
+    overrides : str
+        What the configuration was composed from.
+    name : str
+        The run's name, if it was stopped before it had one.
+    flower_run : str
+        Flower's id of the run that goes on; the ``resume`` event has it.
+
+    Raises
+    ------
+    ConfigError
+        A setting on which results depend is another one than before.
+    StateError
+        What is in the folder cannot be read.
+    """
+    recorded = check_resumable(path, config)
+    identity = _identity(path)
+    lines = read_lines(path / "metrics.jsonl")
+    checkpoint, passed_over = latest_checkpoint(
+        path / "checkpoint", fits=lambda found: _misfit(found, identity, config, len(lines))
+    )
+    kept = lines[: checkpoint.events] if checkpoint else []
+    events = parse(kept, path / "metrics.jsonl")
+    attempt = 1 + max(earlier_attempts(path, lines), default=0)
+    moved = set_aside(path, lines, kept, attempt)
+    _refuse_later(path / "checkpoint", checkpoint, attempt)
+    prune_checkpoints(path / "checkpoint")  # it may have died before it did
+    (path / "result.json").unlink(missing_ok=True)
+    folder = RunFolder(path, events)
+    if identity is None or recorded is None:
+        identity = _describe(folder, config, overrides, identity.name if identity else name)
+    elif recorded != _as_recorded(config, path):
+        folder.write("config.yaml", to_yaml(_as_recorded(config, path)))
+        folder.write(OVERRIDES, overrides + "\n")
+    for reason in passed_over:
+        logger.warning("Passed over a checkpoint: %s", reason)
+    folder.record(
+        "resume",
+        round=checkpoint.server_round if checkpoint else 0,
+        attempt=attempt,
+        interrupted=moved,
+        moved=len(lines) - len(kept),
+        passed_over=passed_over,
+        flower_run=flower_run,
+    )
+    return Opened(folder, identity, checkpoint)
+
+
+def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
+    """Return the run's recorded configuration; None if it was stopped before it had one.
+
+    Raises
+    ------
+    ConfigError
+        There is no such folder, or a setting is another one than before.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"`resume` is {str(path)!r}, which is no folder of a run.")
+    file = path / "config.yaml"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if not (path / OVERRIDES).is_file():
+            raise ConfigError(
+                f"`resume` is {str(path)!r}, which holds no run to go on with."
+            ) from None
+        return None  # it was stopped while programs started
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`resume` is {str(path)!r}, whose config.yaml is no text: {error}."
+        ) from None
+    recorded = from_yaml(text)
+    if found := differences(recorded, config):
+        raise ConfigError(
+            "\n".join(
+                [
+                    *found,
+                    f"A run is resumed with its own settings: {path / OVERRIDES} has the "
+                    "overrides that it was started with.",
+                ]
+            )
+        )
+    return recorded
+
+
+def completed(path: Path, config: PilotConfig) -> Mapping[str, Any] | None:
+    """Return the result of a run that is at its end, None if there is anything left to do.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    config : PilotConfig
+        With more rounds than the run had there is something left.
+    """
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        rounds = from_yaml((path / "config.yaml").read_text(encoding="utf-8")).strategy.rounds
+    except (OSError, ValueError, ConfigError):
+        return None
+    done = isinstance(result, dict) and result.get("status") == "completed"
+    return result if done and config.strategy.rounds <= rounds else None
+
+
+def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialState) -> ServerState:
+    """Return what the server knew when it wrote a checkpoint.
+
+    Raises
+    ------
+    StateError
+        Its tensors are not those of the configured model.
+    """
+    state = ServerState(
+        tasks,
+        initial,
+        adapters={task: _like(checkpoint.adapter(task), initial.adapter) for task in tasks},
+        loras={name: _like(checkpoint.lora(name), initial.lora) for name in checkpoint.task_of},
+        task_of=dict(checkpoint.task_of),
+    )
+    state.rounds = checkpoint.server_round
+    return state
+
+
+def _like(state: State, pattern: State) -> State:
+    """Return a state with its tensors in the pattern's order."""
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in pattern.items()}:
+        raise StateError("The checkpoint's tensors are not those of the configured model.")
+    return {name: state[name] for name in pattern}
+
+
+def _describe(folder: RunFolder, config: PilotConfig, overrides: str, name: str) -> RunIdentity:
+    """Write down what a run is; its name last, as no client has heard of it before."""
+    identity = RunIdentity(name, settings_hash(config))
+    folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))
+    folder.write(OVERRIDES, overrides + "\n")
+    folder.write("run.json", json.dumps(asdict(identity), indent=2) + "\n")
+    return identity
+
+
+def _as_recorded(config: PilotConfig, path: Path) -> PilotConfig:
+    return replace(config, resume="", run=replace(config.run, folder=str(path)))
+
+
+def _identity(path: Path) -> RunIdentity | None:
+    try:
+        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return RunIdentity(str(content["name"]), str(content["settings"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path / 'run.json'} does not say which run this is: {error}") from None
+
+
+def _misfit(
+    checkpoint: Checkpoint, identity: RunIdentity | None, config: PilotConfig, lines: int
+) -> str:
+    if identity is None or checkpoint.run.name != identity.name:
+        here = "one without a name" if identity is None else repr(identity.name)
+        return f"is of run {checkpoint.run.name!r}, but this run is {here}."
+    if checkpoint.run.settings != identity.settings:
+        return "is of a run with other settings."
+    if checkpoint.tasks != tuple(config.data.tasks):
+        return f"is for tasks {list(checkpoint.tasks)}, not {config.data.tasks}."
+    if checkpoint.server_round > config.strategy.rounds + 1:
+        return f"is of exchange {checkpoint.server_round}, behind the run's last one."
+    if checkpoint.events > lines:
+        return f"counts {checkpoint.events} events, but metrics.jsonl has {lines}."
+    return ""
+
+
+def _refuse_later(folder: Path, checkpoint: Checkpoint | None, attempt: int) -> None:
+    """Take later checkpoints, which were refused, out of the way of those to come."""
+    usable = checkpoint.server_round if checkpoint else 0
+    for found in checkpoint_folders(folder):
+        if int(found.name[6:].removesuffix(".old")) > usable:
+            os.replace(found, folder / f"refused-{attempt}-{found.name}")
+            flush(folder)
