@@ -5,7 +5,7 @@ exception that is none of the reader's own ends the run with the smallest input 
 so does an input that takes too long. Memory is limited, so that a header that claims a huge array
 shows as an error.
 
-Run ``python benchmarks/fuzz/run.py`` (about 20 minutes) to renew
+Run ``python benchmarks/fuzz/run.py`` (about 10 minutes) to renew
 ``benchmarks/results/fuzz.json``, which is written after every target, or ``--quick`` to see
 that it works. ``tests/test_fuzz.py`` tries a few of the same inputs.
 """
@@ -33,7 +33,7 @@ from _record import RESULTS, write_record
 from fuzz.targets import Target, targets
 
 RESULT = RESULTS / "fuzz.json"
-INPUTS = 16_000
+INPUTS = 12_000
 BATCH = 2_000
 SLOWEST_SECONDS = 20.0
 MORE_MEMORY = 2 * 2**30
