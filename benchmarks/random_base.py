@@ -16,7 +16,10 @@ from pilot_flwr.model.shipped import checkpoint_path
 
 
 class Size(NamedTuple):
-    """Sizes of a checkpoint to make: a CLIP tower and a Llama."""
+    """Sizes of a checkpoint to make: a CLIP tower and a Llama.
+
+    The attention has `heads` of 64 each, or, if that is 0, as many as fill the width.
+    """
 
     vision_width: int
     vision_layers: int
@@ -24,6 +27,7 @@ class Size(NamedTuple):
     inner: int
     layers: int
     vocabulary: int
+    heads: int = 0
 
 
 HALF_BILLION = Size(768, 12, 1024, 4096, 22, 32000)
@@ -56,8 +60,9 @@ def write_random_base(folder: Path, size: Size) -> int:
             hidden_size=size.width,
             intermediate_size=size.inner,
             num_hidden_layers=size.layers,
-            num_attention_heads=size.width // head,
-            num_key_value_heads=size.width // head,
+            num_attention_heads=size.heads or size.width // head,
+            num_key_value_heads=size.heads or size.width // head,
+            head_dim=head,
             vocab_size=size.vocabulary,
             pad_token_id=shipped.text_config.pad_token_id,
             bos_token_id=shipped.text_config.bos_token_id,

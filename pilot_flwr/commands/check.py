@@ -4,10 +4,12 @@ import argparse
 import functools
 import json
 import os
+import re
 import shlex
+import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pilot_flwr.errors import ConfigError, DataError
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:  # heavy imports stay inside handlers
     Splits = list[tuple[SplitReport, LlavaExamples | None]]
 
 SUCCESS, FAILURE = 0, 1
+
+_WORD = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,7 +47,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     check.add_argument(
         "--node-config",
         metavar="WORDS",
-        help="check a real site's own data: its node config, as for `flower-supernode`",
+        help="check a real site's own data: its node config, words or a .toml file as for "
+        "`flower-supernode`",
     )
     check.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     check.add_argument(
@@ -140,21 +145,35 @@ def _sites(config: "PilotConfig", node_config: str | None) -> "tuple[PilotConfig
 
     if node_config is None:
         return config, [(client, None) for client in federation_clients(config.data)]
-    try:
-        words = shlex.split(node_config)
-    except ValueError as error:
-        raise ConfigError(f"`--node-config` cannot be split into words: {error}.") from None
-    values: dict[str, bool | float | int | str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"`--node-config` has {word!r} but must be KEY=VALUE words.")
-        values[key] = value
-    node = read_node_config(values)
+    node = read_node_config(_values(node_config))
     client = site_client(node, config)
     files = site_files(node, client)
     check_files(files, evaluated=config.evaluation.enabled)
     return site_config(node, config, simulated=False), [(client, files)]
+
+
+def _values(node_config: str) -> dict[str, Any]:
+    """Read a node config as ``flower-supernode`` does: words, or the name of a TOML file."""
+    if node_config.endswith(".toml"):
+        try:
+            return tomllib.loads(Path(node_config).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"`--node-config` names {node_config!r}: {error}.") from None
+    values: dict[str, Any] = {}
+    rest = node_config.strip()
+    while rest:
+        word = _WORD.match(rest)
+        try:
+            if word is None:
+                raise ValueError
+            values |= tomllib.loads(f"{word[1]} = {word[2]}")
+        except ValueError:
+            raise ConfigError(
+                f"`--node-config` has {rest!r} but must be KEY=VALUE words with every text in "
+                "quotes, or the name of a .toml file."
+            ) from None
+        rest = rest[word.end() :].strip()
+    return values
 
 
 def _background(config: "PilotConfig", options: argparse.Namespace) -> "Colour | None":

@@ -111,6 +111,10 @@ class Machine:
         """Wait until the block started last has ended by itself; return its exit code."""
         return self._running[-1].wait(timeout=seconds)
 
+    def roots(self) -> list[int]:
+        """Return the ids of the processes that were started here, from which all others come."""
+        return [child.pid for child in self._running]
+
     def processes(self) -> list[psutil.Process]:
         """Return what was started here and still runs, with all that it started."""
         found = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import guide
@@ -13,19 +14,33 @@ SMALL = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.
 
 
 class Lab:
-    """A server and three sites, each with its own folder, data and task; nothing runs yet."""
+    """A server and sites, each with its own folder, data and task; nothing runs yet.
 
-    def __init__(self, folder: Path, *, gateway: bool | None = None) -> None:
+    `sites` has each site's task, by its name; every site has `train` and `test` examples. The
+    gateway is there if nginx is, or as `gateway` says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sites: Mapping[str, str] = SITES,
+        gateway: bool | None = None,
+        train: int = 12,
+        test: int = 4,
+    ) -> None:
         self.folder = folder
         self.gateway = guide.has_nginx() if gateway is None else gateway
         (folder / "data").mkdir(parents=True)
-        write_federation(folder / "data", tasks=tuple(SITES.values()), train=12, test=4, clients=1)
+        write_federation(
+            folder / "data", tasks=tuple(sites.values()), train=train, test=test, clients=1
+        )
         link = free_port()
         self.port = free_port() if self.gateway else link  # without a gateway: straight on
         home = folder / "server"
         names = {"HOST": "localhost", "PORT": self.port, "LINK_PORT": link, "SERVER": home}
         self.server = Machine("server", home, names)
-        self.sites = {client: self.site(client, task) for client, task in SITES.items()}
+        self.sites = {client: self.site(client, task) for client, task in sites.items()}
 
     def __enter__(self) -> "Lab":
         return self

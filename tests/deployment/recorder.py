@@ -31,6 +31,8 @@ class Recorder:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._server.close()
 
     def bytes(self, way: str) -> bytes:
@@ -44,23 +46,40 @@ class Recorder:
                 near, _ = self._server.accept()
             except OSError:  # closed
                 return
-            far = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._connect, args=(near,), daemon=True).start()
+
+    def _connect(self, near: socket.socket) -> None:
+        """Pass both ways on until both are closed, then let go of the sockets."""
+        with near, socket.socket() as far:
+            try:
+                far.connect(("127.0.0.1", self._target))
+            except OSError:  # nothing is there any more
+                return
+            ways = []
             for way, source, sink in (("up", near, far), ("down", far, near)):
                 data = bytearray()
                 with self._lock:
                     self._streams.append((way, data))
                 arguments = (source, sink, data)
-                threading.Thread(target=self._pass_on, args=arguments, daemon=True).start()
+                ways.append(threading.Thread(target=self._pass_on, args=arguments, daemon=True))
+                ways[-1].start()
+            for thread in ways:
+                thread.join()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, data: bytearray) -> None:
+        """Write down all that comes, and pass it on as long as somebody takes it."""
+        taken = True
         with suppress(OSError):
             while piece := source.recv(1 << 16):
                 with self._lock:
                     data += piece
-                sink.sendall(piece)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                if taken:
+                    try:
+                        sink.sendall(piece)
+                    except OSError:
+                        taken = False
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
 
 
 class Windows:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from guide import wait_for
+from guide import wait_for, wait_until
 from lab import SITES, SMALL, Lab
 from PIL import Image
 from recorder import Recorder, Windows
 from safetensors.torch import load_file
+
+from pilot_flwr.model.base import load_processor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -46,12 +48,19 @@ def mark_texts(folder: Path, client: str) -> list[str]:
                 entry["value"] += f" zq{mark}x{turn}"
                 marks.append(f"zq{mark}x{turn}")
             if "image" in row:
-                name = f"patient-{mark}.png"
-                (folder / "images" / row["image"]).rename(folder / "images" / name)
-                row["image"] = name
+                row["image"] = rename(folder / "images", row["image"], f"patient-{mark}", number)
                 marks.append(f"patient-{mark}")
         path.write_text(json.dumps(rows))
     return marks
+
+
+def rename(folder: Path, old: str, stem: str, number: int) -> str:
+    """Give an image another name, every other one as JPEG; return it."""
+    name = f"{stem}.{'jpg' if number % 2 else 'png'}"
+    with Image.open(folder / old) as image:
+        image.convert("RGB").save(folder / name)
+    (folder / old).unlink()
+    return name
 
 
 def tensors(folder: Path, pattern: str) -> dict[str, bytes]:
@@ -64,10 +73,14 @@ def tensors(folder: Path, pattern: str) -> dict[str, bytes]:
 
 
 def images(folder: Path) -> dict[str, bytes]:
-    """Return every image as its file, as its pixels, and as numbers from 0 to 1."""
+    """Return every image as its file, its pixels, numbers from 0 to 1, and as the model sees it."""
     found = {}
-    for file in sorted(folder.glob("*.png")):
-        pixels = np.asarray(Image.open(file).convert("RGB"))
+    prepare = load_processor("tiny-llava").image_processor
+    for file in sorted(folder.iterdir()):
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        values = np.asarray(prepare(Image.fromarray(pixels), return_tensors="np")["pixel_values"])
+        found[f"{file.name}: prepared"] = values.astype(np.float32).tobytes()
         found[f"{file.name}: file"] = file.read_bytes()
         found[f"{file.name}: pixels"] = pixels.tobytes()
         found[f"{file.name}: numbers"] = (pixels.astype(np.float32) / 255).tobytes()
@@ -131,7 +144,7 @@ def test_nothing_private_passes_the_wire(wire):
         features = tensors(site / "state", "features/*.safetensors")
         features |= tensors(site / "state", "*/features/**/*.safetensors")
         pictures = images(lab.folder / "data" / task / "images")
-        assert features and len(pictures) == 4 * 14
+        assert features and len(pictures) == 5 * 14
         for secrets in (private, features, pictures):
             counts = pieces_found(secrets, recording)
             assert len(counts) > len(secrets) / 3, "too little of it can be looked for"
@@ -152,7 +165,8 @@ def test_a_leak_would_be_found(wire):
         body = b"".join(private.values()) + b"".join(pictures.values()) + marks[client][0].encode()
         head = f"POST /v1/fleet/leak HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         stream.sendall(head.encode() + body)
-        stream.recv(1)
+        stream.shutdown(socket.SHUT_WR)
+        wait_until(lambda: body in recorders[client].bytes("up"), seconds=60)
     recording = recorders[client].bytes("up")
     for secrets in (private, pictures):
         counts = pieces_found(secrets, recording)

@@ -1,0 +1,1 @@
+"""A deployment on this machine, measured: what an exchange costs besides training."""

@@ -1,0 +1,132 @@
+"""The processes of a deployment while it runs: how long each lived, and how much memory it took.
+
+The figures come from outside, by looking at all processes several times a second; nothing is added
+to the programs. Memory is resident memory as the operating system counts it for a process, so what
+several processes share (libraries, a file mapped by both) is counted by each.
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+PROGRAMS = (
+    "flower-superlink",
+    "flower-supernode",
+    "flower-superexec",
+    "flwr-serverapp",
+    "flwr-clientapp",
+    "nginx",
+)
+
+
+@dataclass
+class Seen:
+    """One process: when it began and was last there (seconds since 1970), its peak in bytes."""
+
+    machine: str
+    program: str
+    began: float
+    last: float
+    peak: int
+
+
+class Watch:
+    """Looks at the processes of machines until it is left.
+
+    Parameters
+    ----------
+    machines : Mapping[str, callable]
+        For every machine a function that returns the ids of the processes that started it all.
+    pause : float
+        Seconds between two looks.
+
+    Attributes
+    ----------
+    seen : dict
+        What was seen of each process.
+    peaks : dict
+        Machine → most bytes that all its processes had at one look.
+    """
+
+    def __init__(
+        self, machines: Mapping[str, Callable[[], Iterable[int]]], *, pause: float = 0.2
+    ) -> None:
+        self._machines, self._pause = machines, pause
+        self.seen: dict[tuple[int, float], Seen] = {}
+        self.peaks: dict[str, int] = dict.fromkeys(machines, 0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def lives(self, machine: str, program: str) -> list[Seen]:
+        """Return the processes of one program on one machine, the oldest first."""
+        found = [s for s in self.seen.values() if (s.machine, s.program) == (machine, program)]
+        return sorted(found, key=lambda process: process.began)
+
+    def peak_by_program(self, machine: str) -> dict[str, int]:
+        """Return the most bytes that one process of each program had on a machine."""
+        peaks: dict[str, int] = defaultdict(int)
+        for process in self.seen.values():
+            if process.machine == machine:
+                peaks[process.program] = max(peaks[process.program], process.peak)
+        return dict(sorted(peaks.items()))
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause):
+            children = defaultdict(list)
+            for process in psutil.process_iter(["ppid"]):
+                children[process.info["ppid"]].append(process)
+            for machine, roots in self._machines.items():
+                self._look(machine, _descendants(roots(), children))
+
+    def _look(self, machine: str, processes: Iterable[psutil.Process]) -> None:
+        total, now = 0, time.time()
+        for process in processes:
+            with suppress(psutil.Error):
+                used = process.memory_info().rss
+                total += used
+                key = (process.pid, process.create_time())
+                if key not in self.seen:
+                    if not (program := _program(process)):
+                        continue  # still the shell that becomes it
+                    self.seen[key] = Seen(machine, program, key[1], now, used)
+                seen = self.seen[key]
+                seen.last, seen.peak = now, max(seen.peak, used)
+        self.peaks[machine] = max(self.peaks[machine], total)
+
+
+def _descendants(roots: Iterable[int], children: Mapping[int, list[Any]]) -> list[psutil.Process]:
+    found, waiting = [], []
+    for pid in roots:
+        with suppress(psutil.Error):
+            waiting.append(psutil.Process(pid))
+    while waiting:
+        process = waiting.pop()
+        found.append(process)
+        waiting += children.get(process.pid, [])
+    return found
+
+
+def _program(process: psutil.Process) -> str:
+    """Return which of `PROGRAMS` a process is, by the words of its command line."""
+    names = {word.rsplit("/", 1)[-1] for word in process.cmdline()[:3]}
+    return next((name for name in PROGRAMS if name in names), "")
