@@ -73,7 +73,7 @@ class PilotStrategy(ExchangeLoop):
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
-        self.journal = Journal(folder, num_exchanges=self.num_exchanges)
+        self.journal = Journal(folder, num_exchanges=self.num_exchanges, tasks=state.tasks)
         self.roster = Roster(
             run,
             state.tasks,

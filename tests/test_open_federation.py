@@ -10,13 +10,16 @@ from flwr.app import MessageType
 from inprocess import Federation
 from llava_files import write_federation
 
+from pilot_flwr import server_app
 from pilot_flwr.cli import main
-from pilot_flwr.config import to_yaml
+from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.federation_file import expand
 from pilot_flwr.results.runs import open_run
 from pilot_flwr.server import roster as roster_module
+from pilot_flwr.storage.checkpoint import latest_checkpoint
+from pilot_flwr.storage.run_folder import read_events
 
 WORDS = (
     "train.epochs=1 train.batch_size=2 evaluation.enabled=false strategy.rounds=1 "
@@ -189,6 +192,43 @@ def test_a_site_that_is_mended_meanwhile_is_asked_again(federation, sites, data,
     assert failures(run) == [
         (1, "node 1", "`train-file` names '<train-file>', which is no file."),
     ]
+
+
+def test_a_resumed_run_waits_for_its_sites_as_a_new_one_does(federation, sites, tmp_path):
+    """The server's machine restarted: sites come back one by one, and end where they would have."""
+
+    class Killed(BaseException):
+        pass
+
+    words = federation(sites, "strategy.rounds=2", "strategy.wait_seconds=30").grid.overrides
+
+    def start(place, flower_run, act=lambda message, reply: reply, appear=(3, 3)):
+        grid = federation(sites).grid  # node ids from 1 again, as after a restart
+        grid.overrides, grid.on_reply = words, act
+        appearing = iter(appear)
+        everyone = grid.nodes
+        grid.get_node_ids = lambda: everyone[: next(appearing, 3)]
+        overrides = f"{words} {place}"
+        server_app.run(grid, load_config(overrides), overrides, flower_run=flower_run)
+
+    def die(message, reply):
+        if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
+            raise Killed
+        return reply
+
+    start(f"run.folder={tmp_path}/whole", "7")
+    with pytest.raises(Killed):
+        start(f"run.folder={tmp_path}/killed", "8", act=die)
+    start(f"resume={tmp_path}/killed", "9", appear=(1, 2, 2))
+    events = read_events(tmp_path / "killed")
+    stages = {(e["round"], e["client"]): e["stage"] for e in events if e["event"] == "train"}
+    assert len(stages) == 9 and [s for (n, _), s in stages.items() if n > 1] == [2] * 6
+    assert not [e for e in events if e["event"] == "failure"]
+    ends = [latest_checkpoint(tmp_path / name / "checkpoint")[0] for name in ("whole", "killed")]
+    assert [end.server_round for end in ends] == [3, 3]
+    for client in ends[0].task_of:
+        mine, theirs = (end.lora(client) for end in ends)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 WRONG = {

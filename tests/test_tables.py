@@ -42,6 +42,15 @@ def test_summary_weights_clients_by_test_examples_and_tasks_equally(tmp_path):
     assert rows["task"][5].strip() == "exchange 1 (stage 1 and 2)"
 
 
+def test_summary_does_not_depend_on_who_was_faster(tmp_path):
+    recorded = events(tmp_path).events
+    tables = {summary(recorded, ("vqa", "ocr")), summary(recorded[::-1], ("vqa", "ocr"))}
+    (table,) = tables
+    assert [row.split("|")[1].strip() for row in table.splitlines()[2:4]] == ["vqa", "ocr"]
+    rows = summary(recorded, ("captioning",)).splitlines()  # without a score there is no row
+    assert [row.split("|")[1].strip() for row in rows[2:4]] == ["ocr", "vqa"]
+
+
 def test_timeline_says_what_the_events_say(tmp_path):
     row, closing = timeline(events(tmp_path).events).splitlines()[-2:]
     for part in (

@@ -30,10 +30,12 @@ class Journal:
         Gets events and tables.
     num_exchanges : int
         R + 1.
+    tasks : sequence of str
+        In the order of the tables' rows.
     """
 
-    def __init__(self, folder: RunFolder, *, num_exchanges: int) -> None:
-        self.folder, self.num_exchanges = folder, num_exchanges
+    def __init__(self, folder: RunFolder, *, num_exchanges: int, tasks: Sequence[str]) -> None:
+        self.folder, self.num_exchanges, self.tasks = folder, num_exchanges, tuple(tasks)
         self._down: dict[str, int] = {}
         self._began = 0
         self._rejected: set[str] = set()
@@ -208,7 +210,7 @@ class Journal:
     def write_tables(self) -> None:
         """Write ``timeline.md`` and ``summary.md`` anew."""
         self.folder.write("timeline.md", timeline(self.folder.events))
-        self.folder.write("summary.md", summary(self.folder.events))
+        self.folder.write("summary.md", summary(self.folder.events, self.tasks))
 
     def reasons(self, server_round: int) -> list[str]:
         """Return why clients are missing in an exchange, first one first."""

@@ -64,18 +64,19 @@ class Roster:
         self.expected = {} if self.open else dict(expected)
         self.register = Register({**self.expected, **known})
         self.on_failure, self.identity = on_failure, identity
+        self._called = False
 
     @property
     def size(self) -> int:
-        """Number of clients that the first exchange waits for."""
+        """Number of clients that the first exchange of a new run waits for."""
         return self.config.clients or len(self.expected)
 
     def call(self, grid: Grid, server_round: int) -> list[Present]:
         """Return who takes part in an exchange, ordered by client id.
 
-        The first exchange waits for all clients of the federation, later ones for
-        `strategy.min_replies`, both at most `strategy.wait_seconds`. A client that is not there
-        is a failure of the exchange, not of the run, and so is a node that is refused.
+        The first call, in a resumed run as well, waits for all clients of the federation, later
+        ones for `strategy.min_replies`, both at most `strategy.wait_seconds`. A client that is not
+        there is a failure of the exchange, not of the run, and so is a node that is refused.
 
         Raises
         ------
@@ -84,7 +85,8 @@ class Roster:
         RunError
             A Ray worker died.
         """
-        wanted = self.size if server_round == 1 else self.config.min_replies
+        everyone = max(self.size, len(self.register.task_of))
+        wanted = self.config.min_replies if self._called else everyone
         deadline = time.monotonic() + self.config.wait_seconds
         sweep = _Sweep(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
@@ -105,6 +107,7 @@ class Roster:
             self.on_failure(server_round, f"node {node}", why)
         self._check_enough(present, [*sweep.refused.values(), *doubtful.values()], server_round)
         self.register.note(present)
+        self._called = True
         return [present[client] for client in sorted(present)]
 
     def _check_enough(

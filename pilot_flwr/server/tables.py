@@ -63,15 +63,26 @@ def timeline(events: Sequence[Event]) -> str:
     )
 
 
-def summary(events: Sequence[Event]) -> str:
-    """Return a Markdown table of scores: a row per task and their mean, a column per round."""
-    evaluated = select(events, "evaluate")
+def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
+    """Return a Markdown table of scores: a row per task and their mean, a column per round.
+
+    It does not depend on the order in which scores came in.
+
+    Parameters
+    ----------
+    events : sequence of dict
+        Lines of ``metrics.jsonl``.
+    tasks : sequence of str
+        The rows' order; further tasks follow by name.
+    """
+    evaluated = sorted(select(events, "evaluate"), key=lambda event: str(event["client"]))
     if not evaluated:
         if any("epsilon" in event for event in select(events, "train")):
             return "No evaluation: a private run without `privacy.send_metrics` sends no scores.\n"
         return "No evaluation.\n"
     rounds = sorted({event["round"] for event in evaluated})
-    tasks = list(dict.fromkeys(event["task"] for event in evaluated))
+    scored = {event["task"] for event in evaluated}
+    ordered = [*(task for task in tasks if task in scored), *sorted(scored - set(tasks))]
     header = ["task", "metric", "test examples"]
     for number in rounds:
         stages = sorted({str(event["stage"]) for event in select(events, "train", number)})
@@ -79,7 +90,7 @@ def summary(events: Sequence[Event]) -> str:
         header.append("zero-shot" if number == 0 else title)
     rows = [header]
     means: dict[int, list[float]] = defaultdict(list)
-    for task in tasks:
+    for task in ordered:
         mine = [event for event in evaluated if event["task"] == task]
         row = [
             task,
