@@ -33,7 +33,8 @@ class Plan:
     exchange : int
         Of the phases that belong to one.
     delay : float
-        Seconds after the phase has begun; for the start-up, after the launcher's start.
+        Seconds after the phase has begun; for the start-up, after the launcher's start, and at the
+        first news at the latest.
     """
 
     phase: str
@@ -165,7 +166,8 @@ def attempt(
                 continue
             if reached is None and plan.reached(folder, events):
                 reached = began if plan.phase == "start-up" else now
-            if reached is not None and now - reached >= plan.delay:
+            late = plan.phase == "start-up" and bool(events)
+            if reached is not None and (late or now - reached >= plan.delay):
                 number = kill_all(mark, scratch, launcher)
                 return Attempt(
                     resumed, plan, True, False, number, now - began, 0.0, len(_events(folder))
