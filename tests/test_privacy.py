@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +165,15 @@ def test_renyi_orders_add_up(multipliers, delta):
     assert kept <= plain * 1.01 + 0.02  # orders are a grid
     assert kept >= epsilon(multipliers[:-1], delta)
     assert kept == pytest.approx(epsilon(multipliers[::-1], delta))
+
+
+def test_the_documentations_table_is_the_accounts():
+    text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32]
+    for z, *told in rows:
+        kept = [epsilon([float(z)] * uploads, 1e-5) for uploads in (1, 4, 20)]
+        assert told == [f"{value:.3g}" for value in kept]
 
 
 def test_nothing_released_costs_nothing():
