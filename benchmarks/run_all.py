@@ -26,6 +26,8 @@ BENCHMARKS = (
     "privacy",
     "fuzz",
     "faults",
+    "payload",
+    "deployment",
     "gpu",
 )
 

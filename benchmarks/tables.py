@@ -305,6 +305,47 @@ def fuzz_rows(results: Results) -> Rows:
     ]
 
 
+def payload_rows(results: Results) -> Rows:
+    """Rows of ``payload.json``."""
+    first, peak = results["exchanges"][0], results["peak_bytes"]
+    spent = ", ".join(f"{e['without_work_seconds']:.0f} s" for e in results["exchanges"])
+    downs = ", ".join(human_bytes(e["down_bytes"]) for e in results["exchanges"])
+    return [
+        [
+            "deployment over TLS on one machine, one client with LLaVA-1.5-7B's payload, down in "
+            f"stages 1 and 2: {downs}, up: {human_bytes(first['up_bytes'])}; seconds of an "
+            "exchange without training or evaluation",
+            spent,
+            "",
+        ],
+        [
+            "the same: peak memory of the server's processes; of the client's, in which "
+            f"{results['base_parameters'] / 1e9:.1f} B parameters train on the CPU",
+            f"{human_bytes(peak['server'])}; {human_bytes(peak['client'])}",
+            "",
+        ],
+    ]
+
+
+def deployment_rows(results: Results) -> Rows:
+    """Rows of ``deployment.json``."""
+    return [
+        [
+            "seconds of a deployed exchange in which no client trains or evaluates, after the "
+            f"first, {name}",
+            f"{measured['without_work_seconds']:.1f} s: "
+            + ", ".join(f"{part} {s:.1f}" for part, s in shown_parts(measured).items()),
+            "",
+        ]
+        for name, measured in results.items()
+    ]
+
+
+def shown_parts(measured: Results) -> dict[str, float]:
+    """Return the parts of an exchange without work, by the words of ``deployment.json``."""
+    return {n: s for n, s in measured["parts_seconds"].items() if n != "work"}
+
+
 def plan_table(record: Results) -> str:
     """Return the table of ``plan.json``: a row per base model."""
     plans = record["results"]
@@ -345,6 +386,8 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "gpu": gpu_rows,
     "plan": plan_rows,
     "faults": faults_rows,
+    "payload": payload_rows,
+    "deployment": deployment_rows,
     "privacy": privacy_rows,
     "fuzz": fuzz_rows,
 }

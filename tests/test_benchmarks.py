@@ -47,6 +47,15 @@ def test_faults_tells_runs_apart(benchmark, tmp_path):
         path.write_bytes(content)
 
 
+def test_deployment_splits_an_exchange(benchmark):
+    """A made-up run: 25 s, of which clients work for 9, side by side; the parts are the 25."""
+    found = benchmark("deployment.run").main(["--quick"])["example"]
+    last = found["exchanges"][-1]
+    assert last["wall_seconds"] == sum(last["parts_seconds"].values()) == 25
+    assert found["without_work_seconds"] == 25 - 9
+    assert last["parts_seconds"]["work"] == 9 and last["parts_seconds"]["start"] == 5
+
+
 def result_files() -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (FOLDER / "results").glob("*.json")}
 

@@ -73,8 +73,13 @@ class Machine:
 
         `add` are words more for its last command.
         """
+        script = self.script(block)
+        return self.run_script(f"{script} {add}" if add else script, timeout=timeout, check=check)
+
+    def run_script(self, script: str, *, timeout: float = 300, check: bool = True) -> str:
+        """Execute a script to its end and return what it printed; `code` has its exit code."""
         done = subprocess.run(
-            ["bash", "-c", f"{self.script(block)} {add}" if add else self.script(block)],
+            ["bash", "-c", script],
             env=environment(),
             cwd=ROOT,
             capture_output=True,
@@ -84,7 +89,7 @@ class Machine:
         )
         self.code = done.returncode
         output = done.stdout + done.stderr
-        assert not check or done.returncode == 0, f"{block}:\n{output}"
+        assert not check or done.returncode == 0, f"{script}:\n{output}"
         return output
 
     def start(self, block: str, *, script: str = "") -> Path:
@@ -168,7 +173,7 @@ def wait_for(log: Path, words: str, machine: Machine, *, seconds: float = 180) -
 
 
 def wait_for_either(log: Path, words: str, machine: Machine, *, seconds: float = 180) -> bool:
-    """Wait until `words` are at the log's end, or what writes it has ended: return which."""
+    """Wait until `words` are in what is yet to be written, or the writer ended: return which."""
     before = log.read_text(errors="replace").count(words)
     wait_until(
         lambda: log.read_text(errors="replace").count(words) > before or not machine.is_running(),

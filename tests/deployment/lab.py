@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import guide
-from guide import Machine, free_port, wait_for, wait_for_port
+from guide import Machine, blocks, free_port, wait_for, wait_for_either, wait_for_port
 from llava_files import write_federation
 
 SITES = {"north-hospital": "vqa", "south-hospital": "counting", "west-clinic": "captioning"}
@@ -65,9 +65,16 @@ class Lab:
 
     def start_server(self) -> None:
         """Steps 2 to 4 of the page."""
-        self.server.run("certificates")
-        wait_for(self.server.start("superlink"), "Uvicorn running", self.server)
+        self.server.run("authority")
+        self.server.run("certificate")
+        self.serve()
         self.server.run("connection")
+
+    def serve(self) -> None:
+        """Start the SuperLink, again if need be, and the gateway."""
+        log = self.server.start("superlink")
+        wait_for_either(log, "Uvicorn running", self.server)
+        assert self.server.is_running(), log.read_text()
         if self.gateway:
             self.server.start("gateway")
             wait_for_port(self.port, self.server)
@@ -84,7 +91,10 @@ class Lab:
 
     def start_sites(self) -> None:
         """Step 6, and the SuperNodes of step 7."""
-        self.server.run("register")
+        register, names = blocks()["server.register"], " ".join(SITES)
+        assert names in register
+        register = register.replace(names, " ".join(self.sites))
+        self.server.run_script(self.server.own_script(register))
         logs = {site: site.start("supernode") for site in self.sites.values()}
         for site, log in logs.items():
             wait_for(log, "SuperNode ID", site)

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
+import ssl
 import time
+from contextlib import closing
+from http.client import HTTPSConnection
 
 import pytest
 import torch
-from guide import wait_for_either, wait_until
+from guide import blocks, has_nginx, wait_for_either, wait_until
 from lab import SITES, SMALL, Lab
 
 from pilot_flwr.results.runs import open_run, personal, personal_model
@@ -23,13 +27,17 @@ def test_from_nothing_to_personalised_models(tmp_path):
             lab.prepare(site, more=flower.get(client, ""))
         stranger = lab.site("stranger", "vqa")
         lab.prepare(stranger)
+        lab.server.run("federation")
+        for site in lab.sites.values():
+            shutil.copy(lab.server.folder / "federation.yaml", site.folder)
+        assert "A run can start." in lab.sites["west-clinic"].run("check")
         lab.start_sites()
         refusal = stranger.start("supernode")
         assert stranger.ended() != 0
         assert "Failed to initialize the connection to the SuperLink" in refusal.read_text()
         stranger.kill()
-        lab.server.run("federation")
         said = lab.server.run("run", timeout=900, add=SMALL)
+        exchange_key(lab, lab.sites["north-hospital"])
     folder = lab.server.folder / "runs" / "first"
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["failures"]) == ("completed", [])
@@ -45,6 +53,69 @@ def test_from_nothing_to_personalised_models(tmp_path):
         (state,) = (site.folder / "state").iterdir()
         model = personal_model(run, personal(run, client, state=state), device=torch.device("cpu"))
         assert model.stage == 2
+
+
+def exchange_key(lab, site):
+    """Remove a site: it is refused. Register another key of it: it is taken."""
+    log = site.folder / "supernode.log"
+    (node,) = re.findall(r"SuperNode ID: (\d+)", log.read_text())
+    site.kill()
+    text = f"NODE_ID={node}\n{blocks()['server.unregister']}"
+    lab.server.run_script(lab.server.own_script(text))
+    site.start("supernode")
+    assert site.ended() != 0  # no waiting helps, unlike after a crash
+    for name in ("node-key", "node-key.pub"):
+        (site.folder / name).unlink()
+    site.run("key")
+    shutil.copy(site.folder / "node-key.pub", lab.server.folder / "keys" / "north-hospital.pub")
+    words = 'flwr supernode register "$SERVER/keys/north-hospital.pub" pilot --name north-hospital'
+    lab.server.run_script(lab.server.own_script(words))
+    site.start("supernode")
+    wait_until(lambda: len(re.findall(r"SuperNode ID: (\d+)", log.read_text())) == 2, seconds=180)
+    assert len(set(re.findall(r"SuperNode ID: (\d+)", log.read_text()))) == 2
+
+
+def test_a_server_that_dies_goes_on(tmp_path):
+    """kill -9 of all that the server runs; a new certificate; the sites have nothing to do."""
+    folder = tmp_path / "server" / "runs" / "first"
+    with Lab(tmp_path) as lab:
+        lab.start_server()
+        for site in lab.sites.values():
+            lab.prepare(site)
+        lab.start_sites()
+        lab.server.run("federation")
+        lab.server.start("run", script=f"{lab.server.script('run')} {SMALL}")
+        wait_until(lambda: len(lab.events(folder, "order")) == 6, seconds=400)
+        lab.server.kill()
+        assert not (folder / "result.json").exists()
+        lab.server.run("certificate")
+        lab.serve()
+        said = lab.server.run("resume", timeout=900, add=SMALL)
+        assert all(site.is_running() for site in lab.sites.values())
+    assert "Exchange 2: 3 clients, stage 2" in said and "Exchange 1: 3" not in said
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["failures"], result["resumed"]) == ("completed", [], 1)
+    trained = [(e["round"], e["client"]) for e in lab.events(folder, "train")]
+    assert sorted(trained) == [(n, client) for n in (1, 2, 3) for client in sorted(SITES)]
+
+
+@pytest.mark.skipif(not has_nginx(), reason="needs nginx")
+def test_the_gateway_passes_on_what_sites_ask_for_and_nothing_else(tmp_path):
+    with Lab(tmp_path, gateway=True) as lab:
+        lab.start_server()
+        trust = ssl.create_default_context(cafile=lab.server.folder / "tls" / "ca.crt")
+
+        def ask(port, path: str) -> int:
+            with closing(HTTPSConnection("localhost", int(port), context=trust)) as connection:
+                connection.request("POST", path, body=b"", headers={"Content-Length": "0"})
+                return connection.getresponse().status
+
+        link = lab.server.values["LINK_PORT"]
+        for path in ("/v1/control/start-run", "/v1/control/register-node", "/v1/", "/"):
+            assert ask(lab.port, path) == 403
+        assert ask(link, "/v1/control/list-nodes") not in (403, 404)  # where the command line goes
+        fleet = "/v1/fleet/activate-node"
+        assert ask(lab.port, fleet) == ask(link, fleet) not in (403, 404)
 
 
 def test_a_site_that_dies_comes_back_under_its_own_name(tmp_path):

@@ -144,7 +144,7 @@ def test_nothing_private_passes_the_wire(wire):
         features = tensors(site / "state", "features/*.safetensors")
         features |= tensors(site / "state", "*/features/**/*.safetensors")
         pictures = images(lab.folder / "data" / task / "images")
-        assert features and len(pictures) == 5 * 14
+        assert features and len(pictures) == 5 * 16
         for secrets in (private, features, pictures):
             counts = pieces_found(secrets, recording)
             assert len(counts) > len(secrets) / 3, "too little of it can be looked for"
