@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
 from flowerlab import pretend_flower
 
 from pilot_flwr.cli import main
+from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.launching import remote
 from pilot_flwr.launching.connections import find_connection
@@ -111,6 +113,9 @@ import sys, time
 arguments = sys.argv[1:]
 if arguments[0] == "run":
     assert "--federation-config" not in arguments
+    value = arguments[arguments.index("--run-config") + 1]
+    value = open(value).read() if value.endswith(".toml") else value
+    open(LOG + ".config", "w").write(value)
     print('{"success": true, "run-id": "7"}')
 elif arguments[0] == "log":
     print(open(LOG).read(), flush=True)
@@ -164,6 +169,28 @@ def test_a_run_with_a_failed_client_is_a_failed_run(flower, tmp_path, capsys):
     flower(announced(tmp_path, RESULT | {"failures": [FAILURE]}))
     assert main(["run", "--superlink", "pilot"]) == 1
     assert "Client c1 failed in exchange 2 (train): out of memory" in capsys.readouterr().err
+
+
+def submitted(tmp_path):
+    """The configuration that the last run was submitted with."""
+    return load_config(tomllib.loads((tmp_path / "log.config").read_text())["overrides"])
+
+
+def test_a_run_whose_folder_is_here_is_resumed_with_its_own_words(flower, tmp_path, capsys):
+    folder = tmp_path / "first"
+    folder.mkdir()
+    flower(announced(folder, RESULT))
+    (folder / "overrides.txt").write_text(f"strategy.clients=2 seed=5 run.folder={folder}\n")
+    assert main(["run", "--superlink", "pilot", f"resume={folder}", "strategy.rounds=7"]) == 0
+    config = submitted(tmp_path)
+    assert (config.strategy.clients, config.seed, config.strategy.rounds) == (2, 5, 7)
+    assert (config.resume, config.run.folder) == (str(folder), "")
+    assert main(["run", "--superlink", "pilot", "resume=/on/the/server", "seed=6"]) == 0
+    config = submitted(tmp_path)
+    assert (config.strategy.clients, config.seed) == (0, 6)  # as it was said
+    assert config.resume == "/on/the/server"
+    assert main(["run", "--superlink", "pilot", "resume=first"]) == 2
+    assert "`resume` is 'first' but must be an absolute path" in capsys.readouterr().err
 
 
 def test_a_relative_run_folder_and_an_unknown_connection_are_refused(flower, capsys):

@@ -63,16 +63,22 @@ def _overrides(words: list[str]) -> tuple[str, str, int]:
     from pilot_flwr.config import load_config
     from pilot_flwr.data.federation import federation_clients
     from pilot_flwr.federation_file import with_folder
+    from pilot_flwr.launching.restarts import words_of_run
     from pilot_flwr.model.shipped import checkpoint_path
+    from pilot_flwr.storage.resume import OVERRIDES
 
     config = load_config(shlex.join(words))
+    for key, value in (("run.folder", config.run.folder), ("resume", config.resume)):
+        if value and not Path(value).expanduser().is_absolute():
+            raise ConfigError(
+                f"`{key}` is {value!r} but must be an absolute path, as it is on the SuperLink's "
+                "machine."
+            )
+    if config.resume and (Path(config.resume).expanduser() / OVERRIDES).is_file():  # it is here
+        words = words_of_run(words)[1]
+        config = load_config(shlex.join(words))
     federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
     config, words = with_folder(config, words)
-    if config.run.folder and not Path(config.run.folder).expanduser().is_absolute():
-        raise ConfigError(
-            f"`run.folder` is {config.run.folder!r} but must be an absolute path, as it is on the "
-            "SuperLink's machine."
-        )
     base = config.model.path
     if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
         words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
