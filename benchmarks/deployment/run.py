@@ -3,12 +3,11 @@
 Flower starts a fresh process for every message, so each exchange begins with Python, torch and the
 base model anew. A federation over TLS with node keys is started on this machine by the commands of
 ``docs/deployment.md``, and the seconds of its exchanges are split into where they go
-(`deployment.exchanges`): for one site, as a site with a machine of its own sees it, and for three
-sites that share this machine's cores, which is worse than three machines. The base models are the
-shipped ``tiny-llava`` and a random checkpoint of 0.5 B parameters in Hugging Face format, read from
-the operating system's file cache, the best case.
+(`deployment.exchanges`). It has one site, as several would share this machine's cores, and real ones do
+not. The base models are the shipped ``tiny-llava`` and a random checkpoint of 0.5 B parameters in
+Hugging Face format, read from the operating system's file cache, the best case.
 
-Run ``python benchmarks/deployment/run.py`` (about 10 minutes, 8 GiB, 1.1 GB of disk) to renew
+Run ``python benchmarks/deployment/run.py`` (about 6 minutes, 6 GiB, 2 GB of disk) to renew
 ``benchmarks/results/deployment.json``; ``--quick`` splits a run that is only made up and writes
 nothing.
 """
@@ -31,11 +30,10 @@ from deployment.exchanges import PARTS, measure_exchanges
 
 RESULT = RESULTS / "deployment.json"
 SETTINGS = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1"
-ONE = {"north-hospital": "vqa"}
-THREE = ONE | {"south-hospital": "counting", "west-clinic": "captioning"}
+SITE = "north-hospital"
 
 
-def measure(folder: Path, sites: dict[str, str], *, base: Path | None = None) -> dict[str, Any]:
+def measure(folder: Path, *, base: Path | None = None) -> dict[str, Any]:
     """Run a federation and measure its exchanges; without a base, on ``tiny-llava``."""
     from deployment.federation import run_federation
 
@@ -43,11 +41,8 @@ def measure(folder: Path, sites: dict[str, str], *, base: Path | None = None) ->
     if base is not None:
         words += f" model.path={base} model.dtype=bfloat16 model.sent_dtype=bfloat16"
         more = f'model-path = "{base}"\n'
-    done = run_federation(folder, sites, words, site_config=more)
-    lives = {
-        client: [process.began for process in done.watch.lives(client, "flwr-clientapp")]
-        for client in sites
-    }
+    done = run_federation(folder, {SITE: "vqa"}, words, site_config=more)
+    lives = {SITE: [process.began for process in done.watch.lives(SITE, "flwr-clientapp")]}
     return summary(measure_exchanges(done.events, done.began, lives)) | {"gateway": done.gateway}
 
 
@@ -99,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             folder = Path(name)
             parameters = write_random_base(folder / "base", HALF_BILLION)
             results = {
-                "tiny-llava, one site": measure(folder / "tiny-1", ONE),
-                "tiny-llava, three sites": measure(folder / "tiny-3", THREE),
-                f"{parameters / 1e9:.1f} B, one site": measure(
-                    folder / "half-1", ONE, base=folder / "base"
+                "tiny-llava": measure(folder / "tiny"),
+                f"a base of {parameters / 1e9:.1f} B": measure(
+                    folder / "half", base=folder / "base"
                 ),
             }
     print(json.dumps(results, indent=2))

@@ -154,7 +154,8 @@ def _with_values(settings: str, values: Mapping[str, str]) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return the tests' environment, without Flower's variables and with its programs first."""
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    others = ("FLWR_", "PYTHONDONTWRITEBYTECODE")  # no site compiles the app for every message
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     local = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     quiet = {"FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return plain | local | quiet | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
