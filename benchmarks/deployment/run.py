@@ -4,8 +4,8 @@ Flower starts a fresh process for every message, so each exchange begins with Py
 base model anew. A federation over TLS with node keys is started on this machine by the commands of
 ``docs/deployment.md``, and the seconds of its exchanges are split into where they go
 (`deployment.exchanges`). It has one site, as several would share this machine's cores, and real
-ones do not. The base models are the shipped ``tiny-llava`` and a random checkpoint of 0.5 B parameters in
-Hugging Face format, read from the operating system's file cache, the best case.
+ones do not. The base models are the shipped ``tiny-llava`` and a random checkpoint of 0.5 B
+parameters in Hugging Face format, read from the operating system's file cache, the best case.
 
 Run ``python benchmarks/deployment/run.py`` (about 6 minutes, 6 GiB, 2 GB of disk) to renew
 ``benchmarks/results/deployment.json``; ``--quick`` splits a run that is only made up and writes
