@@ -355,6 +355,19 @@ def test_a_completed_run_shows_its_results_and_keeps_its_exit_code(
     assert len(launched.calls) == 1
 
 
+def test_a_run_at_its_end_has_nothing_to_go_on_with(launched, capsys):
+    def end(app, overrides, federation, folder, **_):
+        result = {"status": "completed", "error": None, "failures": [{"client": "c"}]}
+        (folder / "config.yaml").write_text(to_yaml(load_config(overrides)))
+        (folder / "result.json").write_text(json.dumps(result))
+        return Outcome(False, ("Client c failed.",))
+
+    launch_module.launch = end  # put back by the fixture
+    assert cli.main(["run"]) == 1
+    error = capsys.readouterr().err
+    assert "Client c failed." in error and "To go on" not in error
+
+
 def test_two_commands_in_one_run_folder_are_refused(launched, stopped, capsys):
     with hold(stopped / LAUNCH_LOCK, "it"):
         assert cli.main(["run", "resume=old"]) == 1

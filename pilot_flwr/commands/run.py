@@ -121,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
     _show_results(folder)
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
-        if (folder / "config.yaml").is_file():
+        if (folder / "config.yaml").is_file() and completed(folder, config) is None:
             print(f"To go on: pilot-flwr run resume={shlex.quote(str(folder))}", file=sys.stderr)
     return SUCCESS if outcome.succeeded else FAILURE
 
