@@ -61,7 +61,6 @@ def measure(folder: Path, size: Size, rank: int) -> dict[str, Any]:
     return {
         "base_parameters": parameters,
         "gateway": done.gateway,
-        "database_bytes_at_the_end": done.database_bytes,
         "exchanges": [
             {"stage": turn["stage"], "down_bytes": turn["bytes_down"], "up_bytes": turn["bytes_up"]}
             | times

@@ -1,7 +1,8 @@
-"""Make the README's tables from ``benchmarks/results``, so that no number is typed.
+"""Make the pages' tables from ``benchmarks/results``, so that no number is typed.
 
 Run ``python benchmarks/tables.py`` to print the benchmark table, ``--readme`` to renew all tables
-of the README: what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+of the README and of the page on deployment: what stands between ``<!-- table: NAME -->`` and
+``<!-- end -->``.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from _record import RESULTS, ROOT
 from pilot_flwr.server.tables import markdown
 from pilot_flwr.wording import human_bytes
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "deployment.md")
 Results = dict[str, Any]
 Rows = list[list[str]]
 """What was measured, the figure, the goal."""
@@ -346,6 +347,48 @@ def shown_parts(measured: Results) -> dict[str, float]:
     return {n: s for n, s in measured["parts_seconds"].items() if n != "work"}
 
 
+PART_WORDS = {
+    "roster": "asking who is there, answered by a fresh process",
+    "dispatch": "the order on its way",
+    "start": "a fresh process: Python, imports, fetching the order",
+    "base": "the base model, data, private state",
+    "reply": "packing, sending, fetching the update",
+    "server": "aggregation",
+    "checkpoint": "the server's checkpoint",
+}
+"""Parts of an exchange of ``deployment.json`` that are not work."""
+
+
+def deployment_table(record: Results) -> str:
+    """Return the table of ``deployment.json``: a row per part of an exchange."""
+    measured = record["results"]
+    rows = [["seconds of an exchange, mean after the first", *measured]]
+    for part, words in PART_WORDS.items():
+        rows.append([words, *(f"{m['parts_seconds'][part]:.1f}" for m in measured.values())])
+    without = [f"**{m['without_work_seconds']:.1f}**" for m in measured.values()]
+    work = [f"{m['parts_seconds']['work']:.1f}" for m in measured.values()]
+    rows += [["**without training or evaluation**", *without], ["training and evaluation", *work]]
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def payload_table(record: Results) -> str:
+    """Return the table of ``payload.json``: seconds of its exchanges, then memory."""
+    results = record["results"]
+    rows = [["", *(f"stage {e['stage']}" for e in results["exchanges"])]]
+    for words, value in (
+        ("the client receives", lambda e: human_bytes(e["down_bytes"])),
+        ("the client sends", lambda e: human_bytes(e["up_bytes"])),
+        ("seconds without training or evaluation", lambda e: f"{e['without_work_seconds']:.0f}"),
+    ):
+        rows.append([words, *(value(e) for e in results["exchanges"])])
+    memory = [["peak resident memory", "all together", "its programs, each by itself"]]
+    for machine, peak in results["peak_bytes"].items():
+        programs = results["peak_bytes_by_program"][machine].items()
+        each = ", ".join(f"{name} {human_bytes(size)}" for name, size in programs)
+        memory.append([machine, human_bytes(peak), each])
+    return f"{markdown(rows)}\n{markdown(memory)}\n{note(record)}\n"
+
+
 def plan_table(record: Results) -> str:
     """Return the table of ``plan.json``: a row per base model."""
     plans = record["results"]
@@ -427,8 +470,17 @@ def note(record: Results) -> str:
     )
 
 
+OWN_TABLES: dict[str, Callable[[Results], str]] = {
+    "plan": plan_table,
+    "privacy": privacy_table,
+    "deployment": deployment_table,
+    "payload": payload_table,
+}
+"""Tables made of one result file, by its name."""
+
+
 def readme(text: str, folder: Path = RESULTS) -> str:
-    """Return the README with its tables renewed; one without a result file stays as it is."""
+    """Return a page with its tables renewed; one without a result file stays as it is."""
     contents = {"benchmarks": table(folder)}
     demo = folder / "demo.json"
     if demo.exists():
@@ -438,12 +490,10 @@ def readme(text: str, folder: Path = RESULTS) -> str:
             "demo": f"{record['results']['summary']}\n{note(record)}\n",
             "timeline": body,
         }
-    plan = folder / "plan.json"
-    if plan.exists():
-        contents["plan"] = plan_table(json.loads(plan.read_text()))
-    privacy = folder / "privacy.json"
-    if privacy.exists():
-        contents["privacy"] = privacy_table(json.loads(privacy.read_text()))
+    for name, made in OWN_TABLES.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            contents[name] = made(json.loads(path.read_text()))
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)
@@ -451,11 +501,12 @@ def readme(text: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Print the benchmark table, or renew the README."""
+    """Print the benchmark table, or renew the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", action="store_true", help="renew the README's tables")
+    parser.add_argument("--readme", action="store_true", help="renew the tables of all pages")
     if parser.parse_args().readme:
-        README.write_text(readme(README.read_text()))
+        for page in PAGES:
+            page.write_text(readme(page.read_text()))
     else:
         print(table(), end="")
 

@@ -141,3 +141,9 @@ def test_the_readmes_tables_are_those_of_the_result_files(benchmark):
     text = (FOLDER.parent / "README.md").read_text()
     assert text.count("<!-- table: ") == text.count("<!-- end -->") == 4
     assert benchmark("tables").readme(text) == text
+
+
+def test_the_tables_on_deployment_are_those_of_the_result_files(benchmark):
+    text = (FOLDER.parent / "docs" / "deployment.md").read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 2
+    assert benchmark("tables").readme(text) == text

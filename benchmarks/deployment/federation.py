@@ -27,16 +27,12 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its events, when it began (seconds since 1970), its processes, its gateway.
-
-    `database_bytes` is what the SuperLink's ``state.db`` takes on disk at the end.
-    """
+    """A finished run: its events, when it began (seconds since 1970), its processes, its gateway."""
 
     events: list[dict[str, Any]]
     began: float
     watch: Watch
     gateway: bool
-    database_bytes: int
 
 
 def run_federation(
@@ -85,5 +81,4 @@ def run_federation(
         events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         # The first file of a run folder; `elapsed` of its events counts from then.
         began = (run / ".token").stat().st_mtime
-        database = sum(file.stat().st_size for file in lab.server.folder.glob("state.db*"))
-        return Measured(events, began, watch, lab.gateway, database)
+        return Measured(events, began, watch, lab.gateway)

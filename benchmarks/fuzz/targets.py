@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,8 +30,11 @@ from pilot_flwr.data.image_files import ImageFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.data.rows import RowFile
 from pilot_flwr.errors import ConfigError, DataError, StateError, UpdateError
+from pilot_flwr.federation_file import expand
 from pilot_flwr.flower import replies, wire
 from pilot_flwr.flower.codec import decode_state, encode_state
+from pilot_flwr.launching.progress import Progress
+from pilot_flwr.server import announcements
 from pilot_flwr.server.state import Member
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.settings.privacy import PrivacyConfig
@@ -69,6 +73,7 @@ def targets(folder: Path) -> dict[str, Target]:
         **state_targets(folder),
         **data_targets(folder),
         **config_targets(),
+        **told_targets(folder),
     }
 
 
@@ -376,3 +381,66 @@ def config_targets() -> dict[str, Target]:
             weight=0.1,
         ),
     }
+
+
+def told_targets(folder: Path) -> dict[str, Target]:
+    """Return readers of a federation's own file, and of what a server says of a run."""
+    path = folder / "federation.yaml"
+    federation = {
+        "tasks": ["gqa", "counting"],
+        "clients_per_task": 2,
+        "folder": "../data",
+        "files": {
+            task: {"train": [f"{task}.json"], "images": "x", "metric": "exact_match"}
+            for task in ("gqa", "counting")
+        },
+        "partition": {"kind": "dirichlet", "alpha": 0.5},
+    }
+    text = yaml.safe_dump(federation).encode()
+    odd_yaml = [text, b"tasks: [a]\nx: 2001-12-14\ny: !!binary aGk=\n", b"tasks: &t [a, b]\nb: *t"]
+
+    def read_federation(data: bytes) -> object:
+        path.write_bytes(data)
+        return expand([f"data={path}"])
+
+    result = {"status": "completed", "error": None, "failures": [], "seconds": 3.5}
+    lines: list[str] = []
+    announcements.Announcer(lines.append).end(folder, result)
+    said = f"INFO :      {lines[-1]}".encode()
+    events = [
+        {"event": "roster", "round": 1, "clients": [{"client": "a", "task": "t", "stage": 1}]},
+        {"event": "train", "round": 1, "client": "a", "loss": 0.5, "seconds": 1.0, "bytes_up": 9},
+        {"event": "evaluate", "round": 0, "client": "a", "score": 0.5, "metric": "gqa"},
+        {"event": "failure", "round": 1, "client": "a", "phase": "train", "reason": "no"},
+        {"event": "resume", "round": 1, "passed_over": ["x"]},
+        {"event": "repeat", "round": 1, "reason": "too few"},
+        {"event": "aggregate", "round": 1, "clients": 2, "seconds": 0.1},
+        {"event": "round", "round": 1, "exchanges": 4, "seconds": 1.0},
+    ]
+
+    def show(event: Any) -> object:
+        progress = Progress()
+        return [progress.lines(event), progress.lines(event)] if isinstance(event, dict) else None
+
+    return {
+        "federation file": Target(
+            st.one_of(files(odd_yaml), mutated_tree([federation]).map(yaml_bytes)),
+            read_federation,
+            (ConfigError,),
+            weight=0.1,
+        ),
+        "line of a log": Target(
+            files([said]).map(lambda data: data.decode("utf-8", "replace")),
+            lambda line: (announcements.read(line), announcements.is_alarm(line)),
+            (),
+        ),
+        "live output": Target(mutated_tree(events), show, ()),
+    }
+
+
+def yaml_bytes(tree: Any) -> bytes:
+    """Return YAML, or JSON of what YAML cannot say, which is nearly the same."""
+    try:
+        return yaml.safe_dump(tree).encode("utf-8", "surrogatepass")
+    except (yaml.YAMLError, ValueError):
+        return json_bytes(tree)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import guide
-from guide import Machine, blocks, free_port, wait_for, wait_for_either, wait_for_port
+from guide import Machine, free_port, wait_for, wait_for_either, wait_for_port
 from llava_files import write_federation
 
 SITES = {"north-hospital": "vqa", "south-hospital": "counting", "west-clinic": "captioning"}
@@ -91,10 +91,7 @@ class Lab:
 
     def start_sites(self) -> None:
         """Step 6, and the SuperNodes of step 7."""
-        register, names = blocks()["server.register"], " ".join(SITES)
-        assert names in register
-        register = register.replace(names, " ".join(self.sites))
-        self.server.run_script(self.server.own_script(register))
+        self.server.run("register")
         logs = {site: site.start("supernode") for site in self.sites.values()}
         for site, log in logs.items():
             wait_for(log, "SuperNode ID", site)
