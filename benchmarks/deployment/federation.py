@@ -27,7 +27,7 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its events, when it began (seconds since 1970), its processes, its gateway."""
+    """A finished run: its events, when it began (seconds since 1970), what was seen of it."""
 
     events: list[dict[str, Any]]
     began: float
