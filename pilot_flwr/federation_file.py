@@ -24,6 +24,9 @@ from pilot_flwr.submission import hydra_text, path_override
 
 _OPTION = "data="
 _NOT_A_TEXT = "???"  # OmegaConf would leave the setting at its default
+MOST_VALUES = 100_000
+"""In a file, so that a few lines of aliases of aliases do not take hours."""
+
 _KEYS = tuple(field.name for field in fields(DataConfig))
 _DEFAULTS = {"source": "llava", "train_examples": ALL, "test_examples": ALL}
 
@@ -91,30 +94,37 @@ def _at_home(text: str, key: str) -> Path:
         raise ConfigError(f"{key} is {text!r}, but that user has no home folder.") from None
 
 
-def _check_keys(node: Any) -> None:
-    """Raise for a key that comes twice in a mapping; in YAML the last one would count."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_keys(item)
-    elif isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-            _check_keys(value)
+def _check_values(root: Any) -> None:
+    """Raise for a key that comes twice in a mapping, and for what aliases make too large.
+
+    Of two equal keys the last one would count in YAML.
+    """
+    waiting, count = [root], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, aliases written out")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                waiting.append(value)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        _check_values(yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # also for the 31st of June
         raise ConfigError(f"`data` is {name!r}, which is no YAML: {error}") from None
     if not isinstance(content, dict) or "tasks" not in content:
         raise ConfigError(f"{name} must be settings with `tasks` at least; see docs/data.md.")

@@ -108,7 +108,7 @@ def test_later_words_change_the_file_and_others_stay(tmp_path):
             "(?s)`data` is 'f.yaml', which is no YAML: the key 'a' comes twice.*line 4",
         ),
         ("tasks: [a]\ntasks: [b]\nfiles: {a: {}}", "(?s)the key 'tasks' comes twice.*line 2"),
-        ("tasks: &a [*a]", "`data` is 'f.yaml', which is no YAML: maximum recursion depth"),
+        ("tasks: &a [*a]", "`data` is 'f.yaml', which is no YAML: it has more than 100,000 values"),
         ("tasks: [{a: 1, a: 2}]", "(?s)the key 'a' comes twice.*line 1"),
         (
             "tasks: [a]\nfiles: {a: {prompt_suffix: '???'}}",

@@ -12,7 +12,10 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 
 from pilot_flwr.config import from_yaml
 from pilot_flwr.errors import ConfigError, StateError, UpdateError
+from pilot_flwr.federation_file import expand
 from pilot_flwr.flower.codec import decode_state, number_of
+from pilot_flwr.launching.progress import Progress
+from pilot_flwr.server import announcements
 from pilot_flwr.storage.private_state import PrivateState, PrivateStore
 from pilot_flwr.storage.run_folder import read_events
 from pilot_flwr.storage.tensors import save_tensors
@@ -22,7 +25,7 @@ NAMES = (
     *("array", "order", "run", "query", "member", "identity", "update", "report"),
     *("private state", "checkpoint, tensors", "checkpoint, state", "privacy account", "events"),
     *("rows, array", "rows, lines", "image", "image name", "node config", "overrides"),
-    "config.yaml",
+    *("config.yaml", "federation file", "line of a log", "live output"),
 )
 
 
@@ -129,3 +132,35 @@ def test_odd_metadata_of_a_private_state(key, value, tmp_path):
 def test_yaml_that_would_take_long_or_fill_the_memory(text, reason):
     with pytest.raises(ConfigError, match=reason):
         from_yaml(text)
+
+
+ALIASES = "tasks: &a0 [a, b]\n" + "".join(
+    f"x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("tasks: [a]\nname: 2001-99-14", "month must be in 1..12"),
+        ("tasks: [a]\nclients_per_task: " + "9" * 5000, "4300 digits"),
+        ("tasks: [a]\nclients_per_task: !!int x", "invalid literal"),
+        (ALIASES, "more than 100,000 values"),
+        ("tasks: &a [*a]", "more than 100,000 values"),
+    ],
+)
+def test_a_federation_file_that_yaml_stumbles_over(text, reason, tmp_path):
+    path = tmp_path / "federation.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        expand([f"data={path}"])
+
+
+@pytest.mark.parametrize("deep", ['{"a":' * 5000, "[" * 5000])
+def test_a_verdict_too_deep_to_be_one(deep):
+    assert announcements.read(f"INFO :      {announcements.VERDICT}{deep}") is None
+
+
+def test_a_number_that_no_float_holds_is_shown_as_unknown():
+    event = {"event": "aggregate", "round": 10**400, "clients": 2, "seconds": 10**400}
+    assert Progress().lines(event) == ["  aggregated 2 clients"]

@@ -287,7 +287,12 @@ def _lasting(event: Event) -> str:
 def _number(event: Event, key: str) -> float | None:
     """Return a number, NaN included: a loss that is NaN must be seen."""
     value = event.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond floating point
+        return None
 
 
 def _finite(event: Event, key: str) -> float | None:

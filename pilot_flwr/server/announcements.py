@@ -119,7 +119,7 @@ def read(line: str) -> str | Verdict | None:
         values = json.loads(text.removeprefix(VERDICT))
         values["reasons"] = tuple(map(str, values["reasons"]))
         found = Verdict(**values)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     kinds = (found.folder, str), (found.status, str), (found.error, str), (found.failures, int)
     return found if all(isinstance(value, kind) for value, kind in kinds) else None
