@@ -2,6 +2,7 @@
 
 import types
 
+import httpx
 import pytest
 
 from pilot_flwr.flower import grid as module
@@ -67,6 +68,43 @@ def test_the_time_limit_holds(clock):
     replies = list(PollingGrid(SlowGrid(clock, [0.0, None])).send_and_receive("ab", timeout=10))
     assert [reply.metadata.reply_to_message_id for reply in replies] == ["0"]
     assert 10 <= clock.now < 11
+
+
+class AilingGrid(SlowGrid):
+    """Answers with an error for the first `seconds`."""
+
+    def __init__(self, clock, status, seconds):
+        super().__init__(clock, [0.0])
+        self.status, self.seconds = status, seconds
+
+    def pull_messages(self, ids):
+        self.ail()
+        return super().pull_messages(ids)
+
+    def get_node_ids(self):
+        self.ail()
+        return [1, 2]
+
+    def ail(self):
+        if self.clock.now < self.seconds:
+            request = httpx.Request("POST", "https://server/v1/runtime/pull-messages")
+            httpx.Response(self.status, request=request).raise_for_status()
+
+
+def test_an_error_of_the_superlink_does_not_end_a_run(clock):
+    grid = PollingGrid(AilingGrid(clock, 500, seconds=100))
+    (reply,) = grid.send_and_receive(["a"])
+    assert reply.metadata.reply_to_message_id == "0" and 100 <= clock.now < 104
+    assert list(PollingGrid(AilingGrid(clock, 503, seconds=200)).get_node_ids()) == [1, 2]
+    assert 200 <= clock.now < 204
+
+
+def test_an_error_that_stays_or_is_ours_does(clock):
+    for status, least in ((500, module.PATIENCE_SECONDS), (404, 0)):
+        before = clock.now
+        with pytest.raises(httpx.HTTPStatusError):
+            list(PollingGrid(AilingGrid(clock, status, seconds=1e6)).send_and_receive(["a"]))
+        assert least <= clock.now - before <= least + 3
 
 
 def test_no_message_is_no_wait(clock):

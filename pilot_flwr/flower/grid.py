@@ -3,16 +3,48 @@
 Flower's own `send_and_receive` sleeps three seconds between polls and returns all replies at
 the end of a phase. Here the wait grows with the time that nothing came, up to the same three
 seconds, so that waiting costs at most a few per cent of a phase; and replies are yielded one by
-one, so that a strategy's loop over them shows the progress of a round.
+one, so that a strategy's loop over them shows the progress of a round. A SuperLink that answers a
+question with an error of its own (a database that is locked for seconds) is asked again.
 """
 
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
+import httpx  # Flower's own client; its errors come through the grid
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
+
+PATIENCE_SECONDS = 300.0
+"""How long a SuperLink may answer with errors of its own before the run ends."""
+
+logger = logging.getLogger("flwr")
+
+Answer = TypeVar("Answer")
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """Return what `ask` returns; while a SuperLink answers with an error 5xx, ask again.
+
+    Only for questions: what is repeated must change nothing.
+
+    Raises
+    ------
+    httpx.HTTPStatusError
+        It still does after `PATIENCE_SECONDS`, or its error is not its own.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500 or time.monotonic() >= deadline:
+                raise
+            logger.warning("The SuperLink answers with an error and is asked again: %s", error)
+        time.sleep(_LONGEST)
 
 
 def match(
@@ -67,7 +99,7 @@ class PollingGrid(Grid):
         last = time.monotonic()
         deadline = last + timeout if timeout is not None else float("inf")
         while waiting:
-            replies = list(self._grid.pull_messages(list(waiting)))
+            replies = list(self.pull_messages(list(waiting)))
             for reply in replies:
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 yield reply
@@ -102,7 +134,7 @@ class PollingGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """See `flwr.serverapp.Grid`."""
-        return self._grid.get_node_ids()
+        return patiently(self._grid.get_node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `flwr.serverapp.Grid`."""
@@ -110,4 +142,5 @@ class PollingGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See `flwr.serverapp.Grid`."""
-        return self._grid.pull_messages(message_ids)
+        asked = list(message_ids)
+        return patiently(lambda: self._grid.pull_messages(asked))
