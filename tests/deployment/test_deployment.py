@@ -115,6 +115,10 @@ def test_a_server_that_dies_goes_on(tmp_path):
         lab.serve()
         lab.server.run("register")
         with supervised(lab.sites.values()):
+            logs = [site.folder / "supernode.log" for site in lab.sites.values()]
+            wait_until(
+                lambda: all(log.read_text().count("SuperNode ID") == 2 for log in logs), seconds=400
+            )
             said = lab.server.run("resume", timeout=900, add=SMALL)
     assert "Exchange 2: 3 clients, stage 2" in said and "Exchange 1: 3" not in said
     result = json.loads((folder / "result.json").read_text())
