@@ -17,7 +17,7 @@ from _record import RESULTS, ROOT
 from pilot_flwr.server.tables import markdown
 from pilot_flwr.wording import human_bytes
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "deployment.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("deployment", "privacy")))
 Results = dict[str, Any]
 Rows = list[list[str]]
 """What was measured, the figure, the goal."""
@@ -243,32 +243,38 @@ def faults_rows(results: Results) -> Rows:
 
 
 def privacy_rows(results: Results) -> Rows:
-    """``privacy.json`` has a table of its own, see `privacy_table`."""
-    return []
+    """Rows of ``privacy.json``, which has a table of its own as well, see `privacy_table`."""
+    told = [
+        f"{upload_words(measured, results['clip_norm'])} (ε {epsilon_words(measured)}) "
+        f"{measured['score_mean_over_tasks']:.3f}"
+        for measured in [results["untrained"], *results["settings"]]
+    ]
+    return [["the demo's mean score, by what clients upload", "; ".join(told), ""]]
 
 
 def privacy_table(record: Results) -> str:
     """Return the table of ``privacy.json``: a row per size of the noise."""
     results = record["results"]
     tasks = list(results["untrained"]["score_per_task"])
+    several = len(results["run"]["seeds"]) > 1
     rows = [
         [
             "uploads",
             f"ε after {results['run']['exchanges']} exchanges, δ = {results['delta']:g}",
             *tasks,
             "mean over tasks",
-            "range over seeds",
+            *["range over seeds"] * several,
         ]
     ]
     for measured in [results["untrained"], *results["settings"]]:
-        spread = measured.get("score_range_over_seeds")
+        low, high = measured.get("score_range_over_seeds", [measured["score_mean_over_tasks"]] * 2)
         rows.append(
             [
                 upload_words(measured, results["clip_norm"]),
                 epsilon_words(measured),
                 *(f"{measured['score_per_task'][task]:.3f}" for task in tasks),
                 f"{measured['score_mean_over_tasks']:.3f}",
-                f"{spread[0]:.3f} to {spread[1]:.3f}" if spread else "",
+                *[f"{low:.3f} to {high:.3f}"] * several,
             ]
         )
     return f"{markdown(rows)}\n{note(record)}\n"
@@ -288,7 +294,10 @@ def epsilon_words(measured: Results) -> str:
     if "noise_multiplier" not in measured:
         return "0"
     value = measured["epsilon_after_all_exchanges"]
-    return "no bound" if value is None else f"{float(f'{value:.3g}'):,g}"
+    if value is None:
+        return "no bound"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
 
 
 def fuzz_rows(results: Results) -> Rows:

@@ -143,7 +143,8 @@ def test_the_readmes_tables_are_those_of_the_result_files(benchmark):
     assert benchmark("tables").readme(text) == text
 
 
-def test_the_tables_on_deployment_are_those_of_the_result_files(benchmark):
-    text = (FOLDER.parent / "docs" / "deployment.md").read_text()
-    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 2
+@pytest.mark.parametrize(("page", "count"), [("deployment", 2), ("privacy", 1)])
+def test_the_tables_of_a_page_are_those_of_the_result_files(benchmark, page, count):
+    text = (FOLDER.parent / "docs" / f"{page}.md").read_text()
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == count
     assert benchmark("tables").readme(text) == text

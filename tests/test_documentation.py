@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+FILE = re.compile(r"`((?:pilot_flwr|tests|benchmarks|scripts|conf)/[\w/.-]+)`")
 TITLE = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -39,6 +40,8 @@ def test_links_and_named_tests_lead_somewhere(page):
             assert section in map(anchor, TITLE.findall(target.read_text())), link
     for path, name in TEST.findall(text):
         assert name in functions_of(path), (path, name)
+    for path in FILE.findall(text):
+        assert (ROOT / path).exists(), path
 
 
 def test_every_page_can_be_found():
