@@ -244,12 +244,10 @@ def faults_rows(results: Results) -> Rows:
 
 def privacy_rows(results: Results) -> Rows:
     """Rows of ``privacy.json``, which has a table of its own as well, see `privacy_table`."""
-    told = [
-        f"{upload_words(measured, results['clip_norm'])} (ε {epsilon_words(measured)}) "
-        f"{measured['score_mean_over_tasks']:.3f}"
-        for measured in [results["untrained"], *results["settings"]]
-    ]
-    return [["the demo's mean score, by what clients upload", "; ".join(told), ""]]
+    measured = [results["untrained"], *results["settings"]]
+    told = [f"{epsilon_words(one)}: {one['score_mean_over_tasks']:.3f}" for one in measured]
+    what = f"the demo's mean score by ε, clipped to {results['clip_norm']:g}; 0 is the base model"
+    return [[what, "; ".join(told), ""]]
 
 
 def privacy_table(record: Results) -> str:
