@@ -27,8 +27,8 @@ from pilot_flwr.settings.strategy import StrategyConfig
 LoraRule = Callable[[Matrix, Sequence[float], int], Matrix]
 """From distances (K, K), examples (K,) and M to mixing weights (K, K), row-stochastic."""
 
-LORA_RULES: dict[str, LoraRule] = {"pilot": adaptive_weights}
-"""How LoRAs are mixed, by `strategy.name`."""
+LORA_RULES: dict[str, LoraRule] = {"adaptive": adaptive_weights}
+"""How LoRAs are mixed, by `strategy.lora`."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class ServerState:
         }
         loras = [update.lora for update in updates]
         distances = pairwise_distances(loras)
-        weights = LORA_RULES[config.name](distances, examples, config.num_neighbors)
+        weights = LORA_RULES[config.lora](distances, examples, config.num_neighbors)
         mixed = [_ordered(lora, self.initial.lora) for lora in mix(loras, weights)]
         self.loras |= dict(zip(clients, mixed, strict=True))
         self.task_of |= dict(zip(clients, tasks, strict=True))

@@ -66,7 +66,9 @@ class DataConfig:
     `check_images` says how far each image is read for that: ``decode`` reads all of it, once, which
     takes as long as reading the data once; with ``header`` an image that is broken behind its
     header stops the training when its turn comes. `workers` threads decode images while the
-    model is busy with the batch before; 0 decodes in between.
+    model is busy with the batch before; 0 decodes in between. `evaluate_on` is ``test``, or with
+    ``source=digits`` ``validation``: scans of their own, on which settings are chosen so that
+    no choice sees the test split.
     """
 
     source: str = "digits"
@@ -81,6 +83,7 @@ class DataConfig:
     check_images: str = "decode"
     allowed_broken: float = 0.0
     workers: int = 0
+    evaluate_on: str = "test"
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("digits", "llava"))
@@ -98,6 +101,12 @@ class DataConfig:
         one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("keep", "pad"))
         share("data.allowed_broken", self.allowed_broken)
         at_least("data.workers", self.workers, 0)
+        one_of("data.evaluate_on", self.evaluate_on, ("test", "validation"))
+        if self.evaluate_on == "validation" and self.source != "digits":
+            raise ConfigError(
+                "`data.evaluate_on` is 'validation' but must be 'test' unless "
+                "`data.source=digits`: give validation files as `data.files.<task>.test`."
+            )
         if self.source == "llava":
             self._check_files()
 
