@@ -19,6 +19,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     losses                             the three auxiliary losses
     connector                          stage 1 and stage 2 (CT-MoA)
     arrays                             passes over the named arrays of several clients
+    distances                          distances between clients, however close they are
     aggregation                        task-aware average, adaptive text-adapter aggregation
     norms                              norms of updates, and a bound that a minority cannot move
     metrics.score                      what a metric is
@@ -61,6 +62,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     storage.checkpoint                 the server's checkpoints, whole or refused
     client.personal                    a client's personalised model, put together
     model.features                     the frozen vision tower's features, kept
+    storage.provenance                 commit and versions that a run was made by
     storage.run_folder                 what a run leaves behind
     storage.interrupted                events of a run that died, moved aside
 
@@ -76,6 +78,7 @@ The map of the package, layer by layer; a module imports only what stands above 
 
     client.kit                         a client's place, data and tokenizer
     client.turn                        one client's turn: evaluate, then train
+    server.rules                       which uploads are averaged, and with which weights
     server.state                       what the server knows, and how a round changes it
     server.norm_check                  updates above a bound: warn, clip or reject
     server.claims                      which node is which client

@@ -33,6 +33,7 @@ LAYERS = [
         "losses",
         "connector",
         "arrays",
+        "distances",
         "aggregation",
         "norms",
         "metrics.score",
@@ -77,6 +78,7 @@ LAYERS = [
         "storage.checkpoint",
         "client.personal",
         "model.features",
+        "storage.provenance",
         "storage.run_folder",
         "storage.interrupted",
     ],
@@ -94,6 +96,7 @@ LAYERS = [
     [
         "client.kit",
         "client.turn",
+        "server.rules",
         "server.state",
         "server.norm_check",
         "server.claims",

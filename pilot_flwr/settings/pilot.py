@@ -178,13 +178,24 @@ class RunConfig:
 
     `restarts` is how often at most ``pilot-flwr run`` goes on by itself from the last checkpoint
     when a worker process of Ray or the whole simulation has died.
+
+    `report` says whether ``pilot-flwr run`` writes the report at the end. `tensorboard` and
+    `wandb` are live logs of the server: TensorBoard's files in the run folder, and Weights & Biases
+    (``pip install 'pilot-flwr[wandb]'``), which is ``off``, ``online`` or ``offline``; its project
+    is `wandb_project`.
     """
 
     folder: str = ""
     restarts: int = 3
+    report: bool = True
+    tensorboard: bool = True
+    wandb: str = "off"
+    wandb_project: str = "pilot-flwr"
 
     def __post_init__(self) -> None:
         at_least("run.restarts", self.restarts, 0)
+        one_of("run.wandb", self.wandb, ("off", "online", "offline"))
+        check_name("run.wandb_project", self.wandb_project)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pilot_flwr.storage.checkpoint import (
     prune_checkpoints,
 )
 from pilot_flwr.storage.interrupted import earlier_attempts, parse, read_lines, set_aside
+from pilot_flwr.storage.provenance import keep_provenance
 from pilot_flwr.storage.run_folder import RunFolder
 from pilot_flwr.storage.run_identity import differences, settings_hash
 from pilot_flwr.storage.tensors import flush
@@ -218,6 +219,7 @@ def _describe(folder: RunFolder, config: PilotConfig, overrides: str, name: str)
     identity = RunIdentity(name, settings_hash(config))
     folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))
     folder.write(OVERRIDES, overrides + "\n")
+    keep_provenance(folder.path)
     folder.write("run.json", json.dumps(asdict(identity), indent=2) + "\n")
     return identity
 
