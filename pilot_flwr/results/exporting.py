@@ -84,7 +84,9 @@ def export_model(
         raise ModelError(f"The export has no place for the parameters {', '.join(strange)}.")
     connector = model.connector
     moa = isinstance(connector, CrossTaskMoA)
-    client_adapter &= connector.use_client_adapter if isinstance(connector, CrossTaskMoA) else True
+    client_adapter &= bool(groups["client_adapter"]) and getattr(
+        connector, "use_client_adapter", True
+    )
     first = model.state("own_task_adapter")
     base = _base(model.config, folder)
     description = {
@@ -96,6 +98,7 @@ def export_model(
             if isinstance(connector, CrossTaskMoA)
             else [model.own_task],
             "client_adapter": client_adapter,
+            "cross_task_adapters": bool(groups["cross_task_adapters"]),
             "in_features": first["linear_1.weight"].shape[1],
             "out_features": first["linear_1.weight"].shape[0],
             "bias": "linear_1.bias" in first,
