@@ -73,6 +73,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     model.layout                       shapes of what is sent and of what is kept
     model.plan                         what a run trains, sends and needs
     client.accumulation                an optimizer step's loss and gradients, in micro-batches
+    client.proximal                    a pull back to what was sent (FedProx, Ditto)
     client.training                    local training of one client
     client.evaluation                  greedy generation and its score
 
@@ -108,6 +109,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     flower.replies                     what clients send back
     flower.failures                    what a Flower error reply means
     flower.grid                        replies as they come
+    flower.in_process                  a grid whose clients answer in this process
     server.roster                      who takes part in an exchange
     server.journal                     events of a run, written at once
     server.exchange_loop               the loop over exchanges, begun anywhere
@@ -122,6 +124,9 @@ The map of the package, layer by layer; a module imports only what stands above 
     launching.cluster_nodes            whether every node can run a run's clients
     launching.simulation               a run under Flower's simulation engine
     launching.restarts                 a run gone on with, by the user's word or by itself
+    launching.preparation              a run before it begins: checked, made whole
+    launching.in_process               a run in this process
+    launching.execution                a prepared run, carried out by its engine
     launching.connections              the SuperLinks that Flower's config.toml names
     launching.remote                   a run on a SuperLink that is already there
     commands.superlink                 ``pilot-flwr run --superlink``
