@@ -95,6 +95,7 @@ The map of the package, layer by layer; a module imports only what stands above 
 
     results.answering                  conversations in, answers out
     results.conversation               a conversation with a model
+    results.changes                    a run's settings, some of them different now
     results.runs                       a run folder, opened to use what came out of it
     results.questions                  a file of rows to be answered
     results.scoring                    scores per client, per task, and their mean

@@ -114,6 +114,7 @@ LAYERS = [
     [
         "results.answering",
         "results.conversation",
+        "results.changes",
         "results.runs",
         "results.questions",
         "results.scoring",

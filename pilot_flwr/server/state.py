@@ -5,30 +5,24 @@ aggregation, `ServerState.aggregate` lets the updates of one round in.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 
 from pilot_flwr.aggregation import (
-    adaptive_weights,
     mix,
     pairwise_distances,
     task_aware_average,
     weighted_average,
 )
-from pilot_flwr.arrays import Array, Matrix
+from pilot_flwr.arrays import Array
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
+from pilot_flwr.server.rules import ADAPTER_GROUPS, LORA_RULES
 from pilot_flwr.settings.strategy import StrategyConfig
-
-LoraRule = Callable[[Matrix, Sequence[float], int], Matrix]
-"""From distances (K, K), examples (K,) and M to mixing weights (K, K), row-stochastic."""
-
-LORA_RULES: dict[str, LoraRule] = {"adaptive": adaptive_weights}
-"""How LoRAs are mixed, by `strategy.lora`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,8 @@ class Aggregation:
     Attributes
     ----------
     tasks : dict
-        Task → clients whose adapters were averaged; a task without a reply is missing.
+        Group (a task, or `EVERYONE`) → clients whose adapters were averaged; a task without a
+        reply is missing.
     neighbors : dict
         Client → neighbour → its share in the client's Θ̄_l, own share included.
     distances : dict
@@ -105,9 +100,12 @@ class ServerState:
         for task in self.tasks:
             self.adapters.setdefault(task, self.initial.adapter)
 
-    def stage_for(self, member: Member) -> int:
-        """Return the stage that a client trains next: 2 once it and the server have stage 1."""
-        return 2 if self.rounds > 0 and member.stage_trained > 0 else 1
+    def stage_for(self, member: Member, stages: int = 2) -> int:
+        """Return the stage that a client trains next: 2 once it and the server have stage 1.
+
+        `stages` is `strategy.stages`: with 1 there is no stage 2.
+        """
+        return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 
     def lora_for(self, client: str, task: str) -> State:
         """Return Θ̄_l of a client: its own, else the mean of its task's, else of all, else Θ_l⁰."""
@@ -155,22 +153,52 @@ class ServerState:
             raise UpdateError("There is no update to aggregate.")
         clients = [update.client for update in updates]
         tasks = [update.task for update in updates]
-        examples = [update.num_examples for update in updates]
-        averages = task_aware_average([u.adapter for u in updates], tasks, examples)
-        self.adapters |= {
-            task: _ordered(average, self.initial.adapter) for task, average in averages.items()
+        averaged = self._average_adapters(updates, config)
+        self.task_of |= dict(zip(clients, tasks, strict=True))
+        neighbors, distances = self._mix_loras(updates, config)
+        self.rounds += 1
+        return Aggregation(averaged, neighbors, distances)
+
+    def _average_adapters(
+        self, updates: Sequence[Update], config: StrategyConfig
+    ) -> dict[str, list[str]]:
+        """Average the task adapters of each group, in place; return who was in which."""
+        if not self.initial.adapter:
+            return {}
+        group_of = ADAPTER_GROUPS[config.adapters]
+        groups = [group_of(update.task) for update in updates]
+        averages = task_aware_average(
+            [update.adapter for update in updates], groups, [u.num_examples for u in updates]
+        )
+        ordered = {g: _ordered(average, self.initial.adapter) for g, average in averages.items()}
+        self.adapters |= {t: ordered[g] for t in self.tasks if (g := group_of(t)) in ordered}
+        return {
+            group: [u.client for u, g in zip(updates, groups, strict=True) if g == group]
+            for group in sorted(ordered)
         }
+
+    def _mix_loras(
+        self, updates: Sequence[Update], config: StrategyConfig
+    ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """Mix the LoRAs, in place; return weights and distances, empty if no LoRA is sent."""
+        if not self.initial.lora:
+            self.loras |= {update.client: {} for update in updates}
+            return {}, {}
+        tasks = [update.task for update in updates]
         loras = [update.lora for update in updates]
         distances = pairwise_distances(loras)
-        weights = LORA_RULES[config.lora](distances, examples, config.num_neighbors)
+        rule = LORA_RULES[config.lora]
+        weights = rule.weights(distances, tasks, [u.num_examples for u in updates], config)
         mixed = [_ordered(lora, self.initial.lora) for lora in mix(loras, weights)]
-        self.loras |= dict(zip(clients, mixed, strict=True))
-        self.task_of |= dict(zip(clients, tasks, strict=True))
-        self.rounds += 1
-        return Aggregation(
-            tasks={t: [u.client for u in updates if u.task == t] for t in sorted(set(tasks))},
-            neighbors=_as_dict(clients, weights.tolist(), drop_zero=True),
-            distances=_as_dict(clients, distances.tolist()),
+        self.loras |= {update.client: lora for update, lora in zip(updates, mixed, strict=True)}
+        if rule.group:  # a client that did not reply shares what the others of its group have
+            shared = {rule.group(task): lora for task, lora in zip(tasks, mixed, strict=True)}
+            groups = {client: rule.group(task) for client, task in self.task_of.items()}
+            self.loras |= {c: shared[group] for c, group in groups.items() if group in shared}
+        clients = [update.client for update in updates]
+        return (
+            _as_dict(clients, weights.tolist(), drop_zero=True),
+            _as_dict(clients, distances.tolist()),
         )
 
 

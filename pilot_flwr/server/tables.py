@@ -167,7 +167,7 @@ def _server(aggregated: Sequence[Event]) -> list[str]:
     lines = []
     for event in aggregated:
         tasks = ", ".join(f"{task} of {len(c)}" for task, c in event["tasks"].items())
-        others = sorted({len(shares) - 1 for shares in event["neighbors"].values()})
+        others = sorted({len({*s} - {c}) for c, s in event["neighbors"].items()})
         lines.append(f"averaged ψ_t: {tasks}")
         lines.append(
             f"mixed {len(event['neighbors'])} Θ_l, each with {'–'.join(map(str, others))} others"
