@@ -114,11 +114,11 @@ class PilotStrategy(ExchangeLoop):
     def summary(self) -> None:
         """Log what this strategy will do."""
         logger.info(
-            "\t├──> %d exchanges, tasks %s, %d clients, %d neighbours",
+            "\t├──> %s: %d exchanges, tasks %s, %d clients",
+            self.config.name,
             self.num_exchanges,
             ", ".join(self.state.tasks),
             self.roster.size,
-            self.config.num_neighbors,
         )
 
     def configure_train(
@@ -127,7 +127,10 @@ class PilotStrategy(ExchangeLoop):
         """Call the roster and send every client its order: stage, Θ̄_l and task adapters."""
         self._started = time.perf_counter()
         self._present = self.roster.call(grid, server_round)
-        self._stages = {p.member.client: self.state.stage_for(p.member) for p in self._present}
+        stages = self.config.stages
+        self._stages = {
+            p.member.client: self.state.stage_for(p.member, stages) for p in self._present
+        }
         self.journal.roster(server_round, [p.member for p in self._present], self._stages)
         return self._orders(server_round, train=True)
 
@@ -180,7 +183,7 @@ class PilotStrategy(ExchangeLoop):
             self._present = self.roster.call(grid, server_round + 1)
         # A client whose reply was lost may be further than the server knows, and it evaluates
         # the architecture that it last trained: so all of them get all task adapters.
-        self._stages = {present.member.client: 2 for present in self._present}
+        self._stages = {p.member.client: self.config.stages for p in self._present}
         self._started = time.perf_counter()
         return self._orders(server_round + 1, train=False)
 

@@ -63,6 +63,8 @@ class Aggregation:
 
     Attributes
     ----------
+    clients : list of str
+        Whose updates went into it, sorted.
     tasks : dict
         Group (a task, or `EVERYONE`) → clients whose adapters were averaged; a task without a
         reply is missing.
@@ -72,6 +74,7 @@ class Aggregation:
         Client → client → ‖Θ_l,k − Θ_l,j‖₂.
     """
 
+    clients: list[str]
     tasks: dict[str, list[str]]
     neighbors: dict[str, dict[str, float]]
     distances: dict[str, dict[str, float]]
@@ -157,7 +160,7 @@ class ServerState:
         self.task_of |= dict(zip(clients, tasks, strict=True))
         neighbors, distances = self._mix_loras(updates, config)
         self.rounds += 1
-        return Aggregation(averaged, neighbors, distances)
+        return Aggregation(clients, averaged, neighbors, distances)
 
     def _average_adapters(
         self, updates: Sequence[Update], config: StrategyConfig
@@ -211,7 +214,12 @@ def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
 
 
 def mean_lora(loras: Sequence[State]) -> State:
-    """Return the mean of LoRAs, tensor by tensor, every client counting the same."""
+    """Return the mean of LoRAs, tensor by tensor, every client counting the same.
+
+    Where no LoRA is sent, theirs and the result are empty.
+    """
+    if not any(loras):
+        return {}
     return _state(weighted_average(loras, [1] * len(loras)))
 
 

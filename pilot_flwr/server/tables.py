@@ -168,8 +168,9 @@ def _server(aggregated: Sequence[Event]) -> list[str]:
     for event in aggregated:
         tasks = ", ".join(f"{task} of {len(c)}" for task, c in event["tasks"].items())
         others = sorted({len({*s} - {c}) for c, s in event["neighbors"].items()})
-        lines.append(f"averaged ψ_t: {tasks}")
-        lines.append(
-            f"mixed {len(event['neighbors'])} Θ_l, each with {'–'.join(map(str, others))} others"
-        )
+        if event["tasks"]:
+            lines.append(f"averaged ψ_t: {tasks}")
+        if event["neighbors"]:
+            with_others = "–".join(map(str, others))
+            lines.append(f"mixed {len(event['neighbors'])} Θ_l, each with {with_others} others")
     return lines
