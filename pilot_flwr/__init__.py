@@ -21,6 +21,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     arrays                             passes over the named arrays of several clients
     distances                          distances between clients, however close they are
     aggregation                        task-aware average, adaptive text-adapter aggregation
+    server_optimizer                   FedAdam: an average as a step of Adam
     norms                              norms of updates, and a bound that a minority cannot move
     metrics.score                      what a metric is
     metrics.text                       an answer's text against its references
@@ -104,6 +105,16 @@ The map of the package, layer by layer; a module imports only what stands above 
     results.exporting                  a model as a folder that loads without this package
     results.merging                    a stage-1 model as one checkpoint
     results.model_card                 what an exported model says of itself
+    report.drawing                     panels, figures and their style
+    report.gather                      a run's folder, put in order for figures
+    report.curves                      learning curves per task and client
+    report.diagram                     the time line, drawn
+    report.losses                      losses by part
+    report.matrices                    distances and mixing weights between clients
+    report.traffic                     bytes and seconds of every exchange
+    report.router                      which expert each visual token goes to
+    report.page                        a report as one HTML page and PNG files
+    report.run_report                  the report of a run
 
     flower.codec                       named tensors as Flower's arrays
     flower.wire                        the messages to clients, and the roster's
@@ -138,6 +149,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     commands.predict                   ``pilot-flwr predict``
     commands.chat                      ``pilot-flwr chat``
     commands.export                    ``pilot-flwr export``
+    commands.report                    ``pilot-flwr report``
     commands.convert                   ``pilot-flwr data convert``
     commands.check                     ``pilot-flwr data check``
     commands.data                      ``pilot-flwr data``, of those

@@ -35,6 +35,7 @@ LAYERS = [
         "arrays",
         "distances",
         "aggregation",
+        "server_optimizer",
         "norms",
         "metrics.score",
         "metrics.text",
@@ -123,6 +124,16 @@ LAYERS = [
         "results.exporting",
         "results.merging",
         "results.model_card",
+        "report.drawing",
+        "report.gather",
+        "report.curves",
+        "report.diagram",
+        "report.losses",
+        "report.matrices",
+        "report.traffic",
+        "report.router",
+        "report.page",
+        "report.run_report",
     ],
     [
         "flower.codec",
@@ -159,6 +170,7 @@ LAYERS = [
         "commands.predict",
         "commands.chat",
         "commands.export",
+        "commands.report",
         "commands.convert",
         "commands.check",
         "commands.data",
@@ -173,6 +185,11 @@ ALLOWED_IN = {
     "dp_accounting": {"client.privacy_account"},
     "flwr": set(LAYERS[7]),
     "hydra": {"config"},
+    "jinja2": {"report.page"},
+    "matplotlib": {
+        f"report.{name}"
+        for name in ("drawing", "curves", "diagram", "losses", "matrices", "traffic", "router")
+    },
     "omegaconf": {"config"},
     "peft": {
         "model.lora",

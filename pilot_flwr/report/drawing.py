@@ -1,0 +1,225 @@
+"""Figures of the report: panels in one style, as SVG or PNG in the page and as PNG files.
+
+A figure is a row of panels. In the page every panel is a picture of its own, as wide as a phone,
+so that a narrow window puts one below the other; the PNG file has all of them in a grid. To add a
+kind of figure, write a module with a function that returns a `Figure`, and name it in
+`pilot_flwr.report.page.FIGURES`.
+
+Colours are Okabe's and Ito's, matrices are in viridis: both can be told apart by people who are
+colour-blind, and viridis in grey as well.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#333333")
+"""Okabe and Ito; its yellow is darkened, as lines in it cannot be seen on white."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+GREY, INK = "#8A8A8A", "#222222"
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.0,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 8.0,
+    "legend.frameon": False,
+    "text.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+    "image.cmap": "viridis",
+    "svg.fonttype": "path",  # text is not at the mercy of the reader's fonts
+    "svg.hashsalt": "pilot-flwr",  # the same run gives the same file
+}
+
+PANEL_INCHES = (3.6, 2.7)
+"""Width and height of a panel: about 345 points of a screen, a phone's width."""
+
+_PNG_DPI = 150
+_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    Attributes
+    ----------
+    draw : callable
+        Draws into the axes that it gets.
+    alt : str
+        What it shows, in words, for people who cannot see it.
+    width, height : float
+        In inches.
+    raster : bool
+        Whether the page has it as PNG, because an SVG would be larger.
+    """
+
+    draw: Callable[[Axes], None]
+    alt: str
+    width: float = PANEL_INCHES[0]
+    height: float = PANEL_INCHES[1]
+    raster: bool = False
+
+    def data_uri(self) -> str:
+        """Return the picture as a ``data:`` URI."""
+        kind, data = ("png", self._save("png")) if self.raster else ("svg+xml", self._save("svg"))
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+    def _save(self, kind: str) -> bytes:
+        with matplotlib.rc_context(STYLE):
+            canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
+            self.draw(canvas.add_subplot())
+            return _saved(canvas, kind)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers of a figure, as text.
+
+    Attributes
+    ----------
+    title : str
+        Above it.
+    rows : sequence of sequence of str
+        The first is the header.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A section of the report.
+
+    Attributes
+    ----------
+    name : str
+        Of its PNG file, and of its place in the page.
+    title : str
+        Its heading.
+    text : str
+        How to read it.
+    panels : list of Panel
+        None if there is nothing to draw: `text` then says why.
+    tables : list of Table
+        Its numbers, folded away in the page.
+    """
+
+    name: str
+    title: str
+    text: str
+    panels: list[Panel] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def save_png(figure: Figure, folder: Path) -> Path:
+    """Write all panels of a figure as one PNG file, in rows of three.
+
+    Parameters
+    ----------
+    figure : Figure
+        With at least one panel.
+    folder : Path
+        Gets ``<name>.png``.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    count = len(figure.panels)
+    columns = 2 if count == 4 else min(_COLUMNS, count)
+    rows = math.ceil(count / columns)
+    width = max(panel.width for panel in figure.panels) * columns
+    height = max(panel.height for panel in figure.panels) * rows
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(width, height), layout="constrained")
+        grid = canvas.subplots(rows, columns, squeeze=False).ravel()
+        for axes, panel in zip(grid, figure.panels, strict=False):
+            panel.draw(axes)
+        for axes in grid[len(figure.panels) :]:
+            axes.set_axis_off()
+        path = folder / f"{figure.name}.png"
+        path.write_bytes(_saved(canvas, "png"))
+    return path
+
+
+def colour(index: int) -> str:
+    """Return the colour of the `index`-th of several things."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def marker(index: int) -> str:
+    """Return the marker of the `index`-th of several things."""
+    return MARKERS[index % len(MARKERS)]
+
+
+def math_text(symbol: str) -> str:
+    """Return a symbol such as ``ψ_t`` so that its index is drawn as one."""
+    return f"${symbol}$" if "_" in symbol else symbol
+
+
+def text_on(background: str) -> str:
+    """Return the colour of text that can be read on a colour: WCAG's contrast decides."""
+    red, green, blue = to_rgb(background)
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#FFFFFF" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#111111"
+
+
+def exchange_axis(axes: Axes, numbers: Sequence[int], label: str = "after exchange") -> None:
+    """Make the x axis one of exchanges: whole numbers, all in view."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    low, high = min(numbers), max(numbers)
+    room = max(0.25, 0.03 * (high - low))
+    axes.set_xlim(low - room, high + room)
+
+
+def some(numbers: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` of them: the first, the last, and evenly spread ones between."""
+    if len(numbers) <= most:
+        return list(numbers)
+    steps = [round(i * (len(numbers) - 1) / (most - 1)) for i in range(most)]
+    return [numbers[step] for step in steps]
+
+
+def _saved(canvas: Canvas, kind: str) -> bytes:
+    FigureCanvasAgg(canvas)
+    stream = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    dpi = _PNG_DPI if kind == "png" else "figure"
+    canvas.savefig(stream, format=kind, dpi=dpi, metadata=metadata, facecolor="white")
+    return stream.getvalue()
