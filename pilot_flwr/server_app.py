@@ -15,6 +15,7 @@ from pilot_flwr.flower.grid import PollingGrid
 from pilot_flwr.flower.identity import identity_of
 from pilot_flwr.flower.wire import RunInfo
 from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.server.announcements import Announcer
 from pilot_flwr.server.state import ServerState
 from pilot_flwr.storage.locks import hold
@@ -92,7 +93,8 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
 
 def federate(grid: Grid, config: PilotConfig, opened: Opened) -> PilotStrategy:
     """Run the exchanges that are left over `grid`; return the strategy with its final state."""
-    initial = initial_state(config.model, seed=config.seed)
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+    initial = initial_state(config.model, seed=config.seed).sent(sharing)
     tasks, folder, identity = tuple(config.data.tasks), opened.folder, opened.identity
     state = (
         restored(opened.checkpoint, tasks, initial)

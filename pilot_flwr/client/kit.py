@@ -9,6 +9,7 @@ import torch
 from pilot_flwr.client.evaluation import EvaluationResult, evaluate
 from pilot_flwr.client.privacy_account import PrivacyAccount
 from pilot_flwr.client.privacy_demands import PrivacyDemands
+from pilot_flwr.client.proximal import Proximal, sent_parameters
 from pilot_flwr.client.training import Encoder, TrainingResult, train
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import (
@@ -23,6 +24,7 @@ from pilot_flwr.data.federation import (
 from pilot_flwr.data.screening import WholeImages, usable
 from pilot_flwr.model.base import load_processor, make_collator
 from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.pilot import PilotConfig
 
@@ -72,13 +74,16 @@ class Kit:
         progress: Callable[[str], None],
     ) -> None:
         self.site, self.config, self.model, self.progress = site, config, model, progress
+        self.sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
             config.model, self.processor, model.llava.config, max_length=config.train.max_length
         )
 
     def train(self, generator: torch.Generator) -> TrainingResult:
-        """Train on the client's training split."""
+        """Train on the client's training split, from where the model is."""
+        weight = self.config.train.proximal_weight
+        sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
         return train(
             self.model,
             self.examples("train"),
@@ -87,6 +92,7 @@ class Kit:
             config=self.config.train,
             generator=generator,
             progress=self.progress,
+            proximal=Proximal(sent, weight) if sent else None,
         )
 
     def evaluate(self) -> EvaluationResult:

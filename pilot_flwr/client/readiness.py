@@ -16,6 +16,7 @@ from pilot_flwr.client.kit import Site
 from pilot_flwr.data.files import SiteFiles
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model.layout import layout_of
+from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.storage.private_state import KEPT_STATES
 from pilot_flwr.wording import human_bytes
@@ -41,7 +42,8 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
     if site.files is not None:
         check_files(site.files, evaluated=config.evaluation.enabled)
     check_writable(site.state_folder)
-    size = layout_of(config.model, tuple(config.data.tasks)).private_bytes
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+    size = layout_of(config.model, tuple(config.data.tasks), sharing).private_bytes
     check_room(site.state_folder, size)
 
 

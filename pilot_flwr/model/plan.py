@@ -4,17 +4,19 @@ Everything is counted on a model without weights, with the parameter table that 
 uses (`pilot_flwr.model.parameters.GROUPS`), so that plan and run cannot differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.model.architectures import Size, feature_size, spec_of
 from pilot_flwr.model.base import known_config
 from pilot_flwr.model.memory import Memory, MicroBatch, empty_model, training_memory
-from pilot_flwr.model.parameters import GROUPS, GroupName, trained_groups
+from pilot_flwr.model.parameters import GroupName, Sharing, set_trainable
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.wording import human_bytes
 
@@ -25,8 +27,8 @@ class StagePlan:
 
     Attributes
     ----------
-    parameters : dict
-        Group → number of its parameters.
+    parameters, trained_of, sent_of, kept_of : dict
+        Group → number of its parameters: all; with gradients; uploaded; kept on the client.
     trained, sent, private, frozen : int
         Sums of parameters: with gradients; uploaded; kept on the client; not trained.
     up_bytes, down_bytes : int
@@ -36,6 +38,9 @@ class StagePlan:
     """
 
     parameters: dict[GroupName, int]
+    trained_of: dict[GroupName, int]
+    sent_of: dict[GroupName, int]
+    kept_of: dict[GroupName, int]
     trained: int
     sent: int
     private: int
@@ -137,21 +142,36 @@ def make_plan(
 
 def _stage(config: PilotConfig, base: object, stage: int, batch: MicroBatch) -> StagePlan:
     model = empty_model(config.model, base, tasks=tuple(config.data.tasks), stage=stage)
-    numbers = {g: sum(p.numel() for p in ps.values()) for g, ps in model.groups().items()}
-    trained = trained_groups(stage)
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+    set_trainable(model.llava, own_task=model.own_task, stage=stage, sharing=sharing)
     width = getattr(torch, config.model.wire_dtype).itemsize
-    sent = sum(number for group, number in numbers.items() if GROUPS[group].sent)
+    numbers = _count(model, lambda group, name, parameter: True)
+    trained = _count(model, lambda group, name, parameter: parameter.requires_grad)
+    sent = _count(model, lambda group, name, parameter: sharing.sends(group, name))
+    kept = _count(model, lambda group, name, parameter: sharing.keeps(group, name))
     adapters = len(config.data.tasks) if stage == 2 else 1
     return StagePlan(
         parameters=numbers,
-        trained=sum(numbers[group] for group in trained),
-        sent=sent,
-        private=sum(number for group, number in numbers.items() if GROUPS[group].private),
-        frozen=sum(number for group, number in numbers.items() if group not in trained),
-        up_bytes=sent * width,
-        down_bytes=(numbers["lora"] + adapters * numbers["own_task_adapter"]) * width,
+        trained_of=trained,
+        sent_of=sent,
+        kept_of=kept,
+        trained=sum(trained.values()),
+        sent=sum(sent.values()),
+        private=sum(kept.values()),
+        frozen=sum(numbers.values()) - sum(trained.values()),
+        up_bytes=sum(sent.values()) * width,
+        down_bytes=(sent["lora"] + adapters * sent["own_task_adapter"]) * width,
         memory=training_memory(model, batch),
     )
+
+
+def _count(
+    model: PilotModel, counts: Callable[[GroupName, str, nn.Parameter], bool]
+) -> dict[GroupName, int]:
+    return {
+        group: sum(p.numel() for name, p in named.items() if counts(group, name, p))
+        for group, named in model.groups().items()
+    }
 
 
 @contextmanager

@@ -111,11 +111,15 @@ def _what(run: Run, who: Personal, stage: int) -> str:
             "It has the task's averaged adapter and the mean LoRA of the task's clients, and "
             "nothing that is private to a client."
         )
-    architecture = "stage 1 (ψ_t + ψ_s)" if stage == 1 else "stage 2 (CT-MoA)"
+    first = "stage 1 (ψ_t + ψ_s)" if run.config.model.client_adapter else "stage 1 (ψ_t)"
+    architecture = first if stage == 1 else "stage 2 (CT-MoA)"
+    warning = (
+        " **It holds adapters that never left the client during the run; adapters can leak "
+        "information about the data they were trained on.**"
+    )
     return (
         f"{base}, {paper}: the personalised model of client `{who.name}`, task `{who.task}`, after "
-        f"exchange {exchange}, in {architecture}. **It holds adapters that never left the client "
-        "during the run; adapters can leak information about the data they were trained on.**"
+        f"exchange {exchange}, in {architecture}." + ("" if who.private.empty else warning)
     )
 
 

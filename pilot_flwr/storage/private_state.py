@@ -36,7 +36,7 @@ _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
 @dataclass(frozen=True)
 class PrivateState:
-    """What never leaves a client: ψ_s and, after stage 2, ψ_c and φ.
+    """What never leaves a client: ψ_s, after stage 2 ψ_c and φ, and what a run does not share.
 
     Attributes
     ----------
@@ -45,12 +45,17 @@ class PrivateState:
     tasks : tuple of str
         After stage 2, the T tasks in the router's order; else empty.
     groups : dict
-        Group → its tensors, for the groups that are private.
+        Group → its tensors: the private groups, and what of the others is not sent.
     """
 
     stage: int
     tasks: tuple[str, ...] = ()
     groups: dict[GroupName, State] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no tensor: a run may have nothing that is private."""
+        return not any(self.groups.values())
 
 
 class PrivateStore:
@@ -155,9 +160,10 @@ class PrivateStore:
         groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
         try:
             for name, tensor in load_tensors(path)[0].items():
-                group, key = name.split("/", 1)
-                groups[group][key] = tensor  # type: ignore[index]
-        except (KeyError, ValueError) as error:
+                prefix, key = name.split("/", 1)
+                group = next(g for g, row in GROUPS.items() if g == prefix and row.may_be_kept)
+                groups.setdefault(group, {})[key] = tensor
+        except (StopIteration, ValueError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
         return groups
 
