@@ -60,6 +60,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     model.initial                      what the server starts from, without loading the base
     storage.tensors                    tensors on disk, whole or not at all
     storage.private_state              what never leaves a client, one file per exchange
+    storage.checkpoint_folders         which checkpoints there are, and which are kept
     storage.checkpoint                 the server's checkpoints, whole or refused
     client.personal                    a client's personalised model, put together
     model.features                     the frozen vision tower's features, kept
@@ -139,10 +140,16 @@ The map of the package, layer by layer; a module imports only what stands above 
     launching.preparation              a run before it begins: checked, made whole
     launching.in_process               a run in this process
     launching.execution                a prepared run, carried out by its engine
+    sweeping.plan                      what a sweep's jobs are
+    sweeping.folder                    the folder of a sweep, from which it can go on
+    sweeping.job                       one job of a sweep
+    sweeping.rows                      results.csv, one row per job
+    sweeping.multirun                  a sweep as a Hydra multirun
     launching.connections              the SuperLinks that Flower's config.toml names
     launching.remote                   a run on a SuperLink that is already there
     commands.superlink                 ``pilot-flwr run --superlink``
     commands.run                       ``pilot-flwr run``
+    commands.sweep                     ``pilot-flwr sweep``
     commands.plan                      ``pilot-flwr plan``
     commands.arguments                 what the commands that use a run have in common
     commands.evaluate                  ``pilot-flwr evaluate``

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 
 from pilot_flwr import __version__
-from pilot_flwr.commands import chat, data, evaluate, export, plan, predict, report, run
+from pilot_flwr.commands import chat, data, evaluate, export, plan, predict, report, run, sweep
 from pilot_flwr.errors import ConfigError, PilotError
 
 FAILURE, USAGE = 1, 2
 
 COMMANDS = (
     run.add,
+    sweep.add,
     plan.add,
     report.add,
     evaluate.add,

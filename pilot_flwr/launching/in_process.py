@@ -16,23 +16,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from pilot_flwr.client_app import app
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.flower.in_process import InProcessGrid, NodeConfig
 from pilot_flwr.launching.outcome import COMPLETED, Outcome, RunStatus, judge
-from pilot_flwr.launching.processes import Interrupted
+from pilot_flwr.launching.processes import Stopped, stoppable
 from pilot_flwr.launching.progress import Narrator
 from pilot_flwr.model.features import forget_features
 from pilot_flwr.server_app import run
 from pilot_flwr.settings.pilot import SimulationConfig
 
 TICK_SECONDS = 0.3
-
-
-class _Stopped(BaseException):
-    """A signal said stop; no handler of the app's errors takes it for one of them."""
 
 
 def run_in_process(
@@ -76,7 +71,7 @@ def run_in_process(
         narrator.begin_with(str(run_id))
     details = ""
     try:
-        with _stop_signals(), _log_file(logs / "flower.log"), _narration(narrator):
+        with stoppable(), _log_file(logs / "flower.log"), _narration(narrator):
             grid = InProcessGrid(
                 app,
                 node_configs=node_configs(config),
@@ -103,38 +98,6 @@ def node_configs(config: PilotConfig) -> list[NodeConfig]:
 
 def _without_gpus(simulation: SimulationConfig) -> bool:
     return simulation.gpus == 0 or simulation.client_gpus == 0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, wherever the run is at work.
-
-    Files of a run are written whole or not at all, so that any point is safe. A second signal
-    acts as if this were not here. Signals that were ignored stay ignored; outside the main
-    thread, where Python allows no handlers, nothing is changed.
-    """
-    received: list[int] = []
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        received.append(signum)
-        restore()
-        raise _Stopped(signal.Signals(signum).name)
-
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    previous: dict[signal.Signals, signal.Handlers | Callable[..., object] | int | None] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, stop)
-    try:
-        yield
-    except _Stopped:
-        raise Interrupted(received[0]) from None
-    finally:
-        restore()
 
 
 @contextmanager
@@ -176,7 +139,7 @@ def _narration(narrator: Narrator) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except _Stopped:
+    except Stopped:
         if failed:
             raise failed[0] from None
         raise
