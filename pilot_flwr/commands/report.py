@@ -33,7 +33,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _report(options: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
     from pilot_flwr.report.run_report import write_run_report
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
     out = options.out or options.folder / FOLDER
     page = write_run_report(options.folder, out, router=not options.no_router, say=_say)

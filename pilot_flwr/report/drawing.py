@@ -1,9 +1,9 @@
-"""Figures of the report: panels in one style, as SVG or PNG in the page and as PNG files.
+"""Figures of the report: panels in one style, inlined in the page and as PNG files.
 
 A figure is a row of panels. In the page every panel is a picture of its own, as wide as a phone,
-so that a narrow window puts one below the other; the PNG file has all of them in a grid. To add a
+so that a narrow window puts one below the other; its PNG file has all of them in a grid. To add a
 kind of figure, write a module with a function that returns a `Figure`, and name it in
-`pilot_flwr.report.page.FIGURES`.
+`pilot_flwr.report.run_report.FIGURES`.
 
 Colours are Okabe's and Ito's, matrices are in viridis: both can be told apart by people who are
 colour-blind, and viridis in grey as well.
@@ -14,6 +14,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#333333")
 """Okabe and Ito; its yellow is darkened, as lines in it cannot be seen on white."""
@@ -56,14 +58,13 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5.0,
     "image.cmap": "viridis",
-    "svg.fonttype": "path",  # text is not at the mercy of the reader's fonts
-    "svg.hashsalt": "pilot-flwr",  # the same run gives the same file
 }
 
 PANEL_INCHES = (3.6, 2.7)
 """Width and height of a panel: about 345 points of a screen, a phone's width."""
 
-_PNG_DPI = 150
+_DPI = 192
+_GAP = 24
 _COLUMNS = 3
 
 
@@ -79,26 +80,27 @@ class Panel:
         What it shows, in words, for people who cannot see it.
     width, height : float
         In inches.
-    raster : bool
-        Whether the page has it as PNG, because an SVG would be larger.
     """
 
     draw: Callable[[Axes], None]
     alt: str
     width: float = PANEL_INCHES[0]
     height: float = PANEL_INCHES[1]
-    raster: bool = False
+
+    @cached_property
+    def png(self) -> bytes:
+        """The picture, drawn once, with two pixels for each of the page's."""
+        stream = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
+            FigureCanvasAgg(canvas)
+            self.draw(canvas.add_subplot())
+            canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
+        return stream.getvalue()
 
     def data_uri(self) -> str:
         """Return the picture as a ``data:`` URI."""
-        kind, data = ("png", self._save("png")) if self.raster else ("svg+xml", self._save("svg"))
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-    def _save(self, kind: str) -> bytes:
-        with matplotlib.rc_context(STYLE):
-            canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
-            self.draw(canvas.add_subplot())
-            return _saved(canvas, kind)
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Figure:
 
 
 def save_png(figure: Figure, folder: Path) -> Path:
-    """Write all panels of a figure as one PNG file, in rows of three.
+    """Write all panels of a figure as one PNG file, in rows of at most three.
 
     Parameters
     ----------
@@ -157,20 +159,16 @@ def save_png(figure: Figure, folder: Path) -> Path:
     Path
         The file.
     """
-    count = len(figure.panels)
-    columns = 2 if count == 4 else min(_COLUMNS, count)
-    rows = math.ceil(count / columns)
-    width = max(panel.width for panel in figure.panels) * columns
-    height = max(panel.height for panel in figure.panels) * rows
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(width, height), layout="constrained")
-        grid = canvas.subplots(rows, columns, squeeze=False).ravel()
-        for axes, panel in zip(grid, figure.panels, strict=False):
-            panel.draw(axes)
-        for axes in grid[len(figure.panels) :]:
-            axes.set_axis_off()
-        path = folder / f"{figure.name}.png"
-        path.write_bytes(_saved(canvas, "png"))
+    pictures = [Image.open(io.BytesIO(panel.png)).convert("RGB") for panel in figure.panels]
+    columns = 2 if len(pictures) == 4 else min(_COLUMNS, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = (max(picture.size[i] for picture in pictures) + _GAP for i in (0, 1))
+    sheet = Image.new("RGB", (width * columns + _GAP, height * rows + _GAP), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        sheet.paste(picture, (_GAP + column * width, _GAP + row * height))
+    path = folder / f"{figure.name}.png"
+    sheet.save(path, dpi=(_DPI, _DPI))
     return path
 
 
@@ -214,12 +212,3 @@ def some(numbers: Sequence[int], most: int) -> list[int]:
         return list(numbers)
     steps = [round(i * (len(numbers) - 1) / (most - 1)) for i in range(most)]
     return [numbers[step] for step in steps]
-
-
-def _saved(canvas: Canvas, kind: str) -> bytes:
-    FigureCanvasAgg(canvas)
-    stream = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    dpi = _PNG_DPI if kind == "png" else "figure"
-    canvas.savefig(stream, format=kind, dpi=dpi, metadata=metadata, facecolor="white")
-    return stream.getvalue()

@@ -256,7 +256,6 @@ def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
             "the image.",
             width=3.6 if len(run.tasks) <= 3 else 3.6 * (len(run.tasks) + 1) / 4,
             height=1.35,
-            raster=True,
         )
         for row in shown
         for index in range(len(row.images))
@@ -270,7 +269,7 @@ def _heat_map(row: Routed, index: int, tasks: list[str], axes: Axes) -> None:
     axes.text(0, 1, f"{row.client}, image {index + 1}", weight="bold", va="top")
     image, probabilities = row.images[index], row.maps[index]
     height, width = image.shape[:2]
-    grey = 0.3 + 0.4 * (image @ np.array([0.299, 0.587, 0.114]))  # faint: colours stay readable
+    grey = 0.2 + 0.6 * (image @ np.array([0.299, 0.587, 0.114]))  # faint: colours stay readable
     columns = ["image", *[task for task in tasks if task in row.tasks]]
     scale: Any = None
     for place, task in enumerate(columns):
@@ -282,7 +281,7 @@ def _heat_map(row: Routed, index: int, tasks: list[str], axes: Axes) -> None:
         else:
             part.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             own = probabilities[:, :, row.tasks.index(task)]
-            scale = part.imshow(own, extent=extent, vmin=0, vmax=1, alpha=0.7, cmap="viridis")
+            scale = part.imshow(own, extent=extent, vmin=0, vmax=1, alpha=0.62, cmap="viridis")
         weight = "bold" if task == row.task else "normal"
         part.set_title(task, fontsize=7.5, weight=weight, pad=2, loc="left")
     if scale is not None:

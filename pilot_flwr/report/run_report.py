@@ -59,7 +59,7 @@ def write_run_report(
     if router:
         from pilot_flwr.report.router import router_figures
 
-        figures[4:4] = router_figures(run, say)
+        figures[5:5] = router_figures(run, say)
     return write_page(run_page(run, figures), out, say)
 
 
