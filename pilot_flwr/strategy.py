@@ -284,4 +284,5 @@ class PilotStrategy(ExchangeLoop):
             task_of=self.state.task_of,
             run=self.identity,
             events=self.folder.lines,
+            moments={target: m.pack() for target, m in self.state.moments.items()},
         )

@@ -81,7 +81,7 @@ def _show_results(folder: Path) -> None:
         _show_table(timeline.read_text(encoding="utf-8"))
     if summary.is_file():
         _say("\n" + summary.read_text(encoding="utf-8").strip())
-    from pilot_flwr.storage.checkpoint import checkpoint_folders
+    from pilot_flwr.storage.checkpoint_folders import checkpoint_folders
 
     checkpoints = checkpoint_folders(folder / "checkpoint")
     if checkpoints:

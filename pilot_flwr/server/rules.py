@@ -11,8 +11,8 @@ from pilot_flwr.aggregation import adaptive_weights, group_weights
 from pilot_flwr.arrays import Matrix
 from pilot_flwr.settings.strategy import StrategyConfig
 
-EVERYONE = "all tasks"
-"""Name of the group that all clients are in; no task is called so, as it has a blank."""
+EVERYONE = "all-tasks"
+"""Name of the group that all clients are in."""
 
 GroupOf = Callable[[str], str]
 """From a client's task to the group that it is averaged with."""
@@ -29,12 +29,13 @@ class LoraRule(NamedTuple):
     weights : callable
         From distances (K, K), tasks (K,), examples (K,) and the settings to mixing weights
         (K, K), row-stochastic.
-    group : callable or None
-        Whose LoRAs are one and the same after a round; None where each client has its own.
+    owner : callable
+        From a client and its task to what its LoRA is the LoRA of: itself, or its group. All
+        clients of one owner have one and the same, also those that did not reply.
     """
 
     weights: Callable[[Matrix, Sequence[str], Sequence[float], StrategyConfig], Matrix]
-    group: GroupOf | None = None
+    owner: Callable[[str, str], str]
 
 
 def _adaptive(
@@ -50,12 +51,12 @@ def _mean_over(group_of: GroupOf) -> LoraRule:
         lambda distances, tasks, examples, config: group_weights(
             [group_of(task) for task in tasks], examples
         ),
-        group_of,
+        lambda client, task: group_of(task),
     )
 
 
 LORA_RULES: dict[str, LoraRule] = {
-    "adaptive": LoraRule(_adaptive),
+    "adaptive": LoraRule(_adaptive, lambda client, task: client),
     "task": _mean_over(ADAPTER_GROUPS["task"]),
     "global": _mean_over(ADAPTER_GROUPS["global"]),
 }

@@ -22,6 +22,7 @@ from pilot_flwr.errors import UpdateError
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
 from pilot_flwr.server.rules import ADAPTER_GROUPS, LORA_RULES
+from pilot_flwr.server_optimizer import Moments, adam_step
 from pilot_flwr.settings.strategy import StrategyConfig
 
 
@@ -90,6 +91,14 @@ class ServerState:
         The T tasks, in the federation's order.
     initial : InitialState
         What everyone starts from.
+    adapters, loras : dict
+        Task → ψ_t, and client → Θ̄_l of the clients that have trained.
+    task_of : dict
+        Client → its task, of the same clients.
+    moments : dict
+        The server optimizer's, by ``adapter.<group>`` or ``lora.<group or client>``.
+    rounds : int
+        Exchanges that are aggregated.
     """
 
     tasks: tuple[str, ...]
@@ -97,6 +106,7 @@ class ServerState:
     adapters: dict[str, State] = field(default_factory=dict)
     loras: dict[str, State] = field(default_factory=dict)
     task_of: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
     rounds: int = 0
 
     def __post_init__(self) -> None:
@@ -154,13 +164,11 @@ class ServerState:
         updates = sorted(updates, key=lambda update: update.client)
         if not updates:
             raise UpdateError("There is no update to aggregate.")
-        clients = [update.client for update in updates]
-        tasks = [update.task for update in updates]
         averaged = self._average_adapters(updates, config)
-        self.task_of |= dict(zip(clients, tasks, strict=True))
         neighbors, distances = self._mix_loras(updates, config)
+        self.task_of |= {update.client: update.task for update in updates}
         self.rounds += 1
-        return Aggregation(clients, averaged, neighbors, distances)
+        return Aggregation([u.client for u in updates], averaged, neighbors, distances)
 
     def _average_adapters(
         self, updates: Sequence[Update], config: StrategyConfig
@@ -173,7 +181,11 @@ class ServerState:
         averages = task_aware_average(
             [update.adapter for update in updates], groups, [u.num_examples for u in updates]
         )
-        ordered = {g: _ordered(average, self.initial.adapter) for g, average in averages.items()}
+        starts = {group_of(task): adapter for task, adapter in self.adapters.items()}
+        ordered = {
+            group: self._stepped(f"adapter.{group}", starts[group], average, config)
+            for group, average in averages.items()
+        }
         self.adapters |= {t: ordered[g] for t in self.tasks if (g := group_of(t)) in ordered}
         return {
             group: [u.client for u, g in zip(updates, groups, strict=True) if g == group]
@@ -192,17 +204,39 @@ class ServerState:
         distances = pairwise_distances(loras)
         rule = LORA_RULES[config.lora]
         weights = rule.weights(distances, tasks, [u.num_examples for u in updates], config)
-        mixed = [_ordered(lora, self.initial.lora) for lora in mix(loras, weights)]
-        self.loras |= {update.client: lora for update, lora in zip(updates, mixed, strict=True)}
-        if rule.group:  # a client that did not reply shares what the others of its group have
-            shared = {rule.group(task): lora for task, lora in zip(tasks, mixed, strict=True)}
-            groups = {client: rule.group(task) for client, task in self.task_of.items()}
-            self.loras |= {c: shared[group] for c, group in groups.items() if group in shared}
+        new: dict[str, State] = {}
+        for update, lora in zip(updates, mix(loras, weights), strict=True):
+            owner = rule.owner(update.client, update.task)
+            if owner not in new:
+                start = self.lora_for(update.client, update.task)
+                new[owner] = self._stepped(f"lora.{owner}", start, lora, config)
+        known = self.task_of | {update.client: update.task for update in updates}
+        owners = {client: rule.owner(client, task) for client, task in known.items()}
+        self.loras |= {client: new[owner] for client, owner in owners.items() if owner in new}
         clients = [update.client for update in updates]
         return (
             _as_dict(clients, weights.tolist(), drop_zero=True),
             _as_dict(clients, distances.tolist()),
         )
+
+    def _stepped(
+        self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
+    ) -> State:
+        """Return what a round makes of what was sent: the average, or a step towards it."""
+        state = _ordered(average, start)
+        if config.server_optimizer.name == "none":
+            return state
+        optimizer = config.server_optimizer
+        new, self.moments[target] = adam_step(
+            start,
+            state,
+            self.moments.get(target),
+            learning_rate=optimizer.learning_rate,
+            beta_1=optimizer.beta_1,
+            beta_2=optimizer.beta_2,
+            tau=optimizer.tau,
+        )
+        return new
 
 
 def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
@@ -223,13 +257,13 @@ def mean_lora(loras: Sequence[State]) -> State:
     return _state(weighted_average(loras, [1] * len(loras)))
 
 
-def _ordered(arrays: dict[str, Array], pattern: State) -> State:
+def _ordered(arrays: Mapping[str, Array], pattern: State) -> State:
     """Return tensors in the server's order, so that no sum over them depends on a client's."""
     state = _state(arrays)
     return {name: state[name] for name in pattern}
 
 
-def _state(arrays: dict[str, Array]) -> State:
+def _state(arrays: Mapping[str, Array]) -> State:
     """Narrow the type: tensors went into the aggregation, so tensors come out."""
     return cast(State, arrays)
 

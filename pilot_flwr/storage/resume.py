@@ -17,13 +17,13 @@ from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
 from pilot_flwr.server.state import ServerState
+from pilot_flwr.server_optimizer import Moments
 from pilot_flwr.storage.checkpoint import (
     Checkpoint,
     RunIdentity,
-    checkpoint_folders,
     latest_checkpoint,
-    prune_checkpoints,
 )
+from pilot_flwr.storage.checkpoint_folders import checkpoint_folders, prune_checkpoints
 from pilot_flwr.storage.interrupted import earlier_attempts, parse, read_lines, set_aside
 from pilot_flwr.storage.provenance import keep_provenance
 from pilot_flwr.storage.run_folder import RunFolder
@@ -203,6 +203,12 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
         task_of=dict(checkpoint.task_of),
     )
     state.rounds = checkpoint.server_round
+    for target in checkpoint.moments:
+        pattern = initial.adapter if target.startswith("adapter.") else initial.lora
+        try:
+            state.moments[target] = Moments.unpack(checkpoint.moments_of(target), pattern)
+        except (KeyError, ValueError) as error:
+            raise StateError(f"The checkpoint's moments of {target!r}: {error}.") from None
     return state
 
 
