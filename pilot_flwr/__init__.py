@@ -106,6 +106,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     results.exporting                  a model as a folder that loads without this package
     results.merging                    a stage-1 model as one checkpoint
     results.model_card                 what an exported model says of itself
+    report.live                        TensorBoard and Weights & Biases
     report.drawing                     panels, figures and their style
     report.gather                      a run's folder, put in order for figures
     report.curves                      learning curves per task and client

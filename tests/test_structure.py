@@ -125,6 +125,7 @@ LAYERS = [
         "results.exporting",
         "results.merging",
         "results.model_card",
+        "report.live",
         "report.drawing",
         "report.gather",
         "report.curves",
@@ -205,6 +206,7 @@ ALLOWED_IN = {
         "results.merging",
         "results.model_card",
     },
+    "wandb": {"report.live"},
     "ray": {"launching.cluster_survey"},
     "sklearn": {"data.digits"},
 }

@@ -13,6 +13,8 @@
     result.json      how the run ended; the last file written
     checkpoint/      task adapters and every client's LoRA after each round
     clients/         private folders of simulated clients
+    tensorboard/     the live log, if it is on
+    report/          the report, if it was written
 """
 
 import json
