@@ -9,6 +9,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     settings.data                      the data's settings
     settings.strategy                  the server's settings
     settings.privacy                   what differential privacy is asked for
+    settings.together                  settings that only go together
     settings.pilot                     every setting's type, default and range
     config                             conf/ and overrides, composed into settings
     submission                         what is handed to Flower: folders, quoting, resources
@@ -22,6 +23,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     distances                          distances between clients, however close they are
     aggregation                        task-aware average, adaptive text-adapter aggregation
     server_optimizer                   FedAdam: an average as a step of Adam
+    exact                              FedEx-LoRA: what a mean of factors leaves out
     norms                              norms of updates, and a bound that a minority cannot move
     metrics.score                      what a metric is
     metrics.text                       an answer's text against its references
@@ -50,6 +52,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     data.chat_template                 a conversation as text, and where its answers are
     data.collator                      examples to batches of token ids
     data.federation                    who the clients are, and which examples each has
+    data.pooled                        the training data of all clients in one place
     data.check                         all that can be known about rows before a training
 
     model.parameters                   which parameter is trained, sent, private or frozen
@@ -82,6 +85,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     client.kit                         a client's place, data and tokenizer
     client.turn                        one client's turn: evaluate, then train
     server.rules                       which uploads are averaged, and with which weights
+    server.tensor_check                whether an upload's tensors are those asked for
     server.state                       what the server knows, and how a round changes it
     server.norm_check                  updates above a bound: warn, clip or reject
     server.claims                      which node is which client
@@ -125,6 +129,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     flower.grid                        replies as they come
     flower.in_process                  a grid whose clients answer in this process
     server.roster                      who takes part in an exchange
+    server.trainers                    who trains, who only evaluates
     server.journal                     events of a run, written at once
     server.exchange_loop               the loop over exchanges, begun anywhere
     strategy                           the server's strategy
@@ -143,8 +148,10 @@ The map of the package, layer by layer; a module imports only what stands above 
     launching.execution                a prepared run, carried out by its engine
     sweeping.plan                      what a sweep's jobs are
     sweeping.folder                    the folder of a sweep, from which it can go on
-    sweeping.job                       one job of a sweep
     sweeping.rows                      results.csv, one row per job
+    sweeping.job                       one job of a sweep
+    sweeping.statistics                means with intervals, paired tests
+    sweeping.table                     tables of sweeps
     sweeping.multirun                  a sweep as a Hydra multirun
     launching.connections              the SuperLinks that Flower's config.toml names
     launching.remote                   a run on a SuperLink that is already there
@@ -153,6 +160,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     commands.sweep                     ``pilot-flwr sweep``
     commands.plan                      ``pilot-flwr plan``
     commands.arguments                 what the commands that use a run have in common
+    commands.table                     ``pilot-flwr table``
     commands.evaluate                  ``pilot-flwr evaluate``
     commands.predict                   ``pilot-flwr predict``
     commands.chat                      ``pilot-flwr chat``

@@ -18,9 +18,12 @@ from pilot_flwr.data.federation import (
     Split,
     check_references,
     client_examples,
+    federation_clients,
+    is_pooling,
     padding_colour,
     task_metric,
 )
+from pilot_flwr.data.pooled import PooledExamples
 from pilot_flwr.data.screening import WholeImages, usable
 from pilot_flwr.model.base import load_processor, make_collator
 from pilot_flwr.model.features import FeatureCache
@@ -81,7 +84,7 @@ class Kit:
         )
 
     def train(self, generator: torch.Generator) -> TrainingResult:
-        """Train on the client's training split, from where the model is."""
+        """Train on the client's training split, from where the model is; if pooled, on all."""
         weight = self.config.train.proximal_weight
         sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
         return train(
@@ -108,8 +111,17 @@ class Kit:
         )
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return the examples of a split that can be used; see `pilot_flwr.data.screening`."""
-        client, data = self.site.client, self.config.data
+        """Return the examples of a split that can be used; see `pilot_flwr.data.screening`.
+
+        Those to train on are of all clients if the run is pooled and this is the one that trains.
+        """
+        if split == "train" and is_pooling(self.config.strategy, self.site.client):
+            clients = federation_clients(self.config.data)
+            return PooledExamples({c.id: self._examples(c, split) for c in clients})
+        return self._examples(self.site.client, split)
+
+    def _examples(self, client: Client, split: Split) -> Sequence[Example]:
+        data = self.config.data
         examples = client_examples(
             data,
             client,

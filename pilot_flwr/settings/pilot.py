@@ -13,6 +13,7 @@ from pilot_flwr.settings.data import DataConfig
 from pilot_flwr.settings.model import ModelConfig
 from pilot_flwr.settings.privacy import PrivacyConfig
 from pilot_flwr.settings.strategy import StrategyConfig
+from pilot_flwr.settings.together import check_together
 
 LARGEST_SEED = 2**63 - 1
 """What torch's and numpy's generators both take."""
@@ -226,6 +227,7 @@ class PilotConfig:
                 f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "
                 f"the number of clients, {self.num_clients}."
             )
+        check_together(self)
 
     @property
     def num_clients(self) -> int:
