@@ -151,7 +151,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     sweeping.rows                      results.csv, one row per job
     sweeping.job                       one job of a sweep
     sweeping.statistics                means with intervals, paired tests
-    sweeping.table                     tables of sweeps
+    sweeping.table                     methods of sweeps compared
+    sweeping.writing                   that as Markdown or LaTeX
     sweeping.multirun                  a sweep as a Hydra multirun
     launching.connections              the SuperLinks that Flower's config.toml names
     launching.remote                   a run on a SuperLink that is already there

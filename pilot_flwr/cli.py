@@ -12,7 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from pilot_flwr import __version__
-from pilot_flwr.commands import chat, data, evaluate, export, plan, predict, report, run, sweep
+from pilot_flwr.commands import (
+    chat,
+    data,
+    evaluate,
+    export,
+    plan,
+    predict,
+    report,
+    run,
+    sweep,
+    table,
+)
 from pilot_flwr.errors import ConfigError, PilotError
 
 FAILURE, USAGE = 1, 2
@@ -20,6 +31,7 @@ FAILURE, USAGE = 1, 2
 COMMANDS = (
     run.add,
     sweep.add,
+    table.add,
     plan.add,
     report.add,
     evaluate.add,

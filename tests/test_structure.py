@@ -173,6 +173,7 @@ LAYERS = [
         "sweeping.job",
         "sweeping.statistics",
         "sweeping.table",
+        "sweeping.writing",
         "sweeping.multirun",
         "launching.connections",
         "launching.remote",

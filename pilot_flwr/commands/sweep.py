@@ -70,7 +70,13 @@ def _sweep(options: argparse.Namespace) -> int:
             )
         words = list(plan.words)
     try:
-        rows = sweep(words, folder.path, out=_say, verbose=options.verbose)
+        rows = sweep(
+            words,
+            folder.path,
+            out=_say,
+            verbose=options.verbose,
+            baseline=options.baseline,
+        )
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}", file=sys.stderr)
         print(f"To go on: pilot-flwr sweep --out {shlex.quote(str(folder.path))}", file=sys.stderr)
@@ -79,14 +85,22 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | None) -> int:
-    """Write and show the table, then what failed; return the exit code."""
+    """Write and show the table, then say what failed; return the exit code."""
+    from pilot_flwr.storage.tensors import write_text
     from pilot_flwr.sweeping.folder import read_plan
-    from pilot_flwr.sweeping.rows import DONE
+    from pilot_flwr.sweeping.rows import DONE, read_rows
+    from pilot_flwr.sweeping.table import compare
+    from pilot_flwr.sweeping.writing import as_markdown
 
     _say(f"\nResults: {folder.results}")
     plan = read_plan(folder)
     assert plan is not None
     current = {job.name for job in plan.current}
+    if any(row["status"] == DONE and row["mean"] != "" for row in rows):
+        comparisons = compare(read_rows(folder.results), baseline)
+        table = "\n".join(as_markdown(comparison) for comparison in comparisons)
+        write_text(folder.table, table)
+        _say(f"Table: {folder.table}\n\n{table}")
     failed = [row for row in rows if row["job"] in current and row["status"] != DONE]
     if failed:
         print(f"\n{len(failed)} of {len(current)} jobs failed:", file=sys.stderr)

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -17,34 +17,46 @@ from pilot_flwr.storage.resume import OVERRIDES, check_resumable
 from pilot_flwr.submission import path_override
 from pilot_flwr.sweeping.folder import SweepFolder
 from pilot_flwr.sweeping.plan import Job
+from pilot_flwr.sweeping.rows import label_of, variant_of
 from pilot_flwr.wording import count, headline, human_seconds
 
 Out = Callable[[str], None]
 MOST_COMPLAINTS = 5
 
 
-def check_jobs(folder: SweepFolder, jobs: list[Job]) -> None:
+def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = None) -> None:
     """Try every job's settings before the first one starts.
 
     Raises
     ------
     ConfigError
-        Names the jobs whose settings are wrong, or other ones than in the folder so far.
+        Names the jobs whose settings are wrong, or other ones than in the folder so far; or no
+        job is of the method `baseline`.
     """
-    complaints = []
+    complaints: dict[str, list[str]] = {}
+    labels = []
     for job in jobs:
         try:
             config, _ = check_settings(job.words)
             engine_options(config, os.environ)
             if _begun(folder.run(job)):
                 check_resumable(folder.run(job), config)
+            labels.append(label_of(config.strategy.name, variant_of(job)))
         except PilotError as error:
-            complaints.append(f"Job {job.name}: {error}")
-    if complaints:
-        shown = complaints[:MOST_COMPLAINTS]
-        if more := len(complaints) - len(shown):
-            shown.append(f"... and {count(more, 'more job')}.")
-        raise ConfigError("\n".join([*shown, "Nothing was started."]))
+            complaints.setdefault(str(error), []).append(job.name)
+    lines = [
+        f"Job {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {text}"
+        for text, names in complaints.items()
+    ]
+    if len(lines) > MOST_COMPLAINTS:
+        more = count(len(lines) - MOST_COMPLAINTS, "more complaint")
+        lines[MOST_COMPLAINTS:] = [f"... and {more}."]
+    if lines:
+        raise ConfigError("\n".join([*lines, "Nothing was started."]))
+    if baseline is not None and baseline not in labels:
+        raise ConfigError(
+            f"`--baseline` is {baseline!r} but the sweep has {', '.join(dict.fromkeys(labels))}."
+        )
 
 
 def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -> Outcome:

@@ -41,7 +41,12 @@ _here = False
 
 
 def sweep(
-    words: Sequence[str], path: Path, *, out: Callable[[str], None], verbose: bool = False
+    words: Sequence[str],
+    path: Path,
+    *,
+    out: Callable[[str], None],
+    verbose: bool = False,
+    baseline: str | None = None,
 ) -> list[Row]:
     """Carry out all jobs of a sweep that are not done yet.
 
@@ -55,6 +60,8 @@ def sweep(
         Takes lines for the user.
     verbose : bool
         Show the jobs' live output.
+    baseline : str, optional
+        Method that some job must be of.
 
     Returns
     -------
@@ -73,7 +80,7 @@ def sweep(
     settings, launcher = split_words(words)
     jobs = plan_jobs(settings)
     folder = SweepFolder(path)
-    check_jobs(folder, jobs)
+    check_jobs(folder, jobs, baseline)
     global _here
     _here = True
     with hold(folder.lock, f"The sweep in {path}"):

@@ -1,6 +1,7 @@
 """``results.csv``: one row per job of a sweep, made from the jobs' run folders.
 
-To add a column, add it to `row_of`. Columns of the tasks are ``score.TASK`` (after the last
+To add a column, add it to `row_of`. ``settings`` is a hash of all that results depend on but
+the seed, so that repetitions have the same. Columns of the tasks are ``score.TASK`` (after the last
 exchange) and ``zero_shot.TASK`` (of the untouched base model); an empty cell is what a job does
 not have. `read_rows` reads such files again.
 """
@@ -9,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def row_of(folder: SweepFolder, job: Job) -> Row:
     status = OPEN if outcome is None else DONE if outcome.succeeded else FAILED
     row: Row = {
         "status": status,
-        "variant": " ".join(f"{k}={v}" for k, v in job.swept.items() if k not in NOT_VARIANTS),
+        "variant": variant_of(job),
         "job": job.name,
         "overrides": " ".join(job.words),
         "error": outcome.explanation[0].splitlines()[0] if outcome and outcome.explanation else "",
@@ -66,6 +68,16 @@ def row_of(folder: SweepFolder, job: Job) -> Row:
             row["error"] = str(error).splitlines()[0]
         return row
     return row | _settings(config) | _scores(events) | _effort(events, path) | _code(path)
+
+
+def variant_of(job: Job) -> str:
+    """Return what a job's sweep was over besides methods and seeds."""
+    return " ".join(f"{k}={v}" for k, v in job.swept.items() if k not in NOT_VARIANTS)
+
+
+def label_of(method: str, variant: str) -> str:
+    """Return what a table calls a method's row."""
+    return f"{method} {variant}".strip()
 
 
 def task_scores(events: Sequence[Event], server_round: int) -> dict[str, float]:
@@ -124,7 +136,7 @@ def _settings(config: PilotConfig) -> Row:
         "rounds": config.strategy.rounds,
         "evaluated_on": config.data.evaluate_on,
         "engine": config.simulation.engine,
-        "settings": settings_hash(config)[:12],
+        "settings": settings_hash(replace(config, seed=0))[:12],
     }
 
 
