@@ -2,10 +2,14 @@
 
 import argparse
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 SUCCESS, FAILURE = 0, 1
+REPORT_SECONDS = 1800.0
+SMALL_BASE_BYTES = 2 * 10**9
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,6 +57,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"To go on: {how_to_go_on(prepared)}", file=sys.stderr)
         return 128 + stop.signum
     _show_results(folder)
+    if prepared.config.run.report and (folder / "metrics.jsonl").is_file():
+        write_report(folder, router=_is_small(prepared.config.model.path))
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
         if (folder / "config.yaml").is_file():
@@ -87,6 +93,40 @@ def _show_results(folder: Path) -> None:
     if checkpoints:
         _say(f"\nAdapters: {checkpoints[-1]}")
     _say(f"\nRun folder: {folder}")
+
+
+def write_report(folder: Path, *, router: bool) -> None:
+    """Write the report in a process of its own: whatever happens there, the run is what it is.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    router : bool
+        Whether the base model is loaded for what the router does.
+    """
+    command = [sys.executable, "-P", "-m", "pilot_flwr.cli", "report", str(folder)]
+    command += [] if router else ["--no-router"]
+    try:
+        done = subprocess.run(  # nosec B603  # no shell; this package in this Python
+            command, capture_output=True, text=True, timeout=REPORT_SECONDS, errors="replace"
+        )
+        complaint = "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
+    except (OSError, subprocess.SubprocessError) as error:
+        complaint = str(error)
+    if complaint:
+        print(f"The report could not be written: {complaint.strip()}", file=sys.stderr)
+        print(f"To try again: pilot-flwr report {shlex.quote(str(folder))}", file=sys.stderr)
+    else:
+        _say(done.stdout.strip())
+
+
+def _is_small(base: str) -> bool:
+    """Return whether a base model is loaded in seconds, so that nobody has to ask for it."""
+    from pilot_flwr.model.shipped import checkpoint_path
+
+    files = list(Path(checkpoint_path(base)).expanduser().glob("*.safetensors"))
+    return bool(files) and sum(file.stat().st_size for file in files) <= SMALL_BASE_BYTES
 
 
 def _show_table(markdown: str) -> None:

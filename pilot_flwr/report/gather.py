@@ -18,7 +18,7 @@ from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.storage.provenance import read_provenance
 from pilot_flwr.storage.run_folder import Event, read_events, select
 
-SENT = {"lora": "Θ_l", "task_adapters": "ψ_t"}
+SENT = {"lora": "Θ_l", "task_adapters": "ψ_t", "residual": "R"}
 """Symbols of what travels, by the events' names; others are shown as they are called."""
 
 Matrix = dict[str, dict[str, float]]

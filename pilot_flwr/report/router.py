@@ -77,7 +77,7 @@ def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
     say : callable
         Gets lines of progress.
     """
-    name, title = "router", "What the router does"
+    name, title = "router", "Router"
     try:
         routed = list(_routed(open_run(run.folder), say))
     except PilotError as error:

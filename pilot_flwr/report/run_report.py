@@ -25,6 +25,11 @@ FIGURES: tuple[Callable[[RunData], Figure], ...] = (
 )
 """Sections of the page; that of the router, which needs models, comes behind them."""
 
+ROUTER_TITLE = "Router"
+LEFT_OUT = (
+    "Left out, because the base model has to be loaded for it: `pilot-flwr report RUN` draws it."
+)
+
 _SHOWN_FAILURES = 5
 
 
@@ -60,6 +65,8 @@ def write_run_report(
         from pilot_flwr.report.router import router_figures
 
         figures[5:5] = router_figures(run, say)
+    else:
+        figures.insert(5, Figure("router", ROUTER_TITLE, LEFT_OUT))
     return write_page(run_page(run, figures), out, say)
 
 
