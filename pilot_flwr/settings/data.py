@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pilot_flwr.checks import at_least, check_name, one_of, positive, share
+from pilot_flwr.checks import at_least, at_most, check_name, one_of, positive, share
 from pilot_flwr.errors import ConfigError
 
 ALL = 0
@@ -53,6 +53,22 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ShiftConfig:
+    """How the digits of all clients differ from those that the shipped base has seen.
+
+    With ``source=digits`` alone. Each digit of a page is turned by `rotation` degrees,
+    counter-clockwise, and `mirrored` left to right, whatever the client's own style.
+    """
+
+    rotation: float = 0.0
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("data.shift.rotation", self.rotation, -180)
+        at_most("data.shift.rotation", self.rotation, 180)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The federation's tasks and clients: `clients_per_task` clients for every task.
 
@@ -84,6 +100,7 @@ class DataConfig:
     allowed_broken: float = 0.0
     workers: int = 0
     evaluate_on: str = "test"
+    shift: ShiftConfig = field(default_factory=ShiftConfig)
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("digits", "llava"))
@@ -108,6 +125,10 @@ class DataConfig:
                 "`data.source=digits`: give validation files as `data.files.<task>.test`."
             )
         if self.source == "llava":
+            if self.shift != ShiftConfig():
+                raise ConfigError(
+                    "`data.shift` is set but must be left out unless `data.source=digits`."
+                )
             self._check_files()
 
     def _check_files(self) -> None:
