@@ -83,6 +83,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     client.evaluation                  greedy generation and its score
 
     client.kit                         a client's place, data and tokenizer
+    client.ditto                       a personal model beside the shared one
     client.turn                        one client's turn: evaluate, then train
     server.rules                       which uploads are averaged, and with which weights
     server.tensor_check                whether an upload's tensors are those asked for

@@ -101,6 +101,7 @@ LAYERS = [
     ],
     [
         "client.kit",
+        "client.ditto",
         "client.turn",
         "server.rules",
         "server.tensor_check",

@@ -1,7 +1,7 @@
 """One client's data, tokenizer and feature cache, as a turn needs them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from pilot_flwr.model.base import load_processor, make_collator
 from pilot_flwr.model.features import FeatureCache
 from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.settings.pilot import DittoConfig, PilotConfig
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,22 @@ class Kit:
         """Train on the client's training split, from where the model is; if pooled, on all."""
         weight = self.config.train.proximal_weight
         sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
+        return self.fit(generator, Proximal(sent, weight) if sent else None)
+
+    def fit(self, generator: torch.Generator, proximal: Proximal | None) -> TrainingResult:
+        """Train as `train`, with a proximal term or without one; see `pilot_flwr.client.ditto`."""
+        config = self.config.train
+        if config.ditto.enabled:  # half of them for each of two models
+            config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
         return train(
             self.model,
             self.examples("train"),
             collator=self.collator,
             encode=self._encoder("train"),
-            config=self.config.train,
+            config=config,
             generator=generator,
             progress=self.progress,
-            proximal=Proximal(sent, weight) if sent else None,
+            proximal=proximal,
         )
 
     def evaluate(self) -> EvaluationResult:

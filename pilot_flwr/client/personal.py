@@ -11,6 +11,7 @@ import torch
 
 from pilot_flwr.errors import StateError
 from pilot_flwr.model.initial import draw_lora
+from pilot_flwr.model.lora import set_residual
 from pilot_flwr.model.parameters import WHOLE, GroupName, Sharing, State
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.storage.private_state import PrivateState
@@ -26,6 +27,7 @@ def assemble(
     tasks: tuple[str, ...],
     sharing: Sharing = WHOLE,
     seed: int = 0,
+    residual: State | None = None,
 ) -> None:
     """Make `model` the client's, in the architecture that the client last trained.
 
@@ -50,6 +52,8 @@ def assemble(
         What of the adapter and the LoRA the server has.
     seed : int
         The run's: what is never sent of a LoRA begins as it is drawn by it.
+    residual : State, optional
+        What exact aggregation has added to the frozen base.
 
     Raises
     ------
@@ -62,7 +66,11 @@ def assemble(
         enter_own(model, task, private)
         if private.stage == 2:
             enter_stage2(model, private, tasks, torch.Generator())
-    load_received(model, private, adapters, lora, sharing=sharing, seed=seed)
+    load_received(
+        model, private, adapters, lora, sharing=sharing, seed=seed, residual=residual or {}
+    )
+    for group, state in (private.personal if private else {}).items():
+        model.load(group, state)
 
 
 def enter_own(model: PilotModel, task: str, private: PrivateState) -> None:
@@ -95,12 +103,15 @@ def load_received(
     *,
     sharing: Sharing,
     seed: int,
+    residual: State,
 ) -> None:
     """Load what the server has for this client, and of ψ_t and Θ_l what is the client's own.
 
     Of these, what the client has not trained yet begins as it does at every other: the adapter as
     the pretrained projector, which it is already, the LoRA as the run's seed draws it.
     """
+    set_residual(model.llava.model.language_model, residual)
+    model.load("residual", residual)
     groups = model.groups()
     own: dict[GroupName, State] = {
         group: {} if private is None else private.groups.get(group, {})

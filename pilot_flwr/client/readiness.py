@@ -43,8 +43,10 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
         check_files(site.files, evaluated=config.evaluation.enabled)
     check_writable(site.state_folder)
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
-    size = layout_of(config.model, tuple(config.data.tasks), sharing).private_bytes
-    check_room(site.state_folder, size)
+    tasks, stages = tuple(config.data.tasks), config.strategy.stages
+    layout = layout_of(config.model, tasks, sharing, stages=stages)
+    personal = layout.personal_bytes if config.train.ditto.enabled else 0
+    check_room(site.state_folder, layout.private_bytes + personal)
 
 
 def check_files(files: SiteFiles, *, evaluated: bool) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pilot_flwr.client.ditto import both, train_personal
 from pilot_flwr.client.evaluation import EvaluationResult
 from pilot_flwr.client.kit import Kit, Site
 from pilot_flwr.client.personal import assemble, enter_own, enter_stage2, load_received
@@ -43,6 +44,8 @@ class Order:
         Task → ψ_t: all T in stage 2, the own one alone in stage 1; none if they are not shared.
     lora : State
         This client's Θ̄_l, of its tensors those that are shared.
+    residual : State
+        What exact aggregation has added to everyone's frozen base.
     train, evaluate : bool
         Whether to train, and whether to evaluate the incoming model before.
     """
@@ -54,6 +57,7 @@ class Order:
     lora: State
     train: bool = True
     evaluate: bool = True
+    residual: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ def take_turn(
             tasks=order.tasks,
             sharing=kit.sharing,
             seed=config.seed,
+            residual=order.residual,
         )
         with out_of_memory_explained(config, model.stage):
             evaluation = kit.evaluate()
@@ -157,7 +162,13 @@ def take_turn(
             training = kit.train(generator)
         check_finite(model)
         done = _upload(model, training, kit, order)
-        store.save(_private_state(model, kit.sharing), server_round=order.server_round)
+        state = _private_state(model, kit.sharing)
+        if config.train.ditto.enabled and done.training:
+            _load(kit, private, order)
+            personal, second = train_personal(kit, private, generator)
+            state = replace(state, personal=personal)
+            done = replace(done, training=both(done.training, second))
+        store.save(state, server_round=order.server_round)
     return replace(done, evaluation=evaluation, started=started, seconds=time.time() - started)
 
 
@@ -214,8 +225,18 @@ def _enter_ordered_architecture(
         enter_own(model, task, private)
         if order.stage == 2:
             enter_stage2(model, private, order.tasks, generator)
+    _load(kit, private, order)
+
+
+def _load(kit: Kit, private: PrivateState | None, order: Order) -> None:
     load_received(
-        model, private, order.adapters, order.lora, sharing=kit.sharing, seed=kit.config.seed
+        kit.model,
+        private,
+        order.adapters,
+        order.lora,
+        sharing=kit.sharing,
+        seed=kit.config.seed,
+        residual=order.residual,
     )
 
 

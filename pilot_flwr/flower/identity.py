@@ -82,7 +82,7 @@ def identity_of(config: PilotConfig) -> dict[str, str]:
     return {
         "app": f"{__version__} (code {code_hash()})",
         "settings": digest(common_settings(config)),
-        **_base(config.model, tuple(config.data.tasks), sharing),
+        **_base(config.model, tuple(config.data.tasks), sharing, config.strategy.stages),
     }
 
 
@@ -147,14 +147,18 @@ def essential(transformers_config: Any) -> dict[str, Any]:
     return found | {"rope_theta": rope.get("rope_theta", old)}
 
 
-def _base(model: ModelConfig, tasks: tuple[str, ...], sharing: Sharing) -> dict[str, str]:
+def _base(
+    model: ModelConfig, tasks: tuple[str, ...], sharing: Sharing, stages: int
+) -> dict[str, str]:
     key = f"{model}/{tasks}/{sharing}"
     if key not in _KNOWN:
         _KNOWN.clear()  # one run, one base
         sample = weights_sample(model)
+        # Of all stages, as a client's `pilot_flwr.client.readiness` asks for it too.
+        layout = layout_of(model, tasks, sharing, stages=stages)
         _KNOWN[key] = {
             "base.config": digest(essential(read_config(model))),
-            "base.layout": digest([model.wire_dtype, layout_of(model, tasks, sharing).sent]),
+            "base.layout": digest([model.wire_dtype, layout.sent]),
             "base.projector": sample.projector,
             "base.weights": sample.whole,
         }
