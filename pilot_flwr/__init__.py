@@ -167,6 +167,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     commands.predict                   ``pilot-flwr predict``
     commands.chat                      ``pilot-flwr chat``
     commands.export                    ``pilot-flwr export``
+    report.sweep_report                the report of a sweep
     commands.report                    ``pilot-flwr report``
     commands.convert                   ``pilot-flwr data convert``
     commands.check                     ``pilot-flwr data check``

@@ -188,6 +188,7 @@ LAYERS = [
         "commands.predict",
         "commands.chat",
         "commands.export",
+        "report.sweep_report",
         "commands.report",
         "commands.convert",
         "commands.check",
@@ -206,7 +207,10 @@ ALLOWED_IN = {
     "jinja2": {"report.page"},
     "matplotlib": {
         f"report.{name}"
-        for name in ("drawing", "curves", "diagram", "losses", "matrices", "traffic", "router")
+        for name in (
+            *("drawing", "curves", "diagram", "losses", "matrices", "traffic", "router"),
+            "sweep_report",
+        )
     },
     "omegaconf": {"config"},
     "peft": {

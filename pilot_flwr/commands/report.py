@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pilot_flwr.errors import ConfigError
+
 FOLDER = "report"
 """Folder of the report in the run's or the sweep's own."""
 
@@ -19,7 +21,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="example: pilot-flwr report outputs/demo-20270101-120000",
     )
     report.add_argument(
-        "folder", metavar="RUN|SWEEP", type=Path, help="run folder, or folder of `pilot-flwr sweep`"
+        "folder",
+        metavar="RUN|SWEEP",
+        type=Path,
+        help="run folder, folder of `pilot-flwr sweep`, or a results.csv",
     )
     report.add_argument(
         "--out", type=Path, metavar="FOLDER", help=f"default: {FOLDER} in that folder"
@@ -29,6 +34,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         action="store_true",
         help="leave out what the router does, for which the base model is loaded",
     )
+    report.add_argument(
+        "--baseline", metavar="METHOD", help="compare a sweep's methods with this one in its table"
+    )
     report.set_defaults(handler=_report, hydra=False, overrides=[])
 
 
@@ -36,12 +44,19 @@ def _report(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from pilot_flwr.report.run_report import write_run_report
+    from pilot_flwr.report.sweep_report import is_sweep, write_sweep_report
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
-    out = options.out or options.folder / FOLDER
-    page = write_run_report(options.folder, out, router=not options.no_router, say=_say)
+    path = options.folder
+    out = options.out or (path if path.is_dir() else path.parent) / FOLDER
+    if is_sweep(path):
+        page = write_sweep_report(path, out, baseline=options.baseline, say=_say)
+    elif options.baseline is not None:
+        raise ConfigError("`--baseline` belongs to a sweep: a run has one method.")
+    else:
+        page = write_run_report(path, out, router=not options.no_router, say=_say)
     print(f"Report: {page}")
     return 0
 

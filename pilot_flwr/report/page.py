@@ -1,7 +1,7 @@
 """The report as one HTML page that needs nothing else, and its figures as PNG files."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -25,21 +25,27 @@ class Page:
         What the reader must know before the figures.
     figures : sequence of Figure
         Sections, in order.
-    scores : Table, optional
-        The table of scores, above the figures.
+    tables : sequence of Table
+        Tables of scores, above the figures.
     files : sequence of (str, str)
         Names and texts that are shown word by word at the end.
     notes : sequence of str
-        Below the scores.
+        Below the tables.
+    bold_last : bool
+        Whether the last row of a table is a summary of those above.
+    files_title : str
+        Heading of the files.
     """
 
     title: str
     facts: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     figures: Sequence[Figure]
-    scores: Table | None = None
+    tables: Sequence[Table] = ()
     files: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
+    bold_last: bool = False
+    files_title: str = "Settings and code"
 
 
 def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -81,3 +87,10 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html").render(page=page, version=__version__)
+
+
+def cells_of(markdown: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, header first, without marks of bold type."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return [row for number, row in enumerate(cells) if number != 1]  # 1: the rule below the header

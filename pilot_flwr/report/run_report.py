@@ -9,7 +9,7 @@ from pilot_flwr.report.drawing import Figure, Table
 from pilot_flwr.report.gather import RunData, read_run
 from pilot_flwr.report.losses import losses
 from pilot_flwr.report.matrices import distances, mixing_weights
-from pilot_flwr.report.page import Page, write_page
+from pilot_flwr.report.page import Page, cells_of, write_page
 from pilot_flwr.report.traffic import traffic
 from pilot_flwr.server.tables import summary, timeline
 from pilot_flwr.storage.run_folder import select
@@ -77,7 +77,8 @@ def run_page(run: RunData, figures: list[Figure]) -> Page:
         facts=_facts(run),
         warnings=_warnings(run),
         figures=figures,
-        scores=_scores(run),
+        tables=[_scores(run)],
+        bold_last=True,
         notes=[line for line in summary(run.events).splitlines() if line and line[0] != "|"],
         files=[
             ("config.yaml: every setting", run.config_text),
@@ -146,8 +147,5 @@ def _warnings(run: RunData) -> list[str]:
 
 
 def _scores(run: RunData) -> Table:
-    """Return the table of ``summary.md`` as cells."""
-    lines = [line for line in summary(run.events).splitlines() if line.startswith("|")]
-    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
-    rows = [row for number, row in enumerate(cells) if number != 1]
-    return Table("Scores", rows or [["no evaluation"]])
+    """Return the table of ``summary.md``."""
+    return Table("Scores", cells_of(summary(run.events)) or [["no evaluation"]])
