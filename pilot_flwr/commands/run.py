@@ -58,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
         return 128 + stop.signum
     _show_results(folder)
     if prepared.config.run.report and (folder / "metrics.jsonl").is_file():
-        write_report(folder, router=_is_small(prepared.config.model.path))
+        write_report(folder, *([] if _is_small(prepared.config.model.path) else ["--no-router"]))
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
         if (folder / "config.yaml").is_file():
@@ -95,18 +95,17 @@ def _show_results(folder: Path) -> None:
     _say(f"\nRun folder: {folder}")
 
 
-def write_report(folder: Path, *, router: bool) -> None:
+def write_report(folder: Path, *options: str) -> None:
     """Write the report in a process of its own: whatever happens there, the run is what it is.
 
     Parameters
     ----------
     folder : Path
-        The run folder.
-    router : bool
-        Whether the base model is loaded for what the router does.
+        Of a run or a sweep.
+    *options : str
+        Of ``pilot-flwr report``.
     """
-    command = [sys.executable, "-P", "-m", "pilot_flwr.cli", "report", str(folder)]
-    command += [] if router else ["--no-router"]
+    command = [sys.executable, "-P", "-m", "pilot_flwr.cli", "report", str(folder), *options]
     try:
         done = subprocess.run(  # nosec B603  # no shell; this package in this Python
             command, capture_output=True, text=True, timeout=REPORT_SECONDS, errors="replace"

@@ -86,6 +86,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | None) -> int:
     """Write and show the table, then say what failed; return the exit code."""
+    from pilot_flwr.commands.run import write_report
     from pilot_flwr.storage.tensors import write_text
     from pilot_flwr.sweeping.folder import read_plan
     from pilot_flwr.sweeping.rows import DONE, read_rows
@@ -101,6 +102,7 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | N
         table = "\n".join(as_markdown(comparison) for comparison in comparisons)
         write_text(folder.table, table)
         _say(f"Table: {folder.table}\n\n{table}")
+        write_report(folder.path, *(["--baseline", baseline] if baseline else []))
     failed = [row for row in rows if row["job"] in current and row["status"] != DONE]
     if failed:
         print(f"\n{len(failed)} of {len(current)} jobs failed:", file=sys.stderr)

@@ -165,33 +165,48 @@ def _title(comparison: Comparison) -> str:
 def _dots(comparison: Comparison, rows: Sequence[Row], end: str, about: str) -> Figure:
     scores = seed_scores(comparison, rows)
     text = (
-        "One small dot per seed; the large dot is their mean and the bar its 95 % interval "
-        "(Student's t), of which one seed has none. The dashed line is the mean of the untouched "
-        "base model."
+        "The large dot is the mean over seeds and the bar its 95 % interval (Student's t), which a "
+        "single seed does not have; the small dots below are the seeds. The dashed line is the "
+        "untouched base model."
     )
-    height = 1.0 + 0.27 * len(comparison.lines)
+    height = 1.0 + 0.29 * len(comparison.lines)
     panels = [
-        Panel(partial(_dot_plot, comparison, scores, what), _alt(comparison, what), height=height)
+        Panel(
+            partial(_dot_plot, comparison, scores, _base(rows, what), what),
+            _alt(comparison, what),
+            height=height,
+        )
         for what in (MEAN, *comparison.tasks)
     ]
     return Figure(f"seeds{end}", f"Scores of every seed{about}", text, panels)
 
 
+def _base(rows: Sequence[Row], what: str) -> float | None:
+    """Return the mean score of the base model before any training, over seeds."""
+    column = "zero_shot_mean" if what == MEAN else f"{ZERO_SHOT}{what}"
+    scores = {row["seed"]: float(row[column]) for row in rows if row.get(column)}
+    return sum(scores.values()) / len(scores) if scores else None
+
+
 def _dot_plot(
-    comparison: Comparison, scores: Mapping[str, Mapping[str, list[float]]], what: str, axes: Axes
+    comparison: Comparison,
+    scores: Mapping[str, Mapping[str, list[float]]],
+    base: float | None,
+    what: str,
+    axes: Axes,
 ) -> None:
     labels = [line.label for line in comparison.lines]
+    if base is not None:
+        axes.axvline(base, color=GREY, linestyle="--", linewidth=1.2, zorder=0.5)
     for place, line in enumerate(comparison.lines):
         shade = INK if line.label == UNTOUCHED else colour(0)
         found = line.mean if what == MEAN else line.tasks[what]
         seeds = scores[line.label][what]
-        axes.plot(seeds, [place] * len(seeds), "o", color=shade, alpha=0.35, markersize=4)
+        axes.plot(seeds, [place + 0.26] * len(seeds), "o", color=shade, alpha=0.4, markersize=3.5)
         if found.half_width is not None:
             ends = [found.mean - found.half_width, found.mean + found.half_width]
             axes.plot(ends, [place] * 2, color=shade, linewidth=2.2)
         axes.plot([found.mean], [place], "o", color=shade, markersize=7, markeredgecolor="white")
-        if line.label == UNTOUCHED:
-            axes.axvline(found.mean, color=GREY, linestyle="--", linewidth=1, zorder=0.5)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
