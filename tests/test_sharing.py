@@ -14,6 +14,7 @@ from pilot_flwr.client.turn import turn_generator
 from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError
+from pilot_flwr.flower.replies import decode_update
 from pilot_flwr.model.initial import initial_state
 from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.results.runs import client_model, consensus, open_run, personal_model
@@ -26,6 +27,7 @@ from pilot_flwr.storage.private_state import PrivateState
 CPU = torch.device("cpu")
 TWO = f"{SMALL} data.tasks=[vqa] data.clients_per_task=2 strategy.rounds=1 evaluation.enabled=false"
 PLAIN = f"{TWO} model.client_adapter=false strategy.stages=1"
+ONE = f"{PLAIN} data.clients_per_task=1"
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +237,22 @@ def test_a_private_state_of_another_sharing_is_refused(make_model):
             tasks=("vqa",),
             sharing=sharing,
         )
+
+
+def test_a_private_upload_is_of_what_is_sent_alone(tmp_path):
+    """Clipped to norm C is the change of what leaves, whatever the rest has done."""
+    found = []
+    for name, privacy in (
+        ("plain", ""),
+        ("clipped", "privacy.enabled=true privacy.clip_norm=0.01 privacy.noise_multiplier=1e-6"),
+    ):
+        overrides = f"{ONE} strategy.sharing.lora=A strategy.sharing.adapter=false {privacy}"
+        federation = finish(tmp_path / name, overrides)
+        update = decode_update(federation.replies(MessageType.TRAIN)[0].content)
+        assert update.adapter == {} and kinds(update.lora) == {"lora_A"}
+        sent = initial_state(federation.config.model, seed=0).lora
+        found.append(torch.cat([(t - sent[n]).flatten() for n, t in update.lora.items()]).double())
+    whole, clipped = found
+    assert whole.norm() > 0.1
+    # float32 rounds what was sent plus a small change, number by number.
+    assert (clipped - 0.01 * whole / whole.norm()).norm() < 0.02 * 0.01
