@@ -16,6 +16,7 @@ from pilot_flwr.settings.strategy import SharingConfig
 
 GroupName = Literal[
     "lora",
+    "residual",
     "own_task_adapter",
     "foreign_task_adapters",
     "client_adapter",
@@ -67,6 +68,9 @@ GROUPS: dict[GroupName, ParameterGroup] = {
         r"model\.language_model\.(?P<key>.+\.lora_[AB])\.default\.weight",
         _BOTH,
         sent=True,
+    ),
+    "residual": ParameterGroup(
+        "R", r"model\.language_model\.(?P<key>.+\.lora_[AB])\.residual\.weight", frozenset()
     ),
     "own_task_adapter": ParameterGroup(
         "ψ_t",

@@ -260,6 +260,7 @@ def fill(model: PilotModel, run: Run, who: Personal) -> None:
         tasks=run.checkpoint.tasks,
         sharing=run.sharing,
         seed=run.recorded.seed,
+        residual=run.checkpoint.residual(),
     )
     model.eval()
 

@@ -32,10 +32,13 @@ class LoraRule(NamedTuple):
     owner : callable
         From a client and its task to what its LoRA is the LoRA of: itself, or its group. All
         clients of one owner have one and the same, also those that did not reply.
+    exact : bool
+        Whether what the means of the factors leave out is added to the frozen base.
     """
 
     weights: Callable[[Matrix, Sequence[str], Sequence[float], StrategyConfig], Matrix]
     owner: Callable[[str, str], str]
+    exact: bool = False
 
 
 def _adaptive(
@@ -59,5 +62,6 @@ LORA_RULES: dict[str, LoraRule] = {
     "adaptive": LoraRule(_adaptive, lambda client, task: client),
     "task": _mean_over(ADAPTER_GROUPS["task"]),
     "global": _mean_over(ADAPTER_GROUPS["global"]),
+    "exact": _mean_over(ADAPTER_GROUPS["global"])._replace(exact=True),
 }
 """How LoRAs are mixed, by `strategy.lora`."""

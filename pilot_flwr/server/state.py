@@ -4,12 +4,9 @@ Pure: no Flower, no files. `ServerState.check` says whether an update may enter 
 aggregation, `ServerState.aggregate` lets the updates of one round in.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
-
-import torch
 
 from pilot_flwr.aggregation import (
     mix,
@@ -19,9 +16,11 @@ from pilot_flwr.aggregation import (
 )
 from pilot_flwr.arrays import Array
 from pilot_flwr.errors import UpdateError
+from pilot_flwr.exact import product_residual
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
-from pilot_flwr.server.rules import ADAPTER_GROUPS, LORA_RULES
+from pilot_flwr.server.rules import ADAPTER_GROUPS, EVERYONE, LORA_RULES
+from pilot_flwr.server.tensor_check import check_tensors
 from pilot_flwr.server_optimizer import Moments, adam_step
 from pilot_flwr.settings.strategy import StrategyConfig
 
@@ -97,6 +96,8 @@ class ServerState:
         Client → its task, of the same clients.
     moments : dict
         The server optimizer's, by ``adapter.<group>`` or ``lora.<group or client>``.
+    residual : State
+        What ``strategy.lora=exact`` has added to the frozen base of every client, as a LoRA.
     rounds : int
         Exchanges that are aggregated.
     """
@@ -107,6 +108,7 @@ class ServerState:
     loras: dict[str, State] = field(default_factory=dict)
     task_of: dict[str, str] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
+    residual: State = field(default_factory=dict)
     rounds: int = 0
 
     def __post_init__(self) -> None:
@@ -150,8 +152,8 @@ class ServerState:
                 f"it counts {update.num_examples} examples but must count 1 to "
                 f"{member.examples}, as the client declared"
             )
-        _check_tensors("task adapter", update.adapter, self.initial.adapter)
-        _check_tensors("LoRA", update.lora, self.initial.lora)
+        check_tensors("task adapter", update.adapter, self.initial.adapter)
+        check_tensors("LoRA", update.lora, self.initial.lora)
 
     def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
         """Average the task adapters per task and mix the LoRAs, in place.
@@ -210,6 +212,9 @@ class ServerState:
             if owner not in new:
                 start = self.lora_for(update.client, update.task)
                 new[owner] = self._stepped(f"lora.{owner}", start, lora, config)
+        if rule.exact:
+            examples = [update.num_examples for update in updates]
+            self.residual = _state(product_residual(loras, examples, new[EVERYONE], self.residual))
         known = self.task_of | {update.client: update.task for update in updates}
         owners = {client: rule.owner(client, task) for client, task in known.items()}
         self.loras |= {client: new[owner] for client, owner in owners.items() if owner in new}
@@ -275,24 +280,3 @@ def _as_dict(
         row_client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
         for row_client, row in zip(clients, matrix, strict=True)
     }
-
-
-def _check_tensors(what: str, state: State, expected: State) -> None:
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unexpected:
-        raise UpdateError(
-            f"its {what} has missing tensors {sorted(missing)[:3]} and unexpected ones "
-            f"{sorted(unexpected)[:3]} ({len(missing)} and {len(unexpected)} in all)"
-        )
-    for name, tensor in expected.items():
-        got = state[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
-            raise UpdateError(
-                f"`{name}` of its {what} is {_describe(got)} but must be {_describe(tensor)}"
-            )
-        if not math.isfinite(float(torch.sum(got, dtype=torch.float64))):
-            raise UpdateError(f"`{name}` of its {what} has values that are not finite")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -149,8 +149,10 @@ def _gradients(trained: Sequence[Event]) -> list[str]:
 
 
 def _bytes(events: Sequence[Event], way: str) -> list[str]:
-    names = {"lora": "Θ_l", "task_adapters": "ψ_t"}
-    sums = {name: sum(e[way][name] for e in events if way in e) for name in names}
+    names = {"lora": "Θ_l", "task_adapters": "ψ_t", "residual": "R"}
+    sums = {name: sum(e[way].get(name, 0) for e in events if way in e) for name in names}
+    if not sums["residual"]:
+        del sums["residual"]
     return [f"{names[name]} {human_bytes(size)}" for name, size in sums.items()]
 
 

@@ -201,6 +201,7 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
         adapters={task: _like(checkpoint.adapter(task), initial.adapter) for task in tasks},
         loras={name: _like(checkpoint.lora(name), initial.lora) for name in checkpoint.task_of},
         task_of=dict(checkpoint.task_of),
+        residual=checkpoint.residual(),
     )
     state.rounds = checkpoint.server_round
     for target in checkpoint.moments:
