@@ -86,7 +86,8 @@ def _finish(axes: Axes, title: str, metric: str, top: float, numbers: set[int]) 
     axes.set_ylim(0, top * 1.04)
     exchange_axis(axes, sorted(numbers))
     _, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels)) > 11 else 3
+    longest = max(map(len, labels))
+    columns = 1 if longest > 20 else 2 if longest > 11 else 3
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(columns, len(labels)))
 
 

@@ -33,7 +33,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 GREY, INK = "#8A8A8A", "#222222"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -65,6 +65,7 @@ PANEL_INCHES = (3.6, 2.7)
 
 _DPI = 192
 _GAP = 24
+_LONGEST_NAME = 16
 _COLUMNS = 3
 
 
@@ -180,6 +181,11 @@ def colour(index: int) -> str:
 def marker(index: int) -> str:
     """Return the marker of the `index`-th of several things."""
     return MARKERS[index % len(MARKERS)]
+
+
+def short(name: str) -> str:
+    """Return a name that leaves room for a panel's content: its beginning and its end."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[:9]}…{name[-5:]}"
 
 
 def math_text(symbol: str) -> str:

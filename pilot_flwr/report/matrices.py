@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from pilot_flwr.report.drawing import Figure, Panel, Table, some
+from pilot_flwr.report.drawing import Figure, Panel, Table, short, some
 from pilot_flwr.report.gather import Matrix, RunData
 from pilot_flwr.wording import count
 
@@ -101,8 +101,9 @@ def _matrix(
     tasks = [run.task_of[client] for client in clients]
     if len(clients) <= _MOST_NAMED:
         size = 8.0 if len(clients) <= 12 else 6.0
-        axes.set_xticks(places, clients, rotation=90, fontsize=size)
-        axes.set_yticks(places, clients, fontsize=size)
+        names = [short(client) for client in clients]
+        axes.set_xticks(places, names, rotation=90, fontsize=size)
+        axes.set_yticks(places, names, fontsize=size)
     else:
         middles = {t: (tasks.index(t) + len(tasks) - 1 - tasks[::-1].index(t)) / 2 for t in tasks}
         axes.set_xticks(list(middles.values()), list(middles), rotation=90)
@@ -117,7 +118,7 @@ def _matrix(
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=18, pad=0.03)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _rows(clients: list[str], array: NDArray[np.float64]) -> list[list[str]]:

@@ -22,7 +22,7 @@ from pilot_flwr.errors import PilotError
 from pilot_flwr.model.base import load_processor
 from pilot_flwr.model.features import FeatureCache
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.report.drawing import Figure, Panel, Table
+from pilot_flwr.report.drawing import Figure, Panel, Table, short
 from pilot_flwr.report.gather import RunData
 from pilot_flwr.results.runs import Run, open_run, personal, personal_model
 from pilot_flwr.wording import headline
@@ -213,7 +213,7 @@ def _mean_matrix(routed: list[Routed], tasks: list[str], axes: Axes) -> None:
     array = np.array([[_of(row, task) for task in tasks] for row in routed])
     image = axes.imshow(array, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=20 if len(tasks) > 3 else 0)
-    axes.set_yticks(range(len(routed)), [row.client for row in routed])
+    axes.set_yticks(range(len(routed)), [short(row.client) for row in routed])
     axes.grid(visible=False)
     axes.tick_params(length=0)
     for index, row in enumerate(routed):
