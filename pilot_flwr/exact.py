@@ -85,6 +85,27 @@ def product_residual(
     return residual
 
 
+def largest_residual(lora: State, *, terms: int) -> dict[str, Tensor]:
+    """Return tensors without content, of the shapes of the largest residual.
+
+    Parameters
+    ----------
+    lora : state
+        One client's LoRA, of which the shapes count alone.
+    terms : int
+        How many products of two such factors are in it: K + 1 for each round.
+    """
+    largest: dict[str, Tensor] = {}
+    for name, a in lora.items():
+        if name.endswith(A):
+            layer = name.removesuffix(A)
+            outputs, inputs = lora[layer + B].shape[0], a.shape[1]
+            rank = min(terms * a.shape[0], outputs, inputs)
+            largest[name] = torch.empty(rank, inputs, device="meta")
+            largest[layer + B] = torch.empty(outputs, rank, device="meta")
+    return largest
+
+
 def joined(lora: State, residual: State) -> dict[str, Tensor]:
     """Return one LoRA whose products are those of two, added: their factors side by side.
 

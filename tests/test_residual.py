@@ -159,8 +159,9 @@ def test_it_is_in_the_timeline(run):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("strategy.sharing.lora=A", "`strategy.sharing.lora` is 'A' but must be 'AB'"),
-        ("strategy.server_optimizer.name=adam", "must be 'none' with `strategy.lora=exact`"),
+        ("strategy.sharing.lora=A", "`strategy.sharing.lora` is A but must be AB"),
+        ("strategy.server_optimizer.name=adam", "must be none with `strategy.lora=exact`"),
+        ("train.ditto.enabled=true train.epochs=2", "`train.ditto.enabled` is true"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(override, message):

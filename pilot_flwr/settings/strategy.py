@@ -116,16 +116,6 @@ class StrategyConfig:
                 "`strategy.stages` is 2 but must be 1 with `strategy.sharing.adapter=false`: "
                 "CT-MoA mixes the task adapters that clients share."
             )
-        if self.lora == "exact" and self.sharing.lora != "AB":
-            raise ConfigError(
-                f"`strategy.sharing.lora` is {self.sharing.lora!r} but must be 'AB' with "
-                "`strategy.lora=exact`, which needs the products B A."
-            )
-        if self.lora == "exact" and self.server_optimizer.name != "none":
-            raise ConfigError(
-                f"`strategy.server_optimizer.name` is {self.server_optimizer.name!r} but must be "
-                "'none' with `strategy.lora=exact`, which keeps a mean and no step towards it."
-            )
         at_least("strategy.rounds", self.rounds, 1)
         at_least("strategy.num_neighbors", self.num_neighbors, 1)
         at_least("strategy.min_replies", self.min_replies, 1)

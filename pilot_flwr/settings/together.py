@@ -40,6 +40,15 @@ RULES = (
         {"train.ditto.enabled": True},
         {**_ONE_CONNECTOR, **_WHOLE, "strategy.trained_by": "clients"},
     ),
+    # The products B A are needed, and their mean rather than a step towards it.
+    Rule(
+        {"strategy.lora": "exact"},
+        {
+            "strategy.sharing.lora": "AB",
+            "strategy.server_optimizer.name": "none",
+            "train.ditto.enabled": False,
+        },
+    ),
     # There is nothing to be drawn to, and nothing that leaves.
     Rule(
         {"strategy.sharing.adapter": False, "strategy.sharing.lora": "none"},
