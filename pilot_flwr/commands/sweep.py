@@ -93,16 +93,20 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | N
     from pilot_flwr.sweeping.table import compare
     from pilot_flwr.sweeping.writing import as_markdown
 
-    _say(f"\nResults: {folder.results}")
     plan = read_plan(folder)
     assert plan is not None
+    _say(f"\nResults: {folder.results}")
     current = {job.name for job in plan.current}
-    if any(row["status"] == DONE and row["mean"] != "" for row in rows):
+    try:
         comparisons = compare(read_rows(folder.results), baseline)
+    except ConfigError as error:  # nothing has succeeded, or not the baseline
+        print(f"No table: {error}", file=sys.stderr)
+    else:
         table = "\n".join(as_markdown(comparison) for comparison in comparisons)
         write_text(folder.table, table)
         _say(f"Table: {folder.table}\n\n{table}")
-        write_report(folder.path, *(["--baseline", baseline] if baseline else []))
+        if not all("run.report=false" in job.words for job in plan.current):
+            write_report(folder.path, *(["--baseline", baseline] if baseline else []))
     failed = [row for row in rows if row["job"] in current and row["status"] != DONE]
     if failed:
         print(f"\n{len(failed)} of {len(current)} jobs failed:", file=sys.stderr)

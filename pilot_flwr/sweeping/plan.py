@@ -86,20 +86,23 @@ def plan_jobs(words: Sequence[str]) -> list[Job]:
     """
     choices: dict[str, list[str]] = {}
     swept: set[str] = set()
-    try:
-        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-            for override in parser.parse_overrides(list(words)):
-                key = override.get_key_element()
-                choices[key] = _values(override)
-                swept.discard(key)  # a later word for a setting takes the place of an earlier
-                if override.is_sweep_override():
-                    swept.add(key)
-    except HydraException as error:
-        raise ConfigError(str(error)) from None
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for word in words:
+            try:
+                (override,) = parser.parse_overrides([word])
+                key, values = override.get_key_element(), _values(override)
+            except (HydraException, ValueError) as error:
+                raise ConfigError(
+                    f"The override {word!r} cannot be read: {str(error).splitlines()[0]}."
+                ) from None
+            choices[key] = values
+            swept.discard(key)  # a later word for a setting takes the place of an earlier
+            if override.is_sweep_override():
+                swept.add(key)
     jobs = []
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True))
+    for combination in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, combination, strict=True))
         differing = {key.lstrip("+"): chosen[key] for key in choices if key in swept}
         job_words = tuple(f"{key}={value}" for key, value in chosen.items())
         jobs.append(Job(job_name(differing), job_words, differing))
