@@ -1,5 +1,7 @@
 """One model trained on all data, and one that nobody trains: what a federation is held against."""
 
+import re
+
 import pytest
 import torch
 from flwr.app import MessageType
@@ -15,6 +17,7 @@ from pilot_flwr.data.pooled import PooledExamples
 from pilot_flwr.errors import BelowMinimum, ConfigError
 from pilot_flwr.model.initial import initial_state
 from pilot_flwr.results.runs import client_model, open_run
+from pilot_flwr.server.tables import summary, timeline
 
 TWO_TASKS = (
     f"{SMALL} data.train_examples=3 data.test_examples=1 data.tasks=[vqa,counting] "
@@ -64,6 +67,8 @@ def test_one_client_trains_on_pooled_data_and_all_evaluate(pooled):
     evaluated = {(e["client"], e["round"]) for e in pooled.folder.select("evaluate")}
     assert evaluated == {(c, r) for c in ("vqa-0", "counting-0") for r in (0, 1, 2)}
     assert [e["clients"] for e in pooled.folder.select("aggregate")] == [1, 1]
+    last = timeline(pooled.folder.events).splitlines()[-1]
+    assert re.match(r"\| evaluation +\| 2 clients ", last)  # not those of the exchanges before
 
 
 def test_examples_are_pooled_in_order_and_told_apart():
@@ -97,6 +102,7 @@ def test_nobody_trains_and_every_exchange_evaluates_the_base_model(tmp_path, mak
     assert kinds == {MessageType.QUERY, MessageType.EVALUATE}
     scores = {(e["client"], e["round"]): e["score"] for e in federation.folder.select("evaluate")}
     assert len(scores) == 6
+    assert "| exchange 2 |" in summary(federation.folder.events)
     assert all(score == scores[client, 0] for (client, _), score in scores.items())
     got = client_model(open_run(tmp_path / "run"), "vqa-0", device=torch.device("cpu"))
     base = make_model(client_adapter=False)

@@ -53,9 +53,10 @@ def _export(options: argparse.Namespace) -> int:
     new_folder(options.folder)
     (_merge if options.merge else _write)(run, who, options)
     if who.private is not None and not who.private.empty:
-        held = ", ".join(
-            GROUPS[group].symbol for group, named in who.private.groups.items() if named
-        )
+        own, second = who.private.groups, who.private.personal
+        parts = [GROUPS[group].symbol for group, named in own.items() if named]
+        parts += [f"{GROUPS[group].symbol} of its personal model" for group in second]
+        held = ", ".join(parts)
         say(
             f"This folder holds adapters that never left client {who.name} during the run "
             f"({held}). Pass it on only if the client agrees."

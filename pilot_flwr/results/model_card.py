@@ -103,7 +103,10 @@ def _front_matter(base: str) -> str:
 
 def _what(run: Run, who: Personal, stage: int) -> str:
     exchange = run.checkpoint.server_round
-    paper = "tuned with Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), federated"
+    paper = (
+        f"tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985) with the method "
+        f"`{run.recorded.strategy.name}`"
+    )
     base = f"`{run.config.model.path}`"
     if who.private is None:
         return (

@@ -50,7 +50,8 @@ def timeline(events: Sequence[Event]) -> str:
             ]
         )
     for closed in select(events, "closing_evaluation"):
-        orders = [e for e in select(events, "order") if e["phase"] == "evaluate"]
+        # In earlier exchanges it is the clients that do not train that only evaluate.
+        orders = [e for e in select(events, "order") if e["round"] > closed["round"]]
         scores = len(select(events, "evaluate", closed["round"]))
         down = "<br>".join(_bytes(orders, "down"))
         what = f"{len(orders)} clients"
@@ -75,7 +76,7 @@ def summary(events: Sequence[Event]) -> str:
     header = ["task", "metric", "test examples"]
     for number in rounds:
         stages = sorted({str(event["stage"]) for event in select(events, "train", number)})
-        title = f"exchange {number} (stage {' and '.join(stages)})"
+        title = f"exchange {number}" + (f" (stage {' and '.join(stages)})" if stages else "")
         header.append("zero-shot" if number == 0 else title)
     rows = [header]
     means: dict[int, list[float]] = defaultdict(list)
