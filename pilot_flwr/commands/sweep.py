@@ -12,6 +12,7 @@ from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:  # heavy imports stay inside handlers
     from pilot_flwr.sweeping.folder import SweepFolder
+    from pilot_flwr.sweeping.plan import Job
 
 SUCCESS, FAILURE = 0, 1
 
@@ -105,7 +106,7 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | N
         table = "\n".join(as_markdown(comparison) for comparison in comparisons)
         write_text(folder.table, table)
         _say(f"Table: {folder.table}\n\n{table}")
-        if not all("run.report=false" in job.words for job in plan.current):
+        if not all(map(_unreported, plan.current)):
             write_report(folder.path, *(["--baseline", baseline] if baseline else []))
     failed = [row for row in rows if row["job"] in current and row["status"] != DONE]
     if failed:
@@ -117,6 +118,10 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | N
         again = f"pilot-flwr sweep --out {shlex.quote(str(folder.path))}"
         print(f"To try them again: {again}", file=sys.stderr)
     return FAILURE if failed else SUCCESS
+
+
+def _unreported(job: "Job") -> bool:
+    return any(word.lower() == "run.report=false" for word in job.words)
 
 
 def _say(line: str) -> None:

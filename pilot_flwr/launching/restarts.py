@@ -45,6 +45,8 @@ def words_of_run(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         `resume` names no run, or `run.folder` another folder.
     """
     named = [word for word in words if _key(word) == "resume"]
+    if not named:
+        return None, list(words)
     config = load_config(shlex.join(named[-1:]))
     if not config.resume:
         return None, list(words)
