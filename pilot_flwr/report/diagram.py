@@ -5,7 +5,6 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from pilot_flwr.model.parameters import GROUPS
 from pilot_flwr.report.drawing import Figure, Panel, colour, math_text, some, text_on
 from pilot_flwr.report.gather import Exchange, RunData, symbol
 from pilot_flwr.storage.run_folder import select
@@ -21,6 +20,9 @@ GROUP_COLOURS = {
     "cross_task_adapters": 3,
     "router": 4,
 }
+
+TRAVELS_AS = {"lora": "lora", "own_task_adapter": "task_adapters"}
+"""What a group of parameters is called in a message."""
 
 _STAGE_FILL = {1: "#EAF4FB", 2: "#FDF3E3"}
 _LINE = "#555555"
@@ -41,7 +43,8 @@ def time_line(run: RunData) -> Figure:
         "the number of parameters that had gradients on one client; an arrow in the box means "
         "that it was sent, a ring that it stayed with the client. Arrows between server and "
         "clients are as thick as what travelled was large, and carry its bytes summed over the "
-        "clients."
+        "clients. Θ_l is the LoRA, ψ_t a task adapter, ψ_s the client adapter, ψ_c the cross-task "
+        "adapters, φ the router."
     )
     if left_out:
         text += f" {count(left_out, 'exchange')} of {len(by_number)} not drawn."
@@ -62,7 +65,10 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
     axes.set_title(f"exchange {exchange.number}{of_total}, {seconds}")
     _box(axes, 0.0, _TOP, 1.0, 1 - _TOP, "#F4F4F4")
     axes.text(0.03, 0.96, "server", weight="bold", va="top")
-    axes.text(0.97, 0.96, _server(exchange), va="top", ha="right", fontsize=8, linespacing=1.25)
+    done = "\n".join(_server(exchange))
+    for name in ("Θ_l", "ψ_t"):
+        done = done.replace(name, math_text(name))
+    axes.text(0.97, 0.96, done, va="top", ha="right", fontsize=8, linespacing=1.25)
     largest = max(sum(way.values()) for e in run.exchanges for way in (e.down, e.up)) or 1
     _arrow(axes, 0.10, down=True, share=sum(exchange.down.values()) / largest)
     _arrow(axes, 0.58, down=False, share=sum(exchange.up.values()) / largest)
@@ -91,7 +97,7 @@ def _clients(
         shade = colour(GROUP_COLOURS.get(group, 7))
         _box(axes, left, low, 0.46, tall - 0.03, shade, edge=shade)
         numbers = f"{most:,}" if least == most else f"{least:,}–{most:,}"
-        private = any(name == group and parts.private for name, parts in GROUPS.items())
+        sent = TRAVELS_AS.get(group) in exchange.up
         axes.text(
             left + 0.02,
             low + (tall - 0.03) / 2,
@@ -103,7 +109,7 @@ def _clients(
         axes.text(
             left + 0.445,
             low + (tall - 0.03) / 2,
-            "○" if private else "↑",
+            "↑" if sent else "○",
             color=text_on(shade),
             va="center",
             ha="right",
@@ -112,16 +118,18 @@ def _clients(
         )
 
 
-def _server(exchange: Exchange) -> str:
+def _server(exchange: Exchange) -> list[str]:
+    """Say what the server did, from what its aggregation told."""
     lines = []
     if exchange.tasks:
         members = ", ".join(str(len(clients)) for clients in exchange.tasks.values())
-        lines.append(f"averages $ψ_t$ per task, of {members} clients")
-    others = sorted({len(shares) - 1 for shares in exchange.weights.values()})
+        kind = "per task, " if len(exchange.tasks) > 1 else ""
+        lines.append(f"averages ψ_t {kind}of {members} clients")
+    others = sorted({len({*shares} - {own}) for own, shares in exchange.weights.items()})
     if others:
-        mixed = f"{len(exchange.weights)} $Θ_l$"
-        lines.append(f"mixes {mixed}, each with {'–'.join(map(str, others))} others")
-    return "\n".join(lines) or "no aggregation"
+        with_others = "–".join(map(str, others))
+        lines.append(f"mixes {len(exchange.weights)} Θ_l, each with {with_others} others")
+    return lines or ["no aggregation"]
 
 
 def _sizes(way: dict[str, int]) -> str:
@@ -170,7 +178,8 @@ def _words(exchange: Exchange) -> str:
         for stage, clients in exchange.stages.items()
     )
     down, up = (
-        ", ".join(_sizes(way).replace("$", "").splitlines()) for way in (exchange.down, exchange.up)
+        ", ".join(f"{symbol(name)} {human_bytes(size)}" for name, size in way.items()) or "nothing"
+        for way in (exchange.down, exchange.up)
     )
-    server = _server(exchange).replace("$", "").replace("\n", "; ")
+    server = "; ".join(_server(exchange))
     return f"Exchange {exchange.number}: {stages}. Down: {down}. Up: {up}. Server: {server}."

@@ -190,7 +190,10 @@ def short(name: str) -> str:
 
 def math_text(symbol: str) -> str:
     """Return a symbol such as ``ψ_t`` so that its index is drawn as one."""
-    return f"${symbol}$" if "_" in symbol else symbol
+    base, _, index = symbol.partition("_")
+    index, _, power = index.partition("^")
+    drawn = f"{base}_{{{index}}}" + (f"^{{{power}}}" if power else "")
+    return f"${drawn}$" if index else symbol
 
 
 def text_on(background: str) -> str:

@@ -194,7 +194,7 @@ class TensorBoard:
     def _open(self, purge_step: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-        return SummaryWriter(str(self._folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(self._folder), purge_step=purge_step)
 
 
 class WeightsAndBiases:
