@@ -26,6 +26,7 @@ BENCHMARKS = (
     "privacy",
     "fuzz",
     "faults",
+    "engines",
     "gpu",
 )
 

@@ -1,4 +1,4 @@
-"""The in-process engine: what it leaves is what Flower's simulation with Ray leaves, bit for bit."""
+"""The in-process engine leaves what Flower's simulation with Ray leaves, bit for bit."""
 
 import json
 import os
