@@ -72,8 +72,9 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
     largest = max(sum(way.values()) for e in run.exchanges for way in (e.down, e.up)) or 1
     _arrow(axes, 0.10, down=True, share=sum(exchange.down.values()) / largest)
     _arrow(axes, 0.58, down=False, share=sum(exchange.up.values()) / largest)
-    for place, way in ((0.17, exchange.down), (0.65, exchange.up)):
-        axes.text(place, (_TOP + _BOTTOM) / 2, _sizes(way), va="center", fontsize=8.5)
+    for place, way, name in ((0.17, exchange.down, "down"), (0.65, exchange.up, "up")):
+        words = _sizes(way) or f"nothing {name}"
+        axes.text(place, (_TOP + _BOTTOM) / 2, words, va="center", fontsize=8.5)
     height = _BOTTOM / max(1, len(exchange.stages))
     for row, (stage, clients) in enumerate(exchange.stages.items()):
         bottom = _BOTTOM - (row + 1) * height
@@ -134,7 +135,7 @@ def _server(exchange: Exchange) -> list[str]:
 
 def _sizes(way: dict[str, int]) -> str:
     sizes = (f"{math_text(symbol(n))}  {human_bytes(size)}" for n, size in way.items())
-    return "\n".join(sizes) or "nothing"
+    return "\n".join(sizes)
 
 
 def _box(

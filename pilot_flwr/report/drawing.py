@@ -81,12 +81,15 @@ class Panel:
         What it shows, in words, for people who cannot see it.
     width, height : float
         In inches.
+    continuous : bool
+        Whether its colours mean numbers, so that none may be replaced by a similar one.
     """
 
     draw: Callable[[Axes], None]
     alt: str
     width: float = PANEL_INCHES[0]
     height: float = PANEL_INCHES[1]
+    continuous: bool = False
 
     @cached_property
     def png(self) -> bytes:
@@ -97,7 +100,11 @@ class Panel:
             FigureCanvasAgg(canvas)
             self.draw(canvas.add_subplot())
             canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
-        return stream.getvalue()
+        if self.continuous:
+            return stream.getvalue()
+        smaller = io.BytesIO()
+        _few_colours(Image.open(stream)).save(smaller, format="png", optimize=True)
+        return smaller.getvalue()
 
     def data_uri(self) -> str:
         """Return the picture as a ``data:`` URI."""
@@ -169,8 +176,14 @@ def save_png(figure: Figure, folder: Path) -> Path:
         row, column = divmod(index, columns)
         sheet.paste(picture, (_GAP + column * width, _GAP + row * height))
     path = folder / f"{figure.name}.png"
-    sheet.save(path, dpi=(_DPI, _DPI))
+    exact = any(panel.continuous for panel in figure.panels)
+    (sheet if exact else _few_colours(sheet)).save(path, dpi=(_DPI, _DPI), optimize=True)
     return path
+
+
+def _few_colours(picture: Image.Image) -> Image.Image:
+    """Return lines and letters in 256 colours: the same to look at, in a third of the bytes."""
+    return picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
 
 
 def colour(index: int) -> str:

@@ -75,6 +75,7 @@ def _figure(
             partial(_matrix, run, clients, arrays[number], number, label, colours, high),
             f"{title} after exchange {number}: {len(clients)} by {len(clients)} clients.",
             height=_SIDE,
+            continuous=True,
         )
         for number in shown
     ]

@@ -200,6 +200,7 @@ def _means(run: RunData, routed: list[Routed]) -> Figure:
         partial(_mean_matrix, routed, tasks),
         "Mean router probability of every client for every task.",
         height=max(2.4, min(height, 12.0)),
+        continuous=True,
     )
     title = "Router: mean probability per task"
     return Figure("router", title, text, [panel], [Table("Mean probabilities", rows)])
@@ -256,6 +257,7 @@ def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
             "the image.",
             width=3.6 if len(run.tasks) <= 3 else 3.6 * (len(run.tasks) + 1) / 4,
             height=1.35,
+            continuous=True,
         )
         for row in shown
         for index in range(len(row.images))

@@ -104,7 +104,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("base model", run.config.model.path),
         ("seed", str(run.config.seed)),
         ("code", code_words(run.code)),
-        ("run folder", str(run.folder)),
+        ("run folder", run.folder.absolute().name),
     ]
 
 

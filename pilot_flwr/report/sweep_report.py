@@ -229,8 +229,8 @@ def _curves(
     if not curves:
         return Figure(name, title, "The jobs' run folders are not here, so there are no curves.")
     text = (
-        "Mean over seeds of the scores after each exchange; 0 is the untouched base model. Methods "
-        "with one exchange more or less than others end where they end."
+        "Mean over seeds of the scores after each exchange; 0 is the untouched base model. The "
+        "line of a method with fewer exchanges ends earlier."
     )
     rows_of_legend = (len(curves) + 1) // 2
     height = PANEL_INCHES[1] + 0.17 * rows_of_legend
@@ -278,7 +278,7 @@ def _facts(path: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("engine", ", ".join(dict.fromkeys(row["engine"] for row in done))),
         ("commit", ", ".join(commits) + (", with changes not committed" if changed else "")),
         ("versions", "; ".join(dict.fromkeys(row["versions"] for row in done))),
-        ("results", str(_csv(path))),
+        ("results", f"{_csv(path).absolute().parent.name}/{RESULTS}"),
     ]
 
 
