@@ -1,9 +1,9 @@
 """Time the same run under Flower's simulation with Ray and in-process, and jobs of a sweep.
 
 Run ``python benchmarks/engines.py`` (about 6 minutes on 2 cores) to renew
-``benchmarks/results/engines.json``, or ``--quick`` to see that it works: a tiny run, in-process alone.
-A run's time is that of its whole command, from start to exit, without the report. A further job's is
-the difference between sweeps of three jobs and of one, by two.
+``benchmarks/results/engines.json``, or ``--quick`` to see that it works: a tiny run, in-process
+alone. A run's time is that of its whole command, from start to exit, without the report. A
+further job's is the difference between sweeps of three jobs and of one, by two.
 """
 
 import argparse
