@@ -52,24 +52,16 @@ def ask_caption(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[st
     return asked, f"the digits {first}, {second}, {third} and {fourth}"
 
 
-def ask_column(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for a column; the answer is two words, from top to bottom."""
-    side = int(rng.integers(2))
-    return f"Read the {('left', 'right')[side]} column.", _words(labels[[side, side + 2]])
-
-
-def ask_backwards(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for a row from right to left; the answer is two words."""
+def ask_row(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for the two digits of a row; the answer is two words."""
     row = int(rng.integers(2))
-    asked = f"Read the {('top', 'bottom')[row]} row from right to left."
-    return asked, _words(labels[[2 * row + 1, 2 * row]])
+    return f"Read the {('top', 'bottom')[row]} row.", _words(labels[2 * row : 2 * row + 2])
 
 
-def ask_numerals(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for a row in numerals; the answer is two of them."""
-    row = int(rng.integers(2))
-    first, second = labels[2 * row : 2 * row + 2]
-    return f"Write the {('top', 'bottom')[row]} row in numerals.", f"{first} {second}"
+def ask_numeral(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for the digit at a position as a numeral."""
+    place = int(rng.integers(4))
+    return f"Write the numeral at the {POSITIONS[place]}.", str(labels[place])
 
 
 def ask_columns(labels: NDArray[np.int64], rng: np.random.Generator) -> tuple[str, str]:
@@ -110,9 +102,8 @@ WRITERS: dict[str, Writer] = {
     "vqa": ask_position,
     "counting": ask_count,
     "captioning": ask_caption,
-    "column": ask_column,
-    "backwards": ask_backwards,
-    "numerals": ask_numerals,
+    "row": ask_row,
+    "numeral": ask_numeral,
     "columns": ask_columns,
     "grounding": ask_box,
 }

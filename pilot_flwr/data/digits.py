@@ -265,11 +265,11 @@ def _example(name: str, task: str, pool: _Ints, style: Style, rng: np.random.Gen
 def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
     """Four different scans, except for two tasks.
 
-    For counting, every count from 0 to 4 is equally likely; for grounding, two places are blank
-    and the other two hold different digits.
+    For counting, every count from 0 to 4 is equally likely; for grounding, the page has one digit
+    or two different ones, equally likely, and the other places are blank.
     """
     if task == "grounding":
-        return _choose_two(pool, rng)
+        return _choose_few(pool, rng)
     if task != "counting":
         return rng.choice(pool, 4, replace=False)
     odd = load_scans().labels[pool] % 2 == 1
@@ -278,11 +278,12 @@ def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
     return rng.permutation(np.concatenate(parts))
 
 
-def _choose_two(pool: _Ints, rng: np.random.Generator) -> _Ints:
+def _choose_few(pool: _Ints, rng: np.random.Generator) -> _Ints:
     labels = load_scans().labels[pool]
     first = int(rng.integers(len(pool)))
     second = int(rng.choice(np.flatnonzero(labels != labels[first])))
-    return rng.permutation(np.array([pool[first], pool[second], BLANK, BLANK]))
+    other = pool[second] if rng.integers(2) else BLANK
+    return rng.permutation(np.array([pool[first], other, BLANK, BLANK]))
 
 
 def _check_client(client_index: int, num_clients: int) -> None:
