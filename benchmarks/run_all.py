@@ -28,6 +28,7 @@ BENCHMARKS = (
     "faults",
     "payload",
     "deployment",
+    "engines",
     "gpu",
 )
 

@@ -427,6 +427,20 @@ def plan_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
+def engines_rows(results: Results) -> Rows:
+    """Rows of ``engines.json``."""
+    ray, here = results["ray"]["command_seconds"], results["in-process"]["command_seconds"]
+    further = results["sweep_in_process"]["further_job_seconds"]
+    return [
+        [
+            "the demo from command to exit: Flower's simulation with Ray; in-process; a further "
+            "job of an in-process sweep",
+            f"{ray:.0f} s; {here:.0f} s; {further:.0f} s",
+            "",
+        ]
+    ]
+
+
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
@@ -440,6 +454,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "deployment": deployment_rows,
     "privacy": privacy_rows,
     "fuzz": fuzz_rows,
+    "engines": engines_rows,
 }
 """Rows by the name of a result file."""
 

@@ -18,21 +18,27 @@ Source: Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), "Adaptive Text-Adapte
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pilot_flwr.arrays import (
     Array,
     ClientUpdateError,
     Matrix,
     State,
-    centred_gram,
     check_states,
     combine,
 )
+from pilot_flwr.distances import pairwise_distances
 from pilot_flwr.errors import ConfigError, UpdateError
 
-# Below this share of G_kk + G_jj, G_kk + G_jj - 2 G_kj has lost too many of its 16 digits.
-_CANCELLATION = 1e-6
+__all__ = [
+    "adaptive_weights",
+    "group_weights",
+    "mix",
+    "pairwise_distances",
+    "task_aware_average",
+    "weighted_average",
+]
+
 _ROW_SUM_TOLERANCE = 1e-6
 
 
@@ -114,44 +120,12 @@ def weighted_average(states: Sequence[State], num_examples: Sequence[float]) -> 
     return _average(states, counts, range(len(states)))
 
 
-def pairwise_distances(states: Sequence[State]) -> Matrix:
-    """Compute the Euclidean distance between every two states, all tensors as one vector.
-
-    ::
-
-        d_kj = || S_k - S_j ||_2,   d_kj^2 = G_kk + G_jj - 2 G_kj,   G = D D^T,   D_k = S_k - S_0
-
-    Parameters
-    ----------
-    states : sequence of state
-        One state per client, K in all, with the same names, shapes and dtypes.
-
-    Returns
-    -------
-    ndarray of float64, shape (K, K)
-        Symmetric, exactly 0 on the diagonal and between identical clients.
-
-    Raises
-    ------
-    UpdateError
-        If there is no client, the tensors do not match, or one of them holds NaN or Inf.
-
-    Notes
-    -----
-    Differences and products are float64. Pairs that lie so close together, and so far from client
-    0, that G cancels are computed again relative to one of themselves: one more pass per such
-    cluster. docs/design.md section 4.
-    """
-    check_states(states, range(len(states)))
-    distances = np.sqrt(_squared_distances(states))
-    # Copies of one client get one row, so that rounding cannot decide the ties between them.
-    original = (distances == 0).argmax(axis=1)
-    unified: Matrix = distances[np.ix_(original, original)]
-    return unified
-
-
 def adaptive_weights(
-    distances: Matrix, num_examples: Sequence[float], num_neighbors: int
+    distances: Matrix,
+    num_examples: Sequence[float],
+    num_neighbors: int,
+    *,
+    self_weight: bool = True,
 ) -> Matrix:
     """Compute the ATA weights of every client from the distances between clients.
 
@@ -171,11 +145,14 @@ def adaptive_weights(
         The training examples n_k of each client, positive and finite.
     num_neighbors : int
         The number of neighbours M, at least 1; K or more means all other clients.
+    self_weight : bool
+        Whether a client's own LoRA counts; without it W_kk = 0, an ablation.
 
     Returns
     -------
     ndarray of float64, shape (K, K)
-        Row k holds the weights of client k's mixture; rows sum to 1. K = 1 gives [[1]].
+        Row k holds the weights of client k's mixture; rows sum to 1. K = 1 gives [[1]], as there
+        is nothing else to mix.
 
     Raises
     ------
@@ -208,9 +185,44 @@ def adaptive_weights(
     inverse = np.divide(closest, near, out=(near == 0).astype(np.float64), where=closest > 0)
     weights: Matrix = np.zeros_like(others)
     np.put_along_axis(weights, nearest, inverse / inverse.sum(axis=1, keepdims=True), axis=1)
-    np.fill_diagonal(weights, 1)
+    np.fill_diagonal(weights, float(self_weight or len(others) == 1))
     weights *= counts
     weights /= weights.max(axis=1, keepdims=True)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
+
+
+def group_weights(groups: Sequence[str], num_examples: Sequence[float]) -> Matrix:
+    """Compute the weights of the mean over each client's group: FedAvg within groups.
+
+    ::
+
+        W_kj = n_j / sum_{m in G(k)} n_m   for j in G(k), the clients of k's group;  else 0
+
+    Parameters
+    ----------
+    groups : sequence of str
+        The group of each client: its task, or the same for all (FedAvg over all).
+    num_examples : sequence of float
+        The training examples n_k of each client, positive and finite.
+
+    Returns
+    -------
+    ndarray of float64, shape (K, K)
+        Equal rows within a group; rows sum to 1.
+
+    Raises
+    ------
+    UpdateError
+        If there is no client, or the examples are not K positive finite numbers.
+
+    Notes
+    -----
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data".
+    """
+    counts = _check_examples(num_examples, len(groups))
+    names = np.array(groups)
+    weights: Matrix = (names[:, None] == names[None, :]) * (counts / counts.max())
     weights /= weights.sum(axis=1, keepdims=True)
     return weights
 
@@ -232,8 +244,9 @@ def mix(states: Sequence[State], weights: Matrix) -> list[dict[str, Array]]:
     Returns
     -------
     list of state
-        K new states. Summed in float64 and rounded to a narrower dtype once, so that a common
-        offset costs no accuracy; where all clients hold the same bits, so does the result.
+        K new states; clients with the same row of weights share one. Summed in float64 and
+        rounded to a narrower dtype once, so that a common offset costs no accuracy; where all
+        clients hold the same bits, so does the result.
 
     Raises
     ------
@@ -253,37 +266,17 @@ def mix(states: Sequence[State], weights: Matrix) -> list[dict[str, Array]]:
         raise UpdateError(f"The weights of {len(states)} clients have shape {matrix.shape}.")
     if not np.all(matrix >= 0) or np.any(np.abs(matrix.sum(axis=1) - 1) > _ROW_SUM_TOLERANCE):
         raise UpdateError("The weights must not be negative, and each row must sum to 1.")
-    return combine(states, matrix / matrix.sum(axis=1, keepdims=True), clients)
+    matrix = matrix / matrix.sum(axis=1, keepdims=True)
+    _, first, row_of = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
+    distinct = np.sort(first)
+    results = combine(states, matrix[distinct], clients)
+    return [results[place] for place in np.searchsorted(distinct, first[row_of.ravel()])]
 
 
 def _average(states: Sequence[State], counts: Matrix, clients: Sequence[int]) -> dict[str, Array]:
     check_states(states, clients)
     shares = counts / counts.max()
     return combine(states, (shares / shares.sum())[None, :], clients)[0]
-
-
-def _squared_distances(states: Sequence[State]) -> Matrix:
-    """Return the squared distances, exact to about 1e-9 relative wherever they are not 0."""
-    gram = centred_gram(states)
-    norms = gram.diagonal()
-    scale = norms[:, None] + norms[None, :]
-    squared: Matrix = scale - (gram + gram.T)
-    np.fill_diagonal(squared, 0)
-    cancelled = squared < _CANCELLATION * scale
-    np.fill_diagonal(cancelled, False)
-    # Client 0 is the origin and never among the cancelled, so that the recursion ends.
-    for cluster in _components(cancelled):
-        squared[np.ix_(cluster, cluster)] = _squared_distances([states[k] for k in cluster])
-    return squared
-
-
-def _components(linked: NDArray[np.bool_]) -> list[list[int]]:
-    """Return the connected components with at least two members of a symmetric relation."""
-    labels = np.arange(len(linked))
-    for _ in labels:  # a label crosses one link per step, and no path is longer than K
-        labels = np.minimum(labels, np.where(linked, labels, len(labels)).min(axis=1))
-    groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-    return [group for group in groups if len(group) > 1]
 
 
 def _check_examples(num_examples: Sequence[float], clients: int) -> Matrix:

@@ -12,12 +12,34 @@ import sys
 from collections.abc import Sequence
 
 from pilot_flwr import __version__
-from pilot_flwr.commands import chat, data, evaluate, export, plan, predict, run
+from pilot_flwr.commands import (
+    chat,
+    data,
+    evaluate,
+    export,
+    plan,
+    predict,
+    report,
+    run,
+    sweep,
+    table,
+)
 from pilot_flwr.errors import ConfigError, PilotError
 
 FAILURE, USAGE = 1, 2
 
-COMMANDS = (run.add, plan.add, evaluate.add, predict.add, chat.add, export.add, data.add)
+COMMANDS = (
+    run.add,
+    sweep.add,
+    table.add,
+    plan.add,
+    report.add,
+    evaluate.add,
+    predict.add,
+    chat.add,
+    export.add,
+    data.add,
+)
 """In the order in which ``--help`` lists them."""
 
 

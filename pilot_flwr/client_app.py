@@ -14,7 +14,7 @@ from pilot_flwr.client.readiness import check_readiness
 from pilot_flwr.client.site import find_site, is_simulated, site_config
 from pilot_flwr.client.turn import check_budget, stage_trained, take_turn
 from pilot_flwr.config import PilotConfig, load_config
-from pilot_flwr.data.federation import count_examples
+from pilot_flwr.data.federation import count_examples, federation_clients, is_pooling
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
 from pilot_flwr.flower import replies, wire
 from pilot_flwr.flower.failures import OWN_ERROR, reply_text
@@ -55,7 +55,11 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Say which client this node is, of what version, and whether it holds stage-1 state."""
     check_readiness(site, config)
     check_budget(site, config)
-    examples = count_examples(config.data, site.client, "train", seed=config.seed, files=site.files)
+    pooling = is_pooling(config.strategy, site.client)
+    examples = sum(
+        count_examples(config.data, client, "train", seed=config.seed, files=site.files)
+        for client in (federation_clients(config.data) if pooling else [site.client])
+    )
     return wire.encode_member(
         Member(
             site.client.id,

@@ -70,14 +70,20 @@ class TaskClientConnector(nn.Module):
 
     Parameters
     ----------
-    task_adapter, client_adapter : Adapter
-        ψ_t and ψ_s.
+    task_adapter : Adapter
+        ψ_t.
+    client_adapter : Adapter or None
+        ψ_s; without it ``x_img = x_t`` and there is no difference loss.
     reduction : str
         Reduction of the difference loss, see `pilot_flwr.losses.difference_loss`.
     """
 
     def __init__(
-        self, task_adapter: Adapter, client_adapter: Adapter, *, reduction: str = "normalized"
+        self,
+        task_adapter: Adapter,
+        client_adapter: Adapter | None,
+        *,
+        reduction: str = "normalized",
     ) -> None:
         super().__init__()
         self.task_adapter = task_adapter
@@ -87,12 +93,14 @@ class TaskClientConnector(nn.Module):
     def forward(self, features: Tensor) -> ConnectorOutput:
         """Map H_v (B, N, D) to x_img (B, N, C) and L_d."""
         task = self.task_adapter(features)
+        zero = task.new_zeros(())
+        if self.client_adapter is None:
+            return ConnectorOutput(task, zero, zero, zero)
         client = self.client_adapter(features)
         if torch.is_grad_enabled():
             difference = difference_loss(task, client, reduction=self.reduction)
         else:
-            difference = task.new_zeros(())
-        zero = task.new_zeros(())
+            difference = zero
         return ConnectorOutput(task + client, difference, zero, zero)
 
 
@@ -110,10 +118,10 @@ class CrossTaskMoA(nn.Module):
     ----------
     task_adapters : Mapping[str, Adapter]
         ψ_t of all T tasks by name; the first is the client's own.
-    cross_task_adapters : Mapping[str, Adapter]
-        ψ_c of the T − 1 foreign tasks, in the same order.
-    client_adapter : Adapter
-        ψ_s.
+    cross_task_adapters : Mapping[str, Adapter] or None
+        ψ_c of the T − 1 foreign tasks, in the same order; without them ``h_i = ψ_t^i(H_v)``.
+    client_adapter : Adapter or None
+        ψ_s; without it there is none in the sum.
     router : Linear
         φ, D → T, without bias.
     use_client_adapter : bool
@@ -128,15 +136,15 @@ class CrossTaskMoA(nn.Module):
     def __init__(
         self,
         task_adapters: Mapping[str, Adapter],
-        cross_task_adapters: Mapping[str, Adapter],
-        client_adapter: Adapter,
+        cross_task_adapters: Mapping[str, Adapter] | None,
+        client_adapter: Adapter | None,
         router: nn.Linear,
         *,
         use_client_adapter: bool = True,
     ) -> None:
         super().__init__()
         self.tasks = tuple(task_adapters)
-        if tuple(cross_task_adapters) != self.tasks[1:]:
+        if cross_task_adapters is not None and tuple(cross_task_adapters) != self.tasks[1:]:
             raise ModelError(
                 f"Cross-task adapters are for {list(cross_task_adapters)} but must be for the "
                 f"foreign tasks {list(self.tasks[1:])}."
@@ -150,7 +158,9 @@ class CrossTaskMoA(nn.Module):
                 f"{len(self.tasks)} tasks."
             )
         self.task_adapters = nn.ModuleDict(dict(task_adapters))
-        self.cross_task_adapters = nn.ModuleDict(dict(cross_task_adapters))
+        self.cross_task_adapters = (
+            None if cross_task_adapters is None else nn.ModuleDict(dict(cross_task_adapters))
+        )
         self.client_adapter = client_adapter
         self.router = router
         self.use_client_adapter = use_client_adapter
@@ -164,10 +174,11 @@ class CrossTaskMoA(nn.Module):
         """Map H_v (B, N, D) to x_img (B, N, C), L_b and L_z."""
         logits = self.router_logits(features)
         probs = logits.softmax(-1)
-        mixed = self.client_adapter(features) if self.use_client_adapter else None
+        client = self.client_adapter if self.use_client_adapter else None
+        mixed = None if client is None else client(features)
         for index, task in enumerate(self.tasks):
             expert = self.task_adapters[task](features)
-            if index > 0:
+            if index > 0 and self.cross_task_adapters is not None:
                 expert = expert + self.cross_task_adapters[task](features)
             weight = probs[..., index, None].to(expert.dtype)
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
@@ -189,27 +200,26 @@ def is_reserved(task: str) -> bool:
 
 
 def stage1_connector(
-    projector: Adapter, *, initialisation: str, reduction: str
+    projector: Adapter, *, initialisation: str, reduction: str, client_adapter: bool = True
 ) -> TaskClientConnector:
     """Build stage 1 from the base model's pretrained projector.
 
     ``identity``: ψ_t is the projector and ψ_s ends in zero, so training starts exactly at the
-    base model. ``official``: ψ_t and ψ_s are both the projector.
+    base model. ``official``: ψ_t and ψ_s are both the projector. Without `client_adapter` there
+    is ψ_t alone.
     """
-    return TaskClientConnector(
-        projector.copy(),
-        projector.copy(zero_output=initialisation == "identity"),
-        reduction=reduction,
-    )
+    client = projector.copy(zero_output=initialisation == "identity") if client_adapter else None
+    return TaskClientConnector(projector.copy(), client, reduction=reduction)
 
 
 def stage2_connector(
     projector: Adapter,
     *,
     tasks: tuple[str, ...],
-    client_adapter: Adapter,
+    client_adapter: Adapter | None,
     initialisation: str,
     use_client_adapter: bool,
+    cross_task_adapters: bool = True,
     generator: torch.Generator,
 ) -> CrossTaskMoA:
     """Build stage 2: the client's own ψ_s, new ψ_c and φ, and room for T task adapters.
@@ -220,12 +230,14 @@ def stage2_connector(
         The base model's pretrained projector.
     tasks : tuple of str
         The client's own task first.
-    client_adapter : Adapter
-        ψ_s as stage 1 left it.
+    client_adapter : Adapter or None
+        ψ_s as stage 1 left it, if there is one.
     initialisation : {"identity", "official"}
         ``identity``: every ψ_c ends in zero. ``official``: every ψ_c is the projector.
     use_client_adapter : bool
         Whether ψ_s is added (design: `stage2_client_adapter`).
+    cross_task_adapters : bool
+        Whether there are ψ_c.
     generator : torch.Generator
         Draws the router, uniform in ±1/√D (torch's default for a linear layer), on the CPU.
     """
@@ -235,9 +247,10 @@ def stage2_connector(
     drawn = torch.empty(router.weight.shape, device="cpu")
     with torch.no_grad():
         router.weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    cross = {task: projector.copy(zero_output=initialisation == "identity") for task in tasks[1:]}
     return CrossTaskMoA(
         {task: projector.copy() for task in tasks},
-        {task: projector.copy(zero_output=initialisation == "identity") for task in tasks[1:]},
+        cross if cross_task_adapters else None,
         client_adapter,
         router.to(weight),
         use_client_adapter=use_client_adapter,

@@ -1,6 +1,7 @@
 """The ServerApp: load the configuration, open the run folder, run the strategy, close."""
 
 import logging
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pilot_flwr.flower.grid import PollingGrid
 from pilot_flwr.flower.identity import identity_of
 from pilot_flwr.flower.wire import RunInfo
 from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.parameters import Sharing
+from pilot_flwr.report.live import live_logs
 from pilot_flwr.server.announcements import Announcer
 from pilot_flwr.server.state import ServerState
 from pilot_flwr.storage.locks import hold
@@ -26,11 +29,14 @@ from pilot_flwr.storage.resume import (
     continue_run,
     restored,
 )
+from pilot_flwr.storage.run_folder import Event
 from pilot_flwr.strategy import PilotStrategy
 from pilot_flwr.submission import default_run_folder
 
 app = ServerApp()
 logger = logging.getLogger("flwr")
+
+Listener = Callable[[Event], None]
 
 SERVER_LOCK = ".server.lock"
 PATIENCE_SECONDS = 60.0
@@ -77,9 +83,15 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
             opened = begin_run(path, config, overrides, name=name)
         logger.info("Run folder: %s", path)
         announcer = Announcer(logger.info)
-        opened.folder.listener = announcer.event
         try:
-            federate(grid, config, opened)
+            with live_logs(
+                config,
+                opened.folder,
+                name=opened.identity.name,
+                after=opened.checkpoint.server_round if opened.checkpoint else None,
+            ) as log:
+                opened.folder.listener = both(announcer.event, log)
+                federate(grid, config, opened)
         except BaseException as error:
             restartable = isinstance(error, WorkerDied)
             text = f"{type(error).__name__}: {error}"
@@ -90,9 +102,20 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
         announcer.end(path, result)
 
 
+def both(first: Listener, second: Listener) -> Listener:
+    """Return what hands an event to one listener and then to another."""
+
+    def listen(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return listen
+
+
 def federate(grid: Grid, config: PilotConfig, opened: Opened) -> PilotStrategy:
     """Run the exchanges that are left over `grid`; return the strategy with its final state."""
-    initial = initial_state(config.model, seed=config.seed)
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+    initial = initial_state(config.model, seed=config.seed).sent(sharing)
     tasks, folder, identity = tuple(config.data.tasks), opened.folder, opened.identity
     state = (
         restored(opened.checkpoint, tasks, initial)

@@ -26,6 +26,7 @@ from pilot_flwr.server.journal import Journal
 from pilot_flwr.server.norm_check import check_norms
 from pilot_flwr.server.roster import Roster
 from pilot_flwr.server.state import Member, ServerState, Update
+from pilot_flwr.server.trainers import Trainers
 from pilot_flwr.settings.strategy import StrategyConfig
 from pilot_flwr.storage.checkpoint import RunIdentity, save_checkpoint
 from pilot_flwr.storage.run_folder import RunFolder
@@ -83,6 +84,7 @@ class PilotStrategy(ExchangeLoop):
             identity=identity,
             known=state.task_of,
         )
+        self.trainers = Trainers(config, expected)
         self.identity = RunIdentity(run.name, settings)
         self.evaluate = evaluate
         self._present: list[Present] = []
@@ -114,20 +116,26 @@ class PilotStrategy(ExchangeLoop):
     def summary(self) -> None:
         """Log what this strategy will do."""
         logger.info(
-            "\t├──> %d exchanges, tasks %s, %d clients, %d neighbours",
+            "\t├──> %s: %d exchanges, tasks %s, %d clients",
+            self.config.name,
             self.num_exchanges,
             ", ".join(self.state.tasks),
             self.roster.size,
-            self.config.num_neighbors,
         )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Call the roster and send every client its order: stage, Θ̄_l and task adapters."""
+        """Call the roster and send every client its order: stage, Θ̄_l and task adapters.
+
+        A client that does not train (`strategy.trained_by`) is asked to evaluate alone.
+        """
         self._started = time.perf_counter()
         self._present = self.roster.call(grid, server_round)
-        self._stages = {p.member.client: self.state.stage_for(p.member) for p in self._present}
+        stages = self.config.stages
+        self._stages = {
+            p.member.client: self.state.stage_for(p.member, stages) for p in self._present
+        }
         self.journal.roster(server_round, [p.member for p in self._present], self._stages)
         return self._orders(server_round, train=True)
 
@@ -146,22 +154,20 @@ class PilotStrategy(ExchangeLoop):
         updates = []
         for present, reply in self._answers(server_round, "train", replies):
             try:
-                updates.append(self._receive_update(server_round, present.member, reply.content))
+                updates += self._receive(server_round, present.member, reply.content)
             except UpdateError as error:
                 client, reason = present.member.client, f"Rejected: {error}."
                 self.journal.failure(server_round, "train", client, reason, received=reply.content)
         updates, verdicts = check_norms(updates, self.state, self.config.update_norm)
         self.journal.update_norms(server_round, verdicts)
-        if len(updates) < self.config.min_replies:
-            reasons = self.journal.reasons(server_round) or ["none"]
-            raise BelowMinimum(
-                f"Exchange {server_round}: {len(updates)} of {len(self._present)} clients "
-                f"delivered a usable update but `strategy.min_replies` is "
-                f"{self.config.min_replies}. First reason: {reasons[0]}"
-            )
+        reasons = self.journal.reasons(server_round)
+        self.trainers.check_enough(server_round, len(updates), len(self._present), reasons)
         started = time.perf_counter()
-        done = self.state.aggregate(updates, self.config)
-        self.journal.aggregation(server_round, done, time.perf_counter() - started)
+        if updates:
+            done = self.state.aggregate(updates, self.config)
+            self.journal.aggregation(server_round, done, time.perf_counter() - started)
+        else:  # nobody trains
+            self.state.rounds += 1
         loss = self.journal.close(server_round, time.perf_counter() - self._started)
         self._save(server_round)
         metrics = MetricRecord({"updates": len(updates)})
@@ -180,7 +186,7 @@ class PilotStrategy(ExchangeLoop):
             self._present = self.roster.call(grid, server_round + 1)
         # A client whose reply was lost may be further than the server knows, and it evaluates
         # the architecture that it last trained: so all of them get all task adapters.
-        self._stages = {present.member.client: 2 for present in self._present}
+        self._stages = {p.member.client: self.config.stages for p in self._present}
         self._started = time.perf_counter()
         return self._orders(server_round + 1, train=False)
 
@@ -213,11 +219,14 @@ class PilotStrategy(ExchangeLoop):
 
     def _orders(self, server_round: int, *, train: bool) -> list[Message]:
         packed = {task: encode_state(s) for task, s in self.state.adapters.items()}
-        phase = MessageType.TRAIN if train else MessageType.EVALUATE
         self._sent = []
         for present in self._present:
             member = present.member
             stage = self._stages[member.client]
+            trains = train and member.client in self.trainers
+            if not (trains or self.evaluate):
+                continue
+            phase = MessageType.TRAIN if trains else MessageType.EVALUATE
             tasks = self.state.tasks if stage == 2 else (member.task,)
             order = Order(
                 server_round=server_round,
@@ -225,8 +234,9 @@ class PilotStrategy(ExchangeLoop):
                 tasks=self.state.tasks,
                 adapters={task: self.state.adapters[task] for task in tasks},
                 lora=self.state.lora_for(member.client, member.task),
-                train=train,
+                train=trains,
                 evaluate=self.evaluate,
+                residual=self.state.residual,
             )
             message = Message(
                 wire.encode_order(order, self.run, member.client, adapters=packed),
@@ -259,15 +269,17 @@ class PilotStrategy(ExchangeLoop):
             else:
                 yield present, reply
 
-    def _receive_update(self, server_round: int, member: Member, content: RecordDict) -> Update:
-        """Read and check all of a reply, and only then write anything down."""
+    def _receive(self, server_round: int, member: Member, content: RecordDict) -> list[Update]:
+        """Read and check all of a reply, its update if it has to have one; then write it down."""
         with wire.refuse_unusable():
-            update = decode_update(content)
             report = decode_report(content)
-            self.state.check(update, member, server_round)
+            updates = [decode_update(content)] if member.client in self.trainers else []
+            for update in updates:
+                self.state.check(update, member, server_round)
         self.journal.evaluation(server_round - 1, member, report)
-        self.journal.update(server_round, self._stages[member.client], update, report)
-        return update
+        for update in updates:
+            self.journal.update(server_round, self._stages[member.client], update, report)
+        return updates
 
     def _save(self, server_round: int) -> None:
         """Write the checkpoint; it counts on the events that are on disk by then."""
@@ -281,4 +293,6 @@ class PilotStrategy(ExchangeLoop):
             task_of=self.state.task_of,
             run=self.identity,
             events=self.folder.lines,
+            moments={target: m.pack() for target, m in self.state.moments.items()},
+            residual=self.state.residual,
         )

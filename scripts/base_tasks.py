@@ -10,7 +10,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pilot_flwr.data.digit_questions import POSITIONS, WORDS, Writer, ask_caption, ask_position
+from pilot_flwr.data.digit_questions import (
+    POSITIONS,
+    WORDS,
+    Writer,
+    ask_caption,
+    ask_numeral,
+    ask_position,
+    ask_row,
+)
 from pilot_flwr.data.digit_style import PLAIN, Style, draw_style, render
 from pilot_flwr.data.digits import client_style, load_scans
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
@@ -18,12 +26,6 @@ from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
 Ints = NDArray[np.int64]
 Tasks = dict[Writer, float]
 Styles = Callable[[np.random.Generator], Style]
-
-
-def ask_numeral(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for the digit at a position as a numeral."""
-    place = int(rng.integers(4))
-    return f"Write the numeral at the {POSITIONS[place]}.", str(labels[place])
 
 
 def ask_parity(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
@@ -35,13 +37,6 @@ def ask_parity(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
 def ask_parities(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
     """Ask for the parity of each digit."""
     return "Is each digit odd or even?", ", ".join("odd" if n % 2 else "even" for n in labels)
-
-
-def ask_row(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for the two digits of a row."""
-    row = int(rng.integers(2))
-    first, second = labels[2 * row : 2 * row + 2]
-    return f"Read the {('top', 'bottom')[row]} row.", f"{WORDS[first]} {WORDS[second]}"
 
 
 def ask_presence(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:

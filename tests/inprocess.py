@@ -1,20 +1,18 @@
 """Whole runs in this process: a Flower grid that calls the ClientApp, and a run over it.
 
-Messages and replies pass through Flower's own serialisation of arrays; every one of them is
-kept in `InProcessGrid.messages`, so that a test can look at all that travelled.
+Every message and reply is kept in `InProcessGrid.messages`, so that a test can look at all that
+travelled.
 """
 
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.flower import in_process
 from pilot_flwr.server_app import federate
 from pilot_flwr.storage.checkpoint import RunIdentity
 from pilot_flwr.storage.private_state import PrivateStore
@@ -34,8 +32,8 @@ def client_by_id(data, client_id):
     return {client.id: client for client in federation_clients(data)}[client_id]
 
 
-class InProcessGrid(Grid):
-    """Nodes 1 … n with partition ids 0 … n − 1; each message is answered at once."""
+class InProcessGrid(in_process.InProcessGrid):
+    """The package's grid, which keeps every message and lets a test meddle with replies."""
 
     def __init__(
         self,
@@ -45,64 +43,20 @@ class InProcessGrid(Grid):
         overrides: str,
         node_configs: list[dict[str, Any]] | None = None,
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
-        self.client_app = client_app
-        self.nodes = list(range(1, num_nodes + 1))
-        self.overrides = overrides
-        self.node_configs = node_configs or [
-            {"partition-id": i, "num-partitions": num_nodes} for i in range(num_nodes)
-        ]
+        engines = [{"partition-id": i, "num-partitions": num_nodes} for i in range(num_nodes)]
+        super().__init__(client_app, node_configs=node_configs or engines, overrides=overrides)
         self.messages: list[Message] = []
         self.on_reply: Callable[[Message, Message], Message | None] = lambda message, reply: reply
-        self._replies: dict[str, Message] = {}
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = []
-        for message in messages:
-            identity = uuid.uuid4().hex
-            message.metadata.__dict__["_message_id"] = identity
-            ids.append(identity)
-            self.messages.append(message)
-            reply = self.on_reply(message, self._call(message))
-            if reply is not None:
-                self.messages.append(reply)
-                self._replies[identity] = reply
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+    def answer(self, message: Message) -> Message | None:
+        self.messages.append(message)
+        reply = self.on_reply(message, self._call(message))
+        if reply is not None:
+            self.messages.append(reply)
+        return reply
 
     def _call(self, message: Message) -> Message:
-        index = message.metadata.dst_node_id - 1
-        context = Context(
-            run_id=1,
-            node_id=message.metadata.dst_node_id,
-            node_config=self.node_configs[index],
-            state=RecordDict(),
-            run_config={"overrides": self.overrides},
-        )
-        try:
-            return self.client_app(message=message, context=context)
-        except Exception as error:  # as Flower does: an exception becomes an error reply
-            return Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.nodes)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        return self.pull_messages(self.push_messages(messages))
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
+        return super().answer(message)
 
 
 class Federation:

@@ -7,13 +7,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pilot_flwr import arrays
 from pilot_flwr.aggregation import (
-    _components,
     adaptive_weights,
     mix,
     pairwise_distances,
     task_aware_average,
     weighted_average,
 )
+from pilot_flwr.distances import _components
 from pilot_flwr.errors import ConfigError, UpdateError
 
 SHAPES = {"q.lora_A": (4, 33), "q.lora_B": (33, 4), "scale": ()}
@@ -177,7 +177,7 @@ def test_copies_of_a_client_are_at_equal_distances(monkeypatch: pytest.MonkeyPat
         gram = arrays.centred_gram(states)
         return gram * (1 + 1e-13 * rng.standard_normal(gram.shape))
 
-    monkeypatch.setattr("pilot_flwr.aggregation.centred_gram", inexact_gram)
+    monkeypatch.setattr("pilot_flwr.distances.centred_gram", inexact_gram)
     distances = pairwise_distances(states)
     assert_array_equal(distances[np.ix_(copies, copies)], 0)
     assert_array_equal(distances[copies], distances[[1] * len(copies)])

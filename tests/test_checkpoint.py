@@ -10,11 +10,11 @@ import torch
 from pilot_flwr.errors import StateError
 from pilot_flwr.storage.checkpoint import (
     RunIdentity,
-    checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from pilot_flwr.storage.checkpoint_folders import checkpoint_folders
 from pilot_flwr.storage.tensors import load_tensors
 
 RUN = RunIdentity("run-1", "0123")

@@ -38,7 +38,7 @@ def test_text_becomes_the_type_of_the_field():
         ("'open", "No closing quotation"),
         ("strategy.num_neighbors=0", r"`strategy\.num_neighbors` is 0 but must be at least 1\."),
         ("strategy.rounds=0", r"`strategy\.rounds` is 0 but must be at least 1\."),
-        ("strategy.name=best", r"`strategy\.name` is 'best' but must be one of pilot\."),
+        ("strategy.lora=best", r"`strategy\.lora` is 'best' but must be one of adaptive, task"),
         ("strategy.min_replies=10", "at most the number of clients, 9"),
         ("strategy.update_norm.action=drop", "must be one of off, warn, clip, reject"),
         ("strategy.update_norm.factor=0.5", r"`strategy\.update_norm\.factor` is 0\.5 but must be"),

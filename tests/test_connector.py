@@ -162,6 +162,45 @@ def test_one_task_needs_no_cross_task_adapter(visual):
     torch.testing.assert_close(module(visual).features, own(visual))
 
 
+def test_without_a_client_adapter_stage_1_is_the_task_adapter(visual):
+    projector = adapter(3)
+    connector = stage1_connector(
+        projector, initialisation="official", reduction="normalized", client_adapter=False
+    )
+    output = connector(visual)
+    assert torch.equal(output.features, projector(visual))
+    assert output.difference.item() == 0
+    assert {name for name, _ in connector.named_parameters()} == {
+        f"task_adapter.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("client", [False, True])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_ct_moa_without_some_of_its_parts_is_as_if_they_were_zero(visual, client, crossed):
+    """Those that are left out have no parameters; the rest computes what it did."""
+    whole = moa()
+    inert = [] if client else [whole.client_adapter]
+    inert += [] if crossed else whole.cross_task_adapters.values()
+    for parameter in (p for part in inert for p in part.linear_2.parameters()):
+        torch.nn.init.zeros_(parameter)
+    part = stage2_connector(
+        adapter(5),
+        tasks=TASKS,
+        client_adapter=whole.client_adapter if client else None,
+        initialisation="official",
+        use_client_adapter=True,
+        cross_task_adapters=crossed,
+        generator=torch.Generator().manual_seed(0),
+    )
+    missing, unexpected = part.load_state_dict(whole.state_dict(), strict=False)
+    assert missing == []
+    present = {"client_adapter": client, "cross_task_adapters": crossed}
+    absent = {name for name, there in present.items() if not there}
+    assert {name.split(".")[0] for name in unexpected} == absent
+    torch.testing.assert_close(part(visual).features, whole(visual).features)
+
+
 def test_adapters_without_bias(visual):
     plain = adapter(1, bias=False)
     connector = stage1_connector(plain, initialisation="identity", reduction="normalized")

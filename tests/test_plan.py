@@ -66,13 +66,66 @@ def test_counts_of_every_model_are_those_by_hand(name):
     )
 
 
+def test_what_exact_aggregation_adds_is_counted():
+    """A larger residual in every exchange but the first, and in the closing evaluation."""
+    plan = plan_of("strategy=fedex_lora data.clients_per_task=3 data.tasks=[vqa,counting,reading]")
+    base = plan_of("strategy=fedit data.clients_per_task=3 data.tasks=[vqa,counting,reading]")
+    (stage,), (other,) = plan.stages.values(), base.stages.values()
+    whole = stage.parameters["residual"] * 4
+    assert stage.parameters["residual"] > stage.parameters["lora"]
+    sizes = stage.residual_bytes
+    assert sizes[-1] == whole and sizes == sorted(sizes) and len(sizes) == 4
+    assert stage.trained == other.trained and stage.up_bytes == other.up_bytes
+    assert stage.down_bytes == other.down_bytes + whole
+    assert plan.total_bytes - base.total_bytes == 9 * sum(sizes)
+    assert stage.memory.total > other.memory.total
+
+
+TINY = "model=tiny data.tasks=[vqa,counting] data.clients_per_task=3 strategy.rounds=2"
+D, C = 64, 96
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lora", "adapter", "up", "down"),
+    [  # LoRA and adapter: (trained, sent, private); clients that send, and that receive
+        ("", "AB AB -", (1, 1, 0), 6, 6),
+        ("strategy.sharing.lora=B train.lora_matrices=B", "B B -", (1, 1, 0), 6, 6),
+        ("strategy.sharing.lora=A", "AB A B", (1, 1, 0), 6, 6),
+        ("strategy.sharing={adapter:false,lora:none}", "AB - AB", (1, 0, 1), 6, 6),
+        ("train.ditto.enabled=true", "AB AB AB", (1, 1, 1), 6, 6),
+        (
+            "strategy.trained_by=pooled strategy.adapters=global strategy.lora=global",
+            "AB AB -",
+            (1, 1, 0),
+            1,
+            6,
+        ),
+        ("strategy.trained_by=nobody", "AB AB -", (1, 1, 0), 0, 6),
+    ],
+)
+def test_counts_of_methods_with_one_connector(overrides, lora, adapter, up, down):
+    plan = plan_of(f"{TINY} model.client_adapter=false strategy.stages=1 {overrides}")
+    # Four layers, rank 8, of q, k, v, o, gate, up and down: inputs in A, outputs in B.
+    size = {"A": 32 * (4 * C + 2 * C + 256), "B": 32 * (4 * C + 2 * 256 + C)}
+    expected = [
+        sum(size[letter] for letter in letters if letter in size) + n * adapter_parameters(D, C)
+        for letters, n in zip(lora.split(), adapter, strict=True)
+    ]
+    (stage,) = plan.stages.values()
+    assert [stage.trained, stage.sent, stage.private] == expected
+    sent = 4 * expected[1]
+    assert stage.up_bytes == stage.down_bytes == sent
+    assert plan.total_bytes == 3 * (up + down) * sent + 6 * sent  # and the closing evaluation
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_models_parameters_are_claimed_and_its_lora_targets_found(name):
     """On the meta device: module paths, targets and groups fit the architecture."""
     config = load_config(f"model={name}").model
     model = empty_model(config, known_config(config), tasks=("a", "b"), stage=2)
     groups = claim(model.llava, own_task="a")
-    assert all(groups.values())  # stage 2 has parameters of every group
+    # Stage 2 has parameters of every group but the one that exact aggregation adds.
+    assert [group for group, named in groups.items() if not named] == ["residual"]
     assert {p.device.type for p in model.parameters()} == {"meta"}
     layers = model.llava.config.text_config.num_hidden_layers
     assert len(groups["lora"]) == layers * 2 * len(config.lora.targets)

@@ -18,7 +18,7 @@ from pilot_flwr.model.architectures import Visual
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.pilot import TrainConfig
 
-LOSSES = ("total", "ce", "difference", "balance", "z")
+LOSSES = ("total", "ce", "difference", "balance", "z", "proximal")
 """Names of the losses: the total with, its parts without coefficients."""
 
 Losses = dict[str, float]
@@ -112,4 +112,6 @@ def _backpropagate(ce: Tensor, parts: ConnectorOutput, config: TrainConfig) -> T
     loss = total_loss(ce, parts, config)
     loss.backward()  # type: ignore[no-untyped-call]
     values = (loss, ce, parts.difference, parts.balance, parts.z)
-    return torch.stack([value.detach().double() for value in values])
+    losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=loss.device)
+    losses[: len(values)] = torch.stack([value.detach().double() for value in values])
+    return losses

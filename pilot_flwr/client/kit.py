@@ -1,7 +1,7 @@
 """One client's data, tokenizer and feature cache, as a turn needs them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from pilot_flwr.client.evaluation import EvaluationResult, evaluate
 from pilot_flwr.client.privacy_account import PrivacyAccount
 from pilot_flwr.client.privacy_demands import PrivacyDemands
+from pilot_flwr.client.proximal import Proximal, sent_parameters
 from pilot_flwr.client.training import Encoder, TrainingResult, train
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import (
@@ -17,14 +18,18 @@ from pilot_flwr.data.federation import (
     Split,
     check_references,
     client_examples,
+    federation_clients,
+    is_pooling,
     padding_colour,
     task_metric,
 )
+from pilot_flwr.data.pooled import PooledExamples
 from pilot_flwr.data.screening import WholeImages, usable
 from pilot_flwr.model.base import load_processor, make_collator
 from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.settings.pilot import DittoConfig, PilotConfig
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,32 @@ class Kit:
         progress: Callable[[str], None],
     ) -> None:
         self.site, self.config, self.model, self.progress = site, config, model, progress
+        self.sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
             config.model, self.processor, model.llava.config, max_length=config.train.max_length
         )
 
     def train(self, generator: torch.Generator) -> TrainingResult:
-        """Train on the client's training split."""
+        """Train on the client's training split, from where the model is; if pooled, on all."""
+        weight = self.config.train.proximal_weight
+        sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
+        return self.fit(generator, Proximal(sent, weight) if sent else None)
+
+    def fit(self, generator: torch.Generator, proximal: Proximal | None) -> TrainingResult:
+        """Train as `train`, with a proximal term or without one; see `pilot_flwr.client.ditto`."""
+        config = self.config.train
+        if config.ditto.enabled:  # half of them for each of two models
+            config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
         return train(
             self.model,
             self.examples("train"),
             collator=self.collator,
             encode=self._encoder("train"),
-            config=self.config.train,
+            config=config,
             generator=generator,
             progress=self.progress,
+            proximal=proximal,
         )
 
     def evaluate(self) -> EvaluationResult:
@@ -102,8 +118,17 @@ class Kit:
         )
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return the examples of a split that can be used; see `pilot_flwr.data.screening`."""
-        client, data = self.site.client, self.config.data
+        """Return the examples of a split that can be used; see `pilot_flwr.data.screening`.
+
+        Those to train on are of all clients if the run is pooled and this is the one that trains.
+        """
+        if split == "train" and is_pooling(self.config.strategy, self.site.client):
+            clients = federation_clients(self.config.data)
+            return PooledExamples({c.id: self._examples(c, split) for c in clients})
+        return self._examples(self.site.client, split)
+
+    def _examples(self, client: Client, split: Split) -> Sequence[Example]:
+        data = self.config.data
         examples = client_examples(
             data,
             client,

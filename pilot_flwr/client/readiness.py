@@ -16,6 +16,7 @@ from pilot_flwr.client.kit import Site
 from pilot_flwr.data.files import SiteFiles
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model.layout import layout_of
+from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.storage.private_state import KEPT_STATES
 from pilot_flwr.wording import human_bytes
@@ -41,8 +42,11 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
     if site.files is not None:
         check_files(site.files, evaluated=config.evaluation.enabled)
     check_writable(site.state_folder)
-    size = layout_of(config.model, tuple(config.data.tasks)).private_bytes
-    check_room(site.state_folder, size)
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+    tasks, stages = tuple(config.data.tasks), config.strategy.stages
+    layout = layout_of(config.model, tasks, sharing, stages=stages)
+    personal = layout.personal_bytes if config.train.ditto.enabled else 0
+    check_room(site.state_folder, layout.private_bytes + personal)
 
 
 def check_files(files: SiteFiles, *, evaluated: bool) -> None:

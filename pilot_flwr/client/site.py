@@ -98,9 +98,14 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
     ------
     ConfigError
         See `site_model`; or ``micro-batch`` does not divide the examples of an optimizer step;
-        or the run's `privacy` is less than this site demands.
+        or the run is to be trained on pooled data; or its `privacy` is less than this site demands.
     """
     node.demands.check(config.privacy)
+    if config.strategy.trained_by == "pooled" and not simulated:
+        raise ConfigError(
+            "`strategy.trained_by` is 'pooled', which takes the data of all clients to one place: "
+            "only a simulation can do that, no real site."
+        )
     config = replace(config, model=site_model(node, config.model, simulated=simulated))
     if not node.micro_batch:
         return config

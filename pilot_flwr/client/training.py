@@ -16,11 +16,12 @@ import transformers
 from torch import Tensor, nn
 
 from pilot_flwr.client.accumulation import LOSSES, Losses, accumulate, autocast, total_loss
+from pilot_flwr.client.proximal import Proximal
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.model.architectures import Visual
-from pilot_flwr.model.parameters import GroupName, trained_groups
+from pilot_flwr.model.parameters import GroupName, Sharing, set_trainable, trained_groups
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.pilot import TrainConfig
 
@@ -71,8 +72,9 @@ def train(
     config: TrainConfig,
     generator: torch.Generator,
     progress: Callable[[str], None],
+    proximal: Proximal | None = None,
 ) -> TrainingResult:
-    """Train what the model's stage trains, in place.
+    """Train what the model's stage trains, in place; of the LoRA, `config.lora_matrices`.
 
     Parameters
     ----------
@@ -88,6 +90,8 @@ def train(
         CPU generator of the order of examples and of dropout.
     progress : callable
         Gets a line now and then, at most every `config.log_every_seconds`.
+    proximal : Proximal, optional
+        Added to the loss of every optimizer step.
 
     Raises
     ------
@@ -98,6 +102,8 @@ def train(
         raise TrainingError("There is no training example.")
     per_step = config.batch_size * config.accumulation_steps
     num_steps = config.epochs * math.ceil(len(examples) / per_step)
+    parts = Sharing(trained_lora=config.lora_matrices)
+    set_trainable(model.llava, own_task=model.own_task, stage=model.stage, sharing=parts)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
     optimizer, schedule = _optimizer(model, config, num_steps)
     model.train()
@@ -107,6 +113,8 @@ def train(
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
             losses = accumulate(model, batches, visuals, config)
+            if proximal is not None:
+                losses += proximal.backpropagate()
             norms = _clip(meter.groups, config.max_grad_norm, stage=model.stage)
             meter.update(_checked(losses, norms, stage=model.stage))
             optimizer.step()
@@ -137,11 +145,12 @@ def _optimizer(
     """AdamW with one learning rate for the LoRA and one for the connector, cosine to zero."""
     rates = config.stage(model.stage)
     groups = model.groups()
+    lora = [p for p in groups["lora"].values() if p.requires_grad]
     connector = [p for g in trained_groups(model.stage) if g != "lora" for p in groups[g].values()]
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(groups["lora"].values()), "lr": rates.lora_lr},
-            {"params": connector, "lr": rates.connector_lr},
+            {"params": lora, "lr": config.lr_scale * rates.lora_lr},
+            {"params": connector, "lr": config.lr_scale * rates.connector_lr},
         ],
         weight_decay=config.weight_decay,
         # The other way on a GPU has temporary tensors as large as all that is trained.
@@ -191,7 +200,8 @@ def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> L
 
 def _diverged(what: str, stage: int) -> TrainingError:
     return TrainingError(
-        f"{what} in stage {stage}; lower `train.stage{stage}.lora_lr` or `.connector_lr`."
+        f"{what} in stage {stage}; lower `train.stage{stage}.lora_lr` or `.connector_lr`, "
+        "or `train.lr_scale`."
     )
 
 

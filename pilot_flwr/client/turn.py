@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pilot_flwr.client.ditto import both, train_personal
 from pilot_flwr.client.evaluation import EvaluationResult
 from pilot_flwr.client.kit import Kit, Site
 from pilot_flwr.client.personal import assemble, enter_own, enter_stage2, load_received
@@ -19,7 +20,7 @@ from pilot_flwr.client.privacy import release
 from pilot_flwr.client.privacy_account import Spent, require_accounting
 from pilot_flwr.client.training import TrainingResult, check_finite
 from pilot_flwr.errors import StateError
-from pilot_flwr.model.parameters import GROUPS, GroupName, State
+from pilot_flwr.model.parameters import GROUPS, GroupName, Sharing, State
 from pilot_flwr.model.pilot_model import PilotModel, warm_model
 from pilot_flwr.model.plan import out_of_memory_explained
 from pilot_flwr.settings.pilot import PilotConfig
@@ -40,9 +41,11 @@ class Order:
     tasks : tuple of str
         All T tasks in the federation's order.
     adapters : dict
-        Task → ψ_t: all T in stage 2, the own one alone in stage 1.
+        Task → ψ_t: all T in stage 2, the own one alone in stage 1; none if they are not shared.
     lora : State
-        This client's Θ̄_l.
+        This client's Θ̄_l, of its tensors those that are shared.
+    residual : State
+        What exact aggregation has added to everyone's frozen base.
     train, evaluate : bool
         Whether to train, and whether to evaluate the incoming model before.
     """
@@ -54,12 +57,14 @@ class Order:
     lora: State
     train: bool = True
     evaluate: bool = True
+    residual: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TurnResult:
     """What a turn gives back; `adapter` and `lora` are the only parameters that are sent.
 
+    They have the tensors that `strategy.sharing` names, and may have none.
     `started` is in seconds since 1970, `seconds` is the whole turn's wall time. `spent` is what
     the client's privacy account says if `adapter` and `lora` are clipped and noisy.
     """
@@ -143,32 +148,42 @@ def take_turn(
             adapters=order.adapters,
             lora=order.lora,
             tasks=order.tasks,
+            sharing=kit.sharing,
+            seed=config.seed,
+            residual=order.residual,
         )
         with out_of_memory_explained(config, model.stage):
             evaluation = kit.evaluate()
     done = TurnResult()
     if order.train:
         generator = turn_generator(config.seed, site.client.id, order.server_round)
-        _enter_ordered_architecture(model, site.client.task, private, order, generator)
+        _enter_ordered_architecture(kit, private, order, generator)
         with out_of_memory_explained(config, model.stage):
             training = kit.train(generator)
         check_finite(model)
         done = _upload(model, training, kit, order)
-        store.save(_private_state(model), server_round=order.server_round)
+        state = _private_state(model, kit.sharing)
+        if config.train.ditto.enabled and done.training:
+            _load(kit, private, order)
+            personal, second = train_personal(kit, private, generator)
+            state = replace(state, personal=personal)
+            done = replace(done, training=both(done.training, second))
+        store.save(state, server_round=order.server_round)
     return replace(done, evaluation=evaluation, started=started, seconds=time.time() - started)
 
 
 def _upload(model: PilotModel, training: TrainingResult, kit: Kit, order: Order) -> TurnResult:
     """Return what leaves the client; a private run's release is counted before it is made."""
     site, privacy = kit.site, kit.config.privacy
+    shared: tuple[GroupName, ...] = ("own_task_adapter", "lora")
     upload: dict[GroupName, State] = {
-        "own_task_adapter": model.state("own_task_adapter"),
-        "lora": model.state("lora"),
+        group: {n: t for n, t in model.state(group).items() if kit.sharing.sends(group, n)}
+        for group in shared
     }
     spent = None
     if privacy.enabled:
         sent: dict[GroupName, State] = {
-            "own_task_adapter": order.adapters[site.client.task],
+            "own_task_adapter": order.adapters.get(site.client.task, {}),
             "lora": order.lora,
         }
         spent = site.account.spend(privacy, run=site.run, server_round=order.server_round)
@@ -185,7 +200,7 @@ def _upload(model: PilotModel, training: TrainingResult, kit: Kit, order: Order)
         )
     if privacy.withholds_metrics:
         training = replace(training, losses={})
-    adapter, lora = (_to_send(model, upload[group]) for group in ("own_task_adapter", "lora"))
+    adapter, lora = (_to_send(model, upload[group]) for group in shared)
     return TurnResult(adapter, lora, training, spent=spent)
 
 
@@ -201,22 +216,35 @@ def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Genera
 
 
 def _enter_ordered_architecture(
-    model: PilotModel,
-    task: str,
-    private: PrivateState | None,
-    order: Order,
-    generator: torch.Generator,
+    kit: Kit, private: PrivateState | None, order: Order, generator: torch.Generator
 ) -> None:
+    model, task = kit.model, kit.site.client.task
     if private is None:
         model.enter_stage1(task)
     else:
         enter_own(model, task, private)
         if order.stage == 2:
             enter_stage2(model, private, order.tasks, generator)
-    load_received(model, order.adapters, order.lora)
+    _load(kit, private, order)
 
 
-def _private_state(model: PilotModel) -> PrivateState:
+def _load(kit: Kit, private: PrivateState | None, order: Order) -> None:
+    load_received(
+        kit.model,
+        private,
+        order.adapters,
+        order.lora,
+        sharing=kit.sharing,
+        seed=kit.config.seed,
+        residual=order.residual,
+    )
+
+
+def _private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
     tasks = getattr(model.connector, "tasks", ())
-    groups = {name: model.state(name) for name, row in GROUPS.items() if row.private}
+    groups: dict[GroupName, State] = {}
+    for group, row in GROUPS.items():
+        kept = {n: t for n, t in model.state(group).items() if sharing.keeps(group, n)}
+        if kept or row.private:
+            groups[group] = kept
     return PrivateState(model.stage, tasks, groups)

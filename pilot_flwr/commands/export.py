@@ -42,6 +42,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _export(options: argparse.Namespace) -> int:
     if options.dtype is not None and not options.merge:
         raise ConfigError("`--dtype` belongs to `--merge`: an export names the base as it is.")
+    from pilot_flwr.model.parameters import GROUPS
     from pilot_flwr.results.exporting import new_folder
     from pilot_flwr.results.merging import check_mergeable
 
@@ -51,10 +52,14 @@ def _export(options: argparse.Namespace) -> int:
         check_mergeable(who.private)
     new_folder(options.folder)
     (_merge if options.merge else _write)(run, who, options)
-    if who.private is not None:
+    if who.private is not None and not who.private.empty:
+        own, second = who.private.groups, who.private.personal
+        parts = [GROUPS[group].symbol for group, named in own.items() if named]
+        parts += [f"{GROUPS[group].symbol} of its personal model" for group in second]
+        held = ", ".join(parts)
         say(
             f"This folder holds adapters that never left client {who.name} during the run "
-            "(ψ_s; after stage 2 also ψ_c and φ). Pass it on only if the client agrees."
+            f"({held}). Pass it on only if the client agrees."
         )
     print(options.folder, flush=True)
     return 0

@@ -120,16 +120,30 @@ def _parameter_rows(plan: "Plan") -> list[list[str]]:
 
     rows = []
     for group, row in GROUPS.items():
-        numbers = [part.parameters[group] for part in plan.stages.values()]
-        marks = ["trained" if stage in row.stages else "frozen" for stage in plan.stages]
-        cells = [f"{_millions(n)} {m}" if n else "–" for n, m in zip(numbers, marks, strict=True)]
-        fate = "sent" if row.sent else "never" if row.private else "–"
+        parts = plan.stages.values()
+        cells = [
+            f"{_millions(n)} {_extent(part.trained_of[group], n, 'trained') or 'frozen'}"
+            if n
+            else "–"
+            for part in parts
+            for n in [part.parameters[group]]
+        ]
+        whole, sent, kept = (
+            max(numbers[group] for numbers in column)
+            for column in zip(*((p.parameters, p.sent_of, p.kept_of) for p in parts), strict=True)
+        )
+        fate = _extent(sent, whole, "sent") or ("never" if kept else "–")
         title = "base model" if group == "base" else f"{row.symbol}  {group.replace('_', ' ')}"
         rows.append([title, *cells, fate])
     for name in ("trained", "sent", "private", "frozen"):
         sums = [_millions(getattr(part, name)) for part in plan.stages.values()]
         rows.append([f"{name}, in all", *sums, ""])
     return rows
+
+
+def _extent(some: int, whole: int, word: str) -> str:
+    """Return the word, or that it holds in part; nothing if it does not hold."""
+    return word if some == whole > 0 else f"partly {word}" if some else ""
 
 
 def _traffic_rows(plan: "Plan") -> list[list[str]]:

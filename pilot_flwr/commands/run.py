@@ -3,12 +3,13 @@
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-from pilot_flwr.errors import ConfigError
-
 SUCCESS, FAILURE = 0, 1
+REPORT_SECONDS = 1800.0
+SMALL_BASE_BYTES = 2 * 10**9
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,7 +17,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     run = commands.add_parser(
         "run",
         help="run a federation under Flower's simulation engine, to its end",
-        description="Run a federation under Flower's simulation engine, to its end. "
+        description="Run a federation under Flower's simulation engine, to its end; with "
+        "simulation.engine=in-process in this process, without Flower's and Ray's start. "
         "Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, "
         "130 or 143 stopped by Ctrl-C or SIGTERM. No process is left behind.",
         epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1",
@@ -40,89 +42,28 @@ def _run(options: argparse.Namespace) -> int:
         return superlink.run(options, _show_results)
     from datetime import datetime
 
-    from pilot_flwr import submission
-    from pilot_flwr.config import load_config
-    from pilot_flwr.data.federation import federation_clients
-    from pilot_flwr.data.files import check_simulated
-    from pilot_flwr.federation_file import with_folder
-    from pilot_flwr.launching import cluster, cluster_nodes, restarts
-    from pilot_flwr.launching.outcome import Outcome
+    from pilot_flwr.launching.execution import carry_out, how_to_go_on
+    from pilot_flwr.launching.preparation import prepare
     from pilot_flwr.launching.processes import Interrupted
-    from pilot_flwr.launching.simulation import launch
-    from pilot_flwr.model.shipped import checkpoint_path
-    from pilot_flwr.storage.locks import hold
-    from pilot_flwr.storage.resume import check_resumable, completed
+    from pilot_flwr.storage.resume import completed
 
-    resumed, given = restarts.words_of_run(options.overrides)
-    config = load_config(shlex.join(given))
-    if config.strategy.clients:
-        raise ConfigError(
-            f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
-            "simulation has the configured clients: leave it 0, or use `--superlink`."
-        )
-    federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
-    config, words = with_folder(config, given)
-    if config.data.source == "llava":
-        evaluated = config.evaluation.enabled
-        check_simulated(config.data, ["train", "test"] if evaluated else ["train"])
-    address = cluster.address_of(config.simulation, os.environ)
-    if not address:
-        submission.check_gpus(config.simulation)
-        federation = submission.federation_config(config.num_clients, config.simulation)
-    folder = resumed or submission.run_folder(config.run.folder, config.name, datetime.now())
-    words.append(submission.path_override("run.folder", folder))
-    base = config.model.path
-    if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
-        words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
-    overrides = shlex.join(words)
-    if load_config(overrides).run.folder != str(folder):
-        raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
-    if resumed:
-        check_resumable(folder, load_config(overrides))
-        if completed(folder, config) is not None:
-            return _say_completed(folder)
-    app = submission.app_folder()
-    doing = "going on in run folder" if resumed else "run folder"
-    _say(f"{config.name}: {config.num_clients} clients, {doing} {folder}")
-    if address:
-        found, federation = cluster_nodes.prepare(load_config(overrides), address, folder)
-        address = found.address
-        _say(found.describe(config.simulation))
-    _say("Starting Flower and Ray; the first news takes half a minute.")
-
-    def start(overrides: str, goes_on: bool) -> Outcome:
-        return launch(
-            app,
-            overrides,
-            federation,
-            folder,
-            out=_say,
-            verbose=options.verbose,
-            address=address,
-            resumed=goes_on,
-        )
-
+    prepared = prepare(options.overrides, os.environ, datetime.now())
+    folder = prepared.folder
+    if prepared.done:
+        return _say_completed(folder)
     try:
-        with hold(folder / restarts.LAUNCH_LOCK, f"The run folder {folder}"):
-            if not resumed:
-                restarts.keep_overrides(folder, overrides)
-            outcome = restarts.run_attempts(
-                start,
-                overrides,
-                folder,
-                restarts=config.run.restarts,
-                resumed=bool(resumed),
-                out=_say,
-            )
+        outcome = carry_out(prepared, out=_say, verbose=options.verbose)
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
-        print(f"To go on: pilot-flwr run resume={shlex.quote(str(folder))}", file=sys.stderr)
+        print(f"To go on: {how_to_go_on(prepared)}", file=sys.stderr)
         return 128 + stop.signum
     _show_results(folder)
+    if prepared.config.run.report and (folder / "metrics.jsonl").is_file():
+        write_report(folder, *([] if _is_small(prepared.config.model.path) else ["--no-router"]))
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
-        if (folder / "config.yaml").is_file() and completed(folder, config) is None:
-            print(f"To go on: pilot-flwr run resume={shlex.quote(str(folder))}", file=sys.stderr)
+        if (folder / "config.yaml").is_file() and completed(folder, prepared.config) is None:
+            print(f"To go on: {how_to_go_on(prepared)}", file=sys.stderr)
     return SUCCESS if outcome.succeeded else FAILURE
 
 
@@ -147,12 +88,45 @@ def _show_results(folder: Path) -> None:
         _show_table(timeline.read_text(encoding="utf-8"))
     if summary.is_file():
         _say("\n" + summary.read_text(encoding="utf-8").strip())
-    from pilot_flwr.storage.checkpoint import checkpoint_folders
+    from pilot_flwr.storage.checkpoint_folders import checkpoint_folders
 
     checkpoints = checkpoint_folders(folder / "checkpoint")
     if checkpoints:
         _say(f"\nAdapters: {checkpoints[-1]}")
     _say(f"\nRun folder: {folder}")
+
+
+def write_report(folder: Path, *options: str) -> None:
+    """Write the report in a process of its own: whatever happens there, the run is what it is.
+
+    Parameters
+    ----------
+    folder : Path
+        Of a run or a sweep.
+    *options : str
+        Of ``pilot-flwr report``.
+    """
+    command = [sys.executable, "-P", "-m", "pilot_flwr.cli", "report", str(folder), *options]
+    try:
+        done = subprocess.run(  # nosec B603  # no shell; this package in this Python
+            command, capture_output=True, text=True, timeout=REPORT_SECONDS, errors="replace"
+        )
+        complaint = "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
+    except (OSError, subprocess.SubprocessError) as error:
+        complaint = str(error)
+    if complaint:
+        print(f"The report could not be written: {complaint.strip()}", file=sys.stderr)
+        print(f"To try again: pilot-flwr report {shlex.quote(str(folder))}", file=sys.stderr)
+    else:
+        _say(done.stdout.strip())
+
+
+def _is_small(base: str) -> bool:
+    """Return whether a base model is loaded in seconds, so that nobody has to ask for it."""
+    from pilot_flwr.model.shipped import checkpoint_path
+
+    files = list(Path(checkpoint_path(base)).expanduser().glob("*.safetensors"))
+    return bool(files) and sum(file.stat().st_size for file in files) <= SMALL_BASE_BYTES
 
 
 def _show_table(markdown: str) -> None:

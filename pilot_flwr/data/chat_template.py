@@ -8,12 +8,20 @@ template is hard-coded.
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from pilot_flwr.data.examples import IMAGE_MARKER, Turn
 from pilot_flwr.errors import DataError
 
 _PROBE = (Turn("user", "a"), Turn("assistant", "b"))
 """A conversation that shows how a template treats any."""
+
+MOST_KEPT = 1 << 14
+"""Renderings that are kept per processor: a client's conversations come back every epoch."""
+
+_KEPT: WeakKeyDictionary[Any, dict[tuple[str, tuple[Turn, ...], bool], "Rendered"]] = (
+    WeakKeyDictionary()
+)
 
 
 class Rendered(NamedTuple):
@@ -39,6 +47,7 @@ class ChatTemplate:
         self.system_prompt = system_prompt
         special = _special_tokens(processor.tokenizer)
         self._special = sorted(special - {processor.image_token})
+        self._kept = _KEPT.setdefault(processor, {})
 
     def end_token_id(self) -> int:
         """Return the id of the token that ends every answer: where generation has to stop."""
@@ -61,6 +70,15 @@ class ChatTemplate:
         DataError
             The template changes an answer or what is around it, so that it cannot be located.
         """
+        key = (self.system_prompt, tuple(turns), generate)
+        rendered = self._kept.get(key)
+        if rendered is None:
+            rendered = self._render(turns, generate=generate)
+            if len(self._kept) < MOST_KEPT:
+                self._kept[key] = rendered
+        return rendered
+
+    def _render(self, turns: Sequence[Turn], *, generate: bool) -> Rendered:
         whole = self._prompt(turns) if generate else self._apply(turns)
         text, answers, done = "", [], 0
         for index, turn in enumerate(turns):

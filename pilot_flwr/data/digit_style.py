@@ -32,6 +32,10 @@ class Style:
         Direction of that loss, in radians.
     noise : float
         Standard deviation of the sensor noise, in units of the full range.
+    rotation : float
+        Turn of each digit about its centre, in degrees counter-clockwise.
+    mirrored : bool
+        Whether each digit is mirrored, left to right.
     """
 
     ink: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -42,6 +46,8 @@ class Style:
     shading: float = 0.0
     shading_angle: float = 0.0
     noise: float = 0.0
+    rotation: float = 0.0
+    mirrored: bool = False
 
 
 PLAIN = Style()
@@ -97,6 +103,10 @@ def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -
     """
     tile = tiles.shape[-1]
     size = 2 * tile
+    if style.mirrored:
+        tiles = tiles[:, :, ::-1]
+    if style.rotation:
+        tiles = np.stack([_turn(one, style.rotation) for one in tiles])
     if style.slant:
         tiles = np.stack([_shear(one, style.slant) for one in tiles])
     tiles = tiles ** np.float32(style.stroke)
@@ -111,6 +121,13 @@ def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -
     colour = colour * (1 - style.shading * (0.5 + ramp / np.sqrt(2)))[..., None]
     colour = colour + style.noise * rng.standard_normal(colour.shape)
     return Image.fromarray((colour.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _turn(tile: NDArray[np.float32], degrees: float) -> NDArray[np.float32]:
+    """Turn one digit about its centre (bilinear); what leaves the tile is lost."""
+    sheet = Image.fromarray((tile * 255).round().astype(np.uint8))
+    turned = sheet.rotate(degrees, Image.Resampling.BILINEAR)
+    return np.asarray(turned, dtype=np.float32) / np.float32(255)
 
 
 def _shear(tile: NDArray[np.float32], slant: float) -> NDArray[np.float32]:

@@ -1,13 +1,15 @@
 """The embedded demo's data: scanned handwritten digits, four to a mosaic, one style per client.
 
 The scans are the UCI handwritten digits that scikit-learn bundles (1,797 scans of 8 x 8 pixels).
-Each is enlarged to 16 x 16, and four of them make a 32 x 32 RGB mosaic, about which three
-federated tasks ask: ``vqa``, ``counting`` and ``captioning``.
+Each is enlarged to 16 x 16, and four of them make a 32 x 32 RGB mosaic, about which the
+federation's tasks ask: the demo's ``vqa``, ``counting`` and ``captioning``, and those of the
+scenarios.
 
 Scans are split once, by digit, into four disjoint subsets: base pretraining, the validation of
 that pretraining, federated training and federated test. The federated training scans are dealt
 out so that no two clients share one, up to `max_disjoint_clients` clients; from there on clients
-take the shares in turn. The test scans are common to all clients, each in its own style.
+take the shares in turn. The test scans are common to all clients, each in its own style; so are
+the validation scans, on which settings are chosen.
 
 A new task goes into `pilot_flwr.data.digit_questions`, a new trait of the clients' styles into
 `pilot_flwr.data.digit_style`.
@@ -22,13 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pilot_flwr.checks import at_least, one_of
-from pilot_flwr.data.digit_questions import WRITERS
+from pilot_flwr.data.digit_questions import BLANK, WRITERS
 from pilot_flwr.data.digit_style import Style, draw_style, render
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
 from pilot_flwr.errors import ConfigError
 
 TASKS: tuple[str, ...] = tuple(WRITERS)
-"""Tasks of the federation: vqa, counting, captioning."""
+"""Tasks that a federation over the digits can have."""
 
 SPLIT_SHARES = {"pretraining": 0.45, "validation": 0.05, "train": 0.30, "test": 0.20}
 """Share of each digit's scans in each disjoint subset."""
@@ -36,7 +38,10 @@ SPLIT_SHARES = {"pretraining": 0.45, "validation": 0.05, "train": 0.30, "test": 
 _SPLIT_SEED = 20250127  # the base has seen the pretraining scans, so no run may move the split
 _TILE = 16
 
+_STREAM = {"train": 0, "test": 1, "validation": 2}
+
 Subset = Literal["pretraining", "validation", "train", "test"]
+ClientSplit = Literal["train", "test", "validation"]
 _Ints = NDArray[np.int64]
 _Floats = NDArray[np.float32]
 
@@ -191,28 +196,33 @@ def client_examples(
     *,
     client_index: int,
     num_clients: int,
-    split: Literal["train", "test"],
+    split: ClientSplit,
     num_examples: int,
     seed: int,
+    rotation: float = 0.0,
+    mirrored: bool = False,
 ) -> list[Example]:
     """Examples of one client: its task, its scans, its style.
 
-    An id ends in the four source scans, so that an answer can be checked against their labels.
+    An id ends in the four source scans, so that an answer can be checked against their labels;
+    a place without a digit is ``_``.
 
     Parameters
     ----------
-    task : {"vqa", "counting", "captioning"}
-        The client's task.
+    task : str
+        The client's task, one of `TASKS`.
     client_index : int
         Which client, from 0, counted over the whole federation.
     num_clients : int
         Size of the federation.
-    split : {"train", "test"}
-        Training examples use the client's own scans, test examples the common test scans.
+    split : {"train", "test", "validation"}
+        Training examples use the client's own scans, the others the common scans of the split.
     num_examples : int
         How many; fewer are a prefix of more.
     seed : int
         Seed of the federation: styles, choice of scans and of questions.
+    rotation, mirrored
+        Shift that all clients have in common, see `Style`.
 
     Returns
     -------
@@ -225,14 +235,15 @@ def client_examples(
         If an argument is unknown or out of range.
     """
     one_of("task", task, TASKS)
-    one_of("split", split, ("train", "test"))
+    one_of("split", split, tuple(_STREAM))
     at_least("num_examples", num_examples, 1)
     at_least("seed", seed, 0)
-    style = client_style(client_index, seed=seed)
+    own = client_style(client_index, seed=seed)
+    style = replace(own, rotation=rotation, mirrored=mirrored)
     pool = client_scan_indices(client_index, num_clients=num_clients)
-    if split == "test":
-        pool = scan_indices("test")
-    stream = [seed, client_index, TASKS.index(task), int(split == "test")]
+    if split != "train":
+        pool = scan_indices(split)
+    stream = [seed, client_index, TASKS.index(task), _STREAM[split]]
     rng = np.random.default_rng(stream)
     return [_example(f"{split}/{n}", task, pool, style, rng) for n in range(num_examples)]
 
@@ -240,22 +251,39 @@ def client_examples(
 def _example(name: str, task: str, pool: _Ints, style: Style, rng: np.random.Generator) -> Example:
     scans = load_scans()
     chosen = _choose(task, pool, rng)
-    question, answer = WRITERS[task](scans.labels[chosen], rng)
+    filled = chosen != BLANK
+    labels = np.where(filled, scans.labels[chosen], BLANK)
+    question, answer = WRITERS[task](labels, rng)
+    ink = scans.ink[chosen] * filled[:, None, None].astype(np.float32)
     return Example(
-        id=f"{name}/" + "-".join(map(str, chosen)),
-        images=(KeptImage(render(scans.ink[chosen], style, rng)),),
+        id=f"{name}/" + "-".join(str(scan) if scan != BLANK else "_" for scan in chosen),
+        images=(KeptImage(render(ink, style, rng)),),
         turns=(Turn("user", f"{IMAGE_MARKER}\n{question}"), Turn("assistant", answer)),
     )
 
 
 def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
-    """Four different scans; for counting, every count from 0 to 4 is equally likely."""
+    """Four different scans, except for two tasks.
+
+    For counting, every count from 0 to 4 is equally likely; for grounding, the page has one digit
+    or two different ones, equally likely, and the other places are blank.
+    """
+    if task == "grounding":
+        return _choose_few(pool, rng)
     if task != "counting":
         return rng.choice(pool, 4, replace=False)
     odd = load_scans().labels[pool] % 2 == 1
     count = int(rng.integers(5))
     parts = (rng.choice(pool[odd], count, False), rng.choice(pool[~odd], 4 - count, False))
     return rng.permutation(np.concatenate(parts))
+
+
+def _choose_few(pool: _Ints, rng: np.random.Generator) -> _Ints:
+    labels = load_scans().labels[pool]
+    first = int(rng.integers(len(pool)))
+    second = int(rng.choice(np.flatnonzero(labels != labels[first])))
+    other = pool[second] if rng.integers(2) else BLANK
+    return rng.permutation(np.array([pool[first], other, BLANK, BLANK]))
 
 
 def _check_client(client_index: int, num_clients: int) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 from pilot_flwr.connector import is_reserved
 from pilot_flwr.data import digits
+from pilot_flwr.data.digit_questions import METRIC_OF
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.files import SiteFiles, Split, read_simulated, read_site
 from pilot_flwr.data.image_files import Colour, mean_colour
 from pilot_flwr.errors import ConfigError, DataError
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.settings.data import DataConfig
+from pilot_flwr.settings.strategy import StrategyConfig
 
 __all__ = [
     "SOURCES",
@@ -25,6 +27,7 @@ __all__ = [
     "client_examples",
     "count_examples",
     "federation_clients",
+    "is_pooling",
     "padding_colour",
     "task_metric",
 ]
@@ -105,6 +108,11 @@ def federation_clients(data: DataConfig) -> list[Client]:
             )
     names = [(task, number) for task in data.tasks for number in range(data.clients_per_task)]
     return [Client(f"{task}-{n}", task, index) for index, (task, n) in enumerate(names)]
+
+
+def is_pooling(strategy: StrategyConfig, client: Client) -> bool:
+    """Whether a client trains on the data of all: the first one, if the run is pooled."""
+    return strategy.trained_by == "pooled" and client.index == 0
 
 
 def client_examples(
@@ -198,15 +206,18 @@ def _digits(request: Request) -> Sequence[Example]:
     if key not in _READ:
         if len(_READ) >= _MOST_READ:
             _READ.pop(next(iter(_READ)))
+        evaluated: digits.ClientSplit = "test" if data.evaluate_on == "test" else "validation"
         num_clients = len(data.tasks) * data.clients_per_task
         sizes = digits.client_sizes(num_clients, data.train_examples)
         _READ[key] = digits.client_examples(
             client.task,
             client_index=client.index,
             num_clients=num_clients,
-            split=split,
+            split="train" if split == "train" else evaluated,
             num_examples=sizes[client.index] if split == "train" else data.test_examples,
             seed=seed,
+            rotation=data.shift.rotation,
+            mirrored=data.shift.mirrored,
         )
     return _READ[key]
 
@@ -234,7 +245,9 @@ def _llava(request: Request) -> Sequence[Example]:
 
 
 SOURCES: dict[str, Source] = {
-    "digits": Source(lambda data: {task: "exact_match" for task in digits.TASKS}, _digits),
+    "digits": Source(
+        lambda data: {task: METRIC_OF.get(task, "exact_match") for task in digits.TASKS}, _digits
+    ),
     "llava": Source(lambda data: {t: files.metric for t, files in data.files.items()}, _llava),
 }
 """Data source by `data.source`."""

@@ -64,11 +64,12 @@ def decode_state(record: ArrayRecord) -> State:
 
 
 def num_bytes(content: RecordDict) -> dict[str, int]:
-    """Bytes of the serialised arrays in a message: ``lora`` and ``task_adapters``."""
+    """Bytes of the serialised arrays in a message: ``lora``, ``task_adapters``, ``residual``."""
     sizes = {"lora": 0, "task_adapters": 0}
     for name, record in content.array_records.items():
         size = sum(len(array.data) for array in record.values())
-        sizes["lora" if name == "lora" else "task_adapters"] += size
+        kind = name if name in ("lora", "residual") else "task_adapters"
+        sizes[kind] = sizes.get(kind, 0) + size
     return sizes
 
 

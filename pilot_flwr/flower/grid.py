@@ -91,7 +91,10 @@ class PollingGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Send messages; yield each reply when it arrives, until all are in or `timeout` (s)."""
+        """Send messages; yield each reply when it arrives, until all are in or `timeout` (s).
+
+        A reply that is there when the time is up is still taken.
+        """
         outgoing = list(messages)
         if not outgoing:
             return
@@ -104,13 +107,13 @@ class PollingGrid(Grid):
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 yield reply
             now = time.monotonic()
+            if replies:  # more may be there, which no deadline takes back
+                last = now
+                continue
             if now >= deadline:
                 return
-            if replies:
-                last = now
-            elif waiting:
-                nap = min(max(_SHORTEST, _SHARE * (now - last)), _LONGEST)
-                time.sleep(min(nap, deadline - now))
+            nap = min(max(_SHORTEST, _SHARE * (now - last)), _LONGEST)
+            time.sleep(min(nap, deadline - now))
 
     def set_run(self, run: object) -> None:
         """See `flwr.serverapp.Grid`."""

@@ -19,6 +19,7 @@ from pilot_flwr import __version__
 from pilot_flwr.config import PilotConfig, config_folder
 from pilot_flwr.model.base import read_config
 from pilot_flwr.model.layout import layout_of
+from pilot_flwr.model.parameters import Sharing
 from pilot_flwr.model.weights_sample import UNKNOWN, weights_sample
 from pilot_flwr.settings.model import ModelConfig
 from pilot_flwr.wording import plain
@@ -34,7 +35,9 @@ NAMES = {
 """What is compared, and what people call it."""
 
 SERVERS_OWN = ("name", "strategy", "simulation", "run", "resume")
-"""Settings that no client uses."""
+"""Settings that no client uses, but for `CLIENTS_PART` of the strategy's."""
+
+CLIENTS_PART = ("sharing", "trained_by")
 
 _KNOWN: dict[str, dict[str, str]] = {}
 
@@ -75,10 +78,11 @@ def identity_of(config: PilotConfig) -> dict[str, str]:
     ModelError
         The base model's configuration cannot be read.
     """
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     return {
         "app": f"{__version__} (code {code_hash()})",
         "settings": digest(common_settings(config)),
-        **_base(config.model, tuple(config.data.tasks)),
+        **_base(config.model, tuple(config.data.tasks), sharing, config.strategy.stages),
     }
 
 
@@ -117,7 +121,9 @@ def common_settings(config: PilotConfig) -> dict[str, Any]:
 
     An optimizer step's examples stay: a site's ``micro-batch`` splits them another way.
     """
-    common = {key: value for key, value in asdict(config).items() if key not in SERVERS_OWN}
+    settings = asdict(config)
+    common = {key: value for key, value in settings.items() if key not in SERVERS_OWN}
+    common["shared"] = {key: settings["strategy"][key] for key in CLIENTS_PART}
     train = common["train"]
     train["examples_per_step"] = train.pop("batch_size") * train.pop("accumulation_steps")
     del common["evaluation"]["batch_size"], common["model"]["path"]
@@ -141,14 +147,18 @@ def essential(transformers_config: Any) -> dict[str, Any]:
     return found | {"rope_theta": rope.get("rope_theta", old)}
 
 
-def _base(model: ModelConfig, tasks: tuple[str, ...]) -> dict[str, str]:
-    key = f"{model}/{tasks}"
+def _base(
+    model: ModelConfig, tasks: tuple[str, ...], sharing: Sharing, stages: int
+) -> dict[str, str]:
+    key = f"{model}/{tasks}/{sharing}"
     if key not in _KNOWN:
         _KNOWN.clear()  # one run, one base
         sample = weights_sample(model)
+        # Of all stages, as a client's `pilot_flwr.client.readiness` asks for it too.
+        layout = layout_of(model, tasks, sharing, stages=stages)
         _KNOWN[key] = {
             "base.config": digest(essential(read_config(model))),
-            "base.layout": digest([model.wire_dtype, layout_of(model, tasks).sent]),
+            "base.layout": digest([model.wire_dtype, layout.sent]),
             "base.projector": sample.projector,
             "base.weights": sample.whole,
         }

@@ -24,6 +24,7 @@ from pilot_flwr.flower.codec import (
 from pilot_flwr.server.state import Member
 
 TASK_ADAPTER = "task-adapter."
+RESIDUAL = "residual"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def encode_order(
 ) -> RecordDict:
     """Pack one client's order; `adapters` are already packed, as many clients share them."""
     content = RecordDict({"run": _run_record(run), "lora": encode_state(order.lora)})
+    if order.residual:
+        content[RESIDUAL] = encode_state(order.residual)
     for task in order.adapters:
         content[TASK_ADAPTER + task] = adapters[task]
     content["order"] = ConfigRecord(
@@ -162,6 +165,7 @@ def decode_order(content: RecordDict) -> tuple[Order, str]:
         lora=decode_state(arrays_of(content, "lora")),
         train=value_of(values, "train", bool),
         evaluate=value_of(values, "evaluate", bool),
+        residual=decode_state(arrays_of(content, RESIDUAL)) if RESIDUAL in content else {},
     )
     return order, value_of(values, "client", str)
 

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -78,6 +78,50 @@ class StopSignals:
         """Raise `Interrupted` if a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)
+
+
+class Stopped(BaseException):
+    """A signal said stop, inside `stoppable`; no handler of errors takes it for one of them.
+
+    Parameters
+    ----------
+    signum : int
+        The signal that said so.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, wherever the block is at work.
+
+    For work of this process itself, of which any point is safe to stop at. A second signal acts
+    as if this were not here. Signals that were ignored stay ignored; outside the main thread,
+    where Python allows no handlers, nothing is changed.
+    """
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        restore()
+        raise Stopped(signum)
+
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    except Stopped as stopped:
+        raise Interrupted(stopped.signum) from None
+    finally:
+        restore()
 
 
 class Workplace:

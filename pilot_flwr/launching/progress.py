@@ -16,7 +16,7 @@ from typing import Any
 from pilot_flwr.wording import count, headline, human_bytes, human_seconds, plain
 
 Event = Mapping[str, Any]
-LOSS_PARTS = ("ce", "difference", "balance", "z")
+LOSS_PARTS = ("ce", "difference", "balance", "z", "proximal")
 
 
 class EventTail:

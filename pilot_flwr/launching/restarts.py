@@ -13,6 +13,7 @@ from pilot_flwr.checks import expanded
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.launching.outcome import Outcome
+from pilot_flwr.storage.provenance import keep_provenance
 from pilot_flwr.storage.resume import OVERRIDES
 from pilot_flwr.storage.tensors import write_text
 from pilot_flwr.submission import path_override
@@ -44,6 +45,8 @@ def words_of_run(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         `resume` names no run, or `run.folder` another folder.
     """
     named = [word for word in words if _key(word) == "resume"]
+    if not named:
+        return None, list(words)
     config = load_config(shlex.join(named[-1:]))
     if not config.resume:
         return None, list(words)
@@ -67,8 +70,9 @@ def words_of_run(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def keep_overrides(folder: Path, overrides: str) -> None:
-    """Write down how a new run was started, before anything else can happen to it."""
+    """Write down how a new run was started, and by which code, before anything else happens."""
     write_text(folder / OVERRIDES, overrides + "\n")
+    keep_provenance(folder)
 
 
 def run_attempts(

@@ -3,6 +3,9 @@
 Boxes are text in LLaVA's form, ``[x1, y1, x2, y2]``: the left, upper, right and lower edge as
 shares of the image's width and height. Numbers are compared as exact fractions, so that a box
 at the threshold is on its right side.
+
+`grounding_quarters` is the same for boxes on a coarse grid, ``x1 y1 x2 y2`` in quarters of the
+width and height, for a model whose tokens are too few to write fractions.
 """
 
 import re
@@ -16,6 +19,8 @@ THRESHOLD = Fraction(1, 2)
 
 _NUMBER = r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+
+_QUARTERS = re.compile(r"([0-4]) ([0-4]) ([0-4]) ([0-4])")
 
 
 class Box(NamedTuple):
@@ -42,9 +47,20 @@ def grounding(prediction: str, references: Sequence[str]) -> float:
     DataError
         As `check_boxes`.
     """
-    expected = check_boxes(references)
-    said = parse_box(prediction)
-    return float(said is not None and any(iou(said, box) > THRESHOLD for box in expected))
+    return _hit(parse_box(prediction), check_boxes(references))
+
+
+def grounding_quarters(prediction: str, references: Sequence[str]) -> float:
+    """Return what `grounding` does, for boxes in quarters of the page: ``0 0 2 4``.
+
+    A prediction that is anything but four such numbers of a box with an area is wrong.
+
+    Raises
+    ------
+    DataError
+        As `check_quarters`.
+    """
+    return _hit(parse_quarters(prediction), check_quarters(references))
 
 
 def check_boxes(references: Sequence[str]) -> list[Box]:
@@ -67,6 +83,35 @@ def check_boxes(references: Sequence[str]) -> list[Box]:
     return boxes
 
 
+def check_quarters(references: Sequence[str]) -> list[Box]:
+    """Return the references, in quarters of the page, as boxes.
+
+    Raises
+    ------
+    DataError
+        One is not four numbers from 0 to 4 with an area; the message does not have its text.
+    """
+    boxes = []
+    for number, text in enumerate(references, start=1):
+        box = parse_quarters(text)
+        if box is None:
+            raise DataError(
+                f"Reference {number} is not a box; it must be 'x1 y1 x2 y2' in quarters, whole "
+                "numbers from 0 to 4 with x1 < x2, y1 < y2."
+            )
+        boxes.append(box)
+    return boxes
+
+
+def parse_quarters(text: str) -> Box | None:
+    """Return `text` as a box in quarters of the page, or None if it is not one with an area."""
+    found = _QUARTERS.fullmatch(text.strip())
+    if not found:
+        return None
+    box = Box(*(Fraction(int(number), 4) for number in found.groups()))
+    return box if box.area > 0 else None
+
+
 def parse_box(text: str) -> Box | None:
     """Return the first box in `text`, or None if there is none with an area inside the image."""
     found = _BOX.search(text)
@@ -85,3 +130,7 @@ def iou(first: Box, second: Box) -> Fraction:
         min(first.lower, second.lower),
     ).area
     return common / (first.area + second.area - common)
+
+
+def _hit(said: Box | None, expected: Sequence[Box]) -> float:
+    return float(said is not None and any(iou(said, box) > THRESHOLD for box in expected))

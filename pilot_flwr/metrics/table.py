@@ -20,6 +20,11 @@ METRICS: dict[str, Metric] = {
     "grounding": Metric(
         "IoU > 0.5", per_prediction(grounding.grounding), check=grounding.check_boxes
     ),
+    "grounding_quarters": Metric(
+        "IoU > 0.5",
+        per_prediction(grounding.grounding_quarters),
+        check=grounding.check_quarters,
+    ),
     "cider_d": Metric(
         "CIDEr-D",
         captions.on_tokens(captions.cider_d),

@@ -207,6 +207,13 @@ class FeatureCache:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
+def forget_features() -> None:
+    """Free all features that this process keeps in memory: no run needs those of another."""
+    global _used_memory
+    _MEMORY.clear()
+    _used_memory = 0
+
+
 def _together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Concatenate on `device`; what is all on the host goes there in one copy."""
     if all(tensor.device.type == "cpu" for tensor in tensors):

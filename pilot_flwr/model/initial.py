@@ -7,6 +7,7 @@ projector's few tensors from its safetensors files; the base itself stays on dis
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from transformers.utils import cached_file
 
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.base import empty_base, read_config
-from pilot_flwr.model.parameters import State
+from pilot_flwr.model.parameters import Sharing, State
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.shipped import checkpoint_path
 from pilot_flwr.settings.model import ModelConfig
@@ -39,6 +40,13 @@ class InitialState(NamedTuple):
     adapter: State
     lora: State
 
+    def sent(self, sharing: Sharing) -> "InitialState":
+        """Return what of it is sent, and so what the server has."""
+        return InitialState(
+            {n: t for n, t in self.adapter.items() if sharing.sends("own_task_adapter", n)},
+            {n: t for n, t in self.lora.items() if sharing.sends("lora", n)},
+        )
+
 
 def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
     """Read the projector and draw Θ_l.
@@ -56,15 +64,31 @@ def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
         The checkpoint cannot be read or has no projector.
     """
     dtype = getattr(torch, config.wire_dtype)
+    lora = draw_lora(_lora_shapes(config), dtype, seed=seed)
+    return InitialState(_read_projector(config, dtype), lora)
+
+
+def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int) -> State:
+    """Draw Θ_l: the same at the server and, of what is never sent, at every client.
+
+    Parameters
+    ----------
+    shapes : Mapping[str, Size]
+        Of all its tensors, in the model's order.
+    dtype : torch.dtype
+        `model.sent_dtype`.
+    seed : int
+        The run's.
+    """
     generator = torch.Generator().manual_seed(seed)
     lora: State = {}
-    for name, shape in _lora_shapes(config).items():
+    for name, shape in shapes.items():
         lora[name] = torch.zeros(shape, dtype=dtype)
         if name.endswith("lora_A"):
             bound = 1 / math.sqrt(shape[1])
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             lora[name] = drawn.to(dtype)
-    return InitialState(_read_projector(config, dtype), lora)
+    return lora
 
 
 def _lora_shapes(config: ModelConfig) -> dict[str, torch.Size]:

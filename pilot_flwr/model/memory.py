@@ -19,7 +19,6 @@ from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import feature_size
 from pilot_flwr.model.base import empty_base
 from pilot_flwr.model.lora import lora_layers, share_inputs
-from pilot_flwr.model.parameters import trained_groups
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.model import ModelConfig
 
@@ -106,12 +105,13 @@ def training_memory(model: PilotModel, batch: MicroBatch) -> Memory:
     Parameters
     ----------
     model : PilotModel
-        On the meta device, see `empty_model`. Its parameters are replaced.
+        On the meta device, see `empty_model`. Its parameters are replaced; those that have
+        gradients are trained.
     batch : MicroBatch
         What it is to be trained on.
     """
     groups = model.groups()
-    trained = [p for g in trained_groups(model.stage) for p in groups[g].values()]
+    trained = [p for named in groups.values() for p in named.values() if p.requires_grad]
     adapters = sum(p.nbytes for g, ps in groups.items() if g != "base" for p in ps.values())
     answers = batch.examples * batch.answer_tokens
     vocabulary = model.llava.lm_head.out_features

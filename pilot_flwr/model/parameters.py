@@ -1,7 +1,8 @@
 """Which parameter is trained, sent, private or frozen: decided here and nowhere else.
 
 Every parameter of the model belongs to exactly one row of `GROUPS`; one that no row claims
-is an error. To add a kind of parameter, add a row.
+is an error. To add a kind of parameter, add a row. What a row trains and sends, a run can have
+less of: `Sharing`.
 """
 
 import re
@@ -11,9 +12,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pilot_flwr.errors import ModelError
+from pilot_flwr.settings.strategy import SharingConfig
 
 GroupName = Literal[
     "lora",
+    "residual",
     "own_task_adapter",
     "foreign_task_adapters",
     "client_adapter",
@@ -51,6 +54,11 @@ class ParameterGroup:
     sent: bool = False
     private: bool = False
 
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether a client keeps tensors of it: what is sent may be less than the group."""
+        return self.private or self.sent
+
 
 _BOTH = frozenset({1, 2})
 
@@ -60,6 +68,9 @@ GROUPS: dict[GroupName, ParameterGroup] = {
         r"model\.language_model\.(?P<key>.+\.lora_[AB])\.default\.weight",
         _BOTH,
         sent=True,
+    ),
+    "residual": ParameterGroup(
+        "R", r"model\.language_model\.(?P<key>.+\.lora_[AB])\.residual\.weight", frozenset()
     ),
     "own_task_adapter": ParameterGroup(
         "ψ_t",
@@ -90,6 +101,51 @@ GROUPS: dict[GroupName, ParameterGroup] = {
         frozenset(),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What of its groups a run trains, sends and keeps on the client.
+
+    Attributes
+    ----------
+    adapter : bool
+        Whether the own task adapter is sent.
+    lora : str
+        The matrices of the LoRA that are sent: ``AB``, ``A``, ``B`` or none (an empty text).
+    trained_lora : str
+        Those that are trained: ``AB`` or ``B``.
+    """
+
+    adapter: bool = True
+    lora: str = "AB"
+    trained_lora: str = "AB"
+
+    @classmethod
+    def of(cls, sharing: SharingConfig, lora_matrices: str) -> "Sharing":
+        """Return that of `strategy.sharing` and `train.lora_matrices`."""
+        lora = "" if sharing.lora == "none" else sharing.lora
+        return cls(sharing.adapter, lora, lora_matrices)
+
+    def trains(self, group: GroupName, name: str) -> bool:
+        """Whether a tensor is trained in the stages of its group."""
+        return group != "lora" or name[-1] in self.trained_lora
+
+    def sends(self, group: GroupName, name: str) -> bool:
+        """Whether the server and the client send a tensor."""
+        if group == "lora":
+            return name[-1] in self.lora
+        return GROUPS[group].sent and self.adapter
+
+    def keeps(self, group: GroupName, name: str) -> bool:
+        """Whether a tensor is the client's own: what is neither sent nor trained is no one's."""
+        row = GROUPS[group]
+        unsent = row.sent and self.trains(group, name) and not self.sends(group, name)
+        return row.private or unsent
+
+
+WHOLE = Sharing()
+"""All is trained, and all of Θ_a and Θ_l is sent: the paper."""
 
 State = dict[str, Tensor]
 """Named tensors of one group."""
@@ -133,11 +189,12 @@ def trained_groups(stage: int) -> tuple[GroupName, ...]:
     return tuple(group for group, row in GROUPS.items() if stage in row.stages)
 
 
-def set_trainable(model: nn.Module, *, own_task: str, stage: int) -> None:
-    """Give gradients to what `stage` trains, and to nothing else."""
+def set_trainable(model: nn.Module, *, own_task: str, stage: int, sharing: Sharing = WHOLE) -> None:
+    """Give gradients to what `stage` trains, less what `sharing` does not, and to nothing else."""
     for group, parameters in claim(model, own_task=own_task).items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(stage in GROUPS[group].stages)
+        for name, parameter in parameters.items():
+            trained = stage in GROUPS[group].stages and sharing.trains(group, name)
+            parameter.requires_grad_(trained)
             parameter.grad = None
 
 

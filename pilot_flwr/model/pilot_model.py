@@ -122,6 +122,7 @@ class PilotModel(nn.Module):
                 self._projector[0],
                 initialisation=initialisation or self.config.initialisation,
                 reduction=self.reduction,
+                client_adapter=self.config.client_adapter,
             )
         )
 
@@ -152,6 +153,7 @@ class PilotModel(nn.Module):
                 client_adapter=stage1.client_adapter,
                 initialisation=self.config.initialisation,
                 use_client_adapter=self.config.stage2_client_adapter == "frozen",
+                cross_task_adapters=self.config.cross_task_adapters,
                 generator=generator,
             )
         )

@@ -4,17 +4,21 @@ Everything is counted on a model without weights, with the parameter table that 
 uses (`pilot_flwr.model.parameters.GROUPS`), so that plan and run cannot differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
 from pilot_flwr.errors import TrainingError
+from pilot_flwr.exact import largest_residual
 from pilot_flwr.model.architectures import Size, feature_size, spec_of
 from pilot_flwr.model.base import known_config
+from pilot_flwr.model.lora import set_residual
 from pilot_flwr.model.memory import Memory, MicroBatch, empty_model, training_memory
-from pilot_flwr.model.parameters import GROUPS, GroupName, trained_groups
+from pilot_flwr.model.parameters import GROUPS, GroupName, Sharing, set_trainable
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.wording import human_bytes
 
@@ -25,23 +29,30 @@ class StagePlan:
 
     Attributes
     ----------
-    parameters : dict
-        Group → number of its parameters.
+    parameters, trained_of, sent_of, kept_of : dict
+        Group → number of its parameters: all; with gradients; uploaded; kept on the client.
     trained, sent, private, frozen : int
         Sums of parameters: with gradients; uploaded; kept on the client; not trained.
     up_bytes, down_bytes : int
         Tensors that one client sends and receives in one exchange.
+    residual_bytes : list of int
+        What of `down_bytes` is the residual of ``strategy.lora=exact``, at most: after each
+        exchange, and in the plan as it is after the last.
     memory : Memory
         Peak of one training step.
     """
 
     parameters: dict[GroupName, int]
+    trained_of: dict[GroupName, int]
+    sent_of: dict[GroupName, int]
+    kept_of: dict[GroupName, int]
     trained: int
     sent: int
     private: int
     frozen: int
     up_bytes: int
     down_bytes: int
+    residual_bytes: list[int]
     memory: Memory
 
 
@@ -58,7 +69,7 @@ class Plan:
     batch : MicroBatch
         What the memory is for.
     stages : dict
-        Stage → its plan.
+        Stage → its plan, of the stages that the run has.
     total_bytes : int
         All tensors that travel in the run: all clients, all exchanges, both ways, and what the
         closing evaluation sends down.
@@ -117,11 +128,9 @@ def make_plan(
         text_tokens,
         answer_tokens,
     )
-    stages = {stage: _stage(config, base, stage, batch) for stage in (1, 2)}
+    last = config.strategy.stages
+    stages = {stage: _stage(config, base, stage, batch) for stage in range(1, last + 1)}
     tokens, channels = feature_size(base)
-    first_exchange = stages[1].up_bytes + stages[1].down_bytes
-    closing = stages[2].down_bytes if config.evaluation.enabled else 0
-    others = config.strategy.rounds * (stages[2].up_bytes + stages[2].down_bytes)
     return Plan(
         path=config.model.path,
         architecture=spec.model_class,
@@ -130,28 +139,75 @@ def make_plan(
         text_channels=base.text_config.hidden_size,
         batch=batch,
         stages=stages,
-        total_bytes=config.num_clients * (first_exchange + others + closing),
+        total_bytes=_total_bytes(config, stages[1], stages[last]),
         max_length=config.train.max_length,
     )
 
 
+def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
+    """Return the bytes of a whole run; a client that only evaluates sends nothing."""
+    rounds, everyone = config.strategy.rounds, config.num_clients
+    trainers = {"clients": everyone, "pooled": 1, "nobody": 0}[config.strategy.trained_by]
+    asked = everyone if config.evaluation.enabled else trainers
+    closing = everyone * last.down_bytes if config.evaluation.enabled else 0
+    up = trainers * (first.up_bytes + rounds * last.up_bytes)
+    down = asked * (first.down_bytes + rounds * last.down_bytes) + closing
+    # The residual grows from one exchange to the next, and there is none in the first.
+    sizes = last.residual_bytes
+    grown = asked * sum(sizes[:rounds]) + (everyone * sizes[rounds] if closing else 0)
+    as_if_full = asked * (1 + rounds) + (everyone if closing else 0)
+    return up + down - as_if_full * sizes[-1] + grown
+
+
 def _stage(config: PilotConfig, base: object, stage: int, batch: MicroBatch) -> StagePlan:
     model = empty_model(config.model, base, tasks=tuple(config.data.tasks), stage=stage)
-    numbers = {g: sum(p.numel() for p in ps.values()) for g, ps in model.groups().items()}
-    trained = trained_groups(stage)
+    sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+    set_trainable(model.llava, own_task=model.own_task, stage=stage, sharing=sharing)
+    residuals = _residual_bytes(config, model)
     width = getattr(torch, config.model.wire_dtype).itemsize
-    sent = sum(number for group, number in numbers.items() if GROUPS[group].sent)
+    numbers = _count(model, lambda group, name, parameter: True)
+    trained = _count(model, lambda group, name, parameter: parameter.requires_grad)
+    sent = _count(model, lambda group, name, parameter: sharing.sends(group, name))
+    kept = _count(model, lambda group, name, parameter: sharing.keeps(group, name))
+    if config.train.ditto.enabled:  # a second model of what is sent
+        kept |= {g: kept[g] + numbers[g] for g, row in GROUPS.items() if row.sent}
     adapters = len(config.data.tasks) if stage == 2 else 1
     return StagePlan(
         parameters=numbers,
-        trained=sum(numbers[group] for group in trained),
-        sent=sent,
-        private=sum(number for group, number in numbers.items() if GROUPS[group].private),
-        frozen=sum(number for group, number in numbers.items() if group not in trained),
-        up_bytes=sent * width,
-        down_bytes=(numbers["lora"] + adapters * numbers["own_task_adapter"]) * width,
+        trained_of=trained,
+        sent_of=sent,
+        kept_of=kept,
+        trained=sum(trained.values()),
+        sent=sum(sent.values()),
+        private=sum(kept.values()),
+        frozen=sum(numbers.values()) - sum(trained.values()),
+        up_bytes=sum(sent.values()) * width,
+        down_bytes=(sent["lora"] + adapters * sent["own_task_adapter"]) * width + residuals[-1],
+        residual_bytes=residuals,
         memory=training_memory(model, batch),
     )
+
+
+def _residual_bytes(config: PilotConfig, model: PilotModel) -> list[int]:
+    """Return the most that exact aggregation leaves after each exchange, and put the last in."""
+    exchanges = range(1, config.strategy.rounds + 2)
+    if config.strategy.lora != "exact":
+        return [0 for _ in exchanges]
+    lora = model.groups()["lora"]
+    terms = config.num_clients + 1
+    residuals = [largest_residual(lora, terms=terms * n) for n in exchanges]
+    with torch.device("meta"):
+        set_residual(model.llava.model.language_model, residuals[-1])
+    return [sum(tensor.nbytes for tensor in residual.values()) for residual in residuals]
+
+
+def _count(
+    model: PilotModel, counts: Callable[[GroupName, str, nn.Parameter], bool]
+) -> dict[GroupName, int]:
+    return {
+        group: sum(p.numel() for name, p in named.items() if counts(group, name, p))
+        for group, named in model.groups().items()
+    }
 
 
 @contextmanager

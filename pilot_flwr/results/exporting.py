@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from pilot_flwr.connector import CrossTaskMoA
 from pilot_flwr.errors import ModelError, RunError
+from pilot_flwr.exact import joined
 from pilot_flwr.model.parameters import GroupName, State
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.shipped import checkpoint_path
@@ -79,12 +80,14 @@ def export_model(
     """
     new_folder(folder)
     groups = model.groups()
-    known = {"base", "lora", *_CONNECTOR_GROUPS}
+    known = {"base", "lora", "residual", *_CONNECTOR_GROUPS}
     if strange := [group for group, named in groups.items() if named and group not in known]:
         raise ModelError(f"The export has no place for the parameters {', '.join(strange)}.")
     connector = model.connector
     moa = isinstance(connector, CrossTaskMoA)
-    client_adapter &= connector.use_client_adapter if isinstance(connector, CrossTaskMoA) else True
+    client_adapter &= bool(groups["client_adapter"]) and getattr(
+        connector, "use_client_adapter", True
+    )
     first = model.state("own_task_adapter")
     base = _base(model.config, folder)
     description = {
@@ -96,6 +99,7 @@ def export_model(
             if isinstance(connector, CrossTaskMoA)
             else [model.own_task],
             "client_adapter": client_adapter,
+            "cross_task_adapters": bool(groups["cross_task_adapters"]),
             "in_features": first["linear_1.weight"].shape[1],
             "out_features": first["linear_1.weight"].shape[0],
             "bias": "linear_1.bias" in first,
@@ -113,12 +117,19 @@ def export_model(
 
 
 def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
-    """Write Θ_l as peft does, for a `PeftModel` around the whole base model."""
-    lora = model.config.lora
+    """Write Θ_l as peft does, for a `PeftModel` around the whole base model.
+
+    What exact aggregation has added to the base is written with it, as more columns and rows of
+    its factors: a LoRA of a higher rank and of the same scale, α / r.
+    """
+    lora, state = model.config.lora, model.state("lora")
+    if residual := model.state("residual"):
+        state = joined(state, residual)
+    rank = len(next(tensor for name, tensor in state.items() if name.endswith("lora_A")))
     targets = "|".join(map(re.escape, lora.targets))
     peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
+        r=rank,
+        lora_alpha=lora.alpha * (rank / lora.rank),
         lora_dropout=lora.dropout,
         # By pattern: the vision tower has layers of the same names.
         target_modules=rf"model\.language_model\..*\.({targets})",
@@ -127,7 +138,7 @@ def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
     ).save_pretrained(folder)
     tensors = {
         f"base_model.model.model.language_model.{name}.weight": tensor
-        for name, tensor in model.state("lora").items()
+        for name, tensor in state.items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -83,7 +83,7 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     llava = model.llava
     merge_lora(llava.model.language_model)
     width = llava.config.text_config.hidden_size
-    merged = fold(sum_of_adapters(connector.task_adapter, connector.client_adapter), width)
+    merged = fold(_as_one(connector), width)
     projector = empty_base(llava.config).model.multi_modal_projector.to_empty(device="cpu")
     hidden = merged["linear_1.weight"].shape[0]
     if hidden > width:
@@ -106,6 +106,12 @@ def merge_lora(language_model: nn.Module) -> None:
             layer.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _as_one(connector: TaskClientConnector) -> State:
+    if connector.client_adapter is None:
+        return dict(connector.task_adapter.state_dict())
+    return sum_of_adapters(connector.task_adapter, connector.client_adapter)
 
 
 @torch.no_grad()

@@ -103,7 +103,10 @@ def _front_matter(base: str) -> str:
 
 def _what(run: Run, who: Personal, stage: int) -> str:
     exchange = run.checkpoint.server_round
-    paper = "tuned with Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), federated"
+    paper = (
+        f"tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985) with the method "
+        f"`{run.recorded.strategy.name}`"
+    )
     base = f"`{run.config.model.path}`"
     if who.private is None:
         return (
@@ -111,11 +114,15 @@ def _what(run: Run, who: Personal, stage: int) -> str:
             "It has the task's averaged adapter and the mean LoRA of the task's clients, and "
             "nothing that is private to a client."
         )
-    architecture = "stage 1 (ψ_t + ψ_s)" if stage == 1 else "stage 2 (CT-MoA)"
+    first = "stage 1 (ψ_t + ψ_s)" if run.config.model.client_adapter else "stage 1 (ψ_t)"
+    architecture = first if stage == 1 else "stage 2 (CT-MoA)"
+    warning = (
+        " **It holds adapters that never left the client during the run; adapters can leak "
+        "information about the data they were trained on.**"
+    )
     return (
         f"{base}, {paper}: the personalised model of client `{who.name}`, task `{who.task}`, after "
-        f"exchange {exchange}, in {architecture}. **It holds adapters that never left the client "
-        "during the run; adapters can leak information about the data they were trained on.**"
+        f"exchange {exchange}, in {architecture}." + ("" if who.private.empty else warning)
     )
 
 

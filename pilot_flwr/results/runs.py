@@ -6,7 +6,7 @@ run. A client that was not in the run gets its task's consensus model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,18 +15,19 @@ from pilot_flwr.client.personal import assemble
 from pilot_flwr.config import from_yaml
 from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError
-from pilot_flwr.federation_file import with_folder
-from pilot_flwr.model.parameters import State
+from pilot_flwr.model.initial import initial_state
+from pilot_flwr.model.parameters import Sharing, State
 from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.results.changes import changed
 from pilot_flwr.server.state import lora_peers, mean_lora
 from pilot_flwr.settings.model import FeatureCacheConfig
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.storage.checkpoint import (
     Checkpoint,
-    checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
 )
+from pilot_flwr.storage.checkpoint_folders import checkpoint_folders
 from pilot_flwr.storage.private_state import PrivateState, PrivateStore
 from pilot_flwr.storage.run_folder import Event, read_events
 
@@ -77,11 +78,19 @@ class Run:
             )
         return clients[client_id]
 
+    @property
+    def sharing(self) -> Sharing:
+        """What of the adapters and LoRAs the checkpoint has."""
+        config = self.recorded
+        return Sharing.of(config.strategy.sharing, config.train.lora_matrices)
+
     def lora(self, client: str | None, task: str) -> State:
         """Return Θ̄_l of a client as the server would send it; None is a client without one."""
         if client is not None and client in self.checkpoint.task_of:
             return self.checkpoint.lora(client)
         peers = lora_peers(self.checkpoint.task_of, task)
+        if not peers:  # nobody has trained
+            return initial_state(self.config.model, seed=self.config.seed).sent(self.sharing).lora
         return mean_lora([self.checkpoint.lora(peer) for peer in peers])
 
     def prompt_suffix(self, task: str) -> str:
@@ -155,7 +164,7 @@ def open_run(
         raise ConfigError(f"{path} is not a run's configuration: {error}") from None
     if not text.strip():
         raise ConfigError(f"{path} is empty.")
-    config = _changed(recorded, text, overrides) if overrides else recorded
+    config = changed(recorded, text, overrides) if overrides else recorded
     # Every image is needed once, and nothing is written into the run folder.
     config = replace(
         config, model=replace(config.model, feature_cache=FeatureCacheConfig(where="off"))
@@ -249,6 +258,9 @@ def fill(model: PilotModel, run: Run, who: Personal) -> None:
         adapters={task: run.checkpoint.adapter(task) for task in tasks},
         lora=run.lora(who.client.id if who.client else None, who.task),
         tasks=run.checkpoint.tasks,
+        sharing=run.sharing,
+        seed=run.recorded.seed,
+        residual=run.checkpoint.residual(),
     )
     model.eval()
 
@@ -257,28 +269,6 @@ def last_scores(run: Run) -> list[Event]:
     """Return the last recorded evaluation of every client, in the clients' order."""
     last = {event["client"]: event for event in run.events if event["event"] == "evaluate"}
     return [last[client.id] for client in run.clients() if client.id in last]
-
-
-def _changed(recorded: PilotConfig, text: str, overrides: Sequence[str]) -> PilotConfig:
-    """Return the configuration with some settings changed; a new `data.folder` counts from here."""
-    groups = [f.name for f in fields(PilotConfig) if is_dataclass(getattr(recorded, f.name))]
-    for word in overrides:
-        key = word.partition("=")[0]
-        if key in [*groups, "experiment"] or not key[:1].isalpha():
-            raise ConfigError(
-                f"{word!r} must be one setting, such as `data.folder=/new/place`: the groups of a "
-                "run's settings are not chosen again."
-            )
-    try:
-        config = from_yaml(text, overrides)
-    except ConfigError as error:
-        for word in overrides:  # the first that is wrong by itself
-            try:
-                from_yaml(text, [word])
-            except ConfigError as own:
-                raise ConfigError(f"{word!r}: {own}") from None
-        raise error from None
-    return with_folder(config, ())[0] if config.data.folder != recorded.data.folder else config
 
 
 def _checkpoint(folder: Path, server_round: int | None) -> tuple[Checkpoint, list[str]]:

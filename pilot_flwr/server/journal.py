@@ -18,7 +18,7 @@ from pilot_flwr.storage.run_folder import RunFolder
 logger = logging.getLogger("flwr")
 
 
-LOSS_PARTS = ("ce", "difference", "balance", "z")
+LOSS_PARTS = ("ce", "difference", "balance", "z", "proximal")
 
 
 class Journal:
@@ -127,7 +127,7 @@ class Journal:
             "aggregate",
             round=server_round,
             seconds=seconds,
-            clients=sum(map(len, done.tasks.values())),
+            clients=len(done.clients),
             tasks=done.tasks,
             neighbors=done.neighbors,
             distances=done.distances,

@@ -93,7 +93,7 @@ def check_norms(
     starts = [_starts(update, state) for update in updates]
     norms = np.array(
         [
-            [update_norm(getattr(update, part), start[part]) for part in PARTS]
+            [_norm(getattr(update, part), start[part]) for part in PARTS]
             for update, start in zip(updates, starts, strict=True)
         ]
     )
@@ -130,6 +130,11 @@ def _bounds(norms: Matrix, config: UpdateNormConfig) -> list[Matrix | None]:
     left = [client for client in range(len(norms)) if client not in gone]
     common = bounds_of(norms[left], config.factor)
     return [gone.get(client, common) for client in range(len(norms))]
+
+
+def _norm(state: State, start: State) -> float:
+    """Return an update's norm; of a part that is not shared there is nothing, and so zero."""
+    return update_norm(state, start) if state else 0.0
 
 
 def _starts(update: Update, state: ServerState) -> dict[str, State]:

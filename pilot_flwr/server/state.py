@@ -4,31 +4,25 @@ Pure: no Flower, no files. `ServerState.check` says whether an update may enter 
 aggregation, `ServerState.aggregate` lets the updates of one round in.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
-
 from pilot_flwr.aggregation import (
-    adaptive_weights,
     mix,
     pairwise_distances,
     task_aware_average,
     weighted_average,
 )
-from pilot_flwr.arrays import Array, Matrix
+from pilot_flwr.arrays import Array
 from pilot_flwr.errors import UpdateError
+from pilot_flwr.exact import product_residual
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
+from pilot_flwr.server.rules import ADAPTER_GROUPS, EVERYONE, LORA_RULES
+from pilot_flwr.server.tensor_check import check_tensors
+from pilot_flwr.server_optimizer import Moments, adam_step
 from pilot_flwr.settings.strategy import StrategyConfig
-
-LoraRule = Callable[[Matrix, Sequence[float], int], Matrix]
-"""From distances (K, K), examples (K,) and M to mixing weights (K, K), row-stochastic."""
-
-LORA_RULES: dict[str, LoraRule] = {"pilot": adaptive_weights}
-"""How LoRAs are mixed, by `strategy.name`."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +63,18 @@ class Aggregation:
 
     Attributes
     ----------
+    clients : list of str
+        Whose updates went into it, sorted.
     tasks : dict
-        Task → clients whose adapters were averaged; a task without a reply is missing.
+        Group (a task, or `EVERYONE`) → clients whose adapters were averaged; a task without a
+        reply is missing.
     neighbors : dict
         Client → neighbour → its share in the client's Θ̄_l, own share included.
     distances : dict
         Client → client → ‖Θ_l,k − Θ_l,j‖₂.
     """
 
+    clients: list[str]
     tasks: dict[str, list[str]]
     neighbors: dict[str, dict[str, float]]
     distances: dict[str, dict[str, float]]
@@ -92,6 +90,16 @@ class ServerState:
         The T tasks, in the federation's order.
     initial : InitialState
         What everyone starts from.
+    adapters, loras : dict
+        Task → ψ_t, and client → Θ̄_l of the clients that have trained.
+    task_of : dict
+        Client → its task, of the same clients.
+    moments : dict
+        The server optimizer's, by ``adapter.<group>`` or ``lora.<group or client>``.
+    residual : State
+        What ``strategy.lora=exact`` has added to the frozen base of every client, as a LoRA.
+    rounds : int
+        Exchanges that are aggregated.
     """
 
     tasks: tuple[str, ...]
@@ -99,15 +107,20 @@ class ServerState:
     adapters: dict[str, State] = field(default_factory=dict)
     loras: dict[str, State] = field(default_factory=dict)
     task_of: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    residual: State = field(default_factory=dict)
     rounds: int = 0
 
     def __post_init__(self) -> None:
         for task in self.tasks:
             self.adapters.setdefault(task, self.initial.adapter)
 
-    def stage_for(self, member: Member) -> int:
-        """Return the stage that a client trains next: 2 once it and the server have stage 1."""
-        return 2 if self.rounds > 0 and member.stage_trained > 0 else 1
+    def stage_for(self, member: Member, stages: int = 2) -> int:
+        """Return the stage that a client trains next: 2 once it and the server have stage 1.
+
+        `stages` is `strategy.stages`: with 1 there is no stage 2.
+        """
+        return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 
     def lora_for(self, client: str, task: str) -> State:
         """Return Θ̄_l of a client: its own, else the mean of its task's, else of all, else Θ_l⁰."""
@@ -139,8 +152,8 @@ class ServerState:
                 f"it counts {update.num_examples} examples but must count 1 to "
                 f"{member.examples}, as the client declared"
             )
-        _check_tensors("task adapter", update.adapter, self.initial.adapter)
-        _check_tensors("LoRA", update.lora, self.initial.lora)
+        check_tensors("task adapter", update.adapter, self.initial.adapter)
+        check_tensors("LoRA", update.lora, self.initial.lora)
 
     def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
         """Average the task adapters per task and mix the LoRAs, in place.
@@ -153,25 +166,82 @@ class ServerState:
         updates = sorted(updates, key=lambda update: update.client)
         if not updates:
             raise UpdateError("There is no update to aggregate.")
-        clients = [update.client for update in updates]
-        tasks = [update.task for update in updates]
-        examples = [update.num_examples for update in updates]
-        averages = task_aware_average([u.adapter for u in updates], tasks, examples)
-        self.adapters |= {
-            task: _ordered(average, self.initial.adapter) for task, average in averages.items()
+        averaged = self._average_adapters(updates, config)
+        neighbors, distances = self._mix_loras(updates, config)
+        self.task_of |= {update.client: update.task for update in updates}
+        self.rounds += 1
+        return Aggregation([u.client for u in updates], averaged, neighbors, distances)
+
+    def _average_adapters(
+        self, updates: Sequence[Update], config: StrategyConfig
+    ) -> dict[str, list[str]]:
+        """Average the task adapters of each group, in place; return who was in which."""
+        if not self.initial.adapter:
+            return {}
+        group_of = ADAPTER_GROUPS[config.adapters]
+        groups = [group_of(update.task) for update in updates]
+        averages = task_aware_average(
+            [update.adapter for update in updates], groups, [u.num_examples for u in updates]
+        )
+        starts = {group_of(task): adapter for task, adapter in self.adapters.items()}
+        ordered = {
+            group: self._stepped(f"adapter.{group}", starts[group], average, config)
+            for group, average in averages.items()
         }
+        self.adapters |= {t: ordered[g] for t in self.tasks if (g := group_of(t)) in ordered}
+        return {
+            group: [u.client for u, g in zip(updates, groups, strict=True) if g == group]
+            for group in sorted(ordered)
+        }
+
+    def _mix_loras(
+        self, updates: Sequence[Update], config: StrategyConfig
+    ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """Mix the LoRAs, in place; return weights and distances, empty if no LoRA is sent."""
+        if not self.initial.lora:
+            self.loras |= {update.client: {} for update in updates}
+            return {}, {}
+        tasks = [update.task for update in updates]
         loras = [update.lora for update in updates]
         distances = pairwise_distances(loras)
-        weights = LORA_RULES[config.name](distances, examples, config.num_neighbors)
-        mixed = [_ordered(lora, self.initial.lora) for lora in mix(loras, weights)]
-        self.loras |= dict(zip(clients, mixed, strict=True))
-        self.task_of |= dict(zip(clients, tasks, strict=True))
-        self.rounds += 1
-        return Aggregation(
-            tasks={t: [u.client for u in updates if u.task == t] for t in sorted(set(tasks))},
-            neighbors=_as_dict(clients, weights.tolist(), drop_zero=True),
-            distances=_as_dict(clients, distances.tolist()),
+        rule = LORA_RULES[config.lora]
+        weights = rule.weights(distances, tasks, [u.num_examples for u in updates], config)
+        new: dict[str, State] = {}
+        for update, lora in zip(updates, mix(loras, weights), strict=True):
+            owner = rule.owner(update.client, update.task)
+            if owner not in new:
+                start = self.lora_for(update.client, update.task)
+                new[owner] = self._stepped(f"lora.{owner}", start, lora, config)
+        if rule.exact:
+            examples = [update.num_examples for update in updates]
+            self.residual = _state(product_residual(loras, examples, new[EVERYONE], self.residual))
+        known = self.task_of | {update.client: update.task for update in updates}
+        owners = {client: rule.owner(client, task) for client, task in known.items()}
+        self.loras |= {client: new[owner] for client, owner in owners.items() if owner in new}
+        clients = [update.client for update in updates]
+        return (
+            _as_dict(clients, weights.tolist(), drop_zero=True),
+            _as_dict(clients, distances.tolist()),
         )
+
+    def _stepped(
+        self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
+    ) -> State:
+        """Return what a round makes of what was sent: the average, or a step towards it."""
+        state = _ordered(average, start)
+        if config.server_optimizer.name == "none":
+            return state
+        optimizer = config.server_optimizer
+        new, self.moments[target] = adam_step(
+            start,
+            state,
+            self.moments.get(target),
+            learning_rate=optimizer.learning_rate,
+            beta_1=optimizer.beta_1,
+            beta_2=optimizer.beta_2,
+            tau=optimizer.tau,
+        )
+        return new
 
 
 def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
@@ -183,17 +253,22 @@ def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
 
 
 def mean_lora(loras: Sequence[State]) -> State:
-    """Return the mean of LoRAs, tensor by tensor, every client counting the same."""
+    """Return the mean of LoRAs, tensor by tensor, every client counting the same.
+
+    Where no LoRA is sent, theirs and the result are empty.
+    """
+    if not any(loras):
+        return {}
     return _state(weighted_average(loras, [1] * len(loras)))
 
 
-def _ordered(arrays: dict[str, Array], pattern: State) -> State:
+def _ordered(arrays: Mapping[str, Array], pattern: State) -> State:
     """Return tensors in the server's order, so that no sum over them depends on a client's."""
     state = _state(arrays)
     return {name: state[name] for name in pattern}
 
 
-def _state(arrays: dict[str, Array]) -> State:
+def _state(arrays: Mapping[str, Array]) -> State:
     """Narrow the type: tensors went into the aggregation, so tensors come out."""
     return cast(State, arrays)
 
@@ -205,24 +280,3 @@ def _as_dict(
         row_client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
         for row_client, row in zip(clients, matrix, strict=True)
     }
-
-
-def _check_tensors(what: str, state: State, expected: State) -> None:
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unexpected:
-        raise UpdateError(
-            f"its {what} has missing tensors {sorted(missing)[:3]} and unexpected ones "
-            f"{sorted(unexpected)[:3]} ({len(missing)} and {len(unexpected)} in all)"
-        )
-    for name, tensor in expected.items():
-        got = state[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
-            raise UpdateError(
-                f"`{name}` of its {what} is {_describe(got)} but must be {_describe(tensor)}"
-            )
-        if not math.isfinite(float(torch.sum(got, dtype=torch.float64))):
-            raise UpdateError(f"`{name}` of its {what} has values that are not finite")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

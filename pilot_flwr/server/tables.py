@@ -50,7 +50,8 @@ def timeline(events: Sequence[Event]) -> str:
             ]
         )
     for closed in select(events, "closing_evaluation"):
-        orders = [e for e in select(events, "order") if e["phase"] == "evaluate"]
+        # In earlier exchanges it is the clients that do not train that only evaluate.
+        orders = [e for e in select(events, "order") if e["round"] > closed["round"]]
         scores = len(select(events, "evaluate", closed["round"]))
         down = "<br>".join(_bytes(orders, "down"))
         what = f"{len(orders)} clients"
@@ -86,7 +87,7 @@ def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
     header = ["task", "metric", "test examples"]
     for number in rounds:
         stages = sorted({str(event["stage"]) for event in select(events, "train", number)})
-        title = f"exchange {number} (stage {' and '.join(stages)})"
+        title = f"exchange {number}" + (f" (stage {' and '.join(stages)})" if stages else "")
         header.append("zero-shot" if number == 0 else title)
     rows = [header]
     means: dict[int, list[float]] = defaultdict(list)
@@ -160,8 +161,10 @@ def _gradients(trained: Sequence[Event]) -> list[str]:
 
 
 def _bytes(events: Sequence[Event], way: str) -> list[str]:
-    names = {"lora": "Θ_l", "task_adapters": "ψ_t"}
-    sums = {name: sum(e[way][name] for e in events if way in e) for name in names}
+    names = {"lora": "Θ_l", "task_adapters": "ψ_t", "residual": "R"}
+    sums = {name: sum(e[way].get(name, 0) for e in events if way in e) for name in names}
+    if not sums["residual"]:
+        del sums["residual"]
     return [f"{names[name]} {human_bytes(size)}" for name, size in sums.items()]
 
 
@@ -178,9 +181,10 @@ def _server(aggregated: Sequence[Event]) -> list[str]:
     lines = []
     for event in aggregated:
         tasks = ", ".join(f"{task} of {len(c)}" for task, c in event["tasks"].items())
-        others = sorted({len(shares) - 1 for shares in event["neighbors"].values()})
-        lines.append(f"averaged ψ_t: {tasks}")
-        lines.append(
-            f"mixed {len(event['neighbors'])} Θ_l, each with {'–'.join(map(str, others))} others"
-        )
+        others = sorted({len({*s} - {c}) for c, s in event["neighbors"].items()})
+        if event["tasks"]:
+            lines.append(f"averaged ψ_t: {tasks}")
+        if event["neighbors"]:
+            with_others = "–".join(map(str, others))
+            lines.append(f"mixed {len(event['neighbors'])} Θ_l, each with {with_others} others")
     return lines

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pilot_flwr.checks import at_least, check_name, one_of, positive, share
+from pilot_flwr.checks import at_least, at_most, check_name, one_of, positive, share
 from pilot_flwr.errors import ConfigError
 
 ALL = 0
@@ -53,6 +53,22 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ShiftConfig:
+    """How the digits of all clients differ from those that the shipped base has seen.
+
+    With ``source=digits`` alone. Each digit of a page is turned by `rotation` degrees,
+    counter-clockwise, and `mirrored` left to right, whatever the client's own style.
+    """
+
+    rotation: float = 0.0
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("data.shift.rotation", self.rotation, -180)
+        at_most("data.shift.rotation", self.rotation, 180)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The federation's tasks and clients: `clients_per_task` clients for every task.
 
@@ -66,7 +82,9 @@ class DataConfig:
     `check_images` says how far each image is read for that: ``decode`` reads all of it, once, which
     takes as long as reading the data once; with ``header`` an image that is broken behind its
     header stops the training when its turn comes. `workers` threads decode images while the
-    model is busy with the batch before; 0 decodes in between.
+    model is busy with the batch before; 0 decodes in between. `evaluate_on` is ``test``, or with
+    ``source=digits`` ``validation``: scans of their own, on which settings are chosen so that
+    no choice sees the test split.
     """
 
     source: str = "digits"
@@ -81,6 +99,8 @@ class DataConfig:
     check_images: str = "decode"
     allowed_broken: float = 0.0
     workers: int = 0
+    evaluate_on: str = "test"
+    shift: ShiftConfig = field(default_factory=ShiftConfig)
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("digits", "llava"))
@@ -98,7 +118,17 @@ class DataConfig:
         one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("keep", "pad"))
         share("data.allowed_broken", self.allowed_broken)
         at_least("data.workers", self.workers, 0)
+        one_of("data.evaluate_on", self.evaluate_on, ("test", "validation"))
+        if self.evaluate_on == "validation" and self.source != "digits":
+            raise ConfigError(
+                "`data.evaluate_on` is 'validation' but must be 'test' unless "
+                "`data.source=digits`: give validation files as `data.files.<task>.test`."
+            )
         if self.source == "llava":
+            if self.shift != ShiftConfig():
+                raise ConfigError(
+                    "`data.shift` is set but must be left out unless `data.source=digits`."
+                )
             self._check_files()
 
     def _check_files(self) -> None:

@@ -69,6 +69,10 @@ class ModelConfig:
     bfloat16 (`adapter_dtype`) loses small updates, as AdamW then works on eight bits of
     precision: design section 8. Hence the defaults.
 
+    `client_adapter=false` leaves ψ_s out of both stages: a stage-1 connector is then the base's
+    projector, trained. `cross_task_adapters=false` leaves every ψ_c out of stage 2. Both are
+    for ablations and baselines.
+
     `quantization` is ``none`` or ``4bit`` (the frozen language model in NF4, by bitsandbytes:
     ``pip install 'pilot-flwr[quantization]'``). `attention` is the implementation that
     transformers uses in the language model. `gradient_checkpointing` trades time for memory
@@ -83,6 +87,8 @@ class ModelConfig:
     sent_dtype: str = "same"
     initialisation: str = "identity"
     stage2_client_adapter: str = "frozen"
+    client_adapter: bool = True
+    cross_task_adapters: bool = True
     quantization: str = "none"
     attention: str = "sdpa"
     gradient_checkpointing: bool = False

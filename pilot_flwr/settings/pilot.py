@@ -13,6 +13,7 @@ from pilot_flwr.settings.data import DataConfig
 from pilot_flwr.settings.model import ModelConfig
 from pilot_flwr.settings.privacy import PrivacyConfig
 from pilot_flwr.settings.strategy import StrategyConfig
+from pilot_flwr.settings.together import check_together
 
 LARGEST_SEED = 2**63 - 1
 """What torch's and numpy's generators both take."""
@@ -43,6 +44,22 @@ class DifferenceLossConfig:
 
 
 @dataclass(frozen=True)
+class DittoConfig:
+    """A personal model beside the shared one (Ditto: Li et al., ICML 2021).
+
+    With `enabled` a client trains two models in a turn, half of the epochs each: the shared
+    one, and a personal one that is drawn to the shared one it was sent by
+    ``weight / 2 · ‖v − w‖²`` and never leaves the client, which is evaluated by it.
+    """
+
+    enabled: bool = False
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least("train.ditto.weight", self.weight, 0)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Local training on a client: `epochs` is the paper's E.
 
@@ -50,6 +67,10 @@ class TrainConfig:
     `accumulation_steps` examples. The gradient of each parameter group is clipped to
     `max_grad_norm` by itself. `autocast` is ``auto`` (bfloat16 on a GPU, off on a CPU),
     ``bfloat16`` or ``off``, in evaluation as in training.
+
+    `lr_scale` multiplies every learning rate. `lora_matrices` is what of the LoRA is trained:
+    ``AB``, or ``B`` (A stays as drawn: FFA-LoRA). `proximal_weight` is FedProx's μ: μ / 2 ·
+    ‖w − w_sent‖² over what the client was sent and trains is added to the loss; 0 leaves it out.
     """
 
     epochs: int = 1
@@ -66,6 +87,10 @@ class TrainConfig:
     difference_loss: DifferenceLossConfig = field(default_factory=DifferenceLossConfig)
     balance_weight: float = 0.1
     z_weight: float = 0.01
+    lr_scale: float = 1.0
+    lora_matrices: str = "AB"
+    proximal_weight: float = 0.0
+    ditto: DittoConfig = field(default_factory=DittoConfig)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation_steps", "max_length"):
@@ -77,12 +102,20 @@ class TrainConfig:
         positive("train.log_every_seconds", self.log_every_seconds)
         at_least("train.balance_weight", self.balance_weight, 0)
         at_least("train.z_weight", self.z_weight, 0)
+        positive("train.lr_scale", self.lr_scale)
+        one_of("train.lora_matrices", self.lora_matrices, ("AB", "B"))
+        at_least("train.proximal_weight", self.proximal_weight, 0)
+        if self.ditto.enabled and self.epochs % 2:
+            raise ConfigError(
+                f"`train.epochs` is {self.epochs} but must be even with `train.ditto.enabled`, "
+                "which gives half of them to each of two models."
+            )
         for stage in (1, 2):
             for name in ("lora_lr", "connector_lr"):
                 positive(f"train.stage{stage}.{name}", getattr(self.stage(stage), name))
 
     def stage(self, stage: int) -> StageConfig:
-        """Learning rates of `stage` (1 or 2)."""
+        """Learning rates of `stage` (1 or 2), as they are configured."""
         return self.stage1 if stage == 1 else self.stage2
 
 
@@ -103,6 +136,9 @@ class EvaluationConfig:
 class SimulationConfig:
     """Resources of Flower's simulation engine, which Ray shares out among the clients.
 
+    `engine` is ``ray``, or ``in-process``: the clients of one run one after the other in a single
+    process, without Flower's and Ray's start of about half a minute, with the same results.
+
     `cpus` is the number of CPU cores that the simulation takes; 0 takes all of the machine's.
     `gpus` is the number of its GPUs: -1 takes all that torch sees, 0 none. `client_cpus` and
     `client_gpus` are one client's part, and so say how many clients train at a time.
@@ -116,6 +152,7 @@ class SimulationConfig:
     stay at their defaults.
     """
 
+    engine: str = "ray"
     address: str = ""
     cpus: int = 0
     gpus: int = -1
@@ -123,6 +160,7 @@ class SimulationConfig:
     client_gpus: float = -1.0
 
     def __post_init__(self) -> None:
+        one_of("simulation.engine", self.engine, ("ray", "in-process"))
         at_least("simulation.cpus", self.cpus, 0)
         at_least("simulation.gpus", self.gpus, -1)
         at_least("simulation.client_cpus", self.client_cpus, 1)
@@ -141,13 +179,24 @@ class RunConfig:
 
     `restarts` is how often at most ``pilot-flwr run`` goes on by itself from the last checkpoint
     when a worker process of Ray or the whole simulation has died.
+
+    `report` says whether ``pilot-flwr run`` writes the report at the end. `tensorboard` and
+    `wandb` are live logs of the server: TensorBoard's files in the run folder, and Weights & Biases
+    (``pip install 'pilot-flwr[wandb]'``), which is ``off``, ``online`` or ``offline``; its project
+    is `wandb_project`.
     """
 
     folder: str = ""
     restarts: int = 3
+    report: bool = True
+    tensorboard: bool = True
+    wandb: str = "off"
+    wandb_project: str = "pilot-flwr"
 
     def __post_init__(self) -> None:
         at_least("run.restarts", self.restarts, 0)
+        one_of("run.wandb", self.wandb, ("off", "online", "offline"))
+        check_name("run.wandb_project", self.wandb_project)
 
 
 @dataclass(frozen=True)
@@ -178,6 +227,7 @@ class PilotConfig:
                 f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "
                 f"the number of clients, {self.num_clients}."
             )
+        check_together(self)
 
     @property
     def num_clients(self) -> int:

@@ -5,19 +5,22 @@ of ``metrics.jsonl``, and carries a checksum of itself. A folder is written unde
 flushed and then renamed; none is ever removed before its successor is whole.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pilot_flwr.errors import StateError
 from pilot_flwr.model.parameters import State
+from pilot_flwr.storage.checkpoint_folders import (
+    checkpoint_folders,
+    discard,
+    prune_checkpoints,
+    sweep,
+)
 from pilot_flwr.storage.tensors import (
     FORMAT,
     flush,
@@ -28,13 +31,11 @@ from pilot_flwr.storage.tensors import (
     write_text,
 )
 
-KEPT_ROUNDS = 2
-"""Checkpoints kept: the last one and the one before it."""
+_PARTS = {"task_adapters": "task", "lora": "client", "moments": "target", "residual": "owner"}
+"""Folder → what its files are named after; the last two are there if a method has them."""
 
-_PARTS = {"task_adapters": "task", "lora": "client"}
-"""Folder → what its files are named after."""
-
-_NAME = re.compile(r"round-(\d{4,})(\.old)?")
+EVERYONE = "everyone"
+"""Whose residual it is."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def save_checkpoint(
     task_of: Mapping[str, str],
     run: RunIdentity,
     events: int,
+    moments: Mapping[str, State] | None = None,
+    residual: State | None = None,
 ) -> Path:
     """Write ``round-NNNN/`` with the task adapters, each client's LoRA and ``state.json``.
 
@@ -84,16 +87,24 @@ def save_checkpoint(
         The run.
     events : int
         Lines of ``metrics.jsonl`` up to here.
+    moments : mapping, optional
+        The server optimizer's, by what they are the moments of.
+    residual : State, optional
+        What an exact aggregation adds to the frozen base.
     """
     target = folder / f"round-{server_round:04d}"
     temporary = folder / f".{target.name}.tmp"
-    _sweep(folder)
+    sweep(folder)
+    parts: dict[str, Mapping[str, State]] = {
+        "task_adapters": adapters,
+        "lora": loras,
+        "moments": moments or {},
+        "residual": {EVERYONE: residual} if residual else {},
+    }
     written = [
-        *(
-            (Path("task_adapters") / f"{t}.safetensors", s, {"task": t})
-            for t, s in adapters.items()
-        ),
-        *((Path("lora") / f"{c}.safetensors", s, {"client": c}) for c, s in loras.items()),
+        (Path(part) / f"{name}.safetensors", state, {_PARTS[part]: name})
+        for part, states in parts.items()
+        for name, state in states.items()
     ]
     for path, state, metadata in written:
         save_tensors(temporary / path, state, metadata)
@@ -105,25 +116,21 @@ def save_checkpoint(
         "run": run.name,
         "settings": run.settings,
         "events": events,
+        "moments": sorted(parts["moments"]),
+        "residual": sorted(parts["residual"]),
         "files": {path.as_posix(): sha256(temporary / path) for path, _, _ in written},
     }
     content["checksum"] = _checksum(content)
     write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
     replaced = folder / f"{target.name}.old"
     if target.exists():  # it stays readable under another name until the new one is in place
-        _discard(replaced)
+        discard(replaced)
         os.replace(target, replaced)
     os.replace(temporary, target)
     flush(folder)
-    _discard(replaced)
+    discard(replaced)
     prune_checkpoints(folder)
     return target
-
-
-def prune_checkpoints(folder: Path) -> None:
-    """Remove all but the last `KEPT_ROUNDS`."""
-    for old in checkpoint_folders(folder)[:-KEPT_ROUNDS]:
-        _discard(old)
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,10 @@ class Checkpoint:
         The run that it belongs to.
     events : int
         Lines of ``metrics.jsonl`` that belong to it.
+    moments : tuple of str
+        What the server optimizer has moments of.
+    has_residual : bool
+        Whether something is added to the frozen base.
     """
 
     folder: Path
@@ -152,6 +163,8 @@ class Checkpoint:
     task_of: dict[str, str]
     run: RunIdentity = RunIdentity()
     events: int = 0
+    moments: tuple[str, ...] = ()
+    has_residual: bool = False
 
     def adapter(self, task: str) -> State:
         """Read a task's adapter ψ_t."""
@@ -160,6 +173,15 @@ class Checkpoint:
     def lora(self, client: str) -> State:
         """Read a client's LoRA Θ̄_l."""
         return load_tensors(self.folder / "lora" / f"{client}.safetensors")[0]
+
+    def moments_of(self, target: str) -> State:
+        """Read the server optimizer's moments of one average, as they were packed."""
+        return load_tensors(self.folder / "moments" / f"{target}.safetensors")[0]
+
+    def residual(self) -> State:
+        """Read what is added to the frozen base; nothing, except after an exact aggregation."""
+        path = self.folder / "residual" / f"{EVERYONE}.safetensors"
+        return load_tensors(path)[0] if self.has_residual else {}
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -189,22 +211,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             dict(content["task_of"]),
             RunIdentity(str(content["run"]), str(content["settings"])),
             int(content["events"]),
+            tuple(content.get("moments", ())),
+            content.get("residual", []) == [EVERYONE],
         )
         files = dict(content["files"])
-        _check_texts([*checkpoint.tasks, *checkpoint.task_of.values(), *files.values()])
+        texts = [*checkpoint.tasks, *checkpoint.task_of.values(), *checkpoint.moments]
+        _check_texts([*texts, *files.values()])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
     if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
         raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
     _check_files(checkpoint, files)
     return checkpoint
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, whole or not, the newest last."""
-    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*"))
-    found = [(int(name[1]), name[2] is None, path) for name, path in named if name]
-    return [path for _, _, path in sorted(found)]
 
 
 def latest_checkpoint(
@@ -244,7 +262,13 @@ def _check_texts(names: Sequence[object]) -> None:
 
 def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
     folder = checkpoint.folder
-    for part, names in (("task_adapters", checkpoint.tasks), ("lora", checkpoint.task_of)):
+    expected: dict[str, Collection[str]] = {
+        "task_adapters": checkpoint.tasks,
+        "lora": checkpoint.task_of,
+        "moments": checkpoint.moments,
+        "residual": [EVERYONE] * checkpoint.has_residual,
+    }
+    for part, names in expected.items():
         present = {file.name.removesuffix(".safetensors") for file in (folder / part).glob("*")}
         listed = {
             Path(file).name.removesuffix(".safetensors")
@@ -268,19 +292,3 @@ def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
 def _checksum(content: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _discard(folder: Path) -> None:
-    """Remove a checkpoint; what is half removed has a name that no reader looks at."""
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a writer that was killed has left."""
-    for leftover in folder.glob(".round-*"):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(leftover)

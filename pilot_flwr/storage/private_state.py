@@ -31,12 +31,15 @@ ADVICE = (
 )
 """What to do about a file that cannot be used."""
 
+_PERSONAL = "personal/"
+"""Before the names of a personal model's tensors."""
+
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
 
 @dataclass(frozen=True)
 class PrivateState:
-    """What never leaves a client: ψ_s and, after stage 2, ψ_c and φ.
+    """What never leaves a client: ψ_s, after stage 2 ψ_c and φ, and what a run does not share.
 
     Attributes
     ----------
@@ -45,12 +48,20 @@ class PrivateState:
     tasks : tuple of str
         After stage 2, the T tasks in the router's order; else empty.
     groups : dict
-        Group → its tensors, for the groups that are private.
+        Group → its tensors: the private groups, and what of the others is not sent.
+    personal : dict
+        The same of a personal model beside the shared one, if there is one: all of its tensors.
     """
 
     stage: int
     tasks: tuple[str, ...] = ()
     groups: dict[GroupName, State] = field(default_factory=dict)
+    personal: dict[GroupName, State] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no tensor: a run may have nothing that is private."""
+        return not any(self.groups.values()) and not self.personal
 
 
 class PrivateStore:
@@ -119,7 +130,7 @@ class PrivateStore:
             return None
         with _advised():
             stage, tasks = self._header(path)
-            return PrivateState(stage, tasks, self._groups(path))
+            return PrivateState(stage, tasks, *self._groups(path))
 
     def save(self, state: PrivateState, *, server_round: int) -> None:
         """Keep what exchange `server_round` made, atomically.
@@ -141,8 +152,9 @@ class PrivateStore:
             remove_leftovers(self.folder)
             flush(self.folder)
         tensors = {
-            f"{group}/{name}": tensor
-            for group, named in state.groups.items()
+            f"{prefix}{group}/{name}": tensor
+            for prefix, groups in (("", state.groups), (_PERSONAL, state.personal))
+            for group, named in groups.items()
             for name, tensor in named.items()
         }
         metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks), **self.owner}
@@ -151,15 +163,18 @@ class PrivateStore:
             self.path(number).unlink(missing_ok=True)
 
     @staticmethod
-    def _groups(path: Path) -> dict[GroupName, State]:
+    def _groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State]]:
         groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
+        personal: dict[GroupName, State] = {}
         try:
             for name, tensor in load_tensors(path)[0].items():
-                group, key = name.split("/", 1)
-                groups[group][key] = tensor  # type: ignore[index]
-        except (KeyError, ValueError) as error:
+                prefix, key = name.removeprefix(_PERSONAL).split("/", 1)
+                group = next(g for g, row in GROUPS.items() if g == prefix and row.may_be_kept)
+                kept = personal if name.startswith(_PERSONAL) else groups
+                kept.setdefault(group, {})[key] = tensor
+        except (StopIteration, ValueError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
-        return groups
+        return groups, personal
 
     def _header(self, path: Path) -> tuple[int, tuple[str, ...]]:
         metadata = read_metadata(path)

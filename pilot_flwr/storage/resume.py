@@ -17,14 +17,15 @@ from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
 from pilot_flwr.server.state import ServerState
+from pilot_flwr.server_optimizer import Moments
 from pilot_flwr.storage.checkpoint import (
     Checkpoint,
     RunIdentity,
-    checkpoint_folders,
     latest_checkpoint,
-    prune_checkpoints,
 )
+from pilot_flwr.storage.checkpoint_folders import checkpoint_folders, prune_checkpoints
 from pilot_flwr.storage.interrupted import earlier_attempts, parse, read_lines, set_aside
+from pilot_flwr.storage.provenance import keep_provenance
 from pilot_flwr.storage.run_folder import RunFolder
 from pilot_flwr.storage.run_identity import differences, settings_hash
 from pilot_flwr.storage.tensors import flush
@@ -200,8 +201,15 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
         adapters={task: _like(checkpoint.adapter(task), initial.adapter) for task in tasks},
         loras={name: _like(checkpoint.lora(name), initial.lora) for name in checkpoint.task_of},
         task_of=dict(checkpoint.task_of),
+        residual=checkpoint.residual(),
     )
     state.rounds = checkpoint.server_round
+    for target in checkpoint.moments:
+        pattern = initial.adapter if target.startswith("adapter.") else initial.lora
+        try:
+            state.moments[target] = Moments.unpack(checkpoint.moments_of(target), pattern)
+        except (KeyError, ValueError) as error:
+            raise StateError(f"The checkpoint's moments of {target!r}: {error}.") from None
     return state
 
 
@@ -218,6 +226,7 @@ def _describe(folder: RunFolder, config: PilotConfig, overrides: str, name: str)
     identity = RunIdentity(name, settings_hash(config))
     folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))
     folder.write(OVERRIDES, overrides + "\n")
+    keep_provenance(folder.path)
     folder.write("run.json", json.dumps(asdict(identity), indent=2) + "\n")
     return identity
 

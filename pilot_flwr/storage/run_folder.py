@@ -4,6 +4,7 @@
 
     config.yaml      the resolved configuration
     overrides.txt    the overrides that it was started with, which `resume` starts it with again
+    code.json        commit and versions of the code that it was made by
     run.json         which run it is: its name, by which clients know it, and a hash of its settings
     metrics.jsonl    one event a line: who trained what, how long, which bytes, which scores
     interrupted-N.jsonl  events after the checkpoint from which the N-th resumption went on
@@ -12,6 +13,8 @@
     result.json      how the run ended; the last file written
     checkpoint/      task adapters and every client's LoRA after each round
     clients/         private folders of simulated clients
+    tensorboard/     the live log, if it is on
+    report/          the report, if it was written
 """
 
 import json

@@ -9,7 +9,10 @@ from sklearn.datasets import load_digits
 from pilot_flwr.data import digits
 from pilot_flwr.data.digit_style import PLAIN, Style, render
 from pilot_flwr.data.digits import TASKS, client_examples, client_sizes
+from pilot_flwr.data.federation import client_examples as federation_examples
+from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.settings.data import DataConfig
 
 WORDS = "zero one two three four five six seven eight nine".split()
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
@@ -27,7 +30,14 @@ def examples(task="vqa", client_index=0, split="train", num_examples=20, seed=0,
 
 
 def source_scans(example):
-    return [int(scan) for scan in example.id.split("/")[-1].split("-")]
+    return [int(scan) for scan in example.id.split("/")[-1].split("-") if scan != "_"]
+
+
+def source_labels(example):
+    """Labels of the four places, None where there is no digit."""
+    labels = load_digits().target
+    scans = example.id.split("/")[-1].split("-")
+    return [None if scan == "_" else int(labels[int(scan)]) for scan in scans]
 
 
 def recount(task, question, labels):
@@ -37,20 +47,28 @@ def recount(task, question, labels):
     if task == "captioning":
         named = [WORDS[label] for label in labels]
         return f"the digits {named[0]}, {named[1]}, {named[2]} and {named[3]}"
+    if task == "columns":
+        named = [WORDS[label] for label in labels]
+        return f"{named[0]} {named[2]}, {named[1]} {named[3]}"
+    if task == "row":
+        return " ".join(WORDS[label] for label in (labels[:2] if "top" in question else labels[2:]))
+    if task == "grounding":
+        (digit,) = [n for n, word in enumerate(WORDS) if word in question]
+        (place,) = [n for n, label in enumerate(labels) if label == digit]
+        return ("0 0 2 2", "2 0 4 2", "0 2 2 4", "2 2 4 4")[place]
     (place,) = [n for n, name in enumerate(PLACES) if name in question]
-    return WORDS[labels[place]]
+    return str(labels[place]) if task == "numeral" else WORDS[labels[place]]
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "test", "validation"])
 def test_answers_agree_with_the_source_labels(task, split):
-    labels = load_digits().target
     for example in examples(task, split=split, num_examples=60):
         user, assistant = example.turns
         assert (user.role, assistant.role) == ("user", "assistant")
         marker, question = user.text.split("\n")
         assert marker == "<image>"
-        assert assistant.text == recount(task, question, labels[source_scans(example)])
+        assert assistant.text == recount(task, question, source_labels(example))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -60,7 +78,8 @@ def test_images_are_small_rgb_and_ids_unique(task):
         ("RGB", (32, 32))
     }
     assert len({e.id for e in drawn}) == 40
-    assert all(len(set(source_scans(e))) == 4 for e in drawn)
+    counts = {len(set(source_scans(e))) for e in drawn}
+    assert counts == ({1, 2} if task == "grounding" else {4})
 
 
 def test_a_plain_mosaic_shows_its_scans_in_reading_order():
@@ -130,7 +149,7 @@ def test_past_the_disjoint_limit_clients_take_the_shares_in_turn():
 
 
 def test_examples_use_their_own_subset_only():
-    for split in ("train", "test"):
+    for split in ("train", "test", "validation"):
         used = {scan for e in examples(split=split) for scan in source_scans(e)}
         assert used <= set(digits.scan_indices(split).tolist())
     own = set(digits.client_scan_indices(4, num_clients=9).tolist())
@@ -180,8 +199,12 @@ def test_sizes_spread_around_the_mean(num_clients, mean):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "ocr"}, "`task` is 'ocr' but must be one of vqa, counting, captioning."),
-        ({"split": "dev"}, "`split` is 'dev' but must be one of train, test."),
+        (
+            {"task": "ocr"},
+            "`task` is 'ocr' but must be one of "
+            "vqa, counting, captioning, row, numeral, columns, grounding.",
+        ),
+        ({"split": "dev"}, "`split` is 'dev' but must be one of train, test, validation."),
         ({"num_examples": 0}, "`num_examples` is 0 but must be at least 1."),
         ({"client_index": 9}, "`client_index` is 9 but must be 0 to 8."),
         ({"client_index": -1}, "`client_index` is -1 but must be at least 0."),
@@ -198,3 +221,43 @@ def test_bad_arguments_are_named(change, message):
 def test_bad_sizes_are_named():
     with pytest.raises(ConfigError, match="`mean` is 0 but must be at least 1"):
         client_sizes(3, 0)
+
+
+def page(**shift):
+    """Ink of the first example's page of a client without a style of its own."""
+    drawn = np.random.default_rng(0)
+    return np.asarray(render(digits.load_scans().ink[[3, 5, 8, 13]], Style(**shift), drawn))
+
+
+def test_a_mirrored_digit_is_the_scan_from_right_to_left():
+    scans = digits.load_scans()
+    top_left = page(mirrored=True)[:16, :16, 0] / 255
+    np.testing.assert_allclose(top_left, scans.ink[3][:, ::-1], atol=1 / 255)
+
+
+def test_a_quarter_turn_is_numpys():
+    scans = digits.load_scans()
+    top_left = page(rotation=90.0)[:16, :16, 0] / 255
+    np.testing.assert_allclose(top_left, np.rot90(scans.ink[3]), atol=1 / 255)
+
+
+def test_the_shift_is_the_same_for_all_clients_and_leaves_questions_as_they_were():
+    for client in (0, 5):
+        common = {"client_index": client, "num_clients": 9, "split": "train"}
+        drawn = {"num_examples": 5, "seed": 0}
+        plain = client_examples("vqa", **common, **drawn)
+        shifted = client_examples("vqa", **common, **drawn, mirrored=True)
+        assert [(e.id, e.turns) for e in plain] == [(e.id, e.turns) for e in shifted]
+        assert all(
+            a.images[0].read().tobytes() != b.images[0].read().tobytes()
+            for a, b in zip(plain, shifted, strict=True)
+        )
+
+
+def test_a_run_evaluates_on_the_split_that_it_names():
+    scans = {name: set(digits.scan_indices(name).tolist()) for name in ("test", "validation")}
+    for name, allowed in scans.items():
+        data = DataConfig(evaluate_on=name, test_examples=30)
+        client = federation_clients(data)[1]
+        read = federation_examples(data, client, "test", seed=0)
+        assert {scan for example in read for scan in source_scans(example)} <= allowed

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics.grounding import Box, grounding, iou, parse_box
+from pilot_flwr.metrics.grounding import Box, grounding, grounding_quarters, iou, parse_box
 
 WHOLE = "[0.0, 0.0, 1.0, 1.0]"
 
@@ -57,3 +57,32 @@ def test_iou_is_that_of_counted_cells(first, second):
     texts = ["[{}, {}, {}, {}]".format(*(edge / 20 for edge in box)) for box in (first, second)]
     assert grounding(texts[0], [texts[1]]) == (counted > Fraction(1, 2))
     assert parse_box(texts[0]) == tuple(Fraction(edge, 20) for edge in first)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [
+        ("0 0 2 2", 1),
+        (" 0 0 2 2 ", 1),
+        ("0 0 2 3", 1),  # IoU 4/6
+        ("0 0 2 4", 0),  # IoU 0.5, and must be above
+        ("2 0 4 2", 0),
+        ("2 2 0 0", 0),
+        ("0 0 2", 0),
+        ("0 0 2 2 2", 0),
+        ("0 0 2 5", 0),
+        ("[0, 0, 0.5, 0.5]", 0),
+        ("", 0),
+    ],
+)
+def test_boxes_in_quarters(prediction, score):
+    assert grounding_quarters(prediction, ["0 0 2 2"]) == score
+    with pytest.raises(DataError, match=r"^Reference 1 is not a box; it must be 'x1 y1 x2 y2' in"):
+        grounding_quarters(prediction, ["1 1 1 2"])
+
+
+@given(*[st.tuples(*[st.integers(0, 4)] * 4).filter(lambda b: b[0] < b[2] and b[1] < b[3])] * 2)
+def test_quarters_score_as_the_same_boxes_in_fractions(first, second):
+    words = [" ".join(map(str, box)) for box in (first, second)]
+    texts = ["[{}, {}, {}, {}]".format(*(edge / 4 for edge in box)) for box in (first, second)]
+    assert grounding_quarters(words[0], [words[1]]) == grounding(texts[0], [texts[1]])

@@ -84,6 +84,29 @@ def test_the_loaded_model_computes_the_same(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("stage", "left_out"),
+    [
+        (1, {"client_adapter"}),
+        (2, {"client_adapter"}),
+        (2, {"cross_task_adapters"}),
+        (2, {"client_adapter", "cross_task_adapters"}),
+    ],
+)
+def test_a_model_that_was_trained_without_some_parts(
+    make_model, processor, examples, generator, tmp_path, stage, left_out
+):
+    model = make_model(**dict.fromkeys(left_out, False))
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    expected, of = logits(perturb(model), processor, examples)
+    loaded, _ = modeling_pilot.load(export(model, tmp_path / "model"))
+    torch.testing.assert_close(of(loaded), expected, rtol=1e-5, atol=1e-5)
+    kept = load_file(tmp_path / "model" / "connector.safetensors")
+    assert not {name.split(".")[0] for name in kept} & left_out
+
+
+@torch.no_grad()
 def test_a_consensus_model_is_exported_without_a_client_adapter(
     make_model, processor, examples, tmp_path
 ):

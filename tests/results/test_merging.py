@@ -90,6 +90,19 @@ CLOSE = {"rtol": 0.0, "atol": 3e-5}
 
 
 @torch.no_grad()
+def test_a_model_without_a_client_adapter_merges_into_a_plain_checkpoint(
+    make_model, batch_of, tmp_path
+):
+    model = perturb(make_model(client_adapter=False))
+    batch, seen, pixels = batch_of(model)
+    expected = model(batch, seen).logits
+    width = model.llava.config.text_config.hidden_size
+    assert merge_model(model, tmp_path, end_token_ids=[2]) == width
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded.eval(), batch, pixels), expected, **CLOSE)
+
+
+@torch.no_grad()
 def test_a_personal_model_merges_into_a_wider_projector(
     make_model, batch_of, tmp_path, monkeypatch
 ):

@@ -52,8 +52,8 @@ class Connector(nn.Module):
     """Maps visual features (..., D) to the language model's (..., C).
 
     Stage 1 is ``ψ_t(H) + ψ_s(H)``. Stage 2 is ``ψ_s(H) + Σ_i P_i h_i`` with ``P = softmax(H W_φ)``,
-    ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the others. ψ_s is
-    left out where the description says so.
+    ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the others. ψ_s and
+    all ψ_c are left out where the description says so.
 
     Parameters
     ----------
@@ -76,7 +76,8 @@ class Connector(nn.Module):
             self.task_adapter = adapter()
         else:
             self.task_adapters = nn.ModuleDict({task: adapter() for task in self.tasks})
-            self.cross_task_adapters = nn.ModuleDict({task: adapter() for task in self.tasks[1:]})
+            crossed = self.tasks[1:] if description.get("cross_task_adapters", True) else []
+            self.cross_task_adapters = nn.ModuleDict({task: adapter() for task in crossed})
             self.router = nn.Linear(description["in_features"], len(self.tasks), bias=False)
         self.to(getattr(torch, description["dtype"]))
 
@@ -101,7 +102,7 @@ class Connector(nn.Module):
             mixed = self.client_adapter(inputs)
         for index, task in enumerate(self.tasks):
             expert = self.task_adapters[task](inputs)
-            if index > 0:
+            if task in self.cross_task_adapters:
                 expert = expert + self.cross_task_adapters[task](inputs)
             weight = probs[..., index, None].to(expert.dtype)
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)

@@ -1,0 +1,253 @@
+"""What a run's folder says, put in order for the figures: no drawing, no model.
+
+Everything comes from the events and files that the run itself wrote; a run that is still going on
+or that failed gives what there is so far.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.config import from_yaml
+from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.metrics.table import METRICS
+from pilot_flwr.model.parameters import GROUPS
+from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.storage.provenance import read_provenance
+from pilot_flwr.storage.run_folder import Event, read_events, select
+
+SENT = {"lora": "Θ_l", "task_adapters": "ψ_t", "residual": "R"}
+"""Symbols of what travels, by the events' names; others are shown as they are called."""
+
+Matrix = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange, as it was observed.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    seconds : float or None
+        Wall time on the server; None while it is not closed.
+    stages : dict
+        Stage → ids of the clients that trained it.
+    trained : dict
+        Stage → group of parameters → (least, most) parameters with a gradient on a client.
+    down, up : dict
+        Part of the model → bytes, summed over the clients.
+    distances, weights : dict
+        Client → client → value, as the server's aggregation told; empty if it has none.
+    tasks : dict
+        Task → clients whose adapters were averaged.
+    failures : int
+        Parts of clients that are missing.
+    """
+
+    number: int
+    seconds: float | None
+    stages: dict[int, list[str]]
+    trained: dict[int, dict[str, tuple[int, int]]]
+    down: dict[str, int]
+    up: dict[str, int]
+    distances: Matrix
+    weights: Matrix
+    tasks: dict[str, list[str]]
+    failures: int
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run's folder, read.
+
+    Attributes
+    ----------
+    folder : Path
+        The run folder.
+    config : PilotConfig
+        Its configuration.
+    config_text, overrides : str
+        As written down.
+    events : list of dict
+        What happened.
+    exchanges : list of Exchange
+        In order.
+    task_of : dict
+        Client → task, in the federation's order.
+    result : dict
+        ``result.json``; empty while the run has none.
+    code : dict
+        ``code.json``; empty if there is none.
+    """
+
+    folder: Path
+    config: PilotConfig
+    config_text: str
+    overrides: str
+    events: list[Event]
+    exchanges: list[Exchange]
+    task_of: dict[str, str]
+    result: dict[str, Any]
+    code: dict[str, Any]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have clients, in the federation's order."""
+        present = set(self.task_of.values())
+        return [task for task in self.config.data.tasks if task in present]
+
+    def clients(self, task: str) -> list[str]:
+        """Return a task's clients."""
+        return [client for client, its in self.task_of.items() if its == task]
+
+    def scores(self, client: str) -> dict[int, float]:
+        """Return a client's score after each exchange, 0 being before any training."""
+        mine = [e for e in select(self.events, "evaluate") if e["client"] == client]
+        return {event["round"]: event["score"] for event in mine}
+
+    def task_scores(self, task: str) -> dict[int, float]:
+        """Return a task's score after each exchange: every test example counts the same."""
+        mine = [e for e in select(self.events, "evaluate") if e["task"] == task]
+        means = {}
+        for number in sorted({event["round"] for event in mine}):
+            there = [event for event in mine if event["round"] == number]
+            examples = sum(event["examples"] for event in there)
+            means[number] = sum(e["score"] * e["examples"] for e in there) / examples
+        return means
+
+    def mean_scores(self) -> dict[int, float]:
+        """Return the mean over tasks after each exchange at which every task has a score."""
+        tasks = [self.task_scores(task) for task in self.tasks]
+        numbers = set.intersection(*map(set, tasks)) if tasks else set()
+        return {n: sum(scores[n] for scores in tasks) / len(tasks) for n in sorted(numbers)}
+
+    def metric(self, task: str) -> str:
+        """Return the name of the metric that a task was scored by, empty if it was not."""
+        return next(
+            (str(e["metric"]) for e in select(self.events, "evaluate") if e["task"] == task), ""
+        )
+
+    def highest_score(self, task: str) -> float:
+        """Return the largest value that the task's metric can have; infinite if unknown."""
+        metric = METRICS.get(self.metric(task))
+        return metric.maximum if metric else float("inf")
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder.
+
+    Raises
+    ------
+    RunError
+        It is no run folder.
+    ConfigError
+        Its configuration is none.
+    StateError
+        Its events cannot be read.
+    """
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise RunError(f"{folder} is no run folder: it has no readable config.yaml.") from None
+    try:
+        config = from_yaml(text)
+    except ConfigError as error:
+        path = folder / "config.yaml"
+        raise ConfigError(f"{path} is not a run's configuration: {error}") from None
+    events = read_events(folder)
+    return RunData(
+        folder=folder,
+        config=config,
+        config_text=text,
+        overrides=_text(folder / "overrides.txt"),
+        events=events,
+        exchanges=[_exchange(events, number) for number in _numbers(events)],
+        task_of=_task_of(config, events),
+        result=_json(folder / "result.json"),
+        code=read_provenance(folder),
+    )
+
+
+def symbol(group: str) -> str:
+    """Return the symbol of a group of parameters, or of a part that travels."""
+    if group in SENT:
+        return SENT[group]
+    return next((row.symbol for name, row in GROUPS.items() if name == group), group)
+
+
+def _numbers(events: Sequence[Event]) -> list[int]:
+    return sorted({e["round"] for kind in ("train", "round") for e in select(events, kind)})
+
+
+def _exchange(events: Sequence[Event], number: int) -> Exchange:
+    closed = select(events, "round", number)
+    trained = select(events, "train", number)
+    failures = select(events, "failure", number)
+    orders = [e for e in select(events, "order", number) if e["phase"] == "train"]
+    aggregated = select(events, "aggregate", number)
+    last = aggregated[-1] if aggregated else {}
+    by_stage: dict[int, list[Event]] = {}
+    for event in trained:
+        by_stage.setdefault(event["stage"], []).append(event)
+    return Exchange(
+        number=number,
+        seconds=closed[-1]["seconds"] if closed else None,
+        stages={stage: [e["client"] for e in by_stage[stage]] for stage in sorted(by_stage)},
+        trained={stage: _gradients(by_stage[stage]) for stage in sorted(by_stage)},
+        down=_bytes(orders, "down"),
+        up=_bytes([*trained, *failures], "up"),
+        distances=last.get("distances") or {},
+        weights=last.get("neighbors") or {},
+        tasks=last.get("tasks") or {},
+        failures=len(failures),
+    )
+
+
+def _gradients(trained: Sequence[Event]) -> dict[str, tuple[int, int]]:
+    """Return the groups of which a client had gradients, with the least and most parameters."""
+    counts: dict[str, list[int]] = {}
+    for event in trained:
+        for group, number in event["gradients"].items():
+            counts.setdefault(group, []).append(number)
+    return {group: (min(n), max(n)) for group, n in counts.items() if max(n) > 0}
+
+
+def _bytes(events: Sequence[Event], way: str) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for event in events:
+        for part, size in (event.get(way) or {}).items():
+            sums[part] = sums.get(part, 0) + size
+    return {part: size for part, size in sums.items() if size}
+
+
+def _task_of(config: PilotConfig, events: Sequence[Event]) -> dict[str, str]:
+    """Return the task of every client that was seen, task by task."""
+    seen = {c["client"]: c["task"] for e in select(events, "roster") for c in e["clients"]}
+    tasks = list(config.data.tasks)
+    order = sorted(seen, key=lambda name: (tasks.index(seen[name]), _natural(name)))
+    return {client: seen[client] for client in order}
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sort ``vqa-10`` behind ``vqa-9``."""
+    front, _, number = name.rpartition("-")
+    return (front, int(number)) if number.isdecimal() else (name, -1)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,187 @@
+"""Losses by part over exchanges: what each adds to the total, and each part by itself."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from matplotlib.axes import Axes
+
+from pilot_flwr.report.drawing import (
+    Figure,
+    Panel,
+    Table,
+    colour,
+    exchange_axis,
+    marker,
+    math_text,
+)
+from pilot_flwr.report.gather import RunData
+from pilot_flwr.settings.pilot import TrainConfig
+from pilot_flwr.storage.run_folder import Event, select
+
+NAMES = {
+    "ce": "L_ce, cross-entropy",
+    "difference": "L_d, difference",
+    "balance": "L_b, load balance",
+    "z": "L_z, router z",
+}
+"""What the parts are called; others, of other methods, go by their own names."""
+
+REST = "rest"
+"""What the total has beyond the parts above, for instance a proximal term."""
+
+
+def losses(run: RunData) -> Figure:
+    """Return one panel with the parts stacked to the total, and one for each part."""
+    trained = [e for e in select(run.events, "train") if e.get("loss") is not None]
+    title = "Losses by part"
+    if not trained:
+        return Figure("losses", title, "The clients sent no losses.")
+    parts = [part for part in _parts(trained) if any(e.get(f"loss_{part}") for e in trained)]
+    weights = loss_weights(run.config.train)
+    text = (
+        "Mean loss of local training in each exchange. On the left the parts as they add up to "
+        "the total, each times its coefficient, mean over the clients; then each part without "
+        "its coefficient, mean over a task's clients. L_d is a loss of stage 1 alone, L_b and "
+        "L_z are of stage 2: where a stage does not have a part, there is no point."
+    )
+    panels = [Panel(partial(_stacked, trained, weights), _alt(trained))]
+    panels += [
+        Panel(
+            partial(_part, run, trained, part), f"{NAMES.get(part, part)} per task over exchanges."
+        )
+        for part in parts
+    ]
+    return Figure("losses", title, text, panels, [_table(trained, parts)])
+
+
+def loss_weights(train: TrainConfig) -> dict[str, float]:
+    """Return the coefficient of each part in the total."""
+    return {
+        "ce": 1.0,
+        "difference": train.difference_loss.weight,
+        "balance": train.balance_weight,
+        "z": train.z_weight,
+    }
+
+
+def contributions(event: Event, weights: Mapping[str, float]) -> dict[str, float]:
+    """Return what each part adds to the total of one client's training; they sum to it.
+
+    Parameters
+    ----------
+    event : dict
+        A ``train`` event with a loss.
+    weights : mapping
+        `loss_weights` of the run.
+    """
+    added = {part: weight * (event.get(f"loss_{part}") or 0.0) for part, weight in weights.items()}
+    rest = event["loss"] - sum(added.values())
+    # float32 losses are means over steps: what is left of rounding is no part.
+    return added | ({REST: rest} if abs(rest) > 1e-4 * max(1.0, abs(event["loss"])) else {})
+
+
+def _parts(trained: Sequence[Event]) -> list[str]:
+    keys = dict.fromkeys(key for event in trained for key in event if key.startswith("loss_"))
+    return [key.removeprefix("loss_") for key in keys]
+
+
+def _means(trained: Sequence[Event], weights: Mapping[str, float]) -> dict[int, dict[str, float]]:
+    means: dict[int, dict[str, float]] = {}
+    for number in sorted({event["round"] for event in trained}):
+        rows = [contributions(e, weights) for e in trained if e["round"] == number]
+        names = dict.fromkeys(name for row in rows for name in row)
+        means[number] = {n: sum(row.get(n, 0.0) for row in rows) / len(rows) for n in names}
+    return means
+
+
+def _stacked(trained: Sequence[Event], weights: Mapping[str, float], axes: Axes) -> None:
+    means = _means(trained, weights)
+    floor = dict.fromkeys(means, 0.0)
+    names = dict.fromkeys(name for row in means.values() for name in row)
+    for index, name in enumerate(names):
+        heights = [means[number].get(name, 0.0) for number in means]
+        if not any(heights):
+            continue
+        weight = weights.get(name, 1.0)
+        label = NAMES.get(name, name).split(",")[0]
+        axes.bar(
+            list(means),
+            heights,
+            width=0.65,
+            bottom=list(floor.values()),
+            color=colour(index),
+            edgecolor="white",
+            label=math_text(label) if weight == 1 else f"{weight:g} {math_text(label)}",
+        )
+        floor = {n: floor[n] + h for n, h in zip(means, heights, strict=True)}
+    axes.set_ylim(0, max(floor.values()) * 1.08 or 1.0)
+    axes.set_title("total loss")
+    axes.set_ylabel("mean over clients")
+    exchange_axis(axes, list(means), "exchange")
+    axes.set_xlim(min(means) - 0.6, max(means) + 0.6)
+    axes.grid(visible=False, axis="x")
+    _legend(axes, 4)
+
+
+def _part(run: RunData, trained: Sequence[Event], part: str, axes: Axes) -> None:
+    numbers = sorted({event["round"] for event in trained})
+    for index, task in enumerate(run.tasks):
+        means = {}
+        for number in numbers:
+            values = [
+                event[f"loss_{part}"]
+                for event in trained
+                if event["task"] == task and event["round"] == number and event.get(f"loss_{part}")
+            ]
+            if values:
+                means[number] = sum(values) / len(values)
+        axes.plot(
+            list(means),
+            list(means.values()),
+            color=colour(index),
+            marker=marker(index),
+            label=task,
+        )
+    symbol, *rest = NAMES.get(part, part).split(",")
+    axes.set_title(",".join([math_text(symbol), *rest]))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
+    exchange_axis(axes, numbers, "exchange")
+    _legend(axes, 3)
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=columns,
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
+
+
+def _alt(trained: Sequence[Event]) -> str:
+    numbers = [event["round"] for event in trained]
+    first, last = (
+        [event["loss"] for event in trained if event["round"] == number]
+        for number in (min(numbers), max(numbers))
+    )
+    return (
+        f"Total loss, mean over clients: {sum(first) / len(first):.3f} in the first exchange, "
+        f"{sum(last) / len(last):.3f} in the last."
+    )
+
+
+def _table(trained: Sequence[Event], parts: Sequence[str]) -> Table:
+    rows = [["exchange", "client", "stage", "total", *(NAMES.get(p, p) for p in parts)]]
+    for event in trained:
+        values = [event.get(f"loss_{part}") for part in parts]
+        rows.append(
+            [
+                str(event["round"]),
+                event["client"],
+                str(event["stage"]),
+                f"{event['loss']:.4f}",
+                *(f"{value:.4g}" if value else "–" for value in values),
+            ]
+        )
+    return Table("Losses of every client's training", rows)

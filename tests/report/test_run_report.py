@@ -1,0 +1,281 @@
+"""The report of a run: figures from what the run recorded, on a page that needs nothing else."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from inprocess import client_by_id
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+
+from pilot_flwr import cli
+from pilot_flwr.data.federation import client_examples
+from pilot_flwr.errors import RunError
+from pilot_flwr.model.base import load_processor
+from pilot_flwr.report import losses, matrices, router
+from pilot_flwr.report.drawing import STYLE, Figure, Panel, some, text_on
+from pilot_flwr.report.gather import read_run
+from pilot_flwr.report.page import Page, render
+from pilot_flwr.report.run_report import FIGURES
+from pilot_flwr.results.runs import client_model, open_run
+from pilot_flwr.storage.run_folder import read_events
+
+CPU = torch.device("cpu")
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would load, and all text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loaded, self.images, self.ids, self.links, self.tags = [], [], set(), [], set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.tags.add(tag)
+        self.ids.add(values.get("id"))
+        if tag == "img":
+            self.images.append(values)
+        elif tag == "a":
+            self.links.append(values["href"])
+        self.loaded += [values[key] for key in ("src", "srcset", "data") if key in values]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    assert cli.main(["report", str(finished.folder.path), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return read_run(finished.folder.path)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_page_needs_nothing_else(report):
+    text = (report / "index.html").read_text()
+    page = Reader(text)
+    assert page.loaded and all(
+        source.startswith("data:image/png;base64,") for source in page.loaded
+    )
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed"}
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_every_picture_is_there_with_words_for_those_who_cannot_see_it(report, run):
+    page = Reader((report / "index.html").read_text())
+    for image in page.images:
+        picture = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+        assert np.asarray(picture.convert("L")).std() > 4  # not blank
+        assert abs(int(image["width"]) * 2 - picture.width) <= 2
+        assert len(image["alt"]) > 20
+    names = {
+        *("learning-curves", "timeline", "losses", "lora-distances", "mixing-weights"),
+        *("router", "router-heat-maps", "bytes-and-seconds"),
+    }
+    assert {path.stem for path in report.glob("*.png")} == names
+    assert names <= page.ids
+    assert f"seed: {run.config.seed}" in page.text and "commit" in page.text
+
+
+def test_the_scores_are_those_of_the_summary(report, finished):
+    page = Reader((report / "index.html").read_text())
+    summary = (finished.folder.path / "summary.md").read_text()
+    figures = re.findall(r"\d\.\d{3}", summary)
+    assert figures
+    shown = re.findall(
+        r"\d\.\d{3}", page.text[: page.text.index("Scores of the personalised models")]
+    )
+    assert all(figure in shown for figure in figures)
+
+
+def test_what_was_observed_is_what_the_events_say(run):
+    events = lines(run)
+    for exchange in run.exchanges:
+        number = exchange.number
+        orders = [
+            e
+            for e in events
+            if e["event"] == "order" and e["round"] == number and e["phase"] == "train"
+        ]
+        trained = [e for e in events if e["event"] == "train" and e["round"] == number]
+        assert sum(exchange.down.values()) == sum(sum(e["down"].values()) for e in orders)
+        assert sum(exchange.up.values()) == sum(e["bytes_up"] for e in trained)
+        assert {c for clients in exchange.stages.values() for c in clients} == {
+            e["client"] for e in trained
+        }
+        (aggregated,) = [e for e in events if e["event"] == "aggregate" and e["round"] == number]
+        array = matrices.as_array(exchange.weights, list(run.task_of))
+        for row, client in enumerate(run.task_of):
+            for column, other in enumerate(run.task_of):
+                expected = aggregated["neighbors"][client].get(other, np.nan)
+                assert np.array_equal(array[row, column], expected, equal_nan=True)
+        np.testing.assert_allclose(np.nansum(array, axis=1), 1)
+    assert [e.number for e in run.exchanges] == [1, 2]
+    assert list(run.exchanges[0].trained) == [1] and list(run.exchanges[1].trained) == [2]
+    assert "router" in run.exchanges[1].trained[2] and "router" not in run.exchanges[0].trained[1]
+
+
+def test_scores_are_means_over_examples_and_then_over_tasks(run):
+    events = [e for e in lines(run) if e["event"] == "evaluate"]
+    numbers = {e["round"] for e in events}
+    assert set(run.mean_scores()) == numbers == {0, 1, 2}
+    for number in numbers:
+        tasks = {}
+        for task in run.tasks:
+            mine = [e for e in events if e["round"] == number and e["task"] == task]
+            right = sum(e["score"] * e["examples"] for e in mine)
+            tasks[task] = right / sum(e["examples"] for e in mine)
+            assert run.task_scores(task)[number] == pytest.approx(tasks[task], rel=1e-12)
+        assert run.mean_scores()[number] == pytest.approx(np.mean(list(tasks.values())), rel=1e-12)
+
+
+def test_the_stacked_parts_add_up_to_the_loss_that_was_trained(run):
+    trained = [e for e in lines(run) if e["event"] == "train"]
+    weights = losses.loss_weights(run.config.train)
+    for event in trained:
+        parts = losses.contributions(event, weights)
+        assert losses.REST not in parts
+        assert sum(parts.values()) == pytest.approx(event["loss"], rel=1e-4)
+    proximal = trained[0] | {"loss": trained[0]["loss"] + 0.5}
+    assert losses.contributions(proximal, weights)[losses.REST] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_router_probabilities_are_the_softmax_of_each_token(finished):
+    opened = open_run(finished.folder.path)
+    model = client_model(opened, "vqa-1", device=CPU)
+    processor = load_processor(opened.config.model.path).image_processor
+    client = client_by_id(opened.config.data, "vqa-1")
+    examples = client_examples(opened.config.data, client, "test", seed=opened.config.seed)[:5]
+    mean, images, maps = router.route(model, processor, examples, shown=2)
+    assert len(images) == len(maps) == 2
+    weight = finished.private("vqa-1").groups["router"]["weight"].double()
+    total = np.zeros(2)
+    for index, example in enumerate(examples):
+        image = example.images[0].read()
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+        (features,) = model.encode_images(pixels).double()
+        for token, vector in enumerate(features):
+            scores = [float(np.exp(float(vector @ row))) for row in weight]
+            expected = np.array(scores) / sum(scores)
+            total += expected
+            if index < 2:
+                side = maps[index].shape[0]
+                np.testing.assert_allclose(
+                    maps[index][token // side, token % side], expected, atol=1e-5
+                )
+        if index < 2:
+            np.testing.assert_allclose(images[index], np.asarray(image) / 255, atol=1e-6)
+    np.testing.assert_allclose(mean, total / (5 * len(features)), atol=1e-5)
+
+
+def test_where_the_private_states_are_not_here_the_report_says_so(finished, tmp_path):
+    folder = Path(shutil.copytree(finished.folder.path, tmp_path / "run"))
+    shutil.rmtree(folder / "clients")
+    (figure,) = router.router_figures(read_run(folder), lambda line: None)
+    assert not figure.panels and "private states are not here" in figure.text
+
+
+def test_no_text_is_cut_off_at_a_panels_edge(run):
+    for figure in [figure(run) for figure in FIGURES]:
+        for panel in figure.panels[:2]:
+            assert cut_texts(panel) == [], (figure.name, panel.alt)
+
+
+def test_a_text_that_is_cut_off_is_found():
+    def draw(axes):
+        axes.set_axis_off()
+        axes.text(0.1, 0.5, words).set_in_layout(False)
+
+    words = "much too long for any panel as wide as a phone, whatever a layout makes of it"
+    assert cut_texts(Panel(draw, "")) == [words]
+
+
+def cut_texts(panel):
+    """Texts of a panel that reach over its edge by more than a pixel."""
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
+        FigureCanvasAgg(canvas)
+        panel.draw(canvas.add_subplot())
+        canvas.canvas.draw()
+        edge = canvas.bbox
+        boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(canvas)]
+        return [
+            words
+            for words, box in boxes
+            if min(box.x0, box.y0) < -1 or box.x1 > edge.x1 + 1 or box.y1 > edge.y1 + 1
+        ]
+
+
+def drawn_texts(canvas):
+    """All texts that are drawn, ticks' labels beyond an axis' ends left out."""
+    axes_there = [*canvas.axes, *(child for axes in canvas.axes for child in axes.child_axes)]
+    for axes in axes_there:
+        texts = list(axes.texts)
+        titles = [axes.title, axes._left_title, axes._right_title]
+        texts += titles
+        if axes.get_legend():
+            texts += axes.get_legend().get_texts()
+        if axes.axison:
+            texts += [axes.xaxis.label, axes.yaxis.label]
+            for labels, place, limits in (
+                (axes.get_xticklabels(), 0, axes.get_xlim()),
+                (axes.get_yticklabels(), 1, axes.get_ylim()),
+            ):
+                low, high = min(limits), max(limits)
+                texts += [t for t in labels if low <= t.get_position()[place] <= high]
+        yield from (text for text in texts if text.get_visible() and text.get_text().strip())
+
+
+def test_text_from_a_run_is_no_markup():
+    evil = "<script>alert(1)</script>"
+    figure = Figure("f", evil, evil)
+    page = Page(evil, [("folder", evil)], [evil], [figure], files=[(evil, evil)])
+    text = render(page)
+    assert "<script>" not in text and text.count("&lt;script&gt;") == 9
+
+
+def test_a_run_without_scores_or_exchanges_is_no_error(run, tmp_path):
+    (tmp_path / "config.yaml").write_text(run.config_text)
+    empty = read_run(tmp_path)
+    assert all(not figure(empty).panels for figure in FIGURES)
+    with pytest.raises(RunError, match="no readable config"):
+        read_run(tmp_path / "nowhere")
+    assert read_events(tmp_path) == []
+
+
+def test_of_many_exchanges_some_are_drawn():
+    assert some([1, 2, 3], 9) == [1, 2, 3]
+    chosen = some(list(range(1, 101)), 6)
+    assert len(chosen) == 6 and chosen[0] == 1 and chosen[-1] == 100
+
+
+@pytest.mark.parametrize("background", ["#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#FFFFFF"])
+def test_text_on_a_colour_has_the_contrast_that_wcag_asks_of_text(background):
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    dark, light = sorted([luminance(background), luminance(text_on(background))])
+    assert (light + 0.05) / (dark + 0.05) >= 4.5
