@@ -56,6 +56,9 @@ class PilotStrategy(ExchangeLoop):
         What clients must have in common with the server, see `pilot_flwr.flower.identity`.
     settings : str
         Hash of the run's settings, for its checkpoints.
+    simulated : bool
+        Whether the clients are simulated: then all of them are there from the start, and an
+        error reply may tell of a dead worker of Ray.
     evaluate : bool
         Whether clients evaluate the incoming models.
     """
@@ -70,6 +73,7 @@ class PilotStrategy(ExchangeLoop):
         expected: Mapping[str, str],
         identity: Mapping[str, str],
         settings: str = "",
+        simulated: bool = False,
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
@@ -82,9 +86,10 @@ class PilotStrategy(ExchangeLoop):
             lambda number, who, why: self.journal.failure(number, "roster", who, why),
             identity=identity,
             known=state.task_of,
+            simulated=simulated,
         )
         self.identity = RunIdentity(run.name, settings)
-        self.evaluate = evaluate
+        self.simulated, self.evaluate = simulated, evaluate
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
         self._sent: list[tuple[Message, Present]] = []
@@ -251,7 +256,7 @@ class PilotStrategy(ExchangeLoop):
                 self.journal.failure(server_round, phase, client, reason)
             elif reply.has_error():
                 try:
-                    reason = reason_of(reply.error)
+                    reason = reason_of(reply.error, simulated=self.simulated)
                 except RunError as error:
                     self.journal.failure(server_round, phase, client, str(error))
                     raise

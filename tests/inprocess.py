@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import InMemoryGrid
 
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config, to_yaml
@@ -105,12 +106,18 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
 
+class SimulatedGrid(InProcessGrid, InMemoryGrid):
+    """The same, as a run under Flower's simulation engine has it."""
+
+
 class Federation:
     """A run of the demo's app over an in-process grid, and what it left behind."""
 
     def __init__(self, folder, overrides=TWO_TASKS, **grid_options):
         self.config = load_config(overrides)
-        self.grid = InProcessGrid(
+        nodes = grid_options.get("node_configs") or []
+        real = any("client-id" in node for node in nodes)
+        self.grid = (InProcessGrid if real else SimulatedGrid)(
             app,
             num_nodes=grid_options.pop("num_nodes", self.config.num_clients),
             overrides=overrides,
