@@ -96,6 +96,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     client.readiness                   what a site can know to be wrong before any training
     client.site                        who and where a client is
     server.tables                      timeline and scores, from the run's events
+    launching.tail                     lines and events of a growing file
     launching.progress                 events as live lines of text
     server.announcements               progress and verdict in the ServerApp's log
     storage.resume                     a run folder, begun or gone on in
@@ -127,8 +128,8 @@ The map of the package, layer by layer; a module imports only what stands above 
     flower.wire                        the messages to clients, and the roster's
     flower.replies                     what clients send back
     flower.failures                    what a Flower error reply means
-    flower.grid                        replies as they come
     flower.in_process                  a grid whose clients answer in this process
+    flower.grid                        replies as they come
     server.roster                      who takes part in an exchange
     server.trainers                    who trains, who only evaluates
     server.journal                     events of a run, written at once

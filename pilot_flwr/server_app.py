@@ -12,7 +12,7 @@ from pilot_flwr.checks import expanded
 from pilot_flwr.config import PilotConfig, load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
-from pilot_flwr.flower.grid import PollingGrid
+from pilot_flwr.flower.grid import PollingGrid, in_simulation
 from pilot_flwr.flower.identity import identity_of
 from pilot_flwr.flower.wire import RunInfo
 from pilot_flwr.model.initial import initial_state
@@ -130,6 +130,7 @@ def federate(grid: Grid, config: PilotConfig, opened: Opened) -> PilotStrategy:
         expected={client.id: client.task for client in federation_clients(config.data)},
         identity=identity_of(config),
         settings=identity.settings,
+        simulated=in_simulation(grid),
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
     )
     strategy.start(

@@ -28,8 +28,9 @@ from pilot_flwr.server.roster import Roster
 from pilot_flwr.server.state import Member, ServerState, Update
 from pilot_flwr.server.trainers import Trainers
 from pilot_flwr.settings.strategy import StrategyConfig
-from pilot_flwr.storage.checkpoint import RunIdentity, save_checkpoint
+from pilot_flwr.storage.checkpoint import save_checkpoint
 from pilot_flwr.storage.run_folder import RunFolder
+from pilot_flwr.storage.run_identity import RunIdentity
 
 logger = logging.getLogger("flwr")
 
@@ -45,8 +46,7 @@ class PilotStrategy(ExchangeLoop):
     config : StrategyConfig
         Rounds, neighbours, times.
     state : ServerState
-        Task adapters and LoRAs; the `arrays` that Flower's loop passes around are a copy for
-        its `Result` only.
+        Task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its `Result` only.
     run : wire.RunInfo
         Sent to the clients.
     folder : RunFolder
@@ -57,6 +57,8 @@ class PilotStrategy(ExchangeLoop):
         What clients must have in common with the server, see `pilot_flwr.flower.identity`.
     settings : str
         Hash of the run's settings, for its checkpoints.
+    simulated : bool
+        Whether all clients are there from the start, and an error may tell of a dead Ray worker.
     evaluate : bool
         Whether clients evaluate the incoming models.
     """
@@ -71,6 +73,7 @@ class PilotStrategy(ExchangeLoop):
         expected: Mapping[str, str],
         identity: Mapping[str, str],
         settings: str = "",
+        simulated: bool = False,
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
@@ -83,10 +86,11 @@ class PilotStrategy(ExchangeLoop):
             lambda number, who, why: self.journal.failure(number, "roster", who, why),
             identity=identity,
             known=state.task_of,
+            simulated=simulated,
         )
         self.trainers = Trainers(config, expected)
         self.identity = RunIdentity(run.name, settings)
-        self.evaluate = evaluate
+        self.simulated, self.evaluate = simulated, evaluate
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
         self._sent: list[tuple[Message, Present]] = []
@@ -257,11 +261,11 @@ class PilotStrategy(ExchangeLoop):
             present = self._sent[index][1]
             client = present.member.client
             if reply is None:
-                reason = f"No reply within {self.config.round_timeout_seconds:g} s."
-                self.journal.failure(server_round, phase, client, reason)
+                silence = f"No reply within {self.config.round_timeout_seconds:g} s."
+                self.journal.failure(server_round, phase, client, silence)
             elif reply.has_error():
                 try:
-                    reason = reason_of(reply.error)
+                    reason = reason_of(reply.error, simulated=self.simulated)
                 except RunError as error:
                     self.journal.failure(server_round, phase, client, str(error))
                     raise

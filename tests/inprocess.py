@@ -14,10 +14,10 @@ from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.flower import in_process
 from pilot_flwr.server_app import federate
-from pilot_flwr.storage.checkpoint import RunIdentity
 from pilot_flwr.storage.private_state import PrivateStore
 from pilot_flwr.storage.resume import Opened
 from pilot_flwr.storage.run_folder import RunFolder
+from pilot_flwr.storage.run_identity import RunIdentity
 
 # Two steps at least: the first layer of an adapter that ends in zero moves at the second.
 SMALL = (

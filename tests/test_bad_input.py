@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Error, Message, MessageType, MetricRecord
-from inprocess import SMALL, TWO_TASKS, Federation
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
+from inprocess import SMALL, TWO_TASKS, Federation, InProcessGrid
 from quick_training import quick_training
 
 from pilot_flwr.errors import RunError
 from pilot_flwr.flower.failures import OWN_ERROR
+from pilot_flwr.flower.grid import PollingGrid, in_simulation
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -324,15 +326,64 @@ def test_a_client_cannot_stop_the_run_by_quoting_ray(tmp_path):
     assert {f["client"] for f in federation.folder.select("failure")} == {"vqa-1"}
 
 
+@pytest.mark.parametrize("phase", [MessageType.QUERY, MessageType.TRAIN])
+def test_a_site_cannot_stop_the_run_by_quoting_ray_with_flowers_own_error_code(tmp_path, phase):
+    """A site chooses code and text of its errors: there is no Ray at one, whatever it says."""
+    names = [f"{task}-{number}" for task in ("vqa", "counting") for number in (0, 1)]
+    sites = [{"client-id": n, "state-folder": str(tmp_path / n)} for n in names]
+    overrides = f"{TWO_TASKS} evaluation.enabled=false strategy.wait_seconds=0.2"
+    federation = Federation(tmp_path / "run", overrides, node_configs=sites)
+    text = "<class 'ray.exceptions.ActorDiedError'>:<'so I say'>"
+
+    def quote(message, reply):
+        if message.metadata.message_type == phase and message.metadata.dst_node_id == 2:
+            return Message(Error(0, text), reply_to=message)
+        return reply
+
+    federation.grid.on_reply = quote
+    federation.run()
+    failures = federation.folder.select("failure")
+    assert {f["client"] for f in failures} <= {"vqa-1", "node 2"}
+    assert "so I say" in {f["reason"] for f in failures}
+    honest = {"vqa-0", "counting-0", "counting-1"}
+    assert {e["client"] for e in federation.events("train", round=2)} == honest
+
+
+def test_only_an_engine_makes_a_simulation():
+    engine = {"partition-id": 0, "num-partitions": 1}
+    assert in_simulation(InProcessGrid(None, num_nodes=1, overrides="", node_configs=[engine]))
+    site = {"client-id": "vqa-0"}
+    assert not in_simulation(InProcessGrid(None, num_nodes=1, overrides="", node_configs=[site]))
+    assert in_simulation(InMemoryGrid.__new__(InMemoryGrid))
+    assert not in_simulation(HttpGrid.__new__(HttpGrid))
+    assert not in_simulation(PollingGrid(InMemoryGrid.__new__(InMemoryGrid)))
+
+
+def test_a_wrong_node_does_not_stand_for_a_site_that_is_still_to_come(tmp_path):
+    """Sites of the configured names: the wrong one was first, the third a moment later."""
+    names = ["vqa-0", "vqa-1", "vqa-2", "vqa-3"]  # the last one is none of the run's
+    sites = [{"client-id": n, "state-folder": str(tmp_path / n)} for n in names]
+    overrides = f"{SMALL} data.tasks=[vqa] data.clients_per_task=3 strategy.rounds=1"
+    overrides += " evaluation.enabled=false strategy.wait_seconds=20"
+    federation = Federation(tmp_path / "run", overrides, num_nodes=4, node_configs=sites)
+    appearing = iter([[1, 2, 4]] * 2)
+    federation.grid.get_node_ids = lambda: next(appearing, [1, 2, 3, 4])
+    federation.run()
+    trained = {e["client"] for e in federation.events("train", round=1)}
+    assert trained == {"vqa-0", "vqa-1", "vqa-2"}
+    assert {e["client"] for e in federation.events("failure")} == {"node 4"}
+
+
 def test_two_nodes_with_one_client_id_are_refused(tmp_path):
     sites = [{"client-id": "vqa-0", "state-folder": str(tmp_path / "s")}] * 2
-    federation = Federation(tmp_path / "run", num_nodes=2, node_configs=sites)
+    overrides = f"{TWO_TASKS} strategy.wait_seconds=0.2"
+    federation = Federation(tmp_path / "run", overrides, num_nodes=2, node_configs=sites)
     with pytest.raises(RunError, match="are both client 'vqa-0'"):
         federation.run()
 
 
 def test_a_site_without_a_state_folder_is_told_so(tmp_path):
-    overrides = f"{SMALL} data.tasks=[vqa] data.clients_per_task=1"
+    overrides = f"{SMALL} data.tasks=[vqa] data.clients_per_task=1 strategy.wait_seconds=0.2"
     federation = Federation(tmp_path, overrides, node_configs=[{"client-id": "vqa-0"}])
     with pytest.raises(RunError, match="`state-folder` is missing in the node config"):
         federation.run()

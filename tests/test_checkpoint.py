@@ -106,6 +106,17 @@ def _rewrite(**changes):
     return rewrite
 
 
+def _listed(old, new):
+    """List a file under another name, or one more."""
+
+    def rewrite(folder):
+        files = json.loads((folder / "state.json").read_text())["files"]
+        files[new] = files.pop(old) if old else "0"
+        _rewrite(files=files)(folder)
+
+    return rewrite
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
@@ -115,15 +126,27 @@ def _rewrite(**changes):
         (lambda f: (f / "state.json").unlink(), "FileNotFoundError"),
         (lambda f: (f / "state.json").write_text("[]"), "TypeError"),
         (lambda f: (f / "state.json").write_text('{"format": "pilot'), "JSONDecodeError"),
-        (lambda f: (f / "lora" / "a-0.safetensors").unlink(), r"has files for \[\]"),
-        (lambda f: (f / "lora" / "x.safetensors").write_bytes(b""), r"\['a-0', 'x'\]"),
+        (lambda f: (f / "lora" / "a-0.safetensors").unlink(), r"few are \['lora/a-0.safet"),
+        (lambda f: (f / "lora" / "x.safetensors").write_bytes(b""), r"few are \['lora/x.safet"),
+        (lambda f: (f / "lora" / "a-0").write_bytes(b""), r"has files .* few are \['lora/a-0'\]"),
+        (lambda f: (f / "notes.txt").write_bytes(b""), r"has files .* few are \['notes.txt'\]"),
         (_edit("pilot-flwr-2", "pilot-flwr-1"), "format 'pilot-flwr-1'"),
         (_edit('"events": 7', '"events": 8'), "has been changed: its checksum"),
         (_edit('"run-1"', '"run-2"'), "has been changed: its checksum"),
         (_rewrite(task_of={"a-0": "c"}), r"tasks \['c'\]"),
         (_rewrite(tasks=None), "KeyError: 'tasks'"),
-        (_rewrite(files={}), r"has files for \['a', 'b'\] but must"),
-        (_rewrite(round="two"), "ValueError"),
+        (_rewrite(files={}), r"a list of files .* few are \['lora/a-0.safetensors', 'task_ad"),
+        (_listed("task_adapters/a.safetensors", "task_adapters//a.safetensors"), "_adapters//a"),
+        (_listed("task_adapters/a.safetensors", "task_adapters/a"), "'task_adapters/a', "),
+        (_listed("lora/a-0.safetensors", "lora/x/../a-0.safetensors"), r"x/\.\./a-0"),
+        (_listed(None, "../../x"), r"a list of files .* few are \['\.\./\.\./x'\]"),
+        (_rewrite(round="two"), "`round` is 'two' but must be a whole number"),
+        (_rewrite(round=1), "is of exchange 1, which is not that of its folder"),
+        (_rewrite(round=-2), "`round` is -2 but must be a whole number, 0 at least"),
+        (_rewrite(events=-1), "`events` is -1 but must be a whole number, 0 at least"),
+        (_rewrite(events=True), "`events` is True but must be a whole number"),
+        (_rewrite(events="7"), "`events` is '7' but must be a whole number"),
+        (_rewrite(events=6.5), "`events` is 6.5 but must be a whole number"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_passed_over(checkpoint, damage, words):

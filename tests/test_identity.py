@@ -179,7 +179,7 @@ def test_a_site_with_another_base_trains_nothing(tmp_path, base):
     state = tensors(base)
     save_file({n: t + 1 for n, t in state.items()}, base / "model.safetensors")
     site = {"client-id": "vqa-0", "state-folder": str(tmp_path / "s"), "model-path": str(base)}
-    words = f"{TWO_TASKS} data.tasks=[vqa] data.clients_per_task=1"
+    words = f"{TWO_TASKS} data.tasks=[vqa] data.clients_per_task=1 strategy.wait_seconds=0.2"
     federation = Federation(tmp_path / "run", words, num_nodes=1, node_configs=[site])
     with pytest.raises(RunError, match="base model's projector: .* base model's weights"):
         federation.run()

@@ -17,7 +17,7 @@ from scipy import optimize, stats
 from pilot_flwr.client.privacy import change_norm, release, system_normal
 from pilot_flwr.client.privacy_account import PrivacyAccount, epsilon
 from pilot_flwr.errors import ConfigError, StateError, TrainingError
-from pilot_flwr.settings.privacy import PrivacyConfig
+from pilot_flwr.settings.privacy import LEAST_NOISE, MOST_NOISE, PrivacyConfig
 
 CONFIG = PrivacyConfig(enabled=True, clip_norm=2.0, noise_multiplier=3.0)
 
@@ -201,7 +201,12 @@ def test_the_account_goes_on_where_it_was(tmp_path):
     ["", "{", "[]", "{}", "[" * 50_000, '{"format": 1, "client": "c", "releases": [{}]}']
     + [
         json.dumps({"format": "f", "client": "c", "releases": [{"run": "r"} | bad]})
-        for bad in ({}, {"noise_multiplier": 0}, {"noise_multiplier": True})
+        for bad in (
+            {},
+            {"noise_multiplier": 0},
+            {"noise_multiplier": True},
+            {"noise_multiplier": 1e200},
+        )
     ]
     + ['{"format": 1, "client": "c", "releases": [{"run": "r", "noise_multiplier": Infinity}]}'],
 )
@@ -215,6 +220,12 @@ def test_an_unreadable_account_is_never_begun_anew(text, tmp_path):
         with pytest.raises(StateError, match="is no privacy account.*releases nothing"):
             act(PrivacyAccount(path, "c"))
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("multiplier", [LEAST_NOISE, MOST_NOISE])
+def test_every_multiplier_that_is_allowed_can_be_counted(multiplier):
+    spent = epsilon([multiplier] * 100, 1e-5)
+    assert 0 <= spent < math.inf
 
 
 def test_another_clients_account_is_refused(tmp_path):
@@ -237,8 +248,10 @@ def test_a_missing_package_is_told_before_anything_is_spent(tmp_path, monkeypatc
     ("change", "text"),
     [
         ({"clip_norm": 0}, "`privacy.clip_norm` is 0 but must be above 0"),
-        ({"noise_multiplier": 0}, "`privacy.noise_multiplier` is 0 but must be above 0"),
+        ({"noise_multiplier": 0}, "`privacy.noise_multiplier` is 0 but must be at least 1e-06"),
         ({"noise_multiplier": math.inf}, "`privacy.noise_multiplier` is inf"),
+        ({"noise_multiplier": 1e200}, r"`privacy.noise_multiplier` is 1e\+200 but must be at most"),
+        ({"noise_multiplier": 1e-300}, "`privacy.noise_multiplier` is 1e-300 but must be at least"),
         ({"delta": 0}, "`privacy.delta` is 0 but must be above 0"),
         ({"delta": 1}, "`privacy.delta` is 1 but must be at least 0 and below 1"),
     ],

@@ -202,14 +202,27 @@ def ask(overrides, node_config):
     ("demand", "overrides", "reason"),
     [
         ({"min-noise-multiplier": 1.0}, TWO, "`privacy.enabled` of the run is false but this site"),
-        ({"max-clip-norm": 1}, TWO, "`privacy.enabled` of the run is false"),
+        (
+            {"max-clip-norm": 1, "max-epsilon": 8},
+            TWO,
+            "`privacy.enabled` of the run is false",
+        ),
         ({"max-epsilon": 8}, TWO, "`privacy.enabled` of the run is false"),
         (
             {"min-noise-multiplier": 4.5},
             NOISY,
             "`privacy.noise_multiplier` of the run is 4 but this site demands at least 4.5",
         ),
-        ({"max-clip-norm": 0.1}, NOISY, "`privacy.clip_norm` of the run is 0.25 but this site"),
+        (
+            {"max-clip-norm": 0.1, "min-noise-multiplier": 1},
+            NOISY,
+            "`privacy.clip_norm` of the run is 0.25 but this site",
+        ),
+        (
+            {"max-clip-norm": 0.25},
+            NOISY,
+            "`max-clip-norm` is 0.25 but bounds no ε by itself, as the noise may be as small",
+        ),
         (
             {"min-noise-multiplier": 1.0},
             f"{NOISY} privacy.send_metrics=true",

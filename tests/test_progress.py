@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 
 from pilot_flwr.launching import progress
-from pilot_flwr.launching.progress import (
-    EventTail,
-    LineTail,
-    Narrator,
-    Progress,
-)
+from pilot_flwr.launching.progress import Narrator, Progress
+from pilot_flwr.launching.tail import EventTail, LineTail
 from pilot_flwr.wording import headline, human_bytes, human_seconds, plain
 
 ROSTER = {

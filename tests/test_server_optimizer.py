@@ -12,8 +12,9 @@ from pilot_flwr.config import load_config
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.server.state import ServerState, Update
 from pilot_flwr.server_optimizer import Moments, adam_step
-from pilot_flwr.storage.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
+from pilot_flwr.storage.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.storage.resume import restored
+from pilot_flwr.storage.run_identity import RunIdentity
 
 SHAPES = {"q.lora_A": (2, 5), "q.lora_B": (4, 2)}
 SETTINGS = {"learning_rate": 0.05, "beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}

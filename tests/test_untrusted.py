@@ -211,7 +211,7 @@ def test_a_link_to_the_state_is_told_without_where_it_leads(site, tmp_path):
 def train(overrides, site):
     """Run one round over a site and return why it failed."""
     folder = Path(site["state-folder"]).parent / "run"
-    federation = Federation(folder, overrides, node_configs=[site])
+    federation = Federation(folder, f"{overrides} strategy.wait_seconds=0.2", node_configs=[site])
     with pytest.raises(RunError) as caught:
         federation.run()
     return str(caught.value), federation

@@ -38,9 +38,10 @@ from pilot_flwr.server import announcements
 from pilot_flwr.server.state import Member
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.settings.privacy import PrivacyConfig
-from pilot_flwr.storage.checkpoint import RunIdentity, _checksum, load_checkpoint, save_checkpoint
+from pilot_flwr.storage.checkpoint import _checksum, load_checkpoint, save_checkpoint
 from pilot_flwr.storage.private_state import PrivateState, PrivateStore
 from pilot_flwr.storage.run_folder import read_events
+from pilot_flwr.storage.run_identity import RunIdentity
 
 Errors = tuple[type[Exception], ...]
 

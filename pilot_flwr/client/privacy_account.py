@@ -11,7 +11,6 @@ exchange counts again, and so does a release that was counted but never sent.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.errors import ConfigError, StateError
-from pilot_flwr.settings.privacy import PrivacyConfig
+from pilot_flwr.settings.privacy import MOST_NOISE, PrivacyConfig
 from pilot_flwr.storage.tensors import write_text
 
 FORMAT = "pilot-flwr-privacy-1"
@@ -177,7 +176,7 @@ def _spent(releases: list[dict[str, Any]], run: str, delta: float) -> Spent:
 def _check_release(entry: Any) -> None:
     multiplier = entry["noise_multiplier"]
     usual = isinstance(multiplier, float | int) and not isinstance(multiplier, bool)
-    if not usual or not 0 < multiplier < math.inf or not isinstance(entry["run"], str):
+    if not usual or not 0 < multiplier <= MOST_NOISE or not isinstance(entry["run"], str):
         raise ValueError(
             f"the release {str(entry)[:200]} has no usable `noise_multiplier` or `run`"
         )

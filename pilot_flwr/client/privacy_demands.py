@@ -20,11 +20,17 @@ class PrivacyDemands:
     min_noise_multiplier : float
         Least `privacy.noise_multiplier`; 0 for no demand.
     max_clip_norm : float
-        Largest `privacy.clip_norm`.
+        Largest `privacy.clip_norm`. It takes one of the other two beside it: noise has the size
+        z C, so that a run with z next to 0 would be as good as exact.
     max_epsilon, delta : float
         Largest ε, at this δ, of all that the client ever released, over all runs.
     allow_metrics : bool
         Whether losses and scores, which the guarantee does not cover, may leave all the same.
+
+    Raises
+    ------
+    ConfigError
+        `max_clip_norm` stands alone.
     """
 
     min_noise_multiplier: float = 0.0
@@ -32,6 +38,15 @@ class PrivacyDemands:
     max_epsilon: float = math.inf
     delta: float = 1e-5
     allow_metrics: bool = False
+
+    def __post_init__(self) -> None:
+        bounds_noise = self.min_noise_multiplier > 0 or self.max_epsilon < math.inf
+        if self.max_clip_norm < math.inf and not bounds_noise:
+            raise ConfigError(
+                f"`max-clip-norm` is {self.max_clip_norm:g} but bounds no ε by itself, as the "
+                "noise may be as small as the run likes: set `min-noise-multiplier` or "
+                "`max-epsilon` beside it."
+            )
 
     @property
     def any(self) -> bool:

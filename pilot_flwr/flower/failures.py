@@ -76,17 +76,24 @@ def without_paths(text: str, private: Mapping[str, str]) -> str:
     return re.sub(pattern, instead, text)
 
 
-def reason_of(error: Error) -> str:
+def reason_of(error: Error, *, simulated: bool) -> str:
     """Return the meaningful line of an error reply: our own words, or an exception's.
+
+    Parameters
+    ----------
+    error : Error
+        Of a reply. All of it is what the other end chose to send, its code included.
+    simulated : bool
+        Whether the run is a simulation, so that error replies are Flower's own and our own.
 
     Raises
     ------
     WorkerDied
-        The reply says that a Ray worker process died. Flower keeps handing messages to it, so
-        the run cannot go on.
+        A simulation's reply says that a Ray worker process died. Flower keeps handing messages
+        to it, so the run cannot go on. At real sites there is no Ray, and whoever says so lies.
     """
     text = (error.reason or "").strip()
-    if error.code != OWN_ERROR and _DEAD_WORKER.match(text):
+    if simulated and error.code != OWN_ERROR and _DEAD_WORKER.match(text):
         raise WorkerDied(
             "A Ray worker process died while it ran a client (often: out of memory). Flower "
             "does not replace it, so the run stops here; the last complete round is in "

@@ -5,6 +5,7 @@ the end of a phase. Here the wait grows with the time that nothing came, up to t
 seconds, so that waiting costs at most a few per cent of a phase; and replies are yielded one by
 one, so that a strategy's loop over them shows the progress of a round. A SuperLink that answers a
 question with an error of its own (a database that is locked for seconds) is asked again.
+Which kind of grid it is also tells whether a run is simulated, as nothing that a client says can.
 """
 
 import logging
@@ -15,6 +16,9 @@ from typing import TypeVar
 import httpx  # Flower's own client; its errors come through the grid
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
+
+from pilot_flwr.flower.in_process import InProcessGrid
 
 _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
 
@@ -24,6 +28,11 @@ PATIENCE_SECONDS = 300.0
 logger = logging.getLogger("flwr")
 
 Answer = TypeVar("Answer")
+
+
+def in_simulation(grid: Grid) -> bool:
+    """Return whether the clients behind a grid are simulated here, by either engine."""
+    return isinstance(grid, InMemoryGrid) or (isinstance(grid, InProcessGrid) and grid.simulated)
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:

@@ -62,6 +62,11 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._run: object = None
 
+    @property
+    def simulated(self) -> bool:
+        """Whether every node is a simulated client, and none a real site's."""
+        return all("partition-id" in config for config in self.node_configs)
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages, give them their ids, and return these."""
         taken = {uuid.uuid4().hex: message for message in messages}

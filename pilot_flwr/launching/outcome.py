@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.launching.progress import EventTail
+from pilot_flwr.launching.tail import EventTail
 from pilot_flwr.wording import headline, plain
 
 COMPLETED = "finished:completed"

@@ -19,8 +19,8 @@ from typing import Any
 from pilot_flwr.errors import RunError
 from pilot_flwr.launching.outcome import COMPLETED, Outcome, RunStatus
 from pilot_flwr.launching.processes import Interrupted, StopSignals, Workplace
-from pilot_flwr.launching.progress import LineTail
 from pilot_flwr.launching.simulation import flower_program
+from pilot_flwr.launching.tail import LineTail
 from pilot_flwr.server import announcements
 from pilot_flwr.server.announcements import Verdict
 from pilot_flwr.submission import toml_string

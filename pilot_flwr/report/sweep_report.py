@@ -1,7 +1,6 @@
 """The report of a sweep: tables, a dot for every seed, and learning curves per method.
 
-It needs ``results.csv`` alone; the learning curves are left out where the jobs' run folders are
-not beside it, as with a file that was committed without them.
+It needs ``results.csv`` alone; without the jobs' run folders it has no learning curves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +29,7 @@ from pilot_flwr.sweeping.writing import as_markdown
 from pilot_flwr.wording import count, human_seconds
 
 Row = Mapping[str, str]
-Curve = dict[int, float]
-"""Exchange → score."""
+Curve = dict[int, float]  # exchange → score
 
 RESULTS = "results.csv"
 MEAN = "mean over tasks"

@@ -23,7 +23,7 @@ from pilot_flwr.settings.strategy import StrategyConfig
 from pilot_flwr.wording import count, human_seconds
 
 RETRY_SECONDS = 30.0
-"""After which a refused node of an open federation is asked again: its owner may have mended it."""
+"""After which a refused node of a real site is asked again: its owner may have mended it."""
 
 
 class Roster:
@@ -46,6 +46,9 @@ class Roster:
         Gets exchange, client (or node) and reason of everyone that cannot take part.
     known : Mapping[str, str]
         Task of every client that took part before, by client id, if the run was resumed.
+    simulated : bool
+        Whether all nodes are there from the start, so that none is to come instead of one that
+        is refused.
     """
 
     def __init__(
@@ -58,12 +61,13 @@ class Roster:
         *,
         identity: Mapping[str, str],
         known: Mapping[str, str],
+        simulated: bool,
     ) -> None:
         self.run, self.tasks, self.config = run, tasks, config
         self.open = config.clients > 0
         self.expected = {} if self.open else dict(expected)
         self.register = Register({**self.expected, **known})
-        self.on_failure, self.identity = on_failure, identity
+        self.on_failure, self.identity, self.simulated = on_failure, identity, simulated
         self._called = False
 
     @property
@@ -91,16 +95,17 @@ class Roster:
         sweep = _Sweep(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
             connected = set(grid.get_node_ids())
-            new = sweep.to_ask(connected, retry=self.open)
+            new = sweep.to_ask(connected, retry=not self.simulated)
             for node, answer in self._ask(grid, new, server_round, deadline - time.monotonic()):
                 sweep.note(node, answer)
             present, doubtful = self.register.settle(sweep.claims, set(grid.get_node_ids()))
             out = len(sweep.refused) + len(doubtful)
             # In a simulation all nodes are there from the start: nobody else is to come. At real
-            # sites someone may start, or mend, a node.
-            if len(present) + (0 if self.open else out) >= wanted or time.monotonic() >= deadline:
+            # sites someone may start, or mend, a node; a wrong one stands for nobody.
+            settled = len(present) + (out if self.simulated else 0)
+            if settled >= wanted or time.monotonic() >= deadline:
                 break
-            if out and out == len(sweep.asked) and not self.open:
+            if self.simulated and out and out == len(sweep.asked):
                 break
             time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         for node, why in doubtful.items():
@@ -145,7 +150,7 @@ class Roster:
             if reply is None:
                 yield nodes[index], silence
             elif reply.has_error():
-                yield nodes[index], reason_of(reply.error)
+                yield nodes[index], reason_of(reply.error, simulated=self.simulated)
             else:
                 yield nodes[index], self._read(reply)
 

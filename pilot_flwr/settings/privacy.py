@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from pilot_flwr.checks import positive, share
+from pilot_flwr.checks import at_least, at_most, positive, share
+
+LEAST_NOISE, MOST_NOISE = 1e-6, 1e6
+"""Range of `privacy.noise_multiplier`: at either end one upload's ε, at δ = 1e-5, is 2e12 or 0."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,8 @@ class PrivacyConfig:
 
     The change of Θ_a and Θ_l that a client uploads is clipped, as one vector, to L2 norm
     `clip_norm`; then Gaussian noise of standard deviation `noise_multiplier` × `clip_norm` is
-    added to every number of it. `delta` is the δ for which ε is reported. Losses and scores are
+    added to every number of it; `noise_multiplier` is `LEAST_NOISE` at least and `MOST_NOISE` at
+    most. `delta` is the δ for which ε is reported. Losses and scores are
     exact functions of the client's data and are outside that guarantee: with
     `send_metrics` false no client sends any.
     """
@@ -24,7 +28,8 @@ class PrivacyConfig:
 
     def __post_init__(self) -> None:
         positive("privacy.clip_norm", self.clip_norm)
-        positive("privacy.noise_multiplier", self.noise_multiplier)
+        at_least("privacy.noise_multiplier", self.noise_multiplier, LEAST_NOISE)
+        at_most("privacy.noise_multiplier", self.noise_multiplier, MOST_NOISE)
         positive("privacy.delta", self.delta)
         share("privacy.delta", self.delta)
 

@@ -18,9 +18,11 @@ from pilot_flwr.model.parameters import State
 from pilot_flwr.storage.checkpoint_folders import (
     checkpoint_folders,
     discard,
+    exchange_of,
     prune_checkpoints,
     sweep,
 )
+from pilot_flwr.storage.run_identity import RunIdentity
 from pilot_flwr.storage.tensors import (
     FORMAT,
     flush,
@@ -36,22 +38,6 @@ _PARTS = {"task_adapters": "task", "lora": "client", "moments": "target", "resid
 
 EVERYONE = "everyone"
 """Whose residual it is."""
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """Which run a checkpoint belongs to.
-
-    Attributes
-    ----------
-    name : str
-        The run's name, by which clients find their private states.
-    settings : str
-        Hash of the settings on which its results depend.
-    """
-
-    name: str = ""
-    settings: str = ""
 
 
 def save_checkpoint(
@@ -206,11 +192,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         checkpoint = Checkpoint(
             folder,
-            int(content["round"]),
+            _whole_number(content, "round"),
             tuple(content["tasks"]),
             dict(content["task_of"]),
             RunIdentity(str(content["run"]), str(content["settings"])),
-            int(content["events"]),
+            _whole_number(content, "events"),
             tuple(content.get("moments", ())),
             content.get("residual", []) == [EVERYONE],
         )
@@ -219,6 +205,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         _check_texts([*texts, *files.values()])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
+    if exchange_of(folder) != checkpoint.server_round:
+        raise StateError(
+            f"{path} is of exchange {checkpoint.server_round}, which is not that of its folder."
+        )
     if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
         raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
     _check_files(checkpoint, files)
@@ -260,33 +250,38 @@ def _check_texts(names: Sequence[object]) -> None:
         raise TypeError("a name is no text")
 
 
+def _whole_number(content: Mapping[str, Any], key: str) -> int:
+    value = content[key]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"`{key}` is {value!r} but must be a whole number, 0 at least")
+    return value
+
+
 def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
     folder = checkpoint.folder
-    expected: dict[str, Collection[str]] = {
+    parts: dict[str, Collection[str]] = {
         "task_adapters": checkpoint.tasks,
         "lora": checkpoint.task_of,
         "moments": checkpoint.moments,
         "residual": [EVERYONE] * checkpoint.has_residual,
     }
-    for part, names in expected.items():
-        present = {file.name.removesuffix(".safetensors") for file in (folder / part).glob("*")}
-        listed = {
-            Path(file).name.removesuffix(".safetensors")
-            for file in files
-            if Path(file).parent == Path(part)
-        }
-        if present != set(names) or listed != set(names):
+    owners = {
+        f"{part}/{name}.safetensors": (_PARTS[part], name)
+        for part, names in parts.items()
+        for name in names
+    }
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    for what, found in (("files", present - {"state.json"}), ("a list of files", set(files))):
+        if odd := found ^ owners.keys():
             raise StateError(
-                f"{folder / part} has files for {sorted(present)} but must have them for "
-                f"{sorted(names)}."
+                f"{folder} has {what} that does not fit its tasks and clients: too many or too "
+                f"few are {sorted(odd)}."
             )
-        for name in names:
-            file = folder / part / f"{name}.safetensors"
-            kind = _PARTS[part]
-            if (owner := read_metadata(file).get(kind)) != name:
-                raise StateError(f"{file} is of {kind} {owner!r} but must be of {name!r}.")
-            if sha256(file) != files[f"{part}/{name}.safetensors"]:
-                raise StateError(f"{file} has been changed: its SHA-256 is another one.")
+    for file, (kind, name) in owners.items():
+        if (owner := read_metadata(folder / file).get(kind)) != name:
+            raise StateError(f"{folder / file} is of {kind} {owner!r} but must be of {name!r}.")
+        if sha256(folder / file) != files[file]:
+            raise StateError(f"{folder / file} has been changed: its SHA-256 is another one.")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -19,6 +19,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def exchange_of(folder: Path) -> int | None:
+    """Return the exchange that a folder's name says, None if it is no checkpoint's name."""
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else None
+
+
 def prune_checkpoints(folder: Path) -> None:
     """Remove all but the last `KEPT_ROUNDS`."""
     for old in checkpoint_folders(folder)[:-KEPT_ROUNDS]:

@@ -20,14 +20,13 @@ from pilot_flwr.server.state import ServerState
 from pilot_flwr.server_optimizer import Moments
 from pilot_flwr.storage.checkpoint import (
     Checkpoint,
-    RunIdentity,
     latest_checkpoint,
 )
 from pilot_flwr.storage.checkpoint_folders import checkpoint_folders, prune_checkpoints
 from pilot_flwr.storage.interrupted import earlier_attempts, parse, read_lines, set_aside
 from pilot_flwr.storage.provenance import keep_provenance
 from pilot_flwr.storage.run_folder import RunFolder
-from pilot_flwr.storage.run_identity import differences, settings_hash
+from pilot_flwr.storage.run_identity import RunIdentity, differences, settings_hash
 from pilot_flwr.storage.tensors import flush
 
 logger = logging.getLogger("flwr")

@@ -1,4 +1,4 @@
-"""Which settings a run's results depend on: they stay the same when it is resumed.
+"""Which run it is, and which settings its results depend on: they stay when it is resumed.
 
 To let another setting change from one part of a run to the next, add it to `FREE`; it must not be
 able to change a result.
@@ -7,6 +7,7 @@ able to change a result.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pilot_flwr.config import PilotConfig, to_dict
@@ -28,6 +29,22 @@ ROUNDS = "strategy.rounds"
 """May grow: then the run trains on."""
 
 _ABSENT = object()
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run a checkpoint belongs to.
+
+    Attributes
+    ----------
+    name : str
+        The run's name, by which clients find their private states.
+    settings : str
+        Hash of the settings on which its results depend.
+    """
+
+    name: str = ""
+    settings: str = ""
 
 
 def settings_hash(config: PilotConfig) -> str:
