@@ -13,6 +13,9 @@ from pilot_flwr.errors import ConfigError
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """Names that become file names, record keys and module names: run, task and client names."""
 
+LONGEST_NAME = 64
+"""Characters of such a name: with what is added to it, it is still a file name everywhere."""
+
 _INFINITY = float("inf")
 
 
@@ -47,8 +50,12 @@ def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(allowed)}.")
 
 
-def check_name(key: str, value: str) -> None:
+def check_name(key: str, value: str, *, longest: int = LONGEST_NAME) -> None:
     """Raise unless `value` can be a file name, a record key and a module name at once."""
+    if len(value) > longest:
+        raise ConfigError(
+            f"`{key}` is {value[:20]!r}…, {len(value)} characters, but must have at most {longest}."
+        )
     if not NAME_PATTERN.fullmatch(value):
         raise ConfigError(
             f"`{key}` is {value!r} but must be letters, digits, '_' and '-' only, "

@@ -53,8 +53,10 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
 @_answer
 def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Say which client this node is, of what version, and whether it holds stage-1 state."""
+    server_round, trains = wire.decode_query(message.content)
     check_readiness(site, config)
-    check_budget(site, config)
+    if trains:
+        check_budget(site, config)
     pooling = is_pooling(config.strategy, site.client)
     examples = sum(
         count_examples(config.data, client, "train", seed=config.seed, files=site.files)
@@ -65,7 +67,7 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
             site.client.id,
             site.client.task,
             examples,
-            stage_trained(site, wire.decode_query(message.content)),
+            stage_trained(site, server_round),
         ),
         identity_of(config),
     )

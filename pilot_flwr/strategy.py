@@ -21,7 +21,7 @@ from pilot_flwr.flower.grid import match
 from pilot_flwr.flower.replies import decode_report, decode_update
 from pilot_flwr.model.parameters import State
 from pilot_flwr.server.claims import Present
-from pilot_flwr.server.exchange_loop import ExchangeLoop
+from pilot_flwr.server.exchange_loop import LONGEST_PAUSE_SECONDS, ExchangeLoop
 from pilot_flwr.server.journal import Journal
 from pilot_flwr.server.norm_check import check_norms
 from pilot_flwr.server.roster import Roster
@@ -33,9 +33,6 @@ from pilot_flwr.storage.run_folder import RunFolder
 from pilot_flwr.storage.run_identity import RunIdentity
 
 logger = logging.getLogger("flwr")
-
-LONGEST_PAUSE_SECONDS = 30.0
-"""Before an exchange is repeated that had too few clients."""
 
 
 class PilotStrategy(ExchangeLoop):
@@ -187,7 +184,7 @@ class PilotStrategy(ExchangeLoop):
         if not self.evaluate or server_round < self.num_exchanges:
             return []
         if not self._present:  # the run was resumed behind its last exchange
-            self._present = self.roster.call(grid, server_round + 1)
+            self._present = self.roster.call(grid, server_round + 1, train=False)
         # A client whose reply was lost may be further than the server knows, and it evaluates
         # the architecture that it last trained: so all of them get all task adapters.
         self._stages = {p.member.client: self.config.stages for p in self._present}

@@ -2,6 +2,9 @@
 
 import re
 
+LONGEST_REASON = 2000
+"""Characters of a reason that are kept."""
+
 _TERMINAL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, erasing
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS …
@@ -34,6 +37,25 @@ def plain(text: str) -> str:
     only the control characters go.
     """
     return _TERMINAL.sub("", text)
+
+
+def one_line(text: str) -> str:
+    """Return a text of unknown origin as one printable line of at most `LONGEST_REASON` characters.
+
+    What is left out of a longer one is said in its middle.
+    """
+    half = LONGEST_REASON // 2
+    line = " ".join(plain(bounded(text)).split())
+    line = "".join(character for character in line if character.isprintable())
+    if len(line) <= LONGEST_REASON:
+        return line
+    return f"{line[:half]} […] {line[-half:]}"
+
+
+def bounded(text: str) -> str:
+    """Return a text, or beginning and end of one that is longer than anybody needs."""
+    most = 5 * LONGEST_REASON
+    return text if len(text) <= 2 * most else f"{text[:most]}\n{text[-most:]}"
 
 
 def human_seconds(seconds: float) -> str:

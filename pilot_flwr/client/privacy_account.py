@@ -12,17 +12,21 @@ exchange counts again, and so does a release that was counted but never sent.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.settings.privacy import MOST_NOISE, PrivacyConfig
+from pilot_flwr.storage.locks import hold
 from pilot_flwr.storage.tensors import write_text
 
 FORMAT = "pilot-flwr-privacy-1"
 """Version of the account's file."""
+
+PATIENCE_SECONDS = 60.0
+"""How long to wait for another process that counts a release: that takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -123,28 +127,50 @@ class PrivacyAccount:
             )
         return list(releases)
 
-    def spend(self, config: PrivacyConfig, *, run: str, server_round: int) -> Spent:
+    def spend(
+        self,
+        config: PrivacyConfig,
+        *,
+        run: str,
+        server_round: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> Spent:
         """Count one release and flush it to disk; call this before anything is sent.
+
+        Two runs at one site keep one account: whatever they do at once, each release is counted.
+
+        Parameters
+        ----------
+        config : PrivacyConfig
+            Noise and clipping of the release.
+        run, server_round : str, int
+            What it is for.
+        check : callable
+            Raises if the site does not allow one more release; nothing is counted then, and
+            nobody else counts between this check and the release.
 
         Raises
         ------
         StateError
             The account cannot be read.
+        RunError
+            Another process has held the account for `PATIENCE_SECONDS`.
         ConfigError
             ``dp-accounting`` is not installed.
         """
         require_accounting()
-        releases = [
-            *self.releases(),
-            {
-                "run": run,
-                "round": server_round,
-                "noise_multiplier": config.noise_multiplier,
-                "clip_norm": config.clip_norm,
-            },
-        ]
-        content = {"format": FORMAT, "client": self.client, "releases": releases}
-        write_text(self.path, json.dumps(content, indent=1) + "\n")
+        release = {
+            "run": run,
+            "round": server_round,
+            "noise_multiplier": config.noise_multiplier,
+            "clip_norm": config.clip_norm,
+        }
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with hold(lock, f"The privacy account {self.path}", patience=PATIENCE_SECONDS):
+            check()
+            releases = [*self.releases(), release]
+            content = {"format": FORMAT, "client": self.client, "releases": releases}
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
         return _spent(releases, run, config.delta)
 
     def epsilon_after(self, config: PrivacyConfig, delta: float) -> float:

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from pilot_flwr.checks import NAME_PATTERN, check_name
+from pilot_flwr.checks import LONGEST_NAME, NAME_PATTERN, check_name
 from pilot_flwr.client.kit import Site
 from pilot_flwr.client.node_config import NodeConfig, NodeSettings, find_device, is_engines
 from pilot_flwr.data.federation import Client, SiteFiles, federation_clients
@@ -61,7 +61,7 @@ def find_site(
         The node's configuration is incomplete or contradicts itself or the run's, or the
         simulation has another number of nodes than the configuration has clients.
     """
-    check_name("run name", run_name)
+    check_name("run name", run_name, longest=2 * LONGEST_NAME)  # with Flower's own id of the run
     device = find_device(node.device)
     client = site_client(node, config)
     if node.state_folder is not None:

@@ -24,8 +24,15 @@ from pilot_flwr.model.parameters import GROUPS, GroupName, Sharing, State
 from pilot_flwr.model.pilot_model import PilotModel, warm_model
 from pilot_flwr.model.plan import out_of_memory_explained
 from pilot_flwr.settings.pilot import PilotConfig
+from pilot_flwr.storage.locks import hold
 from pilot_flwr.storage.private_state import PrivateState, PrivateStore
 from pilot_flwr.wording import count
+
+TURN_LOCK = ".turn.lock"
+"""File in a client's state folder: one turn at a time, as each ends by replacing the state."""
+
+PATIENCE_SECONDS = 60.0
+"""How long a turn waits for one before it, of which the server may have lost patience."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,19 @@ def take_turn(
     ------
     StateError
         Stage 2 is ordered but this client holds no stage-1 state, or one for other tasks.
+    RunError
+        Another turn of this client is still at work here.
     PilotError
         The model, the data or the training fails; the private state on disk is as before.
     """
+    lock = site.state_folder / TURN_LOCK
+    with hold(lock, f"The state folder of client {site.client.id!r}", patience=PATIENCE_SECONDS):
+        return _take_turn(site, config, order, progress)
+
+
+def _take_turn(
+    site: Site, config: PilotConfig, order: Order, progress: Callable[[str], None]
+) -> TurnResult:
     started = time.time()
     store = private_store(site)
     private = store.load(before=order.server_round)
@@ -186,7 +203,12 @@ def _upload(model: PilotModel, training: TrainingResult, kit: Kit, order: Order)
             "own_task_adapter": order.adapters.get(site.client.task, {}),
             "lora": order.lora,
         }
-        spent = site.account.spend(privacy, run=site.run, server_round=order.server_round)
+        spent = site.account.spend(
+            privacy,
+            run=site.run,
+            server_round=order.server_round,
+            check=lambda: check_budget(site, kit.config),
+        )
         upload, clipping = release(
             upload,
             sent,

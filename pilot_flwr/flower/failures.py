@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from flwr.app import Error
 
 from pilot_flwr.errors import PilotError, WorkerDied
-from pilot_flwr.wording import headline
+from pilot_flwr.wording import bounded, headline, one_line
 
 _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own exceptions
     r"<class 'ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
@@ -92,11 +92,11 @@ def reason_of(error: Error, *, simulated: bool) -> str:
         A simulation's reply says that a Ray worker process died. Flower keeps handing messages
         to it, so the run cannot go on. At real sites there is no Ray, and whoever says so lies.
     """
-    text = (error.reason or "").strip()
+    text = bounded((error.reason or "").strip())
     if simulated and error.code != OWN_ERROR and _DEAD_WORKER.match(text):
         raise WorkerDied(
             "A Ray worker process died while it ran a client (often: out of memory). Flower "
             "does not replace it, so the run stops here; the last complete round is in "
             f"checkpoint/. Ray says: {headline(text)}"
         )
-    return text if error.code == OWN_ERROR else headline(text)
+    return one_line(text if error.code == OWN_ERROR else headline(text))

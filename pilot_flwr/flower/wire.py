@@ -57,20 +57,25 @@ def refuse_unusable() -> Iterator[None]:
         raise UpdateError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
-def encode_query(run: RunInfo, server_round: int) -> RecordDict:
-    """Ask a node who it is, and what it holds from before an exchange."""
-    return RecordDict({"run": _run_record(run), "query": ConfigRecord({"round": server_round})})
+def encode_query(run: RunInfo, server_round: int, *, train: bool = True) -> RecordDict:
+    """Ask a node who it is, what it holds from before an exchange, and whether it can train in it.
+
+    With `train` false no upload will follow, so that no privacy budget is needed.
+    """
+    query = ConfigRecord({"round": server_round, "train": train})
+    return RecordDict({"run": _run_record(run), "query": query})
 
 
-def decode_query(content: RecordDict) -> int:
-    """Read the exchange that a query is about.
+def decode_query(content: RecordDict) -> tuple[int, bool]:
+    """Read the exchange that a query is about, and whether the client would train in it.
 
     Raises
     ------
     UpdateError
         The value is missing or of the wrong type.
     """
-    return value_of(config_of(content, "query"), "round", int)
+    query = config_of(content, "query")
+    return value_of(query, "round", int), value_of(query, "train", bool)
 
 
 def encode_member(member: Member, identity: Mapping[str, str]) -> RecordDict:

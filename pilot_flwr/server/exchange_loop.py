@@ -17,6 +17,9 @@ from pilot_flwr.errors import BelowMinimum
 
 logger = logging.getLogger("flwr")
 
+LONGEST_PAUSE_SECONDS = 30.0
+"""Before an exchange is repeated that had too few clients."""
+
 Answer = TypeVar("Answer")
 
 

@@ -14,6 +14,7 @@ from pilot_flwr.server.norm_check import Verdict, too_few
 from pilot_flwr.server.state import Aggregation, Member, Update
 from pilot_flwr.server.tables import summary, timeline
 from pilot_flwr.storage.run_folder import RunFolder
+from pilot_flwr.wording import one_line
 
 logger = logging.getLogger("flwr")
 
@@ -157,6 +158,7 @@ class Journal:
 
     def warning(self, server_round: int, client: str, text: str) -> None:
         """Write down, and log, what is odd about a client that takes part all the same."""
+        text = one_line(text)
         logger.warning("Exchange %d, %s: %s", server_round, client, text)
         self.folder.record("warning", round=server_round, client=client, text=text)
 
@@ -173,6 +175,7 @@ class Journal:
 
         `received` is a reply that was rejected: its bytes did travel.
         """
+        reason = one_line(reason)
         logger.warning("Exchange %d, %s, %s: %s", server_round, phase, client, reason)
         up = {} if received is None else {"up": num_bytes(received)}
         self.folder.record(

@@ -8,7 +8,7 @@ holds stage-1 state. Answers come from outside and are checked here, once.
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from pilot_flwr.checks import check_name
@@ -20,7 +20,7 @@ from pilot_flwr.flower.identity import differences
 from pilot_flwr.server.claims import Present, Register
 from pilot_flwr.server.state import Member
 from pilot_flwr.settings.strategy import StrategyConfig
-from pilot_flwr.wording import count, human_seconds
+from pilot_flwr.wording import count, human_seconds, one_line
 
 RETRY_SECONDS = 30.0
 """After which a refused node of a real site is asked again: its owner may have mended it."""
@@ -75,12 +75,13 @@ class Roster:
         """Number of clients that the first exchange of a new run waits for."""
         return self.config.clients or len(self.expected)
 
-    def call(self, grid: Grid, server_round: int) -> list[Present]:
+    def call(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
         """Return who takes part in an exchange, ordered by client id.
 
         The first call, in a resumed run as well, waits for all clients of the federation, later
         ones for `strategy.min_replies`, both at most `strategy.wait_seconds`. A client that is not
-        there is a failure of the exchange, not of the run, and so is a node that is refused.
+        there is a failure of the exchange, not of the run, and so is a node that is refused. With
+        `train` false the clients are to evaluate only.
 
         Raises
         ------
@@ -96,7 +97,9 @@ class Roster:
         while True:
             connected = set(grid.get_node_ids())
             new = sweep.to_ask(connected, retry=not self.simulated)
-            for node, answer in self._ask(grid, new, server_round, deadline - time.monotonic()):
+            query = wire.encode_query(self.run, server_round, train=train)
+            seconds = deadline - time.monotonic()
+            for node, answer in self._ask(grid, new, query, server_round, seconds):
                 sweep.note(node, answer)
             present, doubtful = self.register.settle(sweep.claims, set(grid.get_node_ids()))
             out = len(sweep.refused) + len(doubtful)
@@ -135,16 +138,16 @@ class Roster:
             self.on_failure(server_round, client, "No node said that it is this client.")
 
     def _ask(
-        self, grid: Grid, nodes: list[int], server_round: int, seconds: float
+        self, grid: Grid, nodes: list[int], query: RecordDict, server_round: int, seconds: float
     ) -> Iterator[tuple[int, Member | str]]:
         """Yield node and member, or node and the reason why it cannot take part."""
         silence = "It did not answer the roster query in time."
         if seconds <= 0:
             yield from ((node, silence) for node in nodes)
             return
-        content, group = wire.encode_query(self.run, server_round), str(server_round)
+        group = str(server_round)
         messages = [
-            Message(content, node, MessageType.QUERY, ttl=seconds, group_id=group) for node in nodes
+            Message(query, node, MessageType.QUERY, ttl=seconds, group_id=group) for node in nodes
         ]
         for index, reply in match(messages, grid.send_and_receive(messages, timeout=seconds)):
             if reply is None:
@@ -161,7 +164,7 @@ class Roster:
                 member = wire.decode_member(reply.content)
                 self._check(member)
         except UpdateError as error:
-            return f"Its answer to the roster query is refused: {error}."
+            return one_line(f"Its answer to the roster query is refused: {error}.")
         return member
 
     def _check(self, member: Member) -> None:

@@ -115,6 +115,7 @@ class PrivateStore:
         """
         path = self.newest(before=before)
         with _advised():
+            self._check_owners()
             return self._header(path)[0] if path else 0
 
     def load(self, *, before: int | None = None) -> PrivateState | None:
@@ -126,9 +127,10 @@ class PrivateStore:
             The file is torn, foreign or another client's.
         """
         path = self.newest(before=before)
-        if path is None:
-            return None
         with _advised():
+            self._check_owners()
+            if path is None:
+                return None
             stage, tasks = self._header(path)
             return PrivateState(stage, tasks, *self._groups(path))
 
@@ -142,9 +144,12 @@ class PrivateStore:
 
         Raises
         ------
+        StateError
+            The folder holds another client's states.
         OSError
             The folder cannot be written, for instance because the disk is full.
         """
+        self._check_owners()
         for number in self.rounds():
             if number > server_round:
                 self.path(number).unlink(missing_ok=True)
@@ -161,6 +166,22 @@ class PrivateStore:
         save_tensors(self.path(server_round), tensors, metadata)
         for number in self.rounds()[:-KEPT_STATES]:
             self.path(number).unlink(missing_ok=True)
+
+    def _check_owners(self) -> None:
+        """Refuse a folder in which another client keeps its states: one would remove the other's.
+
+        A file that cannot be read is nobody's here; who needs it says so.
+        """
+        for number in self.rounds():
+            try:
+                owner = read_metadata(self.path(number)).get("client", self.owner["client"])
+            except StateError:
+                continue
+            if owner != self.owner["client"]:
+                raise StateError(
+                    f"{self.folder} holds private states of client {owner!r}, but this is client "
+                    f"{self.owner['client']!r}: every client needs a `state-folder` of its own."
+                )
 
     @staticmethod
     def _groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State]]:
