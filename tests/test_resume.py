@@ -16,6 +16,7 @@ from pilot_flwr import server_app
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError, RunError, StateError, WorkerDied
+from pilot_flwr.storage import checkpoint as checkpoint_module
 from pilot_flwr.storage import resume as resume_module
 from pilot_flwr.storage.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.storage.locks import hold
@@ -322,6 +323,27 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         fresh(tmp_path)
     with pytest.raises(RunError, match="but a resumed run goes on in"):
         go(f"{TWO} resume={tmp_path} run.folder={tmp_path / 'other'}")
+
+
+def test_events_are_on_the_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    """What the system was asked to flush, and how long it was, when each state.json was written."""
+    folder, flushed, counted = tmp_path / "run", [0], []
+    metrics, fsync, write = folder / "metrics.jsonl", os.fsync, checkpoint_module.write_text
+
+    def flush(descriptor):
+        if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
+            flushed[0] = len(metrics.read_bytes().splitlines())
+        fsync(descriptor)
+
+    def note(path, text):
+        counted.append((json.loads(text)["events"], flushed[0]))
+        write(path, text)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(checkpoint_module, "write_text", note)
+    fresh(folder)
+    assert len(counted) == 3
+    assert all(0 < events <= there for events, there in counted)
 
 
 def test_a_mistyped_folder_is_told_and_not_made(tmp_path):
