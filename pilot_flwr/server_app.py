@@ -25,6 +25,7 @@ from pilot_flwr.storage.resume import (
     Opened,
     begin_run,
     check_resumable,
+    check_unused,
     completed,
     continue_run,
     restored,
@@ -70,9 +71,9 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
         The run cannot begin, or cannot go on.
     """
     path = run_path(config)
+    if config.resume:
+        check_resumable(path, config)  # before there is a lock's file where there is no run
     with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
-        if config.resume:
-            check_resumable(path, config)
         if config.resume and completed(path, config):
             logger.info("The run in %s is complete; there is nothing left to do.", path)
             return
@@ -160,9 +161,5 @@ def run_path(config: PilotConfig) -> Path:
         path = expanded("run.folder", config.run.folder).absolute()
     else:
         path = default_run_folder(config.name, datetime.now()).absolute()
-    if (path / "metrics.jsonl").exists():
-        raise RunError(
-            f"`run.folder` is {path}, which already holds a run; choose another, or go on with "
-            f"that one: `resume={path}`."
-        )
+    check_unused(path)
     return path

@@ -13,6 +13,7 @@ from quick_training import quick_training
 from pilot_flwr.errors import RunError
 from pilot_flwr.flower.codec import decode_state
 from pilot_flwr.storage.checkpoint import load_checkpoint
+from pilot_flwr.strategy import PilotStrategy
 
 OVERRIDES = f"{TWO_TASKS} evaluation.enabled=false data.train_examples=4"
 WRONG = "vqa-0"
@@ -125,10 +126,29 @@ def test_another_clients_reply_is_refused(tmp_path, without):
     same(run.strategy.state, without[2])
 
 
+def mean_losses(monkeypatch):
+    """What aggregation tells Flower as each exchange's loss, filled while a run goes on."""
+    told, aggregate = {}, PilotStrategy.aggregate_train
+
+    def listen(self, server_round, replies):
+        arrays, metrics = aggregate(self, server_round, replies)
+        told[server_round] = metrics["loss"]
+        return arrays, metrics
+
+    monkeypatch.setattr(PilotStrategy, "aggregate_train", listen)
+    return told
+
+
 @pytest.mark.parametrize("exchange", [1, 2])
-def test_a_huge_update_is_rejected(tmp_path, without, exchange):
+def test_a_huge_update_is_rejected(tmp_path, without, exchange, monkeypatch):
+    told = mean_losses(monkeypatch)
     overrides = f"{OVERRIDES} strategy.update_norm.action=reject"
-    run = federation(tmp_path, grown(1000), exchange=exchange, overrides=overrides)
+
+    def change(message, reply):
+        reply.content["training"]["loss.total"] = 8.0  # the others' are lower
+        return grown(1000)(message, reply)
+
+    run = federation(tmp_path, change, exchange=exchange, overrides=overrides)
     ((number, phase, client, reason),) = failures(run)
     assert (number, phase, client) == (exchange, "train", WRONG)
     assert reason.startswith(
@@ -144,9 +164,9 @@ def test_a_huge_update_is_rejected(tmp_path, without, exchange):
         "vqa-1": "accepted",
     }
     assert rows[WRONG]["norms"]["lora"] > 100 * rows[WRONG]["bounds"]["lora"]
-    losses = [e["loss"] for e in run.events("train", round=exchange) if e["client"] != WRONG]
-    assert len(losses) == 3  # and they alone are the exchange's mean
-    assert run.strategy.journal.close(exchange, 0.0) is not None
+    losses = {e["client"]: e["loss"] for e in run.events("train", round=exchange)}
+    assert losses.pop(WRONG) == 8.0 > max(losses.values()) and len(losses) == 3
+    assert told[exchange] == pytest.approx(np.mean(list(losses.values())), rel=1e-12)
 
 
 def test_one_part_alone_is_enough(tmp_path):

@@ -272,6 +272,31 @@ def test_a_spent_budget_ends_a_sites_part_over_runs(tmp_path):
     assert again.has_error() and "its `max-epsilon` is 2.2" in again.error.reason
 
 
+def test_a_budget_that_is_spent_behind_the_roster_ends_at_the_order(tmp_path):
+    """The site takes part in another run as well, whose upload comes between query and order."""
+    folder, spent = tmp_path / "s", []
+    node = {"client-id": "vqa-0", "state-folder": str(folder), "max-epsilon": 2.2}
+    other = {"client-id": "counting-0", "state-folder": str(tmp_path / "other")}
+    run = Federation(tmp_path / "run", NOISY, node_configs=[node, other])
+
+    def spend(message, reply):
+        query = message.metadata.message_type == MessageType.QUERY
+        if query and message.metadata.dst_node_id == 1 and not spent:
+            assert not reply.has_error()  # the roster took it
+            account = PrivacyAccount(folder / "vqa-0.privacy.json", "vqa-0")
+            spent.append(account.spend(run.config.privacy, run="another", server_round=1))
+        return reply
+
+    run.grid.on_reply = spend
+    run.run()
+    assert [e["client"] for e in run.events("train", round=1)] == ["counting-0"]
+    (failure,) = run.events("failure", round=1)
+    assert (failure["phase"], failure["client"]) == ("train", "vqa-0")
+    assert "its `max-epsilon` is 2.2: it takes no further part" in failure["reason"]
+    kept = PrivacyAccount(folder / "vqa-0.privacy.json", "vqa-0").releases()
+    assert [entry["run"] for entry in kept] == ["another"]
+
+
 @pytest.mark.parametrize("key", ["min-noise-multiplier", "max-clip-norm", "max-epsilon"])
 @pytest.mark.parametrize("value", ["much", True, -1.0, 0, math.nan, math.inf])
 def test_odd_demands_are_told(key, value, tmp_path):

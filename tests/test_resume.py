@@ -1,5 +1,6 @@
 """A run that died anywhere goes on and ends, bit by bit, as one that did not."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from pilot_flwr import server_app
 from pilot_flwr.client_app import app
 from pilot_flwr.config import load_config
 from pilot_flwr.errors import ConfigError, RunError, StateError, WorkerDied
+from pilot_flwr.storage import checkpoint as checkpoint_module
 from pilot_flwr.storage import resume as resume_module
 from pilot_flwr.storage.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.storage.locks import hold
@@ -321,6 +323,55 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         fresh(tmp_path)
     with pytest.raises(RunError, match="but a resumed run goes on in"):
         go(f"{TWO} resume={tmp_path} run.folder={tmp_path / 'other'}")
+
+
+def test_events_are_on_the_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    """What the system was asked to flush, and how long it was, when each state.json was written."""
+    folder, flushed, counted = tmp_path / "run", [0], []
+    metrics, fsync, write = folder / "metrics.jsonl", os.fsync, checkpoint_module.write_text
+
+    def flush(descriptor):
+        if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
+            flushed[0] = len(metrics.read_bytes().splitlines())
+        fsync(descriptor)
+
+    def note(path, text):
+        counted.append((json.loads(text)["events"], flushed[0]))
+        write(path, text)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(checkpoint_module, "write_text", note)
+    fresh(folder)
+    assert len(counted) == 3
+    assert all(0 < events <= there for events, there in counted)
+
+
+def test_a_mistyped_folder_is_told_and_not_made(tmp_path):
+    with pytest.raises(ConfigError, match="which is no folder of a run"):
+        go_on(tmp_path / "no" / "such" / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="which holds no run to go on with"):
+        go_on(tmp_path / "empty")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_of_two_runs_with_one_folder_the_second_is_refused(tmp_path, monkeypatch):
+    """The other one takes the lock just before, and ends while this one waits for it."""
+    monkeypatch.setattr(server_app, "federate", lambda grid, config, opened: None)
+    folder = tmp_path / "run"
+
+    @contextlib.contextmanager
+    def late(*args, **kwargs):
+        monkeypatch.setattr(server_app, "hold", hold)
+        fresh(folder)
+        (folder / "metrics.jsonl").write_text('{"event": "roster", "elapsed": 0.1}\n')
+        with hold(*args, **kwargs):
+            yield
+
+    monkeypatch.setattr(server_app, "hold", late)
+    with pytest.raises(RunError, match="already holds a run.*`resume="):
+        fresh(folder, flower_run="2")
+    assert json.loads((folder / "run.json").read_text())["name"] == "demo-1"
 
 
 def test_two_at_a_time_are_refused(interrupted, tmp_path, monkeypatch):

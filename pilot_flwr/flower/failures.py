@@ -21,6 +21,8 @@ _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own excep
 _URL = r"(?P<url>https?://[^\s'\"<>]+)"
 _ABSOLUTE = r"(?<![\w/>.~])(?:file:)?~?/+[\w.~-][^\s'\"`,;:()\[\]{}<>]*"
 
+_QUOTED = r"(?P<quote>['\"`])(?:file:)?~?/+[\w.~-](?:(?!(?P=quote)).)*(?P=quote)"
+
 OWN_ERROR = 1001
 """Error code of a reply in which this app itself says, in plain words, what is wrong."""
 
@@ -52,6 +54,8 @@ def reply_text(error: Exception, private: Mapping[str, str] | None) -> str:
 def without_paths(text: str, private: Mapping[str, str]) -> str:
     """Replace paths: each of `private` by what it says, any other absolute one by ``<path>``.
 
+    Of a path that is neither among `private` nor in quotes, what follows a blank stays.
+
     Parameters
     ----------
     text : str
@@ -66,12 +70,14 @@ def without_paths(text: str, private: Mapping[str, str]) -> str:
     }
     longest_first = sorted(spelled, key=len, reverse=True)
     known = "|".join(map(re.escape, longest_first)) or r"(?!)"
-    pattern = rf"{_URL}|(?P<known>{known})(?![\w-])|{_ABSOLUTE}"
+    known = rf"(?:{known})(?![\w-])"
+    pattern = rf"{_URL}|(?P<known>{known})|(?!.{known}){_QUOTED}|{_ABSOLUTE}"
 
     def instead(match: re.Match[str]) -> str:
         if match["url"]:
             return match["url"]
-        return spelled[match["known"]] if match["known"] else "<path>"
+        quote = match["quote"] or ""
+        return spelled[match["known"]] if match["known"] else f"{quote}<path>{quote}"
 
     return re.sub(pattern, instead, text)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.config import PilotConfig, from_yaml, to_yaml
-from pilot_flwr.errors import ConfigError, StateError
+from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.model.initial import InitialState
 from pilot_flwr.model.parameters import State
 from pilot_flwr.server.state import ServerState
@@ -67,9 +67,24 @@ def begin_run(path: Path, config: PilotConfig, overrides: str, *, name: str) -> 
         What the configuration was composed from.
     name : str
         The run's name.
+
+    Raises
+    ------
+    RunError
+        It holds one.
     """
+    check_unused(path)
     folder = RunFolder(path)
     return Opened(folder, _describe(folder, config, overrides, name))
+
+
+def check_unused(path: Path) -> None:
+    """Raise `RunError` if a folder holds a run."""
+    if (path / "metrics.jsonl").exists():
+        raise RunError(
+            f"`run.folder` is {path}, which already holds a run; choose another, or go on with "
+            f"that one: `resume={path}`."
+        )
 
 
 def continue_run(
