@@ -4,7 +4,7 @@ Pure functions over named arrays (*states*, see :mod:`pilot_flwr.arrays`). The t
 named ``<layer>.lora_A``, shape (r, inputs), and ``<layer>.lora_B``, shape (outputs, r).
 
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
-Large Language Models", ACL 2025 (arXiv 2410.09538), equations 4 to 6.
+Large Language Models", ACL 2025 (arXiv 2410.09432). The weights p_k are 1 / K there.
 """
 
 from collections.abc import Sequence

@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pilot_flwr.config import load_config
+from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.errors import ConfigError, ModelError
 from pilot_flwr.flower.replies import decode_update
 from pilot_flwr.flower.wire import decode_order
 from pilot_flwr.model.lora import set_residual
 from pilot_flwr.model.pilot_model import warm_model
 from pilot_flwr.results.exporting import export_lora
+from pilot_flwr.results.merging import merge_lora
+from pilot_flwr.results.runs import client_model, open_run
 from pilot_flwr.storage.checkpoint import latest_checkpoint
 from pilot_flwr.storage.resume import restored
 from tests.inprocess import TWO_TASKS, Federation
@@ -167,3 +169,26 @@ def test_it_is_in_the_timeline(run):
 def test_what_does_not_go_with_it_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(f"strategy=fedex_lora {override}")
+
+
+def test_a_merged_model_has_it_in_its_weights(model):
+    residual = draw_residual(model, [3])
+    place(model, residual)
+    lora = {name: torch.randn_like(tensor) for name, tensor in model.state("lora").items()}
+    model.load("lora", lora)
+    layer = next(iter(residual))[:-7]
+    language_model = copy.deepcopy(model.llava.model.language_model)
+    before = language_model.get_submodule(layer).base_layer.weight.clone()
+    merge_lora(language_model)
+    found = language_model.get_submodule(layer).weight
+    expected = before + 16 / 8 * (product(lora, layer) + product(residual, layer)).float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_finished_run_gives_each_client_its_model_with_it(run):
+    run.folder.write("config.yaml", to_yaml(run.config))
+    opened = open_run(run.folder.path)
+    loaded = client_model(opened, "vqa-0", device=torch.device("cpu"))
+    found = loaded.state("residual")
+    assert found and all(torch.equal(found[n], t) for n, t in run.strategy.state.residual.items())
+    set_residual(loaded.llava.model.language_model, {})
