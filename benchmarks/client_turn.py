@@ -26,7 +26,7 @@ from _timing import summarize, take_turns
 from random_base import HALF_BILLION, TINY, write_random_base
 from transformers.utils import logging as transformers_logging
 
-from pilot_flwr.client.kit import Site
+from pilot_flwr.client.kit import Kit, Site
 from pilot_flwr.client.turn import (
     Order,
     TurnResult,
@@ -73,6 +73,7 @@ class Rotation:
             self._take(site, stage=1)
         self.turn = itertools.cycle(self.sites)
         self.bases = itertools.count(2)
+        self.kits = {s.client.id: Kit(s, self.config, self.base(), print) for s in self.sites}
         self.training: list[float] = []
 
     def warm(self) -> None:
@@ -96,7 +97,9 @@ class Rotation:
         site = next(self.turn)
         private = private_store(site).load()
         order, generator = self._order(site, stage=2), turn_generator(0, site.client.id, 2)
-        _enter_ordered_architecture(self.base(), site.client.task, private, order, generator)
+        kit = self.kits[site.client.id]
+        kit.model = self.base()
+        _enter_ordered_architecture(kit, private, order, generator)
 
     def swap_out(self) -> None:
         """Do of a turn only what takes the trained parameters out of the base again."""
@@ -104,7 +107,9 @@ class Rotation:
         model.state("own_task_adapter")
         model.state("lora")
         site = next(site for site in self.sites if site.client.task == model.own_task)
-        private_store(site).save(_private_state(model), server_round=2)
+        private_store(site).save(
+            _private_state(model, self.kits[site.client.id].sharing), server_round=2
+        )
 
     def base(self) -> Any:
         """Return the base that is there."""

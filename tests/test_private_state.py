@@ -67,7 +67,7 @@ def test_another_clients_state_is_refused(tmp_path):
     """Its tensors would fit: only the file can say whose it is."""
     PrivateStore(tmp_path, "vqa-0", "vqa").save(STATE, server_round=4)
     for client, task, words in [
-        ("vqa-1", "vqa", "states of client 'vqa-0', but this is client 'vqa-1'"),
+        ("vqa-1", "vqa", "is of client 'vqa-0' but must be of 'vqa-1'"),
         ("vqa-0", "ocr", "is of task 'vqa' but must be of 'ocr'"),
     ]:
         for read in (PrivateStore.load, PrivateStore.stage):

@@ -118,7 +118,8 @@ def test_a_real_site_takes_no_part_in_pooled_training(tmp_path):
         for client in ("vqa-0", "counting-0")
     ]
     with pytest.raises(BelowMinimum, match="`strategy.trained_by` is 'pooled'.*only a simulation"):
-        Federation(tmp_path / "run", POOLED, node_configs=sites).run()
+        words = f"{POOLED} strategy.wait_seconds=0.2"
+        Federation(tmp_path / "run", words, node_configs=sites).run()
 
 
 NOTHING = "strategy.stages=1 strategy.sharing.adapter=false strategy.sharing.lora=none"

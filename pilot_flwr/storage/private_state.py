@@ -115,7 +115,6 @@ class PrivateStore:
         """
         path = self.newest(before=before)
         with _advised():
-            self._check_owners()
             return self._header(path)[0] if path else 0
 
     def load(self, *, before: int | None = None) -> PrivateState | None:
@@ -127,10 +126,9 @@ class PrivateStore:
             The file is torn, foreign or another client's.
         """
         path = self.newest(before=before)
+        if path is None:
+            return None
         with _advised():
-            self._check_owners()
-            if path is None:
-                return None
             stage, tasks = self._header(path)
             return PrivateState(stage, tasks, *self._groups(path))
 
