@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/pilot-flwr run experiment=demo
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
