@@ -74,8 +74,9 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
     if config.resume:
         check_resumable(path, config)  # before there is a lock's file where there is no run
     with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
-        if config.resume and completed(path, config):
+        if config.resume and (result := completed(path, config)):
             logger.info("The run in %s is complete; there is nothing left to do.", path)
+            Announcer(logger.info).end(path, result)
             return
         name = f"{config.name}-{flower_run}"
         if config.resume:

@@ -105,19 +105,25 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert "A sweep needs overrides" in capsys.readouterr().err
 
 
-def test_a_sweep_goes_on_and_repeats_nothing(tmp_path, capsys):
+def sweep(*words):
+    """Run the command in a process of its own: Hydra closes the log handlers of the one it is in."""
+    command = [sys.executable, "-m", "pilot_flwr.cli", "sweep", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_a_sweep_goes_on_and_repeats_nothing(tmp_path):
     """One job of two fails in its training; the other is done, and later not done again."""
     out = tmp_path / "s"
     words = ["seed=0", "train.stage1.connector_lr=1e-3,1e30", *TINY, "--out", str(out)]
-    assert cli.main(["sweep", "-m", *words]) == 1
-    shown = capsys.readouterr()
+    shown = sweep("-m", *words)
+    assert shown.returncode == 1
     good, bad = (f"train.stage1.connector_lr={rate}" for rate in ("0.001", "1e+30"))
-    assert f"[1/2] {good}: done in" in shown.out
-    assert f"[2/2] {bad}: FAILED after" in shown.out
-    assert "| pilot " + good in shown.out
-    assert f"1 of 2 jobs failed:\n  {bad}: " in shown.err
+    assert f"[1/2] {good}: done in" in shown.stdout
+    assert f"[2/2] {bad}: FAILED after" in shown.stdout
+    assert "| pilot " + good in shown.stdout
+    assert f"1 of 2 jobs failed:\n  {bad}: " in shown.stderr
     log = out / "logs" / f"{bad}.log"
-    assert f"log: {log}" in shown.err
+    assert f"log: {log}" in shown.stderr
     assert "The loss is nan" in log.read_text()
     first, second = read_rows(out)
     assert (first["status"], second["status"]) == ("done", "failed")
@@ -132,17 +138,19 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path, capsys):
     assert int(first["bytes_up"]) == sum(sent) > 0
 
     again = ["seed=0", "train.stage1.connector_lr=choice(1e-3)", *TINY, "--out", str(out)]
-    assert cli.main(["sweep", *again]) == 0
-    assert f"[1/1] {good}: done before" in capsys.readouterr().out
+    shown = sweep(*again)
+    assert shown.returncode == 0
+    assert f"[1/1] {good}: done before" in shown.stdout
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
     assert [row["status"] for row in read_rows(out)] == ["done", "failed"]
 
 
-def test_one_sweep_at_a_time_in_a_folder(tmp_path, capsys):
+def test_one_sweep_at_a_time_in_a_folder(tmp_path):
     out = tmp_path / "s"
     with hold(SweepFolder(out).lock, "test"):
-        assert cli.main(["sweep", "seed=0", *TINY, "--out", str(out)]) == 1
-    assert f"The sweep in {out} is in use by another process." in capsys.readouterr().err
+        refused = sweep("seed=0", *TINY, "--out", str(out))
+    assert refused.returncode == 1
+    assert f"The sweep in {out} is in use by another process." in refused.stderr
 
 
 def test_a_tasks_score_counts_its_examples():
