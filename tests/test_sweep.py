@@ -106,7 +106,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 
 
 def sweep(*words):
-    """Run the command in a process of its own: Hydra closes the log handlers of the one it is in."""
+    """Run the command in a process of its own, as Hydra closes the log handlers of a process."""
     command = [sys.executable, "-m", "pilot_flwr.cli", "sweep", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
