@@ -73,10 +73,11 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
     path = run_path(config)
     if config.resume:
         check_resumable(path, config)  # before there is a lock's file where there is no run
+    announcer = Announcer(logger.info)
     with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
         if config.resume and (result := completed(path, config)):
             logger.info("The run in %s is complete; there is nothing left to do.", path)
-            Announcer(logger.info).end(path, result)
+            announcer.end(path, result)
             return
         name = f"{config.name}-{flower_run}"
         if config.resume:
@@ -84,7 +85,6 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
         else:
             opened = begin_run(path, config, overrides, name=name)
         logger.info("Run folder: %s", path)
-        announcer = Announcer(logger.info)
         try:
             with live_logs(
                 config,

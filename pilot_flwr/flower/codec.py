@@ -7,6 +7,7 @@ Flower's arrays do not have that type: what was trained in bfloat16 is sent in b
 import io
 import math
 import reprlib
+from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -97,9 +98,7 @@ def config_of(content: RecordDict, name: str) -> ConfigRecord:
     UpdateError
         It is missing, or not as asked.
     """
-    if name not in content.config_records:
-        raise UpdateError(f"the message has no record `{name}`")
-    return content.config_records[name]
+    return _named(content.config_records, name, "record")
 
 
 def arrays_of(content: RecordDict, name: str) -> ArrayRecord:
@@ -110,9 +109,7 @@ def arrays_of(content: RecordDict, name: str) -> ArrayRecord:
     UpdateError
         It is missing, or not as asked.
     """
-    if name not in content.array_records:
-        raise UpdateError(f"the message has no arrays `{name}`")
-    return content.array_records[name]
+    return _named(content.array_records, name, "arrays")
 
 
 def metrics_of(content: RecordDict, name: str) -> MetricRecord:
@@ -123,9 +120,7 @@ def metrics_of(content: RecordDict, name: str) -> MetricRecord:
     UpdateError
         It is missing, or not as asked.
     """
-    if name not in content.metric_records:
-        raise UpdateError(f"the message has no metrics `{name}`")
-    return content.metric_records[name]
+    return _named(content.metric_records, name, "metrics")
 
 
 def number_of(
@@ -160,6 +155,12 @@ def value_of(values: ConfigRecord, name: str, kind: type[_T]) -> _T:
     if type(value) is not kind:
         raise UpdateError(f"`{_cut(name)}` is {_shown(value)} but must be of type {kind.__name__}")
     return value
+
+
+def _named(records: Mapping[str, _T], name: str, what: str) -> _T:
+    if name not in records:
+        raise UpdateError(f"the message has no {what} `{name}`")
+    return records[name]
 
 
 def _shown(value: object) -> str:

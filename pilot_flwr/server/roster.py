@@ -92,12 +92,12 @@ class Roster:
         """
         everyone = max(self.size, len(self.register.task_of))
         wanted = self.config.min_replies if self._called else everyone
+        query = wire.encode_query(self.run, server_round, train=train)
         deadline = time.monotonic() + self.config.wait_seconds
         sweep = _Sweep(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
             connected = set(grid.get_node_ids())
             new = sweep.to_ask(connected, retry=not self.simulated)
-            query = wire.encode_query(self.run, server_round, train=train)
             seconds = deadline - time.monotonic()
             for node, answer in self._ask(grid, new, query, server_round, seconds):
                 sweep.note(node, answer)
