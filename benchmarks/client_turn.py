@@ -39,7 +39,7 @@ from pilot_flwr.client.turn import (
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.model.base import load_processor
 from pilot_flwr.model.initial import initial_state
-from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.settings.data import DataConfig
 from pilot_flwr.settings.model import ModelConfig
 from pilot_flwr.settings.pilot import PilotConfig, TrainConfig

@@ -60,6 +60,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     model.base                         the base model as its checkpoint has it
     model.lora                         the LoRA in the language model
     model.pilot_model                  the base model with Pilot's adapters, and its stages
+    model.warm                         the one base model that a process keeps
     model.initial                      what the server starts from, without loading the base
     storage.tensors                    tensors on disk, whole or not at all
     storage.private_state              what never leaves a client, one file per exchange

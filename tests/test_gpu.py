@@ -18,7 +18,8 @@ from pilot_flwr.errors import TrainingError
 from pilot_flwr.model.base import load_base, make_collator
 from pilot_flwr.model.features import FeatureCache
 from pilot_flwr.model.initial import initial_state
-from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.settings.data import DataConfig
 from pilot_flwr.settings.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.settings.pilot import EvaluationConfig, PilotConfig, TrainConfig

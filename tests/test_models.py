@@ -6,7 +6,7 @@ from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.base import known_config, load_base, make_collator, read_config
 from pilot_flwr.model.initial import initial_state
-from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.settings.data import DataConfig
 from pilot_flwr.settings.model import LoraConfig, ModelConfig
 

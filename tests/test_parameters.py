@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.parameters import GROUPS, claim, read, set_trainable, trained_groups, write
+from pilot_flwr.model.parameters import GROUPS, claim, read, trained_groups, write
 
 TASKS = ("vqa", "counting", "captioning")
 
@@ -74,14 +74,39 @@ def test_an_unclaimed_parameter_is_an_error(make_model):
     model = make_model()
     model.llava.model.multi_modal_projector.extra = nn.Parameter(torch.zeros(1))
     with pytest.raises(ModelError, match=r"multi_modal_projector\.extra.*claimed by no group"):
-        set_trainable(model.llava, own_task="vqa", stage=1)
+        claim(model.llava, own_task="vqa")
 
 
 def test_a_lora_outside_the_language_model_is_unclaimed(make_model):
     model = make_model()
     model.llava.model.vision_tower.lora_A = nn.Linear(1, 1)
     with pytest.raises(ModelError, match="claimed by no group"):
-        model.groups()
+        claim(model.llava, own_task="vqa")
+
+
+def test_a_models_groups_are_those_of_its_architecture_now(make_model, generator):
+    """They are looked up once for each: never may they be of a connector that has gone."""
+    model = make_model("vqa")
+    layer = next(iter(model.state("lora"))).removesuffix(".lora_A")
+    base = model.llava.model.language_model.get_submodule(layer).base_layer
+    residual = {
+        f"{layer}.lora_A": torch.zeros(3, base.in_features),
+        f"{layer}.lora_B": torch.zeros(base.out_features, 3),
+    }
+    changes = (
+        lambda: model.enter_stage2(("vqa", "captioning"), generator),
+        lambda: model.set_residual(residual),
+        lambda: model.set_residual({}),
+        lambda: model.enter_stage1("captioning"),
+    )
+    for change in changes:
+        before = model.groups()
+        change()
+        now, found = model.groups(), claim(model.llava, own_task=model.own_task)
+        assert now is not before and now.keys() == found.keys()
+        for group, named in found.items():
+            assert list(named) == list(now[group])
+            assert all(now[group][name] is p for name, p in named.items())
 
 
 def test_a_task_name_is_matched_whole(make_model, generator):

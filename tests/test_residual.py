@@ -11,8 +11,7 @@ from pilot_flwr.config import load_config, to_yaml
 from pilot_flwr.errors import ConfigError, ModelError
 from pilot_flwr.flower.replies import decode_update
 from pilot_flwr.flower.wire import decode_order
-from pilot_flwr.model.lora import set_residual
-from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.results.exporting import export_lora
 from pilot_flwr.results.merging import merge_lora
 from pilot_flwr.results.runs import client_model, open_run
@@ -29,7 +28,7 @@ def model():
     model = warm_model(config, reduction="normalized", device=torch.device("cpu"))
     model.enter_stage1("vqa")
     yield model
-    set_residual(model.llava.model.language_model, {})
+    model.set_residual({})
 
 
 def draw_residual(model, ranks):
@@ -44,15 +43,10 @@ def draw_residual(model, ranks):
     return residual
 
 
-def place(model, residual):
-    set_residual(model.llava.model.language_model, residual)
-    model.load("residual", residual)
-
-
 def test_a_layer_computes_with_the_sum_of_all_three(model):
     residual = draw_residual(model, [3, 5])
     lora = {name: torch.randn_like(tensor) for name, tensor in model.state("lora").items()}
-    place(model, residual)
+    model.set_residual(residual)
     model.load("lora", lora)
     x = torch.randn(4, 96)
     for layer in list(lora)[0][:-7], list(lora)[2][:-7]:
@@ -67,31 +61,31 @@ def test_a_layer_computes_with_the_sum_of_all_three(model):
 def test_it_is_frozen_and_leaves_no_trace(model):
     before = {name: (p.requires_grad, p.shape) for name, p in model.named_parameters()}
     residual = draw_residual(model, [3])
-    place(model, residual)
+    model.set_residual(residual)
     groups = model.groups()
     assert groups["residual"].keys() == residual.keys()
     assert not any(p.requires_grad for p in groups["residual"].values())
     assert all(p.requires_grad for p in groups["lora"].values())
-    place(model, draw_residual(model, [7, 2]))  # of another rank, in place of it
+    model.set_residual(draw_residual(model, [7, 2]))  # of another rank, in place of it
     assert {len(p) for n, p in model.groups()["residual"].items() if n[-1] == "A"} == {7, 2}
-    set_residual(model.llava.model.language_model, {})
+    model.set_residual({})
     assert {name: (p.requires_grad, p.shape) for name, p in model.named_parameters()} == before
 
 
 def test_a_residual_that_does_not_fit_is_refused(model):
     residual = draw_residual(model, [3])
     with pytest.raises(ModelError, match="unexpected \\['nowhere.lora_A'\\]"):
-        place(model, residual | {"nowhere.lora_A": torch.zeros(3, 3)})
+        model.set_residual(residual | {"nowhere.lora_A": torch.zeros(3, 3)})
     (name, tensor) = next(iter(residual.items()))
     with pytest.raises(ModelError, match="has factors of shape \\[0, 96\\]"):
-        place(model, residual | {name: tensor[:0]})
+        model.set_residual(residual | {name: tensor[:0]})
     with pytest.raises(ModelError, match="has shape"):
-        place(model, residual | {name: tensor[:, :-1]})
+        model.set_residual(residual | {name: tensor[:, :-1]})
 
 
 def test_the_export_has_lora_and_residual_in_one(model, tmp_path):
     residual = draw_residual(model, [3, 5])
-    place(model, residual)
+    model.set_residual(residual)
     export_lora(model, tmp_path, base="somewhere")
     config = peft.PeftConfig.from_pretrained(str(tmp_path))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -173,7 +167,7 @@ def test_what_does_not_go_with_it_is_refused(override, message):
 
 def test_a_merged_model_has_it_in_its_weights(model):
     residual = draw_residual(model, [3])
-    place(model, residual)
+    model.set_residual(residual)
     lora = {name: torch.randn_like(tensor) for name, tensor in model.state("lora").items()}
     model.load("lora", lora)
     layer = next(iter(residual))[:-7]
@@ -191,4 +185,4 @@ def test_a_finished_run_gives_each_client_its_model_with_it(run):
     loaded = client_model(opened, "vqa-0", device=torch.device("cpu"))
     found = loaded.state("residual")
     assert found and all(torch.equal(found[n], t) for n, t in run.strategy.state.residual.items())
-    set_residual(loaded.llava.model.language_model, {})
+    loaded.set_residual({})

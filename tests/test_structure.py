@@ -76,6 +76,7 @@ LAYERS = [
         "model.base",
         "model.lora",
         "model.pilot_model",
+        "model.warm",
         "model.initial",
         "storage.tensors",
         "storage.private_state",

@@ -19,7 +19,7 @@ from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError, StateError, TrainingError
 from pilot_flwr.model.initial import initial_state
 from pilot_flwr.model.parameters import trained_groups
-from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.settings.data import DataConfig
 from pilot_flwr.settings.model import LoraConfig, ModelConfig
 from pilot_flwr.settings.pilot import EvaluationConfig, PilotConfig, TrainConfig

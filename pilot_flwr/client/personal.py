@@ -11,7 +11,6 @@ import torch
 
 from pilot_flwr.errors import StateError
 from pilot_flwr.model.initial import draw_lora
-from pilot_flwr.model.lora import set_residual
 from pilot_flwr.model.parameters import WHOLE, GroupName, Sharing, State
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.storage.private_state import PrivateState
@@ -110,8 +109,7 @@ def load_received(
     Of these, what the client has not trained yet begins as it does at every other: the adapter as
     the pretrained projector, which it is already, the LoRA as the run's seed draws it.
     """
-    set_residual(model.llava.model.language_model, residual)
-    model.load("residual", residual)
+    model.set_residual(residual)
     groups = model.groups()
     own: dict[GroupName, State] = {
         group: {} if private is None else private.groups.get(group, {})

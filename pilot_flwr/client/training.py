@@ -21,7 +21,13 @@ from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.model.architectures import Visual
-from pilot_flwr.model.parameters import GroupName, Sharing, set_trainable, trained_groups
+from pilot_flwr.model.parameters import (
+    GroupName,
+    Groups,
+    Sharing,
+    set_trainable,
+    trained_groups,
+)
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.settings.pilot import TrainConfig
 
@@ -103,7 +109,7 @@ def train(
     per_step = config.batch_size * config.accumulation_steps
     num_steps = config.epochs * math.ceil(len(examples) / per_step)
     parts = Sharing(trained_lora=config.lora_matrices)
-    set_trainable(model.llava, own_task=model.own_task, stage=model.stage, sharing=parts)
+    set_trainable(model.groups(), stage=model.stage, sharing=parts)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
     optimizer, schedule = _optimizer(model, config, num_steps)
     model.train()
@@ -164,9 +170,7 @@ def _optimizer(
     return optimizer, schedule
 
 
-def _clip(
-    groups: dict[GroupName, dict[str, nn.Parameter]], max_norm: float, *, stage: int
-) -> dict[GroupName, Tensor]:
+def _clip(groups: Groups, max_norm: float, *, stage: int) -> dict[GroupName, Tensor]:
     """Scale the gradient of each trained group to a norm of at most `max_norm`, by itself.
 
     The normalized difference loss does not depend on the scale of x_s, so its gradient grows

@@ -21,8 +21,9 @@ from pilot_flwr.client.privacy_account import Spent, require_accounting
 from pilot_flwr.client.training import TrainingResult, check_finite
 from pilot_flwr.errors import StateError
 from pilot_flwr.model.parameters import GROUPS, GroupName, Sharing, State
-from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.plan import out_of_memory_explained
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.settings.pilot import PilotConfig
 from pilot_flwr.storage.locks import hold
 from pilot_flwr.storage.private_state import PrivateState, PrivateStore

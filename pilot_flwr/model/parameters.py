@@ -150,8 +150,11 @@ WHOLE = Sharing()
 State = dict[str, Tensor]
 """Named tensors of one group."""
 
+Groups = dict[GroupName, dict[str, nn.Parameter]]
+"""Group → name within the group → parameter."""
 
-def claim(model: nn.Module, *, own_task: str) -> dict[GroupName, dict[str, nn.Parameter]]:
+
+def claim(model: nn.Module, *, own_task: str) -> Groups:
     """Sort every parameter of a LLaVA model with a Pilot connector into its group.
 
     Returns
@@ -169,7 +172,7 @@ def claim(model: nn.Module, *, own_task: str) -> dict[GroupName, dict[str, nn.Pa
         group: re.compile(row.pattern.replace("{own}", re.escape(own_task)))
         for group, row in GROUPS.items()
     }
-    claimed: dict[GroupName, dict[str, nn.Parameter]] = {group: {} for group in GROUPS}
+    claimed: Groups = {group: {} for group in GROUPS}
     for name, parameter in model.named_parameters():
         matches = {
             group: match for group, regex in patterns.items() if (match := regex.fullmatch(name))
@@ -189,9 +192,9 @@ def trained_groups(stage: int) -> tuple[GroupName, ...]:
     return tuple(group for group, row in GROUPS.items() if stage in row.stages)
 
 
-def set_trainable(model: nn.Module, *, own_task: str, stage: int, sharing: Sharing = WHOLE) -> None:
+def set_trainable(groups: Groups, *, stage: int, sharing: Sharing = WHOLE) -> None:
     """Give gradients to what `stage` trains, less what `sharing` does not, and to nothing else."""
-    for group, parameters in claim(model, own_task=own_task).items():
+    for group, parameters in groups.items():
         for name, parameter in parameters.items():
             trained = stage in GROUPS[group].stages and sharing.trains(group, name)
             parameter.requires_grad_(trained)

@@ -24,12 +24,17 @@ from pilot_flwr.connector import (
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import Visual, select_features, spec_of
-from pilot_flwr.model.base import load_base
-from pilot_flwr.model.lora import add_lora, lora_layers, share_inputs
-from pilot_flwr.model.parameters import GroupName, State, claim, read, set_trainable, write
+from pilot_flwr.model.lora import add_lora, lora_layers, set_residual, share_inputs
+from pilot_flwr.model.parameters import (
+    GroupName,
+    Groups,
+    State,
+    claim,
+    read,
+    set_trainable,
+    write,
+)
 from pilot_flwr.settings.model import ModelConfig
-
-_WARM: dict[tuple[str, str, str], "PilotModel"] = {}
 
 
 class ModelOutput(NamedTuple):
@@ -78,6 +83,7 @@ class PilotModel(nn.Module):
             for layer in llava.model.language_model.layers:
                 layer.compile(dynamic=True)
         self._own_task = ""
+        self._groups: Groups | None = None
         self._lora_layers = lora_layers(llava)
         # Kept out of the module tree: it is no parameter of this model but its starting point.
         self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
@@ -166,9 +172,17 @@ class PilotModel(nn.Module):
         """Copy tensors into a group; names and shapes must be exactly the group's."""
         write(self.groups()[group], state, what=f"Parameters of {group}")
 
-    def groups(self) -> dict[GroupName, dict[str, nn.Parameter]]:
-        """Every parameter, by group."""
-        return claim(self.llava, own_task=self.own_task)
+    def groups(self) -> Groups:
+        """Every parameter, by group; looked up anew after a change of the architecture alone."""
+        if self._groups is None:
+            self._groups = claim(self.llava, own_task=self.own_task)
+        return self._groups
+
+    def set_residual(self, residual: State) -> None:
+        """Put R, the frozen rest of exact aggregation, beside Θ_l, in place of what was there."""
+        self._groups = None
+        set_residual(self.llava.model.language_model, residual)
+        self.load("residual", residual)
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
@@ -278,16 +292,8 @@ class PilotModel(nn.Module):
 
     def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
         self.llava.model.multi_modal_projector = connector.to(self.device)
-        set_trainable(self.llava, own_task=self.own_task, stage=self.stage)
-
-
-def warm_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
-    """Return this process's one base model; it is loaded at the first call and then kept."""
-    key = (repr(config), reduction, str(device))
-    if key not in _WARM:
-        _WARM.clear()  # one base at a time: two may not fit
-        _WARM[key] = PilotModel(load_base(config, device), config, reduction=reduction)
-    return _WARM[key]
+        self._groups = None
+        set_trainable(self.groups(), stage=self.stage)
 
 
 def _projector_as_adapter(projector: Any) -> Adapter:

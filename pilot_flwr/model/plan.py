@@ -15,7 +15,6 @@ from pilot_flwr.errors import TrainingError
 from pilot_flwr.exact import largest_residual
 from pilot_flwr.model.architectures import Size, feature_size, spec_of
 from pilot_flwr.model.base import known_config
-from pilot_flwr.model.lora import set_residual
 from pilot_flwr.model.memory import Memory, MicroBatch, empty_model, training_memory
 from pilot_flwr.model.parameters import GROUPS, GroupName, Sharing, set_trainable
 from pilot_flwr.model.pilot_model import PilotModel
@@ -162,7 +161,7 @@ def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
 def _stage(config: PilotConfig, base: object, stage: int, batch: MicroBatch) -> StagePlan:
     model = empty_model(config.model, base, tasks=tuple(config.data.tasks), stage=stage)
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
-    set_trainable(model.llava, own_task=model.own_task, stage=stage, sharing=sharing)
+    set_trainable(model.groups(), stage=stage, sharing=sharing)
     residuals = _residual_bytes(config, model)
     width = getattr(torch, config.model.wire_dtype).itemsize
     numbers = _count(model, lambda group, name, parameter: True)
@@ -197,7 +196,7 @@ def _residual_bytes(config: PilotConfig, model: PilotModel) -> list[int]:
     terms = config.num_clients + 1
     residuals = [largest_residual(lora, terms=terms * n) for n in exchanges]
     with torch.device("meta"):
-        set_residual(model.llava.model.language_model, residuals[-1])
+        model.set_residual(residuals[-1])
     return [sum(tensor.nbytes for tensor in residual.values()) for residual in residuals]
 
 

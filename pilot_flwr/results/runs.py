@@ -17,7 +17,8 @@ from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.model.initial import initial_state
 from pilot_flwr.model.parameters import Sharing, State
-from pilot_flwr.model.pilot_model import PilotModel, warm_model
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.warm import warm_model
 from pilot_flwr.results.changes import changed
 from pilot_flwr.server.state import lora_peers, mean_lora
 from pilot_flwr.settings.model import FeatureCacheConfig

@@ -12,7 +12,7 @@ from pilot_flwr.config import load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError
 from pilot_flwr.federation_file import expand
-from pilot_flwr.model.pilot_model import warm_model
+from pilot_flwr.model.warm import warm_model
 
 
 @pytest.fixture
