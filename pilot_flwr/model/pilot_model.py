@@ -23,17 +23,10 @@ from pilot_flwr.connector import (
 )
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
+from pilot_flwr.model import parameters
 from pilot_flwr.model.architectures import Visual, select_features, spec_of
 from pilot_flwr.model.lora import add_lora, lora_layers, set_residual, share_inputs
-from pilot_flwr.model.parameters import (
-    GroupName,
-    Groups,
-    State,
-    claim,
-    read,
-    set_trainable,
-    write,
-)
+from pilot_flwr.model.parameters import GroupName, Groups, State, claim, read, write
 from pilot_flwr.settings.model import ModelConfig
 
 
@@ -293,7 +286,7 @@ class PilotModel(nn.Module):
     def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
         self.llava.model.multi_modal_projector = connector.to(self.device)
         self._groups = None
-        set_trainable(self.groups(), stage=self.stage)
+        parameters.set_trainable(self.groups(), stage=self.stage)
 
 
 def _projector_as_adapter(projector: Any) -> Adapter:
