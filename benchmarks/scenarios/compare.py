@@ -1,0 +1,77 @@
+"""Compare all methods, and Pilot's ablations, on the two scenarios: five seeds, test split.
+
+Every method has the rate that ``search.py`` chose for it on validation scans (``rates.json``),
+every ablation that of Pilot. Run ``make tables`` (about an hour on 2 cores; stopped, it goes on),
+or ``python benchmarks/scenarios/compare.py``, to renew ``benchmarks/results/scenarios/*.csv``;
+``--quick`` runs a tiny run of two methods and writes nothing.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # a script finds what is in its own folder, this one needs the one above
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from _record import ROOT
+
+from scenarios.sweeps import (
+    ABLATIONS,
+    FOLDER,
+    METHODS,
+    SCENARIOS,
+    SEEDS,
+    by_rate,
+    choice,
+    read_rates,
+    sweep,
+)
+
+QUICK = (
+    "data.train_examples=8", "data.test_examples=2", "data.clients_per_task=1", "strategy.rounds=1",
+    "train.epochs=1", "evaluation.max_new_tokens=2",
+)  # fmt: skip
+
+
+def compare(
+    scenario: str,
+    folder: Path,
+    methods: Sequence[str],
+    *more: str,
+    jobs: int,
+    seeds: Sequence[int] = SEEDS,
+) -> None:
+    """Run methods on a scenario, each with its rate."""
+    rates = read_rates()[scenario]
+    rates |= {ablation: rates["pilot"] for ablation in ABLATIONS}
+    for override, group in by_rate(rates, methods).items():
+        words = [choice("strategy", group), *filter(None, [override]), choice("seed", seeds)]
+        sweep(folder, scenario, *words, *more, jobs=jobs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare, and copy the results to where the tables are made from."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
+    parser.add_argument("--quick", action="store_true", help="tiny, and no results")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        with tempfile.TemporaryDirectory() as name:
+            chosen = ("zero_shot", "pilot")
+            compare(SCENARIOS[0], Path(name) / "quick", chosen, *QUICK, jobs=1, seeds=[0])
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for methods in (METHODS, ABLATIONS):
+        for scenario in SCENARIOS:
+            folder = options.out / scenario
+            compare(scenario, folder, methods, jobs=options.jobs)
+            shutil.copyfile(folder / "results.csv", FOLDER / f"{scenario}.csv")
+
+
+if __name__ == "__main__":
+    main()

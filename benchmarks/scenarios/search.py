@@ -1,0 +1,113 @@
+"""Search every method's learning rate on the validation split, with the same budget for each.
+
+Every method that trains has five candidates, a factor of two apart: `train.lr_scale`, which
+multiplies all its rates. FedAdam, which has a rate of the server as well, has five candidates of
+that, at `train.lr_scale` 1. All are run with one seed, and a method's best two with a second one;
+the higher mean of both seeds is chosen. A candidate whose training diverges comes last. No seed,
+and no scan, of the search is one of the comparison.
+
+Run ``python benchmarks/scenarios/search.py`` (about 40 minutes on 2 cores; stopped, it goes on) to
+renew ``benchmarks/scenarios/rates.json`` and the results that it was chosen from.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+if not __package__:  # a script finds what is in its own folder, this one needs the one above
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from _record import ROOT
+
+from pilot_flwr.sweeping.rows import read_rows
+from scenarios.sweeps import FOLDER, METHODS, RATES, SCENARIOS, Rates, by_rate, choice, sweep
+
+SCALE, SERVER_RATE = "train.lr_scale", "strategy.server_optimizer.learning_rate"
+CANDIDATES = {SCALE: (0.25, 0.5, 1, 2, 4), SERVER_RATE: (0.001, 0.003, 0.01, 0.03, 0.1)}
+FIRST, SECOND = 100, 101
+"""Seeds."""
+FINALISTS = 2
+
+
+def searched(method: str) -> str:
+    """Return the setting that is searched for a method."""
+    return SERVER_RATE if method == "fedadam" else SCALE
+
+
+def trained_methods() -> list[str]:
+    """Return the methods that have a rate."""
+    return [method for method in METHODS if method != "zero_shot"]
+
+
+def search(scenario: str, folder: Path, *, jobs: int) -> None:
+    """Run all candidates with the first seed, and the finalists with the second."""
+    common = "data.evaluate_on=validation"
+    groups: dict[str, list[str]] = {}
+    for method in trained_methods():
+        groups.setdefault(searched(method), []).append(method)
+    for setting, methods in groups.items():
+        values = choice(setting, CANDIDATES[setting])
+        words = (choice("strategy", methods), values, choice("seed", [FIRST]))
+        sweep(folder, scenario, common, *words, jobs=jobs, may_fail=True)
+    scores = read_scores(folder)
+    for number in range(FINALISTS):
+        finalists = {m: ranking(scores[m])[number] for m in trained_methods()}
+        for override, methods in by_rate(finalists, trained_methods()).items():
+            setting, _, value = override.partition("=")
+            words = (choice("strategy", methods), choice(setting, [value]))
+            sweep(folder, scenario, common, *words, choice("seed", [SECOND]), jobs=jobs)
+
+
+Scores = dict[str, dict[str, dict[int, float]]]
+"""Method → override → seed → mean score over tasks."""
+
+
+def read_scores(results: Path) -> Scores:
+    """Return the scores of a search's ``results.csv``."""
+    scores: Scores = {}
+    for row in read_rows(results):
+        found = scores.setdefault(row["method"], {}).setdefault(row["variant"], {})
+        found[int(row["seed"])] = float(row["mean"] or "-inf")
+    return scores
+
+
+def ranking(candidates: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Return the overrides, best score with the first seed first; of equal ones the lower rate."""
+    return sorted(candidates, key=lambda c: (-candidates[c][FIRST], rate_of(c)))
+
+
+def chosen(candidates: Mapping[str, Mapping[int, float]]) -> str:
+    """Return the finalist with the best mean of both seeds; of equal ones the lower rate."""
+    finalists = ranking(candidates)[:FINALISTS]
+    return min(finalists, key=lambda c: (-sum(candidates[c].values()), rate_of(c)))
+
+
+def rate_of(override: str) -> float:
+    """Return the value of an override."""
+    return float(override.partition("=")[2])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Search, print what is chosen, and write it down with the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
+    options = parser.parse_args(arguments)
+    rates: Rates = {}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for scenario in SCENARIOS:
+        folder = options.out / f"search-{scenario}"
+        search(scenario, folder, jobs=options.jobs)
+        scores = read_scores(folder)
+        rates[scenario] = {method: chosen(scores[method]) for method in trained_methods()}
+        shutil.copyfile(folder / "results.csv", FOLDER / f"search-{scenario}.csv")
+    RATES.write_text(json.dumps(rates, indent=2) + "\n")
+    print(RATES.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What is compared on the scenarios, and its sweeps: ``pilot-flwr sweep`` as one would type it."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from _record import RESULTS, ROOT
+
+SCENARIOS = ("scenario1", "scenario2")
+METHODS = (
+    "zero_shot",
+    "local",
+    "fedit",
+    "fedavg_per_task",
+    "fedprox",
+    "fedadam",
+    "ffa_lora",
+    "fedsa_lora",
+    "fedex_lora",
+    "ditto",
+    "pilot",
+    "centralised",
+)
+"""In the order of the tables."""
+ABLATIONS = (
+    "pilot_no_difference_loss",
+    "pilot_no_client_adapter",
+    "pilot_stage1_only",
+    "pilot_no_cross_task_adapters",
+    "pilot_no_router_losses",
+    "pilot_fedavg_lora",
+    "pilot_global_adapters",
+    "pilot_official_init",
+    "pilot_m1",
+    "pilot_all_neighbors",
+    "pilot_no_self_weight",
+)
+SEEDS = (0, 1, 2, 3, 4)
+"""Of the test split; the search has others."""
+FOLDER = RESULTS / "scenarios"
+RATES = ROOT / "benchmarks" / "scenarios" / "rates.json"
+"""Scenario → method → the override that the search chose."""
+FAILED = 1
+"""Exit code of a sweep of which a job failed."""
+
+Rates = dict[str, dict[str, str]]
+
+
+def sweep(folder: Path, scenario: str, *words: str, jobs: int, may_fail: bool = False) -> None:
+    """Run, or go on with, a sweep of `jobs` jobs side by side.
+
+    Raises
+    ------
+    CalledProcessError
+        A job failed, and none `may_fail`: the sweep has said which, and where its log is.
+    """
+    program = Path(sys.executable).parent / "pilot-flwr"
+    command = ["sweep", "-m", f"experiment={scenario}", *words, "simulation.engine=in-process"]
+    command += ["run.report=false", "run.tensorboard=false"]
+    if jobs > 1:
+        command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
+    print(f"\n$ pilot-flwr {shlex.join(command)}", flush=True)
+    ended = subprocess.run(  # nosec B603  # no shell, our own program
+        [str(program), *command, "--out", str(folder)], check=False
+    )
+    if not (may_fail and ended.returncode == FAILED):
+        ended.check_returncode()
+
+
+def choice(key: str, values: Sequence[object]) -> str:
+    """Return an override that is swept over, be it one value: it is then part of a job's name."""
+    return f"{key}=choice({','.join(map(str, values))})"
+
+
+def read_rates() -> Rates:
+    """Return what the search chose."""
+    rates: Rates = json.loads(RATES.read_text())
+    return rates
+
+
+def by_rate(rates: Mapping[str, str], methods: Sequence[str]) -> dict[str, list[str]]:
+    """Return override → the methods that are run with it, so that each is one sweep."""
+    groups: dict[str, list[str]] = {}
+    for method in methods:
+        groups.setdefault(rates.get(method, ""), []).append(method)
+    return groups
