@@ -1,7 +1,7 @@
 """Make the pages' tables from ``benchmarks/results``, so that no number is typed.
 
 Run ``python benchmarks/tables.py`` to print the benchmark table, ``--readme`` to renew all tables
-of the README and of the page on deployment: what stands between ``<!-- table: NAME -->`` and
+of the README and of the pages that have some: what stands between ``<!-- table: NAME -->`` and
 ``<!-- end -->``.
 """
 
@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from _record import RESULTS, ROOT
+from scenarios.tables import scenario_tables
 
 from pilot_flwr.server.tables import markdown
 from pilot_flwr.wording import human_bytes
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("deployment", "privacy")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("deployment", "privacy", "scenarios")),
+)
 Results = dict[str, Any]
 Rows = list[list[str]]
 """What was measured, the figure, the goal."""
@@ -516,6 +520,7 @@ def readme(text: str, folder: Path = RESULTS) -> str:
         path = folder / f"{name}.json"
         if path.exists():
             contents[name] = made(json.loads(path.read_text()))
+    contents |= scenario_tables(folder / "scenarios")
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)

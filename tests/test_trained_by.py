@@ -16,6 +16,7 @@ from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data.pooled import PooledExamples
 from pilot_flwr.errors import BelowMinimum, ConfigError
 from pilot_flwr.model.initial import initial_state
+from pilot_flwr.report.gather import read_run
 from pilot_flwr.results.runs import client_model, open_run
 from pilot_flwr.server.tables import summary, timeline
 
@@ -69,6 +70,13 @@ def test_one_client_trains_on_pooled_data_and_all_evaluate(pooled):
     assert [e["clients"] for e in pooled.folder.select("aggregate")] == [1, 1]
     last = timeline(pooled.folder.events).splitlines()[-1]
     assert re.match(r"\| evaluation +\| 2 clients ", last)  # not those of the exchanges before
+
+
+def test_the_report_counts_what_is_sent_to_clients_that_only_evaluate(pooled):
+    for exchange in read_run(pooled.folder.path).exchanges:
+        orders = pooled.folder.select("order", exchange.number)
+        assert {e["client"] for e in orders} == {"vqa-0", "counting-0"}
+        assert sum(exchange.down.values()) == sum(sum(e["down"].values()) for e in orders)
 
 
 def test_examples_are_pooled_in_order_and_told_apart():

@@ -11,13 +11,14 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # a script finds what is in its own folder, this one needs the one above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import ROOT
+from _record import ROOT, write_record
 
 from scenarios.sweeps import (
     ABLATIONS,
@@ -31,6 +32,7 @@ from scenarios.sweeps import (
     sweep,
 )
 
+PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 QUICK = (
     "data.train_examples=8", "data.test_examples=2", "data.clients_per_task=1", "strategy.rounds=1",
     "train.epochs=1", "evaluation.max_new_tokens=2",
@@ -66,11 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             compare(SCENARIOS[0], Path(name) / "quick", chosen, *QUICK, jobs=1, seeds=[0])
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
+    new = not any((options.out / scenario).exists() for scenario in SCENARIOS)
+    started = time.perf_counter()
     for methods in (METHODS, ABLATIONS):
         for scenario in SCENARIOS:
             folder = options.out / scenario
             compare(scenario, folder, methods, jobs=options.jobs)
             shutil.copyfile(folder / "results.csv", FOLDER / f"{scenario}.csv")
+    took = round(time.perf_counter() - started, 1) if new else None
+    write_record(
+        FOLDER / "compare.json",
+        {"side_by_side": options.jobs, "wall_seconds": took},
+        packages=PACKAGES,
+    )
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def _exchange(events: Sequence[Event], number: int) -> Exchange:
     closed = select(events, "round", number)
     trained = select(events, "train", number)
     failures = select(events, "failure", number)
-    orders = [e for e in select(events, "order", number) if e["phase"] == "train"]
+    orders = select(events, "order", number)  # also of clients that only evaluate
     aggregated = select(events, "aggregate", number)
     last = aggregated[-1] if aggregated else {}
     by_stage: dict[int, list[Event]] = {}

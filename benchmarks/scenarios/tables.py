@@ -1,0 +1,115 @@
+"""The tables of the two scenarios, of Pilot's ablations and of the search, from their results."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.server.tables import markdown
+from pilot_flwr.sweeping.rows import read_rows
+from pilot_flwr.sweeping.statistics import Interval
+from pilot_flwr.sweeping.table import Comparison, CsvRow, Line, compare
+from pilot_flwr.sweeping.writing import as_markdown
+from scenarios.search import CANDIDATES, chosen, read_scores, searched, trained_methods
+from scenarios.sweeps import ABLATIONS, METHODS, SCENARIOS
+
+PILOT = "pilot"
+
+
+def scenario_tables(folder: Path) -> dict[str, str]:
+    """Return the tables of all results in a folder, by name."""
+    tables = {}
+    for scenario in SCENARIOS:
+        if (folder / f"{scenario}.csv").exists():
+            tables[scenario] = methods_table(folder / f"{scenario}.csv") + effort(folder, scenario)
+    if len(tables) == len(SCENARIOS):
+        tables["ablations"] = ablations_table(folder)
+    if all((folder / f"search-{scenario}.csv").exists() for scenario in SCENARIOS):
+        tables["rates"] = rates_table(folder)
+    return tables
+
+
+def methods_table(results: Path) -> str:
+    """Return a scenario's table: a row per method, tested against Pilot."""
+    return as_markdown(comparison(results, METHODS), costs=True)
+
+
+def comparison(results: Path, methods: Sequence[str]) -> Comparison:
+    """Return a scenario's methods, compared with Pilot, in the order given."""
+    rows = [row for row in read_rows(results) if row["method"] in methods]
+    rows.sort(key=lambda row: methods.index(row["method"]))
+    (found,) = compare(rows, PILOT)
+    return found
+
+
+def ablations_table(folder: Path) -> str:
+    """Return Pilot's ablations on both scenarios: means, and differences to Pilot with their p."""
+    found = [comparison(folder / f"{name}.csv", (PILOT, *ABLATIONS)) for name in SCENARIOS]
+    lines = [{line.label: line for line in one.lines} for one in found]
+    header = ["method"]
+    for scenario in SCENARIOS:
+        header += [f"{scenario}: mean", "difference", "p"]
+    rows = [[method, *(c for one in lines for c in cells(one[method]))] for method in lines[0]]
+    rows = [row for row in rows if row[0] in (PILOT, *ABLATIONS)]
+    return markdown([header, *rows])
+
+
+def cells(line: Line) -> list[str]:
+    """Return a row's mean, difference to Pilot and p."""
+    if line.test is None:
+        return [worded(line.mean), "", ""]
+    assert line.p is not None
+    p = "< 0.001" if line.p < 0.001 else f"{line.p:.3f}"
+    return [worded(line.mean), worded(line.test.difference, sign="+"), p]
+
+
+def worded(found: Interval, *, sign: str = "") -> str:
+    """Return a mean with half the width of its interval."""
+    half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
+    return f"{found.mean:{sign}.3f}{half}"
+
+
+def rates_table(folder: Path) -> str:
+    """Return what the search found: a row per method and scenario."""
+    rows = [["method", "setting", "scenario", "candidates: score with the first seed", "chosen"]]
+    for method in trained_methods():
+        for scenario in SCENARIOS:
+            candidates = read_scores(folder / f"search-{scenario}.csv")[method]
+            shown = [
+                f"{value}: {candidates[f'{searched(method)}={value}'][100]:.3f}"
+                for value in CANDIDATES[searched(method)]
+            ]
+            value = chosen(candidates).partition("=")[2]
+            rows.append([method, f"`{searched(method)}`", scenario, ", ".join(shown), value])
+    return markdown(rows)
+
+
+def effort(folder: Path, scenario: str) -> str:
+    """Return how many runs a table is of, how long they took, of which code, on what."""
+    rows = [row for row in read_rows(folder / f"{scenario}.csv") if row["method"] in METHODS]
+    return "\n" + code_of(rows) + machine_of(folder / "compare.json") + "\n"
+
+
+def code_of(rows: Sequence[CsvRow]) -> str:
+    """Return of what code rows are, and what their runs took."""
+    commits = sorted({row["commit"][:12] + "+" * (row["changed"] == "true") for row in rows})
+    versions = sorted({row["versions"] for row in rows})
+    minutes = sum(float(row["seconds"]) for row in rows) / 60
+    return (
+        f"{len(rows)} runs of {minutes:.0f} min in all; commit {', '.join(commits)}; "
+        f"{'; '.join(versions)}"
+    )
+
+
+def machine_of(path: Path) -> str:
+    """Return what a record says of machine and time."""
+    if not path.exists():
+        return ""
+    record: dict[str, Any] = json.loads(path.read_text())
+    machine, results = record["machine"], record["results"]
+    took = results["wall_seconds"]
+    whole = "" if took is None else f"; both tables and the ablations took {took / 60:.0f} min"
+    return (
+        f"; {results['side_by_side']} side by side on {machine['cores']} cores of "
+        f"{machine['cpu']}{whole}"
+    )
