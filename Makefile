@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-deployment test-extras lint security check bench clean
+.PHONY: demo test test-slow test-deployment test-extras lint security check bench tables rates clean
 
 demo: $(STAMP)
 	$(BIN)/pilot-flwr run experiment=demo
@@ -42,6 +42,18 @@ check: lint security test
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py
+
+# The README's tables of the two scenarios and of Pilot's ablations, from the committed settings and
+# rates; 230 runs. What was stopped goes on when it is called again.
+tables: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[sweep]"
+	$(BIN)/python benchmarks/scenarios/compare.py
+	$(BIN)/python benchmarks/tables.py --readme
+
+# The search of every method's rate, on other scans and seeds, from which these rates come.
+rates: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[sweep]"
+	$(BIN)/python benchmarks/scenarios/search.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 Run ``python benchmarks/run_all.py`` (about 45 minutes, 7 GiB) on a machine that does nothing else
 to renew ``benchmarks/results``, or ``--quick`` to see that all of them work. To add a benchmark,
 add its file (or a folder with a ``run.py``) to this folder and a row to `BENCHMARKS`, and its rows
-to ``tables.py``. What needs a GPU is left out where there is none, and says so.
+to ``_rows.py``. What needs a GPU is left out where there is none, and says so.
 """
 
 import argparse

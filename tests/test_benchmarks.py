@@ -139,11 +139,11 @@ def test_ratios_are_taken_within_each_turn(benchmark):
 
 def test_the_readmes_tables_are_those_of_the_result_files(benchmark):
     text = (FOLDER.parent / "README.md").read_text()
-    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 4
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 7
     assert benchmark("tables").readme(text) == text
 
 
-@pytest.mark.parametrize(("page", "count"), [("deployment", 2), ("privacy", 1)])
+@pytest.mark.parametrize(("page", "count"), [("deployment", 2), ("privacy", 1), ("scenarios", 1)])
 def test_the_tables_of_a_page_are_those_of_the_result_files(benchmark, page, count):
     text = (FOLDER.parent / "docs" / f"{page}.md").read_text()
     assert text.count("<!-- table: ") == text.count("<!-- end -->") == count

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scenarios"
@@ -158,6 +159,55 @@ def test_the_committed_results_are_whole_and_of_the_committed_rates(scenario, sc
         assert "lr_scale" not in row["overrides"].replace(rate or "?", "")
     for method in methods:
         assert len({row["settings"] for row in rows if row["method"] == method}) == 1
+
+
+def readme_table(name):
+    text = (ROOT / "README.md").read_text()
+    table = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end -->")[0]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def means_by_seed(rows):
+    found = {}
+    for row in rows:
+        tasks = [float(v) for key, v in row.items() if key.startswith("score.") and v]
+        found.setdefault(row["method"], {})[row["seed"]] = sum(tasks) / 3
+    return {method: [of[seed] for seed in "01234"] for method, of in found.items()}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_readmes_figures_are_those_of_the_rows(scenario, scenarios):
+    """By scipy's paired test and interval, and Holm's method step by step."""
+    methods = scenarios("sweeps").METHODS
+    scores = means_by_seed(rows_of(scenario))
+    table = {row["method"]: row for row in readme_table(scenario)}
+    assert list(table) == list(methods)
+    others = [method for method in methods if method != "pilot"]
+    p = {m: float(stats.ttest_rel(scores[m], scores["pilot"]).pvalue) for m in others}
+    largest = 0.0
+    for rank, method in enumerate(sorted(others, key=p.__getitem__)):
+        largest = max(largest, min(1.0, p[method] * (len(others) - rank)))
+        shown = table[method]["p"]
+        assert shown == ("< 0.001" if largest < 0.001 else f"{largest:.3f}"), method
+    for method in methods:
+        mean = sum(scores[method]) / 5
+        _, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(scores[method]))
+        assert table[method]["mean"] == f"{mean:.3f} ± {high - mean:.3f}"
+        if method != "pilot":
+            difference = mean - sum(scores["pilot"]) / 5
+            assert table[method]["difference to pilot"].split(" ")[0] == f"{difference:+.3f}"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_ablations_figures_are_those_of_the_rows(scenario, scenarios):
+    scores = means_by_seed(rows_of(scenario))
+    table = {row["method"]: row for row in readme_table("ablations")}
+    assert list(table) == ["pilot", *scenarios("sweeps").ABLATIONS]
+    for method, row in table.items():
+        mean = sum(scores[method]) / 5
+        assert row[f"{scenario}: mean"].split(" ")[0] == f"{mean:.3f}"
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def ablations_table(folder: Path) -> str:
     lines = [{line.label: line for line in one.lines} for one in found]
     header = ["method"]
     for scenario in SCENARIOS:
-        header += [f"{scenario}: mean", "difference", "p"]
+        header += [f"{scenario}: mean", f"{scenario}: difference", f"{scenario}: p"]
     rows = [[method, *(c for one in lines for c in cells(one[method]))] for method in lines[0]]
     rows = [row for row in rows if row[0] in (PILOT, *ABLATIONS)]
     return markdown([header, *rows])

@@ -1,0 +1,142 @@
+"""Tables made of one result file each, and what is said below every table."""
+
+from collections.abc import Callable
+
+from _rows import Results, epsilon_words
+
+from pilot_flwr.server.tables import markdown
+from pilot_flwr.wording import human_bytes
+
+
+def privacy_table(record: Results) -> str:
+    """Return the table of ``privacy.json``: a row per size of the noise."""
+    results = record["results"]
+    tasks = list(results["untrained"]["score_per_task"])
+    several = len(results["run"]["seeds"]) > 1
+    rows = [
+        [
+            "uploads",
+            f"ε after {results['run']['exchanges']} exchanges, δ = {results['delta']:g}",
+            *tasks,
+            "mean over tasks",
+            *["range over seeds"] * several,
+        ]
+    ]
+    for measured in [results["untrained"], *results["settings"]]:
+        low, high = measured.get("score_range_over_seeds", [measured["score_mean_over_tasks"]] * 2)
+        rows.append(
+            [
+                upload_words(measured, results["clip_norm"]),
+                epsilon_words(measured),
+                *(f"{measured['score_per_task'][task]:.3f}" for task in tasks),
+                f"{measured['score_mean_over_tasks']:.3f}",
+                *[f"{low:.3f} to {high:.3f}"] * several,
+            ]
+        )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def upload_words(measured: Results, clip_norm: float) -> str:
+    """Return what was uploaded in a row of ``privacy.json``."""
+    if "noise_multiplier" not in measured:
+        return "none: the base model"
+    if measured["noise_multiplier"] is None:
+        return "exact: the demo"
+    return f"clipped to {clip_norm:g}, noise multiplier {measured['noise_multiplier']:g}"
+
+
+PART_WORDS = {
+    "roster": "asking who is there, answered by a fresh process",
+    "dispatch": "the order on its way",
+    "start": "a fresh process: Python, imports, fetching the order",
+    "base": "the base model, data, private state",
+    "reply": "packing, sending, fetching the update",
+    "server": "aggregation",
+    "checkpoint": "the server's checkpoint",
+}
+"""Parts of an exchange of ``deployment.json`` that are not work."""
+
+
+def deployment_table(record: Results) -> str:
+    """Return the table of ``deployment.json``: a row per part of an exchange."""
+    measured = record["results"]
+    rows = [["seconds of an exchange, mean after the first", *measured]]
+    for part, words in PART_WORDS.items():
+        rows.append([words, *(f"{m['parts_seconds'][part]:.1f}" for m in measured.values())])
+    without = [f"**{m['without_work_seconds']:.1f}**" for m in measured.values()]
+    work = [f"{m['parts_seconds']['work']:.1f}" for m in measured.values()]
+    rows += [["**without training or evaluation**", *without], ["training and evaluation", *work]]
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def payload_table(record: Results) -> str:
+    """Return the table of ``payload.json``: seconds of its exchanges, then memory."""
+    results = record["results"]
+    rows = [["", *(f"stage {e['stage']}" for e in results["exchanges"])]]
+    for words, value in (
+        ("the client receives", lambda e: human_bytes(e["down_bytes"])),
+        ("the client sends", lambda e: human_bytes(e["up_bytes"])),
+        ("seconds without training or evaluation", lambda e: f"{e['without_work_seconds']:.0f}"),
+    ):
+        rows.append([words, *(value(e) for e in results["exchanges"])])
+    memory = [["peak resident memory", "all together", "its programs, each by itself"]]
+    for machine, peak in results["peak_bytes"].items():
+        programs = results["peak_bytes_by_program"][machine].items()
+        each = ", ".join(f"{name} {human_bytes(size)}" for name, size in programs)
+        memory.append([machine, human_bytes(peak), each])
+    return f"{markdown(rows)}\n{markdown(memory)}\n{note(record)}\n"
+
+
+def plan_table(record: Results) -> str:
+    """Return the table of ``plan.json``: a row per base model."""
+    plans = record["results"]
+    sizes = next(iter(plans.values()))["largest_micro_batch"]
+    rows = [
+        [
+            "base model",
+            "LoRA",
+            "per adapter",
+            "a client sends per exchange",
+            "receives (stage 2)",
+            "GPU memory, estimated",
+            *(f"largest micro-batch, {size} GiB" for size in sizes),
+        ]
+    ]
+    for title, plan in plans.items():
+        rows.append(
+            [
+                title,
+                f"{plan['lora'] / 1e6:.1f} M",
+                f"{plan['adapter'] / 1e6:.2f} M",
+                f"{plan['sent'] / 1e6:.1f} M, {human_bytes(plan['up_bytes'])}",
+                human_bytes(plan["down_bytes"]),
+                f"{plan['memory_bytes'] / 2**30:.0f} GiB at {plan['micro_batch']} x "
+                f"{plan['tokens']} tokens",
+                *(str(number or "none") for number in plan["largest_micro_batch"].values()),
+            ]
+        )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def note(record: Results) -> str:
+    """Return how, on what and when a result file was measured."""
+    machine, versions = record["machine"], record["versions"]
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    changed = ", with uncommitted changes" if record["commit"]["dirty"] else ""
+    commit = (record["commit"]["id"] or "unknown")[:12]
+    gpu = record["results"].get("device")
+    where = f"{gpu['name']}, " if isinstance(gpu, dict) and "name" in gpu else ""
+    return (
+        f"`{record['command']}`: {where}{machine['cores']} cores of {machine['cpu']}, load "
+        f"{machine['load_average'][0]:.1f}, {packages}, {record['date'][:10]}, "
+        f"commit {commit}{changed}"
+    )
+
+
+OWN_TABLES: dict[str, Callable[[Results], str]] = {
+    "plan": plan_table,
+    "privacy": privacy_table,
+    "deployment": deployment_table,
+    "payload": payload_table,
+}
+"""Tables made of one result file, by its name."""

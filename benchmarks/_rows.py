@@ -1,0 +1,279 @@
+"""Rows of the benchmark table: for each result file a function that words its figures.
+
+To add a benchmark, write its function and name it in `ROWS`.
+"""
+
+from collections.abc import Callable
+
+from _gpu_rows import Results, Rows, gpu_rows
+
+from pilot_flwr.wording import human_bytes
+
+
+def connector_rows(results: Results) -> Rows:
+    """Rows of ``connector.json``."""
+    connectors, loss = results["connectors"], results["reductions"]
+    ratio, goals = connectors["wall"]["ratio"], connectors["goals"]
+    size, shape = connectors["size"], loss["shape"]
+    flat, times = shape["N"] * shape["C"], loss["wall"]["median_seconds"]
+    peak = loss["peak_bytes"]
+    return [
+        [
+            f"CT-MoA forward + backward, N={size['tokens']}, D={size['vision']}, "
+            f"C={size['channels']}, T={connectors['tasks']}, to its bare matrix products",
+            f"{ratio['ct_moa_to_products']:.2f} x",
+            f"<= {goals['ct_moa_to_products']} x",
+        ],
+        [
+            "difference loss (normalized) to stage 1's forward + backward, same size",
+            f"{ratio['difference_loss_to_stage1']:.1%}",
+            f"<= {goals['difference_loss_to_stage1']:.0%}",
+        ],
+        *(
+            [
+                f"difference loss ({name}), N·C={flat:,}, B={shape['B']}, forward + backward, "
+                "against the (N·C)² formula",
+                f"{milliseconds(times[name])} and {human_bytes(peak[name])} against "
+                f"{milliseconds(times['literal'])} and {human_bytes(peak['literal'])}",
+                "",
+            ]
+            for name in ("normalized", "official")
+        ),
+        [
+            "that matrix alone at LLaVA-1.5-7B's N·C (computed)",
+            f"{loss['literal_matrix_bytes_at_llava_size'] / 1e12:.1f} TB",
+            "",
+        ],
+    ]
+
+
+def aggregation_rows(results: Results) -> Rows:
+    """Rows of ``aggregation.json``."""
+    main, accuracy = results["main"], results["accuracy"]
+    memory, ratio = main["memory"], main["wall"]["ratio"]
+    allowed = memory["output_mib"] + memory["largest_stacked_tensor_mib"]
+    size = f"{main['clients']} clients x {main['parameters'] / 1e6:.1f} M float32"
+    curve = [
+        f"{point['clients']}: {point['wall']['ratio']['to_flower']:.2f} x"
+        for point in results["curve"]
+    ]
+    return [
+        [
+            f"distances + ATA, {size}, to Flower's own weighted average",
+            f"{ratio['to_flower']:.2f} x",
+            "<= 4 x",
+        ],
+        [
+            "the same, in 56 large tensors (r=64)",
+            f"{results['few_large_tensors']['wall']['ratio']['to_flower']:.2f} x",
+            "",
+        ],
+        [
+            "the same, if decoding the records, which Flower's function does, is added to ours; "
+            "to the bare arithmetic of Flower's",
+            f"{ratio['with_decoding_to_flower']:.2f} x; "
+            f"{ratio['to_flower_arithmetic_alone']:.2f} x",
+            "",
+        ],
+        [
+            "extra peak memory of distances; of ATA",
+            f"{memory['distances_extra_peak_mib']:.1f} MiB; {memory['mix_extra_peak_mib']:.1f} MiB",
+            f"<= {allowed:.1f} MiB (output + one stacked tensor)",
+        ],
+        [
+            "relative error of distances, common offset "
+            f"{accuracy['common_offset_over_differences']:,} times the differences",
+            f"{accuracy['distances_max_relative_error']:.1e}",
+            "<= 1e-6",
+        ],
+        [
+            f"the same ratio by number of clients, {results['curve'][0]['parameters'] / 1e6:.1f} M",
+            ", ".join(curve),
+            "",
+        ],
+    ]
+
+
+def client_turn_rows(results: Results) -> Rows:
+    """Rows of ``client_turn.json``."""
+    rows = []
+    for name in ("tiny-llava", "random"):
+        measured = results[name]
+        seconds = measured["wall"]["median_seconds"]
+        millions = measured["parameters"]["base"] / 1e6
+        title = name if name != "random" else "random checkpoint"
+        rows.append(
+            [
+                f"a client's turn with the base warm, against loading it, {title} "
+                f"({millions:,.1f} M), one example, one step",
+                f"{seconds['warm_turn']:#.3g} s against {seconds['cold_turn']:#.3g} s "
+                f"({measured['wall']['ratio']['cold_to_warm']:.1f} x); of it "
+                f"{measured['training_seconds_in_a_turn']:#.3g} s training, swap "
+                f"{seconds['swap_in']:.3f} s in, {seconds['swap_out']:.3f} s out",
+                "",
+            ]
+        )
+    return rows
+
+
+def demo_rows(results: Results) -> Rows:
+    """Rows of ``demo.json``."""
+    first, later = results["first_exchange"], results["idle_share_after_first"]
+    goal = results["goals"]["idle_share_after_first"]
+    return [
+        [
+            "demo: share of an exchange in which no client trains or evaluates, after the first",
+            f"{later['overall']:.1%} (worst exchange {later['largest']:.1%})",
+            f"<= {goal:.0%}",
+        ],
+        [
+            "the same for the first exchange, which starts Ray and torch",
+            f"{first['idle_share']:.1%} of {first['wall_seconds']:.0f} s",
+            "",
+        ],
+    ]
+
+
+def rows_rows(results: Results) -> Rows:
+    """Rows of ``rows.json``."""
+    names = {"array": "LLaVA JSON", "lines": "JSONL"}
+    return [
+        [
+            f"finding {measured['rows']:,} rows in {measured['file_mb'] / 1000:.1f} GB of "
+            f"{names[kind]}; reading one of them; extra peak memory",
+            f"{measured['walk_seconds']:.1f} s; {measured['random_row_microseconds']:.0f} µs; "
+            f"{measured['extra_peak_mb']:.0f} MB",
+            "",
+        ]
+        for kind, measured in results.items()
+    ]
+
+
+def plan_rows(results: Results) -> Rows:
+    """``plan.json`` has a table of its own, see `plan_table`; nothing in it is measured."""
+    return []
+
+
+def faults_rows(results: Results) -> Rows:
+    """Rows of ``faults.json``."""
+    phases = ", ".join(f"{count} {phase}" for phase, count in results["kills_by_phase"].items())
+    return [
+        [
+            f"runs killed {results['kills']} times in all ({phases}) and resumed, bit-identical to "
+            "one that was left alone",
+            f"{results['identical']} of {results['runs']}",
+            f"{results['runs']} of {results['runs']}",
+        ]
+    ]
+
+
+def privacy_rows(results: Results) -> Rows:
+    """Rows of ``privacy.json``, which has a table of its own as well, see `privacy_table`."""
+    measured = [results["untrained"], *results["settings"]]
+    told = [f"{epsilon_words(one)}: {one['score_mean_over_tasks']:.3f}" for one in measured]
+    what = f"the demo's mean score by ε, clipped to {results['clip_norm']:g}; 0 is the base model"
+    return [[what, "; ".join(told), ""]]
+
+
+def epsilon_words(measured: Results) -> str:
+    """Return ε of a row of ``privacy.json``, three digits of it."""
+    if "noise_multiplier" not in measured:
+        return "0"
+    value = measured["epsilon_after_all_exchanges"]
+    if value is None:
+        return "no bound"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
+
+
+def fuzz_rows(results: Results) -> Rows:
+    """Rows of ``fuzz.json``."""
+    found = results["targets"].values()
+    accepted = sum(target["outcomes"].get("accepted", 0) for target in found)
+    slowest = max(target["slowest_input_milliseconds"] for target in found)
+    return [
+        [
+            f"odd inputs for {len(found)} readers of messages, files and settings; of them taken; "
+            "errors that are not the reader's own; slowest input",
+            f"{results['inputs_in_all']:,}; {accepted:,}; none; {slowest / 1000:.1f} s",
+            "none",
+        ]
+    ]
+
+
+def payload_rows(results: Results) -> Rows:
+    """Rows of ``payload.json``."""
+    first, peak = results["exchanges"][0], results["peak_bytes"]
+    spent = ", ".join(f"{e['without_work_seconds']:.0f} s" for e in results["exchanges"])
+    downs = ", ".join(human_bytes(e["down_bytes"]) for e in results["exchanges"])
+    return [
+        [
+            "deployment over TLS on one machine, one client with LLaVA-1.5-7B's payload, down in "
+            f"stages 1 and 2: {downs}, up: {human_bytes(first['up_bytes'])}; seconds of an "
+            "exchange without training or evaluation",
+            spent,
+            "",
+        ],
+        [
+            "the same: peak memory of the server's processes; of the client's, in which "
+            f"{results['base_parameters'] / 1e9:.1f} B parameters train on the CPU",
+            f"{human_bytes(peak['server'])}; {human_bytes(peak['client'])}",
+            "",
+        ],
+    ]
+
+
+def deployment_rows(results: Results) -> Rows:
+    """Rows of ``deployment.json``."""
+    return [
+        [
+            "seconds of a deployed exchange in which no client trains or evaluates, after the "
+            f"first, {name}",
+            f"{measured['without_work_seconds']:.1f} s: "
+            + ", ".join(f"{part} {s:.1f}" for part, s in shown_parts(measured).items()),
+            "",
+        ]
+        for name, measured in results.items()
+    ]
+
+
+def shown_parts(measured: Results) -> dict[str, float]:
+    """Return the parts of an exchange without work, by the words of ``deployment.json``."""
+    return {n: s for n, s in measured["parts_seconds"].items() if n != "work"}
+
+
+def engines_rows(results: Results) -> Rows:
+    """Rows of ``engines.json``."""
+    ray, here = results["ray"]["command_seconds"], results["in-process"]["command_seconds"]
+    further = results["sweep_in_process"]["further_job_seconds"]
+    return [
+        [
+            "the demo from command to exit: Flower's simulation with Ray; in-process; a further "
+            "job of an in-process sweep",
+            f"{ray:.0f} s; {here:.0f} s; {further:.0f} s",
+            "",
+        ]
+    ]
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time with three significant digits, in milliseconds."""
+    return f"{1000 * seconds:.3g} ms"
+
+
+ROWS: dict[str, Callable[[Results], Rows]] = {
+    "connector": connector_rows,
+    "aggregation": aggregation_rows,
+    "client_turn": client_turn_rows,
+    "demo": demo_rows,
+    "rows": rows_rows,
+    "gpu": gpu_rows,
+    "plan": plan_rows,
+    "faults": faults_rows,
+    "payload": payload_rows,
+    "deployment": deployment_rows,
+    "privacy": privacy_rows,
+    "fuzz": fuzz_rows,
+    "engines": engines_rows,
+}
+"""Rows by the name of a result file."""
