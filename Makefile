@@ -50,7 +50,7 @@ tables: $(STAMP)
 	$(BIN)/python benchmarks/scenarios/compare.py
 	$(BIN)/python benchmarks/tables.py --readme
 
-# The search of every method's rate, on other scans and seeds, from which these rates come.
+# The search of every method's rate, on validation scans and other seeds, from which these rates come.
 rates: $(STAMP)
 	$(BIN)/pip install --quiet --editable ".[sweep]"
 	$(BIN)/python benchmarks/scenarios/search.py

@@ -109,6 +109,14 @@ def test_a_models_groups_are_those_of_its_architecture_now(make_model, generator
             assert all(now[group][name] is p for name, p in named.items())
 
 
+def test_a_models_groups_are_kept_while_its_architecture_stays(make_model):
+    model = make_model("vqa")
+    before = model.groups()
+    model.load("lora", model.state("lora"))
+    model.set_residual({})
+    assert model.groups() is before
+
+
 def test_a_task_name_is_matched_whole(make_model, generator):
     """`vq` must not claim `vqa`'s adapters, whatever the regular expression makes of it."""
     model = make_model("vq")

@@ -2,6 +2,7 @@
 
 import subprocess
 
+from pilot_flwr.storage import provenance as module
 from pilot_flwr.storage.provenance import keep_provenance, provenance, read_provenance
 
 
@@ -31,10 +32,26 @@ def test_outside_a_checkout_the_commit_is_unknown(tmp_path):
     assert found["versions"]["torch"] and found["versions"]["python"]
 
 
-def test_a_run_folder_keeps_what_it_was_begun_with(tmp_path):
+def now_is(monkeypatch, commit, torch="1"):
+    now = {"commit": commit, "changed": False, "versions": {"torch": torch}}
+    monkeypatch.setattr(module, "_of_this_process", lambda: dict(now))
+    return now
+
+
+def test_a_run_folder_keeps_what_it_was_begun_with_and_what_it_went_on_with(tmp_path, monkeypatch):
     assert read_provenance(tmp_path) == {}
-    (tmp_path / "code.json").write_text('{"commit": "abc"}')
+    first = now_is(monkeypatch, "abc")
+    for _ in range(2):
+        keep_provenance(tmp_path)
+        assert read_provenance(tmp_path) == first
+    now_is(monkeypatch, None)  # the app's copy, which has no history
     keep_provenance(tmp_path)
-    assert read_provenance(tmp_path) == {"commit": "abc"}
+    assert read_provenance(tmp_path) == first
+    second = now_is(monkeypatch, "def")
+    keep_provenance(tmp_path)
+    keep_provenance(tmp_path)
+    third = now_is(monkeypatch, "def", torch="2")
+    keep_provenance(tmp_path)
+    assert read_provenance(tmp_path) == first | {"resumed_with": [second, third]}
     (tmp_path / "code.json").write_text("[")
     assert read_provenance(tmp_path) == {}

@@ -63,10 +63,15 @@ def test_the_second_seed_decides_between_the_best_two_only(scenarios):
 
 def test_a_rate_that_diverges_comes_last(scenarios, tmp_path):
     columns = "name,method,variant,seed,status,mean,zero_shot_mean"
-    lines = ["s,fedit,r=1,100,done,0.1,0.1", "s,fedit,r=2,100,failed,,"]
+    lines = [
+        "s,fedit,r=1,100,done,0.1,0.1",
+        "s,fedit,r=2,100,failed,0.9,0.1",  # one client diverged, the others went on
+        "s,fedit,r=4,100,failed,,",
+        ",,r=8,,not finished,,",  # where a stopped search goes on
+    ]
     (tmp_path / "results.csv").write_text("\n".join([columns, *lines]) + "\n")
     search = scenarios("search")
-    assert search.ranking(search.read_scores(tmp_path)["fedit"]) == ["r=1", "r=2"]
+    assert search.ranking(search.read_scores(tmp_path)["fedit"]) == ["r=1", "r=2", "r=4"]
 
 
 def test_every_method_is_searched_with_the_same_budget(scenarios, commands, monkeypatch):
@@ -177,37 +182,46 @@ def means_by_seed(rows):
     return {method: [of[seed] for seed in "01234"] for method, of in found.items()}
 
 
+def against_pilot(scores, methods):
+    """Difference to Pilot and p of each method, by scipy and Holm's method step by step."""
+    p = {m: float(stats.ttest_rel(scores[m], scores["pilot"]).pvalue) for m in methods}
+    found, largest = {}, 0.0
+    for rank, method in enumerate(sorted(methods, key=p.__getitem__)):
+        largest = max(largest, min(1.0, p[method] * (len(methods) - rank)))
+        differences = [a - b for a, b in zip(scores[method], scores["pilot"], strict=True)]
+        shown = "< 0.001" if largest < 0.001 else f"{largest:.3f}"
+        found[method] = (interval_of(differences, "+"), shown)
+    return found
+
+
+def interval_of(values, sign=""):
+    mean = sum(values) / 5
+    _, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(values))
+    return f"{mean:{sign}.3f} ± {high - mean:.3f}"
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_readmes_figures_are_those_of_the_rows(scenario, scenarios):
-    """By scipy's paired test and interval, and Holm's method step by step."""
     methods = scenarios("sweeps").METHODS
     scores = means_by_seed(rows_of(scenario))
     table = {row["method"]: row for row in readme_table(scenario)}
     assert list(table) == list(methods)
-    others = [method for method in methods if method != "pilot"]
-    p = {m: float(stats.ttest_rel(scores[m], scores["pilot"]).pvalue) for m in others}
-    largest = 0.0
-    for rank, method in enumerate(sorted(others, key=p.__getitem__)):
-        largest = max(largest, min(1.0, p[method] * (len(others) - rank)))
-        shown = table[method]["p"]
-        assert shown == ("< 0.001" if largest < 0.001 else f"{largest:.3f}"), method
     for method in methods:
-        mean = sum(scores[method]) / 5
-        _, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(scores[method]))
-        assert table[method]["mean"] == f"{mean:.3f} ± {high - mean:.3f}"
-        if method != "pilot":
-            difference = mean - sum(scores["pilot"]) / 5
-            assert table[method]["difference to pilot"].split(" ")[0] == f"{difference:+.3f}"
+        assert table[method]["mean"] == interval_of(scores[method])
+    for method, expected in against_pilot(scores, [m for m in methods if m != "pilot"]).items():
+        assert (table[method]["difference to pilot"], table[method]["p"]) == expected, method
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_ablations_figures_are_those_of_the_rows(scenario, scenarios):
     scores = means_by_seed(rows_of(scenario))
     table = {row["method"]: row for row in readme_table("ablations")}
-    assert list(table) == ["pilot", *scenarios("sweeps").ABLATIONS]
+    ablations = scenarios("sweeps").ABLATIONS
+    assert list(table) == ["pilot", *ablations]
     for method, row in table.items():
-        mean = sum(scores[method]) / 5
-        assert row[f"{scenario}: mean"].split(" ")[0] == f"{mean:.3f}"
+        assert row[f"{scenario}: mean"] == interval_of(scores[method])
+    for method, expected in against_pilot(scores, ablations).items():
+        assert tuple(table[method][f"{scenario}: {key}"] for key in ("difference", "p")) == expected
 
 
 @pytest.mark.slow

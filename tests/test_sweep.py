@@ -144,6 +144,29 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path):
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
     assert [row["status"] for row in read_rows(out)] == ["done", "failed"]
 
+    shown = sweep("--out", str(out))  # all that was asked for here, not the last command alone
+    assert shown.returncode == 1
+    assert f"1 of 2 jobs failed:\n  {bad}: " in shown.stderr
+
+
+def test_a_run_that_ended_with_a_failed_client_is_begun_anew_and_kept(tmp_path):
+    out = tmp_path / "s"
+    words = ["seed=choice(0)", *TINY, "--out", str(out)]
+    assert sweep(*words, "--baseline", "pilot").returncode == 0
+    result = out / "runs" / "seed=0" / "result.json"
+    failure = {"client": "vqa-0", "round": 1, "phase": "train", "reason": "out of memory"}
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"failures": [failure]}))
+    shown = sweep("--out", str(out))
+    aside = out / "failed" / "seed=0-1"
+    assert shown.returncode == 0, shown.stderr
+    assert "FAILED before: Client vqa-0 failed in exchange 1 (train): out of memory" in shown.stdout
+    assert f"that run is now {aside}" in shown.stdout and "seed=0: begins" in shown.stdout
+    assert (aside / "summary.md").exists() and json.loads(result.read_text())["failures"] == []
+    assert "| difference to pilot |" in shown.stdout  # the first command's baseline
+    # A baseline may be what the folder has already.
+    shown = sweep("strategy=choice(local)", "seed=0", *TINY, "--out", str(out), "--baseline", "x")
+    assert shown.returncode == 2 and "but the sweep has local, pilot." in shown.stderr
+
 
 def test_one_sweep_at_a_time_in_a_folder(tmp_path):
     out = tmp_path / "s"

@@ -31,11 +31,13 @@ def test_the_test_is_scipys_paired_one():
     b = [draw.random() for _ in range(6)]
     assert paired(a, b).p == pytest.approx(stats.ttest_rel(a, b).pvalue, abs=1e-12)
     assert paired(a, b).difference.mean == pytest.approx(sum(a) / 6 - sum(b) / 6)
-    assert (paired(a, a).p, paired([2.0, 3.0], [1.0, 2.0]).p, paired([1.0], [0.0]).p) == (
-        1,
-        0,
-        None,
-    )
+    for same in (
+        ([1.0], [0.0]),
+        (a, a),
+        ([2.0, 3.0], [1.0, 2.0]),
+        ([0.7, 0.8, 0.9], [0.6, 0.7, 0.8]),
+    ):
+        assert paired(*same).p is None
 
 
 def test_holm_by_a_known_case_and_by_its_definition():
@@ -146,3 +148,36 @@ def test_the_command_reads_files_and_folders(tmp_path, capsys):
     assert r"\toprule" in file.read_text()
     assert cli.main(["table", *places, "--out", str(file)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_latex_has_no_bare_signs_of_its_own_and_of_names():
+    (found,) = compare(
+        [
+            *(row("a_b", seed, 0.9 + seed / 1000, 0.9) for seed in range(4)),
+            *(row("c", seed, 0.1 + seed**2 / 1000, 0.1, variant=r"x=~\^$") for seed in range(4)),
+        ],
+        "a_b",
+    )
+    text = as_latex(found)
+    assert r"& $<$ 0.001 \\" in text
+    assert r"c x=\textasciitilde{}\textbackslash{}\textasciicircum{}\$ & 4 &" in text
+
+
+def test_runs_of_different_lengths_are_not_averaged_and_are_told_apart():
+    one, nine = row("pilot", 0, 0.5, 0.5, rounds="1"), row("local", 0, 0.5, 0.5, rounds="9")
+    (found,) = compare([one, nine])
+    assert "Runs have different `strategy.rounds`: 1, 9." in as_markdown(found)
+
+
+def test_the_untouched_base_has_a_row_only_if_it_is_one_base():
+    rows = [
+        row("pilot", 0, 0.5, 0.5, variant="data.shift.mirrored=true"),
+        row("pilot", 0, 0.5, 0.5, variant="data.shift.mirrored=false", **{"zero_shot.a": "0.9"}),
+    ]
+    (found,) = compare(rows)
+    assert [line.label for line in found.lines] == [f"pilot {r['variant']}" for r in rows]
+
+
+def test_a_first_evaluation_of_some_tasks_alone_is_no_score_of_the_base():
+    (found,) = compare([row("pilot", 0, 0.5, 0.5, zero_shot_mean="", **{"zero_shot.b": ""})])
+    assert [line.label for line in found.lines] == ["pilot"]

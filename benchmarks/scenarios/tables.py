@@ -10,7 +10,7 @@ from pilot_flwr.sweeping.rows import read_rows
 from pilot_flwr.sweeping.statistics import Interval
 from pilot_flwr.sweeping.table import Comparison, CsvRow, Line, compare
 from pilot_flwr.sweeping.writing import as_markdown
-from scenarios.search import CANDIDATES, chosen, read_scores, searched, trained_methods
+from scenarios.search import CANDIDATES, FIRST, chosen, read_scores, searched, trained_methods
 from scenarios.sweeps import ABLATIONS, METHODS, SCENARIOS
 
 PILOT = "pilot"
@@ -21,7 +21,8 @@ def scenario_tables(folder: Path) -> dict[str, str]:
     tables = {}
     for scenario in SCENARIOS:
         if (folder / f"{scenario}.csv").exists():
-            tables[scenario] = methods_table(folder / f"{scenario}.csv") + effort(folder, scenario)
+            made = methods_table(folder / f"{scenario}.csv")
+            tables[scenario] = f"{made}\n{effort(folder, scenario, METHODS)}\n"
     if len(tables) == len(SCENARIOS):
         tables["ablations"] = ablations_table(folder)
     if all((folder / f"search-{scenario}.csv").exists() for scenario in SCENARIOS):
@@ -51,7 +52,14 @@ def ablations_table(folder: Path) -> str:
         header += [f"{scenario}: mean", f"{scenario}: difference", f"{scenario}: p"]
     rows = [[method, *(c for one in lines for c in cells(one[method]))] for method in lines[0]]
     rows = [row for row in rows if row[0] in (PILOT, *ABLATIONS)]
-    return markdown([header, *rows])
+    seeds = sorted({len(line.seeds) for one in lines for line in one.values()})
+    legend = (
+        f"Mean over tasks and {', '.join(map(str, seeds))} seeds ± half the width of its 95 % "
+        f"interval (Student's t). p: two-sided paired t-test over seeds against pilot, Holm-corrected for "
+        f"{len(ABLATIONS)} comparisons in each scenario."
+    )
+    sources = [effort(folder, scenario, ABLATIONS) for scenario in SCENARIOS]
+    return f"{markdown([header, *rows])}\n{legend}\n\n{sources[0]}\n\n{sources[1]}\n"
 
 
 def cells(line: Line) -> list[str]:
@@ -74,27 +82,36 @@ def rates_table(folder: Path) -> str:
     rows = [["method", "setting", "scenario", "candidates: score with the first seed", "chosen"]]
     for method in trained_methods():
         for scenario in SCENARIOS:
-            candidates = read_scores(folder / f"search-{scenario}.csv")[method]
+            found = read_scores(folder / f"search-{scenario}.csv")[method]
+            values = CANDIDATES[searched(method)]
             shown = [
-                f"{value}: {candidates[f'{searched(method)}={value}'][100]:.3f}"
-                for value in CANDIDATES[searched(method)]
+                f"{value}: {score_of(found[f'{searched(method)}={value}'][FIRST])}"
+                for value in values
             ]
-            value = chosen(candidates).partition("=")[2]
-            rows.append([method, f"`{searched(method)}`", scenario, ", ".join(shown), value])
-    return markdown(rows)
+            value = chosen(found).partition("=")[2]
+            edge = " (edge)" * (float(value) in (values[0], values[-1]))
+            row = [method, f"`{searched(method)}`", scenario, ", ".join(shown), value + edge]
+            rows.append(row)
+    searches = [read_rows(folder / f"search-{scenario}.csv") for scenario in SCENARIOS]
+    return f"{markdown(rows)}\n{code_of([row for rows in searches for row in rows])}\n"
 
 
-def effort(folder: Path, scenario: str) -> str:
+def score_of(score: float) -> str:
+    """Return a score, or that there is none as training diverged."""
+    return f"{score:.3f}" if score >= 0 else "diverged"
+
+
+def effort(folder: Path, scenario: str, methods: Sequence[str]) -> str:
     """Return how many runs a table is of, how long they took, of which code, on what."""
-    rows = [row for row in read_rows(folder / f"{scenario}.csv") if row["method"] in METHODS]
-    return "\n" + code_of(rows) + machine_of(folder / "compare.json") + "\n"
+    rows = [row for row in read_rows(folder / f"{scenario}.csv") if row["method"] in methods]
+    return f"`{scenario}.csv`: {code_of(rows)}{machine_of(folder / 'compare.json')}"
 
 
 def code_of(rows: Sequence[CsvRow]) -> str:
     """Return of what code rows are, and what their runs took."""
     commits = sorted({row["commit"][:12] + "+" * (row["changed"] == "true") for row in rows})
     versions = sorted({row["versions"] for row in rows})
-    minutes = sum(float(row["seconds"]) for row in rows) / 60
+    minutes = sum(float(row["seconds"]) for row in rows if row["seconds"]) / 60
     return (
         f"{len(rows)} runs of {minutes:.0f} min in all; commit {', '.join(commits)}; "
         f"{'; '.join(versions)}"

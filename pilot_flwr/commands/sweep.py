@@ -61,32 +61,37 @@ def _sweep(options: argparse.Namespace) -> int:
 
     name = options.out or Path("outputs") / f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     folder = SweepFolder(Path(os.path.abspath(name)))
-    words = options.overrides
-    if not words:
+    commands = [tuple(options.overrides)]
+    if not options.overrides:
         plan = read_plan(folder) if options.out else None
         if plan is None:
             raise ConfigError(
                 "A sweep needs overrides, for instance `strategy=pilot,fedit seed=0,1,2`; or "
                 "`--out FOLDER` of a sweep that is to go on."
             )
-        words = list(plan.words)
+        commands = list(plan.commands)
+    asked: set[str] = set()
     try:
-        rows = sweep(
-            words,
-            folder.path,
-            out=_say,
-            verbose=options.verbose,
-            baseline=options.baseline,
-        )
+        for words in commands:
+            rows = sweep(
+                words,
+                folder.path,
+                out=_say,
+                verbose=options.verbose,
+                baseline=options.baseline,
+            )
+            plan = read_plan(folder)
+            assert plan is not None
+            asked |= {job.name for job in plan.current}
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}", file=sys.stderr)
         print(f"To go on: pilot-flwr sweep --out {shlex.quote(str(folder.path))}", file=sys.stderr)
         return 128 + stop.signum
-    return _finish(folder, rows, options.baseline)
+    return _finish(folder, rows, asked)
 
 
-def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | None) -> int:
-    """Write and show the table, then say what failed; return the exit code."""
+def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], asked: set[str]) -> int:
+    """Write and show the table, then say what failed of the jobs `asked` for; return the code."""
     from pilot_flwr.commands.run import write_report
     from pilot_flwr.storage.tensors import write_text
     from pilot_flwr.sweeping.folder import read_plan
@@ -96,8 +101,8 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | N
 
     plan = read_plan(folder)
     assert plan is not None
+    baseline = plan.baseline
     _say(f"\nResults: {folder.results}")
-    current = {job.name for job in plan.current}
     try:
         comparisons = compare(read_rows(folder.results), baseline)
     except ConfigError as error:  # nothing has succeeded, or not the baseline
@@ -108,9 +113,9 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], baseline: str | N
         _say(f"Table: {folder.table}\n\n{table}")
         if not all(map(_unreported, plan.current)):
             write_report(folder.path, *(["--baseline", baseline] if baseline else []))
-    failed = [row for row in rows if row["job"] in current and row["status"] != DONE]
+    failed = [row for row in rows if row["job"] in asked and row["status"] != DONE]
     if failed:
-        print(f"\n{len(failed)} of {len(current)} jobs failed:", file=sys.stderr)
+        print(f"\n{len(failed)} of {len(asked)} jobs failed:", file=sys.stderr)
     for row in failed:
         log = folder.path / "logs" / f"{row['job']}.log"
         print(f"  {row['job']}: {row['error'] or row['status']}\n    log: {log}", file=sys.stderr)

@@ -173,8 +173,9 @@ class PilotModel(nn.Module):
 
     def set_residual(self, residual: State) -> None:
         """Put R, the frozen rest of exact aggregation, beside Θ_l, in place of what was there."""
-        self._groups = None
-        set_residual(self.llava.model.language_model, residual)
+        if residual or self.groups()["residual"]:
+            self._groups = None
+            set_residual(self.llava.model.language_model, residual)
         self.load("residual", residual)
 
     @torch.no_grad()

@@ -4,10 +4,13 @@
 
     {"commit": "…", "changed": false, "versions": {"python": "3.11.7", "torch": "…", …}}
 
+A run that goes on under other code than it began with has that of each time in ``resumed_with``.
+
 Flower runs the app from a copy that has no history, so the launcher writes the file where it can
 see the checkout; a ServerApp that finds none writes what it knows itself.
 """
 
+import functools
 import json
 import platform
 import subprocess
@@ -52,9 +55,24 @@ def provenance(checkout: Path | None = None) -> dict[str, Any]:
 
 
 def keep_provenance(folder: Path) -> None:
-    """Write `CODE` into a run folder, unless it is there already."""
+    """Write `CODE` into a run folder; into one that is there, what differs from its last entry."""
+    now = _of_this_process()
     if not (folder / CODE).exists():
-        write_text(folder / CODE, json.dumps(provenance(), indent=2) + "\n")
+        content = now
+    else:
+        content = read_provenance(folder)
+        later = content.setdefault("resumed_with", []) if content else []
+        last = later[-1] if later else content
+        if not content or now["commit"] is None or all(last.get(k) == now[k] for k in now):
+            return
+        later.append(now)
+    write_text(folder / CODE, json.dumps(content, indent=2) + "\n")
+
+
+@functools.cache
+def _of_this_process() -> dict[str, Any]:
+    """Return what `provenance` says when first asked: a commit made later is not what runs."""
+    return provenance()
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

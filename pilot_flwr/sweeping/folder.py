@@ -5,6 +5,7 @@
     sweep.json        the command's overrides, and every job that the sweep has, in order
     multirun.yaml     Hydra's own record of the multirun
     runs/NAME/        run folder of a job
+    failed/NAME-1/    run folder of a job that ended with failures and was begun anew
     logs/NAME.log     what `pilot-flwr run` would have shown of it
     ended/NAME.json   how it ended; written last
     results.csv       one row per job, renewed whenever one ends
@@ -78,6 +79,14 @@ class SweepFolder:
         """Take note that a job is at work again."""
         self._ended(job).unlink(missing_ok=True)
 
+    def put_aside(self, job: Job) -> Path:
+        """Make room for a job that begins anew; return where its run folder is now."""
+        number = 1
+        while (place := self.path / "failed" / f"{job.name}-{number}").exists():
+            number += 1
+        place.parent.mkdir(exist_ok=True)
+        return self.run(job).rename(place)
+
     def _ended(self, job: Job) -> Path:
         return self.path / "ended" / f"{job.name}.json"
 
@@ -88,20 +97,23 @@ class Plan:
 
     Attributes
     ----------
-    words : tuple of str
-        Overrides of the last command, as typed.
+    commands : tuple of tuple of str
+        Overrides of every command in this folder, as typed; the one at work is the last.
     current : tuple of Job
         The jobs of that command, in Hydra's order.
     jobs : tuple of Job
         Those, and before them what earlier commands had in this folder.
     verbose : bool
         Whether the jobs' live output is shown.
+    baseline : str or None
+        Of the tables.
     """
 
-    words: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     current: tuple[Job, ...]
     jobs: tuple[Job, ...]
     verbose: bool = False
+    baseline: str | None = None
 
 
 def read_plan(folder: SweepFolder) -> Plan | None:
@@ -117,18 +129,32 @@ def read_plan(folder: SweepFolder) -> Plan | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         jobs = {row["name"]: _job(row) for row in content["jobs"]}
         current = tuple(jobs[name] for name in content["current"])
-        words = tuple(map(str, content["words"]))
+        commands = tuple(tuple(map(str, words)) for words in content["commands"])
+        baseline = content["baseline"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError(f"{path} is no plan of a sweep: {error!r}.") from None
-    return Plan(words, current, tuple(jobs.values()), content.get("verbose") is True)
+    return Plan(
+        commands,
+        current,
+        tuple(jobs.values()),
+        content["verbose"] is True,
+        None if baseline is None else str(baseline),
+    )
 
 
 def keep_plan(
-    folder: SweepFolder, words: Sequence[str], jobs: Sequence[Job], *, verbose: bool
+    folder: SweepFolder,
+    words: Sequence[str],
+    jobs: Sequence[Job],
+    *,
+    verbose: bool,
+    baseline: str | None = None,
 ) -> Plan:
     """Write a plan down, with the jobs that earlier commands had here; return it.
+
+    Without a baseline it stays what it was.
 
     Raises
     ------
@@ -145,10 +171,15 @@ def keep_plan(
             )
     known = {job.name: job for job in earlier.jobs} if earlier else {}
     merged = known | {job.name: job for job in jobs}
-    plan = Plan(tuple(words), tuple(jobs), tuple(merged.values()), verbose)
+    before = earlier.commands if earlier else ()
+    commands = (*(command for command in before if command != tuple(words)), tuple(words))
+    if baseline is None and earlier is not None:
+        baseline = earlier.baseline
+    plan = Plan(commands, tuple(jobs), tuple(merged.values()), verbose, baseline)
     content = {
-        "words": plan.words,
+        "commands": plan.commands,
         "verbose": verbose,
+        "baseline": baseline,
         "current": [job.name for job in jobs],
         "jobs": [asdict(job) for job in plan.jobs],
     }

@@ -17,7 +17,7 @@ from pilot_flwr.storage.resume import OVERRIDES, check_resumable
 from pilot_flwr.submission import path_override
 from pilot_flwr.sweeping.folder import SweepFolder
 from pilot_flwr.sweeping.plan import Job
-from pilot_flwr.sweeping.rows import label_of, variant_of
+from pilot_flwr.sweeping.rows import label_of, read_rows, variant_of
 from pilot_flwr.wording import count, headline, human_seconds
 
 Out = Callable[[str], None]
@@ -31,7 +31,7 @@ def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = 
     ------
     ConfigError
         Names the jobs whose settings are wrong, or other ones than in the folder so far; or no
-        job is of the method `baseline`.
+        job, of these or in the folder, is of the method `baseline`.
     """
     complaints: dict[str, list[str]] = {}
     labels = []
@@ -53,6 +53,7 @@ def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = 
         lines[MOST_COMPLAINTS:] = [f"... and {more}."]
     if lines:
         raise ConfigError("\n".join([*lines, "Nothing was started."]))
+    labels += _labels(folder)
     if baseline is not None and baseline not in labels:
         raise ConfigError(
             f"`--baseline` is {baseline!r} but the sweep has {', '.join(dict.fromkeys(labels))}."
@@ -91,9 +92,12 @@ def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -
             prepared = _prepare(folder.run(job), job)
             if prepared.done:
                 outcome = judge(RunStatus(COMPLETED), prepared.folder)
-                out("done before" if outcome.succeeded else f"FAILED before: {_first(outcome)}")
-                folder.keep_outcome(job, outcome)
-                return outcome
+                if outcome.succeeded:
+                    out("done before")
+                    folder.keep_outcome(job, outcome)
+                    return outcome
+                out(f"FAILED before: {_first(outcome)}; that run is now {folder.put_aside(job)}")
+                prepared = _prepare(folder.run(job), job)
             folder.forget_outcome(job)
             out("going on" if prepared.resumed else "begins")
             outcome = carry_out(prepared, out=live)
@@ -110,6 +114,14 @@ def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -
     ended = f"done in {lasted}" if outcome.succeeded else f"FAILED after {lasted}"
     out(ended + ("" if outcome.succeeded else f": {_first(outcome)}"))
     return outcome
+
+
+def _labels(folder: SweepFolder) -> list[str]:
+    """Return the methods, with their variants, that a sweep's folder has results of."""
+    if not folder.results.exists():
+        return []
+    rows = read_rows(folder.results)
+    return [label_of(row["method"], row["variant"]) for row in rows if row["method"]]
 
 
 def _prepare(path: Path, job: Job) -> Prepared:

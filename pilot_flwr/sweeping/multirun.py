@@ -84,7 +84,7 @@ def sweep(
     global _here
     _here = True
     with hold(folder.lock, f"The sweep in {path}"):
-        plan = keep_plan(folder, words, jobs, verbose=verbose)
+        plan = keep_plan(folder, words, jobs, verbose=verbose, baseline=baseline)
         out(f"Sweep of {count(len(jobs), 'job')} in {path}")
         write_results(folder, plan)
         try:

@@ -7,6 +7,7 @@ not have. `read_rows` reads such files again.
 """
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -136,21 +137,28 @@ def _settings(config: PilotConfig) -> Row:
         "rounds": config.strategy.rounds,
         "evaluated_on": config.data.evaluate_on,
         "engine": config.simulation.engine,
-        "settings": settings_hash(replace(config, seed=0))[:12],
+        "settings": _settings_tag(config),
     }
+
+
+def _settings_tag(config: PilotConfig) -> str:
+    """Hash what results depend on but the seed; a resumed run may have more rounds, a row not."""
+    text = f"{settings_hash(replace(config, seed=0))} {config.strategy.rounds}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _scores(events: Sequence[Event]) -> Row:
     evaluated = select(events, "evaluate")
     rounds = sorted({event["round"] for event in evaluated})
+    tasks = {event["task"] for event in evaluated}
     metrics = dict.fromkeys(f"{event['task']}:{event['metric']}" for event in evaluated)
     row: Row = {"metrics": " ".join(metrics)}
     after = task_scores(events, rounds[-1]) if rounds and rounds[-1] > 0 else {}
     before = task_scores(events, 0)
     for prefix, scores in ((SCORE, after), (ZERO_SHOT, before)):
         row |= {f"{prefix}{task}": score for task, score in scores.items()}
-    row["mean"] = _mean(after)
-    row["zero_shot_mean"] = _mean(before)
+    row["mean"] = _mean(after, tasks)
+    row["zero_shot_mean"] = _mean(before, tasks)
     return row
 
 
@@ -183,15 +191,20 @@ def _code(path: Path) -> Row:
     code = read_provenance(path)
     versions = code.get("versions")
     packages: Mapping[str, Any] = versions if isinstance(versions, dict) else {}
+    later = [entry for entry in code.get("resumed_with") or [] if isinstance(entry, dict)]
+    commits = dict.fromkeys(entry.get("commit") for entry in [code, *later])
+    changed = [entry.get("changed") for entry in [code, *later]]
+    known = any(changed) or None not in changed
     return {
-        "commit": code.get("commit") or "",
-        "changed": "" if code.get("changed") is None else str(code["changed"]).lower(),
+        "commit": " ".join(filter(None, commits)),
+        "changed": str(any(changed)).lower() if known else "",
         "versions": " ".join(f"{name}={number}" for name, number in packages.items() if number),
     }
 
 
-def _mean(scores: Mapping[str, float]) -> float | str:
-    return sum(scores.values()) / len(scores) if scores else ""
+def _mean(scores: Mapping[str, float], tasks: set[str]) -> float | str:
+    """Return the mean over all tasks of a run, and none if one has no score here."""
+    return sum(scores.values()) / len(tasks) if tasks and scores.keys() == tasks else ""
 
 
 def _task_columns(rows: Sequence[Row], prefix: str) -> list[str]:

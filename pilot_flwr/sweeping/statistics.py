@@ -7,6 +7,8 @@ from typing import NamedTuple
 from scipy import stats
 
 LEVEL = 0.95
+ROUNDING = 1e-12
+"""Scores, which are at most 1, that differ by less are the same."""
 
 
 class Interval(NamedTuple):
@@ -19,8 +21,8 @@ class Interval(NamedTuple):
 class Paired(NamedTuple):
     """Differences of pairs: how many, their mean with its interval, and the test's p.
 
-    `p` is that of the two-sided paired t-test against a difference of zero, None for fewer than
-    two pairs.
+    `p` is that of the two-sided paired t-test against a difference of zero. It is None where there
+    is no such test: for fewer than two pairs, or differences that are all the same.
     """
 
     pairs: int
@@ -58,15 +60,12 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
 
     Notes
     -----
-    Differences that are all the same have no spread to test by: p is then 1 if they are zero,
-    else 0, the limits of the test.
+    Differences that are all the same, up to rounding, have no spread to test by.
     """
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     found = interval(differences)
-    if found.half_width is None:
+    if max(differences) - min(differences) <= ROUNDING:
         return Paired(len(differences), found, None)
-    if len(set(differences)) == 1:
-        return Paired(len(differences), found, float(differences[0] == 0))
     return Paired(len(differences), found, float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 

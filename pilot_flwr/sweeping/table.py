@@ -113,9 +113,11 @@ def _comparison(rows: list[CsvRow], baseline: str | None, notes: list[str]) -> C
     split = rows[0].get("evaluated_on", "")
     title = rows[0]["name"] + (f", {split} split" if split else "")
     metrics = dict(part.split(":", 1) for part in rows[0]["metrics"].split())
-    remarks = (
-        [*notes, f"{count(twice, 'row')} given twice: the last one counts."] if twice else notes
-    )
+    remarks = list(notes)
+    if twice:
+        remarks.append(f"{count(twice, 'row')} given twice: the last one counts.")
+    if len(lengths := sorted({int(row["rounds"]) for row in rows if row.get("rounds")})) > 1:
+        remarks.append(f"Runs have different `strategy.rounds`: {', '.join(map(str, lengths))}.")
     return Comparison(title, tasks, metrics, lines, chosen, remarks)
 
 
@@ -173,12 +175,15 @@ def _tested(
 
 
 def _untouched(groups: Mapping[str, Mapping[int, CsvRow]], tasks: Sequence[str]) -> Line | None:
-    """Return the row of the base model before any training, which is the same for all methods."""
+    """Return the row of the base model before any training, if it is the same for all rows."""
     by_seed: dict[int, CsvRow] = {}
+    columns = [f"{ZERO_SHOT}{task}" for task in tasks]
     for group in groups.values():
         for seed, row in group.items():
             if row["zero_shot_mean"]:
-                by_seed.setdefault(seed, row)
+                first = by_seed.setdefault(seed, row)
+                if any(first[column] != row[column] for column in columns):
+                    return None  # variants have other data, or another base
     if not by_seed or "zero_shot" in groups:
         return None
     scores = _scores(by_seed, tasks, ZERO_SHOT, "zero_shot_mean")

@@ -3,16 +3,20 @@
 To add a format, write a function beside `as_markdown` that words `_cells` and `_legend` in it.
 """
 
-from collections.abc import Callable
-
 from pilot_flwr.sweeping.statistics import Interval
 from pilot_flwr.sweeping.table import UNTOUCHED, Comparison, Line
 from pilot_flwr.wording import count, human_bytes, human_seconds
 
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%#_{}$"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
+)
+
 
 def as_markdown(comparison: Comparison, *, costs: bool = False) -> str:
     """Return a table as Markdown, with its title and what its figures mean."""
-    cells = _cells(comparison, lambda i: _plain(i, " ± "), costs)
+    cells = _cells(comparison, costs)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
@@ -25,7 +29,7 @@ def as_markdown(comparison: Comparison, *, costs: bool = False) -> str:
 
 def as_latex(comparison: Comparison, *, costs: bool = False) -> str:
     r"""Return a table as LaTeX for the package booktabs, title and legend as comments."""
-    header, *rows = _cells(comparison, lambda i: _plain(i, r" $\pm$ "), costs)
+    header, *rows = _cells(comparison, costs)
     body = [" & ".join(map(_escape, row)) + r" \\" for row in rows]
     comments = [comparison.title, *_legend(comparison)]
     return "\n".join(
@@ -43,9 +47,7 @@ def as_latex(comparison: Comparison, *, costs: bool = False) -> str:
     )
 
 
-def _cells(
-    comparison: Comparison, worded: Callable[[Interval], str], costs: bool
-) -> list[list[str]]:
+def _cells(comparison: Comparison, costs: bool) -> list[list[str]]:
     tested = comparison.baseline is not None
     header = ["method", "n", *comparison.tasks, "mean"]
     header += [f"difference to {comparison.baseline}", "p"] if tested else []
@@ -53,10 +55,10 @@ def _cells(
     cells = [header]
     for line in comparison.lines:
         row = [line.label, str(len(line.seeds))]
-        row += [worded(line.tasks[task]) for task in comparison.tasks]
-        row.append(worded(line.mean))
+        row += [_plain(line.tasks[task]) for task in comparison.tasks]
+        row.append(_plain(line.mean))
         if tested:
-            row += [_difference(line, worded), _p(line.p)]
+            row += [_difference(line), _p(line.p)]
         if costs:
             sizes = [line.bytes_up, line.bytes_down]
             row += ["" if size is None else human_bytes(size) for size in sizes]
@@ -65,12 +67,12 @@ def _cells(
     return cells
 
 
-def _difference(line: Line, worded: Callable[[Interval], str]) -> str:
+def _difference(line: Line) -> str:
     if line.test is None:
         return ""
     sign = "+" if line.test.difference.mean >= 0 else ""
     pairs = "" if line.test.pairs == len(line.seeds) else f" ({line.test.pairs} pairs)"
-    return sign + worded(line.test.difference) + pairs
+    return sign + _plain(line.test.difference) + pairs
 
 
 def _p(value: float | None) -> str:
@@ -79,9 +81,9 @@ def _p(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _plain(found: Interval, between: str) -> str:
+def _plain(found: Interval) -> str:
     text = f"{found.mean:.3f}"
-    return text if found.half_width is None else f"{text}{between}{found.half_width:.3f}"
+    return text if found.half_width is None else f"{text} ± {found.half_width:.3f}"
 
 
 def _legend(comparison: Comparison) -> list[str]:
@@ -103,6 +105,4 @@ def _legend(comparison: Comparison) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    for character in "&%#_{}":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return text.translate(_LATEX)
