@@ -67,6 +67,18 @@ def test_the_steps_are_those_of_flowers_fedadam():
     assert moments.steps == 3
 
 
+def test_a_step_by_hand():
+    """β1 = .5, β2 = .75: m = .2, v = .04, and η_1 = η √(1 − .75²) / (1 − .5²)."""
+    current, average = {"x": torch.zeros(1)}, {"x": torch.full((1,), 0.4)}
+    new, moments = adam_step(
+        current, average, None, learning_rate=0.3, beta_1=0.5, beta_2=0.75, tau=0.1
+    )
+    rate = 0.3 * 0.4375**0.5 / 0.75
+    assert float(new["x"]) == pytest.approx(rate * 0.2 / (0.2 + 0.1), rel=1e-6)
+    assert float(moments.first["x"]) == pytest.approx(0.2)
+    assert float(moments.second["x"]) == pytest.approx(0.04)
+
+
 def test_without_memory_and_with_a_large_tau_a_step_goes_part_of_the_way_to_the_average():
     current, average = (
         draw(torch.Generator().manual_seed(1)),

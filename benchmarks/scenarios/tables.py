@@ -55,8 +55,8 @@ def ablations_table(folder: Path) -> str:
     seeds = sorted({len(line.seeds) for one in lines for line in one.values()})
     legend = (
         f"Mean over tasks and {', '.join(map(str, seeds))} seeds ± half the width of its 95 % "
-        f"interval (Student's t). p: two-sided paired t-test over seeds against pilot, Holm-corrected for "
-        f"{len(ABLATIONS)} comparisons in each scenario."
+        f"interval (Student's t). p: two-sided paired t-test over seeds against pilot, "
+        f"Holm-corrected for {len(ABLATIONS)} comparisons in each scenario."
     )
     sources = [effort(folder, scenario, ABLATIONS) for scenario in SCENARIOS]
     return f"{markdown([header, *rows])}\n{legend}\n\n{sources[0]}\n\n{sources[1]}\n"
