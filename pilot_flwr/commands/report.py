@@ -27,7 +27,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="run folder, folder of `pilot-flwr sweep`, or a results.csv",
     )
     report.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"default: {FOLDER} in that folder"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="a new or empty folder, or one with an earlier report, of which only the report's "
+        f"own files are replaced (default: {FOLDER} in the run's or sweep's)",
     )
     report.add_argument(
         "--no-router",
@@ -43,6 +47,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _report(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
+    from pilot_flwr.report.page import earlier_pictures
     from pilot_flwr.report.run_report import write_run_report
     from pilot_flwr.report.sweep_report import is_sweep, write_sweep_report
 
@@ -51,6 +56,7 @@ def _report(options: argparse.Namespace) -> int:
 
     path = options.folder
     out = options.out or (path if path.is_dir() else path.parent) / FOLDER
+    earlier_pictures(out)  # whether it may be written to, before the work
     if is_sweep(path):
         page = write_sweep_report(path, out, baseline=options.baseline, say=_say)
     elif options.baseline is not None:

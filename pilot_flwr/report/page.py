@@ -1,5 +1,10 @@
-"""The report as one HTML page that needs nothing else, and its figures as PNG files."""
+"""The report as one HTML page that needs nothing else, and its figures as PNG files.
 
+A folder that is not empty is written to only if it holds an earlier report, and of that only what
+the report itself wrote is replaced: its page says which figures it has.
+"""
+
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +12,16 @@ from pathlib import Path
 import jinja2
 
 from pilot_flwr import __version__
+from pilot_flwr.errors import ConfigError
 from pilot_flwr.report.drawing import Figure, Table, save_png
 from pilot_flwr.storage.tensors import write_text
+
+PAGE = "index.html"
+
+_GENERATOR = '<meta name="generator" content="pilot-flwr '
+_SECTION = re.compile(r'^<section id="([^"]+)">$', re.MULTILINE)
+_WITHOUT_PNG = {"scores", "settings"}
+"""Sections that are no figures."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +77,57 @@ def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda lin
     -------
     Path
         The page.
+
+    Raises
+    ------
+    ConfigError
+        The folder has files that no report wrote where this one would write.
     """
+    earlier = earlier_pictures(folder)
+    pictures = [figure for figure in page.figures if figure.panels]
+    for figure in pictures:
+        if (file := folder / f"{figure.name}.png").exists() and file not in earlier:
+            raise ConfigError(
+                f"{file} is there already and of no report: move it away, or give another folder "
+                "with `--out`."
+            )
+        say(f"drawing {figure.name}")
+        _ = [panel.png for panel in figure.panels]
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):  # of a report that was written before
-        old.unlink()
-    for figure in page.figures:
-        if figure.panels:
-            say(f"drawing {figure.name}")
-            save_png(figure, folder)
-    path = folder / "index.html"
-    write_text(path, render(page))
+    for old in earlier:
+        old.unlink(missing_ok=True)
+    path = folder / PAGE
+    write_text(path, render(page))  # first, as it says which files are the report's
+    for figure in pictures:
+        save_png(figure, folder)
     return path
+
+
+def earlier_pictures(folder: Path) -> list[Path]:
+    """Return the PNG files that an earlier report wrote into a folder, none if it is empty.
+
+    Raises
+    ------
+    ConfigError
+        It is no folder, or it is not empty and holds no report.
+    """
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise ConfigError(f"`--out` is {folder}, which is no folder.")
+    try:
+        text = (folder / PAGE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    if _GENERATOR in text:
+        names = [name for name in _SECTION.findall(text) if name not in _WITHOUT_PNG]
+        return [file for name in names if (file := folder / f"{name}.png").is_file()]
+    if any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} is not empty and holds no report of pilot-flwr, so it is left as it is: "
+            "give a new or an empty folder with `--out`."
+        )
+    return []
 
 
 def render(page: Page) -> str:
