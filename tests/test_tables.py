@@ -79,6 +79,24 @@ def test_result_counts_failures_and_keeps_the_last_scores(tmp_path):
     assert events(tmp_path).finish(error="E: x")["status"] == "failed"
 
 
+def test_there_is_no_mean_where_a_task_of_the_run_has_no_score(tmp_path):
+    run = RunFolder(tmp_path)
+    scored = {"metric": "exact_match", "examples": 2, "seconds": 1.0}
+    for number, task, score in ((0, "vqa", 0.9), (0, "boxes", 0.1), (1, "vqa", 0.9)):
+        run.record("evaluate", round=number, client=task, task=task, score=score, **scored)
+
+    def means():
+        last = summary(run.events).rstrip().splitlines()[-1]
+        return [cell.strip("* ") for cell in last.split("|")[4:-1]]
+
+    assert means() == ["0.500", "–"]
+    run.record("evaluate", round=1, client="boxes", task="boxes", score=0.3, **scored)
+    assert means() == ["0.500", "0.600"]
+    members = [{"client": "c", "task": "captions", "examples": 3, "stage": 1}]
+    run.record("roster", round=1, clients=members)  # a task that was never scored
+    assert means() == ["–", "–"]
+
+
 def test_no_evaluation_is_said(tmp_path):
     assert summary([]) == "No evaluation.\n"
 

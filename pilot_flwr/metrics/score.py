@@ -1,6 +1,10 @@
-"""What a metric is: a function of all predictions and their references, and what it is called."""
+"""What a metric is: a function of all predictions and their references, and what it is called.
 
-from collections.abc import Callable, Sequence
+And what the mean over tasks is, which everything that shows one takes from here.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +31,23 @@ def any_references(references: Sequence[str]) -> None:
 def exact() -> str:
     """Return the empty reason of a metric whose figure is never an approximation."""
     return ""
+
+
+def mean_of_all(scores: Mapping[str, float], tasks: Collection[str]) -> float | None:
+    """Return the mean over tasks, every task counting the same, and None if one has no score.
+
+    A mean over the tasks that happen to have a score would rise when the hardest one fails.
+
+    Parameters
+    ----------
+    scores : mapping
+        Task → score.
+    tasks : collection of str
+        All tasks of the run.
+    """
+    if not tasks or not scores.keys() >= set(tasks):
+        return None
+    return math.fsum(scores[task] for task in tasks) / len(tasks)
 
 
 @dataclass(frozen=True)

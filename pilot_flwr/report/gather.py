@@ -12,6 +12,7 @@ from typing import Any
 
 from pilot_flwr.config import from_yaml
 from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.metrics.score import mean_of_all
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.model.parameters import GROUPS
 from pilot_flwr.settings.pilot import PilotConfig
@@ -121,9 +122,13 @@ class RunData:
 
     def mean_scores(self) -> dict[int, float]:
         """Return the mean over tasks after each exchange at which every task has a score."""
-        tasks = [self.task_scores(task) for task in self.tasks]
-        numbers = set.intersection(*map(set, tasks)) if tasks else set()
-        return {n: sum(scores[n] for scores in tasks) / len(tasks) for n in sorted(numbers)}
+        by_task = {task: self.task_scores(task) for task in self.tasks}
+        numbers = sorted({number for scores in by_task.values() for number in scores})
+        means = {
+            n: mean_of_all({t: s[n] for t, s in by_task.items() if n in s}, self.tasks)
+            for n in numbers
+        }
+        return {n: mean for n, mean in means.items() if mean is not None}
 
     def metric(self, task: str) -> str:
         """Return the name of the metric that a task was scored by, empty if it was not."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pilot_flwr.config import PilotConfig, to_dict, to_yaml
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.metrics.score import mean_of_all
 from pilot_flwr.storage.run_folder import Event, RunFolder
 
 logger = logging.getLogger("flwr")
@@ -38,18 +39,23 @@ class Numbers:
     """Turns a run's events into numbers, one event after the other.
 
     Names are ``what/whose``: ``score/<client>``, ``loss/<client>``, ``loss_<part>/<client>``,
-    ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>`` and ``task_score/mean``; and
-    of the whole exchange ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``.
+    ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>``, and ``task_score/mean`` of
+    the exchanges in which every task of the run has a score; and of the whole exchange
+    ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``.
     """
 
     def __init__(self) -> None:
         self._scores: dict[int, dict[str, dict[str, tuple[float, int]]]] = {}
         self._sums: dict[str, float] = {}
+        self._tasks: set[str] = set()
 
     def of(self, event: Event) -> tuple[int, dict[str, float]] | None:
         """Return the exchange and the numbers of an event, None if it has none."""
         kind = event["event"]
-        if kind == "evaluate":
+        if kind == "roster":
+            self._tasks |= {client["task"] for client in event["clients"]}
+        elif kind == "evaluate":
+            self._tasks.add(event["task"])
             by_task = self._scores.setdefault(event["round"], {}).setdefault(event["task"], {})
             by_task[event["client"]] = (event["score"], event["examples"])
             return event["round"], {f"score/{event['client']}": event["score"]}
@@ -79,7 +85,8 @@ class Numbers:
             examples = sum(count for _, count in clients.values())
             means[task] = sum(score * count for score, count in clients.values()) / examples
         values = {f"task_score/{task}": mean for task, mean in means.items()}
-        return event["round"] + last, values | {"task_score/mean": sum(means.values()) / len(means)}
+        mean = mean_of_all(means, self._tasks)
+        return event["round"] + last, values | ({} if mean is None else {"task_score/mean": mean})
 
     def _add(self, name: str, value: float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
@@ -109,6 +116,8 @@ def live_logs(
     """
     places = _open(config, folder.path, name, after)
     numbers = Numbers()
+    for event in folder.select("roster"):  # of a resumed run: which tasks it has
+        numbers.of(event)
 
     def take(event: Event) -> None:
         if event["event"] == "repeat":

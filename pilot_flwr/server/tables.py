@@ -8,9 +8,10 @@ aggregation returned.
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pilot_flwr.metrics.score import mean_of_all
 from pilot_flwr.metrics.table import METRICS
 from pilot_flwr.model.parameters import GROUPS
-from pilot_flwr.storage.run_folder import Event, select
+from pilot_flwr.storage.run_folder import Event, select, tasks_of
 from pilot_flwr.wording import human_bytes
 
 
@@ -67,7 +68,8 @@ def timeline(events: Sequence[Event]) -> str:
 def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
     """Return a Markdown table of scores: a row per task and their mean, a column per round.
 
-    It does not depend on the order in which scores came in.
+    It does not depend on the order in which scores came in. There is no mean of a round in which
+    a task of the run has no score.
 
     Parameters
     ----------
@@ -90,7 +92,7 @@ def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
         title = f"exchange {number}" + (f" (stage {' and '.join(stages)})" if stages else "")
         header.append("zero-shot" if number == 0 else title)
     rows = [header]
-    means: dict[int, list[float]] = defaultdict(list)
+    by_round: dict[int, dict[str, float]] = {number: {} for number in rounds}
     for task in ordered:
         mine = [event for event in evaluated if event["task"] == task]
         row = [
@@ -100,11 +102,13 @@ def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
         ]
         for number in rounds:
             score = _weighted_score([e for e in mine if e["round"] == number])
-            means[number] += [] if score is None else [score]
             row.append("–" if score is None else f"{score:.3f}")
+            if score is not None:
+                by_round[number][task] = score
         rows.append(row)
-    last = [sum(means[r]) / len(means[r]) for r in rounds]
-    rows.append(["**mean over tasks**", "", "", *(f"**{value:.3f}**" for value in last)])
+    means = [mean_of_all(by_round[number], tasks_of(events)) for number in rounds]
+    cells = ("–" if mean is None else f"**{mean:.3f}**" for mean in means)
+    rows.append(["**mean over tasks**", "", "", *cells])
     ranges = {METRICS[event["metric"]].maximum for event in evaluated}
     notes = []
     if len(ranges) > 1:

@@ -41,6 +41,12 @@ def select(events: Sequence[Event], kind: str, server_round: int | None = None) 
     ]
 
 
+def tasks_of(events: Sequence[Event]) -> list[str]:
+    """Return the tasks of a run: those of all clients that took part or were scored, by name."""
+    rostered = {c["task"] for event in select(events, "roster") for c in event["clients"]}
+    return sorted(rostered | {event["task"] for event in select(events, "evaluate")})
+
+
 def history(events: Sequence[Event]) -> list[Event]:
     """Return what counts: not the attempts at an exchange that were closed and then repeated.
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from pilot_flwr.config import PilotConfig, from_yaml
 from pilot_flwr.errors import ConfigError, PilotError
+from pilot_flwr.metrics.score import mean_of_all
 from pilot_flwr.storage.provenance import read_provenance
-from pilot_flwr.storage.run_folder import Event, read_events, select
+from pilot_flwr.storage.run_folder import Event, read_events, select, tasks_of
 from pilot_flwr.storage.run_identity import settings_hash
 from pilot_flwr.storage.tensors import write_text
 from pilot_flwr.sweeping.folder import Plan, SweepFolder
@@ -150,15 +151,15 @@ def _settings_tag(config: PilotConfig) -> str:
 def _scores(events: Sequence[Event]) -> Row:
     evaluated = select(events, "evaluate")
     rounds = sorted({event["round"] for event in evaluated})
-    tasks = {event["task"] for event in evaluated}
     metrics = dict.fromkeys(f"{event['task']}:{event['metric']}" for event in evaluated)
     row: Row = {"metrics": " ".join(metrics)}
     after = task_scores(events, rounds[-1]) if rounds and rounds[-1] > 0 else {}
     before = task_scores(events, 0)
     for prefix, scores in ((SCORE, after), (ZERO_SHOT, before)):
         row |= {f"{prefix}{task}": score for task, score in scores.items()}
-    row["mean"] = _mean(after, tasks)
-    row["zero_shot_mean"] = _mean(before, tasks)
+    for name, scores in (("mean", after), ("zero_shot_mean", before)):
+        mean = mean_of_all(scores, tasks_of(events))
+        row[name] = "" if mean is None else mean
     return row
 
 
@@ -200,11 +201,6 @@ def _code(path: Path) -> Row:
         "changed": str(any(changed)).lower() if known else "",
         "versions": " ".join(f"{name}={number}" for name, number in packages.items() if number),
     }
-
-
-def _mean(scores: Mapping[str, float], tasks: set[str]) -> float | str:
-    """Return the mean over all tasks of a run, and none if one has no score here."""
-    return sum(scores.values()) / len(tasks) if tasks and scores.keys() == tasks else ""
 
 
 def _task_columns(rows: Sequence[Row], prefix: str) -> list[str]:

@@ -92,6 +92,24 @@ def test_a_repeated_exchange_is_taken_back(tmp_path):
     assert not found["loss/b"]
 
 
+def test_there_is_no_mean_where_a_task_of_the_run_has_no_score(tmp_path):
+    def scored(number, task, score):
+        event = {"event": "evaluate", "round": number, "client": task, "task": task}
+        return event | {"score": score, "examples": 10}
+
+    members = [{"client": task, "task": task} for task in ("vqa", "boxes")]
+    roster = {"event": "roster", "elapsed": 0.0, "round": 1, "clients": members}
+    missing = [scored(0, "vqa", 0.9), round_event(1, 1.0)]
+    whole = [scored(1, "vqa", 0.9), scored(1, "boxes", 0.1), round_event(2, 1.0)]
+    resumed = RunFolder(tmp_path, [roster])
+    with live_logs(config(), resumed, name="run-1", after=None) as log:
+        for event in (*missing, *whole):
+            log(event)
+    found = read(tmp_path)
+    assert found["task_score/vqa"] == pytest.approx({0: 0.9, 1: 0.9})
+    assert found["task_score/mean"] == pytest.approx({1: 0.5})
+
+
 def test_a_withheld_loss_is_no_number():
     event = {"event": "train", "round": 1, "client": "b", "loss": None, "loss_ce": None}
     event |= {"up": {"lora": 3}, "seconds": 1.5, "epsilon": 2.0, "delta": 1e-5}
