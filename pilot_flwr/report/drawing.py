@@ -67,6 +67,8 @@ _DPI = 192
 _GAP = 24
 _LONGEST_NAME = 16
 _COLUMNS = 3
+_MOST_EDGED = 60
+"""Bars of a panel that are at least as wide as six of the lines around them."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,11 @@ def exchange_axis(axes: Axes, numbers: Sequence[int], label: str = "after exchan
     low, high = min(numbers), max(numbers)
     room = max(0.25, 0.03 * (high - low))
     axes.set_xlim(low - room, high + room)
+
+
+def bar_edges(bars: int) -> dict[str, Any]:
+    """Return the edges of bars: white between them, none where they would cover thin ones."""
+    return {"edgecolor": "white", "linewidth": 0.4} if bars <= _MOST_EDGED else {"linewidth": 0}
 
 
 def some(numbers: Sequence[int], most: int) -> list[int]:

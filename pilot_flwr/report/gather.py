@@ -6,7 +6,7 @@ or that failed gives what there is so far.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ class RunData:
         What happened.
     exchanges : list of Exchange
         In order.
+    closing : Exchange or None
+        The evaluation behind the last exchange: it trains nothing, but models are sent down for it.
     task_of : dict
         Client → task, in the federation's order.
     result : dict
@@ -91,6 +93,7 @@ class RunData:
     overrides: str
     events: list[Event]
     exchanges: list[Exchange]
+    closing: Exchange | None
     task_of: dict[str, str]
     result: dict[str, Any]
     code: dict[str, Any]
@@ -100,6 +103,11 @@ class RunData:
         """The tasks that have clients, in the federation's order."""
         present = set(self.task_of.values())
         return [task for task in self.config.data.tasks if task in present]
+
+    @property
+    def all_orders(self) -> list[Exchange]:
+        """The exchanges and the closing evaluation: all that bytes were sent for."""
+        return [*self.exchanges, *([self.closing] if self.closing else [])]
 
     def clients(self, task: str) -> list[str]:
         """Return a task's clients."""
@@ -170,7 +178,8 @@ def read_run(folder: Path) -> RunData:
         config_text=text,
         overrides=_text(folder / "overrides.txt"),
         events=events,
-        exchanges=[_exchange(events, number) for number in _numbers(events)],
+        exchanges=[_exchange(events, number) for number in _numbers(events, config)],
+        closing=_closing(events, config),
         task_of=_task_of(config, events),
         result=_json(folder / "result.json"),
         code=read_provenance(folder),
@@ -184,8 +193,18 @@ def symbol(group: str) -> str:
     return next((row.symbol for name, row in GROUPS.items() if name == group), group)
 
 
-def _numbers(events: Sequence[Event]) -> list[int]:
-    return sorted({e["round"] for kind in ("train", "round") for e in select(events, kind)})
+def _numbers(events: Sequence[Event], config: PilotConfig) -> list[int]:
+    seen = {e["round"] for kind in ("order", "train", "round") for e in select(events, kind)}
+    return sorted(number for number in seen if number <= config.strategy.rounds + 1)
+
+
+def _closing(events: Sequence[Event], config: PilotConfig) -> Exchange | None:
+    """Return the closing evaluation, whose orders count as of one exchange more."""
+    number = config.strategy.rounds + 2
+    if not select(events, "order", number):
+        return None
+    ended = select(events, "closing_evaluation", number - 1)
+    return replace(_exchange(events, number), seconds=ended[-1]["seconds"] if ended else None)
 
 
 def _exchange(events: Sequence[Event], number: int) -> Exchange:

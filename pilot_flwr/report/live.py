@@ -41,7 +41,8 @@ class Numbers:
     Names are ``what/whose``: ``score/<client>``, ``loss/<client>``, ``loss_<part>/<client>``,
     ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>``, and ``task_score/mean`` of
     the exchanges in which every task of the run has a score; and of the whole exchange
-    ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``.
+    ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``. What the closing
+    evaluation takes is ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange on.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,11 @@ class Numbers:
             values = {"failures": 0.0} | self._sums | {"seconds": event["seconds"]}
             self._sums = {}
             return event["round"], {f"exchange/{name}": value for name, value in values.items()}
+        elif kind == "closing_evaluation":
+            values = {"bytes_down": self._sums.get("bytes_down", 0.0), "seconds": event["seconds"]}
+            self._sums = {}
+            found = {f"closing_evaluation/{name}": value for name, value in values.items()}
+            return event["round"] + 1, found
         return None
 
     def of_tasks(self, event: Event) -> tuple[int, dict[str, float]] | None:

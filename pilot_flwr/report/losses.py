@@ -9,6 +9,7 @@ from pilot_flwr.report.drawing import (
     Figure,
     Panel,
     Table,
+    bar_edges,
     colour,
     exchange_axis,
     marker,
@@ -110,7 +111,7 @@ def _stacked(trained: Sequence[Event], weights: Mapping[str, float], axes: Axes)
             width=0.65,
             bottom=list(floor.values()),
             color=colour(index),
-            edgecolor="white",
+            **bar_edges(len(means)),
             label=math_text(label) if weight == 1 else f"{weight:g} {math_text(label)}",
         )
         floor = {n: floor[n] + h for n, h in zip(means, heights, strict=True)}

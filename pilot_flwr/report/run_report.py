@@ -95,7 +95,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     if result.get("seconds") is not None:
         status += f" after {human_seconds(float(result['seconds']))}"
     tasks = ", ".join(f"{task} ({len(run.clients(task))})" for task in run.tasks)
-    exchanges = f"{len(run.exchanges)} of {run.config.strategy.rounds + 1}"
+    closed = sum(exchange.seconds is not None for exchange in run.exchanges)
+    exchanges = f"{closed} of {run.config.strategy.rounds + 1}"
     return [
         ("method", run.config.strategy.name),
         ("status", status),

@@ -71,6 +71,16 @@ def test_tensorboard_has_the_exchanges_sums_and_the_tasks_means(finished, logged
         assert logged["task_score/mean"][number] == pytest.approx(sum(means) / 2, rel=1e-6)
 
 
+def test_exchanges_and_closing_evaluation_add_up_to_all_orders(finished, logged):
+    events = finished.folder.events
+    (closing,) = select(events, "closing_evaluation")
+    orders = [sum(e["down"].values()) for e in select(events, "order")]
+    last = [sum(e["down"].values()) for e in select(events, "order", closing["round"] + 1)]
+    assert logged["closing_evaluation/bytes_down"] == {closing["round"] + 1: sum(last)}
+    assert sum(logged["exchange/bytes_down"].values()) + sum(last) == sum(orders)
+    assert logged["closing_evaluation/seconds"] == pytest.approx({3: closing["seconds"]})
+
+
 def round_event(number, seconds):
     return {"event": "round", "round": number, "exchanges": 3, "seconds": seconds}
 

@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,13 +23,15 @@ from pilot_flwr import cli
 from pilot_flwr.data.federation import client_examples
 from pilot_flwr.errors import RunError
 from pilot_flwr.model.base import load_processor
-from pilot_flwr.report import losses, matrices, router
+from pilot_flwr.report import losses, matrices, router, traffic
 from pilot_flwr.report.drawing import STYLE, Figure, Panel, some, text_on
 from pilot_flwr.report.gather import read_run
 from pilot_flwr.report.page import Page, render
 from pilot_flwr.report.run_report import FIGURES
 from pilot_flwr.results.runs import client_model, open_run
 from pilot_flwr.storage.run_folder import read_events
+from pilot_flwr.sweeping import rows
+from pilot_flwr.wording import human_bytes
 
 CPU = torch.device("cpu")
 
@@ -136,6 +140,57 @@ def test_what_was_observed_is_what_the_events_say(run):
     assert "router" in run.exchanges[1].trained[2] and "router" not in run.exchanges[0].trained[1]
 
 
+def test_all_orders_of_the_run_are_counted_as_results_csv_counts_them(run):
+    row = rows._effort(run.events, run.folder)
+    down, up = (sum(sum(getattr(e, w).values()) for e in run.all_orders) for w in ("down", "up"))
+    assert (down, up) == (row["bytes_down"], row["bytes_up"])
+    closing = [e for e in lines(run) if e["event"] == "order" and e["round"] == 3]
+    assert {e["phase"] for e in closing} == {"evaluate"} and len(closing) == 4
+    assert run.closing.down == {
+        part: sum(e["down"][part] for e in closing) for part in ("lora", "task_adapters")
+    }
+    figure = traffic.traffic(run)
+    assert f"{human_bytes(down)} down and {human_bytes(up)} up" in figure.text
+    (table,) = figure.tables
+    assert [row[0] for row in table.rows[1:]] == ["1", "2", "closing evaluation"]
+    numbers = [[int(c.replace(",", "")) for c in row[2:]] for row in table.rows[1:]]
+    assert sum(map(sum, numbers)) == down + up
+    with drawn(figure.panels[0]) as canvas:
+        (axes,) = canvas.axes
+        heights = [bar.get_height() for bars in axes.containers for bar in bars]
+        assert sum(heights) == down + up
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "closing"]
+
+
+def test_an_exchange_that_is_going_on_is_counted_too(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    kept = [e for e in lines(run) if e["round"] == 1 or e["event"] == "order" and e["round"] == 2]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
+    going_on = read_run(tmp_path / "run")
+    assert going_on.closing is None and [e.seconds is None for e in going_on.exchanges] == [
+        False,
+        True,
+    ]
+    row = rows._effort(going_on.events, going_on.folder)
+    assert row["bytes_down"] == sum(sum(e.down.values()) for e in going_on.all_orders)
+    for figure in FIGURES:
+        for panel in figure(going_on).panels:
+            assert panel.png
+
+
+def test_the_bars_of_a_hundred_clients_can_be_seen(run):
+    turn = next(e for e in run.events if e["event"] == "train" and e["round"] == 1)
+    more = [turn | {"client": f"vqa-{number}"} for number in range(100)]
+    others = [e for e in run.events if e["event"] != "train"]
+    few, many = traffic.traffic(run), traffic.traffic(replace(run, events=[*others, *more]))
+    shares = []
+    for figure in (few, many):
+        picture = np.asarray(Image.open(io.BytesIO(figure.panels[1].png)).convert("RGB"))
+        blue = np.abs(picture.astype(int) - (0x56, 0xB4, 0xE9)).max(axis=2) < 40
+        shares.append(blue.mean())
+    assert shares[1] > shares[0] / 2
+
+
 def test_scores_are_means_over_examples_and_then_over_tasks(run):
     events = [e for e in lines(run) if e["event"] == "evaluate"]
     numbers = {e["round"] for e in events}
@@ -211,13 +266,20 @@ def test_a_text_that_is_cut_off_is_found():
     assert cut_texts(Panel(draw, "")) == [words]
 
 
-def cut_texts(panel):
-    """Texts of a panel that reach over its edge by more than a pixel."""
+@contextmanager
+def drawn(panel):
+    """The canvas of a panel, laid out."""
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
         FigureCanvasAgg(canvas)
         panel.draw(canvas.add_subplot())
         canvas.canvas.draw()
+        yield canvas
+
+
+def cut_texts(panel):
+    """Texts of a panel that reach over its edge by more than a pixel."""
+    with drawn(panel) as canvas:
         edge = canvas.bbox
         boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(canvas)]
         return [
