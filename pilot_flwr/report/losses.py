@@ -24,11 +24,15 @@ NAMES = {
     "difference": "L_d, difference",
     "balance": "L_b, load balance",
     "z": "L_z, router z",
+    "proximal": "μ/2 ‖Θ − Θ_sent‖², proximal",
 }
 """What the parts are called; others, of other methods, go by their own names."""
 
 REST = "rest"
-"""What the total has beyond the parts above, for instance a proximal term."""
+"""What the total has beyond the parts above."""
+
+_DRAWN = {"proximal": r"$\mu/2\ \Vert\Theta-\Theta_{sent}\Vert^2$"}
+"""Symbols that are more than a letter with an index."""
 
 
 def losses(run: RunData) -> Figure:
@@ -42,8 +46,7 @@ def losses(run: RunData) -> Figure:
     text = (
         "Mean loss of local training in each exchange. On the left the parts as they add up to "
         "the total, each times its coefficient, mean over the clients; then each part without "
-        "its coefficient, mean over a task's clients. L_d is a loss of stage 1 alone, L_b and "
-        "L_z are of stage 2: where a stage does not have a part, there is no point."
+        f"its coefficient, mean over a task's clients.{_about(run.config.train, parts)}"
     )
     panels = [Panel(partial(_stacked, trained, weights), _alt(trained))]
     panels += [
@@ -62,7 +65,35 @@ def loss_weights(train: TrainConfig) -> dict[str, float]:
         "difference": train.difference_loss.weight,
         "balance": train.balance_weight,
         "z": train.z_weight,
+        "proximal": 1.0,  # the clients report it with its μ/2
     }
+
+
+def _about(train: TrainConfig, parts: Sequence[str]) -> str:
+    """Say what is special about the parts that a run has."""
+    words = ""
+    named = []
+    if "difference" in parts:
+        named.append("L_d is a loss of stage 1 alone")
+    if {"balance", "z"} & set(parts):
+        named.append("L_b and L_z are of stage 2")
+    if named:
+        words += f" {', '.join(named)}: where a stage does not have a part, there is no point."
+    if "proximal" in parts:
+        words += (
+            " μ/2 ‖Θ − Θ_sent‖² is FedProx's pull back to what the server sent, over what is sent "
+            f"and trained, shown with its coefficient: μ is {train.proximal_weight:g}."
+        )
+    if train.ditto.enabled:
+        words += (
+            " These are losses of the shared model; of the personal model v, which Ditto trains "
+            "beside it, the clients report none."
+        )
+    return words
+
+
+def _symbol(part: str) -> str:
+    return _DRAWN.get(part) or math_text(NAMES.get(part, part).split(",")[0])
 
 
 def contributions(event: Event, weights: Mapping[str, float]) -> dict[str, float]:
@@ -104,7 +135,6 @@ def _stacked(trained: Sequence[Event], weights: Mapping[str, float], axes: Axes)
         if not any(heights):
             continue
         weight = weights.get(name, 1.0)
-        label = NAMES.get(name, name).split(",")[0]
         axes.bar(
             list(means),
             heights,
@@ -112,7 +142,7 @@ def _stacked(trained: Sequence[Event], weights: Mapping[str, float], axes: Axes)
             bottom=list(floor.values()),
             color=colour(index),
             **bar_edges(len(means)),
-            label=math_text(label) if weight == 1 else f"{weight:g} {math_text(label)}",
+            label=_symbol(name) if weight == 1 else f"{weight:g} {_symbol(name)}",
         )
         floor = {n: floor[n] + h for n, h in zip(means, heights, strict=True)}
     axes.set_ylim(0, max(floor.values()) * 1.08 or 1.0)
@@ -121,7 +151,8 @@ def _stacked(trained: Sequence[Event], weights: Mapping[str, float], axes: Axes)
     exchange_axis(axes, list(means), "exchange")
     axes.set_xlim(min(means) - 0.6, max(means) + 0.6)
     axes.grid(visible=False, axis="x")
-    _legend(axes, 4)
+    longest = max((len(NAMES.get(name, name).split(",")[0]) for name in names), default=0)
+    _legend(axes, 4 if longest < 8 else 2)
 
 
 def _part(run: RunData, trained: Sequence[Event], part: str, axes: Axes) -> None:
@@ -143,8 +174,8 @@ def _part(run: RunData, trained: Sequence[Event], part: str, axes: Axes) -> None
             marker=marker(index),
             label=task,
         )
-    symbol, *rest = NAMES.get(part, part).split(",")
-    axes.set_title(",".join([math_text(symbol), *rest]))
+    _, *rest = NAMES.get(part, part).split(",")
+    axes.set_title(",".join([_symbol(part), *rest]))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
     exchange_axis(axes, numbers, "exchange")
     _legend(axes, 3)

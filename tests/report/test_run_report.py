@@ -212,8 +212,28 @@ def test_the_stacked_parts_add_up_to_the_loss_that_was_trained(run):
         parts = losses.contributions(event, weights)
         assert losses.REST not in parts
         assert sum(parts.values()) == pytest.approx(event["loss"], rel=1e-4)
-    proximal = trained[0] | {"loss": trained[0]["loss"] + 0.5}
-    assert losses.contributions(proximal, weights)[losses.REST] == pytest.approx(0.5, rel=1e-3)
+    other = trained[0] | {"loss": trained[0]["loss"] + 0.5}
+    assert losses.contributions(other, weights)[losses.REST] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_proximal_term_has_a_name_and_its_coefficient_already(run):
+    train = replace(run.config.train, proximal_weight=0.25)
+    pulled = [
+        e | {"loss": e["loss"] + 0.5, "loss_proximal": 0.5} if e["event"] == "train" else e
+        for e in run.events
+    ]
+    fedprox = replace(run, events=pulled, config=replace(run.config, train=train))
+    event = next(e for e in pulled if e["event"] == "train")
+    parts = losses.contributions(event, losses.loss_weights(train))
+    assert parts["proximal"] == 0.5 and losses.REST not in parts
+    figure = losses.losses(fedprox)
+    assert "FedProx's pull back" in figure.text and "μ is 0.25" in figure.text
+    assert "FedProx" not in losses.losses(run).text
+    with drawn(figure.panels[0]) as canvas:
+        legend = canvas.axes[0].get_legend().get_texts()
+        assert any("Theta_{sent}" in text.get_text() for text in legend)
+        assert not any(text.get_text() == losses.REST for text in legend)
+    assert all(not cut_texts(panel) for panel in figure.panels)
 
 
 def test_router_probabilities_are_the_softmax_of_each_token(finished):
