@@ -116,6 +116,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     report.live                        TensorBoard and Weights & Biases
     report.drawing                     panels, figures and their style
     report.gather                      a run's folder, put in order for figures
+    report.method                      what a run's method does, in words
     report.curves                      learning curves per task and client
     report.diagram                     the time line, drawn
     report.losses                      losses by part

@@ -135,6 +135,7 @@ LAYERS = [
         "report.live",
         "report.drawing",
         "report.gather",
+        "report.method",
         "report.curves",
         "report.diagram",
         "report.losses",

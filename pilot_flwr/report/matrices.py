@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from pilot_flwr.report.drawing import Figure, Panel, Table, short, some
 from pilot_flwr.report.gather import Matrix, RunData
+from pilot_flwr.report.method import distance_words, mixing_words, nothing_to_compare
 from pilot_flwr.wording import count
 
 MOST_EXCHANGES = 6
@@ -22,29 +23,20 @@ _SIDE = 3.5
 def distances(run: RunData) -> Figure:
     """Return one panel per exchange with ‖Θ_l,k − Θ_l,j‖₂ between every two clients."""
     name, title = "lora-distances", "Distances between the clients' LoRAs"
-    matrices = {e.number: e.distances for e in run.exchanges if e.distances}
+    matrices = {e.number: e.distances for e in run.exchanges if len(e.distances) > 1}
     if not matrices:
-        return Figure(name, title, "The server's aggregation did not compare the LoRAs.")
-    text = (
-        "Euclidean distance ‖Θ_l,k − Θ_l,j‖₂ between the LoRAs that the clients sent, before they "
-        "were mixed: the darker, the closer. "
-        "All panels have the same colours for the same distance. The server weighs a neighbour by "
-        "the inverse of this distance."
-    )
+        return Figure(name, title, nothing_to_compare(run.config))
+    text = distance_words(run.config)
     return _figure(run, name, title, text, matrices, "distance", "viridis")
 
 
 def mixing_weights(run: RunData) -> Figure:
     """Return one panel per exchange with every client's share in every client's LoRA."""
     name, title = "mixing-weights", "Mixing weights"
-    matrices = {e.number: e.weights for e in run.exchanges if e.weights}
+    matrices = {e.number: e.weights for e in run.exchanges if len(e.weights) > 1}
     if not matrices:
-        return Figure(name, title, "The server did not mix LoRAs per client.")
-    text = (
-        "A row is the LoRA that the server sends to a client in the next exchange, and says of "
-        "whose LoRAs it is made: the shares of a row sum to 1. White is no share at all, and the "
-        "darker, the more."
-    )
+        return Figure(name, title, nothing_to_compare(run.config))
+    text = mixing_words(run.config)
     return _figure(run, name, title, text, matrices, "share", "viridis_r", ceiling=1.0)
 
 
