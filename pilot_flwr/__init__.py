@@ -115,6 +115,7 @@ The map of the package, layer by layer; a module imports only what stands above 
     results.model_card                 what an exported model says of itself
     report.live                        TensorBoard and Weights & Biases
     report.drawing                     panels, figures and their style
+    report.fitting                     names that fit into a panel, legends below it
     report.gather                      a run's folder, put in order for figures
     report.method                      what a run's method does, in words
     report.curves                      learning curves per task and client
@@ -170,6 +171,9 @@ The map of the package, layer by layer; a module imports only what stands above 
     commands.predict                   ``pilot-flwr predict``
     commands.chat                      ``pilot-flwr chat``
     commands.export                    ``pilot-flwr export``
+    report.sweep_labels                names of a sweep's lines, as short as they can be
+    report.sweep_dots                  a dot for every seed
+    report.sweep_curves                learning curves of methods
     report.sweep_report                the report of a sweep
     commands.report                    ``pilot-flwr report``
     commands.convert                   ``pilot-flwr data convert``

@@ -134,6 +134,7 @@ LAYERS = [
         "results.model_card",
         "report.live",
         "report.drawing",
+        "report.fitting",
         "report.gather",
         "report.method",
         "report.curves",
@@ -191,6 +192,9 @@ LAYERS = [
         "commands.predict",
         "commands.chat",
         "commands.export",
+        "report.sweep_labels",
+        "report.sweep_dots",
+        "report.sweep_curves",
         "report.sweep_report",
         "commands.report",
         "commands.convert",
@@ -211,8 +215,8 @@ ALLOWED_IN = {
     "matplotlib": {
         f"report.{name}"
         for name in (
-            *("drawing", "curves", "diagram", "losses", "matrices", "traffic", "router"),
-            "sweep_report",
+            *("drawing", "fitting", "curves", "diagram", "losses", "matrices", "traffic", "router"),
+            *("sweep_dots", "sweep_curves"),
         )
     },
     "omegaconf": {"config"},

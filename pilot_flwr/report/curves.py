@@ -15,6 +15,7 @@ from pilot_flwr.report.drawing import (
     exchange_axis,
     marker,
 )
+from pilot_flwr.report.fitting import in_lines, legend_below, panel_size, title
 from pilot_flwr.report.gather import RunData
 
 _MOST_COLOURED = 8
@@ -34,11 +35,14 @@ def learning_curves(run: RunData) -> Figure:
         f"0 is before any training (zero-shot).{mean} Exchange 1 trains stage 1; a client trains "
         "stage 2 from its second exchange on, if the method has one."
     )
-    panels = [Panel(partial(_tasks, run, one), _tasks_alt(run))]
-    panels += [
-        Panel(partial(_clients, run, task), f"Scores of the clients of {task} over exchanges.")
-        for task in run.tasks
-    ]
+    names = [in_lines(task) for task in run.tasks] + ["mean"] * bool(mean)
+    panels = [Panel(partial(_tasks, run, one), _tasks_alt(run), *panel_size(names))]
+    for task in run.tasks:
+        clients = run.clients(task)
+        many = len(clients) > _MOST_COLOURED
+        names = [f"{len(clients)} clients"] if many else [in_lines(client) for client in clients]
+        alt = f"Scores of the clients of {task} over exchanges."
+        panels.append(Panel(partial(_clients, run, task), alt, *panel_size([*names, "task"])))
     return Figure("learning-curves", "Learning curves", text, panels, [_table(run)])
 
 
@@ -51,7 +55,7 @@ def _tasks(run: RunData, with_mean: bool, axes: Axes) -> None:
             list(scores.values()),
             color=colour(index),
             marker=marker(index),
-            label=task,
+            label=in_lines(task),
         )
         top, numbers = max(top, _top(run, task)), numbers | set(scores)
     mean = run.mean_scores()
@@ -73,22 +77,19 @@ def _clients(run: RunData, task: str, axes: Axes) -> None:
             color=GREY if many else colour(index),
             marker="" if many else marker(index),
             linewidth=0.8 if many else 1.4,
-            label=f"{len(clients)} clients" * (index == 0) if many else client,
+            label=f"{len(clients)} clients" * (index == 0) if many else in_lines(client),
         )
     mean = run.task_scores(task)
     axes.plot(list(mean), list(mean.values()), color=INK, linewidth=2.6, label="task")
     _finish(axes, task, run.metric(task), _top(run, task), numbers)
 
 
-def _finish(axes: Axes, title: str, metric: str, top: float, numbers: set[int]) -> None:
-    axes.set_title(title)
+def _finish(axes: Axes, words: str, metric: str, top: float, numbers: set[int]) -> None:
+    title(axes, words)
     axes.set_ylabel(metric.replace("_", " "))
     axes.set_ylim(0, top * 1.04)
     exchange_axis(axes, sorted(numbers))
-    _, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    columns = 1 if longest > 20 else 2 if longest > 11 else 3
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(columns, len(labels)))
+    legend_below(axes)
 
 
 def _top(run: RunData, task: str) -> float:

@@ -15,6 +15,7 @@ from pilot_flwr.report.drawing import (
     marker,
     math_text,
 )
+from pilot_flwr.report.fitting import in_lines, legend_below, panel_size
 from pilot_flwr.report.gather import RunData
 from pilot_flwr.settings.pilot import TrainConfig
 from pilot_flwr.storage.run_folder import Event, select
@@ -49,9 +50,12 @@ def losses(run: RunData) -> Figure:
         f"its coefficient, mean over a task's clients.{_about(run.config.train, parts)}"
     )
     panels = [Panel(partial(_stacked, trained, weights), _alt(trained))]
+    size = panel_size([in_lines(task) for task in run.tasks])
     panels += [
         Panel(
-            partial(_part, run, trained, part), f"{NAMES.get(part, part)} per task over exchanges."
+            partial(_part, run, trained, part),
+            f"{NAMES.get(part, part)} per task over exchanges.",
+            *size,
         )
         for part in parts
     ]
@@ -151,8 +155,7 @@ def _stacked(trained: Sequence[Event], weights: Mapping[str, float], axes: Axes)
     exchange_axis(axes, list(means), "exchange")
     axes.set_xlim(min(means) - 0.6, max(means) + 0.6)
     axes.grid(visible=False, axis="x")
-    longest = max((len(NAMES.get(name, name).split(",")[0]) for name in names), default=0)
-    _legend(axes, 4 if longest < 8 else 2)
+    legend_below(axes)
 
 
 def _part(run: RunData, trained: Sequence[Event], part: str, axes: Axes) -> None:
@@ -172,23 +175,13 @@ def _part(run: RunData, trained: Sequence[Event], part: str, axes: Axes) -> None
             list(means.values()),
             color=colour(index),
             marker=marker(index),
-            label=task,
+            label=in_lines(task),
         )
     _, *rest = NAMES.get(part, part).split(",")
     axes.set_title(",".join([_symbol(part), *rest]))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
     exchange_axis(axes, numbers, "exchange")
-    _legend(axes, 3)
-
-
-def _legend(axes: Axes, columns: int) -> None:
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
-        ncols=columns,
-        columnspacing=1.2,
-        handlelength=1.4,
-    )
+    legend_below(axes)
 
 
 def _alt(trained: Sequence[Event]) -> str:

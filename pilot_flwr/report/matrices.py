@@ -99,8 +99,8 @@ def _matrix(
         axes.set_yticks(places, names, fontsize=size)
     else:
         middles = {t: (tasks.index(t) + len(tasks) - 1 - tasks[::-1].index(t)) / 2 for t in tasks}
-        axes.set_xticks(list(middles.values()), list(middles), rotation=90)
-        axes.set_yticks(list(middles.values()), list(middles))
+        axes.set_xticks(list(middles.values()), [short(task) for task in middles], rotation=90)
+        axes.set_yticks(list(middles.values()), [short(task) for task in middles])
     for place in places[1:]:
         if tasks[place] != tasks[place - 1]:  # a line between the tasks
             axes.axhline(place - 0.5, color="#666666", linewidth=0.9)

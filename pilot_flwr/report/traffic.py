@@ -17,6 +17,7 @@ from pilot_flwr.report.drawing import (
     exchange_axis,
     math_text,
 )
+from pilot_flwr.report.fitting import legend_below
 from pilot_flwr.report.gather import Exchange, RunData, symbol
 from pilot_flwr.storage.run_folder import Event, select
 from pilot_flwr.wording import human_bytes
@@ -134,14 +135,7 @@ def _finish(run: RunData, axes: Axes, title: str, places: Mapping[float, Exchang
     axes.set_xlim(min(places) - 0.6, max(places) + 0.6)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", color=GREY)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.2),
-            ncols=2,
-            columnspacing=1.2,
-            handlelength=1.4,
-        )
+    legend_below(axes)
 
 
 def _row(run: RunData) -> str:

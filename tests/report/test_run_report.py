@@ -1,22 +1,20 @@
 """The report of a run: figures from what the run recorded, on a page that needs nothing else."""
 
 import base64
+import copy
 import io
 import json
 import re
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from inprocess import client_by_id
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
+from panels import covered, cut_texts, drawn
 from PIL import Image
 
 from pilot_flwr import cli
@@ -24,8 +22,8 @@ from pilot_flwr.data.federation import client_examples
 from pilot_flwr.errors import RunError
 from pilot_flwr.model.base import load_processor
 from pilot_flwr.report import losses, matrices, router, traffic
-from pilot_flwr.report.drawing import STYLE, Figure, Panel, some, text_on
-from pilot_flwr.report.gather import read_run
+from pilot_flwr.report.drawing import Figure, Panel, some, text_on
+from pilot_flwr.report.gather import _exchange, read_run
 from pilot_flwr.report.page import Page, render
 from pilot_flwr.report.run_report import FIGURES
 from pilot_flwr.results.runs import client_model, open_run
@@ -230,7 +228,7 @@ def test_the_proximal_term_has_a_name_and_its_coefficient_already(run):
     assert "FedProx's pull back" in figure.text and "μ is 0.25" in figure.text
     assert "FedProx" not in losses.losses(run).text
     with drawn(figure.panels[0]) as canvas:
-        legend = canvas.axes[0].get_legend().get_texts()
+        legend = canvas.legends[0].get_texts()
         assert any("Theta_{sent}" in text.get_text() for text in legend)
         assert not any(text.get_text() == losses.REST for text in legend)
     assert all(not cut_texts(panel) for panel in figure.panels)
@@ -273,8 +271,38 @@ def test_where_the_private_states_are_not_here_the_report_says_so(finished, tmp_
 
 def test_no_text_is_cut_off_at_a_panels_edge(run):
     for figure in [figure(run) for figure in FIGURES]:
-        for panel in figure.panels[:2]:
+        for panel in figure.panels:
             assert cut_texts(panel) == [], (figure.name, panel.alt)
+
+
+def test_no_long_name_is_cut_off_nor_takes_the_plots_room(run):
+    for figure in [figure(with_long_names(run)) for figure in FIGURES]:
+        assert figure.panels
+        for panel in figure.panels:
+            assert cut_texts(panel) == [], (figure.name, panel.alt)
+            assert covered(panel) == []
+            with drawn(panel) as canvas:
+                plot = canvas.axes[0].get_window_extent()
+                assert min(plot.width, plot.height) > 1.1 * canvas.dpi, (figure.name, panel.alt)
+
+
+def with_long_names(run):
+    """The same run of clients and tasks with names as long as names of people's sites are."""
+    tasks = {
+        "vqa": "visual-question-answering-of-scanned-documents",
+        "counting": "counting-of-objects-in-photographs-of-shelves",
+    }
+    text = json.dumps([run.events, run.task_of])
+    for short, long in tasks.items():
+        text = re.sub(rf'"{short}-(\d+)"', rf'"university-hospital-of-{long}-department-\1"', text)
+        text = text.replace(f'"{short}"', f'"{long}"')
+    events, task_of = json.loads(text)
+    config = copy.copy(run.config)
+    data = copy.copy(run.config.data)
+    object.__setattr__(data, "tasks", tuple(tasks[task] for task in run.config.data.tasks))
+    object.__setattr__(config, "data", data)
+    exchanges = [_exchange(events, exchange.number) for exchange in run.exchanges]
+    return replace(run, events=events, task_of=task_of, config=config, exchanges=exchanges)
 
 
 def test_a_text_that_is_cut_off_is_found():
@@ -284,49 +312,6 @@ def test_a_text_that_is_cut_off_is_found():
 
     words = "much too long for any panel as wide as a phone, whatever a layout makes of it"
     assert cut_texts(Panel(draw, "")) == [words]
-
-
-@contextmanager
-def drawn(panel):
-    """The canvas of a panel, laid out."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
-        FigureCanvasAgg(canvas)
-        panel.draw(canvas.add_subplot())
-        canvas.canvas.draw()
-        yield canvas
-
-
-def cut_texts(panel):
-    """Texts of a panel that reach over its edge by more than a pixel."""
-    with drawn(panel) as canvas:
-        edge = canvas.bbox
-        boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(canvas)]
-        return [
-            words
-            for words, box in boxes
-            if min(box.x0, box.y0) < -1 or box.x1 > edge.x1 + 1 or box.y1 > edge.y1 + 1
-        ]
-
-
-def drawn_texts(canvas):
-    """All texts that are drawn, ticks' labels beyond an axis' ends left out."""
-    axes_there = [*canvas.axes, *(child for axes in canvas.axes for child in axes.child_axes)]
-    for axes in axes_there:
-        texts = list(axes.texts)
-        titles = [axes.title, axes._left_title, axes._right_title]
-        texts += titles
-        if axes.get_legend():
-            texts += axes.get_legend().get_texts()
-        if axes.axison:
-            texts += [axes.xaxis.label, axes.yaxis.label]
-            for labels, place, limits in (
-                (axes.get_xticklabels(), 0, axes.get_xlim()),
-                (axes.get_yticklabels(), 1, axes.get_ylim()),
-            ):
-                low, high = min(limits), max(limits)
-                texts += [t for t in labels if low <= t.get_position()[place] <= high]
-        yield from (text for text in texts if text.get_visible() and text.get_text().strip())
 
 
 def test_text_from_a_run_is_no_markup():

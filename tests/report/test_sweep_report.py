@@ -4,16 +4,24 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from panels import covered, cut_texts, drawn
 
 from pilot_flwr import cli
 from pilot_flwr.commands.run import write_report
-from pilot_flwr.report.sweep_report import MEAN, method_curves, seed_scores
+from pilot_flwr.report import sweep_curves
+from pilot_flwr.report.sweep_curves import method_curves
+from pilot_flwr.report.sweep_dots import MEAN, dots, seed_scores
+from pilot_flwr.report.sweep_labels import short_labels, shortened
 from pilot_flwr.storage.run_folder import select
-from pilot_flwr.sweeping.rows import as_csv, read_rows
+from pilot_flwr.sweeping.rows import as_csv, label_of, read_rows
 from pilot_flwr.sweeping.table import UNTOUCHED, compare
 
+ROOT = Path(__file__).resolve().parents[2]
 SCORES = {"pilot": {0: (0.9, 0.3), 1: (0.8, 0.5)}, "fedit": {0: (0.7, 0.1), 1: (0.6, 0.2)}}
 
 
@@ -69,6 +77,91 @@ def test_curves_are_means_over_seeds_of_what_the_runs_recorded(finished, tmp_pat
         right = sum(e["score"] * e["examples"] for e in mine) / sum(e["examples"] for e in mine)
         assert curves["vqa"][number] == pytest.approx(right + 0.125)
     assert set(curves) == {"vqa", "counting", MEAN}
+
+
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml"))
+RATES = [("fedadam", f"strategy.server_optimizer.learning_rate={rate}") for rate in (0.001, 0.1)]
+VARIANTS = {
+    "methods": [(method, "") for method in METHODS],
+    "rates": [(m, f"train.lr_scale={s}") for m in METHODS[:11] for s in (0.25, 0.5, 1, 2, 4)]
+    + RATES,
+    "one line": [("pilot_no_cross_task_adapters", "train.lr_scale=0.25 train.weight_decay=0.01")],
+    "long": [(m, f"train.stage1.lora_lr={k} data.image_cache_megabytes=1000000 a=" + 80 * "x")
+             for m in METHODS[:3] for k in (1, 2)],
+}  # fmt: skip
+
+
+def of_variants(name):
+    rows = [
+        {
+            **{"name": "s", "method": method, "variant": variant, "seed": str(seed)},
+            **{"status": "done", "mean": str(0.01 * place + 0.1 * seed), "zero_shot_mean": "0.2"},
+            **{"score.vqa": "0.5", "zero_shot.vqa": "0.2", "settings": f"{method} {variant}"},
+            **{"score.grounding-of-very-long-referring-expressions": "0.3"},
+            **{"zero_shot.grounding-of-very-long-referring-expressions": "0"},
+            **{"metrics": "vqa:exact_match grounding-of-very-long-referring-expressions:iou"},
+            **{"evaluated_on": "test", "job": f"{method} {variant}"},
+        }
+        for place, (method, variant) in enumerate(VARIANTS[name])
+        for seed in (0, 1)
+    ]
+    return rows, compare(rows)[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_line_of_a_large_sweep_can_be_read(name, monkeypatch):
+    rows, comparison = of_variants(name)
+    found = {
+        label_of(m, v): {MEAN: {0: 0.2, 1: 0.01 * place}, "vqa": {0: 0.1, 1: 0.2}}
+        for place, (m, v) in enumerate(VARIANTS[name])
+    }
+    monkeypatch.setattr(sweep_curves, "method_curves", lambda rows, runs: found)
+    curves = sweep_curves.curves(comparison, rows, "", "", "")
+    for figure in (dots(comparison, rows, "", ""), curves):
+        for panel in figure.panels:
+            assert cut_texts(panel) == [], (figure.name, panel.alt)
+            assert covered(panel) == []
+            with drawn(panel) as canvas:
+                (axes,) = canvas.axes
+                plot = axes.get_window_extent()
+                assert min(plot.width, 2 * plot.height) > 2 * canvas.dpi, figure.name
+                names = [label.get_window_extent() for label in axes.get_yticklabels()]
+                if figure.name == "seeds":
+                    assert len(names) == len(comparison.lines)
+                    assert not any(a.padded(-1).overlaps(b) for a, b in pairwise(names))
+
+
+def test_the_curves_drawn_are_the_best_and_the_baseline(monkeypatch):
+    rows, comparison = of_variants("methods")
+    found = {method: {MEAN: {0: 0.9, 3: 0.01 * n}} for n, method in enumerate(METHODS)}
+    monkeypatch.setattr(sweep_curves, "method_curves", lambda rows, runs: found)
+    assert sweep_curves.best(found, None) == METHODS[::-1][:12]
+    assert sweep_curves.best(found, METHODS[0]) == [*METHODS[::-1][:11], METHODS[0]]
+    assert sweep_curves.best(found, METHODS[-1]) == METHODS[::-1][:12]
+    figure = sweep_curves.curves(replace(comparison, baseline=METHODS[0]), rows, "", "", "")
+    assert f"and the baseline are drawn; 11 lines of {len(METHODS)} are not." in figure.text
+    with drawn(figure.panels[0]) as canvas:
+        lines = canvas.axes[0].get_lines()
+        styles = {(line.get_color(), line.get_marker()) for line in lines}
+        assert len(styles) == len(lines) == 12
+        assert lines[-1].get_label() == METHODS[0]
+
+
+def test_names_lose_what_all_lines_have_and_stay_different():
+    rate = "strategy.server_optimizer.learning_rate"
+    labels = [UNTOUCHED, "fedit train.lr_scale=1 seed_of=2", f"fedadam {rate}=0.1 seed_of=2"]
+    short = short_labels(labels)
+    assert list(short.values()) == [UNTOUCHED, "fedit lr_scale=1", "fedadam learning_rate=0.1"]
+    assert shortened(labels) == (
+        f" All lines have seed_of=2. In the names, learning_rate is {rate}, lr_scale is "
+        "train.lr_scale."
+    )
+    both = short_labels(["a train.stage1.lora_lr=1", "a train.stage2.lora_lr=1"])
+    assert list(both.values()) == ["a stage1.lora_lr=1", "a stage2.lora_lr=1"]
+    nested = short_labels(["a lr=1", "a train.lr=1"])
+    assert list(nested.values()) == ["a lr=1", "a train.lr=1"]
+    assert list(short_labels(["pilot x=1", "pilot"]).values()) == ["pilot x=1", "pilot"]
+    assert shortened(["fedit", "pilot"]) == ""
 
 
 def test_the_command_writes_a_sweeps_report(sweep, capsys):
