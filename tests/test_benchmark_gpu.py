@@ -26,13 +26,13 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def rows(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tables")
+    return importlib.import_module("_rows")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tiny_size_measures_all_there_is(gpu, tables, tmp_path, device, capsys):
+def test_tiny_size_measures_all_there_is(gpu, rows, tmp_path, device, capsys):
     out = tmp_path / "new.json"
     options = ["--size", "tiny", "--device", device, "--out", str(out)]
     results = gpu("run").main([*options, "--steps", "1", "--rounds", "1", "--most", "1"])
@@ -64,7 +64,7 @@ def test_tiny_size_measures_all_there_is(gpu, tables, tmp_path, device, capsys):
     assert record["results"]["complete"]
     assert ("seconds_per_step" in record["results"]["cases"][0]) == (device == "cuda")
     assert "time_to_plain" in record["results"]["best"][0]
-    assert any("tokens/s" in row[1] for row in tables.gpu_rows(results))
+    assert any("tokens/s" in row[1] for row in rows.gpu_rows(results))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -206,7 +206,9 @@ def test_results_are_read_as_they_were_written(tmp_path):
 
 
 def begin(out: Path, *words: str) -> subprocess.Popen[str]:
-    command = [BIN / "pilot-flwr", "sweep", *words, *TINY, "strategy.rounds=3", "--out", out]
+    """Start a sweep, or without words go on with the one that is there."""
+    given = [*words, *TINY, "strategy.rounds=3"] if words else []
+    command = [BIN / "pilot-flwr", "sweep", *given, "--out", out]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
