@@ -24,6 +24,7 @@ from scenarios.sweeps import (
     ABLATIONS,
     FOLDER,
     METHODS,
+    PACKAGES,
     SCENARIOS,
     SEEDS,
     by_rate,
@@ -32,7 +33,6 @@ from scenarios.sweeps import (
     sweep,
 )
 
-PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 QUICK = (
     "data.train_examples=8", "data.test_examples=2", "data.clients_per_task=1", "strategy.rounds=1",
     "train.epochs=1", "evaluation.max_new_tokens=2",

@@ -7,8 +7,8 @@ the higher mean of both seeds is chosen. A candidate whose training diverges com
 validation scans, which are in neither the training nor the test split; the seeds, and with them
 styles, questions and orders, are others than the comparison's, and the training scans are the same.
 
-Run ``python benchmarks/scenarios/search.py`` (about 40 minutes on 2 cores; stopped, it goes on) to
-renew ``benchmarks/scenarios/rates.json`` and the results that it was chosen from.
+Run ``python benchmarks/scenarios/search.py`` (47 minutes on 2 cores, beside other work; stopped, it
+goes on) to renew ``benchmarks/scenarios/rates.json`` and the results that it was chosen from.
 """
 
 import argparse
@@ -17,16 +17,27 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if not __package__:  # a script finds what is in its own folder, this one needs the one above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import ROOT
+from _record import ROOT, write_record
 
 from pilot_flwr.sweeping.rows import DONE, OPEN, read_rows
-from scenarios.sweeps import FOLDER, METHODS, RATES, SCENARIOS, Rates, by_rate, choice, sweep
+from scenarios.sweeps import (
+    FOLDER,
+    METHODS,
+    PACKAGES,
+    RATES,
+    SCENARIOS,
+    Rates,
+    by_rate,
+    choice,
+    sweep,
+)
 
 SCALE, SERVER_RATE = "train.lr_scale", "strategy.server_optimizer.learning_rate"
 CANDIDATES = {SCALE: (0.25, 0.5, 1, 2, 4), SERVER_RATE: (0.001, 0.003, 0.01, 0.03, 0.1)}
@@ -102,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
     options = parser.parse_args(arguments)
     rates: Rates = {}
+    new = not any((options.out / f"search-{scenario}").exists() for scenario in SCENARIOS)
+    started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
     for scenario in SCENARIOS:
         folder = options.out / f"search-{scenario}"
@@ -109,6 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scores = read_scores(folder)
         rates[scenario] = {method: chosen(scores[method]) for method in trained_methods()}
         shutil.copyfile(folder / "results.csv", FOLDER / f"search-{scenario}.csv")
+    took = round(time.perf_counter() - started, 1) if new else None
+    write_record(
+        FOLDER / "search.json",
+        {"side_by_side": options.jobs, "wall_seconds": took},
+        packages=PACKAGES,
+    )
     RATES.write_text(json.dumps(rates, indent=2) + "\n")
     print(RATES.read_text())
 

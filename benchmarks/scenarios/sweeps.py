@@ -41,6 +41,7 @@ ABLATIONS = (
 SEEDS = (0, 1, 2, 3, 4)
 """Of the test split; the search has others."""
 FOLDER = RESULTS / "scenarios"
+PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 RATES = ROOT / "benchmarks" / "scenarios" / "rates.json"
 """Scenario → method → the override that the search chose."""
 FAILED = 1

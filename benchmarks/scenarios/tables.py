@@ -93,7 +93,8 @@ def rates_table(folder: Path) -> str:
             row = [method, f"`{searched(method)}`", scenario, ", ".join(shown), value + edge]
             rows.append(row)
     searches = [read_rows(folder / f"search-{scenario}.csv") for scenario in SCENARIOS]
-    return f"{markdown(rows)}\n{code_of([row for rows in searches for row in rows])}\n"
+    code = code_of([row for found in searches for row in found])
+    return f"{markdown(rows)}\n{code}{machine_of(folder / 'search.json', 'both searches')}\n"
 
 
 def score_of(score: float) -> str:
@@ -104,7 +105,8 @@ def score_of(score: float) -> str:
 def effort(folder: Path, scenario: str, methods: Sequence[str]) -> str:
     """Return how many runs a table is of, how long they took, of which code, on what."""
     rows = [row for row in read_rows(folder / f"{scenario}.csv") if row["method"] in methods]
-    return f"`{scenario}.csv`: {code_of(rows)}{machine_of(folder / 'compare.json')}"
+    machine = machine_of(folder / "compare.json", "both tables and the ablations")
+    return f"`{scenario}.csv`: {code_of(rows)}{machine}"
 
 
 def code_of(rows: Sequence[CsvRow]) -> str:
@@ -118,14 +120,14 @@ def code_of(rows: Sequence[CsvRow]) -> str:
     )
 
 
-def machine_of(path: Path) -> str:
+def machine_of(path: Path, what: str) -> str:
     """Return what a record says of machine and time."""
     if not path.exists():
         return ""
     record: dict[str, Any] = json.loads(path.read_text())
     machine, results = record["machine"], record["results"]
     took = results["wall_seconds"]
-    whole = "" if took is None else f"; both tables and the ablations took {took / 60:.0f} min"
+    whole = "" if took is None else f"; {what} took {took / 60:.0f} min"
     return (
         f"; {results['side_by_side']} side by side on {machine['cores']} cores of "
         f"{machine['cpu']}{whole}"
