@@ -1,6 +1,5 @@
 """Sweeps: which jobs there are, that each is done once, whatever happens in between."""
 
-import csv
 import json
 import signal
 import subprocess
@@ -240,10 +239,9 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path, number):
     assert (out / "runs/seed=0/metrics.jsonl").read_bytes() == first
 
     whole = begin(tmp_path / "whole", "-m", "seed=0,1,2")
-    assert whole.wait(timeout=200) == 0
-    rows = [
-        list(csv.DictReader((path / "results.csv").open())) for path in (out, tmp_path / "whole")
-    ]
+    whole.communicate(timeout=200)
+    assert whole.returncode == 0
+    rows = [read_rows(path) for path in (out, tmp_path / "whole")]
     same = [[{k: v for k, v in row.items() if k != "seconds"} for row in found] for found in rows]
     assert same[0] == same[1]
 
