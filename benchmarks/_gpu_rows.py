@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pilot_flwr.wording import human_bytes
+from pilot_flwr.formatting import human_bytes
 
 Results = dict[str, Any]
 Rows = list[list[str]]

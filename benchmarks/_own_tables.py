@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from _rows import Results, epsilon_words
 
-from pilot_flwr.server.tables import markdown
-from pilot_flwr.wording import human_bytes
+from pilot_flwr.formatting import human_bytes
+from pilot_flwr.run.tables import markdown
 
 
 def privacy_table(record: Results) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from _gpu_rows import Results, Rows, gpu_rows
 
-from pilot_flwr.wording import human_bytes
+from pilot_flwr.formatting import human_bytes
 
 
 def connector_rows(results: Results) -> Rows:

@@ -24,7 +24,7 @@ from _record import RESULTS, write_record
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from pilot_flwr.aggregation import adaptive_weights, mix, pairwise_distances
+from pilot_flwr.algorithm.aggregation import adaptive_weights, mix, pairwise_distances
 
 State = dict[str, np.ndarray]
 

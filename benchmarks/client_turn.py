@@ -26,23 +26,22 @@ from _timing import summarize, take_turns
 from random_base import HALF_BILLION, TINY, write_random_base
 from transformers.utils import logging as transformers_logging
 
-from pilot_flwr.client.kit import Kit, Site
-from pilot_flwr.client.turn import (
-    Order,
-    TurnResult,
+from pilot_flwr.client.client_data import Kit
+from pilot_flwr.client.node import Site
+from pilot_flwr.client.session import (
     _enter_ordered_architecture,
     _private_state,
     private_store,
-    take_turn,
+    run_session,
     turn_generator,
 )
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.config.schema import PilotConfig, TrainConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.model.base import load_processor
-from pilot_flwr.model.initial import initial_state
-from pilot_flwr.model.warm import warm_model
-from pilot_flwr.settings.data import DataConfig
-from pilot_flwr.settings.model import ModelConfig
-from pilot_flwr.settings.pilot import PilotConfig, TrainConfig
+from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.protocol import Instruction, SessionResult
 
 RESULT = RESULTS / "client_turn.json"
 
@@ -116,14 +115,14 @@ class Rotation:
         reduction = self.config.train.difference_loss.reduction
         return warm_model(self.config.model, reduction=reduction, device=torch.device("cpu"))
 
-    def _take(self, site: Site, *, stage: int) -> TurnResult:
-        return take_turn(site, self.config, self._order(site, stage), progress=print)
+    def _take(self, site: Site, *, stage: int) -> SessionResult:
+        return run_session(site, self.config, self._order(site, stage), progress=print)
 
-    def _order(self, site: Site, stage: int) -> Order:
+    def _order(self, site: Site, stage: int) -> Instruction:
         tasks = tuple(self.config.data.tasks)
         known = tasks if stage == 2 else (site.client.task,)
         adapters = dict.fromkeys(known, self.initial.adapter)
-        return Order(stage, stage, tasks, adapters, self.initial.lora, evaluate=False)
+        return Instruction(stage, stage, tasks, adapters, self.initial.lora, evaluate=False)
 
 
 def measure(path: str, folder: Path, repeats: int) -> dict[str, Any]:

@@ -21,14 +21,14 @@ from _record import RESULTS, write_record
 from _timing import Times, summarize, take_turns
 from torch import Tensor
 
-from pilot_flwr.connector import (
+from pilot_flwr.algorithm.connector import (
     Adapter,
     CrossTaskMoA,
     TaskClientConnector,
     stage1_connector,
     stage2_connector,
 )
-from pilot_flwr.losses import difference_loss
+from pilot_flwr.algorithm.losses import difference_loss
 
 TASKS = ("vqa", "counting", "captioning")
 RESULT = RESULTS / "connector.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 from _record import RESULTS, write_record
 
-from pilot_flwr.config import load_config
-from pilot_flwr.model.plan import make_plan
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.model.resource_plan import make_plan
 
 RESULT = RESULTS / "plan.json"
 PAPER = "experiment=paper"

@@ -1,7 +1,7 @@
 """Measure what client-level differential privacy costs the demo: scores against ε.
 
 The demo's federation (nine clients, three tasks, four exchanges) is run in this process by the
-code that a run uses, `take_turn` and `ServerState`, once as it is and then with uploads that are
+code that a run uses, `run_session` and `ServerState`, once as it is and then with uploads that are
 clipped and noisy, for noise from next to nothing up to what gives a small ε. Clients evaluate here
 (`privacy.send_metrics=true`), because the demo's data is public. Noise cannot be repeated: with
 several `SEEDS` the range over them shows how much of a score is chance.
@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from _record import RESULTS, write_record
 
-from pilot_flwr.client.kit import Site
+from pilot_flwr.algorithm.server_state import ServerState
+from pilot_flwr.client.node import Site
 from pilot_flwr.client.privacy import change_norm
-from pilot_flwr.client.privacy_account import epsilon
-from pilot_flwr.client.turn import Order, TurnResult, stage_trained, take_turn
-from pilot_flwr.config import PilotConfig, load_config
+from pilot_flwr.client.privacy_accountant import epsilon
+from pilot_flwr.client.session import run_session, stage_trained
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
 from pilot_flwr.data.federation import Client, federation_clients
-from pilot_flwr.model.initial import initial_state
-from pilot_flwr.server.state import Member, ServerState, Update
-from pilot_flwr.settings.privacy import PrivacyConfig
+from pilot_flwr.model.loading import initial_state
+from pilot_flwr.protocol import Instruction, Member, SessionResult, Update
 
 RESULT = RESULTS / "privacy.json"
 CLIP_NORM = 1.0
@@ -70,12 +71,12 @@ class DemoFederation:
         turns = {c: self._turn(c, last, train=False) for c in self.clients}
         return {c.id: r.evaluation.score for c, r in turns.items() if r.evaluation is not None}
 
-    def _turn(self, client: Client, number: int, *, train: bool) -> TurnResult:
+    def _turn(self, client: Client, number: int, *, train: bool) -> SessionResult:
         site = Site(client, self.folder / client.id, torch.device("cpu"), run="benchmark")
         stage = stage_trained(site, number)
         stage = self.state.stage_for(Member(client.id, client.task, 1, stage)) if train else 2
         tasks = self.state.tasks if stage == 2 else (client.task,)
-        order = Order(
+        order = Instruction(
             server_round=number,
             stage=stage,
             tasks=self.state.tasks,
@@ -84,14 +85,14 @@ class DemoFederation:
             train=train,
             evaluate=not train,
         )
-        result = take_turn(site, self.config, order, progress=lambda line: None)
+        result = run_session(site, self.config, order, progress=lambda line: None)
         if train:
             sent = {"adapter": order.adapters[client.task], "lora": order.lora}
             got = {"adapter": result.adapter, "lora": result.lora}
             self.change_norms.append(change_norm(got, sent))
         return result
 
-    def _update(self, client: Client, number: int, result: TurnResult) -> Update:
+    def _update(self, client: Client, number: int, result: SessionResult) -> Update:
         assert result.training is not None
         return Update(
             client.id, client.task, number, result.training.examples, result.adapter, result.lora

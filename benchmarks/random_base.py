@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from pilot_flwr.model.shipped import checkpoint_path
+from pilot_flwr.model.checkpoints import checkpoint_path
 
 
 class Size(NamedTuple):

@@ -25,7 +25,7 @@ ROWS = 665_000
 MEASURE = """
 import json, random, resource, sys, time
 from pathlib import Path
-from pilot_flwr.data.rows import RowFile
+from pilot_flwr.data.json_rows import RowFile
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,7 @@ from _record import RESULTS, ROOT
 from _rows import ROWS
 from scenarios.tables import scenario_tables
 
-from pilot_flwr.server.tables import markdown
+from pilot_flwr.run.tables import markdown
 
 PAGES = (
     ROOT / "README.md",

@@ -1,4 +1,4 @@
-"""The ClientApp: three thin handlers around `pilot_flwr.client.turn`."""
+"""The ClientApp: three thin handlers around `pilot_flwr.client.session`."""
 
 import functools
 import logging
@@ -8,22 +8,28 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pilot_flwr import __version__
-from pilot_flwr.client.kit import Site
-from pilot_flwr.client.node_config import private_paths, read_node_config
-from pilot_flwr.client.readiness import check_readiness
-from pilot_flwr.client.site import find_site, is_simulated, site_config
-from pilot_flwr.client.turn import check_budget, stage_trained, take_turn
-from pilot_flwr.config import PilotConfig, load_config
+from pilot_flwr.client.node import (
+    Site,
+    find_site,
+    is_simulated,
+    private_paths,
+    read_node_config,
+    site_config,
+)
+from pilot_flwr.client.preflight import check_readiness
+from pilot_flwr.client.session import check_budget, run_session, stage_trained
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import count_examples, federation_clients, is_pooling
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
-from pilot_flwr.flower import replies, wire
+from pilot_flwr.flower import messages as replies
+from pilot_flwr.flower import messages as wire
+from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.failures import OWN_ERROR, reply_text
-from pilot_flwr.flower.identity import identity_of
-from pilot_flwr.server.state import Member
+from pilot_flwr.protocol import Member
 
 app = ClientApp()
 logger = logging.getLogger("flwr")
-
 Handler = Callable[[Message, PilotConfig, Site], RecordDict]
 
 
@@ -88,14 +94,14 @@ def evaluate(message: Message, config: PilotConfig, site: Site) -> RecordDict:
 
 
 def _turn(message: Message, config: PilotConfig, site: Site) -> RecordDict:
-    order, addressee = wire.decode_order(message.content)
+    order, addressee = wire.decode_instruction(message.content)
     if addressee != site.client.id:
         raise UpdateError(f"The order is for {addressee!r} but this client is {site.client.id!r}.")
 
     def progress(line: str) -> None:
         logger.info("%s, exchange %d: %s", site.client.id, order.server_round, line)
 
-    result = take_turn(site, config, order, progress=progress)
+    result = run_session(site, config, order, progress=progress)
     return replies.encode_result(result, order, site.client.id, site.client.task)
 
 

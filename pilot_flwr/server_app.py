@@ -8,20 +8,23 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from pilot_flwr.checks import expanded
-from pilot_flwr.config import PilotConfig, load_config
+from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.algorithm.server_state import ServerState
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.overrides import default_run_folder
+from pilot_flwr.config.rules import expanded
+from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
+from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.grid import PollingGrid, in_simulation
-from pilot_flwr.flower.identity import identity_of
-from pilot_flwr.flower.wire import RunInfo
-from pilot_flwr.model.initial import initial_state
-from pilot_flwr.model.parameters import Sharing
-from pilot_flwr.report.live import live_logs
-from pilot_flwr.server.announcements import Announcer
-from pilot_flwr.server.state import ServerState
-from pilot_flwr.storage.locks import hold
-from pilot_flwr.storage.resume import (
+from pilot_flwr.flower.messages import RunInfo
+from pilot_flwr.model.loading import initial_state
+from pilot_flwr.run.atomic import hold
+from pilot_flwr.run.directory import Event
+from pilot_flwr.run.loggers import live_logs
+from pilot_flwr.server.event_recorder import Announcer
+from pilot_flwr.server.resume import (
     Opened,
     begin_run,
     check_resumable,
@@ -30,16 +33,13 @@ from pilot_flwr.storage.resume import (
     continue_run,
     restored,
 )
-from pilot_flwr.storage.run_folder import Event
 from pilot_flwr.strategy import PilotStrategy
-from pilot_flwr.submission import default_run_folder
 
 app = ServerApp()
 logger = logging.getLogger("flwr")
-
 Listener = Callable[[Event], None]
-
 SERVER_LOCK = ".server.lock"
+
 PATIENCE_SECONDS = 60.0
 """The ServerApp of a run that was killed may take a while to follow."""
 

@@ -1,38 +1,180 @@
-"""The server's strategy: task-aware adapter averaging and adaptive LoRA aggregation.
+"""The loop over exchanges: begun where a run stopped, and patient if it is told to be.
 
-The handlers here decode, call `pilot_flwr.server.state` and encode. One exchange is one
+Flower's own loop counts from 1 and goes on whatever came back. This one begins behind the
+exchanges that are done, and lets a strategy repeat one that closed with too few clients.
+
+Who trains in an exchange, by `strategy.trained_by`; all others only evaluate.
+
+``clients``: everyone, which is federated learning. ``pooled``: the first client of a simulation,
+on the training data of all (`pilot_flwr.data.federation`), which is what a federation is measured
+against. ``nobody``: the base model stays as it is.
+
+The server's strategy: task-aware adapter averaging and adaptive LoRA aggregation.
+
+The handlers here decode, call `pilot_flwr.algorithm.server_state` and encode. One exchange is one
 train phase: every client evaluates the personalised model that it is sent and trains it; after
 the last exchange one evaluate phase closes the run.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
 
-from pilot_flwr.client.turn import Order
+from pilot_flwr.algorithm.norm_bounds import check_norms
+from pilot_flwr.algorithm.server_state import ServerState
+from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import BelowMinimum, RunError, UpdateError
-from pilot_flwr.flower import wire
+from pilot_flwr.flower import messages as wire
 from pilot_flwr.flower.codec import encode_state
 from pilot_flwr.flower.failures import reason_of
 from pilot_flwr.flower.grid import match
-from pilot_flwr.flower.replies import decode_report, decode_update
-from pilot_flwr.model.parameters import State
-from pilot_flwr.server.claims import Present
-from pilot_flwr.server.exchange_loop import LONGEST_PAUSE_SECONDS, ExchangeLoop
-from pilot_flwr.server.journal import Journal
-from pilot_flwr.server.norm_check import check_norms
-from pilot_flwr.server.roster import Roster
-from pilot_flwr.server.state import Member, ServerState, Update
-from pilot_flwr.server.trainers import Trainers
-from pilot_flwr.settings.strategy import StrategyConfig
-from pilot_flwr.storage.checkpoint import save_checkpoint
-from pilot_flwr.storage.run_folder import RunFolder
-from pilot_flwr.storage.run_identity import RunIdentity
+from pilot_flwr.flower.messages import decode_report, decode_update
+from pilot_flwr.protocol import Instruction, Member, State, Update
+from pilot_flwr.run.checkpoint import save_checkpoint
+from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.provenance import RunIdentity
+from pilot_flwr.server.event_recorder import Journal
+from pilot_flwr.server.roster import Present, Roster
 
 logger = logging.getLogger("flwr")
+
+LONGEST_PAUSE_SECONDS = 30.0
+"""Before an exchange is repeated that had too few clients."""
+
+Answer = TypeVar("Answer")
+
+
+class ExchangeLoop(Strategy):
+    """A Flower strategy with a loop of its own; the handlers are Flower's."""
+
+    @property
+    @abstractmethod
+    def rounds_done(self) -> int:
+        """Exchanges that are aggregated already, when `start` is called and afterwards."""
+
+    @abstractmethod
+    def begin(self, server_round: int) -> None:
+        """Take note that an attempt at an exchange begins."""
+
+    @abstractmethod
+    def below_minimum(self, server_round: int, error: BelowMinimum) -> None:
+        """Raise the error, or return after a pause: then the exchange is repeated."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the exchanges that are not done yet, then the last one's evaluation.
+
+        Parameters and result are those of `flwr.serverapp.strategy.Strategy.start`. If all
+        `num_rounds` are done, the evaluate phase of the last one is all that is run.
+
+        Raises
+        ------
+        RunError
+            The run cannot go on.
+        """
+        logger.info("Starting %s strategy:", type(self).__name__)
+        self.summary()
+        train_config = train_config or ConfigRecord()
+        evaluate_config = evaluate_config or ConfigRecord()
+        result = Result(arrays=initial_arrays)
+        for server_round in range(min(self.rounds_done + 1, num_rounds), num_rounds + 1):
+            logger.info("[ROUND %s/%s]", server_round, num_rounds)
+
+            def train(server_round: int = server_round) -> MetricRecord | None:
+                messages = self.configure_train(server_round, result.arrays, train_config, grid)
+                replies = grid.send_and_receive(messages, timeout=timeout)
+                arrays, metrics = self.aggregate_train(server_round, replies)
+                result.arrays = result.arrays if arrays is None else arrays
+                return metrics
+
+            def evaluate(server_round: int = server_round) -> MetricRecord | None:
+                messages = self.configure_evaluate(
+                    server_round, result.arrays, evaluate_config, grid
+                )
+                replies = grid.send_and_receive(messages, timeout=timeout)
+                return self.aggregate_evaluate(server_round, replies)
+
+            if server_round > self.rounds_done:
+                if (metrics := self._until_enough(server_round, train)) is not None:
+                    result.train_metrics_clientapp[server_round] = metrics
+            if (metrics := self._until_enough(server_round, evaluate)) is not None:
+                result.evaluate_metrics_clientapp[server_round] = metrics
+            if evaluate_fn and (metrics := evaluate_fn(server_round, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[server_round] = metrics
+        return result
+
+    def _until_enough(self, server_round: int, phase: Callable[[], Answer]) -> Answer:
+        while True:
+            self.begin(server_round)
+            try:
+                return phase()
+            except BelowMinimum as error:
+                self.below_minimum(server_round, error)
+
+
+class Trainers:
+    """The clients that train.
+
+    Parameters
+    ----------
+    config : StrategyConfig
+        `trained_by` and `min_replies`.
+    expected : Mapping[str, str]
+        Task of every configured client, by client id, in the federation's order.
+    """
+
+    def __init__(self, config: StrategyConfig, expected: Mapping[str, str]) -> None:
+        self.by, self.min_replies = config.trained_by, config.min_replies
+        self.pooled = next(iter(expected), "")
+
+    def __contains__(self, client: str) -> bool:
+        """Whether a client trains."""
+        return self.by == "clients" or (self.by == "pooled" and client == self.pooled)
+
+    def check_enough(
+        self, server_round: int, updates: int, present: int, reasons: Sequence[str]
+    ) -> None:
+        """Raise unless an exchange has as many usable updates as it needs.
+
+        Parameters
+        ----------
+        server_round : int
+            Exchange.
+        updates, present : int
+            Usable updates, and clients that were asked for one.
+        reasons : sequence of str
+            Why others are missing.
+
+        Raises
+        ------
+        BelowMinimum
+            Fewer than `strategy.min_replies`; or the one that trains delivered none.
+        """
+        first = f"First reason: {[*reasons, 'none'][0]}"
+        if self.by == "pooled" and not updates:
+            raise BelowMinimum(
+                f"Exchange {server_round}: client {self.pooled!r}, which trains on the data of "
+                f"all, delivered no usable update. {first}"
+            )
+        if self.by == "clients" and updates < self.min_replies:
+            raise BelowMinimum(
+                f"Exchange {server_round}: {updates} of {present} clients delivered a usable "
+                f"update but `strategy.min_replies` is {self.min_replies}. {first}"
+            )
 
 
 class PilotStrategy(ExchangeLoop):
@@ -51,7 +193,7 @@ class PilotStrategy(ExchangeLoop):
     expected : Mapping[str, str]
         Task of every client of the federation, by client id.
     identity : Mapping[str, str]
-        What clients must have in common with the server, see `pilot_flwr.flower.identity`.
+        What clients must have in common with the server, see `pilot_flwr.flower.compatibility`.
     settings : str
         Hash of the run's settings, for its checkpoints.
     simulated : bool
@@ -229,7 +371,7 @@ class PilotStrategy(ExchangeLoop):
                 continue
             phase = MessageType.TRAIN if trains else MessageType.EVALUATE
             tasks = self.state.tasks if stage == 2 else (member.task,)
-            order = Order(
+            order = Instruction(
                 server_round=server_round,
                 stage=stage,
                 tasks=self.state.tasks,
@@ -240,7 +382,7 @@ class PilotStrategy(ExchangeLoop):
                 residual=self.state.residual,
             )
             message = Message(
-                wire.encode_order(order, self.run, member.client, adapters=packed),
+                wire.encode_instruction(order, self.run, member.client, adapters=packed),
                 present.node_id,
                 phase,
                 ttl=self.config.round_timeout_seconds,

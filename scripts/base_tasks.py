@@ -10,17 +10,20 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pilot_flwr.data.digit_questions import (
+from pilot_flwr.data.demo.digits import client_style, load_scans
+from pilot_flwr.data.demo.questions import (
+    PLAIN,
     POSITIONS,
     WORDS,
+    Style,
     Writer,
     ask_caption,
     ask_numeral,
     ask_position,
     ask_row,
+    draw_style,
+    render,
 )
-from pilot_flwr.data.digit_style import PLAIN, Style, draw_style, render
-from pilot_flwr.data.digits import client_style, load_scans
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
 
 Ints = NDArray[np.int64]

@@ -31,10 +31,10 @@ from base_tasks import (
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pilot_flwr.data.collator import Collator, same_for_all
-from pilot_flwr.data.digit_questions import ask_caption, ask_count, ask_position
-from pilot_flwr.data.digits import scan_indices
+from pilot_flwr.data.demo.digits import scan_indices
+from pilot_flwr.data.demo.questions import ask_caption, ask_count, ask_position
 from pilot_flwr.data.examples import Example
-from pilot_flwr.model.shipped import write_bundle
+from pilot_flwr.model.checkpoints import write_bundle
 
 DEFAULT_OUT = Path(__file__).parents[1] / "pilot_flwr" / "assets" / "tiny-llava"
 PLAIN_STEPS, STYLED_STEPS, BATCH_SIZE = 2000, 1100, 64

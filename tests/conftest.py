@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.model.base import load_base, load_processor
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.settings.model import ModelConfig
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other

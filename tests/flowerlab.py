@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pilot_flwr.launching import simulation as launch
+from pilot_flwr.launch import simulation as launch
 
 PYPROJECT = """
 [project]

@@ -9,15 +9,15 @@ from typing import Any
 
 from flwr.app import Message
 
+from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.client_app import app
-from pilot_flwr.config import load_config, to_yaml
+from pilot_flwr.config.loading import load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.flower import in_process
+from pilot_flwr.flower import grid as in_process
+from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.provenance import RunIdentity
+from pilot_flwr.server.resume import Opened
 from pilot_flwr.server_app import federate
-from pilot_flwr.storage.private_state import PrivateStore
-from pilot_flwr.storage.resume import Opened
-from pilot_flwr.storage.run_folder import RunFolder
-from pilot_flwr.storage.run_identity import RunIdentity
 
 # Two steps at least: the first layer of an adapter that ends in zero moves at the second.
 SMALL = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from pilot_flwr.data import digits
-from pilot_flwr.federation_file import expand
+from pilot_flwr.config.federation_file import expand
+from pilot_flwr.data.demo import digits
 
 SUFFIX = "Answer with one word."
 

@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from pilot_flwr.report.drawing import STYLE
+from pilot_flwr.report.style import STYLE
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 import torch
 
-from pilot_flwr.model.parameters import GROUPS
-from pilot_flwr.storage.private_state import PrivateState
+from pilot_flwr.algorithm.parameter_groups import GROUPS
+from pilot_flwr.client.private_state import PrivateState
 
 
 def perturb(model, *, seed=0, scale=0.05):

@@ -8,8 +8,8 @@ import contextlib
 import pytest
 import torch
 
-from pilot_flwr.client import kit
-from pilot_flwr.client.training import LOSSES, TrainingResult
+from pilot_flwr.client import client_data as kit
+from pilot_flwr.protocol import LOSSES, TrainingResult
 
 
 def _train(self, generator):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pilot_flwr.config import PilotConfig
+from pilot_flwr.config.schema import PilotConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])

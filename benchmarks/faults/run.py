@@ -142,9 +142,9 @@ def make_example(folder: Path) -> None:
     """Write two finished runs that differ in times and in having been resumed, in nothing else."""
     import torch
 
-    from pilot_flwr.storage.checkpoint import save_checkpoint
-    from pilot_flwr.storage.private_state import PrivateState, PrivateStore
-    from pilot_flwr.storage.run_identity import RunIdentity
+    from pilot_flwr.client.private_state import PrivateState, PrivateStore
+    from pilot_flwr.run.checkpoint import save_checkpoint
+    from pilot_flwr.run.provenance import RunIdentity
 
     generator = torch.Generator().manual_seed(0)
     tensors = {"w": torch.rand(3, generator=generator)}

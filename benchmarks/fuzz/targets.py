@@ -19,29 +19,33 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fuzz.inputs import ODD_VALUES, files, json_bytes, mutated_tree, texts
-from pilot_flwr.client.evaluation import EvaluationResult
-from pilot_flwr.client.node_config import private_paths, read_node_config
-from pilot_flwr.client.privacy_account import PrivacyAccount, Spent
-from pilot_flwr.client.site import find_site, site_config
-from pilot_flwr.client.training import LOSSES, TrainingResult
-from pilot_flwr.client.turn import Order, TurnResult
-from pilot_flwr.config import from_yaml, load_config, to_yaml
-from pilot_flwr.data.image_files import ImageFile
+from pilot_flwr.client.node import find_site, private_paths, read_node_config, site_config
+from pilot_flwr.client.privacy_accountant import PrivacyAccount
+from pilot_flwr.client.private_state import PrivateState, PrivateStore
+from pilot_flwr.config.federation_file import expand
+from pilot_flwr.config.loading import from_yaml, load_config, to_yaml
+from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
+from pilot_flwr.data.images import ImageFile
+from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
-from pilot_flwr.data.rows import RowFile
 from pilot_flwr.errors import ConfigError, DataError, StateError, UpdateError
-from pilot_flwr.federation_file import expand
-from pilot_flwr.flower import replies, wire
+from pilot_flwr.flower import messages as replies
+from pilot_flwr.flower import messages as wire
 from pilot_flwr.flower.codec import decode_state, encode_state
-from pilot_flwr.launching.progress import Progress
-from pilot_flwr.server import announcements
-from pilot_flwr.server.state import Member
-from pilot_flwr.settings.pilot import PilotConfig
-from pilot_flwr.settings.privacy import PrivacyConfig
-from pilot_flwr.storage.checkpoint import _checksum, load_checkpoint, save_checkpoint
-from pilot_flwr.storage.private_state import PrivateState, PrivateStore
-from pilot_flwr.storage.run_folder import read_events
-from pilot_flwr.storage.run_identity import RunIdentity
+from pilot_flwr.protocol import (
+    LOSSES,
+    EvaluationResult,
+    Instruction,
+    Member,
+    SessionResult,
+    Spent,
+    TrainingResult,
+)
+from pilot_flwr.run.checkpoint import _checksum, load_checkpoint, save_checkpoint
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.progress import Progress
+from pilot_flwr.run.provenance import RunIdentity
+from pilot_flwr.server import event_recorder as announcements
 
 Errors = tuple[type[Exception], ...]
 
@@ -81,11 +85,11 @@ def targets(folder: Path) -> dict[str, Target]:
 def message_targets() -> dict[str, Target]:
     """Return the decoders of messages in both directions; nothing catches what they raise."""
     state = {"w": torch.ones(2, 3), "b": torch.ones(3).bfloat16()}
-    order = Order(3, 2, ("vqa", "ocr"), {"vqa": state, "ocr": state}, state)
+    order = Instruction(3, 2, ("vqa", "ocr"), {"vqa": state, "ocr": state}, state)
     packed = {task: encode_state(s) for task, s in order.adapters.items()}
     run = wire.RunInfo("demo-1", "/runs/demo", "token")
     training = TrainingResult(dict.fromkeys(LOSSES, 0.5), 6, 90, 1.5, {"lora": 10})
-    result = TurnResult(
+    result = SessionResult(
         state,
         state,
         training,
@@ -94,7 +98,7 @@ def message_targets() -> dict[str, Target]:
     )
     member = wire.encode_member(Member("vqa-0", "vqa", 90, 1), {"app": "0.1"})
     contents = {
-        "order": wire.encode_order(order, run, "vqa-0", adapters=packed),
+        "order": wire.encode_instruction(order, run, "vqa-0", adapters=packed),
         "update": replies.encode_result(result, order, "vqa-0", "vqa"),
         "member": member,
         "query": wire.encode_query(run, 3),
@@ -104,7 +108,7 @@ def message_targets() -> dict[str, Target]:
     arrays = [array.data for array in encode_state(state).values()]
     return {
         "array": Target(files(arrays), read_array, refused),
-        "order": Target(odd["order"], wire.decode_order, refused),
+        "order": Target(odd["order"], wire.decode_instruction, refused),
         "run": Target(odd["query"], wire.decode_run, refused),
         "query": Target(odd["query"], wire.decode_query, refused),
         "member": Target(odd["member"], wire.decode_member, refused),

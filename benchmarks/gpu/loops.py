@@ -14,8 +14,8 @@ import torch
 
 from gpu.sizes import EXAMPLE, TASKS, FixedData, Size, make_base
 from pilot_flwr.client.training import autocast, train
+from pilot_flwr.config.schema import TrainConfig
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.settings.pilot import TrainConfig
 
 WARM_UP = 2
 """Steps before those that count: allocation, the optimizer's state, compilation."""

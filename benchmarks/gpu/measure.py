@@ -13,11 +13,11 @@ from connector import peak_bytes
 
 from gpu.loops import PilotLoop, PlainLoop
 from gpu.sizes import TASKS, Size
-from pilot_flwr.client.personal import assemble
+from pilot_flwr.algorithm.parameter_groups import GROUPS
+from pilot_flwr.client.personalization import assemble
+from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.model.base import known_config
-from pilot_flwr.model.memory import empty_model, training_memory
-from pilot_flwr.model.parameters import GROUPS
-from pilot_flwr.storage.private_state import PrivateState, PrivateStore
+from pilot_flwr.model.resource_plan import empty_model, training_memory
 
 Figures = dict[str, Any]
 

@@ -11,12 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.model.architectures import ImageShape, Visual, feature_size
 from pilot_flwr.model.base import known_config
-from pilot_flwr.model.memory import MicroBatch
-from pilot_flwr.settings.model import LoraConfig, ModelConfig
+from pilot_flwr.model.resource_plan import MicroBatch
 
 TASKS = ("vqa", "ocr", "captions")
 """T = 3 as in the paper; the first is the client's own."""
@@ -109,7 +109,7 @@ class FixedData:
         return Batch(*(t.repeat(rows, 1) for t in (self.input_ids, mask, self.labels)))
 
     def encoder(self, device: torch.device) -> Any:
-        """Return what gives H_v of batches, as `pilot_flwr.model.features.FeatureCache` does."""
+        """Return what gives H_v of batches, as `pilot_flwr.model.feature_cache.FeatureCache` does."""
 
         def encode(parts: Iterable[Sequence[Example]]) -> Iterator[Visual]:
             for part in parts:

@@ -26,7 +26,7 @@ if not __package__:  # a script finds what is in its own folder, this one needs 
 
 from _record import ROOT, write_record
 
-from pilot_flwr.sweeping.rows import DONE, OPEN, read_rows
+from pilot_flwr.sweeps.results import DONE, OPEN, read_rows
 from scenarios.sweeps import (
     FOLDER,
     METHODS,

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.server.tables import markdown
-from pilot_flwr.sweeping.rows import read_rows
-from pilot_flwr.sweeping.statistics import Interval
-from pilot_flwr.sweeping.table import Comparison, CsvRow, Line, compare
-from pilot_flwr.sweeping.writing import as_markdown
+from pilot_flwr.run.tables import markdown
+from pilot_flwr.sweeps.compare import Comparison, CsvRow, Interval, Line, as_markdown, compare
+from pilot_flwr.sweeps.results import read_rows
 from scenarios.search import CANDIDATES, FIRST, chosen, read_scores, searched, trained_methods
 from scenarios.sweeps import ABLATIONS, METHODS, SCENARIOS
 

@@ -2,46 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from pilot_flwr.client.training import Encoder, autocast
+from pilot_flwr.config.schema import EvaluationConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics.table import METRICS
+from pilot_flwr.metrics.registry import METRICS
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.settings.pilot import EvaluationConfig
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Score of one client's test split.
-
-    Attributes
-    ----------
-    score : float
-        From 0 to the metric's maximum.
-    metric : str
-        A key of `pilot_flwr.metrics.table.METRICS`.
-    examples : int
-        Size of the split.
-    seconds : float
-        Wall time.
-    approximate : bool
-        Whether the figure is not exactly what the metric's own script gives.
-    cut : int
-        Answers that `evaluation.max_new_tokens` ended, not the model.
-    """
-
-    score: float
-    metric: str
-    examples: int
-    seconds: float
-    approximate: bool = False
-    cut: int = 0
+from pilot_flwr.protocol import EvaluationResult
 
 
 class Answers(NamedTuple):
@@ -72,7 +44,7 @@ def evaluate(
     collator, encode
         Make token tensors and visual features of examples.
     metric : str
-        A key of `pilot_flwr.metrics.table.METRICS`.
+        A key of `pilot_flwr.metrics.registry.METRICS`.
     config : EvaluationConfig
         Batches and length of the answers.
     autocast_choice : str

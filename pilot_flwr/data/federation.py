@@ -1,22 +1,62 @@
-"""Who the clients of a federation are, and which examples and metric each has.
+"""The training data of all clients in one place, which no federation has.
+
+It is what `strategy.trained_by=pooled` trains on, in a simulation: the model of all data is what a
+federation is measured against.
+
+Who the clients of a federation are, and which examples and metric each has.
 
 To add a data source, add a row to `SOURCES`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, overload
 
-from pilot_flwr.connector import is_reserved
-from pilot_flwr.data import digits
-from pilot_flwr.data.digit_questions import METRIC_OF
+from pilot_flwr.algorithm.connector import is_reserved
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.schema import StrategyConfig
+from pilot_flwr.data.client_files import SiteFiles, Split, read_simulated, read_site
+from pilot_flwr.data.demo import digits
+from pilot_flwr.data.demo.questions import METRIC_OF
 from pilot_flwr.data.examples import Example
-from pilot_flwr.data.files import SiteFiles, Split, read_simulated, read_site
-from pilot_flwr.data.image_files import Colour, mean_colour
+from pilot_flwr.data.images import Colour, mean_colour
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.metrics.table import METRICS
-from pilot_flwr.settings.data import DataConfig
-from pilot_flwr.settings.strategy import StrategyConfig
+from pilot_flwr.metrics.registry import METRICS
+
+
+class PooledExamples(Sequence[Example]):
+    """The examples of several clients, one client after the other, read when they are asked for.
+
+    An example's id is ``<client>/<its own id>``, because two clients may use the same one.
+
+    Parameters
+    ----------
+    parts : Mapping[str, Sequence[Example]]
+        Client → its examples.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Example]]) -> None:
+        self._parts = list(parts.items())
+        self._ends = list(accumulate(len(examples) for _, examples in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        part = bisect_right(self._ends, position)
+        client, examples = self._parts[part]
+        example = examples[position - (self._ends[part] - len(examples))]
+        return replace(example, id=f"{client}/{example.id}")
+
 
 __all__ = [
     "SOURCES",
@@ -164,7 +204,7 @@ def padding_colour(data: DataConfig, image_processor: Any) -> Colour | None:
 
 
 def task_metric(data: DataConfig, task: str) -> str:
-    """Return the name of a task's metric, a key of `pilot_flwr.metrics.table.METRICS`."""
+    """Return the name of a task's metric, a key of `pilot_flwr.metrics.registry.METRICS`."""
     return SOURCES[data.source].metrics(data)[task]
 
 

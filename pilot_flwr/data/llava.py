@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
-from pilot_flwr.data.image_files import Colour, ImageFile
-from pilot_flwr.data.rows import Row, RowFile
+from pilot_flwr.data.images import Colour, ImageFile
+from pilot_flwr.data.json_rows import Row, RowFile
 from pilot_flwr.errors import DataError
 
 LONGEST_ID = 256

@@ -3,7 +3,7 @@
 They partition a Hugging Face data set; here that is a table of row numbers with, at most, one
 more column, so the rows themselves are never loaded. The same seed gives the same shares in
 every process. To add a kind, add a function and its row to `_BY_SIZE`, and its name to
-`pilot_flwr.settings.data`.
+`pilot_flwr.config.data`.
 """
 
 import warnings
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pilot_flwr.data.rows import RowFile
+from pilot_flwr.config.data import PartitionConfig
+from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.settings.data import PartitionConfig
 
 Rows = NDArray[np.int64]
 """Row numbers, sorted."""

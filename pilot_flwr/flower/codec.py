@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from pilot_flwr.errors import UpdateError
-from pilot_flwr.model.parameters import State
+from pilot_flwr.protocol import State
 
 _BFLOAT16 = ":bfloat16"
 _T = TypeVar("_T")

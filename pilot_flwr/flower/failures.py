@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from flwr.app import Error
 
 from pilot_flwr.errors import PilotError, WorkerDied
-from pilot_flwr.wording import bounded, headline, one_line
+from pilot_flwr.formatting import bounded, headline, one_line
 
 _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own exceptions
     r"<class 'ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
@@ -20,7 +20,6 @@ _DEAD_WORKER = re.compile(  # how Flower's simulation engine words its own excep
 
 _URL = r"(?P<url>https?://[^\s'\"<>]+)"
 _ABSOLUTE = r"(?<![\w/>.~])(?:file:)?~?/+[\w.~-][^\s'\"`,;:()\[\]{}<>]*"
-
 _QUOTED = r"(?P<quote>['\"`])(?:file:)?~?/+[\w.~-](?:(?!(?P=quote)).)*(?P=quote)"
 
 OWN_ERROR = 1001

@@ -16,10 +16,8 @@ from typing import NamedTuple
 from pilot_flwr.errors import DataError
 
 THRESHOLD = Fraction(1, 2)
-
 _NUMBER = r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*"
 _BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-
 _QUARTERS = re.compile(r"([0-4]) ([0-4]) ([0-4]) ([0-4])")
 
 

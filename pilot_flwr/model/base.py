@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import transformers
 
+from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import spec_of
-from pilot_flwr.model.shipped import checkpoint_path, reference_config
-from pilot_flwr.settings.model import ModelConfig
+from pilot_flwr.model.checkpoints import checkpoint_path, reference_config
 
 _NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 

@@ -6,10 +6,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from pilot_flwr.report.drawing import Figure, Panel, Table, short, some
-from pilot_flwr.report.gather import Matrix, RunData
-from pilot_flwr.report.method import distance_words, mixing_words, nothing_to_compare
-from pilot_flwr.wording import count
+from pilot_flwr.formatting import count
+from pilot_flwr.report.history import (
+    Matrix,
+    RunData,
+    distance_words,
+    mixing_words,
+    nothing_to_compare,
+)
+from pilot_flwr.report.style import Figure, Panel, Table, short, some
 
 MOST_EXCHANGES = 6
 """Drawn at most, as in the time line."""

@@ -15,17 +15,17 @@ import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from pilot_flwr.connector import CrossTaskMoA
+from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import Client, client_examples, padding_colour
 from pilot_flwr.errors import PilotError
+from pilot_flwr.formatting import headline
+from pilot_flwr.inference.runs import Run, open_run, personal, personal_model
 from pilot_flwr.model.base import load_processor
-from pilot_flwr.model.features import FeatureCache
+from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.report.drawing import Figure, Panel, Table, short
-from pilot_flwr.report.gather import RunData
-from pilot_flwr.results.runs import Run, open_run, personal, personal_model
-from pilot_flwr.wording import headline
+from pilot_flwr.report.history import RunData
+from pilot_flwr.report.style import Figure, Panel, Table, short
 
 MOST_EXAMPLES = 64
 """Evaluation examples of a client over which probabilities are averaged."""

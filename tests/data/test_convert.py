@@ -6,14 +6,14 @@ import tracemalloc
 import pytest
 from PIL import Image
 
-from pilot_flwr.cli import main
-from pilot_flwr.commands import convert as command
-from pilot_flwr.data.conversion import Sources
-from pilot_flwr.data.convert import CONVERTERS, convert
+from pilot_flwr.cli import convert as command
+from pilot_flwr.cli.main import main
+from pilot_flwr.data.converters.common import Sources
+from pilot_flwr.data.converters.convert import CONVERTERS, convert
+from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
-from pilot_flwr.data.rows import RowFile
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.metrics.table import METRICS
+from pilot_flwr.metrics.registry import METRICS
 
 GQA = {
     "02930152": {
@@ -387,7 +387,7 @@ def test_a_box_without_area_at_two_decimals_is_nothing_to_train_on(run, box):
 
 
 def test_padded_boxes_are_where_the_padded_image_has_them(run, tmp_path):
-    from pilot_flwr.data.image_files import ImageFile
+    from pilot_flwr.data.images import ImageFile
 
     image = Image.new("RGB", (75, 30))
     image.paste((255, 255, 255), (15, 6, 45, 21))

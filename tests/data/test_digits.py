@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from pilot_flwr.data import digits
-from pilot_flwr.data.digit_style import PLAIN, Style, render
-from pilot_flwr.data.digits import TASKS, client_examples, client_sizes
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.data.demo import digits
+from pilot_flwr.data.demo.digits import TASKS, client_examples, client_sizes
+from pilot_flwr.data.demo.questions import PLAIN, Style, render
 from pilot_flwr.data.federation import client_examples as federation_examples
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.settings.data import DataConfig
 
 WORDS = "zero one two three four five six seven eight nine".split()
 PLACES = ["top left", "top right", "bottom left", "bottom right"]

@@ -4,10 +4,10 @@ import sys
 import pytest
 from torch import nn
 
-from pilot_flwr.connector import is_reserved
+from pilot_flwr.algorithm.connector import is_reserved
+from pilot_flwr.config.data import DataConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.settings.data import DataConfig
 
 
 @pytest.mark.parametrize("task", ["keys", "training", "forward", "type", "pop", "dump_patches"])

@@ -11,9 +11,11 @@ import pytest
 from flwr.common.config import parse_config_args
 from llava_files import SUFFIX, write_federation
 
-from pilot_flwr.config import load_config
+from pilot_flwr.config.data import DataConfig, TaskFiles
+from pilot_flwr.config.federation_file import expand
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import (
-    SiteFiles,
     client_examples,
     count_examples,
     federation_clients,
@@ -22,8 +24,6 @@ from pilot_flwr.data.federation import (
 )
 from pilot_flwr.data.llava import Reading, to_example
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.federation_file import expand
-from pilot_flwr.settings.data import DataConfig, TaskFiles
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "data.md"
 

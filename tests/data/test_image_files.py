@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pilot_flwr.data import image_files
-from pilot_flwr.data.image_files import ImageError, ImageFile, expand_to_square, mean_colour
+from pilot_flwr.data import images as image_files
+from pilot_flwr.data.images import ImageError, ImageFile, expand_to_square, mean_colour
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading, to_example
-from pilot_flwr.data.rows import RowFile
 from pilot_flwr.errors import DataError
 
 READING = Reading(images=Path("/images"))

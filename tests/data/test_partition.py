@@ -9,10 +9,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from pilot_flwr.config.data import PartitionConfig
+from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.partition import column_codes, deal, draw
-from pilot_flwr.data.rows import RowFile
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.settings.data import PartitionConfig
 
 KINDS = [
     PartitionConfig(),
@@ -142,8 +142,8 @@ def test_another_process_deals_the_same(files):
     code = (
         "import sys; from pathlib import Path\n"
         "from pilot_flwr.data.partition import deal\n"
-        "from pilot_flwr.data.rows import RowFile\n"
-        "from pilot_flwr.settings.data import PartitionConfig\n"
+        "from pilot_flwr.data.json_rows import RowFile\n"
+        "from pilot_flwr.config.data import PartitionConfig\n"
         "files = [RowFile(Path(name)) for name in sys.argv[1:]]\n"
         "config = PartitionConfig('dirichlet', alpha=1.0, column='kind')\n"
         "print([s.tolist() for s in deal(files, config, num_clients=3, seed=[0])])"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot_flwr.data import rows
-from pilot_flwr.data.rows import RowFile, open_rows
+from pilot_flwr.data import json_rows as rows
+from pilot_flwr.data.json_rows import RowFile, open_rows
 from pilot_flwr.errors import DataError
 
 JSON = st.recursive(
@@ -191,7 +191,7 @@ def test_memory_of_a_large_array_is_bounded(tmp_path):
             file.write(",\n" + ",\n".join([row] * 1000))
         file.write("]")
     code = (
-        "import resource, sys; from pathlib import Path; from pilot_flwr.data.rows import RowFile\n"
+        "import resource, sys; from pathlib import Path; from pilot_flwr.data.json_rows import RowFile\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); rows = RowFile(Path(sys.argv[1])); n = sum(1 for _ in rows)\n"
         "print(n, peak() - before)"

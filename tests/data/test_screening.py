@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from pilot_flwr.data.examples import Example, Turn
-from pilot_flwr.data.image_files import ImageFile
+from pilot_flwr.data.images import ImageFile
+from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
-from pilot_flwr.data.rows import RowFile
-from pilot_flwr.data.screening import WholeImages, usable
+from pilot_flwr.data.validation import WholeImages, usable
 from pilot_flwr.errors import DataError
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]

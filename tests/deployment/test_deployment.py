@@ -14,7 +14,7 @@ import torch
 from guide import blocks, has_nginx, wait_for_either, wait_until
 from lab import SITES, SMALL, Lab
 
-from pilot_flwr.results.runs import open_run, personal, personal_model
+from pilot_flwr.inference.runs import open_run, personal, personal_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

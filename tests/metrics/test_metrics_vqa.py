@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics import vqa
+from pilot_flwr.metrics import text as vqa
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_vqa.json").read_text(encoding="utf-8"))
 

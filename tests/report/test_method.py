@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from pilot_flwr.config import load_config
+from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ModelError
-from pilot_flwr.report import diagram, matrices
-from pilot_flwr.report.gather import Exchange, read_run
+from pilot_flwr.report import matrices
+from pilot_flwr.report import timeline as diagram
+from pilot_flwr.report.history import Exchange, read_run
 
 CLIENTS = ["vqa-0", "vqa-1", "row-0", "row-1"]
 ALL = dict.fromkeys(CLIENTS, 0.25)

@@ -17,19 +17,21 @@ from inprocess import client_by_id
 from panels import covered, cut_texts, drawn
 from PIL import Image
 
-from pilot_flwr import cli
+from pilot_flwr.cli import main as cli
 from pilot_flwr.data.federation import client_examples
 from pilot_flwr.errors import RunError
+from pilot_flwr.formatting import human_bytes
+from pilot_flwr.inference.runs import client_model, open_run
 from pilot_flwr.model.base import load_processor
-from pilot_flwr.report import losses, matrices, router, traffic
-from pilot_flwr.report.drawing import Figure, Panel, some, text_on
-from pilot_flwr.report.gather import _exchange, read_run
-from pilot_flwr.report.page import Page, render
-from pilot_flwr.report.run_report import FIGURES
-from pilot_flwr.results.runs import client_model, open_run
-from pilot_flwr.storage.run_folder import read_events
-from pilot_flwr.sweeping import rows
-from pilot_flwr.wording import human_bytes
+from pilot_flwr.report import matrices, router
+from pilot_flwr.report import scores as losses
+from pilot_flwr.report import timeline as traffic
+from pilot_flwr.report.history import _exchange, read_run
+from pilot_flwr.report.html import Page, render
+from pilot_flwr.report.run import FIGURES
+from pilot_flwr.report.style import Figure, Panel, some, text_on
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.sweeps import results as rows
 
 CPU = torch.device("cpu")
 

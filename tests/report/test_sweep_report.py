@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 from panels import covered, cut_texts, drawn
 
-from pilot_flwr import cli
-from pilot_flwr.commands.run import write_report
-from pilot_flwr.report import sweep_curves
-from pilot_flwr.report.sweep_curves import method_curves
-from pilot_flwr.report.sweep_dots import MEAN, dots, seed_scores
-from pilot_flwr.report.sweep_labels import short_labels, shortened
-from pilot_flwr.storage.run_folder import select
-from pilot_flwr.sweeping.rows import as_csv, label_of, read_rows
-from pilot_flwr.sweeping.table import UNTOUCHED, compare
+from pilot_flwr.cli import main as cli
+from pilot_flwr.cli.run import write_report
+from pilot_flwr.report import sweep as sweep_curves
+from pilot_flwr.report.sweep import MEAN, dots, method_curves, seed_scores, short_labels, shortened
+from pilot_flwr.run.directory import select
+from pilot_flwr.sweeps.compare import UNTOUCHED, compare
+from pilot_flwr.sweeps.results import as_csv, label_of, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = {"pilot": {0: (0.9, 0.3), 1: (0.8, 0.5)}, "fedit": {0: (0.7, 0.1), 1: (0.6, 0.2)}}

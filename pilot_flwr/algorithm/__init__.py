@@ -1,0 +1,1 @@
+"""The paper's mathematics: no Flower, no files, torch and numpy alone."""

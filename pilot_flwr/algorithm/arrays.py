@@ -1,0 +1,292 @@
+"""Passes over the named arrays of several clients: checks, weighted sums, inner products.
+
+The equations are in :mod:`pilot_flwr.algorithm.aggregation`; this module knows how to read K states at once.
+A *state* is a mapping from names to tensors, each a ``numpy.ndarray`` or a CPU ``torch.Tensor``, of
+dtype float16, bfloat16 (torch only), float32 or float64.
+
+Accuracy: products and sums are float64. Weighted sums are rounded to the clients' dtype once. For
+distances, clients that start from the same base differ by little beside their norms: inner products
+are those of differences to the first client, which cancels a common offset before it costs digits.
+
+Memory: columns are staged in blocks that stay in cache, and results are written straight into their
+final arrays. NaN and Inf are found in the pass that is made anyway.
+
+Whether the tensors of an upload are those that were asked for.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pilot_flwr.errors import UpdateError
+from pilot_flwr.protocol import State
+
+Array: TypeAlias = NDArray[Any] | torch.Tensor
+NamedArrays: TypeAlias = Mapping[str, Array]
+Matrix: TypeAlias = NDArray[np.float64]
+
+# What a tensor is: container, dtype and device, then its shape.
+_Layout: TypeAlias = tuple[tuple[str, object, object], tuple[int, ...]]
+_NUMPY_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+_TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUPPORTED = [("numpy", dtype, "cpu") for dtype in _NUMPY_DTYPES] + [
+    ("torch", dtype, torch.device("cpu")) for dtype in _TORCH_DTYPES
+]
+
+# Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache.
+_BLOCK_ELEMENTS = 1 << 17
+
+
+class ClientUpdateError(UpdateError):
+    """One client's update cannot enter the aggregation.
+
+    Attributes
+    ----------
+    client : int
+        Index of the client in the list given to the function that raised, so that a caller can
+        drop it and aggregate the others.
+    """
+
+    def __init__(self, client: int, reason: str) -> None:
+        super().__init__(f"client {client}: {reason}")
+        self.client = client
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a block is too small to share.
+
+    On busy cores, the threads' waiting for each other at every block took longer than the products.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_states(states: Sequence[NamedArrays], clients: Sequence[int]) -> None:
+    """Check that all states hold the same tensors, without reading the values.
+
+    Parameters
+    ----------
+    states : sequence of state
+        The states of K clients.
+    clients : sequence of int
+        The index of each client, for the error.
+
+    Raises
+    ------
+    UpdateError
+        If there is no client.
+    ClientUpdateError
+        If a client has no tensor, lacks one or has one more than the first client, or if a
+        tensor's container, dtype, device or shape is unsupported or not the first client's.
+    """
+    if not states:
+        raise UpdateError("There is no client to aggregate.")
+    for client, state in zip(clients, states, strict=True):
+        if not state:
+            raise ClientUpdateError(client, "the update holds no tensor.")
+        for name in sorted(states[0].keys() ^ state.keys()):
+            problem = "lacks" if name in states[0] else "is not expected to have"
+            raise ClientUpdateError(client, f"the update {problem} tensor `{name}`.")
+        for name, value in state.items():
+            if (layout := _layout(value)) != (expected := _layout(states[0][name])):
+                found, wanted = _describe(layout), _describe(expected)
+                reason = f"tensor `{name}` is {found} but client {clients[0]}'s is {wanted}."
+                raise ClientUpdateError(client, reason)
+            if layout[0] not in _SUPPORTED:
+                reason = f"tensor `{name}` is {_describe(layout)}, which cannot be aggregated."
+                raise ClientUpdateError(client, reason)
+
+
+@_one_thread()
+@np.errstate(invalid="ignore", over="ignore")  # met with an error, not a warning
+def combine(
+    states: Sequence[NamedArrays], weights: Matrix, clients: Sequence[int]
+) -> list[dict[str, Array]]:
+    """Compute weighted sums of states.
+
+    ::
+
+        S'_r = sum_j W_rj S_j
+
+    Parameters
+    ----------
+    states : sequence of state
+        The states of K clients, checked by :func:`check_states`.
+    weights : ndarray, shape (R, K)
+        R <= K row-stochastic rows of weights.
+    clients : sequence of int
+        The index of each client, for the error.
+
+    Returns
+    -------
+    list of state
+        R new states with the container type and dtype of the inputs. Summed in float64, rounded to
+        a narrower dtype once. Where all clients hold the same bits, the result holds them too.
+
+    Raises
+    ------
+    ClientUpdateError
+        If a tensor holds NaN or Inf.
+    UpdateError
+        If the values of a tensor are so large that their sum overflows.
+    """
+    rows = len(weights)
+    factors = torch.from_numpy(weights)
+    # Made once and before the results: between these, they would leave holes in the heap.
+    staging, product = np.empty(_BLOCK_ELEMENTS), np.empty(_BLOCK_ELEMENTS)
+    results: list[dict[str, Array]] = [{} for _ in range(rows)]
+    for name, template in states[0].items():
+        vectors = [_vector(state[name]) for state in states]
+        outputs = [_empty_like(template) for _ in range(rows)]
+        targets = [_vector(output) for output in outputs]
+        for columns, block in _blocks(vectors, staging):
+            stacked = torch.from_numpy(block)
+            if not np.isfinite(stacked.sum().item()):  # NaN and Inf survive the sum
+                raise _not_finite(name, vectors, clients)
+            # A float64 sum of equal values may be off by a bit, so those are passed on as they are.
+            equal = (block[:, 0] == block[0, 0]).all() and (block == block[0]).all()
+            mixed = block[:rows] if equal else _reshaped(product, rows, block.shape[1])
+            if not equal:
+                torch.mm(factors, stacked, out=torch.from_numpy(mixed))
+            for target, source in zip(targets, mixed, strict=True):
+                _round_into(target[columns], source)
+        for result, output in zip(results, outputs, strict=True):
+            result[name] = output
+    return results
+
+
+@_one_thread()
+@np.errstate(invalid="ignore", over="ignore")  # met with an error, not a warning
+def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
+    """Compute the inner products of the clients' differences to the first client.
+
+    ::
+
+        G = D D^T,   D_k = S_k - S_0   (all tensors as one vector)
+
+    Parameters
+    ----------
+    states : sequence of state
+        The states of K clients, checked by :func:`check_states`.
+
+    Returns
+    -------
+    ndarray of float64, shape (K, K)
+        G, from differences and products in float64.
+
+    Raises
+    ------
+    ClientUpdateError
+        If a tensor holds NaN or Inf; clients are numbered as in `states`.
+    UpdateError
+        If the values of a tensor are so large that their squares overflow.
+    """
+    total = np.zeros((len(states), len(states)))
+    staging = np.empty(_BLOCK_ELEMENTS)
+    for name in states[0]:
+        vectors = [_vector(state[name]) for state in states]
+        for _, block in _blocks(vectors, staging):
+            block -= block[0].copy()
+            differences = torch.from_numpy(block)
+            total += torch.mm(differences, differences.T).numpy()
+        if not np.isfinite(total.trace()):  # they survive the squares, too
+            raise _not_finite(name, vectors, range(len(states)))
+    return total
+
+
+def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, Matrix]]:
+    """Yield the columns of K vectors as float64 (K, width) blocks, all of them in `buffer`."""
+    size, clients = vectors[0].shape[0], len(vectors)
+    width = buffer.size // clients
+    for start in range(0, size, width):
+        columns = slice(start, min(size, start + width))
+        block = _reshaped(buffer, clients, columns.stop - start)
+        for row, vector in zip(block, vectors, strict=True):
+            part = vector[columns]
+            if isinstance(part, torch.Tensor):
+                torch.from_numpy(row).copy_(part)
+            else:
+                row[:] = part
+        yield columns, block
+
+
+def _reshaped(buffer: Matrix, rows: int, columns: int) -> Matrix:
+    return buffer[: rows * columns].reshape(rows, columns)
+
+
+def _round_into(target: Array, source: Matrix) -> None:
+    if isinstance(target, torch.Tensor):
+        target.copy_(torch.from_numpy(source))
+    else:
+        np.copyto(target, source, casting="same_kind")
+
+
+def _layout(value: Array) -> _Layout:
+    if isinstance(value, torch.Tensor):
+        return ("torch", value.dtype, value.device), tuple(value.shape)
+    if isinstance(value, np.ndarray):
+        return ("numpy", value.dtype, value.device), value.shape
+    return (type(value).__name__, "object", "no device"), ()
+
+
+def _describe(layout: _Layout) -> str:
+    (container, dtype, device), shape = layout
+    return f"{container} {str(dtype).removeprefix('torch.')} on {device} of shape {shape}"
+
+
+def _vector(value: Array) -> Array:
+    """Return all elements as a vector; a view where the memory layout allows it."""
+    return value.detach().reshape(-1) if isinstance(value, torch.Tensor) else value.reshape(-1)
+
+
+def _empty_like(value: Array) -> Array:
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype)
+    return np.empty(value.shape, dtype=value.dtype)
+
+
+def _not_finite(name: str, vectors: Sequence[Array], clients: Sequence[int]) -> UpdateError:
+    """Return the error for a tensor whose pass was not finite: names the client, if it is one."""
+    for client, vector in zip(clients, vectors, strict=True):
+        finite = vector.isfinite() if isinstance(vector, torch.Tensor) else np.isfinite(vector)
+        if not finite.all():
+            return ClientUpdateError(client, f"tensor `{name}` holds NaN or Inf.")
+    return UpdateError(f"The values of tensor `{name}` are too large to aggregate.")
+
+
+def check_tensors(what: str, state: State, expected: State) -> None:
+    """Check names, shapes, types and values; `what` names the part of the upload.
+
+    Raises
+    ------
+    UpdateError
+        A tensor is missing, unexpected, of another shape or type, or not finite.
+    """
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unexpected:
+        raise UpdateError(
+            f"its {what} has missing tensors {sorted(missing)[:3]} and unexpected ones "
+            f"{sorted(unexpected)[:3]} ({len(missing)} and {len(unexpected)} in all)"
+        )
+    for name, tensor in expected.items():
+        got = state[name]
+        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+            raise UpdateError(
+                f"`{name}` of its {what} is {_describe_tensor(got)} but must be {_describe_tensor(tensor)}"
+            )
+        if not math.isfinite(float(torch.sum(got, dtype=torch.float64))):
+            raise UpdateError(f"`{name}` of its {what} has values that are not finite")
+
+
+def _describe_tensor(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

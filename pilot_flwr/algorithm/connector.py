@@ -1,0 +1,257 @@
+"""The connectors between vision tower and language model (design section 2).
+
+`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2; both take the place of a
+LLaVA model's projector and are built from `Adapter`s of the projector's own shape. Shapes:
+B images, N visual tokens, D vision channels, C language-model channels, T tasks.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pilot_flwr.algorithm.losses import difference_loss, load_balancing_loss, router_z_loss
+from pilot_flwr.errors import ModelError
+
+
+class ConnectorOutput(NamedTuple):
+    """What a connector returns; a loss that its stage does not have is zero.
+
+    Attributes
+    ----------
+    features : Tensor
+        x_img, shape (B, N, C).
+    difference, balance, z : Tensor
+        L_d, L_b and L_z, scalars without coefficient.
+    """
+
+    features: Tensor
+    difference: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+class Adapter(nn.Module):
+    """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c (names as in transformers' projector).
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        D and C.
+    bias : bool
+        Whether both layers have a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features, bias=bias)
+        self.linear_2 = nn.Linear(out_features, out_features, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (..., D) to (..., C)."""
+        hidden: Tensor = nn.functional.gelu(self.linear_1(features))
+        output: Tensor = self.linear_2(hidden)
+        return output
+
+    def copy(self, *, zero_output: bool = False) -> "Adapter":
+        """Return an independent copy; with `zero_output` its last layer is zero."""
+        twin = deepcopy(self)  # a new one would draw its weights first: three times as slow
+        if zero_output:
+            with torch.no_grad():
+                for parameter in twin.linear_2.parameters():
+                    parameter.zero_()
+        return twin
+
+
+class TaskClientConnector(nn.Module):
+    """Stage 1: ``x_t = ψ_t(H_v)``, ``x_s = ψ_s(H_v)``, ``x_img = x_t + x_s``.
+
+    Parameters
+    ----------
+    task_adapter : Adapter
+        ψ_t.
+    client_adapter : Adapter or None
+        ψ_s; without it ``x_img = x_t`` and there is no difference loss.
+    reduction : str
+        Reduction of the difference loss, see `pilot_flwr.algorithm.losses.difference_loss`.
+    """
+
+    def __init__(
+        self,
+        task_adapter: Adapter,
+        client_adapter: Adapter | None,
+        *,
+        reduction: str = "normalized",
+    ) -> None:
+        super().__init__()
+        self.task_adapter = task_adapter
+        self.client_adapter = client_adapter
+        self.reduction = reduction
+
+    def forward(self, features: Tensor) -> ConnectorOutput:
+        """Map H_v (B, N, D) to x_img (B, N, C) and L_d."""
+        task = self.task_adapter(features)
+        zero = task.new_zeros(())
+        if self.client_adapter is None:
+            return ConnectorOutput(task, zero, zero, zero)
+        client = self.client_adapter(features)
+        if torch.is_grad_enabled():
+            difference = difference_loss(task, client, reduction=self.reduction)
+        else:
+            difference = zero
+        return ConnectorOutput(task + client, difference, zero, zero)
+
+
+class CrossTaskMoA(nn.Module):
+    """Stage 2, the cross-task mixture of adapters, dense over all T experts.
+
+    ::
+
+        h_1   = ψ_t^1(H_v)                    the client's own task
+        h_i   = ψ_t^i(H_v) + ψ_c^i(H_v)       i ≥ 2, a foreign task
+        g     = H_v W_φ,  P = softmax(g)      per visual token
+        x_img = ψ_s(H_v) + Σ_i P[:, i] ⊙ h_i
+
+    Parameters
+    ----------
+    task_adapters : Mapping[str, Adapter]
+        ψ_t of all T tasks by name; the first is the client's own.
+    cross_task_adapters : Mapping[str, Adapter] or None
+        ψ_c of the T − 1 foreign tasks, in the same order; without them ``h_i = ψ_t^i(H_v)``.
+    client_adapter : Adapter or None
+        ψ_s; without it there is none in the sum.
+    router : Linear
+        φ, D → T, without bias.
+    use_client_adapter : bool
+        Whether ψ_s is in the sum; the official code leaves it out.
+
+    Raises
+    ------
+    ModelError
+        The tasks of the two mappings do not fit, or a name cannot be a module's.
+    """
+
+    def __init__(
+        self,
+        task_adapters: Mapping[str, Adapter],
+        cross_task_adapters: Mapping[str, Adapter] | None,
+        client_adapter: Adapter | None,
+        router: nn.Linear,
+        *,
+        use_client_adapter: bool = True,
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(task_adapters)
+        if cross_task_adapters is not None and tuple(cross_task_adapters) != self.tasks[1:]:
+            raise ModelError(
+                f"Cross-task adapters are for {list(cross_task_adapters)} but must be for the "
+                f"foreign tasks {list(self.tasks[1:])}."
+            )
+        for task in self.tasks:
+            if is_reserved(task):
+                raise ModelError(f"Task name {task!r} is taken by torch; choose another.")
+        if router.out_features != len(self.tasks):
+            raise ModelError(
+                f"The router has {router.out_features} outputs but there are "
+                f"{len(self.tasks)} tasks."
+            )
+        self.task_adapters = nn.ModuleDict(dict(task_adapters))
+        self.cross_task_adapters = (
+            None if cross_task_adapters is None else nn.ModuleDict(dict(cross_task_adapters))
+        )
+        self.client_adapter = client_adapter
+        self.router = router
+        self.use_client_adapter = use_client_adapter
+
+    @property
+    def own_task(self) -> str:
+        """Name of the client's own task."""
+        return self.tasks[0]
+
+    def forward(self, features: Tensor) -> ConnectorOutput:
+        """Map H_v (B, N, D) to x_img (B, N, C), L_b and L_z."""
+        logits = self.router_logits(features)
+        probs = logits.softmax(-1)
+        client = self.client_adapter if self.use_client_adapter else None
+        mixed = None if client is None else client(features)
+        for index, task in enumerate(self.tasks):
+            expert = self.task_adapters[task](features)
+            if index > 0 and self.cross_task_adapters is not None:
+                expert = expert + self.cross_task_adapters[task](features)
+            weight = probs[..., index, None].to(expert.dtype)
+            mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
+        assert mixed is not None
+        return ConnectorOutput(
+            mixed, mixed.new_zeros(()), load_balancing_loss(probs), router_z_loss(logits)
+        )
+
+    def router_logits(self, features: Tensor) -> Tensor:
+        """Return g, shape (B, N, T), in float32 or better."""
+        with torch.autocast(features.device.type, enabled=False):
+            dtype = torch.promote_types(self.router.weight.dtype, torch.float32)
+            return nn.functional.linear(features.to(dtype), self.router.weight.to(dtype))
+
+
+def is_reserved(task: str) -> bool:
+    """Whether a torch module has an attribute of this name, so that no task adapter can."""
+    return hasattr(nn.ModuleDict(), task)
+
+
+def stage1_connector(
+    projector: Adapter, *, initialisation: str, reduction: str, client_adapter: bool = True
+) -> TaskClientConnector:
+    """Build stage 1 from the base model's pretrained projector.
+
+    ``identity``: ψ_t is the projector and ψ_s ends in zero, so training starts exactly at the
+    base model. ``official``: ψ_t and ψ_s are both the projector. Without `client_adapter` there
+    is ψ_t alone.
+    """
+    client = projector.copy(zero_output=initialisation == "identity") if client_adapter else None
+    return TaskClientConnector(projector.copy(), client, reduction=reduction)
+
+
+def stage2_connector(
+    projector: Adapter,
+    *,
+    tasks: tuple[str, ...],
+    client_adapter: Adapter | None,
+    initialisation: str,
+    use_client_adapter: bool,
+    cross_task_adapters: bool = True,
+    generator: torch.Generator,
+) -> CrossTaskMoA:
+    """Build stage 2: the client's own ψ_s, new ψ_c and φ, and room for T task adapters.
+
+    Parameters
+    ----------
+    projector : Adapter
+        The base model's pretrained projector.
+    tasks : tuple of str
+        The client's own task first.
+    client_adapter : Adapter or None
+        ψ_s as stage 1 left it, if there is one.
+    initialisation : {"identity", "official"}
+        ``identity``: every ψ_c ends in zero. ``official``: every ψ_c is the projector.
+    use_client_adapter : bool
+        Whether ψ_s is added (design: `stage2_client_adapter`).
+    cross_task_adapters : bool
+        Whether there are ψ_c.
+    generator : torch.Generator
+        Draws the router, uniform in ±1/√D (torch's default for a linear layer), on the CPU.
+    """
+    weight = projector.linear_1.weight
+    router = nn.Linear(weight.shape[1], len(tasks), bias=False)
+    bound = weight.shape[1] ** -0.5
+    drawn = torch.empty(router.weight.shape, device="cpu")
+    with torch.no_grad():
+        router.weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    cross = {task: projector.copy(zero_output=initialisation == "identity") for task in tasks[1:]}
+    return CrossTaskMoA(
+        {task: projector.copy() for task in tasks},
+        cross if cross_task_adapters else None,
+        client_adapter,
+        router.to(weight),
+        use_client_adapter=use_client_adapter,
+    )

@@ -1,0 +1,154 @@
+"""FedEx-LoRA: what the mean of low-rank factors leaves out of the mean of their products.
+
+Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). The tensors of a LoRA are
+named ``<layer>.lora_A``, shape (r, inputs), and ``<layer>.lora_B``, shape (outputs, r).
+
+Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+Large Language Models", ACL 2025 (arXiv 2410.09432). The weights p_k are 1 / K there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pilot_flwr.algorithm.aggregation import group_weights
+from pilot_flwr.algorithm.arrays import Array, NamedArrays, check_states
+
+A, B = ".lora_A", ".lora_B"
+
+
+def product_residual(
+    states: Sequence[NamedArrays],
+    num_examples: Sequence[float],
+    mean: NamedArrays,
+    previous: NamedArrays | None = None,
+) -> dict[str, Array]:
+    """Compute the residual of a federated average of LoRAs, as a LoRA of its own.
+
+    ::
+
+        R = R_prev + Σ_k p_k B_k A_k − B̄ Ā,    p_k = n_k / Σ_j n_j
+
+    With W + s R_prev + s B_k A_k the weights of client k, W + s R + s B̄ Ā is exactly their mean.
+
+    Parameters
+    ----------
+    states : sequence of state
+        The LoRA of each of K clients, with the same names, shapes and dtypes.
+    num_examples : sequence of float
+        The training examples n_k of each client, positive and finite.
+    mean : state
+        Ā and B̄ as the clients get them, rounding included.
+    previous : state, optional
+        R_prev, as the clients have it; nothing at first.
+
+    Returns
+    -------
+    state
+        ``<layer>.lora_A`` and ``<layer>.lora_B``, whose product is R: of the rank that R has
+        numerically in float64, which is at most (K + 1) r above the last one's and never above the
+        layer's smaller side. A layer whose R is zero has no entry: with one client, or with
+        identical ones, there is nothing. Float64 if the LoRAs are, else float32.
+
+    Raises
+    ------
+    UpdateError
+        If there is no client, the tensors do not match, or the examples are not positive.
+
+    Notes
+    -----
+    The factors of all terms are put side by side, R = U V, and U V is decomposed anew by QR and
+    SVD in float64, without ever building the layer's full matrix.
+    """
+    check_states(states, range(len(states)))
+    shares = group_weights([""] * len(states), num_examples)[0]
+    residual: dict[str, Array] = {}
+    for name in mean:
+        if not name.endswith(A):
+            continue
+        layer = name.removesuffix(A)
+        terms = [
+            (p * _wide(state[layer + B]), _wide(state[name]))
+            for p, state in zip(shares.tolist(), states, strict=True)
+        ]
+        terms.append((-_wide(mean[layer + B]), _wide(mean[name])))
+        if previous and name in previous:
+            terms.append((_wide(previous[layer + B]), _wide(previous[name])))
+        outputs, inputs = _compressed(
+            torch.cat([b for b, _ in terms], dim=1), torch.cat([a for _, a in terms])
+        )
+        if len(inputs):
+            residual[name] = _like(mean[name], inputs)
+            residual[layer + B] = _like(mean[name], outputs)
+    return residual
+
+
+def largest_residual(lora: NamedArrays, *, terms: int) -> dict[str, Tensor]:
+    """Return tensors without content, of the shapes of the largest residual.
+
+    Parameters
+    ----------
+    lora : state
+        One client's LoRA, of which the shapes count alone.
+    terms : int
+        How many products of two such factors are in it: K + 1 for each round.
+    """
+    largest: dict[str, Tensor] = {}
+    for name, a in lora.items():
+        if name.endswith(A):
+            layer = name.removesuffix(A)
+            outputs, inputs = lora[layer + B].shape[0], a.shape[1]
+            rank = min(terms * a.shape[0], outputs, inputs)
+            largest[name] = torch.empty(rank, inputs, device="meta")
+            largest[layer + B] = torch.empty(outputs, rank, device="meta")
+    return largest
+
+
+def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
+    """Return one LoRA whose products are those of two, added: their factors side by side.
+
+    Every layer gets the same rank, the first one's plus the residual's largest: zeros fill up.
+
+    Parameters
+    ----------
+    lora, residual : state
+        Tensors named as everywhere here; the residual may lack layers.
+    """
+    extra = max((len(tensor) for name, tensor in residual.items() if name.endswith(A)), default=0)
+    whole: dict[str, Tensor] = {}
+    for name, value in lora.items():
+        tensor = torch.as_tensor(value)
+        dim = 0 if name.endswith(A) else 1
+        shape = list(tensor.shape)
+        shape[dim] = extra
+        part = tensor.new_zeros(shape)
+        if name in residual:
+            more = torch.as_tensor(residual[name]).to(tensor.dtype)
+            part.narrow(dim, 0, more.shape[dim]).copy_(more)
+        whole[name] = torch.cat([tensor, part], dim=dim)
+    return whole
+
+
+def _compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of ``left @ right`` of its numerical rank, of equal norms."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    # What is below this cannot be told from the rounding of the products.
+    rounding = sum(left.shape) * torch.finfo(torch.float64).eps
+    rank = int((values > rounding * left.norm() * right.norm()).sum())
+    roots = values[:rank].sqrt()
+    return q_left @ (u[:, :rank] * roots), (roots[:, None] * v[:rank]) @ q_right.T
+
+
+def _wide(value: Array) -> Tensor:
+    return torch.as_tensor(value).detach().to(torch.float64)
+
+
+def _like(template: Array, values: Tensor) -> Array:
+    """Return values in the template's container, in float64 or float32."""
+    exact = torch.as_tensor(template).dtype == torch.float64
+    tensor = values.contiguous() if exact else values.float().contiguous()
+    return tensor.numpy() if isinstance(template, np.ndarray) else tensor

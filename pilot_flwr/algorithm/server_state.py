@@ -1,0 +1,299 @@
+"""What the server knows of a federation and how a round changes it (design section 4).
+
+Pure: no Flower, no files. `ServerState.check` says whether an update may enter the
+aggregation, `ServerState.aggregate` lets the updates of one round in.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+
+from pilot_flwr.algorithm.aggregation import (
+    ADAPTER_GROUPS,
+    EVERYONE,
+    LORA_RULES,
+    mix,
+    pairwise_distances,
+    task_aware_average,
+    weighted_average,
+)
+from pilot_flwr.algorithm.arrays import Array, check_tensors
+from pilot_flwr.algorithm.fedex_lora import product_residual
+from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.algorithm.server_optimizer import Moments, adam_step
+from pilot_flwr.config.schema import StrategyConfig
+from pilot_flwr.errors import UpdateError
+from pilot_flwr.protocol import Member, State, Update
+
+
+class InitialState(NamedTuple):
+    """Start of a federation.
+
+    Attributes
+    ----------
+    adapter : State
+        The pretrained projector, as all that is sent in `model.sent_dtype`.
+    lora : State
+        Θ_l: A uniform in ±1/√(inputs) as peft draws it, B zero.
+    """
+
+    adapter: State
+    lora: State
+
+    def sent(self, sharing: Sharing) -> "InitialState":
+        """Return what of it is sent, and so what the server has."""
+        return InitialState(
+            {n: t for n, t in self.adapter.items() if sharing.sends("own_task_adapter", n)},
+            {n: t for n, t in self.lora.items() if sharing.sends("lora", n)},
+        )
+
+
+def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int) -> State:
+    """Draw Θ_l: the same at the server and, of what is never sent, at every client.
+
+    Parameters
+    ----------
+    shapes : Mapping[str, Size]
+        Of all its tensors, in the model's order.
+    dtype : torch.dtype
+        `model.sent_dtype`.
+    seed : int
+        The run's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lora: State = {}
+    for name, shape in shapes.items():
+        lora[name] = torch.zeros(shape, dtype=dtype)
+        if name.endswith("lora_A"):
+            bound = 1 / math.sqrt(shape[1])
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            lora[name] = drawn.to(dtype)
+    return lora
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What a round's aggregation did.
+
+    Attributes
+    ----------
+    clients : list of str
+        Whose updates went into it, sorted.
+    tasks : dict
+        Group (a task, or `EVERYONE`) → clients whose adapters were averaged; a task without a
+        reply is missing.
+    neighbors : dict
+        Client → neighbour → its share in the client's Θ̄_l, own share included.
+    distances : dict
+        Client → client → ‖Θ_l,k − Θ_l,j‖₂.
+    """
+
+    clients: list[str]
+    tasks: dict[str, list[str]]
+    neighbors: dict[str, dict[str, float]]
+    distances: dict[str, dict[str, float]]
+
+
+@dataclass
+class ServerState:
+    """Consensus task adapters and personalised LoRAs.
+
+    Parameters
+    ----------
+    tasks : tuple of str
+        The T tasks, in the federation's order.
+    initial : InitialState
+        What everyone starts from.
+    adapters, loras : dict
+        Task → ψ_t, and client → Θ̄_l of the clients that have trained.
+    task_of : dict
+        Client → its task, of the same clients.
+    moments : dict
+        The server optimizer's, by ``adapter.<group>`` or ``lora.<group or client>``.
+    residual : State
+        What ``strategy.lora=exact`` has added to the frozen base of every client, as a LoRA.
+    rounds : int
+        Exchanges that are aggregated.
+    """
+
+    tasks: tuple[str, ...]
+    initial: InitialState
+    adapters: dict[str, State] = field(default_factory=dict)
+    loras: dict[str, State] = field(default_factory=dict)
+    task_of: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    residual: State = field(default_factory=dict)
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            self.adapters.setdefault(task, self.initial.adapter)
+
+    def stage_for(self, member: Member, stages: int = 2) -> int:
+        """Return the stage that a client trains next: 2 once it and the server have stage 1.
+
+        `stages` is `strategy.stages`: with 1 there is no stage 2.
+        """
+        return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
+
+    def lora_for(self, client: str, task: str) -> State:
+        """Return Θ̄_l of a client: its own, else the mean of its task's, else of all, else Θ_l⁰."""
+        if client in self.loras:
+            return self.loras[client]
+        peers = lora_peers(self.task_of, task)
+        return mean_lora([self.loras[peer] for peer in peers]) if peers else self.initial.lora
+
+    def check(self, update: Update, member: Member, server_round: int) -> None:
+        """Say whether an update may enter the round's aggregation.
+
+        Raises
+        ------
+        UpdateError
+            Another client's, round's or task's update, no examples or more than declared, or
+            tensors that are not exactly those asked for, or not finite.
+        """
+        if update.client != member.client:
+            raise UpdateError(f"it says that it is from {update.client!r}")
+        if update.server_round != server_round:
+            raise UpdateError(f"it is for round {update.server_round}, not {server_round}")
+        if update.task != member.task or update.task not in self.tasks:
+            raise UpdateError(
+                f"its task is {update.task!r} but the client's is {member.task!r}, of "
+                f"{', '.join(self.tasks)}"
+            )
+        if not 1 <= update.num_examples <= member.examples:
+            raise UpdateError(
+                f"it counts {update.num_examples} examples but must count 1 to "
+                f"{member.examples}, as the client declared"
+            )
+        check_tensors("task adapter", update.adapter, self.initial.adapter)
+        check_tensors("LoRA", update.lora, self.initial.lora)
+
+    def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
+        """Average the task adapters per task and mix the LoRAs, in place.
+
+        Raises
+        ------
+        UpdateError
+            There is no update.
+        """
+        updates = sorted(updates, key=lambda update: update.client)
+        if not updates:
+            raise UpdateError("There is no update to aggregate.")
+        averaged = self._average_adapters(updates, config)
+        neighbors, distances = self._mix_loras(updates, config)
+        self.task_of |= {update.client: update.task for update in updates}
+        self.rounds += 1
+        return Aggregation([u.client for u in updates], averaged, neighbors, distances)
+
+    def _average_adapters(
+        self, updates: Sequence[Update], config: StrategyConfig
+    ) -> dict[str, list[str]]:
+        """Average the task adapters of each group, in place; return who was in which."""
+        if not self.initial.adapter:
+            return {}
+        group_of = ADAPTER_GROUPS[config.adapters]
+        groups = [group_of(update.task) for update in updates]
+        averages = task_aware_average(
+            [update.adapter for update in updates], groups, [u.num_examples for u in updates]
+        )
+        starts = {group_of(task): adapter for task, adapter in self.adapters.items()}
+        ordered = {
+            group: self._stepped(f"adapter.{group}", starts[group], average, config)
+            for group, average in averages.items()
+        }
+        self.adapters |= {t: ordered[g] for t in self.tasks if (g := group_of(t)) in ordered}
+        return {
+            group: [u.client for u, g in zip(updates, groups, strict=True) if g == group]
+            for group in sorted(ordered)
+        }
+
+    def _mix_loras(
+        self, updates: Sequence[Update], config: StrategyConfig
+    ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """Mix the LoRAs, in place; return weights and distances, empty if no LoRA is sent."""
+        if not self.initial.lora:
+            self.loras |= {update.client: {} for update in updates}
+            return {}, {}
+        tasks = [update.task for update in updates]
+        loras = [update.lora for update in updates]
+        distances = pairwise_distances(loras)
+        rule = LORA_RULES[config.lora]
+        weights = rule.weights(distances, tasks, [u.num_examples for u in updates], config)
+        new: dict[str, State] = {}
+        for update, lora in zip(updates, mix(loras, weights), strict=True):
+            owner = rule.owner(update.client, update.task)
+            if owner not in new:
+                start = self.lora_for(update.client, update.task)
+                new[owner] = self._stepped(f"lora.{owner}", start, lora, config)
+        if rule.exact:
+            examples = [update.num_examples for update in updates]
+            self.residual = _state(product_residual(loras, examples, new[EVERYONE], self.residual))
+        known = self.task_of | {update.client: update.task for update in updates}
+        owners = {client: rule.owner(client, task) for client, task in known.items()}
+        self.loras |= {client: new[owner] for client, owner in owners.items() if owner in new}
+        clients = [update.client for update in updates]
+        return (
+            _as_dict(clients, weights.tolist(), drop_zero=True),
+            _as_dict(clients, distances.tolist()),
+        )
+
+    def _stepped(
+        self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
+    ) -> State:
+        """Return what a round makes of what was sent: the average, or a step towards it."""
+        state = _ordered(average, start)
+        if config.server_optimizer.name == "none":
+            return state
+        optimizer = config.server_optimizer
+        new, self.moments[target] = adam_step(
+            start,
+            state,
+            self.moments.get(target),
+            learning_rate=optimizer.learning_rate,
+            beta_1=optimizer.beta_1,
+            beta_2=optimizer.beta_2,
+            tau=optimizer.tau,
+        )
+        return new
+
+
+def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
+    """Return whose mean LoRA a client of `task` gets that has none: its task's clients, else all.
+
+    `task_of` has the task of every client that has a LoRA.
+    """
+    return sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
+
+
+def mean_lora(loras: Sequence[State]) -> State:
+    """Return the mean of LoRAs, tensor by tensor, every client counting the same.
+
+    Where no LoRA is sent, theirs and the result are empty.
+    """
+    if not any(loras):
+        return {}
+    return _state(weighted_average(loras, [1] * len(loras)))
+
+
+def _ordered(arrays: Mapping[str, Array], pattern: State) -> State:
+    """Return tensors in the server's order, so that no sum over them depends on a client's."""
+    state = _state(arrays)
+    return {name: state[name] for name in pattern}
+
+
+def _state(arrays: Mapping[str, Array]) -> State:
+    """Narrow the type: tensors went into the aggregation, so tensors come out."""
+    return cast(State, arrays)
+
+
+def _as_dict(
+    clients: list[str], matrix: list[list[float]], *, drop_zero: bool = False
+) -> dict[str, dict[str, float]]:
+    return {
+        row_client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
+        for row_client, row in zip(clients, matrix, strict=True)
+    }

@@ -1,0 +1,207 @@
+"""``pilot-flwr plan``: what a run will train, send and need, before anything is loaded."""
+
+import argparse
+import json
+import re
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pilot_flwr.model.resource_plan import Plan
+
+
+SUCCESS = 0
+_GPU_BYTES = {f"{size} GiB": size * 2**30 for size in (16, 24, 40, 80)}
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command's parser."""
+    plan = commands.add_parser(
+        "plan",
+        help="what a run will train, send and need, before anything is loaded",
+        description="Count what each stage trains, sends, keeps private and leaves frozen, the "
+        "bytes of every exchange, and the GPU memory of a training step. Nothing is loaded.",
+        epilog="example: pilot-flwr plan experiment=paper",
+    )
+    plan.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
+    )
+    plan.add_argument(
+        "--image-size",
+        default="480x640",
+        metavar="HxW",
+        help="size of an image in pixels, on which its tokens may depend (default: 480x640)",
+    )
+    plan.add_argument(
+        "--text-tokens", type=int, default=128, help="tokens of an example besides its image"
+    )
+    plan.add_argument(
+        "--answer-tokens", type=int, default=32, help="those of them that carry a label"
+    )
+    plan.add_argument(
+        "--micro-batch", type=int, default=0, help="instead of the configured train.batch_size"
+    )
+    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
+    plan.set_defaults(handler=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pilot_flwr.config.loading import load_config
+    from pilot_flwr.config.rules import at_least
+    from pilot_flwr.model.resource_plan import make_plan
+
+    at_least("--text-tokens", options.text_tokens, 1)
+    at_least("--micro-batch", options.micro_batch, 0)
+    at_least("--answer-tokens", options.answer_tokens, 1)
+    config = load_config(shlex.join(options.overrides))
+    plan = make_plan(
+        config,
+        image_size=_size(options.image_size),
+        text_tokens=options.text_tokens,
+        answer_tokens=min(options.answer_tokens, options.text_tokens),
+        micro_batch=options.micro_batch,
+    )
+    if options.json:
+        memory = {stage: part.memory.total for stage, part in plan.stages.items()}
+        print(json.dumps({**asdict(plan), "memory_total": memory}, indent=2))
+    else:
+        _show(plan, num_clients=config.num_clients, rounds=config.strategy.rounds)
+    return SUCCESS
+
+
+def _size(text: str) -> tuple[int, int]:
+    from pilot_flwr.errors import ConfigError
+
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not match:
+        raise ConfigError(
+            f"`--image-size` is {text!r} but must be height and width, such as 480x640."
+        )
+    return int(match[1]), int(match[2])
+
+
+def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
+    from pilot_flwr.formatting import human_bytes
+
+    print(f"{plan.path} ({plan.architecture})")
+    print(
+        f"N = {plan.visual_tokens} visual tokens, D = {plan.vision_channels}, "
+        f"C = {plan.text_channels}\n"
+    )
+    _print_table(["parameters", *_stage_titles(plan), "leaves the client"], _parameter_rows(plan))
+    _print_table(["one client, one exchange", *_stage_titles(plan)], _traffic_rows(plan))
+    print(
+        f"The whole run, {num_clients} clients and {rounds + 1} exchanges: "
+        f"{human_bytes(plan.total_bytes)} of tensors\n"
+    )
+    _print_table(["GPU memory, estimated", *_stage_titles(plan)], _memory_rows(plan))
+    batch = plan.batch
+    print(
+        f"A micro-batch of {batch.examples} examples, each one image in "
+        f"{batch.image_tokens} tokens and {batch.text_tokens} tokens of text, "
+        f"{batch.answer_tokens} of them labelled; bfloat16 autocast."
+    )
+    if plan.tokens > plan.max_length:
+        print(
+            f"Such an example has {plan.tokens} tokens and would be refused: `train.max_length` is "
+            f"{plan.max_length}."
+        )
+    print(_largest(plan))
+    print(_fit(plan))
+
+
+def _stage_titles(plan: "Plan") -> list[str]:
+    return [f"stage {stage}" for stage in plan.stages]
+
+
+def _parameter_rows(plan: "Plan") -> list[list[str]]:
+    from pilot_flwr.algorithm.parameter_groups import GROUPS
+
+    rows = []
+    for group, row in GROUPS.items():
+        parts = plan.stages.values()
+        cells = [
+            f"{_millions(n)} {_extent(part.trained_of[group], n, 'trained') or 'frozen'}"
+            if n
+            else "–"
+            for part in parts
+            for n in [part.parameters[group]]
+        ]
+        whole, sent, kept = (
+            max(numbers[group] for numbers in column)
+            for column in zip(*((p.parameters, p.sent_of, p.kept_of) for p in parts), strict=True)
+        )
+        fate = _extent(sent, whole, "sent") or ("never" if kept else "–")
+        title = "base model" if group == "base" else f"{row.symbol}  {group.replace('_', ' ')}"
+        rows.append([title, *cells, fate])
+    for name in ("trained", "sent", "private", "frozen"):
+        sums = [_millions(getattr(part, name)) for part in plan.stages.values()]
+        rows.append([f"{name}, in all", *sums, ""])
+    return rows
+
+
+def _extent(some: int, whole: int, word: str) -> str:
+    """Return the word, or that it holds in part; nothing if it does not hold."""
+    return word if some == whole > 0 else f"partly {word}" if some else ""
+
+
+def _traffic_rows(plan: "Plan") -> list[list[str]]:
+    from pilot_flwr.formatting import human_bytes
+
+    parts = plan.stages.values()
+    return [
+        ["sent up", *(human_bytes(part.up_bytes) for part in parts)],
+        ["received", *(human_bytes(part.down_bytes) for part in parts)],
+    ]
+
+
+def _memory_rows(plan: "Plan") -> list[list[str]]:
+    names = {
+        "base": "base model",
+        "adapters": "adapters and LoRA",
+        "gradients": "gradients",
+        "optimizer": "AdamW's moments",
+        "activations": "activations",
+        "logits": "logits of the answers",
+        "reserve": "reserve",
+        "total": "in all",
+    }
+    return [
+        [title, *(_gib(getattr(part.memory, name)) for part in plan.stages.values())]
+        for name, title in names.items()
+    ]
+
+
+def _largest(plan: "Plan") -> str:
+    most = [
+        min(part.memory.largest_micro_batch(size, plan.batch) for part in plan.stages.values())
+        for size in _GPU_BYTES.values()
+    ]
+    words = [f"{n or 'none'} with {name}" for name, n in zip(_GPU_BYTES, most, strict=True)]
+    return f"Largest micro-batch: {', '.join(words)}."
+
+
+def _fit(plan: "Plan") -> str:
+    import torch
+
+    most = max(part.memory.total for part in plan.stages.values())
+    if not torch.cuda.is_available():
+        return "This machine has no GPU to compare that with."
+    device = torch.cuda.get_device_properties(0)
+    verdict = "fits" if most <= device.total_memory else "does NOT fit"
+    return f"That {verdict} into {device.name} with {_gib(device.total_memory)}."
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    from pilot_flwr.run.tables import markdown
+
+    print(markdown([header, *rows]))
+
+
+def _millions(number: int) -> str:
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.2f} M"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

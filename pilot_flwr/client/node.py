@@ -1,0 +1,551 @@
+"""What a node's configuration says: the words of ``--node-config``, read and checked by themselves.
+
+A real site's node config is the only place that names its data, folders and device. It is checked
+here as far as that goes without the run's settings and without the disk; `pilot_flwr.client.node`
+joins it with the run's settings, `pilot_flwr.client.preflight` tries what it names. To add a key,
+add a row to `KEYS`, a field to `NodeSettings` and a row to the table in docs/sites.md.
+
+Who and where a client is: by what this node says, never what the server says.
+
+A simulated node has a ``partition-id`` and ``num-partitions``: it is the client with that number,
+and its private folder is inside the run folder, and its files are those that the run's
+configuration names. A real site's ``--node-config`` (`pilot_flwr.client.node`) gives
+``client-id`` and ``state-folder``, the site's data as ``train-file``, ``test-file`` and
+``image-folder``, and may give ``task``, ``device``, ``model-path`` and ``micro-batch``. No path of
+the run's configuration is ever opened there.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pilot_flwr.client.privacy import PrivacyDemands
+from pilot_flwr.client.privacy_accountant import PrivacyAccount
+from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.config.overrides import federation_config
+from pilot_flwr.config.rules import (
+    LONGEST_NAME,
+    NAME_PATTERN,
+    at_least,
+    check_name,
+    expanded,
+    positive,
+    share,
+)
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.data.client_files import SiteFiles
+from pilot_flwr.data.federation import (
+    Client,
+    federation_clients,
+)
+from pilot_flwr.errors import ConfigError
+from pilot_flwr.model.checkpoints import checkpoint_path
+from pilot_flwr.run.directory import holds_token
+
+
+@dataclass(frozen=True)
+class Site:
+    """What belongs to the client alone and never comes from the server.
+
+    Attributes
+    ----------
+    client : Client
+        Who it is.
+    state_folder : Path
+        Its own folder for this run: private state and kept features.
+    device : torch.device
+        Where it computes.
+    files : SiteFiles, optional
+        Its own data; a simulated client has what the run's configuration names.
+    run : str
+        Name of the run.
+    demands : PrivacyDemands
+        What it asks of a run's differential privacy.
+    """
+
+    client: Client
+    state_folder: Path
+    device: torch.device
+    files: SiteFiles | None = None
+    run: str = ""
+    demands: PrivacyDemands = PrivacyDemands()
+
+    @property
+    def account(self) -> PrivacyAccount:
+        """The client's privacy account, beside the folders of its runs."""
+        path = self.state_folder.parent / f"{self.client.id}.privacy.json"
+        return PrivacyAccount(path, self.client.id)
+
+
+NodeConfig = Mapping[str, bool | float | int | str]
+"""As Flower's context carries it."""
+
+KEYS = {
+    "client-id": "name of this site, letters, digits, '_' and '-'",
+    "task": "one of the run's `data.tasks`",
+    "train-file": "training data, LLaVA JSON or JSONL",
+    "test-file": "test data, LLaVA JSON or JSONL",
+    "image-folder": "folder of the images",
+    "state-folder": "folder for what never leaves the site",
+    "device": "auto, cpu, cuda or cuda:N",
+    "model-path": "folder of the base model",
+    "micro-batch": "examples at once in memory",
+    "min-noise-multiplier": "least `privacy.noise_multiplier` of a run",
+    "max-clip-norm": "largest `privacy.clip_norm` of a run",
+    "max-epsilon": "largest ε of all that this site ever uploads",
+    "privacy-delta": "the δ of `max-epsilon`",
+    "allow-metrics": "true if losses and scores may leave beside private uploads",
+}
+"""Every key of a real site's node config, and what it is."""
+
+FLOWERS_KEYS = ("partition-id", "num-partitions")
+"""What Flower's simulation engine writes into every node config; a real site may have them."""
+
+FILE_SEPARATOR = ";"
+"""Between the files of ``train-file`` and of ``test-file``."""
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """A node config, read; what is not in it is empty, None or 0.
+
+    Attributes
+    ----------
+    client_id, task : str
+        Who the site is. A simulated node has no `client_id`.
+    partition_id, num_partitions : int or None
+        Flower's own.
+    train_files, test_files : tuple of Path
+        Absolute.
+    image_folder, state_folder, model_path : Path or None
+        Absolute.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    micro_batch : int
+        Examples at once in memory; 0 for as many as the run says.
+    demands : PrivacyDemands
+        What it asks of a run's differential privacy.
+    """
+
+    client_id: str = ""
+    task: str = ""
+    partition_id: int | None = None
+    num_partitions: int | None = None
+    train_files: tuple[Path, ...] = ()
+    test_files: tuple[Path, ...] = ()
+    image_folder: Path | None = None
+    state_folder: Path | None = None
+    device: str = "auto"
+    model_path: Path | None = None
+    micro_batch: int = 0
+    demands: PrivacyDemands = PrivacyDemands()
+
+
+def read_node_config(values: NodeConfig) -> NodeSettings:
+    """Read a node config; no file is looked at.
+
+    Parameters
+    ----------
+    values : mapping
+        As Flower's context carries it.
+
+    Raises
+    ------
+    ConfigError
+        An unknown key, or a value of the wrong kind.
+    """
+    for key in values:
+        if key not in KEYS and key not in FLOWERS_KEYS:
+            raise _unknown(key)
+    settings = NodeSettings(
+        client_id=_text(values, "client-id"),
+        task=_text(values, "task"),
+        partition_id=_whole(values, "partition-id"),
+        num_partitions=_whole(values, "num-partitions"),
+        train_files=_files(values, "train-file"),
+        test_files=_files(values, "test-file"),
+        image_folder=_folder(values, "image-folder"),
+        state_folder=_folder(values, "state-folder"),
+        device=_text(values, "device") or "auto",
+        model_path=_folder(values, "model-path"),
+        micro_batch=_whole(values, "micro-batch") or 0,
+        demands=_demands(values),
+    )
+    if "client-id" in values:
+        check_name("client-id", settings.client_id)
+    if "micro-batch" in values:
+        at_least("micro-batch", settings.micro_batch, 1)
+    return settings
+
+
+def is_engines(values: NodeConfig) -> bool:
+    """Return whether a node config is as Flower's simulation engine makes it."""
+    return set(FLOWERS_KEYS) <= values.keys() and "client-id" not in values
+
+
+def private_paths(values: NodeConfig) -> dict[str, str]:
+    """Return what no error may tell the server: this site's paths, and what to write instead.
+
+    Parameters
+    ----------
+    values : mapping
+        The node config, right or wrong. Every value that is a path counts, each file of
+        ``train-file`` for itself: as it is written, with ``~`` expanded, and with links resolved.
+
+    Returns
+    -------
+    dict
+        Path → ``<key>``; also the folders that files are in, and the home folder.
+    """
+    named: dict[str, str] = {}
+    for key, value in values.items():
+        for name in str(value).split(FILE_SEPARATOR) if isinstance(value, str) else ():
+            for form in _forms(name.strip()):
+                named[form] = f"<{key}>"
+                if key.endswith("-file"):
+                    named.setdefault(str(Path(form).parent), f"<folder of {key}>")
+    for form in _forms("~"):
+        named.setdefault(form, "<home>")
+    return {path: key for path, key in named.items() if len(path) > 1}
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; ``auto`` is a GPU if there is one.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"`device` is {name!r} but must be auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"`device` is {name!r} but this machine has {torch.cuda.device_count()} GPUs."
+        )
+    return device
+
+
+def _unknown(key: str) -> ConfigError:
+    near = difflib.get_close_matches(key.lower().replace("_", "-"), KEYS, n=1, cutoff=0.75)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return ConfigError(
+        f"`{key}` in the node config is no key of a site.{hint} There are {', '.join(KEYS)}."
+    )
+
+
+def _text(values: NodeConfig, key: str) -> str:
+    value = values.get(key, "")
+    if not isinstance(value, str):
+        raise ConfigError(f"`{key}` is {value} but must be text in quotes: {KEYS[key]}.")
+    return value.strip()
+
+
+def _whole(values: NodeConfig, key: str) -> int | None:
+    value = values.get(key)
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):
+        value = int(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"`{key}` is {value!r} but must be a whole number.")
+    return value
+
+
+def _demands(values: NodeConfig) -> PrivacyDemands:
+    limits = {
+        key: _positive(values, key)
+        for key in ("min-noise-multiplier", "max-clip-norm", "max-epsilon", "privacy-delta")
+    }
+    share("privacy-delta", limits["privacy-delta"] or 0)
+    allow = values.get("allow-metrics", False)
+    if not isinstance(allow, bool):
+        raise ConfigError(f"`allow-metrics` is {allow!r} but must be true or false.")
+    return PrivacyDemands(
+        min_noise_multiplier=limits["min-noise-multiplier"] or 0.0,
+        max_clip_norm=limits["max-clip-norm"] or math.inf,
+        max_epsilon=limits["max-epsilon"] or math.inf,
+        delta=limits["privacy-delta"] or PrivacyDemands.delta,
+        allow_metrics=allow,
+    )
+
+
+def _positive(values: NodeConfig, key: str) -> float | None:
+    """Return a number above zero, None if there is no such key."""
+    if key not in values:
+        return None
+    try:
+        number = math.nan if isinstance(values[key], bool) else float(values[key])
+    except (ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"`{key}` is {values[key]!r} but must be a number: {KEYS[key]}.")
+    positive(key, number)
+    return number
+
+
+def _files(values: NodeConfig, key: str) -> tuple[Path, ...]:
+    names = _text(values, key).split(FILE_SEPARATOR)
+    return tuple(_absolute(key, name.strip()) for name in names if name.strip())
+
+
+def _folder(values: NodeConfig, key: str) -> Path | None:
+    name = _text(values, key)
+    return _absolute(key, name) if name else None
+
+
+def _absolute(key: str, name: str) -> Path:
+    path = expanded(key, name)
+    if not path.is_absolute():
+        raise ConfigError(f"`{key}` names {name!r} but must be an absolute path.")
+    return path
+
+
+def _forms(name: str) -> set[str]:
+    """Return the spellings of a path; none for what is no path."""
+    if "/" not in name and not name.startswith("~"):
+        return set()
+    forms = {name}
+    try:
+        path = Path(name).expanduser()
+        forms |= {str(path), os.path.abspath(path), str(path.resolve())}
+    except (OSError, RuntimeError, ValueError):  # no such user, a loop of links, a null byte
+        pass
+    return {form.rstrip("/") for form in forms} - {"", "~", "."}
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+UNSHARED = (
+    " If this is a simulation, its clients use the run folder, and the one that the server wrote "
+    "cannot be read here: on a Ray cluster of several machines `run.folder` must be on a file "
+    "system that all of them share."
+)
+
+
+def find_site(
+    node: NodeSettings,
+    config: PilotConfig,
+    *,
+    run_name: str,
+    run_folder: str,
+    simulated: bool,
+) -> Site:
+    """Return who and where this client is; no file is looked at.
+
+    Parameters
+    ----------
+    node : NodeSettings
+        This node's.
+    config : PilotConfig
+        The run's configuration.
+    run_name : str
+        Name of the run, from the server; names a folder inside ``state-folder``.
+    run_folder : str
+        The run folder; used by simulated clients only.
+    simulated : bool
+        What `is_simulated` says.
+
+    Raises
+    ------
+    ConfigError
+        The node's configuration is incomplete or contradicts itself or the run's, or the
+        simulation has another number of nodes than the configuration has clients.
+    """
+    check_name("run name", run_name, longest=2 * LONGEST_NAME)  # with Flower's own id of the run
+    device = find_device(node.device)
+    client = site_client(node, config)
+    if node.state_folder is not None:
+        folder = node.state_folder / run_name
+    elif simulated:
+        folder = Path(run_folder) / "clients" / client.id
+    else:
+        engines = node.num_partitions is not None and not node.client_id
+        raise ConfigError(
+            f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
+            "a folder of this site for its private adapters." + (UNSHARED if engines else "")
+        )
+    files = None
+    if config.data.source == "llava" and not simulated:
+        files = site_files(node, client)
+    return Site(client, folder, device, files, run_name, node.demands)
+
+
+def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
+    """Return whether the run's configuration may name files here.
+
+    That takes a node as Flower's simulation engine makes it, with ``partition-id`` and
+    ``num-partitions`` and without a ``client-id``, which can read the run folder's token: only
+    then server and client are on one machine, started together. At any other node not even the
+    token is looked for.
+    """
+    return is_engines(node_config) and holds_token(Path(run_folder), run_token)
+
+
+def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
+    """Return the run's configuration as it holds at this client.
+
+    Raises
+    ------
+    ConfigError
+        See `site_model`; or ``micro-batch`` does not divide the examples of an optimizer step;
+        or the run is to be trained on pooled data; or its `privacy` is less than this site demands.
+    """
+    node.demands.check(config.privacy)
+    if config.strategy.trained_by == "pooled" and not simulated:
+        raise ConfigError(
+            "`strategy.trained_by` is 'pooled', which takes the data of all clients to one place: "
+            "only a simulation can do that, no real site."
+        )
+    config = replace(config, model=site_model(node, config.model, simulated=simulated))
+    if not node.micro_batch:
+        return config
+    train, size = config.train, node.micro_batch
+    per_step = train.batch_size * train.accumulation_steps
+    if per_step % size:
+        possible = ", ".join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)
+        raise ConfigError(
+            f"`micro-batch` is {size} but must divide the {per_step} examples of an optimizer "
+            f"step of the run: {possible}."
+        )
+    return replace(
+        config,
+        train=replace(train, batch_size=size, accumulation_steps=per_step // size),
+        evaluation=replace(config.evaluation, batch_size=min(config.evaluation.batch_size, size)),
+    )
+
+
+def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> ModelConfig:
+    """Return the base model's settings as they hold at this client.
+
+    Parameters
+    ----------
+    node : NodeSettings
+        Its `model_path`, if any, is the folder of the base model at this site.
+    model : ModelConfig
+        The run's.
+    simulated : bool
+        What `is_simulated` says; if so, `model.path` may be a folder.
+
+    Raises
+    ------
+    ConfigError
+        At a real site, ``model-path`` is no folder, or there is none and `model.path` is
+        something else than a shipped name or a hub id.
+
+    Notes
+    -----
+    What `model.path` names is decided by its letters alone. One look at the disk is left: for a
+    hub id transformers prefers a folder ``organisation/name`` where the client stands, so it is
+    refused if there is one. The error does not repeat `model.path`: beside a path that
+    an error never has, it would tell the server whether it has guessed one.
+    """
+    if simulated:
+        return model
+    if node.model_path is not None:
+        if not node.model_path.is_dir():
+            raise ConfigError(f"`model-path` names {str(node.model_path)!r}, which is no folder.")
+        return replace(model, path=str(node.model_path))
+    if NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
+        return model
+    if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
+        raise ConfigError(
+            "`model.path` of the run must be a shipped name or a hub id (organisation/name) at a "
+            "real site; a folder of the site is named by `model-path` in its node config."
+        )
+    return model
+
+
+def site_files(node: NodeSettings, client: Client) -> SiteFiles:
+    """Return a real site's data files; `pilot_flwr.client.preflight` tries them.
+
+    Raises
+    ------
+    ConfigError
+        ``train-file`` is missing.
+    """
+    if not node.train_files:
+        raise ConfigError(
+            f"`train-file` is missing in the node config of client {client.id!r}; it must be "
+            "this site's training data, LLaVA JSON or JSONL."
+        )
+    return SiteFiles(node.train_files, node.test_files, node.image_folder)
+
+
+def site_client(node: NodeSettings, config: PilotConfig) -> Client:
+    """Return which client of the run this node is.
+
+    Raises
+    ------
+    ConfigError
+        The node config says too little, or ``client-id`` and ``task`` do not fit each other or
+        the run.
+    """
+    if node.client_id:
+        return _named_client(node, config)
+    if node.partition_id is None:
+        raise ConfigError(
+            "The node config has neither `client-id` (a real site) nor `partition-id` "
+            "(a simulated node)."
+        )
+    if config.strategy.clients:
+        raise ConfigError(
+            f"`strategy.clients` is {config.strategy.clients}, a federation of real sites: the "
+            "node config must have a `client-id`, and a simulation needs `strategy.clients=0`."
+        )
+    _check_partitions(node, config)
+    clients = federation_clients(config.data)
+    if not 0 <= node.partition_id < len(clients):
+        raise ConfigError(
+            f"`partition-id` is {node.partition_id} but must be from 0 to {len(clients) - 1}."
+        )
+    client = clients[node.partition_id]
+    _check_task(node, client)
+    return client
+
+
+def _named_client(node: NodeSettings, config: PilotConfig) -> Client:
+    configured = {client.id: client for client in federation_clients(config.data)}
+    tasks = ", ".join(config.data.tasks)
+    if node.task and node.task not in config.data.tasks:
+        raise ConfigError(f"`task` is {node.task!r} but the run has {tasks}.")
+    if node.client_id in configured:
+        _check_task(node, configured[node.client_id])
+        return configured[node.client_id]
+    names = ", ".join(configured)
+    if not config.strategy.clients:
+        raise ConfigError(
+            f"`client-id` is {node.client_id!r} but must be one of {names}; a run with "
+            "`strategy.clients` above 0 takes any."
+        )
+    if not node.task:
+        raise ConfigError(
+            f"`task` is missing in the node config of client {node.client_id!r}; it must be one "
+            f"of {tasks}. Only {names} need none."
+        )
+    return Client(node.client_id, node.task)
+
+
+def _check_task(node: NodeSettings, client: Client) -> None:
+    if node.task and node.task != client.task:
+        raise ConfigError(
+            f"`task` is {node.task!r} but client {client.id!r} of the run has task "
+            f"{client.task!r}; change `task` or `client-id`."
+        )
+
+
+def _check_partitions(node: NodeSettings, config: PilotConfig) -> None:
+    if node.num_partitions is not None and node.num_partitions != config.num_clients:
+        fitting = federation_config(config.num_clients, config.simulation)
+        raise ConfigError(
+            f"This simulation has {node.num_partitions} SuperNodes but the configuration has "
+            f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
+            f'`flwr run . --federation-config "{fitting}"`.'
+        )

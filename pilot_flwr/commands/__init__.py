@@ -1,1 +1,0 @@
-"""The commands of ``pilot-flwr``, a module each."""

@@ -1,0 +1,1 @@
+"""Other data sets' annotation files as LLaVA JSONL."""

@@ -1,0 +1,163 @@
+"""Converters of captions: COCO's own files, and Karpathy's split of COCO.
+
+For training each caption is a row; at test each image is a row, whose references are all of its
+captions. A caption has no question, so the request is LLaVA-1.5's own for short captions.
+
+Converter of boxes with an expression (RefCOCO and the like) to LLaVA's coordinates.
+
+A file is a list of objects: `image` (file name), `width` and `height` in pixels, `expression`,
+and `bbox` = [x, y, w, h] in pixels. LLaVA's boxes are ``[x1, y1, x2, y2]`` as shares of width and
+height with two decimals; in its own data they are shares of the square that an image is padded to.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pilot_flwr.data.converters.common import (
+    Entry,
+    Row,
+    Sources,
+    Unusable,
+    as_fields,
+    elements,
+    field,
+    optional,
+    texts,
+    to_row,
+)
+from pilot_flwr.errors import DataError
+
+CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
+
+KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+"""Names in the file; ``restval`` is what the field trains on besides ``train``."""
+
+
+def coco_entries(sources: Sources) -> Iterator[Entry]:
+    """Yield captions, or images with theirs, of COCO's ``captions_*.json``."""
+    for path in sources.annotations:
+        images = map(as_fields, elements(path, "images"))
+        names = {str(image.get("id")): image.get("file_name") for image in images}
+        captions: dict[str, list[Any]] = {}
+        for item in map(as_fields, elements(path, "annotations")):
+            image, key = str(item.get("image_id")), item.get("id")
+            origin = f"{path}, annotation {key}"
+            if image not in names:
+                raise DataError(f"{origin}: image {image} is not among `images`.")
+            if sources.scored:
+                captions.setdefault(image, []).append(item.get("caption"))
+            else:
+                fields = {"file_name": names[image], "captions": [item.get("caption")]}
+                yield Entry(origin, f"{image}-{key}", fields)
+        if sources.scored:
+            for image, name in names.items():
+                yield from _of_image(f"{path}, image {image}", image, name, captions.get(image, []))
+
+
+def karpathy_entries(sources: Sources) -> Iterator[Entry]:
+    """Yield captions, or images with theirs, of Karpathy's ``dataset_coco.json``."""
+    for path in sources.annotations:
+        for image in map(as_fields, elements(path, "images")):
+            if image.get("split") not in KARPATHY_SPLITS[sources.split]:
+                continue
+            key = str(image.get("cocoid"))
+            origin = f"{path}, image {key}"
+            whole = Entry(origin, key, image)
+            name = field(whole, "filename")
+            if image.get("filepath"):
+                name = f"{field(whole, 'filepath')}/{name}"
+            captions = texts(whole, "sentences", "raw")
+            if sources.scored:
+                yield from _of_image(origin, key, name, captions)
+                continue
+            for number, caption in enumerate(captions):
+                fields = {"file_name": name, "captions": [caption]}
+                yield Entry(f"{origin}, sentence {number + 1}", f"{key}-{number}", fields)
+
+
+def _of_image(origin: str, key: str, name: Any, captions: list[Any]) -> Iterator[Entry]:
+    """Yield an image with all its captions, and each empty one apart: it is no reference."""
+    empty = [text for text in captions if isinstance(text, str) and not text.strip()]
+    for text in empty:
+        yield Entry(origin, key, {"file_name": name, "captions": [text]})
+    if len(empty) < len(captions) or not captions:
+        rest = [text for text in captions if not isinstance(text, str) or text.strip()]
+        yield Entry(origin, key, {"file_name": name, "captions": rest})
+
+
+def caption_row(entry: Entry, sources: Sources) -> Row:
+    """Return the row of a caption, or of an image with all of its captions."""
+    captions = texts(entry, "captions")
+    references = captions if sources.scored else None
+    return to_row(entry, field(entry, "file_name"), CAPTION_REQUEST, captions[0], references)
+
+
+BOX_REQUEST = "Please provide the bounding box coordinate of the region this sentence describes:"
+
+TOLERANCE = 1.0
+"""By how many pixels a box may stand out of its image; it is cut to the image's edge."""
+
+
+def box_entries(sources: Sources) -> Iterator[Entry]:
+    """Yield the expressions of the files."""
+    for number, path in enumerate(sources.annotations):
+        for place, item in enumerate(elements(path), start=1):
+            fields = as_fields(item)
+            own = fields.get("id")
+            key = f"{number}-{place}" if own is None else str(own)
+            yield Entry(f"{path}, entry {place}", key, fields)
+
+
+def box_row(entry: Entry, sources: Sources) -> Row:
+    """Return an expression's row; the reference has six decimals where the answer has two.
+
+    A box without area at two decimals is no answer to be trained on.
+    """
+    width, height = (_positive(entry, name) for name in ("width", "height"))
+    edges = _edges(entry, width, height)
+    if sources.padded:
+        side = max(width, height)
+        across, down = (side - width) // 2, (side - height) // 2  # as LLaVA's expand2square
+        edges = [edges[0] + across, edges[1] + down, edges[2] + across, edges[3] + down]
+        width = height = side
+    shares = [edge / size for edge, size in zip(edges, [width, height] * 2, strict=True)]
+    left, upper, right, lower = (round(share, 2) for share in shares)
+    if not sources.scored and (left >= right or upper >= lower):
+        raise Unusable(entry.origin, "`bbox` has no area at two decimals.")
+    return to_row(
+        entry,
+        field(entry, "image"),
+        f"{BOX_REQUEST} {field(entry, 'expression')}",
+        _box(shares, 2),
+        [_box(shares, 6)] if sources.scored else None,
+        optional(entry, category=("category",)),
+    )
+
+
+def _box(shares: list[float], decimals: int) -> str:
+    return "[" + ", ".join(f"{share:.{decimals}f}" for share in shares) + "]"
+
+
+def _positive(entry: Entry, name: str) -> int:
+    value = entry.fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise Unusable(entry.origin, f"`{name}` must be a whole number of pixels.")
+    return value
+
+
+def _edges(entry: Entry, width: int, height: int) -> list[float]:
+    """Return left, upper, right and lower edge in pixels, inside the image."""
+    box = entry.fields.get("bbox")
+    numbers = isinstance(box, list) and len(box) == 4
+    if not numbers or not all(type(edge) in (int, float) for edge in box or []):
+        raise Unusable(entry.origin, "`bbox` must be [x, y, width, height] in pixels.")
+    assert box is not None
+    x, y, w, h = box
+    edges = [x, y, x + w, y + h]
+    limits = [width, height] * 2
+    inside = [min(max(edge, 0.0), float(limit)) for edge, limit in zip(edges, limits, strict=True)]
+    if any(abs(a - b) > TOLERANCE for a, b in zip(edges, inside, strict=True)):
+        raise Unusable(entry.origin, "`bbox` stands out of the image.")
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise Unusable(entry.origin, "`bbox` has no area.")
+    return inside

@@ -1,0 +1,1 @@
+"""The demo's tasks over scans of handwritten digits."""

@@ -1,0 +1,1 @@
+"""Open a finished run: evaluate, generate, export, merge."""

@@ -1,0 +1,331 @@
+"""A personalised model as a folder that loads without this package.
+
+The folder holds the LoRA in peft's own format, the connector as safetensors, a description of
+its architecture, the file that loads both (`pilot_flwr.inference.standalone.modeling_pilot`, copied
+as it is) and a model card. The base model is named, not copied, unless it ships with this package.
+
+The model card of an exported model: where it comes from, how it scored, how to load it.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from pilot_flwr import __version__
+from pilot_flwr.algorithm.connector import CrossTaskMoA
+from pilot_flwr.algorithm.fedex_lora import joined
+from pilot_flwr.config.loading import to_yaml
+from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.config.schema import RunConfig
+from pilot_flwr.errors import ModelError, RunError
+from pilot_flwr.inference.runs import Personal, Run, last_scores
+from pilot_flwr.inference.standalone import modeling_pilot
+from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.model.checkpoints import checkpoint_path
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.protocol import GroupName, State
+
+_CONNECTOR_GROUPS: dict[GroupName, str] = {
+    "own_task_adapter": "own",
+    "foreign_task_adapters": "task_adapters",
+    "client_adapter": "client_adapter",
+    "cross_task_adapters": "cross_task_adapters",
+    "router": "router",
+}
+
+
+def new_folder(folder: Path) -> None:
+    """Make the folder of an export.
+
+    Raises
+    ------
+    RunError
+        It is there and holds something, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise RunError(f"{folder} is not empty; choose another folder for the export.")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}.") from None
+
+
+def export_model(
+    model: PilotModel,
+    folder: Path,
+    *,
+    client_adapter: bool,
+    end_token_ids: list[int],
+    image_aspect_ratio: str,
+) -> None:
+    """Write an assembled model.
+
+    Parameters
+    ----------
+    model : PilotModel
+        With all states loaded.
+    folder : Path
+        New or empty.
+    client_adapter : bool
+        Whether ψ_s does anything: it does not in a consensus model, and is then left out.
+    end_token_ids : list of int
+        Tokens that end an answer.
+    image_aspect_ratio : {"keep", "pad"}
+        Whether images are padded to squares.
+
+    Raises
+    ------
+    ModelError
+        The model has trained parameters that the exported format has no place for.
+    RunError
+        The folder is not empty.
+    """
+    new_folder(folder)
+    groups = model.groups()
+    known = {"base", "lora", "residual", *_CONNECTOR_GROUPS}
+    if strange := [group for group, named in groups.items() if named and group not in known]:
+        raise ModelError(f"The export has no place for the parameters {', '.join(strange)}.")
+    connector = model.connector
+    moa = isinstance(connector, CrossTaskMoA)
+    client_adapter &= bool(groups["client_adapter"]) and getattr(
+        connector, "use_client_adapter", True
+    )
+    first = model.state("own_task_adapter")
+    base = _base(model.config, folder)
+    description = {
+        "format": modeling_pilot.FORMAT,
+        "base": base,
+        "connector": {
+            "stage": model.stage,
+            "tasks": list(connector.tasks)
+            if isinstance(connector, CrossTaskMoA)
+            else [model.own_task],
+            "client_adapter": client_adapter,
+            "cross_task_adapters": bool(groups["cross_task_adapters"]),
+            "in_features": first["linear_1.weight"].shape[1],
+            "out_features": first["linear_1.weight"].shape[0],
+            "bias": "linear_1.bias" in first,
+            "dtype": model.config.adapter_dtype,
+        },
+        "end_token_ids": end_token_ids,
+        "image_aspect_ratio": image_aspect_ratio,
+    }
+    tensors = _connector_tensors(model, moa=moa, client_adapter=client_adapter)
+    save_file(tensors, folder / "connector.safetensors", metadata={"format": "pt"})
+    text = json.dumps(description, indent=2, ensure_ascii=False)
+    (folder / "connector.json").write_text(text + "\n", encoding="utf-8")
+    export_lora(model, folder / "lora", base=base["path"])
+    shutil.copyfile(str(modeling_pilot.__file__), folder / "modeling_pilot.py")
+
+
+def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
+    """Write Θ_l as peft does, for a `PeftModel` around the whole base model.
+
+    What exact aggregation has added to the base is written with it, as more columns and rows of
+    its factors: a LoRA of a higher rank and of the same scale, α / r.
+    """
+    lora, state = model.config.lora, model.state("lora")
+    if residual := model.state("residual"):
+        state = joined(state, residual)
+    rank = len(next(tensor for name, tensor in state.items() if name.endswith("lora_A")))
+    targets = "|".join(map(re.escape, lora.targets))
+    peft.LoraConfig(
+        r=rank,
+        lora_alpha=lora.alpha * (rank / lora.rank),
+        lora_dropout=lora.dropout,
+        # By pattern: the vision tower has layers of the same names.
+        target_modules=rf"model\.language_model\..*\.({targets})",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(folder)
+    tensors = {
+        f"base_model.model.model.language_model.{name}.weight": tensor
+        for name, tensor in state.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _connector_tensors(model: PilotModel, *, moa: bool, client_adapter: bool) -> State:
+    """Return the connector's tensors, named as in the standalone `Connector`."""
+    own = f"task_adapters.{model.own_task}" if moa else "task_adapter"
+    tensors: State = {}
+    for group, prefix in _CONNECTOR_GROUPS.items():
+        if group == "client_adapter" and not client_adapter:
+            continue
+        for name, tensor in model.state(group).items():
+            tensors[f"{own if prefix == 'own' else prefix}.{name.replace('/', '.')}"] = tensor
+    return tensors
+
+
+def _base(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Describe the base model; copy it if it cannot be had anywhere else."""
+    shipped = checkpoint_path(config.path)
+    included = shipped != config.path
+    if included:
+        ignored = shutil.ignore_patterns("bundle.json")
+        shutil.copytree(shipped, folder / "base", ignore=ignored)
+    return {
+        "path": config.path,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "included": included,
+        "quantization": config.quantization,
+    }
+
+
+Merged = Literal["", "plain", "wide"]
+"""How the model was merged: not at all, into transformers' own class, or into a wider one."""
+
+_LOAD: dict[Merged, str] = {
+    "": """In this folder, with torch, transformers and peft:
+
+```python
+from modeling_pilot import load
+model, processor = load(".")
+```
+
+`load(folder, base)` takes the base model from another place than `connector.json` names; more
+arguments go to its `from_pretrained` (`device_map`, `dtype`, `quantization_config`). Every key of
+every file is checked. `lora/` is in peft's own format. The connector replaces the base's
+projector, so neither part does what was trained without the other.""",
+    "plain": """A plain Hugging Face checkpoint:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(".")
+processor = AutoProcessor.from_pretrained(".")
+```""",
+    "wide": """The projector's hidden layer is twice as wide as transformers' own class takes
+(it ties that width to `text_config.hidden_size`), so the class is in this folder, in
+`modeling_wide.py`; read it before you trust it:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(".")
+```""",
+}
+
+_QUANTIZED = """The model was tuned on a base in 4 bit (NF4, double quantization, vision tower and
+projector left out); `load` takes the base as it is stored. To have the base that it was tuned on,
+give `load` the same `quantization_config`."""
+
+
+def model_card(run: Run, who: Personal, *, stage: int, merged: Merged = "", dtype: str = "") -> str:
+    """Return the card as Markdown.
+
+    Parameters
+    ----------
+    run : Run
+        Where the model comes from.
+    who : Personal
+        Whose model it is.
+    stage : int
+        Its architecture.
+    merged : {"", "plain", "wide"}
+        How it was merged.
+    dtype : str
+        Precision of a merged checkpoint.
+    """
+    base, recorded = run.config.model, replace(run.recorded, run=RunConfig())
+    parts = [
+        _front_matter(base.path),
+        f"# {run.config.name}: {who.name}",
+        _what(run, who, stage),
+        *([f"Merged from the unquantised base, in {dtype}."] if merged else []),
+        "## Load",
+        _LOAD[merged],
+        *([_QUANTIZED] if base.quantization != "none" and not merged else []),
+        "## Prompts",
+        _prompts(run, who),
+        "## Scores in the run",
+        _scores(run, who),
+        "## Licence",
+        f"The base model `{base.path}` has its own licence, which holds for what is made from it; "
+        "so may the training data. The code in this folder is under Apache 2.0.",
+        "## Versions",
+        f"pilot-flwr {__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, peft {peft.__version__} at the time of this export.",
+        "## The run's configuration",
+        f"```yaml\n{to_yaml(recorded).strip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: str) -> str:
+    lines = [f"base_model: {base}"] if base.count("/") == 1 and not base.startswith("/") else []
+    tags = "tags: [federated-learning, pilot, llava]"
+    return "\n".join(
+        ["---", *lines, "library_name: transformers", "pipeline_tag: image-text-to-text", tags]
+        + ["---"]
+    )
+
+
+def _what(run: Run, who: Personal, stage: int) -> str:
+    exchange = run.checkpoint.server_round
+    paper = (
+        f"tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985) with the method "
+        f"`{run.recorded.strategy.name}`"
+    )
+    base = f"`{run.config.model.path}`"
+    if who.private is None:
+        return (
+            f"{base}, {paper}: the consensus model of task `{who.task}` after exchange {exchange}. "
+            "It has the task's averaged adapter and the mean LoRA of the task's clients, and "
+            "nothing that is private to a client."
+        )
+    first = "stage 1 (ψ_t + ψ_s)" if run.config.model.client_adapter else "stage 1 (ψ_t)"
+    architecture = first if stage == 1 else "stage 2 (CT-MoA)"
+    warning = (
+        " **It holds adapters that never left the client during the run; adapters can leak "
+        "information about the data they were trained on.**"
+    )
+    return (
+        f"{base}, {paper}: the personalised model of client `{who.name}`, task `{who.task}`, after "
+        f"exchange {exchange}, in {architecture}." + ("" if who.private.empty else warning)
+    )
+
+
+def _prompts(run: Run, who: Personal) -> str:
+    data, lines = run.config.data, ["The base model's own chat template."]
+    if suffix := run.prompt_suffix(who.task):
+        lines.append(f"Every question of the task ended with a line of its own: `{suffix}`.")
+    if run.config.model.system_prompt:
+        lines.append(
+            f"Every conversation began with the system prompt `{run.config.model.system_prompt}`."
+        )
+    if data.image_aspect_ratio == "pad":
+        lines.append("Images were padded to a square in the image processor's mean colour.")
+    lines.append("The run's scores are of greedy answers (`do_sample=False`).")
+    lines.append(
+        "In a conversation of several turns, every answer was followed by the tokenizer's end "
+        "token, also where the template leaves it out."
+    )
+    return " ".join(lines)
+
+
+def _scores(run: Run, who: Personal) -> str:
+    rows = [event for event in last_scores(run) if event["task"] == who.task]
+    if who.client is not None:
+        rows = [event for event in rows if event["client"] == who.client.id]
+    if not rows:
+        return "None were recorded."
+    lines = ["| client | metric | test examples | score |", "|---|---|---|---|"]
+    for event in rows:
+        metric = METRICS[event["metric"]]
+        title = metric.title + (" (approximate)" if metric.approximate() else "")
+        lines.append(
+            f"| {event['client']} | {title} | {event['examples']} | {event['score']:.3f} |"
+        )
+    text = "\n".join(lines)
+    if who.private is None:
+        text += "\n\nThese are of the clients' personalised models, not of this consensus model."
+    return text

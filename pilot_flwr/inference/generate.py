@@ -1,0 +1,307 @@
+"""Ask a model that has been put together: conversations in, answers out.
+
+A conversation with a model: turns so far, and images in them.
+
+A file of LLaVA rows to be answered by a model: rows may lack the answer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from pilot_flwr.client.evaluation import answer
+from pilot_flwr.config.model import FeatureCacheConfig
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
+from pilot_flwr.data.images import ImageFile, mean_colour
+from pilot_flwr.data.json_rows import Row, open_rows
+from pilot_flwr.data.llava import LlavaExamples, Reading, to_example
+from pilot_flwr.errors import DataError
+from pilot_flwr.inference.runs import Run
+from pilot_flwr.model.base import load_processor, make_collator
+from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.resource_plan import out_of_memory_explained
+
+
+class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
+    """Hands on text as soon as it is sure that the next token does not change it."""
+
+    def __init__(self, tokenizer: Any, out: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.out(text)
+
+
+class Answerer:
+    """Answers conversations as the run's evaluation does: greedily, in its precision.
+
+    Parameters
+    ----------
+    config : PilotConfig
+        The run's.
+    model : PilotModel
+        With all states loaded.
+    keep : str
+        If not empty, features of images are kept in memory under this name, by example id.
+    """
+
+    def __init__(self, config: PilotConfig, model: PilotModel, *, keep: str = "") -> None:
+        self.config, self.model = config, model
+        self.processor = load_processor(config.model.path, config.model.revision)
+        self.collator = make_collator(
+            config.model, self.processor, model.llava.config, max_length=config.train.max_length
+        )
+        cache = FeatureCacheConfig(where="memory" if keep else "off")
+        self._cache = FeatureCache(cache, namespace=keep, folder=Path())
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        *,
+        max_new_tokens: int = 0,
+        progress: Callable[[int], None] = lambda done: None,
+        piece: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """Return the answer to the last question of every example.
+
+        Parameters
+        ----------
+        examples : sequence of Example
+            Their last turn is not read.
+        max_new_tokens : int
+            Longest answer in tokens; 0 takes `evaluation.max_new_tokens`.
+        progress : callable
+            Gets the number of answers after every batch.
+        piece : callable, optional
+            Gets the answer's text in pieces, as it comes; for a single example.
+
+        Raises
+        ------
+        TrainingError
+            The device ran out of memory.
+        DataError
+            An image cannot be read, or an example is longer than `train.max_length`.
+        """
+        evaluation = self.config.evaluation
+        if max_new_tokens:
+            evaluation = replace(evaluation, max_new_tokens=max_new_tokens)
+        image_processor, workers = self.processor.image_processor, self.config.data.workers
+        with out_of_memory_explained(self.config, self.model.stage):
+            return answer(
+                self.model,
+                examples,
+                collator=self.collator,
+                encode=lambda parts: self._cache.stream(
+                    self.model, image_processor, parts, workers=workers
+                ),
+                config=evaluation,
+                autocast_choice=self.config.train.autocast,
+                progress=progress,
+                streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
+            ).texts
+
+    def end_token_ids(self) -> list[int]:
+        """Return the tokens that end an answer: the template's and the checkpoint's own."""
+        own = self.model.llava.generation_config.eos_token_id
+        ends = {own} if isinstance(own, int) else set(own or ())
+        return sorted({int(end) for end in ends} | {self.collator.end_token_id()})
+
+
+class Conversation:
+    """Questions and answers; every answer is given to the whole conversation before it.
+
+    Parameters
+    ----------
+    answerer : Answerer
+        The model.
+    max_new_tokens : int
+        Longest answer in tokens.
+    suffix : str
+        Put after every question on a line of its own, if not empty.
+    pad : bool
+        Whether images are padded to a square, as in the run's data.
+    """
+
+    def __init__(
+        self, answerer: Answerer, *, max_new_tokens: int, suffix: str = "", pad: bool = False
+    ) -> None:
+        self.answerer = answerer
+        self.max_new_tokens = max_new_tokens
+        self.suffix = suffix
+        image_processor = answerer.processor.image_processor
+        self._background = mean_colour(image_processor) if pad else None
+        self._number = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all turns and images."""
+        self.turns: tuple[Turn, ...] = ()
+        self.images: tuple[ImageSource, ...] = ()
+        self._shown: tuple[ImageSource, ...] = ()
+        self._number += 1
+
+    def show(self, path: Path) -> None:
+        """Put an image before the next question; ``~`` is the user's own folder.
+
+        Raises
+        ------
+        DataError
+            It cannot be read.
+        """
+        try:
+            file = path.expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a NUL in the name
+            raise DataError(f"Image {str(path)!r} cannot be opened ({error}).") from None
+        image = ImageFile(file.parent, file.name, f"Image {path}", self._background)
+        image.read()
+        self._shown += (image,)
+
+    def ask(self, question: str, piece: Callable[[str], None] | None = None) -> str:
+        """Return the model's answer; question and answer become part of the conversation.
+
+        `piece` gets the answer's text as it comes.
+
+        Raises
+        ------
+        DataError
+            The question is empty, holds an image marker or is no text, or the conversation has
+            become longer than `train.max_length`; it then stays as it was.
+        """
+        question = question.strip()
+        if not question:
+            raise DataError("The question is empty.")
+        try:
+            question.encode()
+        except UnicodeEncodeError:  # halves of characters: what the terminal gave is no UTF-8
+            raise DataError("The question is no text in UTF-8.") from None
+        if IMAGE_MARKER in question:
+            raise DataError(f"The question must not hold {IMAGE_MARKER}; show an image instead.")
+        lines = [*[IMAGE_MARKER] * len(self._shown), question, *filter(None, [self.suffix])]
+        asked = (*self.turns, Turn("user", "\n".join(lines)))
+        images = self.images + self._shown
+        # The last turn is what is asked for: the model does not see it.
+        example = Example(f"conversation {self._number}", images, (*asked, Turn("assistant", "?")))
+        (answer,) = self.answerer([example], max_new_tokens=self.max_new_tokens, piece=piece)
+        answer = answer.strip()
+        self.turns = (*asked, Turn("assistant", answer or "(no answer)"))
+        self.images, self._shown = images, ()
+        return answer
+
+
+_NO_ANSWER = {"from": "gpt", "value": "?"}  # generation starts from the turns before the last
+
+
+class Questions(Sequence[Example]):
+    """Rows of one file as examples, whether or not their last question has an answer.
+
+    Parameters
+    ----------
+    examples : LlavaExamples
+        Of one file.
+    """
+
+    def __init__(self, examples: LlavaExamples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, position: Any) -> Any:
+        """Return one example, or those of a slice; one without an answer has a placeholder.
+
+        Raises
+        ------
+        DataError
+            The row cannot be used; names file and row.
+        """
+        if isinstance(position, slice):
+            return [self[n] for n in range(*position.indices(len(self)))]
+        row = dict(self.examples.row(position))
+        if not has_answer(row) and isinstance(row.get("conversations"), list):
+            row["conversations"] = [*row["conversations"], _NO_ANSWER]
+        origin = self.examples.origin(position)
+        return to_example(row, f"{position + 1}:", origin, self.examples.reading)
+
+    def question(self, position: int) -> str:
+        """Return the last question as the model gets it."""
+        return str(self[position].prompt[-1].text)
+
+    def references(self, position: int) -> list[str]:
+        """Return what the last answer would be scored against; empty if the row does not say."""
+        row = self.examples.row(position)
+        if row.get("references") or has_answer(row):
+            return list(self[position].answers)
+        return []
+
+
+def has_answer(row: Row) -> bool:
+    """Return whether the row's last turn is an answer."""
+    turns = row.get("conversations")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return isinstance(last, dict) and last.get("from") == "gpt"
+
+
+def check_all(examples: Sequence[Example], answerer: Answerer) -> None:
+    """Raise unless every example can be answered, as far as rows and image headers tell.
+
+    So a broken row does not end the work in the middle of it.
+
+    Raises
+    ------
+    DataError
+        Names the first one, and counts the others.
+    """
+    errors = []
+    for position in range(len(examples)):
+        try:
+            answerer.collator.prompt(examples[position])
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        others = f" {len(errors) - 1} more of {len(examples)} rows are broken."
+        raise DataError(errors[0] + (others if len(errors) > 1 else ""))
+
+
+def open_file(
+    run: Run, task: str, answerer: Answerer, path: Path, images: Path | None, *, plain: bool = False
+) -> LlavaExamples:
+    """Open a file of rows as the run's data is read: prompt suffix of the task, padding.
+
+    Parameters
+    ----------
+    run : Run
+        Whose settings count.
+    task : str
+        The questions' task.
+    answerer : Answerer
+        Its image processor knows the colour of the padding.
+    path : Path
+        LLaVA JSON or JSONL.
+    images : Path, optional
+        Folder that image names count from.
+    plain : bool
+        Leave the prompt suffix out.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read or has no rows, or the image folder is none.
+    """
+    if images is not None and not images.is_dir():
+        raise DataError(f"`--images` is {str(images)!r} but must be a folder.")
+    pad = run.config.data.image_aspect_ratio == "pad"
+    reading = Reading(
+        images,
+        "" if plain else run.prompt_suffix(task),
+        mean_colour(answerer.processor.image_processor) if pad else None,
+    )
+    examples = LlavaExamples([open_rows(path)], reading)
+    if not len(examples):
+        raise DataError(f"{path} has no rows.")
+    return examples

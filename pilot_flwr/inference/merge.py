@@ -1,0 +1,182 @@
+"""A stage-1 model as one plain checkpoint: LoRA and both adapters merged into the weights.
+
+A LoRA is merged as peft does, ``W + α/r B A``. The sum of two adapters of one width C is one
+adapter with a hidden layer of width 2C, exactly::
+
+    W_1 = [W_1t; W_1s]   b_1 = [b_1t; b_1s]   W_2 = [W_2t  W_2s]   b_2 = b_2t + b_2s
+
+transformers' `LlavaMultiModalProjector` (and LLaVA-OneVision's) ties the hidden width to
+``text_config.hidden_size``, that is C, in its ``__init__``; it has no setting for it. So the sum
+is a plain checkpoint only where C hidden units are enough (`fold`), as for a consensus model,
+whose ψ_s is inert; else the checkpoint carries a subclass with the wider layer,
+`pilot_flwr.inference.standalone.modeling_wide`. CT-MoA of stage 2 weighs its experts by a router
+for every token: no single projector computes that.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from pilot_flwr.algorithm.connector import Adapter, TaskClientConnector
+from pilot_flwr.client.private_state import PrivateState
+from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.errors import ModelError
+from pilot_flwr.inference.standalone import modeling_wide
+from pilot_flwr.model.base import empty_base
+from pilot_flwr.model.checkpoints import checkpoint_path
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.protocol import State
+
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def check_mergeable(private: PrivateState | None) -> None:
+    """Raise `ModelError` unless a model with this private state is of stage 1."""
+    if private is not None and private.stage == 2:
+        raise ModelError(
+            "`--merge` needs a model of stage 1, but this client's is of stage 2: CT-MoA mixes "
+            f"the adapters of {len(private.tasks)} tasks by a router, for every visual token "
+            "anew, and no single projector computes that. Use the export without `--merge`, or "
+            "`--task` for the consensus model, which merges into a plain checkpoint."
+        )
+
+
+def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) -> int:
+    """Write a Hugging Face checkpoint that computes what the model computes.
+
+    Parameters
+    ----------
+    model : PilotModel
+        In stage 1, with all states loaded; it is used up.
+    folder : Path
+        New or empty.
+    end_token_ids : list of int
+        Tokens that end an answer.
+
+    Returns
+    -------
+    int
+        Width of the projector's hidden layer: C, the checkpoint is a plain one; 2C, it needs
+        the class that is in the folder.
+    """
+    connector = model.connector
+    assert isinstance(connector, TaskClientConnector), "see check_mergeable"
+    assert model.config.quantization == "none"
+    llava = model.llava
+    merge_lora(llava.model.language_model)
+    width = llava.config.text_config.hidden_size
+    merged = fold(_as_one(connector), width)
+    projector = empty_base(llava.config).model.multi_modal_projector.to_empty(device="cpu")
+    hidden = merged["linear_1.weight"].shape[0]
+    if hidden > width:
+        modeling_wide.widen(projector, hidden)
+    projector.load_state_dict(merged)
+    llava.model.multi_modal_projector = projector.to(llava.dtype)
+    llava.generation_config.eos_token_id = end_token_ids
+    # For a class that is not its own, transformers does not translate the names of older versions.
+    llava.save_pretrained(folder, save_original_format=hidden == width)
+    _copy_processor(model.config, folder)
+    if hidden > width:
+        _name_the_class(folder, type(llava).__name__, hidden)
+    return int(hidden)
+
+
+def merge_lora(language_model: nn.Module) -> None:
+    """Merge Θ_l into the weights, in place, and take peft's layers out."""
+    for name, layer in list(language_model.named_modules()):
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _as_one(connector: TaskClientConnector) -> State:
+    if connector.client_adapter is None:
+        return dict(connector.task_adapter.state_dict())
+    return sum_of_adapters(connector.task_adapter, connector.client_adapter)
+
+
+@torch.no_grad()
+def sum_of_adapters(first: Adapter, second: Adapter) -> State:
+    """Return ``first + second`` as one adapter, exactly: its tensors, hidden width 2C."""
+    one, two = first.state_dict(), second.state_dict()
+    merged = {
+        "linear_1.weight": torch.cat([one["linear_1.weight"], two["linear_1.weight"]]),
+        "linear_2.weight": torch.cat([one["linear_2.weight"], two["linear_2.weight"]], dim=1),
+    }
+    if "linear_1.bias" in one:
+        merged["linear_1.bias"] = torch.cat([one["linear_1.bias"], two["linear_1.bias"]])
+        merged["linear_2.bias"] = one["linear_2.bias"] + two["linear_2.bias"]
+    return merged
+
+
+def fold(adapter: State, width: int) -> State:
+    """Return the same adapter with a hidden layer of `width`, if so many units are enough.
+
+    A unit whose weights out are zero is dropped, units with equal weights in become one, and
+    the rest is filled up with zeros. If more than `width` are left, `adapter` itself is returned.
+    """
+    inner, outer = adapter["linear_1.weight"], adapter["linear_2.weight"]
+    bias = adapter.get("linear_1.bias")
+    rows = inner if bias is None else torch.cat([inner, bias[:, None]], dim=1)
+    used = outer.abs().amax(0) > 0
+    kept, places = torch.unique(rows[used], dim=0, return_inverse=True)
+    if len(kept) > width:
+        return adapter
+    folded = {
+        "linear_1.weight": _fill(kept[:, : inner.shape[1]], width, 0),
+        "linear_2.weight": torch.zeros_like(outer[:, :width]).index_add_(1, places, outer[:, used]),
+    }
+    if bias is not None:
+        folded["linear_1.bias"] = _fill(kept[:, -1], width, 0)
+        folded["linear_2.bias"] = adapter["linear_2.bias"]
+    return folded
+
+
+def _fill(tensor: Tensor, length: int, dim: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def _copy_processor(config: ModelConfig, folder: Path) -> None:
+    """Copy the files of the base's tokenizer, chat template and image processor as they are."""
+    for name in _PROCESSOR_FILES:
+        file = cached_file(
+            checkpoint_path(config.path),
+            name,
+            revision=config.revision or None,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
+def _name_the_class(folder: Path, architecture: str, hidden: int) -> None:
+    """Let transformers find the class with the wider projector."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = modeling_wide.CLASSES[architecture]
+    config["architectures"] = [name]
+    config["projector_hidden_size"] = hidden
+    config["auto_map"] = {"AutoModelForImageTextToText": f"modeling_wide.{name}"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(str(modeling_wide.__file__), folder / "modeling_wide.py")

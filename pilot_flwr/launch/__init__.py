@@ -1,0 +1,1 @@
+"""Start a run: simulation, in-process, or an existing SuperLink."""

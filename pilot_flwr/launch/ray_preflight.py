@@ -1,0 +1,125 @@
+"""A look at a Ray cluster, in a process of its own: `pilot_flwr.launch.ray_cluster` starts it.
+
+A task on every node says what a client of the simulation would find there. The answer is one
+line of JSON on standard output. Ray can end the process that connects to it, or keep it waiting
+for minutes; that is why it is not the command line's own.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+def main() -> None:
+    """Survey the cluster that the first argument, JSON, asks about.
+
+    Its keys: ``address`` of the cluster, ``folder`` of the run, ``token`` that the file
+    ``probe`` in it holds, ``paths`` that must be there, ``packages`` whose versions to tell,
+    ``seconds`` to wait for the nodes, and ``answer``, with which the line of the answer starts.
+    """
+    request: dict[str, Any] = json.loads(sys.argv[1])
+    answer: dict[str, Any]
+    try:
+        answer = _survey(request)
+    except Exception as error:  # of many types, ray's own and Python's
+        answer = {"error": str(error) or type(error).__name__}
+    print(request["answer"] + json.dumps(answer), flush=True)
+
+
+def _survey(request: dict[str, Any]) -> dict[str, Any]:
+    # The path that Flower's simulation engine will give to the clients' processes.
+    path = os.pathsep.join(filter(None, sys.path))
+    ray.init(
+        request["address"],
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    found = _ask_nodes(request)
+    free = ray.available_resources()
+    context = ray.get_runtime_context()
+    return {
+        "address": context.gcs_address,
+        "nodes": found,
+        "free": {name: float(free.get(name, 0)) for name in ("CPU", "GPU")},
+    }
+
+
+def _ask_nodes(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ask every node, and wait for those that Ray still takes for alive.
+
+    A node that has just died is seen as alive for half a minute. Flower would wait for clients
+    on it without end, so the survey outlasts that.
+    """
+    answers: dict[str, dict[str, Any]] = {}
+    errors: dict[str, str] = {}
+    pending: dict[str, Any] = {}
+    look = _looker()
+    deadline = time.monotonic() + float(request["seconds"])
+    while True:
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        for identity in nodes.keys() - answers.keys() - pending.keys():
+            place = NodeAffinitySchedulingStrategy(identity, soft=False)
+            pending[identity] = look.options(scheduling_strategy=place).remote(request, identity)
+        for identity in list(pending):
+            if not ray.wait([pending[identity]], timeout=0)[0]:
+                continue
+            try:
+                answers[identity] = ray.get(pending.pop(identity))
+            except ray.exceptions.RayError as error:  # asked again while the node is alive
+                errors[identity] = str(error).strip()
+        if nodes.keys() <= answers.keys() or time.monotonic() > deadline:
+            return [
+                _row(nodes[identity], answers.get(identity), errors.get(identity, ""))
+                for identity in sorted(nodes)
+            ]
+        time.sleep(0.2)
+
+
+def _row(node: dict[str, Any], answer: dict[str, Any] | None, error: str) -> dict[str, Any]:
+    resources = node["Resources"]
+    return {
+        "name": f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
+        "cpus": float(resources.get("CPU", 0)),
+        "gpus": float(resources.get("GPU", 0)),
+        "answer": answer,
+        "error": error,
+    }
+
+
+def _looker() -> Any:
+    """Return the task as a function inside a function: Ray sends such a one with its code.
+
+    The nodes need not have this package.
+    """
+
+    def look(request: dict[str, Any], identity: str) -> dict[str, Any]:
+        from importlib.metadata import PackageNotFoundError, version
+        from pathlib import Path
+
+        versions: dict[str, str] = {}
+        for package in request["packages"]:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                versions[package] = ""
+        folder = Path(request["folder"])
+        complaint = ""
+        try:
+            if (folder / request["probe"]).read_text(encoding="utf-8") != request["token"]:
+                complaint = "is another folder there"
+            else:
+                trial = folder / f"{request['probe']}-{identity}"
+                trial.write_text("", encoding="utf-8")
+                trial.unlink()
+        except OSError as error:
+            complaint = error.strerror or type(error).__name__
+        missing = [path for path in request["paths"] if not Path(path).exists()]
+        return {"versions": versions, "folder": complaint, "missing": missing}
+
+    return ray.remote(num_cpus=0, max_retries=0)(look)

@@ -1,1 +1,0 @@
-"""Runs started, followed, judged and ended."""

@@ -1,1 +1,0 @@
-"""Using what came out of a run: score it, ask it, export it."""

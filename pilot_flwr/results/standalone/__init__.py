@@ -1,1 +1,0 @@
-"""Files that an exported model takes along; none of them imports this package."""

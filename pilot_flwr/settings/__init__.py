@@ -1,1 +1,0 @@
-"""Typed, frozen, validated settings."""

@@ -1,1 +1,0 @@
-"""What is kept on disk, whole or not at all."""

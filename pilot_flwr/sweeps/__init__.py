@@ -1,0 +1,1 @@
+"""Hydra multiruns and their comparison."""

@@ -1,0 +1,272 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from pilot_flwr.algorithm.connector import (
+    Adapter,
+    CrossTaskMoA,
+    TaskClientConnector,
+    stage1_connector,
+    stage2_connector,
+)
+from pilot_flwr.algorithm.losses import difference_loss, load_balancing_loss, router_z_loss
+from pilot_flwr.errors import ModelError
+
+B, N, D, C = 2, 3, 4, 6
+TASKS = ("vqa", "ocr", "caption")
+
+
+@pytest.fixture
+def visual() -> torch.Tensor:
+    return torch.randn(B, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def adapter(seed: int, bias: bool = True) -> Adapter:
+    made = Adapter(D, C, bias=bias).double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return made
+
+
+def moa(use_client_adapter: bool = True) -> CrossTaskMoA:
+    return CrossTaskMoA(
+        {task: adapter(i) for i, task in enumerate(TASKS)},
+        {task: adapter(10 + i) for i, task in enumerate(TASKS[1:])},
+        adapter(20),
+        torch.nn.Linear(D, len(TASKS), bias=False).double(),
+        use_client_adapter=use_client_adapter,
+    )
+
+
+def naive_mlp(module: Adapter, token: torch.Tensor) -> list[float]:
+    """The MLP for one token in plain Python, GELU by the error function."""
+
+    def affine(layer, vector):
+        return [
+            sum(w * v for w, v in zip(row, vector, strict=True)) + b
+            for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+        ]
+
+    hidden = affine(module.linear_1, token.tolist())
+    hidden = [0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in hidden]
+    return affine(module.linear_2, hidden)
+
+
+def test_adapter_is_transformers_projector(visual):
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=D, num_attention_heads=2, num_hidden_layers=1),
+        text_config=LlamaConfig(hidden_size=C, num_attention_heads=1, num_key_value_heads=1),
+    )
+    projector = LlavaMultiModalProjector(config).double()
+    ours = Adapter(D, C).double()
+    ours.load_state_dict(projector.state_dict())
+    torch.testing.assert_close(ours(visual), projector(visual))
+
+
+def test_stage1_is_the_sum_of_both_adapters(visual):
+    task, client = adapter(1), adapter(2)
+    output = TaskClientConnector(task, client)(visual)
+    for b in range(B):
+        for n in range(N):
+            pairs = zip(naive_mlp(task, visual[b, n]), naive_mlp(client, visual[b, n]), strict=True)
+            expected = torch.tensor([x + y for x, y in pairs], dtype=torch.float64)
+            torch.testing.assert_close(output.features[b, n], expected)
+    expected = difference_loss(task(visual), client(visual), reduction="normalized")
+    torch.testing.assert_close(output.difference, expected)
+    assert output.balance.item() == output.z.item() == 0
+
+
+@pytest.mark.parametrize("use_client_adapter", [True, False])
+def test_stage2_is_the_mixture_of_the_design(visual, use_client_adapter):
+    module = moa(use_client_adapter)
+    output = module(visual)
+    for b in range(B):
+        for n in range(N):
+            token = visual[b, n]
+            logits = [
+                sum(w * v for w, v in zip(row, token.tolist(), strict=True))
+                for row in module.router.weight.tolist()
+            ]
+            weights = [math.exp(g) / sum(map(math.exp, logits)) for g in logits]
+            expected = naive_mlp(module.client_adapter, token) if use_client_adapter else [0.0] * C
+            for i, task in enumerate(TASKS):
+                expert = naive_mlp(module.task_adapters[task], token)
+                if i > 0:
+                    cross = naive_mlp(module.cross_task_adapters[task], token)
+                    expert = [x + y for x, y in zip(expert, cross, strict=True)]
+                expected = [x + weights[i] * y for x, y in zip(expected, expert, strict=True)]
+            torch.testing.assert_close(
+                output.features[b, n], torch.tensor(expected, dtype=torch.float64)
+            )
+    logits = torch.einsum("bnd,td->bnt", visual, module.router.weight)
+    torch.testing.assert_close(output.balance, load_balancing_loss(logits.softmax(-1)))
+    torch.testing.assert_close(output.z, router_z_loss(logits))
+    assert output.difference.item() == 0
+
+
+def test_connector_gradients(visual):
+    visual = visual[:1, :2].requires_grad_()
+    assert torch.autograd.gradcheck(TaskClientConnector(adapter(1), adapter(2)), visual)
+    module = moa()
+    parts = lambda x: (module(x).features, module(x).balance, module(x).z)  # noqa: E731
+    assert torch.autograd.gradcheck(parts, visual)
+
+
+def test_identity_initialisation_starts_at_the_projector(visual):
+    projector = adapter(3)
+    connector = stage1_connector(projector, initialisation="identity", reduction="normalized")
+    assert torch.equal(connector(visual).features, projector(visual))
+    # Only the last layer of ψ_s is zero, so that it can learn.
+    assert connector.client_adapter.linear_1.weight.abs().sum() > 0
+
+
+def test_official_initialisation_copies_the_projector_everywhere(visual):
+    projector = adapter(3)
+    stage1 = stage1_connector(projector, initialisation="official", reduction="normalized")
+    torch.testing.assert_close(stage1(visual).features, 2 * projector(visual))
+    stage2 = stage2_connector(
+        projector,
+        tasks=TASKS,
+        client_adapter=stage1.client_adapter,
+        initialisation="official",
+        use_client_adapter=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for cross in stage2.cross_task_adapters.values():
+        assert torch.equal(cross(visual), projector(visual))
+
+
+def test_inert_stage2_with_equal_task_adapters_is_the_projector(visual):
+    """Σ_i P_i = 1: if all ψ_t are the projector and ψ_s, ψ_c are inert, so is the mixture."""
+    projector = adapter(3)
+    connector = stage2_connector(
+        projector,
+        tasks=TASKS,
+        client_adapter=projector.copy(zero_output=True),
+        initialisation="identity",
+        use_client_adapter=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(connector(visual).features, projector(visual))
+
+
+def test_one_task_needs_no_cross_task_adapter(visual):
+    own = adapter(1)
+    router = torch.nn.Linear(D, 1, bias=False).double()
+    module = CrossTaskMoA({"vqa": own}, {}, adapter(2), router, use_client_adapter=False)
+    torch.testing.assert_close(module(visual).features, own(visual))
+
+
+def test_without_a_client_adapter_stage_1_is_the_task_adapter(visual):
+    projector = adapter(3)
+    connector = stage1_connector(
+        projector, initialisation="official", reduction="normalized", client_adapter=False
+    )
+    output = connector(visual)
+    assert torch.equal(output.features, projector(visual))
+    assert output.difference.item() == 0
+    assert {name for name, _ in connector.named_parameters()} == {
+        f"task_adapter.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("client", [False, True])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_ct_moa_without_some_of_its_parts_is_as_if_they_were_zero(visual, client, crossed):
+    """Those that are left out have no parameters; the rest computes what it did."""
+    whole = moa()
+    inert = [] if client else [whole.client_adapter]
+    inert += [] if crossed else whole.cross_task_adapters.values()
+    for parameter in (p for part in inert for p in part.linear_2.parameters()):
+        torch.nn.init.zeros_(parameter)
+    part = stage2_connector(
+        adapter(5),
+        tasks=TASKS,
+        client_adapter=whole.client_adapter if client else None,
+        initialisation="official",
+        use_client_adapter=True,
+        cross_task_adapters=crossed,
+        generator=torch.Generator().manual_seed(0),
+    )
+    missing, unexpected = part.load_state_dict(whole.state_dict(), strict=False)
+    assert missing == []
+    present = {"client_adapter": client, "cross_task_adapters": crossed}
+    absent = {name for name, there in present.items() if not there}
+    assert {name.split(".")[0] for name in unexpected} == absent
+    torch.testing.assert_close(part(visual).features, whole(visual).features)
+
+
+def test_adapters_without_bias(visual):
+    plain = adapter(1, bias=False)
+    connector = stage1_connector(plain, initialisation="identity", reduction="normalized")
+    assert torch.equal(connector(visual).features, plain(visual))
+
+
+def test_copies_are_independent():
+    original = adapter(1)
+    twin = original.copy()
+    with torch.no_grad():
+        twin.linear_1.weight.zero_()
+    assert original.linear_1.weight.abs().sum() > 0
+
+
+def test_copying_draws_no_random_numbers():
+    original = adapter(1)
+    before = torch.get_rng_state()
+    original.copy()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_router_is_drawn_from_the_generator_alone():
+    def router_weight(seed: int) -> torch.Tensor:
+        return stage2_connector(
+            adapter(1),
+            tasks=TASKS,
+            client_adapter=adapter(2),
+            initialisation="identity",
+            use_client_adapter=True,
+            generator=torch.Generator().manual_seed(seed),
+        ).router.weight
+
+    torch.manual_seed(1)
+    first = router_weight(5)
+    torch.manual_seed(2)
+    assert torch.equal(first, router_weight(5))
+    assert not torch.equal(first, router_weight(6))
+    assert first.abs().max() <= D**-0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cross_task_adapters": {"ocr": adapter(1)}}, "must be for the foreign tasks"),
+        ({"router": torch.nn.Linear(D, 2, bias=False)}, "2 outputs but there are 3 tasks"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changed, message):
+    parts = {
+        "task_adapters": {task: adapter(0) for task in TASKS},
+        "cross_task_adapters": {task: adapter(0) for task in TASKS[1:]},
+        "client_adapter": adapter(0),
+        "router": torch.nn.Linear(D, 3, bias=False),
+    }
+    with pytest.raises(ModelError, match=message):
+        CrossTaskMoA(**(parts | changed))
+
+
+def test_task_names_that_torch_uses_are_refused():
+    router = torch.nn.Linear(D, 1, bias=False)
+    with pytest.raises(ModelError, match="'keys' is taken"):
+        CrossTaskMoA({"keys": adapter(0)}, {}, adapter(1), router)
+
+
+@pytest.mark.parametrize("task", ["keys", "training"])
+def test_a_task_name_that_torch_has_taken_is_refused(task):
+    adapters = {name: Adapter(2, 3) for name in ("vqa", task)}
+    with pytest.raises(ModelError, match=f"Task name '{task}' is taken by torch"):
+        CrossTaskMoA(adapters, {task: Adapter(2, 3)}, Adapter(2, 3), nn.Linear(2, 2, bias=False))

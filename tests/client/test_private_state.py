@@ -1,0 +1,169 @@
+"""A client's own states: one file per exchange, each whole, none of them another's."""
+
+import os
+
+import pytest
+import torch
+
+from pilot_flwr.client.private_state import PrivateState, PrivateStore
+from pilot_flwr.errors import StateError
+from pilot_flwr.run.atomic import load_tensors, save_tensors
+
+STATE = PrivateState(
+    2,
+    ("vqa", "ocr"),
+    {
+        "client_adapter": {"linear_1.weight": torch.randn(2, 3)},
+        "cross_task_adapters": {"ocr/linear_1.weight": torch.randn(2, 3).bfloat16()},
+        "router": {"weight": torch.randn(2, 3)},
+    },
+)
+
+OWNER = {"client": "vqa-0", "task": "vqa"}
+
+
+def test_private_state_round_trip(tmp_path):
+    store = PrivateStore(tmp_path / "new" / "folder", "vqa-0", "vqa")
+    assert store.load() is None
+    assert store.stage() == 0
+    store.save(STATE, server_round=4)
+    loaded = store.load()
+    assert (loaded.stage, loaded.tasks, store.stage()) == (2, ("vqa", "ocr"), 2)
+    for group, tensors in STATE.groups.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, loaded.groups[group][name])
+            assert tensor.dtype == loaded.groups[group][name].dtype
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_torn_file_is_refused(tmp_path, size):
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    store.save(STATE, server_round=4)
+    whole = store.path(4).read_bytes()
+    store.path(4).write_bytes(whole[:size])
+    with pytest.raises(StateError, match="cannot be read"):
+        store.load()
+    with pytest.raises(StateError, match="cannot be read"):
+        store.stage()
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    save_file({"a": torch.zeros(1)}, store.path(4))
+    with pytest.raises(StateError, match="has format None"):
+        store.load()
+    save_tensors(store.path(4), {"nonsense": torch.zeros(1)}, OWNER | {"stage": "1", "tasks": "[]"})
+    with pytest.raises(StateError, match="is not a private state"):
+        store.load()
+    for metadata in ({}, {"stage": "one", "tasks": "[]"}, {"stage": "1", "tasks": "["}):
+        save_tensors(store.path(4), {}, metadata | OWNER)
+        with pytest.raises(StateError, match="is not a private state"):
+            store.stage()
+
+
+def test_another_clients_state_is_refused(tmp_path):
+    """Its tensors would fit: only the file can say whose it is."""
+    PrivateStore(tmp_path, "vqa-0", "vqa").save(STATE, server_round=4)
+    for client, task, words in [
+        ("vqa-1", "vqa", "is of client 'vqa-0' but must be of 'vqa-1'"),
+        ("vqa-0", "ocr", "is of task 'vqa' but must be of 'ocr'"),
+    ]:
+        for read in (PrivateStore.load, PrivateStore.stage):
+            with pytest.raises(StateError, match=words):
+                read(PrivateStore(tmp_path, client, task))
+
+
+def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    store.save(STATE, server_round=4)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save(PrivateState(1), server_round=5)
+    monkeypatch.undo()
+    assert store.load().stage == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["private-0004.safetensors"]
+
+
+def test_tensors_that_are_views_are_saved_by_value(tmp_path):
+    base = torch.arange(6.0).reshape(2, 3)
+    save_tensors(tmp_path / "t.safetensors", {"t": base.T}, {})
+    assert torch.equal(load_tensors(tmp_path / "t.safetensors")[0]["t"], base.T)
+
+
+def of(number):
+    """A state that can be told from others."""
+    return PrivateState(1, (), {"client_adapter": {"w": torch.full((2,), float(number))}})
+
+
+def loaded(store, before=None):
+    return store.load(before=before).groups["client_adapter"]["w"].tolist()
+
+
+def test_an_exchange_starts_from_the_newest_state_before_it(tmp_path):
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    for number in (1, 2, 4):
+        store.save(of(number), server_round=number)
+    assert loaded(store) == [4, 4]
+    assert [loaded(store, before) for before in (2, 3, 4, 5, 9)] == [
+        [1, 1], [2, 2], [2, 2], [4, 4], [4, 4]
+    ]  # fmt: skip
+    assert store.load(before=1) is None and store.stage(before=1) == 0
+    assert store.stage(before=2) == 1
+
+
+def test_the_last_three_are_kept(tmp_path):
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    for number in range(1, 12):
+        store.save(of(number), server_round=number)
+    assert store.rounds() == [9, 10, 11]
+
+
+def test_a_repeated_exchange_replaces_its_state_and_removes_later_ones(tmp_path):
+    """A later one is of an attempt that the run has gone back behind."""
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    for number in (1, 2, 3):
+        store.save(of(number), server_round=number)
+    store.save(of(22), server_round=2)
+    assert store.rounds() == [1, 2]
+    assert loaded(store, before=4) == [22, 22]
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_whatever_dies_in_a_save_the_state_before_the_exchange_is_there(
+    tmp_path, monkeypatch, repeated
+):
+    """Raise at the first, second, ... call that changes a name on the disk, until none is left."""
+    for number in range(100):
+        store = PrivateStore(tmp_path / str(number), "vqa-0", "vqa")
+        for earlier in (1, 2, 3, 4) if repeated else (1, 2):
+            store.save(of(earlier), server_round=earlier)
+        calls = iter(range(number))
+        with monkeypatch.context() as patch:
+            for owner, name in [(os, "replace"), (os, "fsync"), (os, "unlink")]:
+                patch.setattr(owner, name, _until(calls, getattr(owner, name)))
+            try:
+                store.save(of(33), server_round=3)
+                done = True
+            except KeyboardInterrupt:
+                done = False
+        assert loaded(store, before=3) == [2, 2]
+        assert all(loaded(store, before=r + 1) for r in store.rounds())  # none is torn
+        if done:
+            break
+    assert number > 2
+    assert loaded(store) == [33, 33]
+
+
+def _until(calls, function):
+    def call(*args, **kwargs):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call

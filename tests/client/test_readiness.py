@@ -1,0 +1,165 @@
+"""What a site can know to be wrong before any training: tried on a real disk."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from pilot_flwr.client import preflight as readiness
+from pilot_flwr.client.node import Site, private_paths
+from pilot_flwr.client.preflight import check_files, check_readiness, check_room, check_writable
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.data.client_files import SiteFiles
+from pilot_flwr.data.federation import Client
+from pilot_flwr.errors import ConfigError
+from pilot_flwr.flower.failures import reply_text
+from pilot_flwr.model.resource_plan import layout_of
+
+CONFIG = load_config()
+NOBODY = 65534
+
+
+@pytest.fixture
+def place():
+    """Return a folder that other users can reach, as pytest's own is not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """Be somebody for whom rights count, where the tests run as root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def make(folder):
+    """Return what a whole site has in `folder`."""
+    for name in ("a.json", "b.json", "t.json"):
+        (folder / name).write_text("[]")
+    (folder / "images").mkdir()
+    (folder / "images" / "patient-7.png").write_bytes(b"png")
+    return SiteFiles(
+        (folder / "a.json", folder / "b.json"), (folder / "t.json",), folder / "images"
+    )
+
+
+def test_a_whole_site_is_ready_and_nothing_is_left_behind(place):
+    files = make(place)
+    site = Site(Client("a", "vqa"), place / "state" / "run-1", torch.device("cpu"), files)
+    check_readiness(site, CONFIG)
+    assert list((place / "state" / "run-1").iterdir()) == []
+    check_files(SiteFiles(files.train), evaluated=False)  # no images, no test
+
+
+def gone(folder):
+    (folder / "b.json").unlink()
+
+
+def is_folder(folder):
+    gone(folder)
+    (folder / "b.json").mkdir()
+
+
+def locked(name):
+    return lambda folder: (folder / name).chmod(0)
+
+
+def not_entered(folder):
+    (folder / "images").chmod(0o744)
+
+
+def not_listed(folder):
+    (folder / "images").chmod(0o711)
+
+
+def no_images(folder):
+    shutil.rmtree(folder / "images")
+
+
+def file_for_images(folder):
+    no_images(folder)
+    (folder / "images").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (gone, "`train-file` names '{0}/b.json', which is no file"),
+        (is_folder, "`train-file` names '{0}/b.json', which is no file"),
+        (locked("a.json"), "`train-file` names '{0}/a.json', which cannot be read: Permission den"),
+        (locked("t.json"), "`test-file` names '{0}/t.json', which cannot be read: Permission den"),
+        (no_images, "`image-folder` names '{0}/images', which is no folder"),
+        (file_for_images, "`image-folder` names '{0}/images', which is no folder"),
+        (not_listed, "`image-folder` names '{0}/images', which cannot be listed: Permission"),
+        (not_entered, "`image-folder` names '{0}/images', which cannot be entered (r and x)"),
+        (
+            locked("images/patient-7.png"),
+            "`image-folder` names '{0}/images', whose files cannot be read: Permission denied",
+        ),
+        (locked("."), "`train-file` names '{0}/a.json', which cannot be reached: Permission"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_the_server_gets_no_path(place, spoil, message):
+    files = make(place)
+    spoil(place)
+    with ordinary_user(), pytest.raises(ConfigError) as caught:
+        check_files(files, evaluated=True)
+    place.chmod(0o755)
+    assert str(caught.value).startswith(message.format(place))
+    node = {"train-file": ";".join(map(str, files.train)), "test-file": str(files.test[0])}
+    told = reply_text(caught.value, private_paths(node | {"image-folder": str(files.images)}))
+    assert str(place) not in told and "patient" not in told and "<" in told
+
+
+def test_a_run_that_evaluates_needs_a_test_file(place):
+    with pytest.raises(ConfigError, match="`test-file` is missing .* `evaluation.enabled=false`"):
+        check_files(SiteFiles(make(place).train), evaluated=True)
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_named(place):
+    (place / "state").mkdir()
+    (place / "state").chmod(0o555)
+    for folder in (place / "state", place / "state" / "run-1"):
+        with ordinary_user(), pytest.raises(ConfigError, match="cannot be written: Permission"):
+            check_writable(folder)
+    (place / "file").write_text("")
+    with pytest.raises(ConfigError, match="`state-folder`.* cannot be written: Not a directory"):
+        check_writable(place / "file" / "run-1")
+
+
+def test_the_room_that_is_needed_is_named_beside_what_is_free(place, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    size = layout_of(CONFIG.model, tuple(CONFIG.data.tasks)).private_bytes
+
+    def free(number):
+        monkeypatch.setattr(readiness.shutil, "disk_usage", lambda _: usage(1, 1, number))
+
+    free(4 * size)
+    check_room(place, size)
+    free(4 * size - 1)
+    with pytest.raises(ConfigError) as caught:
+        check_room(place, size)
+    assert f"({4 * size - 1} bytes) free but needs" in str(caught.value)
+    assert f"({4 * size} bytes)" in str(caught.value)
+    (place / "private-0001.safetensors").write_bytes(bytes(size))  # what is there needs no room
+    free(3 * size)
+    check_room(place, size)
+    for number in range(2, 6):
+        (place / f"private-000{number}.safetensors").write_bytes(bytes(size))
+    free(size - 1)  # the next state is written before the oldest one goes
+    with pytest.raises(ConfigError, match=rf"needs .* \({size} bytes\)"):
+        check_room(place, size)

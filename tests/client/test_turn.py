@@ -1,0 +1,445 @@
+"""A client's turn: which states the model holds when it is evaluated and when it is trained.
+
+`train` and `evaluate` are replaced by ones that note the model's states; training is then a
+deterministic change of what the stage trains, so that everything can be told apart.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pilot_flwr.algorithm.parameter_groups import trained_groups
+from pilot_flwr.client import client_data as kit
+from pilot_flwr.client.node import Site
+from pilot_flwr.client.session import private_store, run_session, stage_trained
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.model import LoraConfig, ModelConfig
+from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
+from pilot_flwr.data.federation import federation_clients
+from pilot_flwr.errors import DataError, StateError, TrainingError
+from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.protocol import EvaluationResult, Instruction, TrainingResult
+
+TASKS = ("vqa", "counting", "captioning")
+CONFIG = PilotConfig(
+    model=ModelConfig(lora=LoraConfig(dropout=0.1)),
+    data=DataConfig(clients_per_task=1, train_examples=6, test_examples=4),
+    train=TrainConfig(batch_size=4),
+    evaluation=EvaluationConfig(max_new_tokens=2),
+)
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return initial_state(CONFIG.model, seed=0)
+
+
+@pytest.fixture
+def sites(tmp_path):
+    clients = federation_clients(CONFIG.data)
+    return {c.task: Site(c, tmp_path / c.id, torch.device("cpu")) for c in clients}
+
+
+@pytest.fixture
+def make_order(initial):
+    """Build an order whose adapters and LoRA differ by task and by exchange."""
+
+    def make(stage, *, server_round=None, task="vqa", tasks=TASKS, **more):
+        server_round = server_round or stage
+        known = tasks if stage == 2 else (task,)
+        return Instruction(
+            server_round=server_round,
+            stage=stage,
+            tasks=tasks,
+            adapters={t: shifted(initial.adapter, t, server_round) for t in known},
+            lora=shifted(initial.lora, "lora", server_round),
+            **more,
+        )
+
+    return make
+
+
+class Seen:
+    """The model's architecture and states whenever it was evaluated and trained."""
+
+    def __init__(self):
+        self.evaluated, self.trained = [], []
+
+    def note(self, where, model):
+        states = {group: model.state(group) for group in model.groups() if group != "base"}
+        where.append((model.stage, getattr(model.connector, "tasks", ()), states))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    seen = Seen()
+    change = itertools.count(1)
+
+    def train(model, examples, **_):
+        seen.note(seen.trained, model)
+        add = 1e-3 * next(change)
+        with torch.no_grad():
+            for group in trained_groups(model.stage):
+                for parameter in model.groups()[group].values():
+                    parameter += add
+        return TrainingResult({"total": 1.0}, 1, len(examples), 0.0, {})
+
+    def evaluate(model, examples, *, metric, **_):
+        seen.note(seen.evaluated, model)
+        return EvaluationResult(0.5, metric, len(examples), 0.0)
+
+    monkeypatch.setattr(kit, "train", train)
+    monkeypatch.setattr(kit, "evaluate", evaluate)
+    return seen
+
+
+def shifted(state, name, number):
+    shift = 1e-3 * (number + 10 * len(name))
+    return {key: tensor + shift for key, tensor in state.items()}
+
+
+def take(site, order, config=CONFIG):
+    return run_session(site, config, order, progress=lambda line: None)
+
+
+def private(site):
+    return private_store(site).load().groups
+
+
+def private_bytes(site):
+    return private_store(site).newest().read_bytes()
+
+
+def assert_equal(state, expected):
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def differ(state, other):
+    return all(not torch.equal(tensor, other[name]) for name, tensor in state.items())
+
+
+def assert_received(states, order, own="vqa"):
+    """The model holds what the server sent: own adapter, LoRA and every foreign adapter."""
+    assert_equal(states["lora"], order.lora)
+    assert_equal(states["own_task_adapter"], order.adapters[own])
+    for task, adapter in order.adapters.items():
+        if task != own:
+            got = {n: states["foreign_task_adapters"][f"{task}/{n}"] for n in adapter}
+            assert_equal(got, adapter)
+    foreign = sum(len(a) for task, a in order.adapters.items() if task != own)
+    assert len(states["foreign_task_adapters"]) == foreign
+
+
+def test_the_first_stage_2_training_keeps_the_saved_client_adapter(sites, make_order, seen):
+    site = sites["vqa"]
+    take(site, make_order(1))
+    saved, order = private(site), make_order(2)
+    take(site, order)
+    stage, tasks, states = seen.trained[-1]
+    assert (stage, tasks) == (2, TASKS)
+    assert_equal(states["client_adapter"], saved["client_adapter"])
+    assert_received(states, order)
+    assert not any(t.any() for n, t in states["cross_task_adapters"].items() if "linear_2" in n)
+
+
+def test_a_later_stage_2_training_starts_from_the_saved_private_state(sites, make_order, seen):
+    site = sites["counting"]  # not the first of the federation's tasks
+    for stage in (1, 2):
+        take(site, make_order(stage, task="counting"))
+    saved, order = private(site), make_order(2, server_round=3)
+    take(site, order)
+    stage, tasks, states = seen.trained[-1]
+    assert (stage, tasks) == (2, ("counting", "vqa", "captioning"))
+    for group in ("client_adapter", "cross_task_adapters", "router"):
+        assert saved[group]
+        assert_equal(states[group], saved[group])
+    assert_received(states, order, own="counting")
+
+
+def test_what_training_changed_is_saved_and_only_the_rest_is_sent(sites, make_order, seen):
+    site = sites["vqa"]
+    take(site, make_order(1))
+    order = make_order(2)
+    result = take(site, order)
+    before, after = seen.trained[-1][2], private(site)
+    assert differ(after["cross_task_adapters"], before["cross_task_adapters"])
+    assert differ(after["router"], before["router"])
+    assert_equal(after["client_adapter"], before["client_adapter"])  # frozen in stage 2
+    assert differ(result.adapter, order.adapters["vqa"])
+    assert differ(result.lora, order.lora)
+    assert result.adapter.keys() == order.adapters["vqa"].keys()
+    assert result.lora.keys() == order.lora.keys()
+
+
+def test_a_stage_1_training_after_another_continues_the_client_adapter(sites, make_order, seen):
+    site = sites["vqa"]
+    take(site, make_order(1))
+    saved, order = private(site), make_order(1, server_round=2)
+    take(site, order)
+    stage, _, states = seen.trained[-1]
+    assert stage == 1
+    assert_equal(states["client_adapter"], saved["client_adapter"])
+    assert_received(states, order)
+
+
+@pytest.mark.parametrize("initialisation", ["identity", "official"])
+def test_before_any_training_the_base_model_is_evaluated(sites, initial, seen, initialisation):
+    """Whatever the initialisation, ψ_s is inert; the first exchange sends the base's adapters."""
+    config = replace(CONFIG, model=replace(CONFIG.model, initialisation=initialisation))
+    order = Instruction(1, 1, TASKS, {"vqa": initial.adapter}, initial.lora, train=False)
+    take(sites["vqa"], order, config)
+    ((stage, _, states),) = seen.evaluated
+    assert stage == 1
+    assert not any(t.any() for n, t in states["client_adapter"].items() if "linear_2" in n)
+    assert_received(states, order)
+
+
+def test_a_late_joiner_evaluates_the_adapters_that_it_is_sent(sites, make_order, seen):
+    order = make_order(1, server_round=3)
+    take(sites["vqa"], order)
+    stage, _, states = seen.evaluated[-1]
+    assert stage == 1
+    assert_received(states, order)
+
+
+def test_the_incoming_model_is_evaluated_as_it_was_last_trained(sites, make_order, seen):
+    """Stage 1 in exchange 2, although stage 2 is to be trained; CT-MoA in exchange 3."""
+    site = sites["vqa"]
+    take(site, make_order(1))
+    for server_round, expected in ((2, 1), (3, 2)):
+        saved, order = private(site), make_order(2, server_round=server_round)
+        take(site, order)
+        stage, _, states = seen.evaluated[-1]
+        assert stage == expected
+        for group, state in saved.items():
+            assert_equal(states[group], state)
+        own = replace(order, adapters={"vqa": order.adapters["vqa"]})
+        assert_received(states, order if expected == 2 else own)
+
+
+def test_evaluating_only_writes_nothing(sites, make_order, seen):
+    site = sites["vqa"]
+    result = take(site, make_order(1, train=False))
+    assert result.evaluation and not result.training and not result.adapter and not result.lora
+    assert stage_trained(site, 2) == 0 and private_store(site).newest() is None
+    take(site, make_order(1))
+    take(site, make_order(2))
+    before = private_bytes(site)
+    take(site, make_order(2, server_round=3, train=False))
+    assert private_bytes(site) == before
+    assert len(seen.trained) == 2
+
+
+def test_training_only_evaluates_nothing(sites, make_order, seen):
+    result = take(sites["vqa"], make_order(1, evaluate=False))
+    assert result.training and result.evaluation is None and not seen.evaluated
+
+
+def test_the_state_of_another_client_is_refused(sites, make_order, seen):
+    site = sites["vqa"]
+    take(site, make_order(1))
+    other = replace(site, client=replace(site.client, id="vqa-1"))
+    for use in (lambda: take(other, make_order(2)), lambda: stage_trained(other, 2)):
+        with pytest.raises(StateError, match="of client 'vqa-0' but must be of 'vqa-1'"):
+            use()
+    assert len(seen.trained) == 1
+
+
+def test_stage_2_without_stage_1_is_refused(sites, make_order, seen):
+    with pytest.raises(StateError, match="'vqa-0' was ordered to train stage 2 but holds no"):
+        take(sites["vqa"], make_order(2))
+    assert not seen.trained
+
+
+@pytest.mark.parametrize("tasks", [("vqa", "counting"), ("vqa", "captioning", "counting")])
+def test_other_tasks_than_those_trained_are_refused(sites, make_order, seen, tasks):
+    """The router's outputs and ψ_c belong to tasks in one order."""
+    site = sites["vqa"]
+    for stage in (1, 2):
+        take(site, make_order(stage))
+    before = private_bytes(site)
+    for evaluate in (True, False):
+        with pytest.raises(StateError, match="private state is for tasks"):
+            take(site, make_order(2, server_round=3, tasks=tasks, evaluate=evaluate))
+    assert private_bytes(site) == before
+
+
+def fail(model, *args, **kwargs):
+    spoil(model, float("inf"))
+    raise TrainingError("the power went")
+
+
+def leave_nan(model, examples, **_):
+    spoil(model, float("nan"))
+    return TrainingResult({}, 1, len(examples), 0.0, {})
+
+
+def spoil(model, value):
+    with torch.no_grad():
+        for group in trained_groups(model.stage):
+            for parameter in model.groups()[group].values():
+                parameter.view(-1)[-1] = value
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("broken", "message"), [(fail, "the power went"), (leave_nan, "of lora is not finite in stage")]
+)
+def test_a_training_that_fails_leaves_the_private_state(
+    sites, make_order, seen, monkeypatch, stage, broken, message
+):
+    site = sites["vqa"]
+    for earlier in range(1, stage + 1):
+        take(site, make_order(earlier))
+    before, order = private_bytes(site), make_order(stage, server_round=3)
+    train = kit.train
+    monkeypatch.setattr(kit, "train", broken)
+    with pytest.raises(TrainingError, match=message):
+        take(site, order)
+    assert private_bytes(site) == before
+    monkeypatch.setattr(kit, "train", train)  # and the client is not locked out
+    saved = private(site)
+    take(site, order)
+    assert_equal(seen.trained[-1][2]["client_adapter"], saved["client_adapter"])
+    assert_received(seen.trained[-1][2], order)
+
+
+def test_each_group_that_is_saved_or_sent_must_be_finite(sites, make_order, seen, monkeypatch):
+    site = sites["vqa"]
+    take(site, make_order(1))
+    before = private_bytes(site)
+    for group in trained_groups(2):
+
+        def one(model, examples, *, group=group, **_):
+            with torch.no_grad():
+                next(iter(model.groups()[group].values())).view(-1)[0] = float("inf")
+            return TrainingResult({}, 1, len(examples), 0.0, {})
+
+        monkeypatch.setattr(kit, "train", one)
+        with pytest.raises(TrainingError, match=f"of {group} is not finite"):
+            take(site, make_order(2))
+        assert private_bytes(site) == before
+
+
+def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
+    """The real training and evaluation, with dropout, on the one warm model."""
+    clients = {c.task: c for c in federation_clients(CONFIG.data)}
+
+    def history(folder, *, disturbed):
+        site = Site(clients["vqa"], folder / "vqa", torch.device("cpu"))
+        other = Site(clients["captioning"], folder / "captioning", torch.device("cpu"))
+        results = []
+        for server_round, stage in ((1, 1), (2, 2), (3, 2)):
+            if disturbed:
+                take(other, make_order(stage, task="captioning", server_round=server_round))
+            results.append(take(site, make_order(stage, server_round=server_round)))
+        return results, private(site)
+
+    alone, alone_private = history(tmp_path / "alone", disturbed=False)
+    between, between_private = history(tmp_path / "between", disturbed=True)
+    for one, two in zip(alone, between, strict=True):
+        assert_equal(two.adapter, one.adapter)
+        assert_equal(two.lora, one.lora)
+        assert two.training.losses == one.training.losses
+        assert two.evaluation.score == one.evaluation.score
+    for group, state in alone_private.items():
+        assert_equal(between_private[group], state)
+
+
+def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, seen, monkeypatch):
+    """They would share their features silently."""
+    read = kit.client_examples
+    for split, order in (("test", make_order(1, train=False)), ("train", make_order(1))):
+
+        def twice(data, client, asked, *, split=split, **more):
+            examples = read(data, client, asked, **more)
+            return [*examples[:-1], examples[0]] if asked == split else examples
+
+        monkeypatch.setattr(kit, "client_examples", twice)
+        message = f"{split} split of client 'vqa-0', 1 ids belong to more than one example"
+        with pytest.raises(DataError, match=message):
+            take(sites["vqa"], order)
+    assert not seen.trained
+
+
+def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, monkeypatch):
+    """Features are kept by base type, seed and data settings, not by client and id alone."""
+    kept = []
+    cache = kit.FeatureCache
+
+    def note(*args, namespace, **kwargs):
+        kept.append(namespace)
+        return cache(*args, namespace=namespace, **kwargs)
+
+    monkeypatch.setattr(kit, "FeatureCache", note)
+    seen_dtypes = []
+    for config in (
+        CONFIG,
+        replace(CONFIG, model=replace(CONFIG.model, dtype="bfloat16")),
+        replace(CONFIG, seed=1),
+        replace(CONFIG, data=replace(CONFIG.data, train_examples=5)),
+    ):
+        real = kit.evaluate
+
+        def evaluate(model, examples, *, encode, real=real, **kwargs):
+            seen_dtypes.append(next(encode([examples[:1]])).features.dtype)
+            return real(model, examples, encode=encode, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kit, "evaluate", evaluate)
+            take(sites["vqa"], make_order(1, train=False), config)
+    assert seen_dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    assert len(set(kept)) == len(kept)
+    take(sites["vqa"], make_order(1))
+    assert len(set(kept)) == len(kept) - 1  # this configuration's test split again
+
+
+def test_evaluation_uses_the_autocast_of_training(sites, make_order, seen, monkeypatch):
+    given = []
+    noted = kit.evaluate
+
+    def evaluate(*args, autocast_choice, **kwargs):
+        given.append(autocast_choice)
+        return noted(*args, **kwargs)
+
+    monkeypatch.setattr(kit, "evaluate", evaluate)
+    config = replace(CONFIG, train=replace(CONFIG.train, autocast="bfloat16"))
+    take(sites["vqa"], make_order(1, train=False), config)
+    assert given == ["bfloat16"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_out_of_memory_says_what_to_change(sites, make_order, seen, monkeypatch, stage):
+    if stage == 2:
+        take(sites["vqa"], make_order(1))
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(kit, "train", fail)
+    message = (
+        rf"ran out of memory in stage {stage} with a micro-batch of 4\..*expects \d.*"
+        r"`train\.batch_size`.*`model\.gradient_checkpointing=true`.*`model\.quantization=4bit`"
+        r".*Tried to allocate 2\.00 GiB\.$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        take(sites["vqa"], make_order(stage))
+
+
+def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make_order, seen):
+    config = replace(CONFIG, model=replace(CONFIG.model, sent_dtype="bfloat16"))
+    assert {t.dtype for t in initial_state(config.model, seed=0).lora.values()} == {torch.bfloat16}
+    result = take(sites["vqa"], make_order(1), config)
+    assert {t.dtype for t in {**result.lora, **result.adapter}.values()} == {torch.bfloat16}
+    held = warm_model(config.model, reduction="normalized", device=torch.device("cpu"))
+    assert {p.dtype for p in held.groups()["lora"].values()} == {torch.float32}
+    for name, parameter in held.groups()["lora"].items():
+        assert torch.equal(result.lora[name], parameter.to(torch.bfloat16))
+    kept = private(sites["vqa"])["client_adapter"]
+    assert {t.dtype for t in kept.values()} == {torch.float32}
+    exact = take(sites["counting"], make_order(1, task="counting"))
+    assert {t.dtype for t in exact.lora.values()} == {torch.float32}

@@ -1,0 +1,152 @@
+"""What is handed to Flower arrives unchanged, through Hydra's, the shell's and TOML's quoting."""
+
+import shlex
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from pilot_flwr.config import overrides as submission
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.schema import SimulationConfig
+from pilot_flwr.errors import ConfigError, RunError
+
+NASTY = [
+    "/plain/path-1.0_x",
+    "/with blank/x",
+    "/it's",
+    '/say "hi"',
+    "/a,b=c[1]{d:e}",
+    "/back\\slash",
+    "/back\\'quote",
+    "/end\\",
+    "/end\\\\",
+    "/${name}",
+    "/\\${name}",
+    "/$HOME/~x/#c/%s/a:b(c)",
+    "/ü✓🎈",
+    "/tab\there",
+]
+
+
+@pytest.fixture(scope="module")
+def parse_config_args():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what Flower's command line uses
+        from flwr.common.config import parse_config_args
+    return parse_config_args
+
+
+@pytest.mark.parametrize("path", NASTY)
+def test_any_run_folder_survives_hydra_and_the_shell(path):
+    overrides = shlex.join(
+        ["run.folder=/other", submission.path_override("run.folder", Path(path))]
+    )
+    assert load_config(overrides).run.folder == path
+
+
+@pytest.mark.parametrize("text", [*NASTY, "", 'a="b c" d=[1,2] e=\'"\'', "line\nbreak", "\x7f\x01"])
+def test_flower_reads_back_the_overrides(text, parse_config_args):
+    argument = f"overrides={submission.toml_string(text)}"
+    assert parse_config_args([argument]) == {"overrides": text}
+
+
+def test_the_federation_config_in_flowers_words(parse_config_args):
+    text = submission.federation_config(
+        9, SimulationConfig(cpus=4, gpus=1, client_cpus=2, client_gpus=0.25)
+    )
+    assert parse_config_args([text]) == {
+        "num-supernodes": 9,
+        "client-resources-num-cpus": 2,
+        "client-resources-num-gpus": 0.25,
+        "init-args-num-cpus": 4,
+        "init-args-num-gpus": 1,
+    }
+    assert "init-args-num-cpus=0" not in submission.federation_config(1, SimulationConfig())
+
+
+@pytest.mark.parametrize(
+    ("simulation", "field"),
+    [
+        (SimulationConfig(cpus=2, client_cpus=3), "simulation.client_cpus"),
+        (SimulationConfig(cpus=1, gpus=0, client_gpus=0.5), "simulation.client_gpus"),
+        (SimulationConfig(cpus=1, gpus=1, client_gpus=2), "simulation.client_gpus"),
+    ],
+)
+def test_a_federation_in_which_no_client_fits_is_refused(simulation, field):
+    with pytest.raises(ConfigError, match=f"`{field}` is .* but must be"):
+        submission.federation_config(3, simulation)
+
+
+@pytest.mark.parametrize(
+    ("seen", "simulation", "client_gpus", "gpus"),
+    [
+        (0, SimulationConfig(), 0.0, 0),
+        (1, SimulationConfig(), 1.0, 1),
+        (4, SimulationConfig(), 1.0, 4),
+        (4, SimulationConfig(client_gpus=0.25), 0.25, 4),
+        (4, SimulationConfig(client_gpus=2), 2.0, 4),
+        (4, SimulationConfig(gpus=2), 1.0, 2),
+        (4, SimulationConfig(gpus=0), 0.0, 0),
+        (4, SimulationConfig(client_gpus=0), 0.0, 4),
+    ],
+)
+def test_gpus_are_found_unless_the_user_says_otherwise(
+    monkeypatch, parse_config_args, seen, simulation, client_gpus, gpus
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    config = parse_config_args([submission.federation_config(3, simulation)])
+    assert config["client-resources-num-gpus"] == client_gpus
+    assert config["init-args-num-gpus"] == gpus
+
+
+def test_a_message_about_gpus_names_what_was_found(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    message = "`simulation.client_gpus` is 0.5 but must be at most `simulation.gpus`, here 0"
+    with pytest.raises(ConfigError, match=message):
+        submission.federation_config(3, SimulationConfig(client_gpus=0.5))
+
+
+@pytest.mark.parametrize(("seen", "gpus"), [(0, -1), (0, 0), (2, 2), (2, 0)])
+def test_gpus_that_are_there_are_enough(monkeypatch, seen, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    submission.check_gpus(SimulationConfig(gpus=gpus))
+
+
+def test_more_gpus_than_there_are_would_silently_be_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="`simulation.gpus` is 2 but must be at most 1, the"):
+        submission.check_gpus(SimulationConfig(gpus=2))
+
+
+def test_the_default_run_folder_is_where_the_user_stands(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now = datetime(2025, 3, 4, 5, 6, 7)
+    expected = tmp_path / "outputs" / "demo-20250304-050607"
+    assert submission.run_folder("", "demo", now) == expected
+    assert submission.default_run_folder("demo", now).absolute() == expected
+    assert submission.run_folder("../x/./y", "demo", now) == tmp_path.parent / "x" / "y"
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path):
+    now = datetime(2025, 1, 1)
+    assert submission.run_folder(str(tmp_path), "demo", now) == tmp_path
+    (tmp_path / "result.json").touch()
+    for configured in (tmp_path, tmp_path / "result.json"):
+        with pytest.raises(ConfigError, match="`run.folder` is .* but must be a new or empty"):
+            submission.run_folder(str(configured), "demo", now)
+
+
+def test_the_app_is_this_checkout():
+    assert (submission.app_folder() / "pyproject.toml").is_file()
+
+
+def test_without_a_checkout_there_is_no_app(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(submission, "__file__", str(tmp_path / "pilot_flwr" / "submission.py"))
+    with pytest.raises(RunError, match="no Flower app in .*pip install -e"):
+        submission.app_folder()
+    (tmp_path / "pyproject.toml").write_text("[tool.other]\n")
+    with pytest.raises(RunError, match="no Flower app"):
+        submission.app_folder()

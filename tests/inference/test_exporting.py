@@ -1,0 +1,322 @@
+"""An exported folder, loaded by the file in it, computes what the personalised model computes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from checkpoints import WRITERS
+from peft import PeftModel
+from perturbed import perturb
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+from visuals import visual
+
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
+from pilot_flwr.data.examples import Example, KeptImage, Turn
+from pilot_flwr.data.federation import client_examples, federation_clients
+from pilot_flwr.data.images import expand_to_square, mean_colour
+from pilot_flwr.errors import ModelError, RunError
+from pilot_flwr.inference.export import export_model
+from pilot_flwr.inference.standalone import modeling_pilot
+from pilot_flwr.model.architectures import spec_of
+from pilot_flwr.model.base import load_base, load_processor, make_collator
+from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
+
+TASKS = ("vqa", "counting", "captioning")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    data = DataConfig(train_examples=6, test_examples=4)
+    return client_examples(data, federation_clients(data)[0], "test", seed=0)
+
+
+def export(model, folder, *, client_adapter=True, image_aspect_ratio="keep"):
+    export_model(
+        model,
+        folder,
+        client_adapter=client_adapter,
+        end_token_ids=[2],
+        image_aspect_ratio=image_aspect_ratio,
+    )
+    return folder
+
+
+def logits(model, processor, examples):
+    """Logits that predict answers, and a function that gives those of any transformers model."""
+    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    batch = collator.train_batch(examples)
+    images = [example.images[0].read() for example in examples]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def of(other):
+        output = other(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=pixels
+        )
+        return output.logits[:, :-1][batch.labels[:, 1:] != -100]
+
+    return model(batch, visual(model, processor, examples)).logits, of
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_client_adapter", ["frozen", "off"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_loaded_model_computes_the_same(
+    make_model, processor, examples, generator, tmp_path, stage, use_client_adapter
+):
+    model = make_model(stage2_client_adapter=use_client_adapter)
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    expected, of = logits(perturb(model), processor, examples)
+    loaded, _ = modeling_pilot.load(export(model, tmp_path / "model"))
+    torch.testing.assert_close(of(loaded), expected, rtol=1e-5, atol=1e-5)
+    kept = load_file(tmp_path / "model" / "connector.safetensors")
+    assert any("client_adapter" in name for name in kept) == (
+        stage == 1 or use_client_adapter == "frozen"
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("stage", "left_out"),
+    [
+        (1, {"client_adapter"}),
+        (2, {"client_adapter"}),
+        (2, {"cross_task_adapters"}),
+        (2, {"client_adapter", "cross_task_adapters"}),
+    ],
+)
+def test_a_model_that_was_trained_without_some_parts(
+    make_model, processor, examples, generator, tmp_path, stage, left_out
+):
+    model = make_model(**dict.fromkeys(left_out, False))
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    expected, of = logits(perturb(model), processor, examples)
+    loaded, _ = modeling_pilot.load(export(model, tmp_path / "model"))
+    torch.testing.assert_close(of(loaded), expected, rtol=1e-5, atol=1e-5)
+    kept = load_file(tmp_path / "model" / "connector.safetensors")
+    assert not {name.split(".")[0] for name in kept} & left_out
+
+
+@torch.no_grad()
+def test_a_consensus_model_is_exported_without_a_client_adapter(
+    make_model, processor, examples, tmp_path
+):
+    model = make_model()
+    model.enter_stage1("vqa", initialisation="identity")  # ψ_s ends in zero
+    for group in ("lora", "own_task_adapter"):
+        for parameter in model.groups()[group].values():
+            parameter.data += 0.05
+    expected, of = logits(model, processor, examples)
+    loaded, _ = modeling_pilot.load(export(model, tmp_path / "model", client_adapter=False))
+    torch.testing.assert_close(of(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert len(load_file(tmp_path / "model" / "connector.safetensors")) == 4
+
+
+SCRIPT = """
+import sys
+sys.modules["pilot_flwr"] = None  # importing it raises from here on
+sys.path.insert(0, ".")
+from modeling_pilot import load; model, processor = load(".")
+from PIL import Image
+inputs = processor(
+    text=["USER: <image>\\nWhat digit is at the top left? ASSISTANT:", "USER: Hello ASSISTANT:"],
+    images=[Image.open("image.png")], padding=True, return_tensors="pt",
+)
+new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+print(*processor.tokenizer.batch_decode(new, skip_special_tokens=True), sep="|")
+"""
+
+
+def test_it_loads_in_two_lines_without_the_package(make_model, processor, generator, tmp_path):
+    model = make_model()
+    model.enter_stage2(TASKS, generator)
+    folder = export(perturb(model), tmp_path / "model")
+    image = Image.effect_noise((32, 32), 80).convert("RGB")
+    image.save(folder / "image.png")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    answer = Turn("assistant", "?")
+    question = Turn("user", "<image>\nWhat digit is at the top left?")
+    asked = [
+        Example("a", (KeptImage(image),), (question, answer)),
+        Example("b", (), (Turn("user", "Hello"), answer)),
+    ]
+    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    tokens = model.generate(
+        collator.prompt_batch(asked), visual(model, processor, asked[:1]), max_new_tokens=8
+    )
+    answers = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert done.stdout.strip("\n").split("|") == answers
+    assert answers[0].strip()
+
+
+@torch.no_grad()
+def test_the_lora_is_in_pefts_own_format(make_model, processor, examples, tmp_path):
+    model = perturb(make_model())
+    expected, of = logits(model, processor, examples)
+    folder = export(model, tmp_path / "model")
+    base = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
+    connector = model.connector
+    base.model.multi_modal_projector = peft.tuners.tuners_utils.nn.Identity()
+    base.model.multi_modal_projector.forward = lambda features: connector(features).features
+    loaded = PeftModel.from_pretrained(base, folder / "lora").eval()
+    torch.testing.assert_close(of(loaded), expected, rtol=1e-5, atol=1e-5)
+    layers = [n for n, m in loaded.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert layers and all(".language_model." in name for name in layers)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    return export(perturb(make_model()), tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["connector.safetensors", "lora/adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_every_key_is_checked_when_it_is_loaded(folder, file, damage):
+    state = load_file(folder / file)
+    name, tensor = next(iter(state.items()))
+    if damage == "missing":
+        del state[name]
+    elif damage == "unexpected":
+        state["more"] = tensor.clone()
+    else:
+        state[name] = tensor[1:].clone()
+    save_file(state, folder / file)
+    with pytest.raises(ValueError, match="shape" if damage == "shape" else f"{damage} \\['"):
+        modeling_pilot.load(folder)
+
+
+def test_another_format_is_refused(folder):
+    path = folder / "connector.json"
+    path.write_text(path.read_text().replace(modeling_pilot.FORMAT, "pilot-export-9"))
+    with pytest.raises(ValueError, match="'pilot-export-9'"):
+        modeling_pilot.load(folder)
+
+
+def test_the_base_may_be_elsewhere(folder, tmp_path):
+    shutil.move(folder / "base", tmp_path / "elsewhere")
+    with pytest.raises((OSError, ValueError)):
+        modeling_pilot.load(folder)
+    modeling_pilot.load(folder, tmp_path / "elsewhere")
+
+
+def test_an_answer_ends_at_the_runs_end_tokens(make_model, processor, tmp_path):
+    model = perturb(make_model())
+    question = Example("a", (), (Turn("user", "Hello"), Turn("assistant", "?")))
+    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    batch = collator.prompt_batch([question])
+    prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    loaded = modeling_pilot.load_model(export(model, tmp_path / "a"))
+    loaded.generation_config.eos_token_id = None
+    length = batch.input_ids.shape[1]
+    free = loaded.generate(**prompt, max_new_tokens=8, do_sample=False)[0, length:].tolist()
+    assert len(free) == 8
+    position = next(n for n in range(1, 8) if free[n] not in free[:n])
+    folder = tmp_path / "b"
+    export_model(
+        model,
+        folder,
+        client_adapter=True,
+        end_token_ids=[free[position]],
+        image_aspect_ratio="keep",
+    )
+    ending = modeling_pilot.load_model(folder)
+    answer = ending.generate(**prompt, max_new_tokens=8, do_sample=False)[0, length:]
+    assert answer.tolist() == free[: position + 1]
+
+
+def test_half_precision_is_kept_as_it_was(make_model, tmp_path):
+    model = perturb(make_model(adapter_dtype="bfloat16"))
+    loaded, _ = modeling_pilot.load(export(model, tmp_path / "model"))
+    for name, parameter in loaded.named_parameters():
+        if ".lora_" in name or ".multi_modal_projector." in name:
+            assert parameter.dtype == torch.bfloat16, name
+    mine = model.state("lora")["layers.0.self_attn.q_proj.lora_A"]
+    theirs = loaded.model.model.language_model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert torch.equal(mine, theirs)
+
+
+def test_images_are_padded_as_the_run_padded_them(make_model, processor, tmp_path):
+    _, loaded = modeling_pilot.load(export(make_model(), tmp_path / "m", image_aspect_ratio="pad"))
+    image = Image.effect_noise((50, 31), 80)
+    squared = expand_to_square(image.convert("RGB"), mean_colour(processor.image_processor))
+    expected = processor.image_processor(images=[squared], return_tensors="pt")["pixel_values"]
+    prompt = "USER: <image>\nWhat? ASSISTANT:"
+    inputs = loaded(text=[prompt], images=[image], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected)
+    with pytest.raises(ValueError, match="PIL"):
+        loaded(text=[prompt], images=[torch.zeros(3, 50, 31)], return_tensors="pt")
+
+
+def test_a_folder_that_holds_something_is_left_alone(make_model, tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(RunError, match="not empty"):
+        export(make_model(), tmp_path)
+    with pytest.raises(RunError, match="cannot be written"):
+        export(make_model(), tmp_path / "mine" / "model")
+
+
+def test_parameters_without_a_place_are_refused(make_model, tmp_path, monkeypatch):
+    model = make_model()
+    groups = {**model.groups(), "vision_lora": {"x": torch.nn.Parameter(torch.zeros(1))}}
+    monkeypatch.setattr(model, "groups", lambda: groups)
+    with pytest.raises(ModelError, match="vision_lora"):
+        export(model, tmp_path / "model")
+
+
+def test_the_description_says_what_the_folder_is(folder):
+    description = json.loads((folder / "connector.json").read_text())
+    assert description["base"]["path"] == "tiny-llava"
+    assert description["connector"]["tasks"] == ["vqa"]
+    assert description["end_token_ids"] == [2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
+    path = WRITERS[kind](tmp_path / "base")
+    config = ModelConfig(path=path, lora=LoraConfig(rank=2))
+    model = PilotModel(load_base(config, torch.device("cpu")), config)
+    model.enter_stage1("vqa")
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    perturb(model.eval())
+    processor = load_processor(path)
+    collator = make_collator(config, processor, model.llava.config, max_length=2048)
+    picture = Image.effect_noise((61, 40), 90).convert("RGB")
+    one = Example(
+        "a",
+        (KeptImage(picture),),
+        (Turn("user", "<image>\nWhat is in the image?"), Turn("assistant", "two zebras")),
+    )
+    batch = collator.train_batch([one])
+    cache = FeatureCache(FeatureCacheConfig(where="off"), namespace=path, folder=tmp_path)
+    expected = model(batch, cache.encode(model, processor.image_processor, [one])).logits
+    loaded = modeling_pilot.load_model(export(model, tmp_path / "model"))
+    inputs = processor.image_processor(
+        images=[[picture]] if spec_of(model.llava.config).has_video else [picture],
+        return_tensors="pt",
+    )
+    output = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)
+    got = output.logits[:, :-1][batch.labels[:, 1:] != -100]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+    description = json.loads((tmp_path / "model" / "connector.json").read_text())
+    assert description["base"] == {
+        "path": path,
+        "revision": "",
+        "dtype": "float32",
+        "included": False,
+        "quantization": "none",
+    }

@@ -1,0 +1,183 @@
+"""Every architecture: the untouched base model is reproduced, whatever images an example has.
+
+The reference is transformers' own forward pass, one example at a time.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import WRITERS
+from PIL import Image
+
+from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
+from pilot_flwr.data.collator import IGNORE_INDEX
+from pilot_flwr.data.examples import Example, KeptImage, Turn
+from pilot_flwr.errors import ModelError
+from pilot_flwr.model.architectures import SPECS, feature_size, spec_of
+from pilot_flwr.model.base import load_base, load_processor, make_collator, read_config
+from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.pilot_model import PilotModel
+
+CPU = torch.device("cpu")
+SIZES = [(28, 28), (20, 61), (64, 30), (90, 90), (7, 100)]
+
+
+@pytest.fixture(scope="module", params=list(WRITERS))
+def path(request, tmp_path_factory):
+    return WRITERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    model = PilotModel(load_base(ModelConfig(path=path), CPU), ModelConfig(path=path))
+    model.enter_stage1("vqa")
+    return model.eval()
+
+
+def image(height, width):
+    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3))
+    return KeptImage(Image.fromarray(pixels.astype(np.uint8)))
+
+
+def example(*images, turns=1):
+    words = [Turn("user", "<image>\n" * len(images) + "What is in the image?")]
+    words += [Turn("assistant", "two zebras")]
+    for _ in range(turns - 1):
+        words += [Turn("user", "And what else?"), Turn("assistant", "one giraffe")]
+    return Example(f"{[i.size() for i in images]}-{turns}", images, tuple(words))
+
+
+EXAMPLES = [
+    *(example(image(*size)) for size in SIZES),
+    example(image(28, 28), image(20, 61)),
+    example(turns=2),
+    example(image(64, 30), turns=3),
+]
+
+
+def kit(model, path):
+    processor = load_processor(path)
+    collator = make_collator(ModelConfig(path=path), processor, model.llava.config, max_length=2048)
+    cache = FeatureCache(
+        FeatureCacheConfig(where="off"), namespace=path, folder=Path(path) / "features"
+    )
+    return processor, collator, cache
+
+
+def base_logits(base, processor, collator, one):
+    """Logits at the answers' positions by transformers' own forward pass."""
+    batch = collator.train_batch([one])
+    inputs = {}
+    if one.images:
+        images = [source.read() for source in one.images]
+        inputs = processor.image_processor(
+            images=[images] if spec_of(base.config).has_video else images, return_tensors="pt"
+        )
+    output = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)
+    return output.logits[:, :-1][batch.labels[:, 1:] != IGNORE_INDEX]
+
+
+@torch.no_grad()
+def test_the_base_model_is_reproduced_for_any_images(path, model):
+    processor, collator, cache = kit(model, path)
+    base = load_base(ModelConfig(path=path), CPU).eval()
+    expected = [base_logits(base, processor, collator, one) for one in EXAMPLES]
+    got = model(
+        collator.train_batch(EXAMPLES), cache.encode(model, processor.image_processor, EXAMPLES)
+    )
+    torch.testing.assert_close(got.logits, torch.cat(expected), atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_generation_is_transformers_own(path, model):
+    processor, collator, cache = kit(model, path)
+    base = load_base(ModelConfig(path=path), CPU).eval()
+    stop = collator.end_token_id()
+    tokens = model.generate(
+        collator.prompt_batch(EXAMPLES),
+        cache.encode(model, processor.image_processor, EXAMPLES),
+        max_new_tokens=6,
+        stop=stop,
+    )
+    for one, row in zip(EXAMPLES, tokens.tolist(), strict=True):
+        ids = collator.prompt_batch([one]).input_ids
+        for token in row:
+            following = next_token(base, processor, one, ids)
+            assert token == following
+            ids = torch.cat([ids, torch.tensor([[following]])], dim=1)
+            if following == stop:
+                break
+
+
+@torch.no_grad()
+def test_decoding_is_greedy_whatever_the_checkpoint_asks_for(path):
+    """Penalties, beams and sampling of ``generation_config.json`` would change every score."""
+    model, tokens = None, []
+    for own in ({}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "num_beams": 3}):
+        model = PilotModel(load_base(ModelConfig(path=path), CPU), ModelConfig(path=path))
+        model.enter_stage1("vqa")
+        model.llava.generation_config.update(**own)
+        processor, collator, cache = kit(model, path)
+        visual = cache.encode(model, processor.image_processor, EXAMPLES)
+        batch = collator.prompt_batch(EXAMPLES)
+        tokens.append(model.eval().generate(batch, visual, max_new_tokens=8))
+    assert torch.equal(*tokens)
+
+
+def next_token(base, processor, one, ids):
+    inputs = {}
+    if one.images:
+        images = [source.read() for source in one.images]
+        inputs = processor.image_processor(
+            images=[images] if spec_of(base.config).has_video else images, return_tensors="pt"
+        )
+    return int(base(input_ids=ids, **inputs).logits[0, -1].argmax())
+
+
+def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):
+    config = ModelConfig(path=path, lora=LoraConfig(rank=2))
+    model = PilotModel(load_base(config, CPU), config)
+    model.enter_stage1("vqa")
+    processor, collator, cache = kit(model, path)
+    texts = [example(turns=2), example(turns=1)]
+    visual = cache.encode(model, processor.image_processor, texts)
+    assert visual.images == ()
+    output = model(collator.train_batch(texts), visual)
+    assert [float(loss) for loss in output.connector[1:]] == [0, 0, 0]
+    output.logits.sum().backward()
+    groups = model.groups()
+    assert any(p.grad is not None and p.grad.any() for p in groups["lora"].values())
+    assert all(p.grad is None for p in groups["own_task_adapter"].values())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_change_nothing(path, model, tmp_path, workers):
+    processor, _, cache = kit(model, path)
+    parts = [EXAMPLES[:3], EXAMPLES[3:4], EXAMPLES[2:]] * 2
+    plain = [cache.encode(model, processor.image_processor, part) for part in parts]
+    kept = FeatureCache(FeatureCacheConfig(where="disk"), namespace="x", folder=tmp_path)
+    streamed = list(kept.stream(model, processor.image_processor, parts, workers=workers))
+    assert len(streamed) == len(parts)
+    for one, other in zip(streamed, plain, strict=True):
+        assert one.images == other.images
+        torch.testing.assert_close(one.features, other.features)
+
+
+def test_rows_have_the_size_that_the_configuration_says(path, model):
+    processor, _, cache = kit(model, path)
+    visual = cache.encode(model, processor.image_processor, EXAMPLES[:1])
+    assert tuple(visual.features.shape[1:]) == feature_size(read_config(ModelConfig(path=path)))
+    for one in EXAMPLES:
+        sizes = [image.size() for image in one.images]
+        shapes = cache.encode(model, processor.image_processor, [one]).images
+        assert [shape.rows for shape in shapes] == model.spec.count_rows(model.llava.config, sizes)
+
+
+def test_an_architecture_without_a_row_is_refused(tmp_path):
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"type 'bert' but must be one of {', '.join(SPECS)}"):
+        read_config(ModelConfig(path=str(tmp_path)))

@@ -1,0 +1,196 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.model import FeatureCacheConfig
+from pilot_flwr.data.federation import client_examples, federation_clients
+from pilot_flwr.model.feature_cache import FeatureCache
+
+
+@pytest.fixture
+def examples():
+    data = DataConfig(train_examples=6)
+    return client_examples(data, federation_clients(data)[0], "train", seed=0)[:4]
+
+
+@pytest.fixture
+def counted(make_model, monkeypatch):
+    """A model that counts the images that its vision tower encodes."""
+    model = make_model()
+    encode, count = model.encode_images, []
+    monkeypatch.setattr(
+        model, "encode_images", lambda pixels: (count.append(len(pixels)), encode(pixels))[1]
+    )
+    return model, count
+
+
+def cache(tmp_path, where, namespace, max_gib=1.0):
+    config = FeatureCacheConfig(where=where, max_gib=max_gib)
+    return FeatureCache(config, namespace=namespace, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("where", "encoded"), [("memory", 4), ("disk", 4), ("off", 8)])
+def test_each_image_is_encoded_once_if_kept(tmp_path, counted, processor, examples, where, encoded):
+    model, count = counted
+    kept = cache(tmp_path, where, f"once-{where}")
+    first = kept.encode(model, processor.image_processor, examples)
+    second = cache(tmp_path, where, f"once-{where}").encode(
+        model, processor.image_processor, list(reversed(examples))
+    )
+    assert torch.equal(first.features, second.features.flip(0))
+    assert sum(count) == encoded
+
+
+def test_features_are_transformers_own(tmp_path, make_model, processor, examples):
+    """The projector applied to our features is LLaVA's `get_image_features`."""
+    model = make_model()
+    features = cache(tmp_path, "off", "own").encode(model, processor.image_processor, examples)
+    images = [example.images[0].read() for example in examples]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    projector = model.connector.task_adapter
+    model.llava.model.multi_modal_projector = projector
+    expected = torch.stack(list(model.llava.get_image_features(pixels).pooler_output))
+    torch.testing.assert_close(projector(features.features), expected)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_the_bound_is_kept_and_the_rest_encoded_again(
+    tmp_path, counted, processor, examples, where
+):
+    model, count = counted
+    one = cache(tmp_path, "off", "size").encode(model, processor.image_processor, examples[:1])
+    count.clear()
+    from pilot_flwr.model import feature_cache as module
+
+    used = module._used_memory if where == "memory" else 0
+    bound = (used + 2.5 * (one.features.nbytes + (where == "disk") * 300)) / 2**30
+    small = cache(tmp_path, where, f"bound-{where}", max_gib=bound)
+    small.encode(model, processor.image_processor, examples)
+    small.encode(model, processor.image_processor, examples)
+    assert count == [4, 2]
+
+
+def test_kept_files_are_not_flushed_and_leave_nothing_beside_them(
+    tmp_path, counted, processor, examples, monkeypatch
+):
+    """They can be made anew; two flushes an image would take longer than encoding it."""
+
+    def flush(descriptor):
+        raise AssertionError("flushed")
+
+    monkeypatch.setattr("os.fsync", flush)
+    cache(tmp_path, "disk", "flush").encode(counted[0], processor.image_processor, examples)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * len(examples)
+
+
+def test_a_torn_file_counts_as_absent(tmp_path, counted, processor, examples):
+    model, count = counted
+    expected = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
+    empty, short, *_ = sorted(tmp_path.iterdir())
+    empty.write_bytes(b"")
+    short.write_bytes(short.read_bytes()[:-1])
+    for _ in range(2):  # encoded again, then found
+        again = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
+        torch.testing.assert_close(again.features, expected.features)
+    assert count == [4, 2]
+
+
+def test_two_clients_with_equal_ids_do_not_share(tmp_path, counted, processor, examples):
+    model, count = counted
+    for name in ("a", "b"):
+        cache(tmp_path, "memory", f"{name}/train").encode(
+            model, processor.image_processor, examples
+        )
+    assert count == [4, 4]
+
+
+class Named(NamedTuple):
+    """An image that several examples may share."""
+
+    image: Image.Image
+    name: str
+
+    def read(self):
+        return self.image
+
+    def size(self):
+        return self.image.height, self.image.width
+
+    def identity(self):
+        return self.name
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_image_that_examples_share_is_encoded_once(
+    tmp_path, counted, processor, examples, where
+):
+    model, count = counted
+    one, other = (Named(e.images[0].read(), f"{where}{n}") for n, e in enumerate(examples[:2]))
+    shared = [
+        replace(example, images=(image,))
+        for example, image in zip(examples, (one, one, other, one), strict=True)
+    ]
+    kept = cache(tmp_path, where, f"shared-{where}")
+    first = kept.encode(model, processor.image_processor, shared)
+    kept.encode(model, processor.image_processor, shared[1:2])
+    again = cache(tmp_path, where, f"shared-{where}")
+    again.encode(model, processor.image_processor, shared[::-1])
+    assert count == [2]
+    assert torch.equal(first.features[0], first.features[1])
+    assert not torch.equal(first.features[0], first.features[2])
+    elsewhere = cache(tmp_path, where, f"other-{where}")  # another base model
+    elsewhere.encode(model, processor.image_processor, shared)
+    assert count == [2, 2]
+
+
+def test_the_bound_holds_for_what_a_folder_already_has(tmp_path, counted, processor, examples):
+    model, count = counted
+    one = cache(tmp_path / "size", "disk", "size")
+    one.encode(model, processor.image_processor, examples[:1])
+    size = sum(file.stat().st_size for file in (tmp_path / "size").iterdir())
+    for _ in range(3):  # each a process of its own
+        kept = cache(tmp_path, "disk", "again", max_gib=2.5 * size / 2**30)
+        kept.encode(model, processor.image_processor, examples)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_what_is_kept_in_memory_does_not_hold_its_whole_batch(counted, processor, examples):
+    from pilot_flwr.model import feature_cache as module
+
+    kept = cache(Path(), "memory", "alone")
+    kept.encode(counted[0], processor.image_processor, examples)
+    mine = [t for key, t in module._MEMORY.items() if key.startswith("alone/")]
+    assert len(mine) == len(examples)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in mine)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_of_two_batches_in_flight_is_encoded_once(
+    tmp_path, counted, processor, examples, workers
+):
+    """Both are decoded before either is encoded; the first one's features are used for both."""
+    model, count = counted
+    parts = [examples[:2], examples[:2], examples]
+    kept = cache(tmp_path, "memory", f"flight-{workers}")
+    list(kept.stream(model, processor.image_processor, parts, workers=workers))
+    assert count == [2, 2]
+
+
+def test_an_image_that_a_batch_holds_twice_is_read_once(tmp_path, counted, processor, examples):
+    reads = []
+
+    class Counted(Named):
+        def read(self):
+            reads.append(self.name)
+            return super().read()
+
+    image = Counted(examples[0].images[0].read(), "counted")
+    shared = [replace(example, images=(image,)) for example in examples]
+    visual = cache(tmp_path, "off", "twice").encode(counted[0], processor.image_processor, shared)
+    assert reads == ["counted"]
+    assert len(visual.features) == len(visual.images) == len(examples)

@@ -1,0 +1,166 @@
+"""A few odd inputs for every reader, and every defect that more of them have found.
+
+``python benchmarks/fuzz/run.py`` tries many.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from flwr.app import Array, ArrayRecord, MetricRecord
+
+from pilot_flwr.client.private_state import PrivateState, PrivateStore
+from pilot_flwr.config.federation_file import expand
+from pilot_flwr.config.loading import from_yaml
+from pilot_flwr.errors import ConfigError, StateError, UpdateError
+from pilot_flwr.flower.codec import decode_state, number_of
+from pilot_flwr.run.atomic import save_tensors
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.progress import Progress
+from pilot_flwr.server import event_recorder as announcements
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+NAMES = (
+    *("array", "order", "run", "query", "member", "identity", "update", "report"),
+    *("private state", "checkpoint, tensors", "checkpoint, state", "privacy account", "events"),
+    *("rows, array", "rows, lines", "image", "image name", "node config", "overrides"),
+    *("config.yaml", "federation file", "line of a log", "live output"),
+)
+
+
+@pytest.fixture
+def fuzzing(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("fuzz.run")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_inputs_give_the_readers_own_errors_only(name, fuzzing, tmp_path):
+    target = fuzzing.targets(tmp_path)[name]
+    found = fuzzing.fuzz(target, inputs=4 if target.weight < 0.5 else 40)
+    assert found["inputs"] >= 4
+    assert sum(found["outcomes"].values()) == found["inputs"]
+
+
+def test_every_target_is_tried(fuzzing, tmp_path):
+    assert set(fuzzing.targets(tmp_path)) == set(NAMES)
+
+
+def test_an_error_that_is_not_the_readers_own_ends_the_run(fuzzing):
+    def fails(_):
+        raise KeyError("odd")
+
+    target = fuzzing.Target(fuzzing.targets.__globals__["st"].none(), fails, (UpdateError,))
+    with pytest.raises(KeyError, match="odd"):
+        fuzzing.fuzz(target, inputs=1)
+
+
+def array(header):
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    return ArrayRecord({"w": Array(dtype="f", shape=(1,), stype="numpy.ndarray", data=data)})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,)",  # tokenize.TokenError
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1" + b"0" * 400 + b", 0)}",
+        b"(" * 500,
+        b"  {\n 1\n}",
+    ],
+)
+def test_a_header_that_numpy_stumbles_over(header):
+    with pytest.raises(UpdateError, match="array `w` cannot be read: "):
+        decode_state(array(header))
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, 2e300], ids=lambda _: "odd")
+def test_a_number_beyond_floating_point(value):
+    values = MetricRecord()
+    values.__dict__["_data"]["x"] = value
+    with pytest.raises(UpdateError, match="metric `x` is "):
+        number_of(values, "x")
+
+
+def test_a_long_value_is_cut_in_the_error():
+    values = MetricRecord({"x": [1.0] * 100_000})
+    with pytest.raises(UpdateError) as error:
+        number_of(values, "x")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("line", ["[" * 5000, "[1]", '{"event": 1}', '"event"'])
+def test_a_line_that_is_no_event(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(StateError, match="line 1, is no event"):
+        read_events(tmp_path)
+
+
+@pytest.mark.parametrize("undone", [None, -1, "1", True, 1.5])
+def test_a_repeat_that_undoes_no_number_of_events(undone, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"event": "repeat", "undone": undone}) + "\n"
+    )
+    with pytest.raises(StateError, match="line 1, is no event"):
+        read_events(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tasks", "5"), ("tasks", "[[1]]"), ("tasks", "[" * 5000), ("tasks", "{}"), ("stage", "7")],
+)
+def test_odd_metadata_of_a_private_state(key, value, tmp_path):
+    store = PrivateStore(tmp_path, "c", "t")
+    store.save(PrivateState(1), server_round=1)
+    metadata = {"stage": "1", "tasks": "[]", "client": "c", "task": "t", key: value}
+    save_tensors(store.path(1), {}, metadata)
+    with pytest.raises(StateError, match="is not a private state"):
+        store.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 3000, "too deeply nested"),
+        ('{"a":' * 2000, "too deeply nested"),
+        ("a: &a [1, 2]\nb: [*a, *a]", "aliases"),
+        ("# " + "x" * 2**18, "characters"),
+    ],
+)
+def test_yaml_that_would_take_long_or_fill_the_memory(text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        from_yaml(text)
+
+
+ALIASES = "tasks: &a0 [a, b]\n" + "".join(
+    f"x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("tasks: [a]\nname: 2001-99-14", "month must be in 1..12"),
+        ("tasks: [a]\nclients_per_task: " + "9" * 5000, "4300 digits"),
+        ("tasks: [a]\nclients_per_task: !!int x", "invalid literal"),
+        (ALIASES, "more than 100,000 values"),
+        ("tasks: &a [*a]", "more than 100,000 values"),
+    ],
+)
+def test_a_federation_file_that_yaml_stumbles_over(text, reason, tmp_path):
+    path = tmp_path / "federation.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        expand([f"data={path}"])
+
+
+@pytest.mark.parametrize("deep", ['{"a":' * 5000, "[" * 5000])
+def test_a_verdict_too_deep_to_be_one(deep):
+    assert announcements.read(f"INFO :      {announcements.VERDICT}{deep}") is None
+
+
+def test_a_number_that_no_float_holds_is_shown_as_unknown():
+    event = {"event": "aggregate", "round": 10**400, "clients": 2, "seconds": 10**400}
+    assert Progress().lines(event) == ["  aggregated 2 clients"]
