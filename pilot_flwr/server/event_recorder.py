@@ -29,7 +29,7 @@ from pilot_flwr.run.progress import Event, Progress
 from pilot_flwr.run.tables import summary, timeline
 
 MARK = "| "
-VERDICT = "Announcement: "
+VERDICT = "Verdict: "
 SHOWN_FAILURES = 5
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {3,}")
 
