@@ -1,7 +1,7 @@
-"""Typed errors for everything that comes from outside: configuration, data, updates, state.
+"""Typed errors for all external input: configuration, data, updates, state.
 
 An error names the field as the user typed it, the value received and what is allowed.
-Invariants of the code itself are `assert`s, not one of these.
+Invariants of the code itself are `assert`s.
 """
 
 
@@ -14,15 +14,15 @@ class ConfigError(PilotError):
 
 
 class DataError(PilotError):
-    """A training or test example cannot be used as it is."""
+    """A training or test example cannot be used."""
 
 
 class ModelError(PilotError):
-    """A base model or its parameters are not what the app needs."""
+    """A base model or its parameters do not fit the app."""
 
 
 class TrainingError(PilotError):
-    """Local training cannot go on, for instance because the loss is not finite."""
+    """Local training cannot continue, for instance because the loss is not finite."""
 
 
 class UpdateError(PilotError):
@@ -30,16 +30,16 @@ class UpdateError(PilotError):
 
 
 class StateError(PilotError):
-    """A client's private state or a checkpoint is missing, torn or foreign."""
+    """A client's private state or a checkpoint is missing, corrupt or from another run."""
 
 
 class RunError(PilotError):
-    """A federated run cannot start, or cannot go on."""
+    """A federated run cannot start or continue."""
 
 
 class BelowMinimum(RunError):
-    """Fewer clients than `strategy.min_replies` can take part, or delivered a usable update."""
+    """Fewer than `strategy.min_replies` clients can take part or delivered a usable update."""
 
 
 class WorkerDied(RunError):
-    """A worker process of the simulation died: the run may go on from its last checkpoint."""
+    """A worker process of the simulation died; the run can resume from its last checkpoint."""

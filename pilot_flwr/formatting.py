@@ -1,9 +1,9 @@
-"""Words for people: the line of an error that matters, durations, sizes, counts."""
+"""Text for people: the decisive line of an error, durations, sizes, counts."""
 
 import re
 
 LONGEST_REASON = 2000
-"""Characters of a reason that are kept."""
+"""Characters kept of an error's reason."""
 
 _TERMINAL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, erasing
@@ -14,10 +14,10 @@ _TERMINAL = re.compile(
 
 
 def headline(reason: str) -> str:
-    """Return the one line of an error reply that says what went wrong.
+    """Return the line of an error reply that says what went wrong.
 
-    Of a traceback this is the last exception that is not Flower's or Ray's wrapper around the
-    client's own; of anything else the first line.
+    In a traceback this is the last exception that is not Flower's or Ray's wrapper around the
+    client's own; in other text the first line.
     """
     text = plain(reason).strip()
     if text.startswith("<class '") and ">:<" in text:  # Flower's `<class 'E'>:<'message'>`
@@ -30,19 +30,19 @@ def headline(reason: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return `text` without what a terminal would obey: of all controls, tab and newline stay.
+    """Return `text` without terminal control characters and sequences; tab and newline stay.
 
-    Escape sequences go whole, in their 7-bit and 8-bit forms: CSI (colours, cursor, erasing) and
-    the strings OSC, DCS, SOS, PM and APC (window title, clipboard). Of one that is cut short,
-    only the control characters go.
+    Whole escape sequences are removed, in their 7-bit and 8-bit forms: CSI (colours, cursor,
+    erasing) and the strings OSC, DCS, SOS, PM and APC (window title, clipboard). Of a truncated
+    sequence only the control characters are removed.
     """
     return _TERMINAL.sub("", text)
 
 
 def one_line(text: str) -> str:
-    """Return a text of unknown origin as one printable line of at most `LONGEST_REASON` characters.
+    """Return untrusted text as one printable line of about `LONGEST_REASON` characters.
 
-    What is left out of a longer one is said in its middle.
+    Longer text keeps its beginning and end.
     """
     half = LONGEST_REASON // 2
     line = " ".join(plain(bounded(text)).split())
@@ -53,13 +53,13 @@ def one_line(text: str) -> str:
 
 
 def bounded(text: str) -> str:
-    """Return a text, or beginning and end of one that is longer than anybody needs."""
+    """Return a text, or only the beginning and end of a very long one."""
     most = 5 * LONGEST_REASON
     return text if len(text) <= 2 * most else f"{text[:most]}\n{text[-most:]}"
 
 
 def human_seconds(seconds: float) -> str:
-    """Word a duration: ``3.1 s``, ``2 min 5 s``, ``1 h 3 min``."""
+    """Format a duration: ``3.1 s``, ``2 min 5 s``, ``1 h 3 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -69,7 +69,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def human_bytes(size: float) -> str:
-    """Word a number of bytes in steps of 1,000: ``640 B``, ``1.2 MB``."""
+    """Format a number of bytes, in powers of 1,000: ``640 B``, ``1.2 MB``."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -77,9 +77,9 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def count(number: int, what: str) -> str:
-    """Word a number of things: ``1 client``, ``9 clients``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def count(number: int, noun: str) -> str:
+    """Format a number of things: ``1 client``, ``9 clients``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _is_exception(line: str) -> bool:

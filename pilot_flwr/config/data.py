@@ -1,134 +1,141 @@
-"""Settings of the federation's data: tasks, files, partition."""
+"""Settings of the federation's data: tasks, files, partition: ``data.*``."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pilot_flwr.config.rules import at_least, at_most, check_name, one_of, positive, share
+from pilot_flwr.config.rules import (
+    FRACTION,
+    POSITIVE,
+    at_least,
+    check_limits,
+    check_name,
+    choice,
+    maximum,
+    minimum,
+)
 from pilot_flwr.errors import ConfigError
 
 ALL = 0
-"""`data.train_examples` and `data.test_examples` of a client that uses all that it has."""
+"""Value of `data.train_examples` and `data.test_examples` that uses every example."""
 
 
 @dataclass  # not frozen: OmegaConf cannot fill the frozen values of a dict
 class TaskFiles:
-    """One task's data as LLaVA JSON or JSONL, and how its answers are scored.
+    """One task's files (LLaVA JSON or JSONL) and metric.
 
-    Paths are relative to `data.folder`, and are those of a simulation: a real site has its own,
-    from its node configuration, and `train`, `test` and `images` may then be left out. `train`
-    is one file, or several that are read one after the other; with ``data.partition.kind=files``
-    it is one file per client, in the clients' order. `test` is the same for the test split,
-    which every client of the task has whole, unless there is a file per client or `split_test`
-    deals it out as the training rows are. `images` is the folder that image names count from,
-    by default `data.folder`. `prompt_suffix` is put behind every question on a line of its own.
-    `metric` is a key of the table of metrics.
+    Paths are relative to `data.folder` and apply to simulations; a real site names its own files
+    in its node config, so `train`, `test` and `images` may be left out there.
     """
 
     train: list[str] = field(default_factory=list)
+    """Training files, read one after the other; with `data.partition.kind=files` one per client,
+    in the clients' order."""
     test: list[str] = field(default_factory=list)
+    """Test files; every client of the task gets all of them, unless there is one per client or
+    `split_test` is set."""
     images: str = ""
+    """Folder that image names are relative to; empty: `data.folder`."""
     prompt_suffix: str = ""
+    """Line appended to every question."""
     metric: str = "exact_match"
+    """Metric that scores the answers; see the table of metrics."""
     split_test: bool = False
+    """Partition the test rows among the clients as the training rows are."""
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """How a task's training rows are dealt out to its clients, with Flower's partitioners.
+    """How a task's training rows are divided among its clients, with Flower's partitioners."""
 
-    ``iid``: disjoint random shares of equal size. ``dirichlet``: by the values of `column`, a
-    field of the rows, in shares drawn from Dirichlet(`alpha`) for each value; with an empty
-    `column` the clients' sizes are drawn instead. ``files``: one file per client.
-    A Dirichlet partition in which a client has fewer than `min_examples` is drawn again.
-    """
-
-    kind: str = "iid"
-    alpha: float = 0.5
+    kind: Annotated[str, choice("iid", "dirichlet", "files")] = "iid"
+    """`iid`: disjoint random shares of equal size; `dirichlet`: shares drawn from Dirichlet(α);
+    `files`: one file per client."""
+    alpha: Annotated[float, POSITIVE] = 0.5
+    """Dirichlet concentration α; smaller is more uneven."""
     column: str = ""
-    min_examples: int = 10
+    """Field of the rows whose values are divided unevenly (label skew); empty: the clients' sizes
+    are uneven instead."""
+    min_examples: Annotated[int, minimum(1)] = 10
+    """Least training examples per client; a Dirichlet partition with fewer is drawn again."""
 
     def __post_init__(self) -> None:
-        one_of("data.partition.kind", self.kind, ("iid", "dirichlet", "files"))
-        positive("data.partition.alpha", self.alpha)
-        at_least("data.partition.min_examples", self.min_examples, 1)
+        check_limits(self, "data.partition")
 
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """How the digits of all clients differ from those that the shipped base has seen.
+    """Shift of the demo's digits away from those the shipped base was trained on.
 
-    With ``source=digits`` alone. Each digit of a page is turned by `rotation` degrees,
-    counter-clockwise, and `mirrored` left to right, whatever the client's own style.
+    Applies to `data.source=digits` only, to every client, on top of the client's own style.
     """
 
-    rotation: float = 0.0
+    rotation: Annotated[float, minimum(-180), maximum(180)] = 0.0
+    """Rotation of every digit, in degrees counter-clockwise."""
     mirrored: bool = False
+    """Mirror every digit left to right."""
 
     def __post_init__(self) -> None:
-        at_least("data.shift.rotation", self.rotation, -180)
-        at_most("data.shift.rotation", self.rotation, 180)
+        check_limits(self, "data.shift")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The federation's tasks and clients: `clients_per_task` clients for every task.
+    """The federation's tasks, clients and examples."""
 
-    With ``source=digits``, `train_examples` is the mean number of training examples of a client
-    (clients differ) and `test_examples` the number of test examples of each. With
-    ``source=llava`` each of `tasks` is described in `files`, and both are the most examples that
-    a client uses, drawn at random; 0 uses all. `image_aspect_ratio` is ``pad`` (to a square, in
-    the image processor's mean colour, as LLaVA-1.5 does) or ``keep`` (as the image processor
-    treats it). Up to a share `allowed_broken` of a client's rows may be broken or over-long: they
-    are skipped and counted; with 0, one broken row stops the client before it trains.
-    `check_images` says how far each image is read for that: ``decode`` reads all of it, once, which
-    takes as long as reading the data once; with ``header`` an image that is broken behind its
-    header stops the training when its turn comes. `workers` threads decode images while the
-    model is busy with the batch before; 0 decodes in between. `evaluate_on` is ``test``, or with
-    ``source=digits`` ``validation``: scans of their own, on which settings are chosen so that
-    no choice sees the test split.
-    """
-
-    source: str = "digits"
+    source: Annotated[str, choice("digits", "llava")] = "digits"
+    """`digits`: the demo's generated pages; `llava`: the files of `data.files`."""
     tasks: list[str] = field(default_factory=lambda: ["vqa", "counting", "captioning"])
-    clients_per_task: int = 3
-    train_examples: int = 200
-    test_examples: int = 60
+    """Names of the tasks, each once; at least one."""
+    clients_per_task: Annotated[int, minimum(1)] = 3
+    """Clients of every task."""
+    train_examples: Annotated[int, minimum(ALL)] = 200
+    """`digits`: mean training examples per client, at least 1 (clients differ). `llava`: most
+    training examples per client, drawn at random; 0 uses all."""
+    test_examples: Annotated[int, minimum(ALL)] = 60
+    """`digits`: test examples per client, at least 1. `llava`: most test examples per client;
+    0 uses all."""
     folder: str = ""
+    """Folder that the paths in `data.files` are relative to."""
     files: dict[str, TaskFiles] = field(default_factory=dict)
+    """Files of each task, by task name; `llava` only."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
-    image_aspect_ratio: str = "keep"
-    check_images: str = "decode"
-    allowed_broken: float = 0.0
-    workers: int = 0
-    evaluate_on: str = "test"
+    image_aspect_ratio: Annotated[str, choice("keep", "pad")] = "keep"
+    """`pad` images to squares in the image processor's mean colour, as LLaVA-1.5 does, or `keep`
+    them as the image processor treats them."""
+    check_images: Annotated[str, choice("header", "decode")] = "decode"
+    """Image check before training: `decode` every image once, or read only each `header`, so that
+    an image broken behind its header stops training when it is used."""
+    allowed_broken: Annotated[float, FRACTION] = 0.0
+    """Share of a client's rows that may be broken or too long; they are skipped and counted. With
+    0 one such row stops the client before it trains."""
+    workers: Annotated[int, minimum(0)] = 0
+    """Threads that decode images ahead of the model; 0 decodes between batches."""
+    evaluate_on: Annotated[str, choice("test", "validation")] = "test"
+    """Split that is evaluated; `validation` (`digits` only) has its own scans, for choosing
+    settings without the test split."""
     shift: ShiftConfig = field(default_factory=ShiftConfig)
 
     def __post_init__(self) -> None:
-        one_of("data.source", self.source, ("digits", "llava"))
+        check_limits(self, "data")
         if not self.tasks:
             raise ConfigError("`data.tasks` is empty but must name at least one task.")
         for task in self.tasks:
             check_name("data.tasks", task)
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"`data.tasks` is {self.tasks} but must not name a task twice.")
-        at_least("data.clients_per_task", self.clients_per_task, 1)
-        least = ALL if self.source == "llava" else 1
-        at_least("data.train_examples", self.train_examples, least)
-        at_least("data.test_examples", self.test_examples, least)
-        one_of("data.check_images", self.check_images, ("header", "decode"))
-        one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("keep", "pad"))
-        share("data.allowed_broken", self.allowed_broken)
-        at_least("data.workers", self.workers, 0)
-        one_of("data.evaluate_on", self.evaluate_on, ("test", "validation"))
-        if self.evaluate_on == "validation" and self.source != "digits":
+        if self.source == "digits":
+            at_least("data.train_examples", self.train_examples, 1)
+            at_least("data.test_examples", self.test_examples, 1)
+        elif self.evaluate_on == "validation":
             raise ConfigError(
                 "`data.evaluate_on` is 'validation' but must be 'test' unless "
                 "`data.source=digits`: give validation files as `data.files.<task>.test`."
             )
-        if self.source == "llava":
-            if self.shift != ShiftConfig():
-                raise ConfigError(
-                    "`data.shift` is set but must be left out unless `data.source=digits`."
-                )
+        elif self.shift != ShiftConfig():
+            raise ConfigError(
+                "`data.shift` is set but must be left out unless `data.source=digits`."
+            )
+        else:
             self._check_files()
 
     def _check_files(self) -> None:
@@ -138,11 +145,12 @@ class DataConfig:
                 raise ConfigError(
                     f"`data.tasks` names {task!r} but `data.files` describes {described}."
                 )
+            if self.partition.kind != "files":
+                continue
             for split in ("train", "test"):
                 number = len(getattr(self.files[task], split))
-                each = self.partition.kind == "files"
                 allowed = {0, self.clients_per_task} | ({1} if split == "test" else set())
-                if each and number not in allowed:
+                if number not in allowed:
                     raise ConfigError(
                         f"`data.files.{task}.{split}` names {number} files but must name one for "
                         f"each of {self.clients_per_task} clients (`data.partition.kind=files`)."

@@ -1,8 +1,8 @@
 """A user's own federation, ``data=my-federation.yaml``, as overrides of the configuration.
 
 Flower carries the configuration as one string of overrides, and a client must not read the
-server's files; so a YAML file that is named on the command line is written out into overrides
-there. To add a setting, add it to `pilot_flwr.config.data`.
+server's files; so the command line converts a YAML file into overrides. To add a setting, add it
+to `pilot_flwr.config.data`.
 """
 
 import math
@@ -23,39 +23,39 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError
 
 _OPTION = "data="
-_NOT_A_TEXT = "???"  # OmegaConf would leave the setting at its default
+_MISSING = "???"  # OmegaConf would leave the setting at its default
 
 MOST_VALUES = 100_000
-"""In a file, so that a few lines of aliases of aliases do not take hours."""
+"""Values of a file, aliases expanded: a few lines of nested aliases would take hours."""
 
 _KEYS = tuple(field.name for field in fields(DataConfig))
 _DEFAULTS = {"source": "llava", "train_examples": ALL, "test_examples": ALL}
 
 
-def expand(words: Sequence[str]) -> list[str]:
-    """Return overrides in which every ``data=FILE.yaml`` is written out.
+def expand(overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which every ``data=FILE.yaml`` is replaced by the file's settings.
 
-    Other words stay as they are, and where they are, so that a later one still changes a
-    setting of the file. Where the file does not say otherwise, its source is ``llava`` and
-    clients use all of their examples. Its `folder` counts from the file's own place.
+    Other overrides keep their place, so that a later one still changes a setting of the file. By
+    default the source is ``llava`` and clients use all of their examples. The file's `folder` is
+    relative to the file.
 
     Parameters
     ----------
-    words : sequence of str
+    overrides : sequence of str
         Hydra overrides.
 
     Raises
     ------
     ConfigError
-        A file cannot be read or is no federation; names the file and the key.
+        A file cannot be read or does not describe a federation; names the file and the key.
     """
     expanded: list[str] = []
-    for word in words:
-        value = word.removeprefix(_OPTION)
-        if word.startswith(_OPTION) and names_a_file(value):
-            expanded += _overrides(value.strip("'\""))
+    for override in overrides:
+        value = override.removeprefix(_OPTION)
+        if override.startswith(_OPTION) and names_a_file(value):
+            expanded += _file_overrides(value.strip("'\""))
         else:
-            expanded.append(word)
+            expanded.append(override)
     return expanded
 
 
@@ -64,7 +64,7 @@ def names_a_file(value: str) -> bool:
     return "/" in value or value.strip("'\"").endswith((".yaml", ".yml"))
 
 
-def _overrides(name: str) -> list[str]:
+def _file_overrides(name: str) -> list[str]:
     path = Path(os.path.abspath(_at_home(name, "`data`")))
     content = _DEFAULTS | _read(path, name)
     given = content.pop("folder", ".")
@@ -74,21 +74,21 @@ def _overrides(name: str) -> list[str]:
             f"{name}: `folder` is {what} but must be a folder; `.` is the file's own."
         )
     folder = _at_home(given, f"{name}: `folder`")
-    words = [f"{_OPTION}digits"]  # a group must be chosen; what is not a default is set below
+    overrides = [f"{_OPTION}digits"]  # Hydra needs a choice; the file's settings replace it
     for key, value in content.items():
         # A dictionary is added to: Hydra refuses a task's name as an unknown key otherwise.
         add = "+" if key == "files" else ""
-        words.append(f"{add}data.{key}={_hydra(value, name, key)}")
-    words.append(path_override("data.folder", Path(os.path.abspath(path.parent / folder))))
+        overrides.append(f"{add}data.{key}={_hydra(value, name, key)}")
+    overrides.append(path_override("data.folder", Path(os.path.abspath(path.parent / folder))))
     try:
-        load_config(shlex.join(words))
+        load_config(shlex.join(overrides))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    return words
+    return overrides
 
 
 def _at_home(text: str, key: str) -> Path:
-    """Return a path with ``~`` or ``~user`` written out."""
+    """Return a path with ``~`` or ``~user`` expanded."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -96,15 +96,12 @@ def _at_home(text: str, key: str) -> Path:
 
 
 def _check_values(root: Any) -> None:
-    """Raise for a key that comes twice in a mapping, and for what aliases make too large.
-
-    Of two equal keys the last one would count in YAML.
-    """
+    """Raise for a duplicate key, of which YAML takes the last, and for aliases that expand wide."""
     waiting, count = [root], 0
     while waiting:
         node, count = waiting.pop(), count + 1
         if count > MOST_VALUES:
-            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, aliases written out")
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, aliases expanded")
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
@@ -125,8 +122,8 @@ def _read(path: Path, name: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # also for the 31st of June
-        raise ConfigError(f"`data` is {name!r}, which is no YAML: {error}") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: the 31st of June
+        raise ConfigError(f"`data` is {name!r}, which is not YAML: {error}") from None
     if not isinstance(content, dict) or "tasks" not in content:
         raise ConfigError(f"{name} must be settings with `tasks` at least; see docs/data.md.")
     for key in content:
@@ -136,7 +133,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 
 
 def _hydra(value: Any, name: str, key: str) -> str:
-    """Write a value of YAML as Hydra reads it."""
+    """Return a YAML value in Hydra's override grammar."""
     if isinstance(value, dict):
         for inner in value:
             if not isinstance(inner, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", inner):
@@ -149,7 +146,7 @@ def _hydra(value: Any, name: str, key: str) -> str:
         return "[" + ",".join(_hydra(item, name, key) for item in value) + "]"
     if value is None:
         raise ConfigError(f"{name}: `{key}` is empty; give it a value, or leave it out.")
-    if value == _NOT_A_TEXT:
+    if value == _MISSING:
         raise ConfigError(f"{name}: `{key}` is {value!r}, which stands for a missing value here.")
     if isinstance(value, bool):
         return str(value).lower()
@@ -158,14 +155,14 @@ def _hydra(value: Any, name: str, key: str) -> str:
     return hydra_text(str(value))
 
 
-def with_folder(config: PilotConfig, words: Sequence[str]) -> tuple[PilotConfig, list[str]]:
-    """Return configuration and overrides in which `data.folder` counts from where the user is.
+def with_folder(config: PilotConfig, overrides: Sequence[str]) -> tuple[PilotConfig, list[str]]:
+    """Return configuration and overrides with `data.folder` made absolute.
 
-    Clients run in other folders, so a relative one would be another folder there.
+    Clients run in other working directories, where a relative folder would be another one.
     """
     data = config.data
     if data.source != "llava":
-        return config, list(words)
+        return config, list(overrides)
     folder = os.path.abspath(_at_home(data.folder, "`data.folder`"))
-    changed = [*words, path_override("data.folder", Path(folder))]
+    changed = [*overrides, path_override("data.folder", Path(folder))]
     return replace(config, data=replace(data, folder=folder)), changed

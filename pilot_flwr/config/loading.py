@@ -1,36 +1,30 @@
-"""The one source of configuration (design section 7): ``conf/`` and a string of overrides.
+"""Compose the configuration from ``conf/`` and a string of overrides; write and read it as YAML.
 
 ServerApp, ClientApp, command line and tests all call `load_config` with the same string.
 Types, defaults and ranges are in `pilot_flwr.config.schema`; to add a choice, add a YAML file
 under ``conf/<group>/``.
 
 A client gets that string from the server, so it is checked before Hydra composes anything: an
-override sets settings to plain values or chooses a file of ``conf/``. What of Hydra reads
-environment variables or other files is refused, on the command line as well, so that a string
-which the user's machine takes is one that every client takes.
+override sets settings to plain values or chooses a file of ``conf/``. Hydra's means of reading
+environment variables or other files are refused, on the command line as well, so that every
+client accepts whatever the user's machine accepts.
 """
 
+import functools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any
-
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, YAMLError
-from yaml import parse as yaml_events
+from typing import TYPE_CHECKING, Any
 
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError
 
-__all__ = ["PilotConfig", "config_folder", "from_yaml", "load_config", "to_dict", "to_yaml"]
+if TYPE_CHECKING:  # importing Hydra and OmegaConf takes half a second
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
@@ -64,16 +58,22 @@ def load_config(overrides: str = "") -> PilotConfig:
     Raises
     ------
     ConfigError
-        An unknown key, a wrong type, a value out of range, text that is no override, or one
-        that could read something else than ``conf/``.
+        An unknown key, a wrong type, a value out of range, text that is not an override, or an
+        override that could read anything but ``conf/``.
 
     Notes
     -----
-    Safe for a string from outside: nothing but the files of ``conf/`` is opened, no environment
-    variable is read, and an error has nothing in it that is neither in the string nor in the
-    package. Refused are interpolations (``${...}``), packages (``group@package``), keys of Hydra
-    itself, deletions (``~key``), sweeps, and a group's choice that is none of its files.
+    Safe for a string from outside: only the files of ``conf/`` are opened, no environment
+    variable is read, and an error quotes only the string and the package. Refused are
+    interpolations (``${...}``), packages (``group@package``), keys of Hydra itself, deletions
+    (``~key``), sweeps, and a choice that its group does not have.
     """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         arguments = shlex.split(overrides)
     except ValueError as error:
@@ -95,7 +95,7 @@ def load_config(overrides: str = "") -> PilotConfig:
     return config
 
 
-def _check_override(override: Override) -> None:
+def _check_override(override: "Override") -> None:
     """Refuse what could read anything but ``conf/``, before it is composed."""
     word, key, value = override.input_line, override.key_or_group, override.value()
     if override.is_delete() or override.package is not None or not _KEY.fullmatch(key):
@@ -114,7 +114,7 @@ def _check_override(override: Override) -> None:
             raise ConfigError(
                 f"`{key}` has {text!r} but must be a plain value: `${{...}}` is not evaluated."
             )
-        if text == _MISSING:  # OmegaConf would take it as no value at all
+        if text == _MISSING:  # OmegaConf would treat it as a missing value
             raise ConfigError(f"`{key}` has {text!r} but must be another text.")
 
 
@@ -135,11 +135,22 @@ def _texts(value: Any) -> Iterator[str]:
 
 def to_yaml(config: PilotConfig) -> str:
     """Return `config` as YAML, every value resolved."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def to_dict(config: PilotConfig) -> dict[str, Any]:
+    """Return `config` as nested plain dicts and lists."""
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
-    """Read back what `to_yaml` wrote; a setting that it does not have gets its default.
+    """Read the YAML that `to_yaml` wrote; a setting that it lacks gets its default.
 
     Parameters
     ----------
@@ -151,14 +162,19 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
     Raises
     ------
     ConfigError
-        An unknown key, a wrong type, a value out of range, or text that is no such YAML.
+        An unknown key, a wrong type, a value out of range, or text that is not a configuration.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"The override {override!r} must be `key=value`.")
     try:
-        changes = OmegaConf.from_dotlist([_pair(override) for override in overrides])
-        schema = OmegaConf.structured(PilotConfig)
-        _unlock(schema)
+        changes = OmegaConf.from_dotlist(list(overrides))
         _check_plain(text)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(text), changes))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.create(text), changes))
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(_readable(error)) from None
     if not isinstance(config, PilotConfig):
@@ -168,49 +184,52 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
 
 def _check_plain(text: str) -> None:
     """Refuse YAML of which a few lines could fill the memory: no configuration needs it."""
+    import yaml
+
     if len(text) > _LONGEST_YAML:
         raise ConfigError(f"It has more than {_LONGEST_YAML:,} characters.")
     depth = 0
-    for event in yaml_events(text):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST_YAML:
             raise ConfigError("It is YAML too deeply nested for a configuration.")
-        if isinstance(event, AliasEvent):
+        if isinstance(event, yaml.AliasEvent):
             raise ConfigError("It has aliases (`*name`), which a configuration must not have.")
 
 
-def to_dict(config: PilotConfig) -> dict[str, Any]:
-    """Return `config` as nested plain dicts and lists."""
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _pair(override: str) -> str:
-    if "=" not in override:
-        raise ConfigError(f"The override {override!r} must be `key=value`.")
-    return override
-
-
 def _store_schema() -> None:
-    schema = OmegaConf.structured(PilotConfig)
-    _unlock(schema)
-    ConfigStore.instance().store(name="schema", node=schema)
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()  # of a sweep's worker, replaced with every job
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=_schema())
 
 
-def _unlock(node: DictConfig) -> None:
-    """Let Hydra merge into the nodes of frozen dataclasses, which OmegaConf makes read-only."""
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            _unlock(child)
+@functools.cache
+def _schema() -> "DictConfig":
+    """Return the defaults as OmegaConf nodes that can be merged with, not into.
+
+    OmegaConf makes the nodes of frozen dataclasses read-only, which Hydra cannot merge.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    def unlock(node: DictConfig) -> None:
+        OmegaConf.set_readonly(node, None)
+        for key in node:
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                unlock(child)
+
+    schema: DictConfig = OmegaConf.structured(PilotConfig)
+    unlock(schema)
+    return schema
 
 
 def _readable(error: Exception) -> str:
-    """Reduce Hydra's message to what the user can act on: the key, what came, what is allowed."""
+    """Reduce Hydra's message to what the user can act on: the key, the value, what is allowed."""
     causes = [error]
-    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+    while isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
     lines: list[str] = []
     for cause in causes:

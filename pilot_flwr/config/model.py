@@ -1,103 +1,93 @@
-"""Settings of the base model and of what is added to it."""
+"""Settings of the base model and of the adapters added to it: ``model.*``."""
 
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pilot_flwr.config.rules import at_least, one_of, positive, share
+from pilot_flwr.config.rules import FRACTION, POSITIVE, check_limits, choice, minimum
 from pilot_flwr.errors import ConfigError
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")  # it is part of a path in the hub's cache
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The text adapter Θ_l: a LoRA in the frozen language model.
+    """The text adapter Θ_l: a LoRA in the frozen language model."""
 
-    `targets` are the names of the linear layers within a decoder layer that get a LoRA.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: list[str] = field(
-        default_factory=lambda: [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ]
-    )
+    rank: Annotated[int, minimum(1)] = 8
+    """Rank r of the LoRA matrices."""
+    alpha: Annotated[float, POSITIVE] = 16.0
+    """Scale α; the LoRA's output is multiplied by α / r."""
+    dropout: Annotated[float, FRACTION] = 0.0
+    """Dropout on the LoRA's input in training."""
+    targets: list[str] = field(default_factory=lambda: list(_LORA_TARGETS))
+    """Linear layers of a decoder layer that get a LoRA; at least one."""
 
     def __post_init__(self) -> None:
-        at_least("model.lora.rank", self.rank, 1)
-        positive("model.lora.alpha", self.alpha)
-        share("model.lora.dropout", self.dropout)
+        check_limits(self, "model.lora")
         if not self.targets:
             raise ConfigError("`model.lora.targets` is empty but must name at least one layer.")
 
 
 @dataclass(frozen=True)
 class FeatureCacheConfig:
-    """Where the frozen vision tower's features are kept: `memory`, `disk` or `off`.
+    """Cache of the frozen vision tower's features."""
 
-    `max_gib` bounds the kept features in GiB, in memory per process and on disk per client;
-    images beyond it are encoded again whenever they are needed.
-    """
-
-    where: str = "memory"
-    max_gib: float = 1.0
+    where: Annotated[str, choice("memory", "disk", "off")] = "memory"
+    """Where features are kept."""
+    max_gib: Annotated[float, POSITIVE] = 1.0
+    """Size limit in GiB, per process in memory and per client on disk; further images are
+    encoded each time they are used."""
 
     def __post_init__(self) -> None:
-        one_of("model.feature_cache.where", self.where, ("memory", "disk", "off"))
-        positive("model.feature_cache.max_gib", self.max_gib)
+        check_limits(self, "model.feature_cache")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model and what is added to it.
+    """The base model and the adapters added to it.
 
-    `path` is the name of a checkpoint shipped with the package (``tiny-llava``), a local
-    folder or a Hugging Face id, of which `revision` may pin a version. `dtype` is the frozen
-    base's, `adapter_dtype` that of the trained parameters (and so of what is sent).
-    `initialisation` and `stage2_client_adapter` are the decisions of design section 2.
-
-    `sent_dtype` is what trained parameters are rounded to, once, when they are sent and
-    aggregated: ``bfloat16`` halves the bytes, ``same`` is the adapters' own. Training itself in
-    bfloat16 (`adapter_dtype`) loses small updates, as AdamW then works on eight bits of
-    precision: design section 8. Hence the defaults.
-
-    `client_adapter=false` leaves ψ_s out of both stages: a stage-1 connector is then the base's
-    projector, trained. `cross_task_adapters=false` leaves every ψ_c out of stage 2. Both are
-    for ablations and baselines.
-
-    `quantization` is ``none`` or ``4bit`` (the frozen language model in NF4, by bitsandbytes:
-    ``pip install 'pilot-flwr[quantization]'``). `attention` is the implementation that
-    transformers uses in the language model. `gradient_checkpointing` trades time for memory
-    in training; `compile` compiles each decoder layer with torch. `system_prompt`, if any,
-    begins every conversation.
+    `initialisation` and `stage2_client_adapter` settle points that the paper leaves open.
+    `adapter_dtype` is float32 by default because AdamW in bfloat16, with eight bits of precision,
+    loses small updates; `sent_dtype` rounds once, when parameters are sent.
     """
 
     path: str = "tiny-llava"
+    """Base model: a shipped name (tiny-llava), a local folder or a Hugging Face id."""
     revision: str = ""
-    dtype: str = "float32"
-    adapter_dtype: str = "float32"
-    sent_dtype: str = "same"
-    initialisation: str = "identity"
-    stage2_client_adapter: str = "frozen"
+    """Branch, tag or commit of a Hugging Face model; empty: its default branch."""
+    dtype: Annotated[str, choice("float32", "bfloat16", "float16")] = "float32"
+    """Data type of the frozen base model."""
+    adapter_dtype: Annotated[str, choice("float32", "bfloat16")] = "float32"
+    """Data type of the trained parameters."""
+    sent_dtype: Annotated[str, choice("same", "float32", "bfloat16")] = "same"
+    """Data type in which parameters are sent and aggregated; `same` is `model.adapter_dtype`."""
+    initialisation: Annotated[str, choice("identity", "official")] = "identity"
+    """Start of new adapters: `identity` keeps the base model's output, `official` copies the
+    pretrained projector into every adapter."""
+    stage2_client_adapter: Annotated[str, choice("frozen", "off")] = "frozen"
+    """The client adapter ψ_s in stage 2: added but not trained, or left out."""
     client_adapter: bool = True
+    """Use the client adapter ψ_s; without it stage 1 trains the base's projector."""
     cross_task_adapters: bool = True
-    quantization: str = "none"
-    attention: str = "sdpa"
+    """Use the cross-task adapters ψ_c in stage 2."""
+    quantization: Annotated[str, choice("none", "4bit")] = "none"
+    """Quantisation of the frozen language model; `4bit` is NF4 by bitsandbytes
+    (pip install 'pilot-flwr[quantization]')."""
+    attention: Annotated[str, choice("sdpa", "eager", "flash_attention_2")] = "sdpa"
+    """Attention implementation of the language model."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
+    """Compile each decoder layer with torch.compile."""
     system_prompt: str = ""
+    """Text at the start of every conversation; empty: none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
 
     def __post_init__(self) -> None:
+        check_limits(self, "model")
         if not self.path:
             raise ConfigError(
                 "`model.path` is empty but must be a shipped name, a folder or a hub id."
@@ -107,15 +97,8 @@ class ModelConfig:
                 f"`model.revision` is {self.revision!r} but must be a branch, a tag or a commit: "
                 "letters, digits, '.', '_', '-' and '/', without '..'."
             )
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        one_of("model.adapter_dtype", self.adapter_dtype, ("float32", "bfloat16"))
-        one_of("model.sent_dtype", self.sent_dtype, ("same", "float32", "bfloat16"))
-        one_of("model.quantization", self.quantization, ("none", "4bit"))
-        one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
-        one_of("model.initialisation", self.initialisation, ("identity", "official"))
-        one_of("model.stage2_client_adapter", self.stage2_client_adapter, ("frozen", "off"))
 
     @property
     def wire_dtype(self) -> str:
-        """What is sent, aggregated and checkpointed."""
+        """Data type of what is sent, aggregated and checkpointed."""
         return self.adapter_dtype if self.sent_dtype == "same" else self.sent_dtype

@@ -1,20 +1,18 @@
-"""Checks of values that come from outside: each raises an error in the user's own words.
+"""Range checks of single settings, and cross-field validation rules.
 
-`key` is the field as the user typed it. To add a check, write one function that raises
-`ConfigError` with the key, the value received and what is allowed.
-
-Settings that only go together: what one of them needs of the others.
-
-A method is a set of settings (conf/strategy/), and most of them combine freely. To add a pair that
-does not, add a row to `RULES`.
+Each check raises `ConfigError` with the setting as the user typed it (`key`), the value received
+and what is allowed. A dataclass of settings declares its ranges once, as `Limit` annotations,
+which `check_limits` enforces and the settings reference prints. To add a range, write a check and
+a `Limit` for it; to forbid a combination of settings, add a row to `RULES`.
 """
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from pilot_flwr.errors import ConfigError
 
@@ -22,7 +20,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """Names that become file names, record keys and module names: run, task and client names."""
 
 LONGEST_NAME = 64
-"""Characters of such a name: with what is added to it, it is still a file name everywhere."""
+"""Characters of such a name: short enough for a file name after a suffix is added."""
 
 _INFINITY = float("inf")
 
@@ -59,7 +57,7 @@ def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_name(key: str, value: str, *, longest: int = LONGEST_NAME) -> None:
-    """Raise unless `value` can be a file name, a record key and a module name at once."""
+    """Raise unless `value` can serve as a file name, a record key and a module name."""
     if len(value) > longest:
         raise ConfigError(
             f"`{key}` is {value[:20]!r}…, {len(value)} characters, but must have at most {longest}."
@@ -72,30 +70,83 @@ def check_name(key: str, value: str, *, longest: int = LONGEST_NAME) -> None:
 
 
 def expanded(key: str, path: str) -> Path:
-    """Return `path` with ``~`` or ``~user`` written out; raise if there is no such user."""
+    """Return `path` with ``~`` or ``~user`` expanded; raise if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(f"`{key}` begins with '~' and the name of no user.") from None
 
 
+class Limit(NamedTuple):
+    """What a setting allows, as text for the reference and as a check of (key, value)."""
+
+    allowed: str
+    check: Callable[[str, Any], None]
+
+
+POSITIVE = Limit("above 0", positive)
+FRACTION = Limit("at least 0, below 1", share)
+NAME = Limit(f"letters, digits, '_', '-'; at most {LONGEST_NAME} characters", check_name)
+
+
+def minimum(value: float) -> Limit:
+    """Return the limit that a setting is at least `value`."""
+    return Limit(f"at least {value}", functools.partial(at_least, minimum=value))
+
+
+def maximum(value: float) -> Limit:
+    """Return the limit that a setting is at most `value`."""
+    return Limit(f"at most {value}", functools.partial(at_most, maximum=value))
+
+
+def choice(*values: str) -> Limit:
+    """Return the limit that a setting is one of `values`."""
+    return Limit(", ".join(values), functools.partial(one_of, allowed=values))
+
+
+def limits(settings: type) -> dict[str, tuple[Limit, ...]]:
+    """Return the limits of every field of a dataclass of settings, in declaration order."""
+    hints = get_type_hints(settings, include_extras=True)
+    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+
+
+def check_limits(settings: object, section: str) -> None:
+    """Raise unless every field keeps to its limits.
+
+    Parameters
+    ----------
+    settings : dataclass
+        One section of the configuration.
+    section : str
+        Its dotted name, such as ``train.stage1``; empty for the configuration itself.
+
+    Raises
+    ------
+    ConfigError
+        Names the setting, its value and what is allowed.
+    """
+    for name, declared in limits(type(settings)).items():
+        for limit in declared:
+            limit.check(f"{section}.{name}" if section else name, getattr(settings, name))
+
+
 class Rule(NamedTuple):
-    """Settings, and what others must be if these are so."""
+    """Values that other settings need if the given ones hold."""
 
     given: dict[str, object]
     needed: dict[str, object]
 
 
-_WHOLE = {"strategy.sharing.adapter": True, "strategy.sharing.lora": "AB"}
+_ALL_SHARED = {"strategy.sharing.adapter": True, "strategy.sharing.lora": "AB"}
 _ONE_CONNECTOR = {"strategy.stages": 1, "model.client_adapter": False}
 
 RULES = (
-    # One model for all clients, and nothing of it is any client's own.
+    # One model for all clients: nothing is private to a client.
     Rule(
         {"strategy.trained_by": "pooled"},
         {
             **_ONE_CONNECTOR,
-            **_WHOLE,
+            **_ALL_SHARED,
             "strategy.adapters": "global",
             "strategy.lora": "global",
             "strategy.clients": 0,
@@ -103,12 +154,12 @@ RULES = (
             "privacy.enabled": False,
         },
     ),
-    # The personal model is a second one of what is sent, so all that is trained must be sent.
+    # The personal model is a second copy of what is shared, so all that is trained must be shared.
     Rule(
         {"train.ditto.enabled": True},
-        {**_ONE_CONNECTOR, **_WHOLE, "strategy.trained_by": "clients"},
+        {**_ONE_CONNECTOR, **_ALL_SHARED, "strategy.trained_by": "clients"},
     ),
-    # The products B A are needed, and their mean rather than a step towards it.
+    # FedEx-LoRA needs the products B A, and their mean rather than a step towards it.
     Rule(
         {"strategy.lora": "exact"},
         {
@@ -117,7 +168,7 @@ RULES = (
             "train.ditto.enabled": False,
         },
     ),
-    # There is nothing to be drawn to, and nothing that leaves.
+    # Nothing is sent, so there is nothing to pull towards and nothing to protect.
     Rule(
         {"strategy.sharing.adapter": False, "strategy.sharing.lora": "none"},
         {"train.proximal_weight": 0, "privacy.enabled": False},
@@ -125,13 +176,13 @@ RULES = (
 )
 
 
-def check_together(config: object) -> None:
-    """Raise unless a configuration keeps to `RULES`.
+def check_combinations(config: object) -> None:
+    """Raise unless a configuration satisfies `RULES`.
 
     Raises
     ------
     ConfigError
-        Names the setting, its value, what it must be, and because of what.
+        Names the setting, its value, the value it needs, and the settings that require it.
     """
     for given, needed in RULES:
         if any(attrgetter(name)(config) != value for name, value in given.items()):

@@ -1,57 +1,61 @@
-"""Settings of client-level differential privacy; what they mean is in docs/privacy.md.
+"""Typed, frozen, validated settings: every default and every range of the configuration.
 
-The server's settings: rounds, aggregation, what it waits for and what it accepts.
-
-Typed, frozen, validated settings: every default and every range of the configuration.
-
-The model's and the data's are in `pilot_flwr.config.model` and `pilot_flwr.config.data`. To
-add a setting, add a field and, if it has a rule, a check in ``__post_init__``. Named choices
-live in ``conf/``; `pilot_flwr.config.loading` composes both (design section 7).
+Each field has its default, its limits and a docstring, from which the settings reference is
+generated. To add a setting, add such a field; a check of several fields belongs in
+``__post_init__``, one across sections into `pilot_flwr.config.rules`. Model and data settings are
+in `pilot_flwr.config.model` and `pilot_flwr.config.data`, named choices in ``conf/``.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.rules import (
+    FRACTION,
+    NAME,
+    POSITIVE,
     at_least,
-    at_most,
-    check_name,
-    check_together,
-    one_of,
-    positive,
-    share,
+    check_combinations,
+    check_limits,
+    choice,
+    maximum,
+    minimum,
 )
 from pilot_flwr.errors import ConfigError
 
 LEAST_NOISE, MOST_NOISE = 1e-6, 1e6
 """Range of `privacy.noise_multiplier`: at either end one upload's ε, at δ = 1e-5, is 2e12 or 0."""
 
+ACTIONS = ("off", "warn", "clip", "reject")
+"""What can be done about an update whose norm is above the exchange's bound."""
+
+LARGEST_SEED = 2**63 - 1
+"""The largest seed that both torch's and numpy's generators take."""
+
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Client-level differential privacy: each client clips its upload and adds noise itself.
+    """Client-level differential privacy: each client clips its upload and adds Gaussian noise.
 
-    The change of Θ_a and Θ_l that a client uploads is clipped, as one vector, to L2 norm
-    `clip_norm`; then Gaussian noise of standard deviation `noise_multiplier` × `clip_norm` is
-    added to every number of it; `noise_multiplier` is `LEAST_NOISE` at least and `MOST_NOISE` at
-    most. `delta` is the δ for which ε is reported. Losses and scores are
-    exact functions of the client's data and are outside that guarantee: with
-    `send_metrics` false no client sends any.
+    The change of Θ_a and Θ_l that a client uploads is clipped, as one vector, and every number
+    of it gets noise. Losses and scores are exact functions of the client's data, outside that
+    guarantee; by default they are not sent. See docs/privacy.md.
     """
 
     enabled: bool = False
-    clip_norm: float = 1.0
-    noise_multiplier: float = 1.0
-    delta: float = 1e-5
+    """Clip and noise every upload."""
+    clip_norm: Annotated[float, POSITIVE] = 1.0
+    """L2 norm to which an upload's change is clipped."""
+    noise_multiplier: Annotated[float, minimum(LEAST_NOISE), maximum(MOST_NOISE)] = 1.0
+    """Standard deviation of the noise, in units of `privacy.clip_norm`."""
+    delta: Annotated[float, POSITIVE, FRACTION] = 1e-5
+    """δ at which ε is reported."""
     send_metrics: bool = False
+    """Send losses and scores although privacy is enabled."""
 
     def __post_init__(self) -> None:
-        positive("privacy.clip_norm", self.clip_norm)
-        at_least("privacy.noise_multiplier", self.noise_multiplier, LEAST_NOISE)
-        at_most("privacy.noise_multiplier", self.noise_multiplier, MOST_NOISE)
-        positive("privacy.delta", self.delta)
-        share("privacy.delta", self.delta)
+        check_limits(self, "privacy")
 
     @property
     def withholds_metrics(self) -> bool:
@@ -59,228 +63,198 @@ class PrivacyConfig:
         return self.enabled and not self.send_metrics
 
 
-ACTIONS = ("off", "warn", "clip", "reject")
-"""What can be done about an update whose norm is above the round's bound."""
-
-
 @dataclass(frozen=True)
 class UpdateNormConfig:
-    """A bound on the norms of a round's updates: `factor` times their median.
+    """Bound on the norms of an exchange's updates: `factor` times their median."""
 
-    `action` is what happens to an update above it: ``warn`` writes it down and changes nothing,
-    ``clip`` shortens it to the bound, ``reject`` leaves it out, ``off`` computes no norms. The
-    default keeps the paper's algorithm and yet shows who stands out.
-    """
-
-    action: str = "warn"
-    factor: float = 3.0
+    action: Annotated[str, choice(*ACTIONS)] = "warn"
+    """What happens to an update above the bound: `warn` records it and changes nothing, `clip`
+    scales it down to the bound, `reject` excludes it, `off` computes no norms."""
+    factor: Annotated[float, minimum(1)] = 3.0
+    """Bound as a multiple of the median norm."""
 
     def __post_init__(self) -> None:
-        one_of("strategy.update_norm.action", self.action, ACTIONS)
-        at_least("strategy.update_norm.factor", self.factor, 1)
+        check_limits(self, "strategy.update_norm")
 
 
 @dataclass(frozen=True)
 class ServerOptimizerConfig:
-    """What the server does with a round's averages: ``none`` takes them, ``adam`` steps to them.
+    """Server optimiser; FedAdam (Reddi et al., ICLR 2021) treats the change as a gradient."""
 
-    ``adam`` is FedAdam (Reddi et al., ICLR 2021): the difference between an average and what
-    the server had is a gradient for Adam with `learning_rate`, `beta_1`, `beta_2` and `tau`.
-    """
-
-    name: str = "none"
-    learning_rate: float = 0.01
-    beta_1: float = 0.9
-    beta_2: float = 0.99
-    tau: float = 1e-3
+    name: Annotated[str, choice("none", "adam")] = "none"
+    """`none` takes the averages as they are, `adam` steps towards them."""
+    learning_rate: Annotated[float, POSITIVE] = 0.01
+    """Server learning rate η."""
+    beta_1: Annotated[float, FRACTION] = 0.9
+    """Decay of the first moment."""
+    beta_2: Annotated[float, FRACTION] = 0.99
+    """Decay of the second moment."""
+    tau: Annotated[float, POSITIVE] = 1e-3
+    """Degree of adaptivity τ, added to the root of the second moment."""
 
     def __post_init__(self) -> None:
-        one_of("strategy.server_optimizer.name", self.name, ("none", "adam"))
-        positive("strategy.server_optimizer.learning_rate", self.learning_rate)
-        share("strategy.server_optimizer.beta_1", self.beta_1)
-        share("strategy.server_optimizer.beta_2", self.beta_2)
-        positive("strategy.server_optimizer.tau", self.tau)
+        check_limits(self, "strategy.server_optimizer")
 
 
 @dataclass(frozen=True)
 class SharingConfig:
-    """What of a client's trained parameters is sent; the rest is kept on its disk.
-
-    `adapter` is the own task adapter Θ_a. `lora` says which matrices of the text adapter Θ_l:
-    ``AB``, ``A`` (FedSA-LoRA), ``B`` (FFA-LoRA, whose A is never trained) or ``none``.
-    """
+    """Which trained parameters a client uploads; the rest stays on its disk."""
 
     adapter: bool = True
-    lora: str = "AB"
+    """Upload the own task adapter Θ_a."""
+    lora: Annotated[str, choice("AB", "A", "B", "none")] = "AB"
+    """Matrices of the text adapter Θ_l to upload: both, `A` (FedSA-LoRA), `B` (FFA-LoRA) or
+    none."""
 
     def __post_init__(self) -> None:
-        one_of("strategy.sharing.lora", self.lora, ("AB", "A", "B", "none"))
+        check_limits(self, "strategy.sharing")
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """The server: rounds, aggregation, and how long it waits.
+    """The server: exchanges, aggregation, and how long it waits.
 
-    `name` is what tables call the method; conf/strategy/ has one file per method, and the settings
-    below say what it does (docs/methods.md). `trained_by` is ``clients``; ``pooled`` trains one
-    model on all clients' data (a simulation's upper reference, no federation), ``nobody`` only
-    evaluates. `stages` is 2, or 1 for a client that never switches to CT-MoA. `adapters` is
-    the average of the task adapters: ``task`` over a task's clients, ``global`` over all.
-    `lora` is the aggregation of the text adapters: ``adaptive`` (ATA), ``task`` and ``global``
-    (means over a task's clients and over all), ``exact`` (FedEx-LoRA: the mean of all products
-    B A, kept exactly). `self_weight` says whether ATA counts a client's own LoRA.
-
-    `rounds` is the paper's R, that is R + 1 exchanges. `num_neighbors` is M of the adaptive
-    text-adapter aggregation. A round closes with the clients that replied, if at least
-    `min_replies` did; `below_minimum` says what happens otherwise: ``stop`` ends the run, ``wait``
-    waits for clients as long as it takes and repeats the exchange. `clients` is 0 for the
-    configured clients ``<task>-<n>``, as in a simulation, or the number of real sites, of any
-    names, that the first exchange waits for. Times are in seconds. A client that declares more
-    than `max_examples` training examples is refused, if it is not 0: the aggregation weighs
-    clients by a number that the server cannot count itself.
+    A method is a set of these settings; conf/strategy/ has one file per method and
+    docs/methods.md a table of them.
     """
 
-    name: str = "pilot"
-    rounds: int = 3
-    trained_by: str = "clients"
-    stages: int = 2
-    adapters: str = "task"
-    lora: str = "adaptive"
-    num_neighbors: int = 2
+    name: Annotated[str, NAME] = "pilot"
+    """Name of the method in tables."""
+    rounds: Annotated[int, minimum(1)] = 3
+    """The paper's R; a run has R + 1 exchanges."""
+    trained_by: Annotated[str, choice("clients", "pooled", "nobody")] = "clients"
+    """`clients` is federated training; `pooled` trains one model on all clients' data (a reference
+    for simulations); `nobody` only evaluates."""
+    stages: Annotated[int, minimum(1), maximum(2)] = 2
+    """Stages of the model; 1 never switches to CT-MoA."""
+    adapters: Annotated[str, choice("task", "global")] = "task"
+    """Average task adapters over a task's clients or over all clients."""
+    lora: Annotated[str, choice("adaptive", "task", "global", "exact")] = "adaptive"
+    """Aggregation of text adapters: `adaptive` (ATA), mean over a `task`'s clients, `global` mean,
+    or `exact` mean of the products B A (FedEx-LoRA)."""
+    num_neighbors: Annotated[int, minimum(1)] = 2
+    """M: neighbours of a client in the adaptive aggregation."""
     self_weight: bool = True
+    """Include a client's own LoRA in the adaptive aggregation."""
     sharing: SharingConfig = field(default_factory=SharingConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
-    min_replies: int = 1
-    below_minimum: str = "stop"
-    clients: int = 0
-    max_examples: int = 0
-    wait_seconds: float = 300.0
-    round_timeout_seconds: float = 86400.0
+    min_replies: Annotated[int, minimum(1)] = 1
+    """Least usable replies of an exchange; at most the number of clients."""
+    below_minimum: Annotated[str, choice("stop", "wait")] = "stop"
+    """With fewer replies, `stop` the run, or `wait` for clients and repeat the exchange."""
+    clients: Annotated[int, minimum(0)] = 0
+    """Number of real sites, of any names, that the first exchange waits for; 0: the clients
+    `<task>-<n>` of the configured tasks, as in a simulation."""
+    max_examples: Annotated[int, minimum(0)] = 0
+    """Refuse a client that declares more training examples, as they weigh its update and the
+    server cannot count them; 0: no limit."""
+    wait_seconds: Annotated[float, POSITIVE] = 300.0
+    """Seconds to wait for clients to connect."""
+    round_timeout_seconds: Annotated[float, POSITIVE] = 86400.0
+    """Seconds to wait for the replies of an exchange."""
     update_norm: UpdateNormConfig = field(default_factory=UpdateNormConfig)
 
     def __post_init__(self) -> None:
-        check_name("strategy.name", self.name)
-        one_of("strategy.trained_by", self.trained_by, ("clients", "pooled", "nobody"))
-        at_least("strategy.stages", self.stages, 1)
-        at_most("strategy.stages", self.stages, 2)
-        one_of("strategy.adapters", self.adapters, ("task", "global"))
-        one_of("strategy.lora", self.lora, ("adaptive", "task", "global", "exact"))
+        check_limits(self, "strategy")
         if self.stages == 2 and not self.sharing.adapter:
             raise ConfigError(
                 "`strategy.stages` is 2 but must be 1 with `strategy.sharing.adapter=false`: "
                 "CT-MoA mixes the task adapters that clients share."
             )
-        at_least("strategy.rounds", self.rounds, 1)
-        at_least("strategy.num_neighbors", self.num_neighbors, 1)
-        at_least("strategy.min_replies", self.min_replies, 1)
-        one_of("strategy.below_minimum", self.below_minimum, ("stop", "wait"))
-        at_least("strategy.clients", self.clients, 0)
-        at_least("strategy.max_examples", self.max_examples, 0)
-        positive("strategy.wait_seconds", self.wait_seconds)
-        positive("strategy.round_timeout_seconds", self.round_timeout_seconds)
-
-
-LARGEST_SEED = 2**63 - 1
-"""What torch's and numpy's generators both take."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Learning rates of one stage, for the LoRA and for the connector."""
+    """Peak learning rates of one stage."""
 
-    lora_lr: float = 2e-3
-    connector_lr: float = 1e-3
+    lora_lr: Annotated[float, POSITIVE] = 2e-3
+    """Learning rate of the LoRA."""
+    connector_lr: Annotated[float, POSITIVE] = 1e-3
+    """Learning rate of the connector."""
 
 
 @dataclass(frozen=True)
 class DifferenceLossConfig:
-    """Weight λ0 and reduction of the difference loss (design section 2)."""
+    """The difference loss between task and client features in stage 1."""
 
-    weight: float = 0.1
-    reduction: str = "normalized"
+    weight: Annotated[float, minimum(0)] = 0.1
+    """Weight λ0."""
+    reduction: Annotated[str, choice("normalized", "frobenius", "official")] = "normalized"
+    """`normalized` features (loss in [0, 1]), the paper's `frobenius` norm, or the `official`
+    code's mean over all entries."""
 
     def __post_init__(self) -> None:
-        at_least("train.difference_loss.weight", self.weight, 0)
-        one_of(
-            "train.difference_loss.reduction",
-            self.reduction,
-            ("normalized", "frobenius", "official"),
-        )
+        check_limits(self, "train.difference_loss")
 
 
 @dataclass(frozen=True)
 class DittoConfig:
     """A personal model beside the shared one (Ditto: Li et al., ICML 2021).
 
-    With `enabled` a client trains two models in a turn, half of the epochs each: the shared
-    one, and a personal one that is drawn to the shared one it was sent by
-    ``weight / 2 · ‖v − w‖²`` and never leaves the client, which is evaluated by it.
+    A client trains both in an exchange, for half of the epochs each. The personal model v is
+    pulled to the shared model w that the client received by ``weight / 2 · ‖v − w‖²``; it is
+    evaluated in place of the shared one and never leaves the client.
     """
 
     enabled: bool = False
-    weight: float = 0.1
+    """Train a personal model; `train.epochs` must be even."""
+    weight: Annotated[float, minimum(0)] = 0.1
+    """Weight of the pull towards the shared model."""
 
     def __post_init__(self) -> None:
-        at_least("train.ditto.weight", self.weight, 0)
+        check_limits(self, "train.ditto")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Local training on a client: `epochs` is the paper's E.
+    """Local training on a client."""
 
-    `balance_weight` is λ1, `z_weight` is λ2. An optimizer step uses `batch_size` ×
-    `accumulation_steps` examples. The gradient of each parameter group is clipped to
-    `max_grad_norm` by itself. `autocast` is ``auto`` (bfloat16 on a GPU, off on a CPU),
-    ``bfloat16`` or ``off``, in evaluation as in training.
-
-    `lr_scale` multiplies every learning rate. `lora_matrices` is what of the LoRA is trained:
-    ``AB``, or ``B`` (A stays as drawn: FFA-LoRA). `proximal_weight` is FedProx's μ: μ / 2 ·
-    ‖w − w_sent‖² over what the client was sent and trains is added to the loss; 0 leaves it out.
-    """
-
-    epochs: int = 1
-    batch_size: int = 16
-    accumulation_steps: int = 1
-    max_length: int = 2048
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    autocast: str = "auto"
-    log_every_seconds: float = 30.0
+    epochs: Annotated[int, minimum(1)] = 1
+    """The paper's E: epochs of one exchange."""
+    batch_size: Annotated[int, minimum(1)] = 16
+    """Examples of one forward and backward pass."""
+    accumulation_steps: Annotated[int, minimum(1)] = 1
+    """Batches per optimiser step."""
+    max_length: Annotated[int, minimum(1)] = 2048
+    """Longest example in tokens, image tokens included; a longer one counts as broken."""
+    warmup_ratio: Annotated[float, FRACTION] = 0.03
+    """Share of an exchange's optimiser steps with a rising learning rate."""
+    weight_decay: Annotated[float, minimum(0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+    """L2 norm to which the gradient of each parameter group is clipped separately."""
+    autocast: Annotated[str, choice("auto", "bfloat16", "off")] = "auto"
+    """Mixed precision in training and evaluation; `auto` is bfloat16 on a GPU, off on a CPU."""
+    log_every_seconds: Annotated[float, POSITIVE] = 30.0
+    """Seconds between progress lines of a client."""
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=StageConfig)
     difference_loss: DifferenceLossConfig = field(default_factory=DifferenceLossConfig)
-    balance_weight: float = 0.1
-    z_weight: float = 0.01
-    lr_scale: float = 1.0
-    lora_matrices: str = "AB"
-    proximal_weight: float = 0.0
+    balance_weight: Annotated[float, minimum(0)] = 0.1
+    """Weight λ1 of the router's load-balancing loss in stage 2."""
+    z_weight: Annotated[float, minimum(0)] = 0.01
+    """Weight λ2 of the router z-loss in stage 2."""
+    lr_scale: Annotated[float, POSITIVE] = 1.0
+    """Factor on every learning rate."""
+    lora_matrices: Annotated[str, choice("AB", "B")] = "AB"
+    """LoRA matrices to train; `B` keeps A as initialised (FFA-LoRA)."""
+    proximal_weight: Annotated[float, minimum(0)] = 0.0
+    """FedProx's μ: adds μ / 2 · ‖w − w_received‖² over the trained parameters that the client
+    received; 0: off."""
     ditto: DittoConfig = field(default_factory=DittoConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation_steps", "max_length"):
-            at_least(f"train.{name}", getattr(self, name), 1)
-        share("train.warmup_ratio", self.warmup_ratio)
-        at_least("train.weight_decay", self.weight_decay, 0)
-        positive("train.max_grad_norm", self.max_grad_norm)
-        one_of("train.autocast", self.autocast, ("auto", "bfloat16", "off"))
-        positive("train.log_every_seconds", self.log_every_seconds)
-        at_least("train.balance_weight", self.balance_weight, 0)
-        at_least("train.z_weight", self.z_weight, 0)
-        positive("train.lr_scale", self.lr_scale)
-        one_of("train.lora_matrices", self.lora_matrices, ("AB", "B"))
-        at_least("train.proximal_weight", self.proximal_weight, 0)
+        check_limits(self, "train")
+        check_limits(self.stage1, "train.stage1")
+        check_limits(self.stage2, "train.stage2")
         if self.ditto.enabled and self.epochs % 2:
             raise ConfigError(
                 f"`train.epochs` is {self.epochs} but must be even with `train.ditto.enabled`, "
                 "which gives half of them to each of two models."
             )
-        for stage in (1, 2):
-            for name in ("lora_lr", "connector_lr"):
-                positive(f"train.stage{stage}.{name}", getattr(self.stage(stage), name))
 
     def stage(self, stage: int) -> StageConfig:
-        """Learning rates of `stage` (1 or 2), as they are configured."""
+        """Return the configured learning rates of `stage` (1 or 2)."""
         return self.stage1 if stage == 1 else self.stage2
 
 
@@ -289,46 +263,42 @@ class EvaluationConfig:
     """Federated evaluation of the personalised models by greedy generation."""
 
     enabled: bool = True
-    batch_size: int = 64
-    max_new_tokens: int = 16
+    """Evaluate in every exchange, before training, and once at the end."""
+    batch_size: Annotated[int, minimum(1)] = 64
+    """Examples generated at a time."""
+    max_new_tokens: Annotated[int, minimum(1)] = 16
+    """Longest answer in tokens."""
 
     def __post_init__(self) -> None:
-        at_least("evaluation.batch_size", self.batch_size, 1)
-        at_least("evaluation.max_new_tokens", self.max_new_tokens, 1)
+        check_limits(self, "evaluation")
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """Resources of Flower's simulation engine, which Ray shares out among the clients.
+    """Resources of the simulation engine, divided among the clients.
 
-    `engine` is ``ray``, or ``in-process``: the clients of one run one after the other in a single
-    process, without Flower's and Ray's start of about half a minute, with the same results.
-
-    `cpus` is the number of CPU cores that the simulation takes; 0 takes all of the machine's.
-    `gpus` is the number of its GPUs: -1 takes all that torch sees, 0 none. `client_cpus` and
-    `client_gpus` are one client's part, and so say how many clients train at a time.
-    `client_gpus` may be a fraction (0.25: four clients on one GPU, whose memory they share) or
-    a whole number; -1 is one GPU per client if the simulation has any, 0 hides the GPUs from
-    the clients, which then use the CPU.
-
-    `address` is HOST:PORT of an existing Ray cluster's head, ``auto`` (the cluster that this
-    machine is a node of) or ``local`` (a Ray of the run's own); empty is what the environment
-    variable ``RAY_ADDRESS`` says, else ``local``. A cluster is used whole: `cpus` and `gpus`
-    stay at their defaults.
+    On an existing Ray cluster (`address`) the whole cluster is used: `cpus` and `gpus` keep their
+    defaults.
     """
 
-    engine: str = "ray"
+    engine: Annotated[str, choice("ray", "in-process")] = "ray"
+    """`ray` runs clients in parallel worker processes; `in-process` runs them one after the other
+    in this process, with the same results and without Ray's start of about 30 seconds."""
     address: str = ""
-    cpus: int = 0
-    gpus: int = -1
-    client_cpus: int = 1
+    """Ray cluster: HOST:PORT of its head, `auto` (the cluster of this machine) or `local` (a new
+    one); empty: the environment variable RAY_ADDRESS, else `local`."""
+    cpus: Annotated[int, minimum(0)] = 0
+    """CPU cores of the simulation; 0: all of the machine's."""
+    gpus: Annotated[int, minimum(-1)] = -1
+    """GPUs of the simulation; -1: all that torch sees."""
+    client_cpus: Annotated[int, minimum(1)] = 1
+    """CPU cores per client."""
     client_gpus: float = -1.0
+    """GPUs per client: a fraction shares one GPU (0.25: four clients), above 1 a whole number;
+    -1: one if the simulation has any; 0: clients use the CPU."""
 
     def __post_init__(self) -> None:
-        one_of("simulation.engine", self.engine, ("ray", "in-process"))
-        at_least("simulation.cpus", self.cpus, 0)
-        at_least("simulation.gpus", self.gpus, -1)
-        at_least("simulation.client_cpus", self.client_cpus, 1)
+        check_limits(self, "simulation")
         if self.client_gpus != -1:
             at_least("simulation.client_gpus", self.client_gpus, 0)
         if self.client_gpus > 1 and self.client_gpus != int(self.client_gpus):
@@ -340,40 +310,35 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run folder; empty means ``outputs/<name>-<time>`` beside where the user stands.
-
-    `restarts` is how often at most ``pilot-flwr run`` goes on by itself from the last checkpoint
-    when a worker process of Ray or the whole simulation has died.
-
-    `report` says whether ``pilot-flwr run`` writes the report at the end. `tensorboard` and
-    `wandb` are live logs of the server: TensorBoard's files in the run folder, and Weights & Biases
-    (``pip install 'pilot-flwr[wandb]'``), which is ``off``, ``online`` or ``offline``; its project
-    is `wandb_project`.
-    """
+    """The run folder, restarts, and reports."""
 
     folder: str = ""
-    restarts: int = 3
+    """Run folder, new or empty; empty: `outputs/<name>-<time>` in the working directory."""
+    restarts: Annotated[int, minimum(0)] = 3
+    """Most automatic restarts from the last checkpoint after a simulation process dies."""
     report: bool = True
+    """Write the HTML report at the end of `pilot-flwr run`."""
     tensorboard: bool = True
-    wandb: str = "off"
-    wandb_project: str = "pilot-flwr"
+    """Write TensorBoard files into the run folder."""
+    wandb: Annotated[str, choice("off", "online", "offline")] = "off"
+    """Log to Weights & Biases (pip install 'pilot-flwr[wandb]')."""
+    wandb_project: Annotated[str, NAME] = "pilot-flwr"
+    """Project in Weights & Biases."""
 
     def __post_init__(self) -> None:
-        at_least("run.restarts", self.restarts, 0)
-        one_of("run.wandb", self.wandb, ("off", "online", "offline"))
-        check_name("run.wandb_project", self.wandb_project)
+        check_limits(self, "run")
 
 
 @dataclass(frozen=True)
 class PilotConfig:
-    """Everything that a run depends on, except what belongs to one client's own site.
+    """Everything that a run depends on, except what belongs to one client's own site."""
 
-    `resume` is the folder of a run that is to go on after its last whole checkpoint.
-    """
-
-    name: str = "demo"
-    seed: int = 0
+    name: Annotated[str, NAME] = "demo"
+    """Name of the run."""
+    seed: Annotated[int, minimum(0), maximum(LARGEST_SEED)] = 0
+    """Seed of every random choice."""
     resume: str = ""
+    """Folder of a run to resume after its last complete checkpoint; empty: a new run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -384,15 +349,13 @@ class PilotConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        check_name("name", self.name)
-        at_least("seed", self.seed, 0)
-        at_most("seed", self.seed, LARGEST_SEED)
+        check_limits(self, "")
         if self.strategy.min_replies > self.num_clients:
             raise ConfigError(
                 f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "
                 f"the number of clients, {self.num_clients}."
             )
-        check_together(self)
+        check_combinations(self)
 
     @property
     def num_clients(self) -> int:

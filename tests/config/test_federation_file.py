@@ -85,7 +85,7 @@ def test_later_words_change_the_file_and_others_stay(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("tasks: [a", "is no YAML"),
+        ("tasks: [a", "is not YAML"),
         ("[1]", "must be settings with `tasks`"),
         ("folder: x", "must be settings with `tasks`"),
         ("tasks: [a]\ntask: b", "f.yaml: `task` must be one of source, tasks"),
@@ -105,10 +105,13 @@ def test_later_words_change_the_file_and_others_stay(tmp_path):
         ("tasks: [a]\nfiles: {a: {images: }}", "f.yaml: `files.a.images` is empty"),
         (
             "tasks: [a]\nfiles:\n  a: {metric: gqa}\n  a: {metric: anls}",
-            "(?s)`data` is 'f.yaml', which is no YAML: the key 'a' comes twice.*line 4",
+            "(?s)`data` is 'f.yaml', which is not YAML: the key 'a' comes twice.*line 4",
         ),
         ("tasks: [a]\ntasks: [b]\nfiles: {a: {}}", "(?s)the key 'tasks' comes twice.*line 2"),
-        ("tasks: &a [*a]", "`data` is 'f.yaml', which is no YAML: it has more than 100,000 values"),
+        (
+            "tasks: &a [*a]",
+            "`data` is 'f.yaml', which is not YAML: it has more than 100,000 values",
+        ),
         ("tasks: [{a: 1, a: 2}]", "(?s)the key 'a' comes twice.*line 1"),
         (
             "tasks: [a]\nfiles: {a: {prompt_suffix: '???'}}",
