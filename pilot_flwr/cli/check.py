@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # heavy imports stay inside handlers
     from pilot_flwr.data.federation import Client
     from pilot_flwr.data.images import Colour
     from pilot_flwr.data.llava import LlavaExamples
-    from pilot_flwr.data.validation import SplitReport, Tokenize
+    from pilot_flwr.data.validation import SplitStatistics, Tokenize
 
     Sites = list[tuple[Client, SiteFiles | None]]
-    Splits = list[tuple[SplitReport, LlavaExamples | None]]
+    Splits = list[tuple[SplitStatistics, LlavaExamples | None]]
 
 
 SUCCESS, FAILURE = 0, 1
@@ -109,7 +109,7 @@ def _open(config: "PilotConfig", sites: "Sites", background: "Colour | None") ->
     """Open every split; one that cannot be read has the reason in its report."""
     from pilot_flwr.data.federation import client_examples
     from pilot_flwr.data.llava import LlavaExamples
-    from pilot_flwr.data.validation import SplitReport
+    from pilot_flwr.data.validation import SplitStatistics
 
     data = config.data
     decodes = data.check_images == "decode"
@@ -118,7 +118,7 @@ def _open(config: "PilotConfig", sites: "Sites", background: "Colour | None") ->
         for split in ("train", "test"):
             if split == "test" and not config.evaluation.enabled:
                 continue
-            report = SplitReport(
+            report = SplitStatistics(
                 client.id, client.task, split, allowed=data.allowed_broken, decodes=decodes
             )
             examples = None
@@ -196,7 +196,7 @@ def _look(splits: "Splits", config: "PilotConfig", options: argparse.Namespace) 
 
     images = None if options.fast else WholeImages(options.workers)
     tokenize = {} if options.no_tokens else _tokenizers(config)
-    seen: dict[object, SplitReport] = {}
+    seen: dict[object, SplitStatistics] = {}
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("rows", total=sum(len(e) for _, e in splits if e is not None))
         for index, (report, examples) in enumerate(splits):
@@ -237,7 +237,7 @@ def _tokenizers(config: "PilotConfig") -> "dict[Split, Tokenize]":
 
 
 def _print(
-    reports: "list[SplitReport]",
+    reports: "list[SplitStatistics]",
     shared: list[tuple[str, str, int]],
     show: int,
     unseen: list[str],

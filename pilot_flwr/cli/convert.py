@@ -47,8 +47,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from pilot_flwr.data.converters import convert
     from pilot_flwr.data.converters.common import Sources
-    from pilot_flwr.data.converters.convert import convert
 
     sources = Sources(
         tuple(options.annotations),

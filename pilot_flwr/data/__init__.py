@@ -1,1 +1,5 @@
-"""Data: what an example is, where examples come from, how they become tokens."""
+"""Data: examples from any source, assigned to clients, validated, tokenized.
+
+Errors are `DataError` or `ConfigError`. They name file and row and never quote a row, because they
+may travel to the server.
+"""

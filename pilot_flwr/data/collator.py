@@ -1,13 +1,9 @@
-"""A conversation as the text that a model sees, by the processor's own chat template.
+"""From examples to token tensors, with labels on the assistant's tokens alone.
 
-Where an answer ends is read off the template; if no special token follows it there, the
-tokenizer's end token is put behind it, as LLaVA's own training format has it. Nothing about one
-template is hard-coded.
-
-From examples to token tensors, with labels on the assistant's tokens alone.
-
-The text and where its answers are come from `pilot_flwr.data.collator`; the tokenizer's
-offsets say which tokens are the answers'.
+A conversation is rendered by the processor's own chat template; no template is hard-coded. Where an
+answer ends is read off the rendered text. If no special token follows it there, the tokenizer's end
+token is appended, as in LLaVA's own training format. The tokenizer's offsets then tell which tokens
+belong to answers.
 """
 
 import functools
@@ -23,68 +19,47 @@ from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
 from pilot_flwr.errors import DataError
 
 _PROBE = (Turn("user", "a"), Turn("assistant", "b"))
-"""A conversation that shows how a template treats any."""
+"""A conversation that probes how a template renders turns."""
 
-MOST_KEPT = 1 << 14
-"""Renderings that are kept per processor: a client's conversations come back every epoch."""
+CACHED_RENDERINGS = 1 << 14
+"""Renderings cached per processor: conversations come back every epoch."""
 
-_KEPT: WeakKeyDictionary[Any, dict[tuple[str, tuple[Turn, ...], bool], "Rendered"]] = (
+_CACHE: WeakKeyDictionary[Any, dict[tuple[str, tuple[Turn, ...], bool], "Rendered"]] = (
     WeakKeyDictionary()
 )
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and where its answers with their end tokens are in it."""
+    """A conversation as text, and the spans of its answers with their end tokens."""
 
     text: str
     answers: list[tuple[int, int]]
 
 
 class ChatTemplate:
-    """Renders conversations.
-
-    Parameters
-    ----------
-    processor
-        A processor of transformers: tokenizer, chat template, image token.
-    system_prompt : str
-        Begins every conversation, if not empty.
-    """
+    """Render conversations with a processor's chat template."""
 
     def __init__(self, processor: Any, *, system_prompt: str = "") -> None:
         self.processor = processor
         self.system_prompt = system_prompt
         special = _special_tokens(processor.tokenizer)
         self._special = sorted(special - {processor.image_token})
-        self._kept = _KEPT.setdefault(processor, {})
+        self._cache = _CACHE.setdefault(processor, {})
 
     def end_token_id(self) -> int:
-        """Return the id of the token that ends every answer: where generation has to stop."""
+        """Return the id of the token that ends every answer and stops generation."""
         text, ((_, end),) = self.render(_PROBE)
         ends = [token for token in self._special if text[:end].endswith(token)]
         return int(self.processor.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
 
     def render(self, turns: Sequence[Turn], *, generate: bool = False) -> Rendered:
-        """Render turns, one image token for each image, an end token after each answer.
-
-        Parameters
-        ----------
-        turns : sequence of Turn
-            The conversation.
-        generate : bool
-            Whether the answer to the last turn comes next.
-
-        Raises
-        ------
-        DataError
-            The template changes an answer or what is around it, so that it cannot be located.
-        """
+        """Render turns, one image token for each image, an end token after each answer."""
         key = (self.system_prompt, tuple(turns), generate)
-        rendered = self._kept.get(key)
+        rendered = self._cache.get(key)
         if rendered is None:
             rendered = self._render(turns, generate=generate)
-            if len(self._kept) < MOST_KEPT:
-                self._kept[key] = rendered
+            if len(self._cache) < CACHED_RENDERINGS:
+                self._cache[key] = rendered
         return rendered
 
     def _render(self, turns: Sequence[Turn], *, generate: bool) -> Rendered:
@@ -142,7 +117,7 @@ class ChatTemplate:
         return self._apply(_PROBE).startswith(prompt) and not prompt[-1:].isspace()
 
     def _prompt(self, turns: Sequence[Turn]) -> str:
-        """Render what generation starts from: exactly what training has before an answer."""
+        """Render the prompt of a generation: exactly what precedes an answer in training."""
         if self._prompts_are_beginnings:
             return self._apply(turns, generate=True)
         answered = self._apply([*turns, _PROBE[1]])
@@ -165,10 +140,10 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 
 def _content(text: str, image_token: str) -> list[dict[str, str]]:
-    """Return LLaVA's text with its image markers as a chat message's parts.
+    """Return LLaVA's text with image markers as the parts of a chat message.
 
-    Templates put images first. So markers at the front become image parts, and text in whose
-    midst an image stands stays one text, with the image token where the marker is.
+    Templates put images first: markers at the front become image parts. Text with a marker in the
+    middle stays one part, with the image token in place of the marker.
     """
     rest, markers = text, 0
     while rest.lstrip().startswith(IMAGE_MARKER):
@@ -216,19 +191,7 @@ def same_for_all(tokens: int) -> TokenCounter:
 
 
 class Collator:
-    """Tokenizes and pads examples.
-
-    Parameters
-    ----------
-    processor
-        A processor of transformers: tokenizer with offsets, chat template, image token.
-    count_tokens : callable
-        How many tokens the images of an example take.
-    max_length : int
-        Longest sequence allowed, in tokens; a longer example is an error, never cut.
-    system_prompt : str
-        Begins every conversation, if not empty.
-    """
+    """Tokenizes and pads examples."""
 
     def __init__(
         self,
@@ -245,18 +208,12 @@ class Collator:
         self.template = ChatTemplate(processor, system_prompt=system_prompt)
 
     def train_batch(self, examples: Sequence[Example]) -> Batch:
-        """Tokenize whole conversations, padded on the right.
-
-        Raises
-        ------
-        DataError
-            An example is too long, or a token straddles the end of a prompt.
-        """
+        """Tokenize whole conversations, padded on the right."""
         rows = [self.tokenize(example) for example in examples]
         return self._pad([ids for ids, _ in rows], [labels for _, labels in rows], side="right")
 
     def end_token_id(self) -> int:
-        """Return the id of the token that ends every answer: where generation has to stop."""
+        """Return the id of the token that ends every answer and stops generation."""
         return self.template.end_token_id()
 
     def prompt_batch(self, examples: Sequence[Example]) -> Batch:
@@ -265,7 +222,7 @@ class Collator:
         return self._pad(rows, [[IGNORE_INDEX] * len(ids) for ids in rows], side="left")
 
     def prompt(self, example: Example) -> list[int]:
-        """Return token ids of all turns but the last; raises `DataError` if there are too many."""
+        """Return token ids of all turns but the last; raise `DataError` if there are too many."""
         text = self._conversation(example, example.prompt, generate=True).text
         ids: list[int] = self._encode(text, example)["input_ids"]
         return ids
@@ -279,13 +236,7 @@ class Collator:
         return len(self._tokens(text)["input_ids"])
 
     def tokenize(self, example: Example) -> tuple[list[int], list[int]]:
-        """Return token ids and labels of one example, each a list of L integers.
-
-        Raises
-        ------
-        DataError
-            The example is too long, or a token straddles the edge of an answer.
-        """
+        """Return token ids and labels of one example, each a list of L integers."""
         text, answers = self._conversation(example, example.turns)
         encoded = self._encode(text, example)
         labels = []
@@ -307,7 +258,7 @@ class Collator:
     def _conversation(
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
     ) -> Rendered:
-        """Render turns of an example, with image tokens in their number."""
+        """Render turns of an example, with as many image tokens as its images take."""
         try:
             rendered = self.template.render(turns, generate=generate)
         except DataError as error:
@@ -336,7 +287,7 @@ class Collator:
             text,
             return_offsets_mapping=True,
             add_special_tokens=not (bos and text.startswith(bos)),
-            verbose=False,  # what is too long is an error of our own
+            verbose=False,  # an error names what is too long
         )
 
     def _encode(self, text: str, example: Example) -> Any:

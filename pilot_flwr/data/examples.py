@@ -1,6 +1,6 @@
-"""The one shape of an instruction-tuning example, whatever file or generator it comes from.
+"""The common form of an instruction-tuning example, whatever file or generator it comes from.
 
-To add a data source, return a sequence of `Example`; nothing else in the package changes.
+To add a data source, return a sequence of `Example` and add a row to `federation.SOURCES`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from PIL import Image
 from pilot_flwr.errors import DataError
 
 IMAGE_MARKER = "<image>"
-"""Where an image stands in a turn's text, as in LLaVA's JSON files."""
+"""Placeholder of an image in a turn's text, as in LLaVA's JSON files."""
 
 
 class Turn(NamedTuple):
@@ -22,23 +22,23 @@ class Turn(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """An image that is read when it is needed, and not before."""
+    """An image that is read on demand."""
 
     def read(self) -> Image.Image:
-        """Return the decoded RGB image, as the model is to see it."""
+        """Return the decoded RGB image as the model sees it."""
         ...
 
     def size(self) -> tuple[int, int]:
-        """Return (height, width) of what `read` gives, without decoding the image."""
+        """Return (height, width) of what `read` returns, without decoding the image."""
         ...
 
     def identity(self) -> str | None:
-        """Return what tells this image from all others on this machine, None if nothing does."""
+        """Return a key that is unique on this machine, None if there is none."""
         ...
 
 
 class KeptImage(NamedTuple):
-    """An image that is in memory."""
+    """An image in memory."""
 
     image: Image.Image
 
@@ -51,32 +51,12 @@ class KeptImage(NamedTuple):
         return self.image.height, self.image.width
 
     def identity(self) -> None:
-        """Return nothing: an image in memory has no name."""
+        """Return None: an image in memory has no key."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation about no image, one image, or several.
-
-    Parameters
-    ----------
-    id : str
-        Unique within the client's split; errors name it.
-    images : tuple of ImageSource
-        In the order of the markers.
-    turns : tuple of Turn
-        User and assistant alternate, the user begins and the assistant ends. The user's turns
-        hold as many `IMAGE_MARKER` as there are images, the assistant's none.
-    references : tuple of str
-        Answers that the last one is scored against; if empty, the last turn is the only one.
-    origin : str
-        Where the example comes from, such as ``train.json, row 17``; errors name it.
-
-    Raises
-    ------
-    DataError
-        The turns are not as said.
-    """
+    """A conversation about no image, one image, or several."""
 
     id: str
     images: tuple[ImageSource, ...]
@@ -108,15 +88,15 @@ class Example:
 
     @property
     def name(self) -> str:
-        """What errors call this example."""
+        """Name of this example in errors."""
         return f"Example {self.id!r}" + (f" ({self.origin})" if self.origin else "")
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
-        """All turns but the last: what generation starts from."""
+        """All turns but the last, from which generation starts."""
         return self.turns[:-1]
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The references at evaluation, at least one."""
+        """References for evaluation, at least one."""
         return self.references or (self.turns[-1].text,)

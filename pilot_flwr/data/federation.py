@@ -1,9 +1,4 @@
-"""The training data of all clients in one place, which no federation has.
-
-It is what `strategy.trained_by=pooled` trains on, in a simulation: the model of all data is what a
-federation is measured against.
-
-Who the clients of a federation are, and which examples and metric each has.
+"""The federation's clients, and each client's examples and metric.
 
 To add a data source, add a row to `SOURCES`.
 """
@@ -27,14 +22,9 @@ from pilot_flwr.metrics.registry import METRICS
 
 
 class PooledExamples(Sequence[Example]):
-    """The examples of several clients, one client after the other, read when they are asked for.
+    """The examples of several clients, in order, for `strategy.trained_by=pooled`.
 
-    An example's id is ``<client>/<its own id>``, because two clients may use the same one.
-
-    Parameters
-    ----------
-    parts : Mapping[str, Sequence[Example]]
-        Client → its examples.
+    An example's id is ``<client>/<id>``, because two clients may use the same one.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[Example]]) -> None:
@@ -85,7 +75,7 @@ class Client:
     id, task : str
         Its name and its one task.
     index : int or None
-        Counts the configured clients of the federation, task by task; None for a real site of
+        Position among the configured clients, task by task; None for a real site with
         another name.
     """
 
@@ -96,7 +86,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Request:
-    """A client's split, and what it takes to read it; see `client_examples`."""
+    """The arguments of `client_examples`."""
 
     data: DataConfig
     client: Client
@@ -123,19 +113,12 @@ class Source:
 
 
 def federation_clients(data: DataConfig) -> list[Client]:
-    """Return all clients, ordered by task; ids are ``<task>-<number>``.
-
-    Raises
-    ------
-    ConfigError
-        The source does not have one of `data.tasks`, no module can have its name, or its metric
-        is unknown.
-    """
+    """Return all clients, ordered by task; ids are ``<task>-<number>``."""
     metrics = SOURCES[data.source].metrics(data)
     for task in data.tasks:
         if is_reserved(task):
             raise ConfigError(
-                f"`data.tasks` names {task!r} but must not use a name of torch's own."
+                f"`data.tasks` names {task!r} but must not use a name that torch reserves."
             )
         if task not in metrics:
             raise ConfigError(
@@ -151,7 +134,7 @@ def federation_clients(data: DataConfig) -> list[Client]:
 
 
 def is_pooling(strategy: StrategyConfig, client: Client) -> bool:
-    """Whether a client trains on the data of all: the first one, if the run is pooled."""
+    """Whether a client trains on all clients' data: the first one in a pooled run."""
     return strategy.trained_by == "pooled" and client.index == 0
 
 
@@ -164,29 +147,7 @@ def client_examples(
     files: SiteFiles | None = None,
     background: Colour | None = None,
 ) -> Sequence[Example]:
-    """Return the examples of one client's split, the same in every process.
-
-    Parameters
-    ----------
-    data : DataConfig
-        The run's.
-    client : Client
-        Whose.
-    split : {"train", "test"}
-        Which.
-    seed : int
-        Seed of the federation.
-    files : SiteFiles, optional
-        A real site's own files; without it the client is simulated and has what the run's
-        configuration names.
-    background : tuple of int, optional
-        What `padding_colour` returns for the model's image processor.
-
-    Raises
-    ------
-    ConfigError, DataError
-        The split cannot be read; broken rows are errors only when they are read.
-    """
+    """Return the examples of one client's split, the same in every process."""
     assert background is not None or not _pads(data), "padding_colour() was not asked"
     return _examples(Request(data, client, split, seed, files, background))
 
@@ -199,7 +160,7 @@ def count_examples(
 
 
 def padding_colour(data: DataConfig, image_processor: Any) -> Colour | None:
-    """Return the colour that images are padded with to squares, None if they keep their shape."""
+    """Return the padding colour, None if images keep their aspect ratio."""
     return mean_colour(image_processor) if _pads(data) else None
 
 
@@ -209,13 +170,7 @@ def task_metric(data: DataConfig, task: str) -> str:
 
 
 def check_references(metric: str, example: Example) -> None:
-    """Raise unless a metric can score against an example's references.
-
-    Raises
-    ------
-    DataError
-        It cannot; names the example, and has no text of it.
-    """
+    """Raise `DataError` unless a metric can score against an example's references."""
     try:
         METRICS[metric].check(example.answers)
     except DataError as error:
@@ -238,8 +193,8 @@ def _digits(request: Request) -> Sequence[Example]:
     if client.index is None:
         names = ", ".join(known.id for known in federation_clients(data))
         raise ConfigError(
-            f"`data.source` is digits, the demo's, which has data for {names} alone; "
-            f"`client-id` is {client.id!r}. A site with data of its own needs a run with "
+            f"`data.source` is digits, the demo's, which has data for {names} only; "
+            f"`client-id` is {client.id!r}. A site that brings its own data needs a run with "
             "`data.source=llava`."
         )
     key = (repr(data), client, split, seed)
@@ -275,8 +230,7 @@ def _llava(request: Request) -> Sequence[Example]:
         )
     if client.index is None:
         raise ConfigError(
-            f"Client {client.id!r} is a real site, whose data are named in its own node config "
-            "alone."
+            f"Client {client.id!r} is a real site, whose data are named only in its node config."
         )
     number = client.index - data.tasks.index(client.task) * data.clients_per_task
     return read_simulated(

@@ -1,11 +1,11 @@
-"""Images in a client's folder: which file a row may name, and what is read of it.
+"""Images in a client's folder: which file a row may name, and how its pixels are read.
 
-A name in a row is data from outside. It counts from the image folder and must stay in it, links
-resolved; what it names must be a plain file in one of `FORMATS`. Errors name the row and never
-the image, whose name may say whom it shows; `ImageError.path` has it, for the owner's own screen.
+A name in a row is untrusted. It is relative to the image folder and must stay inside it, links
+resolved, and must name a plain file in one of `FORMATS`. Errors name the row and never the image,
+whose name may identify a person; `ImageError.path` has it, for the owner's own screen.
 
-Pixels are read as LLaVA reads them: converted to RGB, a transparent background dropped, and an
-orientation that a camera noted in EXIF *not* applied.
+Pixels are read as LLaVA reads them: converted to RGB, transparency dropped, and an EXIF
+orientation *not* applied.
 """
 
 import math
@@ -19,16 +19,13 @@ from PIL import Image
 from pilot_flwr.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats that are decoded, in Pillow's words; of several frames the first one."""
+"""Decoded formats, by Pillow's names; of several frames the first is used."""
 
 MOST_PIXELS = 89_478_485
 """Largest image in pixels, padding included: Pillow's own bound against decompression bombs."""
 
 MOST_STRETCHED = 100
-"""Most times that one side may be as long as the other.
-
-Image processors that bring the shorter side to their own size make a short thin image huge.
-"""
+"""Largest aspect ratio: processors that resize the shorter side make a thin image huge."""
 
 Colour = tuple[int, int, int]
 """RGB, each from 0 to 255."""
@@ -40,7 +37,7 @@ class ImageError(DataError):
     Attributes
     ----------
     path : str
-        The image as the row names it; not part of the message.
+        The image's name in the row; not part of the message.
     """
 
     def __init__(self, message: str, path: str = "") -> None:
@@ -49,16 +46,13 @@ class ImageError(DataError):
 
 
 def mean_colour(image_processor: Any) -> Colour:
-    """Return the image processor's mean colour as LLaVA pads with it: cut, not rounded."""
+    """Return the image processor's mean colour, truncated as LLaVA does for padding."""
     red, green, blue = (math.floor(255 * mean) for mean in image_processor.image_mean)
     return red, green, blue
 
 
 def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
-    """Return the image in the middle of a square, as LLaVA-1.5 does with ``pad``.
-
-    An odd pixel goes below or to the right.
-    """
+    """Pad an image to a square as LLaVA-1.5 does; an odd pixel goes below or to the right."""
     width, height = image.size
     side = max(width, height)
     if width == height:
@@ -70,19 +64,7 @@ def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of a row, read when it is needed.
-
-    Parameters
-    ----------
-    folder : Path
-        The image folder.
-    name : str
-        As the row has it: relative to `folder`, with ``/`` between folders.
-    origin : str
-        Row and image for errors, such as ``train.json, row 17, image 1``.
-    background : tuple of int, optional
-        Colour to pad the image with to a square; None keeps its shape.
-    """
+    """An image of a row, read on demand."""
 
     folder: Path
     name: str
@@ -90,14 +72,7 @@ class ImageFile:
     background: Colour | None = None
 
     def read(self) -> Image.Image:
-        """Return the decoded image in RGB.
-
-        Raises
-        ------
-        ImageError
-            As for `path`; or the image is in none of `FORMATS`, too large, too long and thin,
-            broken or cut short.
-        """
+        """Return the decoded image in RGB."""
         with self._open() as image:
             try:
                 image.load()
@@ -112,13 +87,7 @@ class ImageFile:
         return pixels
 
     def size(self) -> tuple[int, int]:
-        """Return (height, width) of what `read` gives, from the file's header.
-
-        Raises
-        ------
-        ImageError
-            As `read`, as far as the header tells.
-        """
+        """Return (height, width) of what `read` returns, from the file's header."""
         with self._open() as image:
             width, height = image.size
         if self.background is not None:
@@ -126,13 +95,7 @@ class ImageFile:
         return height, width
 
     def identity(self) -> str:
-        """Return file, size, time of its last change, and padding.
-
-        Raises
-        ------
-        ImageError
-            As for `path`.
-        """
+        """Return path, size, modification time and padding colour as one key."""
         path = self.path()
         try:
             stat = path.stat()
@@ -141,14 +104,7 @@ class ImageFile:
         return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}"
 
     def path(self) -> Path:
-        """Return the file, every link resolved.
-
-        Raises
-        ------
-        ImageError
-            The name is absolute or goes up, the file is absent, outside the folder or not a
-            plain file.
-        """
+        """Return the file, all links resolved."""
         if not self.name or "\0" in self.name:
             raise self._error("is empty or has a NUL in its name")
         if ".." in _parts(self.name) or _is_absolute(self.name):
@@ -158,7 +114,7 @@ class ImageFile:
             found = (folder / self.name).resolve(strict=True)
             plain = found.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
-            what = getattr(error, "strerror", None) or "no file can have this name"
+            what = getattr(error, "strerror", None) or "not a valid file name"
             raise self._error(f"cannot be opened ({what})") from None
         if not found.is_relative_to(folder):
             raise self._error("is a link that leads out of the image folder")

@@ -1,12 +1,11 @@
-"""Rows of a JSON array or a JSONL file, read one at a time: constant memory for any size.
+"""Rows of a JSON array or a JSONL file, read one at a time in constant memory.
 
-A file is walked through once, which finds where each row begins; eight bytes a row are kept. A
-row is then read from its place whenever it is asked for. Rows count from 1 in every error, as
-lines do in an editor: in a JSONL file the row is the line.
+One pass finds where each row begins; eight bytes a row are kept, and a row is read on demand. Rows
+count from 1 in every error, as lines do in an editor.
 
-The walk decodes the file as Latin-1, where a character is a byte, so that places in the text are
-places in the file. JSON's structure is ASCII, and UTF-8 has no ASCII byte inside a character, so
-the structure is the same. The rows themselves are decoded as UTF-8.
+The pass decodes the file as Latin-1, where a character is a byte, so that offsets in the text are
+offsets in the file: JSON's structure is ASCII, and UTF-8 has no ASCII byte inside a character. Rows
+themselves are decoded as UTF-8.
 """
 
 import functools
@@ -24,7 +23,7 @@ Row = dict[str, Any]
 """One row: an object of the file."""
 
 LARGEST_ROW = 2**24
-"""Longest row in bytes (16 MiB): where the walk gives up waiting for a row's end."""
+"""Longest row in bytes (16 MiB)."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK = 2**22
@@ -36,28 +35,14 @@ _DECODER = json.JSONDecoder()
 class RowFile(Sequence[Row]):
     """The rows of one file, by number from 0.
 
-    Parameters
-    ----------
-    path : Path
-        A JSON file with one array of objects, or a JSONL file with an object a line; which of
-        both it is shows in its first character. UTF-8.
-    chunk : int
-        Bytes that the walk through an array reads at a time.
-
     Attributes
     ----------
     name : str
-        The file's base name, by which errors call it: they may leave this machine.
+        The file's base name, used in errors: they may leave this machine.
     is_array : bool
         Whether it is one JSON array.
     stamp : tuple of int
-        Size and time of the last change; a file that has another one is not read on.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, or is an array that is broken; names the row. A broken line of a
-        JSONL file is an error only when it is read.
+        Size and modification time; a file whose stamp has changed is refused.
     """
 
     def __init__(self, path: Path, *, chunk: int = _CHUNK) -> None:
@@ -73,20 +58,14 @@ class RowFile(Sequence[Row]):
                     f"{self.name} {found} but must be a JSON array of rows, which begins with "
                     "'[', or JSONL with an object a line, which begins with '{'."
                 )
-            # Where each row begins, and at last where the last row ends.
-            self._places = self._walk_array(file, chunk) if self.is_array else _walk_lines(file)
+            # Offsets of the rows, then the end of the last one.
+            self._offsets = self._scan_array(file, chunk) if self.is_array else _scan_lines(file)
 
     def __len__(self) -> int:
-        return len(self._places) - 1
+        return len(self._offsets) - 1
 
     def __getitem__(self, number: Any) -> Any:
-        """Return one row, or the rows of a slice.
-
-        Raises
-        ------
-        DataError
-            The row is broken, or no object, or the file has changed since it was opened.
-        """
+        """Return one row, or the rows of a slice."""
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
@@ -97,14 +76,14 @@ class RowFile(Sequence[Row]):
             return self._read(file, number)
 
     def __iter__(self) -> Iterator[Row]:
-        """Go through all rows in one pass; raises as reading a row does."""
+        """Iterate over all rows in one pass; raise at a broken one."""
         for row in self.scan():
             if isinstance(row, DataError):
                 raise row
             yield row
 
     def scan(self) -> Iterator[Row | DataError]:
-        """Go through all rows in one pass; a broken one comes as its error."""
+        """Iterate over all rows in one pass, yielding the error of a broken one."""
         with self._open() as file:
             self._check_unchanged(file)
             for number in range(len(self)):
@@ -115,11 +94,11 @@ class RowFile(Sequence[Row]):
                 yield row
 
     def origin(self, number: int) -> str:
-        """Return what errors call a row: ``train.json, row 17`` for number 16."""
+        """Return a row's name in errors: ``train.json, row 17`` for number 16."""
         return f"{self.name}, row {number + 1}"
 
     def _read(self, file: BinaryIO, number: int) -> Row:
-        start, end = self._places[number], self._places[number + 1]
+        start, end = self._offsets[number], self._offsets[number + 1]
         if end - start > LARGEST_ROW:
             raise DataError(f"{self.origin(number)} has more than {LARGEST_ROW} bytes.")
         file.seek(start)
@@ -129,11 +108,11 @@ class RowFile(Sequence[Row]):
         except UnicodeDecodeError:
             raise DataError(f"{self.origin(number)} is not UTF-8.") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.origin(number)} is broken JSON ({_what(error)}).") from None
+            raise DataError(f"{self.origin(number)} is broken JSON ({_reason(error)}).") from None
         if not self.is_array and text[stop:].strip():
             raise DataError(f"{self.origin(number)} has more than one JSON value on its line.")
         if not isinstance(row, dict):
-            raise DataError(f"{self.origin(number)} is no JSON object.")
+            raise DataError(f"{self.origin(number)} is not a JSON object.")
         return row
 
     def _open(self) -> BinaryIO:
@@ -144,55 +123,55 @@ class RowFile(Sequence[Row]):
 
     def _check_unchanged(self, file: BinaryIO) -> None:
         if _stamp(file) != self.stamp:
-            raise DataError(f"{self.name} has changed since it was opened; start anew.")
+            raise DataError(f"{self.name} has changed since it was opened; restart the run.")
 
-    def _walk_array(self, file: BinaryIO, chunk: int) -> "array[int]":
-        walk = _Walk(file, chunk)
-        walk.next_character()
-        walk.step(1)  # the bracket
-        starts, end = array("q"), walk.place
-        following = walk.next_character()
+    def _scan_array(self, file: BinaryIO, chunk: int) -> "array[int]":
+        cursor = _Cursor(file, chunk)
+        cursor.next_character()
+        cursor.step(1)  # the bracket
+        starts, end = array("q"), cursor.offset
+        following = cursor.next_character()
         while following != "]":
-            starts.append(walk.place)
-            walk.step(self._row_length(walk, len(starts)))
-            end, following = walk.place, walk.next_character()
+            starts.append(cursor.offset)
+            cursor.step(self._row_length(cursor, len(starts)))
+            end, following = cursor.offset, cursor.next_character()
             if following == ",":
-                walk.step(1)
-                following = walk.next_character()
+                cursor.step(1)
+                following = cursor.next_character()
                 if following == "]":
-                    raise self._broken(len(starts) + 1, walk.place, "a comma, but no row")
+                    raise self._broken(len(starts) + 1, cursor.offset, "a comma, but no row")
             elif following != "]":
                 what = "no comma before it" if following else "the file ends without a ']'"
-                raise self._broken(len(starts) + 1, walk.place, what)
-        walk.step(1)
-        if walk.next_character():
+                raise self._broken(len(starts) + 1, cursor.offset, what)
+        cursor.step(1)
+        if cursor.next_character():
             raise DataError(
-                f"{self.name} has more after the end of its array, at byte {walk.place}."
+                f"{self.name} has more after the end of its array, at byte {cursor.offset}."
             )
         starts.append(end)
         return starts
 
-    def _row_length(self, walk: "_Walk", row: int) -> int:
-        """Characters of the value that the walk stands at; reads on as needed."""
+    def _row_length(self, cursor: "_Cursor", row: int) -> int:
+        """Return the length of the value at the cursor, reading more as needed."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(walk.text, walk.at)
+                value, end = _DECODER.raw_decode(cursor.text, cursor.at)
             except json.JSONDecodeError as error:
-                place = walk.base + error.pos
-                cut = error.pos >= len(walk.text) - _MARGIN
+                offset = cursor.base + error.pos
+                cut = error.pos >= len(cursor.text) - _MARGIN
                 cut |= error.msg.startswith("Unterminated string")
-                if cut and len(walk.text) - walk.at <= LARGEST_ROW and walk.read():
+                if cut and len(cursor.text) - cursor.at <= LARGEST_ROW and cursor.read():
                     continue
-                raise self._broken(row, place, error.msg) from None
+                raise self._broken(row, offset, error.msg) from None
             except (ValueError, RecursionError) as error:
-                raise self._broken(row, walk.place, _what(error)) from None
+                raise self._broken(row, cursor.offset, _reason(error)) from None
             if not isinstance(value, dict):
-                raise self._broken(row, walk.place, "no JSON object")
-            return end - walk.at
+                raise self._broken(row, cursor.offset, "not a JSON object")
+            return end - cursor.at
 
-    def _broken(self, row: int, place: int, what: str) -> DataError:
+    def _broken(self, row: int, offset: int, what: str) -> DataError:
         return DataError(
-            f"{self.name}, row {row} is broken JSON at byte {place} ({what}), so that the rest "
+            f"{self.name}, row {row} is broken JSON at byte {offset} ({what}), so that the rest "
             "of the array cannot be read."
         )
 
@@ -203,31 +182,25 @@ def _open_rows(path: str, size: int, changed: int) -> RowFile:
 
 
 def open_rows(path: Path) -> RowFile:
-    """Return the rows of a file; one that has not changed is walked through once a process.
-
-    Raises
-    ------
-    DataError
-        As `RowFile`.
-    """
+    """Open a file of rows; an unchanged file is scanned once per process."""
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path.name} cannot be opened ({error.strerror}).") from None
     if not path.is_file():
-        raise DataError(f"{path.name} is no file.")
+        raise DataError(f"{path.name} is not a file.")
     return _open_rows(str(path), status.st_size, status.st_mtime_ns)
 
 
-class _Walk:
-    """A walk through a file's characters, of which a stretch is in memory.
+class _Cursor:
+    """A cursor over a file's characters, of which a window is in memory.
 
     Attributes
     ----------
     text : str
-        The stretch, which begins at byte `base` of the file.
+        The window, which begins at byte `base` of the file.
     at : int
-        Where in it the walk stands.
+        Position of the cursor in it.
     """
 
     def __init__(self, file: BinaryIO, chunk: int) -> None:
@@ -235,26 +208,26 @@ class _Walk:
         self.base, self.at, self.text = file.tell(), 0, ""
 
     @property
-    def place(self) -> int:
-        """Byte of the file at which the walk stands."""
+    def offset(self) -> int:
+        """Byte offset of the cursor in the file."""
         return self.base + self.at
 
     def step(self, length: int) -> None:
-        """Go on by some characters of the stretch."""
+        """Advance by some characters of the window."""
         self.at += length
 
     def read(self) -> bool:
-        """Read on, and forget what lies behind; return whether there was more.
+        """Read more and drop what was consumed; return whether there was more.
 
-        At least doubles what lies ahead, so that a long row is scanned few times.
+        The window at least doubles, so that a long row is scanned few times.
         """
         ahead = self.text[self.at :]
         more = self.file.read(max(self.chunk, len(ahead)))
-        self.base, self.at, self.text = self.place, 0, ahead + more.decode("latin-1")
+        self.base, self.at, self.text = self.offset, 0, ahead + more.decode("latin-1")
         return bool(more)
 
     def next_character(self) -> str:
-        """Go on to a character that is not white space and return it; empty at the end."""
+        """Advance to the next character that is not white space and return it, "" at the end."""
         while True:
             blank = _BLANK.match(self.text, self.at)
             assert blank  # it matches the empty text as well
@@ -265,22 +238,22 @@ class _Walk:
                 return ""
 
 
-def _walk_lines(file: BinaryIO) -> "array[int]":
-    """Places of the lines, blank lines at the end left out; a line is read in bounded pieces."""
-    places = array("q", [file.tell()])
+def _scan_lines(file: BinaryIO) -> "array[int]":
+    """Return the offsets of the lines without blank ones at the end; read in bounded pieces."""
+    offsets = array("q", [file.tell()])
     last, ended = 0, True  # last: lines up to the last one that is not blank
     while piece := file.readline(LARGEST_ROW):
         if ended:
-            places.append(places[-1])
-        places[-1] += len(piece)
+            offsets.append(offsets[-1])
+        offsets[-1] += len(piece)
         if not piece.isspace():
-            last = len(places) - 1
+            last = len(offsets) - 1
         ended = piece.endswith(b"\n")
-    return places[: last + 1]
+    return offsets[: last + 1]
 
 
 def _first_byte(file: BinaryIO) -> bytes:
-    """Return the first byte that is not white space; leave the file behind a byte order mark."""
+    """Return the first byte that is not white space, and seek past a byte order mark."""
     file.seek(begin := 3 if file.read(3) == _BYTE_ORDER_MARK else 0)
     while (byte := file.read(1)).isspace():
         pass
@@ -288,8 +261,8 @@ def _first_byte(file: BinaryIO) -> bytes:
     return byte
 
 
-def _what(error: Exception) -> str:
-    """Return what is wrong with JSON, without its text."""
+def _reason(error: Exception) -> str:
+    """Describe a JSON error without quoting the text."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "too deeply nested" if isinstance(error, RecursionError) else "a number too long"

@@ -1,18 +1,16 @@
-"""LLaVA's JSON rows as examples, each read when it is asked for.
+"""LLaVA's JSON rows as examples, each read on demand.
 
 A row is an object with
 
-- ``id``: text or a number; need not be unique, as it is not in LLaVA's own files,
-- ``image``: a file in the image folder, or a list of several; absent for a row without images,
+- ``id``: text or a number; need not be unique, as in LLaVA's own files,
+- ``image``: a file in the image folder, or a list of them; absent for a row without images,
 - ``conversations``: turns ``{"from": "human" | "gpt", "value": text}``, human first, gpt last,
 - ``references``: optional list of answers that the last one is scored against.
 
-Other fields are left alone; a partition may go by one. Image markers (``<image>`` in a human
-turn) are treated as LLaVA-1.5's training does: the only marker of a turn moves to its front, on a
-line of its own. A row with one image and no marker gets the marker in front of its first
-question; LLaVA would train on it as if it had no image.
-
-Every error names file and row, and never what the row says: errors go to the server.
+Other fields are ignored, except that a partition may use one. Image markers (``<image>`` in a human
+turn) are treated as in LLaVA-1.5's training: a turn's only marker moves to its front, on a line of
+its own. A row with one image and no marker gets the marker before its first question; LLaVA would
+train on it without the image.
 """
 
 import re
@@ -30,25 +28,15 @@ from pilot_flwr.data.json_rows import Row, RowFile
 from pilot_flwr.errors import DataError
 
 LONGEST_ID = 256
-"""In characters: an id is a label in errors, and must not carry a text."""
+"""In characters: an id labels errors and must not carry text."""
 
-_HALF = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ROLES: dict[str, Any] = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become examples.
-
-    Parameters
-    ----------
-    images : Path, optional
-        Folder that image names count from; without it no row may have an image.
-    prompt_suffix : str
-        Put behind every human turn that does not end with it, on a line of its own.
-    background : tuple of int, optional
-        Colour that images are padded with to squares; None keeps their shapes.
-    """
+    """How rows become examples."""
 
     images: Path | None = None
     prompt_suffix: str = ""
@@ -58,18 +46,8 @@ class Reading:
 class LlavaExamples(Sequence[Example]):
     """Rows of one file or several as examples.
 
-    An example's id is its row number, from 1, a colon and the row's own id; with several files
-    the file's number and a slash come before: ``2/17:000000033471``. So ids are unique, whatever
-    the rows' own are.
-
-    Parameters
-    ----------
-    files : sequence of RowFile
-        Read one after the other.
-    reading : Reading
-        How their rows become examples.
-    rows : array of int64, optional
-        Which rows, counted from 0 through all files; all of them without it.
+    An example's id is its row number, from 1, a colon and the row's id, with the file's number
+    before it if there are several: ``2/17:000000033471``. Ids are thus always unique.
     """
 
     def __init__(
@@ -89,13 +67,7 @@ class LlavaExamples(Sequence[Example]):
         return len(self.rows)
 
     def __getitem__(self, position: Any) -> Any:
-        """Return one example, or those of a slice.
-
-        Raises
-        ------
-        DataError
-            The row cannot be used; names file and row.
-        """
+        """Return one example, or those of a slice."""
         if isinstance(position, slice):
             return [self[n] for n in range(*position.indices(len(self)))]
         index, number = self._place(position)
@@ -104,22 +76,22 @@ class LlavaExamples(Sequence[Example]):
         return to_example(file[number], label, file.origin(number), self.reading)
 
     def select(self, positions: NDArray[np.int64]) -> "LlavaExamples":
-        """Return the examples at some positions."""
+        """Return the examples at the given positions."""
         return LlavaExamples(self.files, self.reading, self.rows[positions])
 
     def row(self, position: int) -> Row:
-        """Return the row of an example as the file has it."""
+        """Return the raw row of an example."""
         file, number = self.place(position)
         found: Row = file[number]
         return found
 
     def origin(self, position: int) -> str:
-        """Return file and row of an example, as errors name them."""
+        """Return file and row of an example as errors name them."""
         file, number = self.place(position)
         return file.origin(number)
 
     def place(self, position: int) -> tuple[RowFile, int]:
-        """Return the file of an example, and the number of its row there, from 0."""
+        """Return the file of an example and its row number there, from 0."""
         index, number = self._place(position)
         return self.files[index], number
 
@@ -130,24 +102,7 @@ class LlavaExamples(Sequence[Example]):
 
 
 def to_example(row: Row, label: str, origin: str, reading: Reading) -> Example:
-    """Return a row as an example.
-
-    Parameters
-    ----------
-    row : dict
-        As the file has it.
-    label : str
-        Put before the row's id.
-    origin : str
-        File and row, for errors.
-    reading : Reading
-        Image folder, prompt suffix, padding.
-
-    Raises
-    ------
-    DataError
-        A field is missing or not as said above; images are not looked at.
-    """
+    """Return a row as an example."""
     images = _images(row, origin, reading)
     turns = _turns(row, origin)
     if len(images) == 1 and turns and not any(IMAGE_MARKER in turn.text for turn in turns):
@@ -205,12 +160,12 @@ def _turns(row: Row, origin: str) -> list[Turn]:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether it is text that a tokenizer takes: JSON can escape half a character."""
-    return isinstance(value, str) and (value.isascii() or not _HALF.search(value))
+    """Whether a tokenizer accepts the value: JSON can escape an unpaired surrogate."""
+    return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
 def _prompt(turn: Turn, reading: Reading) -> Turn:
-    """Return a user's turn with its only marker in front and the suffix behind it."""
+    """Move a user turn's only image marker to the front and append the prompt suffix."""
     text = turn.text
     if text.count(IMAGE_MARKER) == 1:
         text = f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()

@@ -1,9 +1,8 @@
-"""A task's rows dealt out to its clients, by Flower's own partitioners (flwr-datasets).
+"""Partition a task's rows among its clients with Flower's own partitioners (flwr-datasets).
 
-They partition a Hugging Face data set; here that is a table of row numbers with, at most, one
-more column, so the rows themselves are never loaded. The same seed gives the same shares in
-every process. To add a kind, add a function and its row to `_BY_SIZE`, and its name to
-`pilot_flwr.config.data`.
+These partition a Hugging Face data set: here a table of row numbers with at most one more column,
+so that rows are never loaded. The same seed gives the same partition in every process. To add a
+kind, add a function and its row to `_BY_SIZE`, and its name to `pilot_flwr.config.data`.
 """
 
 import warnings
@@ -23,7 +22,7 @@ Rows = NDArray[np.int64]
 _DRAWS = 10  # as often as flwr-datasets tries
 
 
-def deal(
+def partition_rows(
     files: Sequence[RowFile],
     config: PartitionConfig,
     *,
@@ -31,39 +30,15 @@ def deal(
     seed: Sequence[int],
     allow_broken: bool = False,
 ) -> list[Rows]:
-    """Deal the rows of some files out to clients: disjoint, and every row to somebody.
+    """Assign every row of some files to exactly one client; return sorted row numbers per client.
 
-    Parameters
-    ----------
-    files : sequence of RowFile
-        Rows are numbered from 0 through all of them.
-    config : PartitionConfig
-        ``iid`` or ``dirichlet``. IID shares are equal but for the remainder, of which the first
-        clients get a row each.
-    num_clients : int
-        Number of shares.
-    seed : sequence of int
-        Seeds everything that is drawn.
-    allow_broken : bool
-        Whether broken rows are dealt out too, as if they had a value of their own in the
-        column; otherwise a partition by a column raises their error.
-
-    Returns
-    -------
-    list of array of int64
-        Each client's rows.
-
-    Raises
-    ------
-    ConfigError
-        There are fewer rows than clients, or no partition gives every client enough.
-    DataError
-        A row has no value in the column.
+    Raises `ConfigError` if there are fewer rows than clients, or if no draw gives every client
+    enough. With `allow_broken`, a broken row counts as one more value of the column.
     """
     total = sum(map(len, files))
     if total < num_clients:
         raise ConfigError(
-            f"`data.clients_per_task` is {num_clients} but the task has {total} rows to deal out."
+            f"`data.clients_per_task` is {num_clients} but the task has {total} rows to divide."
         )
     rng = np.random.default_rng(seed)
     if config.kind == "dirichlet" and config.column:
@@ -74,31 +49,15 @@ def deal(
     return [np.sort(share) for share in shares]
 
 
-def draw(rows: Rows, most: int, seed: Sequence[int]) -> Rows:
-    """Draw at most `most` rows, 0 for all; fewer are among more.
-
-    Parameters
-    ----------
-    rows : array of int64
-        To draw from.
-    most : int
-        How many.
-    seed : sequence of int
-        Seeds the draw.
-    """
+def subsample(rows: Rows, most: int, seed: Sequence[int]) -> Rows:
+    """Draw at most `most` rows, 0 for all; a smaller draw is part of a larger one."""
     if most == 0 or most >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
 
 def column_codes(files: Sequence[RowFile], column: str, *, allow_broken: bool) -> NDArray[np.int64]:
-    """Return a number for each row's value in a column, the same for equal values.
-
-    Raises
-    ------
-    DataError
-        A row has no value there, or a list or an object; or it is broken.
-    """
+    """Return a number for each row's value in a column, the same for equal values."""
     codes: dict[tuple[str, Any], int] = {}
     found = np.empty(sum(map(len, files)), np.int64)
     for number, value in enumerate(_values(files, column, allow_broken)):

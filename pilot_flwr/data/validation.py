@@ -1,15 +1,12 @@
-"""Which of a client's rows can be used, found before it trains.
+"""Validate a client's rows before it trains, and describe them for `pilot-flwr data check`.
 
-A whole split is looked at once: structure, images (that they are there, in the folder, and have
-a header; with `WholeImages`, that they are whole), length in tokens. The verdict is kept on the
-client's disk for as long as the files of rows and the settings that it depends on stay as they
-are, so that later messages of the run do not look again.
+`usable` checks a whole split once: structure, images (present, inside the folder, with a valid
+header; with `WholeImages`, decodable) and length in tokens. The result is cached on the client's
+disk while the files and the settings that it depends on are unchanged, so that later messages of a
+run do not check again.
 
-Everything about a client's rows that can be known before a training, and figures about them.
-
-A row is taken through what training does with it: structure, images, tokens, and the references of
-a test row through its metric's rule. Images are decoded even where the look that a client takes
-before it trains (`pilot_flwr.data.validation`) reads headers only.
+`check_split` takes a row through all that training does with it and collects figures. It decodes
+images even where `data.check_images=header` lets a run read headers only.
 """
 
 import hashlib
@@ -38,20 +35,14 @@ _CHUNK = 256
 
 
 class WholeImages:
-    """Which images can be decoded; each file once, however many rows share it.
-
-    Parameters
-    ----------
-    workers : int
-        Threads that decode; 0 decodes in the caller's.
-    """
+    """Decode images, each file once however many rows share it."""
 
     def __init__(self, workers: int = 0) -> None:
         self._workers = workers
         self._whole: set[tuple[Path, str]] = set()
 
     def decode(self, examples: Iterable[Example]) -> None:
-        """Decode the images of some examples that were not decoded before; `check` then knows."""
+        """Decode the images of some examples that were not decoded before."""
         new: dict[tuple[Path, str], ImageFile] = {}
         for example in examples:
             for image in example.images:
@@ -64,7 +55,7 @@ class WholeImages:
             self._whole.update(filter(None, map(_whole, new.values())))
 
     def check(self, example: Example) -> None:
-        """Raise `ImageError`, which names the row, unless all images of an example are whole."""
+        """Raise `ImageError`, which names the row, unless all images of an example decode."""
         for image in example.images:
             if not isinstance(image, ImageFile) or _file(image) not in self._whole:
                 image.read()
@@ -93,42 +84,17 @@ def usable(
     progress: Callable[[str], None],
     images: WholeImages | None = None,
 ) -> Sequence[Example]:
-    """Return the examples that can be used; all of them, unless some may be left out.
+    """Return the usable examples; raise `DataError` if more than a share `allowed` are broken.
 
-    Examples that are in memory are not rows of a file: only their ids are checked.
-
-    Parameters
-    ----------
-    examples : sequence of Example
-        A client's split.
-    name : str
-        What errors call it, such as ``train split of client 'gqa-0'``.
-    check : callable
-        Raises for an example that cannot be used.
-    allowed : float
-        Share of the rows that may be left out.
-    settings : str
-        Everything that `check` depends on besides the example, and whether there are `images`.
-    folder : Path
-        Where verdicts are kept.
-    progress : callable
-        Gets a line if rows were looked at.
-    images : WholeImages, optional
-        Every image is decoded too; without it, only as far as `check` reads it.
-
-    Raises
-    ------
-    DataError
-        More rows than allowed cannot be used; names the first, and counts the others. Or two
-        examples have one id.
+    Of examples in memory, which are not rows of a file, only the ids are checked.
     """
     if not isinstance(examples, LlavaExamples):
         _check_ids(examples, name)
         return examples
     verdict = folder / f"{_key(examples, settings)}.json"
-    broken = _kept(verdict)
+    broken = _cached(verdict)
     if broken is None:
-        broken, first = _look(examples, check, images)
+        broken, first = _find_broken(examples, check, images)
         if len(broken) > allowed * len(examples):
             raise _refusal(len(broken), len(examples), first, name, allowed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,10 +103,10 @@ def usable(
     return examples.select(np.setdiff1d(np.arange(len(examples)), broken)) if broken else examples
 
 
-def _look(
+def _find_broken(
     examples: LlavaExamples, check: Check, images: WholeImages | None
 ) -> tuple[list[int], str]:
-    """Return the positions of the rows that cannot be used, and what is wrong with the first."""
+    """Return the positions of the broken rows, and the first one's error."""
     broken, first = [], ""
     for start in range(0, len(examples), _CHUNK):
         positions = range(start, min(start + _CHUNK, len(examples)))
@@ -180,7 +146,7 @@ def _refusal(broken: int, total: int, first: str, name: str, allowed: float) -> 
 
 
 def _check_ids(examples: Sequence[Example], name: str) -> None:
-    """Ids must be unique: they are the feature cache's keys."""
+    """Raise unless ids are unique: they are the feature cache's keys."""
     counts = Counter(example.id for example in examples)
     if twice := [repr(name) for name, count in counts.items() if count > 1]:
         raise DataError(
@@ -195,8 +161,8 @@ def _key(examples: LlavaExamples, settings: str) -> str:
     return hashlib.sha256(text + examples.rows.tobytes()).hexdigest()
 
 
-def _kept(path: Path) -> list[int] | None:
-    """Return a kept verdict; one that cannot be read, as after a crash, counts as absent."""
+def _cached(path: Path) -> list[int] | None:
+    """Return a cached result, None if it is absent or unreadable (after a crash)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -215,10 +181,10 @@ _LONGEST_ANSWER = 60
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a row: `kind` is row, image, pixels, tokens or references.
+    """A defect of a row; `kind` is row, image, pixels, tokens or references.
 
-    ``pixels`` is an image whose header is fine, so that it has to be decoded to find out. `image`
-    is its name in the row, for the owner's eyes.
+    ``pixels`` is an image with a valid header that does not decode. `image` is its name in the row,
+    for the owner's screen.
     """
 
     origin: str
@@ -228,12 +194,11 @@ class Problem:
 
 
 @dataclass
-class SplitReport:
-    """What was found in a client's split; lists have a figure per usable row.
+class SplitStatistics:
+    """Figures of a client's split; lists have one per usable row.
 
-    `decodes` is whether the run itself decodes images before it trains
-    (``data.check_images=decode``), so that it leaves out what is broken behind its header as it
-    leaves out other broken rows.
+    `decodes` is whether the run itself decodes images before training
+    (``data.check_images=decode``), and so skips undecodable ones like other broken rows.
     """
 
     client: str
@@ -257,13 +222,13 @@ class SplitReport:
 
     @property
     def stops(self) -> bool:
-        """Whether a run would stop at this split."""
+        """Whether a run would fail at this split."""
         pixels = any(problem.kind == "pixels" for problem in self.problems)
         late = pixels and not self.decodes
         return bool(self.error) or late or len(self.problems) > self.allowed * self.rows
 
     def summary(self) -> dict[str, object]:
-        """Return all figures in JSON types."""
+        """Return all figures as JSON types."""
         common, times = self.answers.most_common(1)[0] if self.answers else ("", 0)
         kinds = Counter(problem.kind for problem in self.problems)
         return {
@@ -291,35 +256,14 @@ class SplitReport:
 
 def check_split(
     examples: LlavaExamples,
-    report: SplitReport,
+    report: SplitStatistics,
     *,
     tokenize: Tokenize | None,
     images: WholeImages | None,
     workers: int,
     references: Unscored | None = None,
-) -> SplitReport:
-    """Look at every row of a split and write into its report.
-
-    Parameters
-    ----------
-    examples : LlavaExamples
-        The split.
-    report : SplitReport
-        Without figures.
-    tokenize : callable, optional
-        Without it tokens are not looked at.
-    images : WholeImages, optional
-        Decode images; without it, only their headers are read.
-    workers : int
-        Threads that read headers.
-    references : callable, optional
-        Looks at an example's references.
-
-    Returns
-    -------
-    SplitReport
-        The same one.
-    """
+) -> SplitStatistics:
+    """Check every row of a split and fill in its report."""
     report.rows = len(examples)
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(examples), _CHUNK):
@@ -330,7 +274,7 @@ def check_split(
             for position, row in zip(positions, found, strict=True):
                 if isinstance(row, Example):
                     origin = examples.origin(position)
-                    problem = _behind(row, origin, images, references)
+                    problem = _decode_and_score(row, origin, images, references)
                     problem = problem or _count(row, origin, report, tokenize)
                 else:
                     problem = row
@@ -340,13 +284,7 @@ def check_split(
 
 
 def shared_rows(splits: Sequence[tuple[str, LlavaExamples]]) -> Iterator[tuple[str, str, int]]:
-    """Yield pairs of splits, by name, that have rows in common, and how many.
-
-    Parameters
-    ----------
-    splits : sequence of tuple
-        Name and examples.
-    """
+    """Yield pairs of splits that share rows, by name, and the number of rows."""
     places = [(name, _places(examples)) for name, examples in splits]
     for index, (name, mine) in enumerate(places):
         for other, theirs in places[index + 1 :]:
@@ -383,10 +321,10 @@ def _read_example(examples: LlavaExamples, position: int) -> Example | Problem:
     return example
 
 
-def _behind(
+def _decode_and_score(
     example: Example, origin: str, images: WholeImages | None, references: Unscored | None
 ) -> Problem | None:
-    """Look behind the headers of a row's images, and at its references."""
+    """Decode a row's images and check its references."""
     try:
         if images is not None:
             images.check(example)
@@ -401,7 +339,7 @@ def _behind(
 
 
 def _count(
-    example: Example, origin: str, report: SplitReport, tokenize: Tokenize | None
+    example: Example, origin: str, report: SplitStatistics, tokenize: Tokenize | None
 ) -> Problem | None:
     if tokenize is not None:
         try:

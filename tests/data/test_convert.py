@@ -8,8 +8,8 @@ from PIL import Image
 
 from pilot_flwr.cli import convert as command
 from pilot_flwr.cli.main import main
+from pilot_flwr.data.converters import CONVERTERS, convert
 from pilot_flwr.data.converters.common import Sources
-from pilot_flwr.data.converters.convert import CONVERTERS, convert
 from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.errors import ConfigError, DataError
@@ -463,7 +463,7 @@ BAD_ENTRIES = [
     ("scienceqa", PROBLEMS, ("2", "choices"), [], "`choices` must be a list of texts"),
     ("boxes", BOXES, (0, "bbox"), [1, 2, 3], "entry 1: `bbox` must be"),
     ("boxes", BOXES, (0, "bbox"), [10, 10, 0, 5], "`bbox` has no area"),
-    ("boxes", BOXES, (0, "bbox"), [390, 10, 20, 5], "`bbox` stands out of the image"),
+    ("boxes", BOXES, (0, "bbox"), [390, 10, 20, 5], "`bbox` exceeds the image"),
     ("boxes", BOXES, (0, "width"), 0, "`width` must be a whole number"),
 ]
 

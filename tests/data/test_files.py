@@ -178,7 +178,7 @@ def test_a_real_site_reads_its_own_files_and_no_other(make, tmp_path):
     [
         (TaskFiles(test=["b"]), "`data.files.vqa.train` is empty but must name a file"),
         (TaskFiles(train=["no.json"]), "`data.files.vqa.train` names '.*/no.json', which is no"),
-        (TaskFiles(train=["vqa"]), "`data.files.vqa.train` names '.*/vqa', which is no file"),
+        (TaskFiles(train=["vqa"]), "`data.files.vqa.train` names '.*/vqa', which is not a file"),
     ],
 )
 def test_a_simulated_clients_files_must_be_there(make, task, message):

@@ -11,7 +11,7 @@ import pytest
 
 from pilot_flwr.config.data import PartitionConfig
 from pilot_flwr.data.json_rows import RowFile
-from pilot_flwr.data.partition import column_codes, deal, draw
+from pilot_flwr.data.partition import column_codes, partition_rows, subsample
 from pilot_flwr.errors import ConfigError, DataError
 
 KINDS = [
@@ -35,7 +35,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("config", KINDS)
 @pytest.mark.parametrize("clients", [1, 2, 7])
 def test_shares_are_disjoint_and_complete(files, config, clients):
-    shares = deal(files, config, num_clients=clients, seed=[0])
+    shares = partition_rows(files, config, num_clients=clients, seed=[0])
     assert len(shares) == clients
     assert sorted(np.concatenate(shares)) == list(range(300))
     assert all(np.array_equal(share, np.sort(share)) for share in shares)
@@ -44,13 +44,15 @@ def test_shares_are_disjoint_and_complete(files, config, clients):
 
 @pytest.mark.parametrize("config", KINDS)
 def test_the_seed_decides(files, config):
-    one, again, other = (deal(files, config, num_clients=3, seed=[5, s]) for s in (1, 1, 2))
+    one, again, other = (
+        partition_rows(files, config, num_clients=3, seed=[5, s]) for s in (1, 1, 2)
+    )
     assert all(map(np.array_equal, one, again))
     assert not all(map(np.array_equal, one, other))
 
 
 def test_iid_shares_are_equal_and_the_first_clients_get_the_remainder(files):
-    shares = deal(files, PartitionConfig(), num_clients=7, seed=[0])
+    shares = partition_rows(files, PartitionConfig(), num_clients=7, seed=[0])
     assert [len(share) for share in shares] == [43] * 6 + [42]
     kinds = np.bincount(shares[0] % 3)
     assert kinds.min() > 5  # 14 expected of each: rows are shuffled before they are dealt
@@ -61,7 +63,7 @@ def test_a_small_alpha_divides_by_kind_and_a_large_one_evenly(files):
 
     def largest_kind(alpha):
         config = PartitionConfig("dirichlet", alpha=alpha, column="kind", min_examples=1)
-        shares = deal(files, config, num_clients=3, seed=[4])
+        shares = partition_rows(files, config, num_clients=3, seed=[4])
         return [max(np.bincount(share % 3)) / len(share) for share in shares]
 
     assert max(largest_kind(1e6)) < 0.35
@@ -70,7 +72,9 @@ def test_a_small_alpha_divides_by_kind_and_a_large_one_evenly(files):
 
 def test_sizes_are_dirichlet_and_the_rows_in_them_are_not_chosen_by_kind(files):
     config = PartitionConfig("dirichlet", alpha=0.7, min_examples=5)
-    sizes = [[len(s) for s in deal(files, config, num_clients=3, seed=[n])] for n in range(40)]
+    sizes = [
+        [len(s) for s in partition_rows(files, config, num_clients=3, seed=[n])] for n in range(40)
+    ]
     shares = np.array(sizes) / 300
     assert min(map(min, sizes)) >= 5
     assert shares.mean(axis=0) == pytest.approx([1 / 3] * 3, abs=0.1)
@@ -80,11 +84,11 @@ def test_sizes_are_dirichlet_and_the_rows_in_them_are_not_chosen_by_kind(files):
 
 def test_too_few_rows_name_the_setting(files):
     with pytest.raises(ConfigError, match="`data.clients_per_task` is 301 but .* 300 rows"):
-        deal(files, PartitionConfig(), num_clients=301, seed=[0])
+        partition_rows(files, PartitionConfig(), num_clients=301, seed=[0])
     for column in ("", "kind"):
         config = PartitionConfig("dirichlet", alpha=0.01, column=column, min_examples=101)
         with pytest.raises(ConfigError, match="`data.partition.min_examples` is 101 but in 10"):
-            deal(files, config, num_clients=3, seed=[0])
+            partition_rows(files, config, num_clients=3, seed=[0])
 
 
 def test_codes_tell_values_apart_as_python_does(tmp_path):
@@ -106,7 +110,7 @@ def test_a_row_without_the_column_is_named(tmp_path, line):
     (tmp_path / "a").write_text('{"c": 1}\n' + line)
     config = PartitionConfig("dirichlet", column="c", min_examples=1)
     with pytest.raises(DataError, match="a, row 2 has no text or number in `c`"):
-        deal([RowFile(tmp_path / "a")], config, num_clients=2, seed=[0])
+        partition_rows([RowFile(tmp_path / "a")], config, num_clients=2, seed=[0])
 
 
 def test_a_broken_row_is_dealt_out_only_where_it_is_allowed(tmp_path):
@@ -114,18 +118,18 @@ def test_a_broken_row_is_dealt_out_only_where_it_is_allowed(tmp_path):
     config = PartitionConfig("dirichlet", column="c", alpha=1e6, min_examples=1)
     files = [RowFile(tmp_path / "a")]
     with pytest.raises(DataError, match="a, row 2 is broken"):
-        deal(files, config, num_clients=2, seed=[0])
-    shares = deal(files, config, num_clients=2, seed=[0], allow_broken=True)
+        partition_rows(files, config, num_clients=2, seed=[0])
+    shares = partition_rows(files, config, num_clients=2, seed=[0], allow_broken=True)
     assert sorted(np.concatenate(shares)) == [0, 1, 2, 3]
 
 
 def test_fewer_drawn_rows_are_among_more():
     rows = np.arange(10, 110)
-    few, more = (draw(rows, most, [3]) for most in (5, 50))
+    few, more = (subsample(rows, most, [3]) for most in (5, 50))
     assert len(few) == 5 and len(more) == 50 and set(few) <= set(more) <= set(rows)
     assert np.array_equal(few, np.sort(few))
-    assert not np.array_equal(few, draw(rows, 5, [4]))
-    assert draw(rows, 0, [3]) is rows and draw(rows, 100, [3]) is rows
+    assert not np.array_equal(few, subsample(rows, 5, [4]))
+    assert subsample(rows, 0, [3]) is rows and subsample(rows, 100, [3]) is rows
 
 
 def test_dealing_is_quiet_and_uses_no_network(files, capfd, monkeypatch):
@@ -134,21 +138,21 @@ def test_dealing_is_quiet_and_uses_no_network(files, capfd, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     for config in KINDS:
-        deal(files, config, num_clients=3, seed=[0])
+        partition_rows(files, config, num_clients=3, seed=[0])
     assert capfd.readouterr() == ("", "")
 
 
 def test_another_process_deals_the_same(files):
     code = (
         "import sys; from pathlib import Path\n"
-        "from pilot_flwr.data.partition import deal\n"
+        "from pilot_flwr.data.partition import partition_rows\n"
         "from pilot_flwr.data.json_rows import RowFile\n"
         "from pilot_flwr.config.data import PartitionConfig\n"
         "files = [RowFile(Path(name)) for name in sys.argv[1:]]\n"
         "config = PartitionConfig('dirichlet', alpha=1.0, column='kind')\n"
-        "print([s.tolist() for s in deal(files, config, num_clients=3, seed=[0])])"
+        "print([s.tolist() for s in partition_rows(files, config, num_clients=3, seed=[0])])"
     )
     command = [sys.executable, "-c", code, *(str(file.path) for file in files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    here = deal(files, KINDS[1], num_clients=3, seed=[0])
+    here = partition_rows(files, KINDS[1], num_clients=3, seed=[0])
     assert json.loads(done.stdout) == [share.tolist() for share in here]

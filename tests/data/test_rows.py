@@ -59,7 +59,7 @@ def test_hard_characters_and_a_byte_order_mark(tmp_path, chunk):
     [
         ('[{"a": 1}, {"a" 2}]', r"row 2 is broken JSON at byte 16 \(Expecting ':' delimiter\)"),
         ('[{"a": 1} {"a": 2}]', r"row 2 .* at byte 10 \(no comma before it\)"),
-        ('[{"a": 1}, 5]', r"row 2 .* at byte 11 \(no JSON object\)"),
+        ('[{"a": 1}, 5]', r"row 2 .* at byte 11 \(not a JSON object\)"),
         ('[{"a": 1},]', r"row 2 .* at byte 10 \(a comma, but no row\)"),
         ('[{"a": 1}', r"row 2 .* at byte 9 \(the file ends without a '\]'\)"),
         ('[{"a": 1}, {"a": "tex', r"row 2 .* at byte 17 \(Unterminated string"),
@@ -83,8 +83,8 @@ def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
     """An error in the middle of a row is known at once; only a string may just be cut."""
     path = written(tmp_path / "bad.json", '[{"a" 1}, ' + " " * 10_000 + "]")
     reads = []
-    read = rows._Walk.read
-    monkeypatch.setattr(rows._Walk, "read", lambda walk: reads.append(1) or read(walk))
+    read = rows._Cursor.read
+    monkeypatch.setattr(rows._Cursor, "read", lambda walk: reads.append(1) or read(walk))
     with pytest.raises(DataError, match="row 1 is broken"):
         RowFile(path, chunk=64)
     assert len(reads) == 1
@@ -95,7 +95,7 @@ def test_a_broken_array_is_not_read_to_its_end(tmp_path, monkeypatch):
     [
         (b'{"a" 1}', "is broken JSON"),
         (b"", "is broken JSON"),
-        (b"[1]", "is no JSON object"),
+        (b"[1]", "is not a JSON object"),
         (b'{"a": 1} {"b": 2}', "has more than one JSON value on its line"),
         (b'{"a": "\xff"}', "is not UTF-8"),
         (b'{"a":' * 100_000, r"is broken JSON \(too deeply nested\)"),
@@ -176,7 +176,7 @@ def test_a_file_is_walked_through_once_a_process_until_it_changes(tmp_path):
 def test_what_is_no_file_is_refused_without_its_folder(tmp_path, name):
     (tmp_path / "folder").mkdir()
     for read in (open_rows, RowFile):
-        with pytest.raises(DataError, match=f"^{name} (cannot be opened|is no file)"):
+        with pytest.raises(DataError, match=f"^{name} (cannot be opened|is not a file)"):
             read(tmp_path / name)
 
 
@@ -191,7 +191,8 @@ def test_memory_of_a_large_array_is_bounded(tmp_path):
             file.write(",\n" + ",\n".join([row] * 1000))
         file.write("]")
     code = (
-        "import resource, sys; from pathlib import Path; from pilot_flwr.data.json_rows import RowFile\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from pilot_flwr.data.json_rows import RowFile\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); rows = RowFile(Path(sys.argv[1])); n = sum(1 for _ in rows)\n"
         "print(n, peak() - before)"

@@ -1,13 +1,11 @@
-"""Converters of captions: COCO's own files, and Karpathy's split of COCO.
+"""Converters of captions (COCO, Karpathy) and boxes with an expression (RefCOCO and the like).
 
-For training each caption is a row; at test each image is a row, whose references are all of its
-captions. A caption has no question, so the request is LLaVA-1.5's own for short captions.
+For training each caption is a row; at test each image is a row with all captions as references.
+The request is LLaVA-1.5's own for short captions.
 
-Converter of boxes with an expression (RefCOCO and the like) to LLaVA's coordinates.
-
-A file is a list of objects: `image` (file name), `width` and `height` in pixels, `expression`,
-and `bbox` = [x, y, w, h] in pixels. LLaVA's boxes are ``[x1, y1, x2, y2]`` as shares of width and
-height with two decimals; in its own data they are shares of the square that an image is padded to.
+A boxes file is a list of objects: `image` (file name), `width` and `height` in pixels,
+`expression`, and `bbox` = [x, y, w, h] in pixels. LLaVA's boxes are ``[x1, y1, x2, y2]`` as shares
+of width and height with two decimals; in its own data, of the square that an image is padded to.
 """
 
 from collections.abc import Iterator
@@ -76,7 +74,7 @@ def karpathy_entries(sources: Sources) -> Iterator[Entry]:
 
 
 def _of_image(origin: str, key: str, name: Any, captions: list[Any]) -> Iterator[Entry]:
-    """Yield an image with all its captions, and each empty one apart: it is no reference."""
+    """Yield an image with all its captions, and separately each empty one."""
     empty = [text for text in captions if isinstance(text, str) and not text.strip()]
     for text in empty:
         yield Entry(origin, key, {"file_name": name, "captions": [text]})
@@ -95,7 +93,7 @@ def caption_row(entry: Entry, sources: Sources) -> Row:
 BOX_REQUEST = "Please provide the bounding box coordinate of the region this sentence describes:"
 
 TOLERANCE = 1.0
-"""By how many pixels a box may stand out of its image; it is cut to the image's edge."""
+"""Pixels by which a box may exceed its image; it is clipped to the image's edge."""
 
 
 def box_entries(sources: Sources) -> Iterator[Entry]:
@@ -111,7 +109,7 @@ def box_entries(sources: Sources) -> Iterator[Entry]:
 def box_row(entry: Entry, sources: Sources) -> Row:
     """Return an expression's row; the reference has six decimals where the answer has two.
 
-    A box without area at two decimals is no answer to be trained on.
+    A box without area at two decimals cannot be trained on.
     """
     width, height = (_positive(entry, name) for name in ("width", "height"))
     edges = _edges(entry, width, height)
@@ -157,7 +155,7 @@ def _edges(entry: Entry, width: int, height: int) -> list[float]:
     limits = [width, height] * 2
     inside = [min(max(edge, 0.0), float(limit)) for edge, limit in zip(edges, limits, strict=True)]
     if any(abs(a - b) > TOLERANCE for a, b in zip(edges, inside, strict=True)):
-        raise Unusable(entry.origin, "`bbox` stands out of the image.")
+        raise Unusable(entry.origin, "`bbox` exceeds the image.")
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise Unusable(entry.origin, "`bbox` has no area.")
     return inside

@@ -1,7 +1,7 @@
-"""What every converter needs: annotation files read entry by entry, and rows as LLaVA has them.
+"""Annotation files read entry by entry, and rows in LLaVA's form.
 
-Files are parsed as they are read, so that memory does not grow with them; what a data set keeps
-in two places (a question and its answers, an image and its captions) is collected by id.
+Files are parsed incrementally, so that memory does not grow with them; what a data set keeps in two
+places (a question and its answers, an image and its captions) is joined by id.
 """
 
 from collections import Counter
@@ -28,21 +28,7 @@ class Unusable(DataError):
 
 @dataclass(frozen=True)
 class Sources:
-    """What is converted.
-
-    Parameters
-    ----------
-    annotations : tuple of Path
-        The data set's own annotation files.
-    questions : tuple of Path
-        Its second kind of file, where it has one.
-    split : str
-        ``train``, or ``val`` or ``test``, whose rows have references to be scored against.
-    padded : bool
-        Boxes are relative to the square that LLaVA pads an image to, not to the image.
-    image_prefix : str
-        Folder put before every image's name, with ``/`` between folders; may be empty.
-    """
+    """What is converted."""
 
     annotations: tuple[Path, ...]
     questions: tuple[Path, ...] = ()
@@ -68,24 +54,12 @@ Row = dict[str, Any]
 
 
 def members(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield key and value of each member of the object that a file holds.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, or holds something else.
-    """
+    """Yield key and value of each member of the object that a file holds."""
     return _parsed(path, "an object", "start_map", lambda file: ijson.kvitems(file, "", **_FLOATS))
 
 
 def elements(path: Path, *where: str) -> Iterator[Any]:
-    """Yield the elements of the list at the member `where` of a file, or of its outermost list.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, or has no such list.
-    """
+    """Yield the elements of the list at the member `where` of a file, or of its outermost list."""
     place = ".".join((*where, "item"))
     kind = f"an object with the list `{'.'.join(where)}`" if where else "a list"
     first = "start_map" if where else "start_array"
@@ -93,13 +67,7 @@ def elements(path: Path, *where: str) -> Iterator[Any]:
 
 
 def member(path: Path, name: str) -> Any:
-    """Return one member of the object that a file holds, without keeping the others.
-
-    Raises
-    ------
-    DataError
-        The file cannot be read, or has no such member.
-    """
+    """Return one member of the object that a file holds, without keeping the others."""
     kind = f"an object with `{name}`"
     return next(_parsed(path, kind, "start_map", lambda file: ijson.items(file, name, **_FLOATS)))
 
@@ -131,13 +99,7 @@ def _parsed(path: Path, kind: str, first: str, parse: Any) -> Iterator[Any]:
 
 
 def field(entry: Entry, *where: str) -> str:
-    """Return a text or whole number among an entry's fields, as text without blanks around.
-
-    Raises
-    ------
-    Unusable
-        It is missing, empty, or something else.
-    """
+    """Return a text or whole number among an entry's fields, as text without blanks around."""
     value: Any = entry.fields
     for name in where:
         value = value.get(name) if isinstance(value, dict) else None
@@ -158,13 +120,7 @@ def optional(entry: Entry, **columns: tuple[str, ...]) -> dict[str, str]:
 
 
 def texts(entry: Entry, name: str, key: str = "") -> list[str]:
-    """Return a list of texts among an entry's fields, or of objects' `key`.
-
-    Raises
-    ------
-    Unusable
-        It is missing, empty, or something else.
-    """
+    """Return a list of texts among an entry's fields, or of objects' `key`."""
     value = entry.fields.get(name)
     if key and isinstance(value, list):
         value = [item.get(key) if isinstance(item, dict) else None for item in value]
@@ -186,13 +142,7 @@ def to_row(
     references: Sequence[str] | None = None,
     columns: dict[str, str] | None = None,
 ) -> Row:
-    """Return a row of LLaVA's form: one question and its answer.
-
-    Raises
-    ------
-    Unusable
-        Question or answer is empty or holds an image marker.
-    """
+    """Return a row of LLaVA's form: one question and its answer."""
     for name, text in (("question", question), ("answer", answer)):
         if not text:
             raise Unusable(entry.origin, f"The {name} is empty.")

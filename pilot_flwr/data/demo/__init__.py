@@ -1,1 +1,1 @@
-"""The demo's tasks over scans of handwritten digits."""
+"""The demo: tasks over mosaics of scanned handwritten digits."""

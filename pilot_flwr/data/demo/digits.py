@@ -1,18 +1,12 @@
-"""The embedded demo's data: scanned handwritten digits, four to a mosaic, one style per client.
+"""The demo's data: scanned handwritten digits, four to a mosaic, one style per client.
 
-The scans are the UCI handwritten digits that scikit-learn bundles (1,797 scans of 8 x 8 pixels).
-Each is enlarged to 16 x 16, and four of them make a 32 x 32 RGB mosaic, about which the
-federation's tasks ask: the demo's ``vqa``, ``counting`` and ``captioning``, and those of the
-scenarios.
+The scans are the UCI handwritten digits that scikit-learn bundles (1,797 scans of 8 x 8 pixels),
+each enlarged to 16 x 16. Four of them make a 32 x 32 RGB mosaic, about which the tasks ask.
 
-Scans are split once, by digit, into four disjoint subsets: base pretraining, the validation of
-that pretraining, federated training and federated test. The federated training scans are dealt
-out so that no two clients share one, up to `max_disjoint_clients` clients; from there on clients
-take the shares in turn. The test scans are common to all clients, each in its own style; so are
-the validation scans, on which settings are chosen.
-
-A new task goes into `pilot_flwr.data.demo.questions`, a new trait of the clients' styles into
-`pilot_flwr.data.demo.questions`.
+Scans are split once, by digit, into four disjoint subsets: pretraining of the base, its validation,
+federated training, federated test. No two clients share a training scan, up to
+`max_disjoint_clients` clients; beyond that they take the shares in turn. Test and validation scans
+are common to all clients, each in its own style.
 """
 
 from dataclasses import replace
@@ -56,13 +50,7 @@ class Scans(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load_scans() -> Scans:
-    """Read the scans and enlarge each to 16 x 16 pixels (bilinear).
-
-    Returns
-    -------
-    Scans
-        Read-only arrays, shared between calls.
-    """
+    """Read the scans and enlarge each to 16 x 16 pixels (bilinear)."""
     from sklearn.datasets import load_digits  # takes two seconds, which a look at `TASKS` need not
 
     images, labels = load_digits(return_X_y=True)
@@ -77,18 +65,7 @@ def load_scans() -> Scans:
 
 
 def scan_indices(subset: Subset) -> _Ints:
-    """Return the indices of one subset's source scans, the same for every seed.
-
-    Parameters
-    ----------
-    subset : {"pretraining", "validation", "train", "test"}
-        Which of the disjoint subsets.
-
-    Returns
-    -------
-    ndarray of int64
-        Sorted.
-    """
+    """Return the indices of one subset's source scans, the same for every seed."""
     one_of("subset", subset, tuple(SPLIT_SHARES))
     return np.sort(np.concatenate(_by_digit(subset)))
 
@@ -99,21 +76,7 @@ def max_disjoint_clients() -> int:
 
 
 def client_scan_indices(client_index: int, *, num_clients: int) -> _Ints:
-    """Source scans of one client's training examples, every digit among them.
-
-    Parameters
-    ----------
-    client_index : int
-        Which client, from 0.
-    num_clients : int
-        Size of the federation.
-
-    Returns
-    -------
-    ndarray of int64
-        Sorted; disjoint from every other client's while ``num_clients`` is at most
-        `max_disjoint_clients`.
-    """
+    """Source scans of one client's training examples, every digit among them."""
     _check_client(client_index, num_clients)
     shares = min(num_clients, max_disjoint_clients())
     return np.sort(np.concatenate([s[client_index % shares :: shares] for s in _by_digit("train")]))
@@ -137,18 +100,6 @@ def client_sizes(num_clients: int, mean: int) -> list[int]:
     """Numbers of training examples, spread evenly over 0.6 to 1.4 times the mean.
 
     Neighbouring clients get far-apart sizes, so that any grouping of neighbours is mixed.
-
-    Parameters
-    ----------
-    num_clients : int
-        Size of the federation.
-    mean : int
-        Mean number of examples of a client.
-
-    Returns
-    -------
-    list of int
-        One number per client, at least 1 each.
     """
     at_least("num_clients", num_clients, 1)
     at_least("mean", mean, 1)
@@ -165,18 +116,6 @@ def client_style(client_index: int, *, seed: int) -> Style:
 
     Its colours, blur, shading and noise come from ranges twice as wide as the base model's
     pretraining; slant and stroke are traits that the base has never seen.
-
-    Parameters
-    ----------
-    client_index : int
-        Which client, from 0.
-    seed : int
-        Seed of the federation.
-
-    Returns
-    -------
-    Style
-        Constant over the client's examples.
     """
     at_least("client_index", client_index, 0)
     at_least("seed", seed, 0)
@@ -203,33 +142,6 @@ def client_examples(
 
     An id ends in the four source scans, so that an answer can be checked against their labels;
     a place without a digit is ``_``.
-
-    Parameters
-    ----------
-    task : str
-        The client's task, one of `TASKS`.
-    client_index : int
-        Which client, from 0, counted over the whole federation.
-    num_clients : int
-        Size of the federation.
-    split : {"train", "test", "validation"}
-        Training examples use the client's own scans, the others the common scans of the split.
-    num_examples : int
-        How many; fewer are a prefix of more.
-    seed : int
-        Seed of the federation: styles, choice of scans and of questions.
-    rotation, mirrored
-        Shift that all clients have in common, see `Style`.
-
-    Returns
-    -------
-    list of Example
-        Two turns each.
-
-    Raises
-    ------
-    ConfigError
-        If an argument is unknown or out of range.
     """
     one_of("task", task, TASKS)
     one_of("split", split, tuple(_STREAM))

@@ -1,13 +1,9 @@
-"""The digits' tasks: what is asked about a mosaic of four digits, and the answer.
+"""The demo's questions about a mosaic of four digits, and the styles in which clients see it.
 
-To add a task, write its question and answer as one function of four digits and a generator, and
-enter it in `WRITERS`, behind the others: a task's place is part of what seeds its examples. A task
-that is not scored by exact match has a row in `METRIC_OF`.
-
-Acquisition styles of the embedded demo: how a client's camera or scanner sees a page.
-
-To add a trait, give `Style` a field that is neutral by default, draw it in `draw_style` and apply
-it in `render`.
+To add a task, write its question and answer as a function of four digits and a generator, and
+append it to `WRITERS`: a task's position seeds its examples. A task that is not scored by exact
+match has a row in `METRIC_OF`. To add a trait of a style, give `Style` a field with a neutral
+default, draw it in `draw_style` and apply it in `render`.
 """
 
 from collections.abc import Callable
@@ -21,7 +17,7 @@ from PIL import Image, ImageFilter
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 
 BLANK = -1
-"""Label of a place without a digit."""
+"""Label of a position without a digit."""
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -116,7 +112,7 @@ WRITERS: dict[str, Writer] = {
     "columns": ask_columns,
     "grounding": ask_box,
 }
-"""All tasks. The demo's are the first three; docs/scenarios.md says what the others are for."""
+"""All tasks: the demo's three, then those of the scenarios (docs/scenarios.md)."""
 
 METRIC_OF = {"columns": "rouge_l", "grounding": "grounding_quarters"}
 """Metric of a task that is not scored by exact match."""
@@ -124,29 +120,7 @@ METRIC_OF = {"columns": "rouge_l", "grounding": "grounding_quarters"}
 
 @dataclass(frozen=True)
 class Style:
-    """How a client acquires its images.
-
-    Parameters
-    ----------
-    ink, paper : tuple of float
-        RGB colours in [0, 1]; their order in brightness is the polarity.
-    slant : float
-        Horizontal shear of each digit: pixels to the left per pixel down.
-    stroke : float
-        Exponent on the ink: below 1 strokes get broader, above 1 thinner.
-    blur : float
-        Radius of a Gaussian blur, in pixels.
-    shading : float
-        Loss of brightness from one edge of the page to the opposite one, in [0, 1].
-    shading_angle : float
-        Direction of that loss, in radians.
-    noise : float
-        Standard deviation of the sensor noise, in units of the full range.
-    rotation : float
-        Turn of each digit about its centre, in degrees counter-clockwise.
-    mirrored : bool
-        Whether each digit is mirrored, left to right.
-    """
+    """A client's acquisition style."""
 
     ink: tuple[float, float, float] = (1.0, 1.0, 1.0)
     paper: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -161,26 +135,11 @@ class Style:
 
 
 PLAIN = Style()
-"""White ink on black paper: how the scans come."""
+"""White ink on black paper, as the scans are."""
 
 
 def draw_style(rng: np.random.Generator, strength: float) -> Style:
-    """Draw colours, blur, shading and noise, the further from clean the greater the strength.
-
-    Slant and stroke stay neutral.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Source of the style.
-    strength : float
-        1 for the clients' own styles, below that for milder ones.
-
-    Returns
-    -------
-    Style
-        Dark on light or light on dark, each with probability 1/2.
-    """
+    """Draw colours, blur, shading and noise scaled by `strength`, with neutral slant and stroke."""
     dark = rng.uniform(0.0, 0.4 * strength, 3)
     light = 1.0 - rng.uniform(0.0, 0.4 * strength, 3)
     ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
@@ -195,22 +154,7 @@ def draw_style(rng: np.random.Generator, strength: float) -> Style:
 
 
 def render(tiles: NDArray[np.float32], style: Style, rng: np.random.Generator) -> Image.Image:
-    """Put four scans on one page and acquire it in a style.
-
-    Parameters
-    ----------
-    tiles : ndarray, shape (4, 16, 16)
-        Ink in [0, 1]: top left, top right, bottom left, bottom right.
-    style : Style
-        Acquisition style.
-    rng : numpy.random.Generator
-        Source of the sensor noise.
-
-    Returns
-    -------
-    PIL.Image.Image
-        32 x 32, RGB.
-    """
+    """Compose four scans into one page and render it in a style."""
     tile = tiles.shape[-1]
     size = 2 * tile
     if style.mirrored:
