@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pilot_flwr.launch import simulation as launch
+from pilot_flwr.launch import flower_cli
 
 PYPROJECT = """
 [project]
@@ -192,7 +192,7 @@ def pretend_flower(folder: Path, monkeypatch, **kinds) -> None:
     _script(folder / "flower-superlink", SUPERLINK.format(**values))
     _script(folder / "flwr", FLWR.format(**values))
     _script(folder / name, f"import time\ntime.sleep({seconds or 0})\n")
-    monkeypatch.setattr(launch, "flower_program", lambda name: folder / name)
+    monkeypatch.setattr(flower_cli, "flower_program", lambda name: folder / name)
 
 
 def _script(path: Path, text: str) -> None:

@@ -42,9 +42,9 @@ def _run(options: argparse.Namespace) -> int:
         return superlink.run(options, _show_results)
     from datetime import datetime
 
-    from pilot_flwr.launch.execute import carry_out, how_to_go_on
     from pilot_flwr.launch.prepare import prepare
     from pilot_flwr.launch.processes import Interrupted
+    from pilot_flwr.launch.simulation import run_prepared
     from pilot_flwr.server.resume import completed
 
     prepared = prepare(options.overrides, os.environ, datetime.now())
@@ -52,10 +52,10 @@ def _run(options: argparse.Namespace) -> int:
     if prepared.done:
         return _say_completed(folder)
     try:
-        outcome = carry_out(prepared, out=_say, verbose=options.verbose)
+        outcome = run_prepared(prepared, out=_say, verbose=options.verbose)
     except Interrupted as stop:
         print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
-        print(f"To go on: {how_to_go_on(prepared)}", file=sys.stderr)
+        print(f"To resume: {prepared.resume_command}", file=sys.stderr)
         return 128 + stop.signum
     _show_results(folder)
     if prepared.config.run.report and (folder / "metrics.jsonl").is_file():
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
         if (folder / "config.yaml").is_file() and completed(folder, prepared.config) is None:
-            print(f"To go on: {how_to_go_on(prepared)}", file=sys.stderr)
+            print(f"To resume: {prepared.resume_command}", file=sys.stderr)
     return SUCCESS if outcome.succeeded else FAILURE
 
 

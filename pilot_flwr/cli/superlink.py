@@ -3,12 +3,9 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-from pilot_flwr.errors import ConfigError
 
 SUCCESS, FAILURE = 0, 1
 
@@ -28,15 +25,14 @@ def run(options: argparse.Namespace, show_results: Callable[[Path], None]) -> in
     ConfigError
         The configuration or the name of the connection is wrong; nothing was submitted.
     """
-    from pilot_flwr.config import overrides as submission
+    from pilot_flwr.launch.prepare import prepare_submission
     from pilot_flwr.launch.superlink import Detached, find_connection, run_remotely
 
     address = find_connection(options.superlink, os.environ)
-    overrides, name, clients = _overrides(options.overrides)
-    say(f"{name}: {clients} clients, SuperLink {options.superlink} at {address}")
+    config, overrides = prepare_submission(options.overrides)
+    say(f"{config.name}: {config.num_clients} clients, SuperLink {options.superlink} at {address}")
     try:
         outcome, verdict = run_remotely(
-            submission.app_folder(),
             overrides,
             options.superlink,
             out=say,
@@ -54,34 +50,6 @@ def run(options: argparse.Namespace, show_results: Callable[[Path], None]) -> in
     if not outcome.succeeded:
         print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
     return SUCCESS if outcome.succeeded else FAILURE
-
-
-def _overrides(words: list[str]) -> tuple[str, str, int]:
-    """Return the overrides to submit, the run's name, and its number of clients."""
-    from pilot_flwr.config import overrides as submission
-    from pilot_flwr.config.federation_file import with_folder
-    from pilot_flwr.config.loading import load_config
-    from pilot_flwr.data.federation import federation_clients
-    from pilot_flwr.launch.prepare import words_of_run
-    from pilot_flwr.model.checkpoints import checkpoint_path
-    from pilot_flwr.server.resume import OVERRIDES
-
-    config = load_config(shlex.join(words))
-    for key, value in (("run.folder", config.run.folder), ("resume", config.resume)):
-        if value and not Path(value).expanduser().is_absolute():
-            raise ConfigError(
-                f"`{key}` is {value!r} but must be an absolute path, as it is on the SuperLink's "
-                "machine."
-            )
-    if config.resume and (Path(config.resume).expanduser() / OVERRIDES).is_file():  # it is here
-        words = words_of_run(words)[1]
-        config = load_config(shlex.join(words))
-    federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
-    config, words = with_folder(config, words)
-    base = config.model.path
-    if checkpoint_path(base) == base and os.path.isdir(base):  # the app runs in another folder
-        words.append(submission.path_override("model.path", Path(os.path.abspath(base))))
-    return shlex.join(words), config.name, config.num_clients
 
 
 def _is_here(folder: Path, seconds: float) -> bool:

@@ -1,45 +1,24 @@
-"""What is handed to Flower: the app's folder, the run folder, the configuration as text.
+"""Write what Flower is given: the configuration as text, the run folder, the simulation's size.
 
-Three syntaxes are nested: Hydra's overrides, the shell's words (the app splits the overrides with
+Three syntaxes are nested: Hydra's overrides, shell quoting (the app splits the overrides with
 `shlex`) and TOML as Flower's command line reads it. Each function here writes one of them.
 """
 
 import json
 import os
 import re
-import tomllib
 from datetime import datetime
 from pathlib import Path
 
 from pilot_flwr.config.rules import expanded
 from pilot_flwr.config.schema import SimulationConfig
-from pilot_flwr.errors import ConfigError, RunError
-
-
-def app_folder() -> Path:
-    """Return the folder of the Flower app: the checkout that this package is in.
-
-    Raises
-    ------
-    RunError
-        The package was installed without its checkout, so that there is no app to submit.
-    """
-    folder = Path(__file__).resolve().parents[2]
-    try:
-        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-        project["tool"]["flwr"]["app"]["components"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(
-            f"There is no Flower app in {folder}. `pilot-flwr run` submits the project's checkout: "
-            "clone the repository and install it with `pip install -e .`."
-        ) from None
-    return folder
+from pilot_flwr.errors import ConfigError
 
 
 def default_run_folder(name: str, now: datetime) -> Path:
     """Return the run folder of a run that names none: ``outputs/<name>-<YYYYmmdd-HHMMSS>``.
 
-    It is relative: it starts where the user, or the ServerApp, stands.
+    It is relative to the working directory of the command or the ServerApp.
     """
     return Path("outputs") / f"{name}-{now:%Y%m%d-%H%M%S}"
 
@@ -50,17 +29,16 @@ def run_folder(configured: str, name: str, now: datetime) -> Path:
     Parameters
     ----------
     configured : str
-        `run.folder`; empty means `default_run_folder`. Relative paths start where the user
-        stands.
+        `run.folder`; empty means `default_run_folder`. Relative to the working directory.
     name : str
         The run's `name`.
     now : datetime
-        Time for the default.
+        Names the default folder.
 
     Raises
     ------
     ConfigError
-        There is something in it already.
+        It is not empty.
     """
     path = expanded("run.folder", configured) if configured else default_run_folder(name, now)
     folder = Path(os.path.abspath(path))
@@ -70,7 +48,7 @@ def run_folder(configured: str, name: str, now: datetime) -> Path:
 
 
 def path_override(key: str, path: Path) -> str:
-    """Return the Hydra override that sets `key` to a path, whatever characters it has."""
+    """Return the Hydra override that sets `key` to a path with any characters."""
     plain = re.fullmatch(r"[A-Za-z0-9_./-]+", str(path))
     return f"{key}={path if plain else hydra_text(str(path))}"
 
@@ -78,8 +56,8 @@ def path_override(key: str, path: Path) -> str:
 def hydra_text(text: str) -> str:
     r"""Return `text` in Hydra's quotes.
 
-    In them a quote is written ``\'`` and backslashes count only before a quote; OmegaConf reads
-    ``\${`` as a plain ``${``.
+    There a quote is written ``\'`` and a backslash escapes only a quote or backslashes before one;
+    OmegaConf reads ``\${`` as a plain ``${``.
     """
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", r"\'")
@@ -87,10 +65,10 @@ def hydra_text(text: str) -> str:
 
 
 def toml_string(text: str) -> str:
-    r"""Return `text` as a TOML string that Flower's command line takes as one value.
+    r"""Return `text` as a TOML string that Flower's command line reads as one value.
 
-    Flower cuts ``key="value"`` pairs apart with a regular expression in which a value ends at
-    the next double quote, escaped or not. So a double quote is written ``\u0022``.
+    Flower splits ``key="value"`` pairs with a regular expression in which a value ends at the next
+    double quote, escaped or not. So a double quote is written ``\u0022``.
     """
     pieces = (json.dumps(piece, ensure_ascii=False)[1:-1] for piece in text.split('"'))
     return '"' + r"\u0022".join(pieces).replace("\x7f", r"\u007f") + '"'
@@ -104,8 +82,8 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     num_clients : int
         SuperNodes to simulate.
     simulation : SimulationConfig
-        Resources. `cpus` = 0 stands for all that this process may use, `gpus` = -1 for all that
-        torch sees here, `client_gpus` = -1 for one per client if there is any.
+        Resources. `cpus` = 0 means all that this process may use, `gpus` = -1 all that torch sees
+        here, `client_gpus` = -1 one per client if there is any.
 
     Raises
     ------
@@ -136,9 +114,9 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
 
 
 def check_gpus(simulation: SimulationConfig) -> None:
-    """Refuse GPUs that this machine does not have; their clients would end up on the CPU.
+    """Refuse more GPUs than this machine has; their clients would run on the CPU.
 
-    Not part of `federation_config`, which a client calls too: Ray may hide the GPUs from it.
+    Not part of `federation_config`, which a client also calls: Ray may hide the GPUs from it.
 
     Raises
     ------
@@ -153,6 +131,6 @@ def check_gpus(simulation: SimulationConfig) -> None:
 
 
 def _visible_gpus() -> int:
-    import torch  # here, as it takes seconds, and only a run needs to know
+    import torch  # takes seconds, and only a run needs it
 
     return torch.cuda.device_count()

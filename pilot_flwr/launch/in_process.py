@@ -1,10 +1,9 @@
-"""A run in this process: the same ServerApp and ClientApp, without Flower's and Ray's processes.
+"""Run a simulation in this process: the same ServerApp and ClientApp, without Flower and Ray.
 
-Flower's simulation engine takes about half a minute to start, which is most of a small run's
-time. Here the server's loop calls the clients one after the other, through
-`pilot_flwr.flower.grid`. What is left behind, and what counts as success, is as in
-`pilot_flwr.launch.simulation`. The base model stays in the process for the next run, which often
-has the same; never more than one does.
+Flower's simulation engine takes about half a minute to start, which is most of a small run's time.
+Here the server calls the clients one after the other, through `pilot_flwr.flower.grid`. Files and
+outcome are those of `pilot_flwr.launch.simulation`. At most one base model stays in the process,
+for a next run that has the same.
 """
 
 import _thread
@@ -19,9 +18,9 @@ from pathlib import Path
 
 from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config
-from pilot_flwr.config.schema import PilotConfig, SimulationConfig
+from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.flower.grid import InProcessGrid, NodeConfig
-from pilot_flwr.launch.processes import Stopped, stoppable
+from pilot_flwr.launch.processes import Interrupted, StopSignals
 from pilot_flwr.model.feature_cache import forget_features
 from pilot_flwr.run.outcome import COMPLETED, Outcome, RunStatus, evaluate_outcome
 from pilot_flwr.run.progress import ProgressPrinter
@@ -38,42 +37,25 @@ def run_in_process(
     verbose: bool = False,
     resumed: bool = False,
 ) -> Outcome:
-    """Run the app to its end, in this process.
+    """Run the app to its end in this process; the arguments are those of `simulation.launch`.
 
-    Parameters
-    ----------
-    overrides : str
-        As Flower would carry them, `run.folder` included.
-    folder : Path
-        Absolute run folder.
-    out : callable
-        Takes the lines of the live output, from a thread of its own.
-    verbose : bool
-        Show Flower's own log as well.
-    resumed : bool
-        The run folder holds a run that goes on: what it recorded before is not shown again.
-
-    Returns
-    -------
-    Outcome
-        Whether the run succeeded, and why not.
-
-    Raises
-    ------
-    Interrupted
-        A signal said stop. The run can be resumed.
+    `out` is called from another thread. A signal raises `Interrupted`; the run can be resumed.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     config, run_id = load_config(overrides), secrets.randbits(62)
-    narrator = ProgressPrinter(
+    printer = ProgressPrinter(
         folder / "metrics.jsonl", logs / "flower.log" if verbose else None, out
     )
     if resumed:
-        narrator.begin_with(str(run_id))
+        printer.begin_with(str(run_id))
     details = ""
     try:
-        with stoppable(), _log_file(logs / "flower.log"), _narration(narrator):
+        with (
+            StopSignals(at_once=True),
+            _log_file(logs / "flower.log"),
+            _printing(printer),
+        ):
             grid = InProcessGrid(
                 app,
                 node_configs=node_configs(config),
@@ -92,14 +74,11 @@ def run_in_process(
 
 
 def node_configs(config: PilotConfig) -> list[NodeConfig]:
-    """Return what Flower's simulation engine would tell each node, and the CPU if it has no GPU."""
-    clients = config.num_clients
-    place: dict[str, str] = {"device": "cpu"} if _without_gpus(config.simulation) else {}
-    return [{"partition-id": i, "num-partitions": clients, **place} for i in range(clients)]
-
-
-def _without_gpus(simulation: SimulationConfig) -> bool:
-    return simulation.gpus == 0 or simulation.client_gpus == 0
+    """Return the node configs that Flower's simulation engine would give, with a device if set."""
+    clients, simulation = config.num_clients, config.simulation
+    on_cpu = simulation.gpus == 0 or simulation.client_gpus == 0
+    device: dict[str, str] = {"device": "cpu"} if on_cpu else {}
+    return [{"partition-id": i, "num-partitions": clients, **device} for i in range(clients)]
 
 
 @contextmanager
@@ -124,24 +103,24 @@ def _log_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _narration(narrator: ProgressPrinter) -> Iterator[None]:
-    """Show the run's progress from a thread while the block runs, and the rest at its end."""
+def _printing(printer: ProgressPrinter) -> Iterator[None]:
+    """Print the run's progress from a thread while the block runs, and the rest at its end."""
     ended = threading.Event()
     failed: list[OSError] = []
 
-    def narrate() -> None:
+    def follow() -> None:
         try:
             while not ended.wait(TICK_SECONDS):
-                narrator.show()
-        except OSError as error:  # the reader of the output has gone: stop, as a signal does
+                printer.show()
+        except OSError as error:  # the output has no reader any more: stop, as on a signal
             failed.append(error)
             _thread.interrupt_main(signal.SIGTERM)
 
-    thread = threading.Thread(target=narrate, name="narration", daemon=True)
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
     thread.start()
     try:
         yield
-    except Stopped:
+    except Interrupted:
         if failed:
             raise failed[0] from None
         raise
@@ -149,4 +128,4 @@ def _narration(narrator: ProgressPrinter) -> Iterator[None]:
         ended.set()
         thread.join()
         if not failed:
-            narrator.finish()
+            printer.finish()

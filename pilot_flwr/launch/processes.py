@@ -1,12 +1,12 @@
-"""The processes of one launch: marked, found again by their mark, ended by process id.
+"""Run the processes of one launch so that none outlives it.
 
 Flower's simulation is a tree of about ten processes (SuperLink, SuperExec, simulation, Ray's
-servers and actors), some of which detach or outlive their parent. Every one inherits an
-environment variable with the launch's own value, and works in the launch's scratch folder;
-`end_marked` ends what shows either. A watchdog does the same if the launcher itself is killed.
+servers and actors), some of which detach or outlive their parent. Each inherits an environment
+variable with the launch's own value and works in the launch's scratch folder; `end_marked` ends
+every process that shows either. A watchdog does the same if the launcher itself is killed.
 
-This file is also the watchdog's script and so imports nothing but the standard library and
-psutil: ``python -P processes.py MARK FOLDER`` waits until its standard input is closed.
+This file is also the watchdog's script, so it imports only the standard library and psutil:
+``python -P processes.py MARK FOLDER`` waits until its standard input is closed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -35,105 +35,63 @@ GRACE_SECONDS = 5.0
 LONGEST_SCRATCH_BASE = 18
 
 
-class Interrupted(Exception):
-    """The launcher was told to stop.
-
-    Parameters
-    ----------
-    signum : int
-        The signal that said so.
-    """
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP stopped the work; like KeyboardInterrupt, not an `Exception`."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        super().__init__(signum)
         self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"
 
 
 class StopSignals:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying; `check` raises at a safe point.
+    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted` while the block runs.
 
-    A signal that the launcher was started to ignore (``nohup``) stays ignored. Outside the main
-    thread, where Python allows no handlers, nothing is changed.
+    Usually a signal is noted and `check` raises at a safe point, so that processes can be started
+    and ended undisturbed. With `at_once` it raises wherever this process is, for work that may
+    stop anywhere; a second signal then acts as outside the block. An ignored signal (``nohup``)
+    stays ignored. Outside the main thread, where Python allows no handlers, nothing changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
         self.received: int | None = None
+        self._at_once = at_once
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._note)
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signum
+        self._restore()
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)
 
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signum
+        if self._at_once:
+            self._restore()
+            raise Interrupted(signum)
 
-class Stopped(BaseException):
-    """A signal said stop, inside `stoppable`; no handler of errors takes it for one of them.
-
-    Parameters
-    ----------
-    signum : int
-        The signal that said so.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted`, wherever the block is at work.
-
-    For work of this process itself, of which any point is safe to stop at. A second signal acts
-    as if this were not here. Signals that were ignored stay ignored; outside the main thread,
-    where Python allows no handlers, nothing is changed.
-    """
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        restore()
-        raise Stopped(signum)
-
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    previous: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, stop)
-    try:
-        yield
-    except Stopped as stopped:
-        raise Interrupted(stopped.signum) from None
-    finally:
-        restore()
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
 
 class ProcessSandbox:
     """A scratch folder, a mark and a watchdog; on exit no process and no file is left.
 
-    Attributes
-    ----------
-    folder : Path
-        Working directory of everything spawned here, short enough for Ray's sockets.
-    mark : str
-        Value of `MARK_VARIABLE` in the environment of everything spawned here.
+    `folder` is the working directory of every process spawned here, short enough for Ray's
+    sockets; `mark` is the value of `MARK_VARIABLE` in their environment.
     """
 
     def __init__(self) -> None:
@@ -177,10 +135,9 @@ class ProcessSandbox:
         stdout: IO[bytes] | int,
         stderr: IO[bytes] | int,
     ) -> subprocess.Popen[bytes]:
-        """Start `command` in the scratch folder, marked, in a session of its own.
+        """Start `command` in the scratch folder, marked.
 
-        The session of its own keeps a terminal's Ctrl-C from reaching it before the launcher
-        has decided what to do.
+        In its own session, a terminal's Ctrl-C reaches the launcher only, which decides.
         """
         child = subprocess.Popen(  # nosec B603  # no shell; commands of this package and Flower
             command,
@@ -195,7 +152,7 @@ class ProcessSandbox:
         return child
 
     def find(self, name: str) -> Process | None:
-        """Return the marked process that runs the program `name`, if there is one."""
+        """Return a marked process that runs the program `name`, if any."""
         for process in marked_processes(self.mark, self.folder):
             with contextlib.suppress(psutil.Error):
                 if any(Path(part).name == name for part in process.cmdline()[:2]):
@@ -204,10 +161,10 @@ class ProcessSandbox:
 
 
 def marked_processes(mark: str, folder: Path) -> list[Process]:
-    """Return the processes, other than this one, that belong to a launch.
+    """Return the processes of a launch, other than this one.
 
-    Ray overwrites the environment of some of its agents when it renames them. Those show an
-    empty one, and are known by their working directory instead.
+    Ray overwrites the environment of some agents when it renames them: an agent whose environment
+    reads as empty is recognised by its working directory.
     """
     found = []
     inside = (str(folder), f"{folder} (deleted)")
@@ -228,7 +185,7 @@ def marked_processes(mark: str, folder: Path) -> list[Process]:
 
 
 def end_marked(mark: str, folder: Path) -> None:
-    """Terminate what belongs to a launch, then kill what is left after `GRACE_SECONDS`."""
+    """Terminate the processes of a launch; kill those left after `GRACE_SECONDS`."""
     for attempt in range(10):
         processes = marked_processes(mark, folder)
         if not processes:
@@ -245,7 +202,7 @@ def end_marked(mark: str, folder: Path) -> None:
 
 
 def is_alive(process: Process) -> bool:
-    """Tell whether a process still runs; a zombie does not."""
+    """Return whether a process still runs; a zombie does not."""
     try:
         return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -253,7 +210,7 @@ def is_alive(process: Process) -> bool:
 
 
 def listens(pid: int, port: int) -> bool:
-    """Tell whether process `pid` itself accepts connections on `port`."""
+    """Return whether process `pid` itself accepts connections on `port`."""
     try:
         connections = psutil.Process(pid).net_connections(kind="tcp")
     except psutil.Error:
@@ -265,7 +222,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody uses at this moment."""
+    """Return a TCP port of 127.0.0.1 that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

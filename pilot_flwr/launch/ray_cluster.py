@@ -1,14 +1,11 @@
-"""The simulation on an existing Ray cluster: which one, what it offers, how Flower gets there.
+"""Run the simulation on an existing Ray cluster: find it, check its machines, connect Flower to it.
 
 `simulation.address` names the cluster, else the environment variable ``RAY_ADDRESS``; without
 either, or with ``local``, a run starts a Ray of its own on this machine. Flower's engine connects
-by ``RAY_ADDRESS`` and makes one actor per client that fits on each node, so that a cluster is
-used whole; only one client's part is configurable. docs/cluster.md is the user's page.
-
-An existing Ray cluster is looked at before a run: whether it answers and each node will do.
-
-The look is `pilot_flwr.launch.ray_preflight`'s, in a process of its own with a time limit. What
-a node lacks is said before any training, node by node: the run folder, data, packages.
+by ``RAY_ADDRESS`` and starts one actor per client that fits on each node, so a cluster is used
+whole; only one client's share is configurable. Before a run `pilot_flwr.launch.ray_preflight`
+asks every node, in a process of its own with a time limit, for the run folder, data and packages;
+what is missing is reported node by node. The user's page is docs/cluster.md.
 """
 
 import contextlib
@@ -36,7 +33,7 @@ from pilot_flwr.launch.processes import MARK_VARIABLE
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 
 HOME = ".flower"
-"""Flower's folder inside the run folder: the nodes import the app from the bundle in it."""
+"""Flower's folder in the run folder: the nodes import the app from the bundle in it."""
 
 FORWARDED = (
     "OMP_NUM_THREADS",
@@ -51,12 +48,22 @@ FORWARDED = (
 )
 """Environment variables of the user's shell that the clients on every node get."""
 
+PACKAGES = ("ray", "flwr", "torch", "transformers", "peft", "safetensors", "numpy", "hydra-core")
+"""Every node must have the versions that are installed here."""
+
+CONNECT_SECONDS = 10.0
+NODES_SECONDS = 90.0
+PREFLIGHT_SECONDS = 180.0
+
+ANSWER = "pilot-flwr preflight: "
+"""Prefix of the preflight's answer: Ray writes to the same stream."""
+
 _HOST_PORT = re.compile(r"[^\s/:]+:\d{1,5}|\[[0-9A-Fa-f:.]+\]:\d{1,5}")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: its name and address, CPUs and GPUs that Ray shares out there."""
+    """A machine of the cluster: name and address, and the CPUs and GPUs that Ray assigns there."""
 
     name: str
     cpus: float
@@ -65,17 +72,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """An existing Ray cluster, as it answered.
-
-    Parameters
-    ----------
-    address : str
-        ``HOST:PORT`` of its head.
-    nodes : tuple of Node
-        Those alive.
-    free_cpus, free_gpus : float
-        What no other job of the cluster uses at this moment.
-    """
+    """An existing Ray cluster: its head's ``HOST:PORT``, its live nodes, and what is unused now."""
 
     address: str
     nodes: tuple[Node, ...]
@@ -102,12 +99,8 @@ class Cluster:
     def federation_config(self, num_clients: int, simulation: SimulationConfig) -> str:
         """Return the value of ``flwr run --federation-config``.
 
-        Ray refuses limits for all of a simulation on a cluster that exists, so there are none.
-
-        Raises
-        ------
-        ConfigError
-            Not even one client fits: Flower would call that run completed.
+        On an existing cluster Ray refuses limits for the whole simulation, so there are none. A
+        cluster without room for one client is refused: Flower would call that run completed.
         """
         gpus = self.client_gpus(simulation)
         if not self.clients_at_a_time(simulation):
@@ -124,7 +117,7 @@ class Cluster:
         )
 
     def describe(self, simulation: SimulationConfig) -> str:
-        """Say in a line or two what the cluster offers, and whether others use it too."""
+        """Describe in a line or two what the cluster offers, and what other jobs use of it."""
         cpus, gpus = (sum(getattr(n, what) for n in self.nodes) for what in ("cpus", "gpus"))
         fitting = count(self.clients_at_a_time(simulation), "client")
         line = f"Ray cluster {self.address}: {count(len(self.nodes), 'machine')}, CPUs {cpus:g}, "
@@ -132,8 +125,8 @@ class Cluster:
         if self.free_cpus < cpus or self.free_gpus < gpus:
             line += (
                 f"\nOther jobs use the cluster: {self.free_cpus:g} of {cpus:g} CPUs and "
-                f"{self.free_gpus:g} of {gpus:g} GPUs are free. Flower counts on all of them, and "
-                "clients that it places on the others wait until those jobs end."
+                f"{self.free_gpus:g} of {gpus:g} GPUs are free. Flower plans with all of them; "
+                "clients placed on occupied ones wait until those jobs end."
             )
         return line
 
@@ -141,11 +134,7 @@ class Cluster:
 def address_of(simulation: SimulationConfig, environment: Mapping[str, str]) -> str:
     """Return the address of the cluster to use, ``auto`` included; empty for a Ray of our own.
 
-    Raises
-    ------
-    ConfigError
-        The address has another form, or `simulation.cpus` or `simulation.gpus` would limit a
-        cluster that exists.
+    An existing cluster cannot be limited by `simulation.cpus` or `simulation.gpus`.
     """
     name = "simulation.address" if simulation.address else ADDRESS_VARIABLE
     address = simulation.address or environment.get(ADDRESS_VARIABLE, "").strip()
@@ -179,19 +168,10 @@ def flower_home(folder: Path) -> Iterator[None]:
 def ray_environment(
     address: str, folder: Path, mark: str, base: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return what makes Flower's processes use a cluster instead of a Ray of their own.
+    """Return what makes Flower's processes use a cluster instead of starting a Ray of their own.
 
-    Parameters
-    ----------
-    address : str
-        ``HOST:PORT``.
-    folder : Path
-        The run folder; Flower's own folder, with the app's bundle, goes into it so that every
-        node runs this app and not what is installed there.
-    mark : str
-        The launch's, for its actors on this machine; Ray itself ends all of them with the job.
-    base : mapping
-        The user's environment, of which `FORWARDED` goes to the actors.
+    Flower's folder, with the app's bundle, is in the run folder so that every node runs this app
+    and not an installed one. `mark` marks the actors on this machine; Ray ends them with the job.
     """
     actors = {name: base[name] for name in FORWARDED if name in base}
     actors |= {MARK_VARIABLE: mark, "FLWR_TELEMETRY_ENABLED": "0"}
@@ -207,65 +187,28 @@ def _resources(node: Node) -> str:
     return f"CPUs {node.cpus:g}, GPUs {node.gpus:g}"
 
 
-PACKAGES = ("ray", "flwr", "torch", "transformers", "peft", "safetensors", "numpy", "hydra-core")
-"""Of which every node must have the version that is here."""
+def check_cluster(config: PilotConfig, address: str, folder: Path) -> tuple[Cluster, str]:
+    """Check a cluster for a run; return it and the value of ``flwr run --federation-config``.
 
-CONNECT_SECONDS = 10.0
-NODES_SECONDS = 90.0
-SURVEY_SECONDS = 180.0
-
-ANSWER = "pilot-flwr survey: "
-"""What the survey's line starts with; Ray writes to the same stream."""
-
-
-def prepare(config: PilotConfig, address: str, folder: Path) -> tuple[Cluster, str]:
-    """Return the cluster for a run, and the value of ``flwr run --federation-config``.
-
-    Parameters
-    ----------
-    config : PilotConfig
-        The run's, every path absolute.
-    address : str
-        From `pilot_flwr.launch.ray_cluster.address_of`.
-    folder : Path
-        The run folder; made if it is not there, and removed again if it is of no use.
-
-    Raises
-    ------
-    RunError
-        See `look_at`.
-    ConfigError
-        Not even one client fits.
+    The run folder is made if it does not exist, and removed again if the cluster is refused.
     """
     try:
-        found = look_at(address, folder, needed_paths(config))
+        found = inspect_cluster(address, folder, needed_paths(config))
         return found, found.federation_config(config.num_clients, config.simulation)
     except PilotError:
-        with contextlib.suppress(OSError):  # not empty: a run that goes on
+        with contextlib.suppress(OSError):  # not empty: a resumed run
             folder.rmdir()
         raise
 
 
-def look_at(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:
+def inspect_cluster(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:
     """Ask a cluster what it has, and whether every node can run clients of this run.
 
-    Parameters
-    ----------
-    address : str
-        From `address_of`.
-    folder : Path
-        The run folder; made if it is not there. Every node must see it and write in it.
-    paths : sequence of str
-        Absolute; must be there on every node.
-
-    Raises
-    ------
-    RunError
-        The cluster does not answer, has other versions of Ray or Python, or a node lacks
-        something; all that is missing is named, node by node.
+    Every node must see the run folder, which is made if it does not exist, and write in it; it must
+    have the absolute `paths` and the versions of `PACKAGES` that are here.
     """
     if address != "auto":
-        _knock(address)
+        _check_reachable(address)
     folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
     probe = folder / f".probe-{token}"
@@ -282,7 +225,7 @@ def look_at(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:
     probe.write_text(token, encoding="utf-8")
     try:
         answer = _ask(address, request)
-        complaints = [line for row in answer["nodes"] for line in _complaints(row, folder)]
+        complaints = [line for row in answer["nodes"] for line in _missing(row, folder)]
     finally:
         for left in folder.glob(f"{probe.name}*"):
             left.unlink(missing_ok=True)
@@ -290,7 +233,7 @@ def look_at(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:
         raise RunError(
             "The Ray cluster cannot run this simulation:\n"
             + "\n".join(f"- {line}" for line in complaints)
-            + "\nWhat every machine of a cluster needs: docs/cluster.md."
+            + "\nRequirements for every machine of a cluster: docs/cluster.md."
         )
     nodes = tuple(Node(row["name"], row["cpus"], row["gpus"]) for row in answer["nodes"])
     return Cluster(answer["address"], nodes, answer["free"]["CPU"], answer["free"]["GPU"])
@@ -309,8 +252,8 @@ def needed_paths(config: PilotConfig) -> list[str]:
     return sorted({str(path) for path in paths})
 
 
-def _knock(address: str) -> None:
-    """Raise unless something listens there: Ray itself would try for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise `RunError` unless something listens there: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
@@ -322,28 +265,23 @@ def _knock(address: str) -> None:
 
 
 def _ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "from pilot_flwr.launch.ray_preflight import main; main()",
-    ]
+    program = "from pilot_flwr.launch.ray_preflight import main; main()"
     environment = {k: v for k, v in os.environ.items() if k != ADDRESS_VARIABLE}
     try:
         done = subprocess.run(  # nosec B603  # no shell, our own program
-            [*command, json.dumps(request)],
+            [sys.executable, "-P", "-c", program, json.dumps(request)],
             cwd="/",
             env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=SURVEY_SECONDS,
+            timeout=PREFLIGHT_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise RunError(
-            f"The Ray cluster at {address} did not answer within {SURVEY_SECONDS:.0f} s."
+            f"The Ray cluster at {address} did not answer within {PREFLIGHT_SECONDS:.0f} s."
         ) from None
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     answer = json.loads(lines[-1].removeprefix(ANSWER)) if lines else {"error": done.stderr}
@@ -351,17 +289,17 @@ def _ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
         raise RunError(
             f"The Ray cluster at {address} cannot be used from this machine. `pilot-flwr run` "
             "must run on one of the cluster's own machines, with its versions of Ray and Python. "
-            f"Ray says: {' '.join(str(answer['error']).split()) or 'nothing'}"
+            f"Ray reports: {' '.join(str(answer['error']).split()) or 'nothing'}"
         )
     assert isinstance(answer, dict)
     return answer
 
 
-def _complaints(row: Mapping[str, Any], folder: Path) -> list[str]:
-    """Say what a node lacks."""
+def _missing(row: Mapping[str, Any], folder: Path) -> list[str]:
+    """List what a node lacks."""
     name, answer = row["name"], row["answer"]
     if answer is None:
-        reason = f" Ray says: {headline(row['error'])}" if row["error"] else ""
+        reason = f" Ray reports: {headline(row['error'])}" if row["error"] else ""
         return [f"{name} did not answer within {NODES_SECONDS:.0f} s.{reason}"]
     lines = []
     for package, there in answer["versions"].items():

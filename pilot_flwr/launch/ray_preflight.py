@@ -1,8 +1,7 @@
-"""A look at a Ray cluster, in a process of its own: `pilot_flwr.launch.ray_cluster` starts it.
+"""Ask every node of a Ray cluster what a client would find there; started by `ray_cluster`.
 
-A task on every node says what a client of the simulation would find there. The answer is one
-line of JSON on standard output. Ray can end the process that connects to it, or keep it waiting
-for minutes; that is why it is not the command line's own.
+The answer is one line of JSON on standard output. This is a program of its own because Ray can end
+the process that connects to it, or keep it waiting for minutes.
 """
 
 import json
@@ -16,22 +15,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def main() -> None:
-    """Survey the cluster that the first argument, JSON, asks about.
+    """Check the cluster described by the first argument, JSON.
 
-    Its keys: ``address`` of the cluster, ``folder`` of the run, ``token`` that the file
-    ``probe`` in it holds, ``paths`` that must be there, ``packages`` whose versions to tell,
-    ``seconds`` to wait for the nodes, and ``answer``, with which the line of the answer starts.
+    Its keys: ``address`` of the cluster, ``folder`` of the run, the file ``probe`` in it that
+    contains ``token``, ``paths`` that must exist, ``packages`` whose versions to report,
+    ``seconds`` to wait for the nodes, and ``answer``, the prefix of the answer's line.
     """
     request: dict[str, Any] = json.loads(sys.argv[1])
     answer: dict[str, Any]
     try:
-        answer = _survey(request)
+        answer = _inspect(request)
     except Exception as error:  # of many types, ray's own and Python's
         answer = {"error": str(error) or type(error).__name__}
     print(request["answer"] + json.dumps(answer), flush=True)
 
 
-def _survey(request: dict[str, Any]) -> dict[str, Any]:
+def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     # The path that Flower's simulation engine will give to the clients' processes.
     path = os.pathsep.join(filter(None, sys.path))
     ray.init(
@@ -51,21 +50,21 @@ def _survey(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask_nodes(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ask every node, and wait for those that Ray still takes for alive.
+    """Ask every node, and wait for those that Ray considers alive.
 
-    A node that has just died is seen as alive for half a minute. Flower would wait for clients
-    on it without end, so the survey outlasts that.
+    Ray notices a node's death after half a minute. Flower would wait for clients on it forever, so
+    this check outlasts that time.
     """
     answers: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
     pending: dict[str, Any] = {}
-    look = _looker()
+    check = _remote_check()
     deadline = time.monotonic() + float(request["seconds"])
     while True:
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         for identity in nodes.keys() - answers.keys() - pending.keys():
             place = NodeAffinitySchedulingStrategy(identity, soft=False)
-            pending[identity] = look.options(scheduling_strategy=place).remote(request, identity)
+            pending[identity] = check.options(scheduling_strategy=place).remote(request, identity)
         for identity in list(pending):
             if not ray.wait([pending[identity]], timeout=0)[0]:
                 continue
@@ -92,13 +91,10 @@ def _row(node: dict[str, Any], answer: dict[str, Any] | None, error: str) -> dic
     }
 
 
-def _looker() -> Any:
-    """Return the task as a function inside a function: Ray sends such a one with its code.
+def _remote_check() -> Any:
+    """Return the remote task, an inner function: Ray sends its code, so nodes need none of it."""
 
-    The nodes need not have this package.
-    """
-
-    def look(request: dict[str, Any], identity: str) -> dict[str, Any]:
+    def check(request: dict[str, Any], identity: str) -> dict[str, Any]:
         from importlib.metadata import PackageNotFoundError, version
         from pathlib import Path
 
@@ -122,4 +118,4 @@ def _looker() -> Any:
         missing = [path for path in request["paths"] if not Path(path).exists()]
         return {"versions": versions, "folder": complaint, "missing": missing}
 
-    return ray.remote(num_cpus=0, max_retries=0)(look)
+    return ray.remote(num_cpus=0, max_retries=0)(check)

@@ -1,15 +1,11 @@
-"""The SuperLinks that the user's Flower knows: the connections of its ``config.toml``.
+"""Run the app on an existing SuperLink, and follow it to its end from here.
 
-Run the app on a SuperLink that is already there, and follow it to its end from here.
-
-Nothing is started but Flower's command line. The run folder is on the SuperLink's machine, usually
-another one, so progress and verdict come from the ServerApp's log
-(`pilot_flwr.server.event_recorder`). A run that ends well says ``finished:completed`` to Flower and
-a verdict without failures in its log. What ends this command, Ctrl-C or a lost connection, does not
-end the run.
+The run folder is on the SuperLink's machine, usually another one, so progress and outcome come from
+the ServerApp's log (`pilot_flwr.server.event_recorder`). A run has succeeded if Flower says
+``finished:completed`` and the log's last verdict has no failures. Ending this command, by Ctrl-C or
+a lost connection, does not end the run.
 """
 
-import json
 import os
 import subprocess
 import time
@@ -17,29 +13,53 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pilot_flwr.config.overrides import toml_string
-from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_seconds, plain
+from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_path
 from pilot_flwr.launch.processes import Interrupted, ProcessSandbox, StopSignals
-from pilot_flwr.launch.simulation import flower_program
 from pilot_flwr.run.outcome import COMPLETED, Outcome, RunStatus
 from pilot_flwr.run.progress import LineTail
-from pilot_flwr.server import event_recorder as announcements
+from pilot_flwr.server import event_recorder
 from pilot_flwr.server.event_recorder import Announcement
+
+QUERY_SECONDS = 60.0
+RETRY_SECONDS = 5.0
+PATIENCE_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """A run on a SuperLink: Flower's id and the connection's name."""
+
+    id: str
+    connection: str
+
+    @property
+    def resume_hint(self) -> str:
+        """How to follow or stop the run after this command has ended."""
+        return (
+            f"The run continues without this command. To follow it:\n"
+            f"    flwr log {self.id} {self.connection} --stream\n"
+            f"To stop it:\n"
+            f"    flwr stop {self.id} {self.connection}"
+        )
+
+
+class Detached(Interrupted):
+    """A signal ended this command; the run continues."""
+
+    def __init__(self, signum: int, run: RemoteRun) -> None:
+        super().__init__(signum)
+        self.run = run
 
 
 def find_connection(name: str, environment: Mapping[str, str]) -> str:
     """Return the address of a connection of Flower's ``config.toml``.
 
-    Raises
-    ------
-    ConfigError
-        The file has no such connection, or it is one of Flower's local simulations.
+    Raises `ConfigError` if there is none of this name, or it is a simulation on this machine.
     """
-    home = environment.get("FLWR_HOME")
-    path = (Path(home) if home else Path.home() / ".flwr") / "config.toml"
+    path = _flower_home(environment) / "config.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
     except FileNotFoundError:
@@ -55,66 +75,23 @@ def find_connection(name: str, environment: Mapping[str, str]) -> str:
     address = str(found[name].get("address", ""))
     if not address or address.startswith(":"):
         raise ConfigError(
-            f"`--superlink` is {name!r}, which in {path} is no SuperLink but a simulation here; "
-            "for that leave `--superlink` out."
+            f"`--superlink` is {name!r}, which in {path} is a simulation on this machine and not a "
+            "SuperLink's address; for a simulation leave `--superlink` out."
         )
     return address
 
 
-TICK_SECONDS = 0.3
-QUERY_SECONDS = 60.0
-ANSWER_SECONDS = 300.0
-PATIENCE_SECONDS = 1800.0
-
-
-@dataclass(frozen=True)
-class RemoteRun:
-    """A run on a SuperLink: Flower's id and the connection's name."""
-
-    id: str
-    connection: str
-
-    @property
-    def resume_hint(self) -> str:
-        """How to follow and stop a run that this command has left."""
-        return (
-            f"The run goes on without this command. To follow it:\n"
-            f"    flwr log {self.id} {self.connection} --stream\n"
-            f"To stop it:\n"
-            f"    flwr stop {self.id} {self.connection}"
-        )
-
-
-class Detached(Interrupted):
-    """The command was told to stop; the run goes on.
-
-    Parameters
-    ----------
-    signum : int
-        The signal that said so.
-    run : RemoteRun
-        What goes on.
-    """
-
-    def __init__(self, signum: int, run: RemoteRun) -> None:
-        super().__init__(signum)
-        self.run = run
-
-
 def run_remotely(
-    app: Path,
     overrides: str,
     connection: str,
     *,
     out: Callable[[str], None],
     verbose: bool = False,
 ) -> tuple[Outcome, Announcement | None]:
-    """Submit a Flower app to a SuperLink and follow it to its end.
+    """Submit a run to a SuperLink and follow it to its end.
 
     Parameters
     ----------
-    app : Path
-        Folder of the app's pyproject.toml.
     overrides : str
         The app's run config value `overrides`.
     connection : str
@@ -129,18 +106,25 @@ def run_remotely(
     Outcome
         Whether the run succeeded, and why not.
     Announcement or None
-        What the ServerApp said last, if it reached its end.
+        The ServerApp's verdict, if it reached its end.
 
     Raises
     ------
     RunError
         The run was not accepted.
     Detached
-        A signal said stop; the run goes on.
+        A signal ended this command.
     """
-    with StopSignals() as signals, ProcessSandbox() as workplace:
-        flower = _CommandLine(workplace, signals)
-        run = RemoteRun(flower.submit(app, overrides, connection), connection)
+    with StopSignals() as signals, ProcessSandbox() as sandbox:
+        environment = {
+            **os.environ,
+            "PATH": flower_path(os.environ),
+            "FLWR_HOME": os.path.abspath(_flower_home(os.environ)),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        flower = FlowerCLI(sandbox, signals, environment, connection)
+        run = RemoteRun(flower.submit(app_folder(sandbox.folder), overrides), connection)
         out(f"Run {run.id} on {connection}; `flwr stop {run.id} {connection}` stops it.")
         try:
             return _follow(flower, run, out, verbose)
@@ -149,26 +133,26 @@ def run_remotely(
 
 
 def _follow(
-    flower: "_CommandLine", run: RemoteRun, out: Callable[[str], None], verbose: bool
+    flower: FlowerCLI, run: RemoteRun, out: Callable[[str], None], verbose: bool
 ) -> tuple[Outcome, Announcement | None]:
     """Show the log until Flower says that the run has finished.
 
-    The log's stream ends with the run, or when the connection does: then it is asked for anew and
-    shown from where it was, until `PATIENCE_SECONDS` after the SuperLink's last answer.
+    The log's stream ends with the run, or when the connection breaks: then the stream is started
+    again and shown from where it was, until `PATIENCE_SECONDS` after the SuperLink's last answer.
     """
-    log = _Log(flower.workplace.folder / "log", out, verbose)
+    log = _Log(flower.sandbox.folder / "log", out, verbose)
     stream: subprocess.Popen[bytes] | None = None
     asked = answered = time.monotonic()
     while True:
         if stream is None:
-            stream = flower.stream_log(run, log.path)
+            stream = flower.stream_log(run.id, log.path)
         flower.pause()
         log.show()
         now = time.monotonic()
         ended = stream.poll() is not None
         if not ended and now - asked < QUERY_SECONDS:
             continue
-        status = flower.status(run)
+        status = flower.status(run.id)
         asked = time.monotonic()
         if status.finished:
             log.finish(flower, run)
@@ -178,7 +162,7 @@ def _follow(
             gone = f"The SuperLink has not answered for {human_seconds(asked - answered)}."
             return Outcome(False, (gone, run.resume_hint)), log.verdict
         if ended:
-            flower.pause(5.0)
+            flower.pause(RETRY_SECONDS)
             stream = None
 
 
@@ -214,95 +198,23 @@ class _Log:
     def show(self) -> None:
         """Print what is new; the last verdict counts."""
         for line in self._tail.read():
-            said = announcements.read(line)
+            said = event_recorder.read(line)
             if isinstance(said, Announcement):
                 self.verdict = said
             elif isinstance(said, str):
                 self._out(said)
-            elif self._verbose or announcements.is_alarm(line):
+            elif self._verbose or event_recorder.is_alarm(line):
                 self._out(plain(line))
 
-    def finish(self, flower: "_CommandLine", run: RemoteRun) -> None:
-        """Print what was written after the stream broke off, once the run has finished."""
-        whole = flower.whole_log(run)
-        if whole is not None and len(whole) >= self.path.stat().st_size:
-            self.path.write_bytes(whole)
+    def finish(self, flower: FlowerCLI, run: RemoteRun) -> None:
+        """Once the run has finished, print what was written after the stream broke off."""
+        path = flower.sandbox.folder / "whole"
+        complete = flower.wait(flower.stream_log(run.id, path)) == 0
+        if complete and path.stat().st_size >= self.path.stat().st_size:
+            self.path.write_bytes(path.read_bytes())
         self.show()
 
 
-class _CommandLine:
-    """Flower's command line, with the user's own connections."""
-
-    def __init__(self, workplace: ProcessSandbox, signals: StopSignals) -> None:
-        self.workplace = workplace
-        self._signals = signals
-        programs = str(flower_program("flwr").parent)
-        self._environment = {
-            **os.environ,
-            "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
-            "FLWR_HOME": os.path.abspath(os.environ.get("FLWR_HOME") or Path.home() / ".flwr"),
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
-
-    def submit(self, app: Path, overrides: str, connection: str) -> str:
-        """Submit the app and return Flower's id of the run."""
-        config = f"overrides={toml_string(overrides)}"
-        answer = self._ask("run", str(app), connection, "--run-config", config)
-        if not answer.get("success") or not answer.get("run-id"):
-            reason = answer.get("error-message") or answer.get("error") or "no reason given"
-            raise RunError(f"The SuperLink did not accept the run: {str(reason).strip()}")
-        return str(answer["run-id"])
-
-    def status(self, run: RemoteRun) -> RunStatus:
-        """Ask for the run's status; unknown if the SuperLink does not answer."""
-        runs = self._ask("list", run.connection, "--run-id", run.id).get("runs")
-        row = runs[0] if isinstance(runs, list) and runs else {}
-        return RunStatus(str(row.get("status", "")), str(row.get("status-details", "")))
-
-    def stream_log(self, run: RemoteRun, path: Path) -> subprocess.Popen[bytes]:
-        """Write the run's log into a file, from its beginning, as it grows."""
-        return self._spawn(["log", run.id, run.connection, "--stream"], path)
-
-    def whole_log(self, run: RemoteRun) -> bytes | None:
-        """Return the log of a finished run; its stream ends by itself."""
-        path = self.workplace.folder / "whole"
-        child = self._spawn(["log", run.id, run.connection, "--stream"], path)
-        return path.read_bytes() if self._wait(child) == 0 else None
-
-    def pause(self, seconds: float = TICK_SECONDS) -> None:
-        """Wait; a signal ends it."""
-        deadline = time.monotonic() + seconds
-        while True:
-            self._signals.check()
-            if (rest := deadline - time.monotonic()) <= 0:
-                return
-            time.sleep(min(rest, TICK_SECONDS))
-
-    def _ask(self, *arguments: str) -> dict[str, Any]:
-        """Run a ``flwr`` command and return its JSON answer."""
-        path = self.workplace.folder / "answer"
-        self._wait(self._spawn([*arguments, "--format", "json"], path))
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
-        try:
-            parsed = json.loads(text)
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
-            return parsed
-        return {"success": False, "error": text or f"`flwr {arguments[0]}` gave no answer"}
-
-    def _spawn(self, arguments: list[str], path: Path) -> subprocess.Popen[bytes]:
-        with path.open("wb") as stdout:
-            return self.workplace.spawn(
-                [str(flower_program("flwr")), *arguments],
-                self._environment,
-                stdout=stdout,
-                stderr=subprocess.DEVNULL,
-            )
-
-    def _wait(self, child: subprocess.Popen[bytes]) -> int | None:
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while child.poll() is None and time.monotonic() < deadline:
-            self.pause()
-        return child.poll()
+def _flower_home(environment: Mapping[str, str]) -> Path:
+    home = environment.get("FLWR_HOME")
+    return Path(home) if home else Path.home() / ".flwr"

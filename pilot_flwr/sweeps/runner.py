@@ -28,9 +28,9 @@ from pilot_flwr.config.loading import config_folder, load_config
 from pilot_flwr.config.overrides import hydra_text, path_override
 from pilot_flwr.errors import ConfigError, PilotError, RunError
 from pilot_flwr.formatting import count, headline, human_seconds
-from pilot_flwr.launch.execute import carry_out
 from pilot_flwr.launch.prepare import Prepared, check_settings, engine_options, prepare
-from pilot_flwr.launch.processes import Interrupted, Stopped, stoppable
+from pilot_flwr.launch.processes import StopSignals
+from pilot_flwr.launch.simulation import run_prepared
 from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.outcome import COMPLETED, Outcome, RunStatus, evaluate_outcome
 from pilot_flwr.server.resume import OVERRIDES, check_resumable
@@ -125,9 +125,7 @@ def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -
                 prepared = _prepare(folder.run(job), job)
             folder.forget_outcome(job)
             out("going on" if prepared.resumed else "begins")
-            outcome = carry_out(prepared, out=live)
-        except Interrupted:
-            raise
+            outcome = run_prepared(prepared, out=live)
         except Exception as error:
             if not isinstance(error, PilotError | OSError):
                 print(traceback.format_exc(), file=log, flush=True)
@@ -252,11 +250,8 @@ def one_job(_: Any) -> None:
     if list(settings.overrides.task) != list(job.words):
         raise RunError(f"Hydra's job {number} is {list(settings.overrides.task)}, not {job.name}.")
     label = f"[{number + 1}/{len(plan.current)}] {job.name}"
-    try:
-        with _hydra_put_aside():
-            run_job(folder, job, out=lambda line: _say(f"{label}: {line}"), verbose=plan.verbose)
-    except Interrupted as stop:
-        raise Stopped(stop.signum) from None  # no launcher takes it for one job's failure
+    with _hydra_put_aside():
+        run_job(folder, job, out=lambda line: _say(f"{label}: {line}"), verbose=plan.verbose)
     _renew_results(folder, plan)
 
 
@@ -273,7 +268,7 @@ def _multirun(settings: Sequence[str], launcher: Sequence[str]) -> None:
         one_job
     )
     try:
-        with _arguments("--multirun", *settings, *launcher), stoppable():
+        with _arguments("--multirun", *settings, *launcher), StopSignals(at_once=True):
             main()
     except SystemExit as end:  # Hydra has printed why
         if end.code:

@@ -12,12 +12,11 @@ import pytest
 from flowerlab import nothing_left, write_app
 
 from pilot_flwr.cli import main as cli
-from pilot_flwr.config import overrides as submission
 from pilot_flwr.config.loading import load_config, to_yaml
 from pilot_flwr.errors import RunError
 from pilot_flwr.launch import simulation as launch_module
-from pilot_flwr.launch.prepare import LAUNCH_LOCK
 from pilot_flwr.launch.processes import Interrupted
+from pilot_flwr.launch.simulation import LAUNCH_LOCK
 from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.outcome import Outcome
 
@@ -50,7 +49,7 @@ def launched(monkeypatch, tmp_path):
 def test_success(launched, capsys, tmp_path):
     assert cli.main(["run", "name=trial", "--verbose", "strategy.rounds=1"]) == 0
     ((app, overrides, federation, folder, verbose),) = launched.calls
-    assert app == submission.app_folder()
+    assert app is None  # the package's own
     assert folder.parent == tmp_path / "outputs"
     assert folder.name.startswith("trial-")
     assert overrides == f"name=trial strategy.rounds=1 run.folder={folder}"
@@ -98,7 +97,7 @@ def test_a_failed_run_is_exit_code_1(launched, capsys):
     folder = launched.calls[0][3]
     assert capsys.readouterr().err == (
         "\nThe run failed.\nClient c1 failed.\nFull log: x\n"
-        f"To go on: pilot-flwr run resume={folder}\n"
+        f"To resume: pilot-flwr run resume={folder}\n"
     )
 
 
@@ -168,8 +167,9 @@ def test_help_imports_nothing_heavy():
 REAL = """
 import sys
 from pathlib import Path
-from pilot_flwr import cli, submission
-submission.app_folder = lambda: Path({app!r})
+from pilot_flwr.cli import main as cli
+from pilot_flwr.launch import simulation
+simulation.app_folder = lambda scratch: Path({app!r})
 sys.exit(cli.main(["run", "run.folder=run", "simulation.cpus=2", "data.clients_per_task=1"]))
 """
 
@@ -306,7 +306,7 @@ def test_resume_alone_fills_in_the_runs_own_words(launched, stopped, capsys):
     assert (config.seed, config.data.tasks, config.resume) == (5, ["vqa"], str(stopped))
     assert folder == stopped and config.run.folder == str(stopped)
     assert launched.more[-1]["resumed"]
-    assert "3 clients, going on in run folder" in capsys.readouterr().out
+    assert "3 clients, resuming in run folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_resume_with_words_that_fit(launched, stopped, words, more):
         (["seed=6", "resume=old"], "`seed` is 6 but was 5 in the run"),
         (["strategy.rounds=2", "resume=old"], "`strategy.rounds` is 2 but must not be below 3"),
         (["run.folder=new", "resume=old"], "`run.folder` is 'new' but the resumed run is in"),
-        (["resume=nowhere"], "which holds no run to go on with"),
+        (["resume=nowhere"], "which holds no run to"),
         (["resume='~nobody-at-all/run'"], "`resume` begins with '~'"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from flowerlab import leftovers, nothing_left, pretend_flower, write_app
 
 from pilot_flwr.errors import RunError
-from pilot_flwr.launch import simulation as launch_module
+from pilot_flwr.launch import simulation
 from pilot_flwr.launch.processes import Interrupted, ProcessSandbox, StopSignals, marked_processes
 from pilot_flwr.launch.simulation import flower_environment, launch
 
@@ -51,7 +51,7 @@ def test_a_run_with_ray_succeeds_and_leaves_nothing(tmp_path: Path, monkeypatch)
         ("client raises", "Client c1 failed in exchange 1 (train): ValueError: the client is not"),
         ("client exits", "Client c1 failed in exchange 1 (train): The actor died unexpectedly"),
         ("server raises", "the server gave up"),
-        ("server exits", "The simulation's process ended without a word"),
+        ("server exits", "The simulation's process ended without reporting"),
     ],
 )
 def test_a_run_with_ray_that_fails_says_why(tmp_path: Path, monkeypatch, mode, words):
@@ -66,7 +66,7 @@ def test_a_run_with_ray_that_fails_says_why(tmp_path: Path, monkeypatch, mode, w
     ("program", "words"),
     [
         ("flower-superlink", "SuperLink ended with code -9"),
-        ("flwr-simulation", "The simulation's process ended without a word"),
+        ("flwr-simulation", "The simulation's process ended without reporting"),
         ("raylet", "Client c1 failed in exchange 1 (train): The actor died unexpectedly"),
     ],
 )
@@ -101,7 +101,7 @@ def _find(program: str, base: Path) -> list[psutil.Process]:
     ("kinds", "words"),
     [
         ({"lifetime": 3}, "SuperLink ended with code 7"),
-        ({"simulation_seconds": 1}, "The simulation's process ended without a word"),
+        ({"simulation_seconds": 1}, "The simulation's process ended without reporting"),
         ({"log_seconds": 0, "list": FINISHED}, "The ServerApp wrote no result.json"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_run_that_cannot_finish_is_noticed(tmp_path: Path, monkeypatch, kinds,
 
 def test_a_simulation_that_never_starts_is_noticed(tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch, simulation_seconds=None)
-    monkeypatch.setattr(launch_module, "START_SECONDS", 3.0)
+    monkeypatch.setattr(simulation, "START_SECONDS", 3.0)
     with nothing_left(monkeypatch):
         outcome, _ = run(tmp_path, tmp_path / "run")
     assert "did not start the simulation within 3 s" in outcome.explanation[0]
@@ -126,7 +126,7 @@ def test_a_simulation_that_never_starts_is_noticed(tmp_path: Path, monkeypatch):
 
 def test_a_run_that_hangs_after_its_result_is_ended(tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch)
-    monkeypatch.setattr(launch_module, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(simulation, "FINISH_SECONDS", 1.0)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(GOOD))
@@ -137,7 +137,7 @@ def test_a_run_that_hangs_after_its_result_is_ended(tmp_path: Path, monkeypatch)
 
 def test_a_status_is_asked_for_again_while_the_log_says_nothing(tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch, list=FINISHED)
-    monkeypatch.setattr(launch_module, "QUERY_SECONDS", 1.0)
+    monkeypatch.setattr(simulation, "QUERY_SECONDS", 1.0)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(GOOD))
@@ -204,11 +204,6 @@ def test_the_environment_is_the_users_made_safe(tmp_path: Path):
     assert environment["FLWR_HOME"] == str(tmp_path / "flwr")
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert "HF_HUB_OFFLINE" not in flower_environment(tmp_path, {})
-
-
-def test_a_missing_program_is_named():
-    with pytest.raises(RunError, match="`no-such-program` is not installed beside"):
-        launch_module.flower_program("no-such-program")
 
 
 STUBBORN = """

@@ -1,6 +1,6 @@
 """The simulation on a Ray cluster: settings, the look at its machines, and Flower's count.
 
-What takes a real cluster is in tests/test_cluster_runs.py.
+What takes a real cluster is in test_ray_cluster_runs.py.
 """
 
 import json
@@ -21,8 +21,7 @@ from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import SimulationConfig
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.launch import ray_cluster as cluster_nodes
-from pilot_flwr.launch import ray_preflight as cluster_survey
+from pilot_flwr.launch import ray_cluster, ray_preflight
 from pilot_flwr.launch.processes import free_port
 from pilot_flwr.launch.ray_cluster import Cluster, Node, address_of, ray_environment
 
@@ -134,17 +133,17 @@ def test_the_environment_for_flower(tmp_path):
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
     started = time.monotonic()
     with pytest.raises(RunError, match="cannot be reached from here: .*Connection refused"):
-        cluster_nodes.prepare(load_config(), f"127.0.0.1:{free_port()}", tmp_path / "run")
+        ray_cluster.check_cluster(load_config(), f"127.0.0.1:{free_port()}", tmp_path / "run")
     assert time.monotonic() - started < 5
     assert not (tmp_path / "run").exists()
 
 
 def test_a_cluster_that_does_not_answer_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_nodes, "SURVEY_SECONDS", 2.0)
+    monkeypatch.setattr(ray_cluster, "PREFLIGHT_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(RunError, match="did not answer within 2 s"):
-            cluster_nodes.prepare(load_config(), address, tmp_path / "run")
+            ray_cluster.check_cluster(load_config(), address, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -157,7 +156,7 @@ def look(folder, **changes):
         "paths": [],
         "packages": [],
     }
-    return cluster_survey._looker()._function({**request, **changes}, "node")
+    return ray_preflight._remote_check()._function({**request, **changes}, "node")
 
 
 def test_a_machine_says_what_is_there(tmp_path):
@@ -172,7 +171,7 @@ def test_a_machine_says_what_is_there(tmp_path):
 
 
 def test_what_a_machine_lacks_is_said_for_each(tmp_path, monkeypatch):
-    here = {package: version(package) for package in cluster_nodes.PACKAGES}
+    here = {package: version(package) for package in ray_cluster.PACKAGES}
     good = {"versions": here, "folder": "", "missing": []}
     bad = {
         "versions": {**here, "torch": "1.0", "peft": ""},
@@ -185,9 +184,9 @@ def test_what_a_machine_lacks_is_said_for_each(tmp_path, monkeypatch):
         {"name": "c (10.0.0.3)", "cpus": 1, "gpus": 0, "answer": None, "error": ""},
     ]
     answer = {"address": "a:1", "nodes": rows, "free": {"CPU": 3, "GPU": 0}}
-    monkeypatch.setattr(cluster_nodes, "_ask", lambda address, request: answer)
+    monkeypatch.setattr(ray_cluster, "_ask", lambda address, request: answer)
     with pytest.raises(RunError) as raised:
-        cluster_nodes.look_at("auto", tmp_path / "run")
+        ray_cluster.inspect_cluster("auto", tmp_path / "run")
     assert str(raised.value).splitlines()[1:-1] == [
         f"- b (10.0.0.2) has torch 1.0; here it is {here['torch']}.",
         f"- b (10.0.0.2) has peft not installed; here it is {here['peft']}.",
@@ -197,7 +196,9 @@ def test_what_a_machine_lacks_is_said_for_each(tmp_path, monkeypatch):
         "- c (10.0.0.3) did not answer within 90 s.",
     ]
     rows[1:] = []
-    assert cluster_nodes.look_at("auto", tmp_path / "run").nodes == (Node("a (10.0.0.1)", 1, 0),)
+    assert ray_cluster.inspect_cluster("auto", tmp_path / "run").nodes == (
+        Node("a (10.0.0.1)", 1, 0),
+    )
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -206,5 +207,5 @@ def test_the_paths_that_clients_read(tmp_path):
     config = load_config(shlex.join(expand([f"data={federation}", f"model.path={sys.prefix}"])))
     names = ["train.json", "test.json", "images"]
     wanted = [sys.prefix, *(str(tmp_path / "vqa" / name) for name in names)]
-    assert cluster_nodes.needed_paths(config) == sorted(wanted)
-    assert cluster_nodes.needed_paths(load_config()) == []
+    assert ray_cluster.needed_paths(config) == sorted(wanted)
+    assert ray_cluster.needed_paths(load_config()) == []

@@ -101,7 +101,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, capsys):
     thread.start()
     assert cli.main(["run", *few, f"run.folder={stopped}"]) == 143
     thread.join()
-    assert f"To go on: pilot-flwr run resume={stopped}" in capsys.readouterr().err
+    assert f"To resume: pilot-flwr run resume={stopped}" in capsys.readouterr().err
     assert cli.main(["run", f"resume={stopped}"]) == 0
     assert_same(tmp_path / "whole", stopped)
 

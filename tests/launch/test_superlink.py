@@ -13,7 +13,7 @@ from flowerlab import pretend_flower
 from pilot_flwr.cli.main import main
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.launch import superlink as remote
+from pilot_flwr.launch import flower_cli
 from pilot_flwr.launch.superlink import (
     Detached,
     RemoteRun,
@@ -144,7 +144,6 @@ def flower(tmp_path, monkeypatch):
         text = text.replace("SECONDS", str(seconds)).replace("STATUS", status)
         first = (folder / "flwr").read_text().splitlines()[0]
         (folder / "flwr").write_text(f"{first}\n{text}")
-        monkeypatch.setattr(remote, "flower_program", lambda name: folder / name)
         home = tmp_path / "home"
         home.mkdir()
         (home / "config.toml").write_text(CONFIG)
@@ -217,15 +216,15 @@ def test_a_signal_ends_the_command_and_not_the_run(flower, tmp_path):
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     with pytest.raises(Detached) as left:
-        run_remotely(tmp_path, "", "pilot", out=say)
+        run_remotely("", "pilot", out=say)
     assert "flwr stop 7 pilot" in left.value.run.resume_hint
     assert "flwr log 7 pilot --stream" in left.value.run.resume_hint
 
 
 def test_a_superlink_that_refuses_says_why(flower, tmp_path):
     flower([])
-    program = remote.flower_program("flwr")
+    program = flower_cli.flower_program("flwr")
     refusal = '{"success": false, "error-message": "no such federation"}'
     program.write_text(program.read_text().replace('{"success": true, "run-id": "7"}', refusal))
     with pytest.raises(RunError, match="did not accept the run: no such federation"):
-        run_remotely(tmp_path, "", "pilot", out=print)
+        run_remotely("", "pilot", out=print)

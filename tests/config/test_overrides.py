@@ -11,7 +11,7 @@ import torch
 from pilot_flwr.config import overrides as submission
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import SimulationConfig
-from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.errors import ConfigError
 
 NASTY = [
     "/plain/path-1.0_x",
@@ -137,16 +137,3 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path):
     for configured in (tmp_path, tmp_path / "result.json"):
         with pytest.raises(ConfigError, match="`run.folder` is .* but must be a new or empty"):
             submission.run_folder(str(configured), "demo", now)
-
-
-def test_the_app_is_this_checkout():
-    assert (submission.app_folder() / "pyproject.toml").is_file()
-
-
-def test_without_a_checkout_there_is_no_app(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(submission, "__file__", str(tmp_path / "pilot_flwr" / "submission.py"))
-    with pytest.raises(RunError, match="no Flower app in .*pip install -e"):
-        submission.app_folder()
-    (tmp_path / "pyproject.toml").write_text("[tool.other]\n")
-    with pytest.raises(RunError, match="no Flower app"):
-        submission.app_folder()

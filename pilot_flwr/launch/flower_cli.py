@@ -1,0 +1,168 @@
+"""Drive Flower's command line: submit the app, follow its log, ask for its status.
+
+``flwr run --stream`` returns 0 even when the run failed, so the app is submitted with
+``--format json`` and its status is asked for with ``flwr list``.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.config.overrides import toml_string
+from pilot_flwr.errors import RunError
+from pilot_flwr.launch.processes import ProcessSandbox, StopSignals
+from pilot_flwr.run.outcome import RunStatus
+
+TICK_SECONDS = 0.3
+ANSWER_SECONDS = 300.0
+
+
+class FlowerCLI:
+    """Flower's programs in a sandbox, pointed at one connection of its ``config.toml``.
+
+    A signal ends every wait with `pilot_flwr.launch.processes.Interrupted`.
+    """
+
+    def __init__(
+        self,
+        sandbox: ProcessSandbox,
+        signals: StopSignals,
+        environment: Mapping[str, str],
+        connection: str,
+    ) -> None:
+        self.sandbox = sandbox
+        self._signals = signals
+        self._environment = environment
+        self._connection = connection
+
+    def submit(self, app: Path, overrides: str, *options: str) -> str:
+        """Submit the app of a folder and return Flower's id of the run."""
+        config = f"overrides={toml_string(overrides)}"
+        answer = self._ask("run", str(app), self._connection, "--run-config", config, *options)
+        if not answer.get("success") or not answer.get("run-id"):
+            reason = answer.get("error-message") or answer.get("error") or "no reason given"
+            raise RunError(f"Flower did not accept the run: {str(reason).strip()}")
+        return str(answer["run-id"])
+
+    def status(self, run: str) -> RunStatus:
+        """Ask for a run's status; unknown if the SuperLink does not answer."""
+        runs = self._ask("list", self._connection, "--run-id", run).get("runs")
+        row = runs[0] if isinstance(runs, list) and runs else {}
+        return RunStatus(str(row.get("status", "")), str(row.get("status-details", "")))
+
+    def stream_log(self, run: str, path: Path) -> subprocess.Popen[bytes]:
+        """Write a run's log to a file, from its beginning, as it grows."""
+        arguments = ("log", run, self._connection, "--stream")
+        with path.open("wb") as stdout:
+            return self.spawn("flwr", *arguments, stdout=stdout, stderr=subprocess.DEVNULL)
+
+    def spawn(
+        self, program: str, *arguments: str, stdout: Any, stderr: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start one of Flower's programs; `stdout` and `stderr` are as for `subprocess.Popen`."""
+        command = [str(flower_program(program)), *arguments]
+        return self.sandbox.spawn(command, self._environment, stdout=stdout, stderr=stderr)
+
+    def wait(self, child: "subprocess.Popen[bytes]") -> int | None:
+        """Return a child's exit code, or None if it still runs after `ANSWER_SECONDS`."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while child.poll() is None and time.monotonic() < deadline:
+            self.pause()
+        return child.poll()
+
+    def pause(self, seconds: float = TICK_SECONDS) -> None:
+        """Sleep; a signal ends it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._signals.check()
+            if (rest := deadline - time.monotonic()) <= 0:
+                return
+            time.sleep(min(rest, TICK_SECONDS))
+
+    def _ask(self, *arguments: str) -> dict[str, Any]:
+        """Run a ``flwr`` command and return its JSON answer."""
+        answer, complaint = (self.sandbox.folder / name for name in ("answer", "complaint"))
+        with answer.open("wb") as stdout, complaint.open("wb") as stderr:
+            command = (*arguments, "--format", "json")
+            self.wait(self.spawn("flwr", *command, stdout=stdout, stderr=stderr))
+        texts = [
+            p.read_text(encoding="utf-8", errors="replace").strip() for p in (answer, complaint)
+        ]
+        try:
+            parsed = json.loads(texts[0])
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict):
+            return parsed
+        said = "\n".join(filter(None, reversed(texts)))
+        return {"error": f"`flwr {arguments[0]}` gave no answer" + (f": {said}" if said else ".")}
+
+
+def flower_path(environment: Mapping[str, str]) -> str:
+    """Return ``PATH`` with Flower's programs first: Flower starts its own helpers by name."""
+    programs = str(flower_program("flwr").parent)
+    return os.pathsep.join([programs, environment.get("PATH", os.defpath)])
+
+
+def flower_program(name: str) -> Path:
+    """Return one of Flower's programs: beside the running Python, not via ``PATH``."""
+    for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
+        if (folder / name).is_file():
+            return folder / name
+    raise RunError(f"`{name}` is not installed beside {sys.executable}: `pip install flwr`.")
+
+
+def is_healthy(port: int) -> bool:
+    """Return whether the SuperLink at a port of 127.0.0.1 says that it is healthy."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def app_folder(scratch: Path) -> Path:
+    """Return the folder of the Flower app: the checkout, or one assembled from the package.
+
+    An installed package has no checkout, so its files, ``conf/`` and pyproject.toml are copied
+    below `scratch` in a checkout's layout: `pilot_flwr.flower.compatibility.code_hash` is equal.
+    """
+    package = Path(__file__).resolve().parents[1]
+    if _is_app(package.parent):
+        return package.parent
+    if not _is_app(package):
+        raise RunError(
+            f"There is no pyproject.toml of a Flower app in {package.parent} or {package}: install "
+            "pilot-flwr again, or clone its repository and install that with `pip install -e .`."
+        )
+    app = scratch / "pilot-flwr"  # Flower checks this name
+    ignored = shutil.ignore_patterns("__pycache__", "conf", "pyproject.toml")
+    shutil.copytree(package, app / package.name, ignore=ignored)
+    shutil.copytree(package / "conf", app / "conf")
+    project = (package / "pyproject.toml").read_text(encoding="utf-8")
+    # Flower refuses a pattern that matches nothing; what these exclude is not in the package.
+    project = re.sub(r"^fab-exclude = \[[^]]*\]\n", "", project, flags=re.MULTILINE)
+    (app / "pyproject.toml").write_text(project, encoding="utf-8")
+    return app
+
+
+def _is_app(folder: Path) -> bool:
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        components = project["tool"]["flwr"]["app"]["components"]
+        return bool(components["serverapp"].startswith("pilot_flwr."))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
