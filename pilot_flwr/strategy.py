@@ -38,8 +38,9 @@ from pilot_flwr.flower.messages import decode_report, decode_update
 from pilot_flwr.protocol import Instruction, Member, State, Update
 from pilot_flwr.run.checkpoint import save_checkpoint
 from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.events import AggregationMethod
 from pilot_flwr.run.provenance import RunIdentity
-from pilot_flwr.server.event_recorder import Journal
+from pilot_flwr.server.event_recorder import EventRecorder
 from pilot_flwr.server.roster import Present, Roster
 
 logger = logging.getLogger("flwr")
@@ -216,7 +217,12 @@ class PilotStrategy(ExchangeLoop):
         evaluate: bool = True,
     ) -> None:
         self.config, self.state, self.run, self.folder = config, state, run, folder
-        self.journal = Journal(folder, num_exchanges=self.num_exchanges, tasks=state.tasks)
+        self.journal = EventRecorder(
+            folder,
+            num_exchanges=self.num_exchanges,
+            tasks=state.tasks,
+            method=AggregationMethod.of(config),
+        )
         self.roster = Roster(
             run,
             state.tasks,

@@ -21,53 +21,36 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.errors import StateError
+from pilot_flwr.run import events
 from pilot_flwr.run.atomic import flush, write_text
+from pilot_flwr.run.events import (
+    KINDS,
+    ClientFailed,
+    Evaluated,
+    Resumed,
+    append,
+    history,
+    parse_event,
+    parse_events,
+    tasks_of,
+)
 
-Event = dict[str, Any]
+__all__ = ["Event", "RunFolder", "holds_token", "read_events", "select", "tasks_of"]
+
+Event = Any  # TODO: with `select`, for readers by string keys, until there is none
+select: Any = events.select
+
 _TOKEN = ".token"  # nosec B105  # a file's name
-
-
-def select(events: Sequence[Event], kind: str, server_round: int | None = None) -> list[Event]:
-    """Return the events of one kind, in order, and of one round if it is given."""
-    return [
-        event
-        for event in events
-        if event["event"] == kind and (server_round is None or event["round"] == server_round)
-    ]
-
-
-def tasks_of(events: Sequence[Event]) -> list[str]:
-    """Return the tasks of a run: those of all clients that took part or were scored, by name."""
-    rostered = {c["task"] for event in select(events, "roster") for c in event["clients"]}
-    return sorted(rostered | {event["task"] for event in select(events, "evaluate")})
-
-
-def history(events: Sequence[Event]) -> list[Event]:
-    """Return what counts: not the attempts at an exchange that were closed and then repeated.
-
-    A ``repeat`` event stays; with it goes what its attempt recorded before, the last `undone`
-    events.
-    """
-    kept: list[Event] = []
-    for event in events:
-        _add(kept, event)
-    return kept
-
-
-def _add(kept: list[Event], event: Event) -> None:
-    if event["event"] == "repeat" and event["undone"]:
-        del kept[-event["undone"] :]
-    kept.append(event)
 
 
 def read_events(folder: Path) -> list[Event]:
     """Read what counts of the events of a run folder, none if it has no ``metrics.jsonl``.
 
-    Its last line may be cut short, because a run may end while it is written: it is left out.
+    The last line may be cut short, because a run may die while it is written: it is left out.
 
     Raises
     ------
@@ -76,26 +59,12 @@ def read_events(folder: Path) -> list[Event]:
     """
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    events: list[Event] = []
-    for number, line in enumerate(lines, start=1):
+    if lines and not lines[-1].endswith(b"\n"):
         try:
-            event = json.loads(line)
-            if not _is_event(event):
-                raise ValueError("no event")
-            events.append(event)
-        except (ValueError, RecursionError):
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise StateError(f"{path}, line {number}, is no event of a run.") from None
-    return history(events)
-
-
-def _is_event(entry: Any) -> bool:
-    """Return whether a line is an event as far as `history` and `select` go by it."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("event"), str):
-        return False
-    undone = entry.get("undone")
-    return entry["event"] != "repeat" or (type(undone) is int and undone >= 0)
+            parse_event(lines[-1])
+        except ValueError:
+            lines.pop()
+    return history(parse_events(lines, path))
 
 
 def holds_token(folder: Path, token: str) -> bool:
@@ -114,12 +83,12 @@ class RunFolder:
     ----------
     path : Path
         Absolute; made if it does not exist.
-    events : sequence of dict
+    recorded : sequence of Event
         Every event that ``metrics.jsonl`` holds already, if the run goes on.
 
     Attributes
     ----------
-    events : list of dict
+    events : list of Event
         Those that count, see `history`.
     listener : callable
         Gets every event as it is recorded.
@@ -130,11 +99,11 @@ class RunFolder:
         folder as the server.
     """
 
-    def __init__(self, path: Path, events: Sequence[Event] = ()) -> None:
+    def __init__(self, path: Path, recorded: Sequence[events.Event] = ()) -> None:
         self.path = path
-        self.events = history(events)
-        self.lines = len(events)
-        self._started = time.time() - (events[-1]["elapsed"] if events else 0.0)
+        self.events = history(recorded)
+        self.lines = len(recorded)
+        self._started = time.time() - (recorded[-1].elapsed if recorded else 0.0)
         self.listener: Callable[[Event], None] = lambda event: None
         self.token = secrets.token_hex(16)
         self.write(_TOKEN, self.token)
@@ -144,22 +113,24 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoint"
 
-    def record(self, event: str, **values: Any) -> None:
-        """Append one event to ``metrics.jsonl``, at once; `elapsed` seconds are added."""
-        entry = {"event": event, "elapsed": round(time.time() - self._started, 3), **values}
-        _add(self.events, entry)
+    def record(self, event: Event | str, **values: Any) -> None:
+        """Append one event to ``metrics.jsonl``, at once, with the `elapsed` seconds."""
+        if isinstance(event, str):  # TODO: goes with the last writer of string keys
+            event = KINDS[event].from_dict(values)
+        event = replace(event, elapsed=round(time.time() - self._started, 3))
+        append(self.events, event)
         self.lines += 1
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.listener(entry)
+            file.write(json.dumps(event.to_dict()) + "\n")
+        self.listener(event)
 
     def flush(self) -> None:
         """Flush the events to disk: what is written next may count on them."""
         flush(self.path / "metrics.jsonl")
 
-    def select(self, kind: str, server_round: int | None = None) -> list[Event]:
-        """Return the events of one kind, in order, and of one round if it is given."""
-        return select(self.events, kind, server_round)
+    def select(self, kind: Any, exchange: int | None = None) -> list[Any]:  # TODO: typed
+        """Return the events of one kind, in order, and of one exchange if it is given."""
+        return events.select(self.events, kind, exchange)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder, atomically."""
@@ -172,16 +143,16 @@ class RunFolder:
         go on from its last checkpoint.
         """
         failures = [
-            {key: entry[key] for key in ("round", "phase", "client", "reason")}
-            for entry in self.select("failure")
+            {"round": f.exchange, "phase": f.phase, "client": f.client, "reason": f.reason}
+            for f in self.select(ClientFailed)
         ]
         result = {
             "status": "failed" if error else "completed",
             "error": error,
             "restartable": restartable,
             "failures": failures,
-            "scores": {entry["client"]: entry["score"] for entry in self.select("evaluate")},
-            "resumed": max([entry["attempt"] for entry in self.select("resume")], default=0),
+            "scores": {event.client: event.score for event in self.select(Evaluated)},
+            "resumed": max([event.attempt for event in self.select(Resumed)], default=0),
             "seconds": round(time.time() - self._started, 3),
         }
         self.write("result.json", json.dumps(result, indent=2) + "\n")

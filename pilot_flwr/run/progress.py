@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class LineTail:
         return complete.decode("utf-8", errors="replace").splitlines()
 
 
-Event = Mapping[str, Any]
+Event = Any  # TODO: typed
 LOSS_PARTS = ("ce", "difference", "balance", "z", "proximal")
 
 

@@ -23,9 +23,28 @@ from pilot_flwr.algorithm.norm_bounds import Verdict, too_few
 from pilot_flwr.algorithm.server_state import Aggregation
 from pilot_flwr.flower.codec import num_bytes
 from pilot_flwr.formatting import headline, one_line, plain
-from pilot_flwr.protocol import Member, Report, Update
+from pilot_flwr.protocol import LOSSES, Member, Report, Update
 from pilot_flwr.run.directory import RunFolder
-from pilot_flwr.run.progress import Event, Progress
+from pilot_flwr.run.events import (
+    Aggregated,
+    AggregationMethod,
+    ClientFailed,
+    ClientWarning,
+    Evaluated,
+    EvaluationClosed,
+    Event,
+    ExchangeClosed,
+    ExchangeRepeated,
+    InstructionSent,
+    NormChecked,
+    RosterCalled,
+    RosterEntry,
+    Trained,
+    mean_over_tasks,
+    task_scores,
+    tasks_of,
+)
+from pilot_flwr.run.progress import Progress
 from pilot_flwr.run.tables import summary, timeline
 
 MARK = "| "
@@ -144,10 +163,9 @@ def is_alarm(line: str) -> bool:
 
 
 logger = logging.getLogger("flwr")
-LOSS_PARTS = ("ce", "difference", "balance", "z", "proximal")
 
 
-class Journal:
+class EventRecorder:
     """Turns what the strategy sees into events.
 
     Parameters
@@ -160,8 +178,16 @@ class Journal:
         In the order of the tables' rows.
     """
 
-    def __init__(self, folder: RunFolder, *, num_exchanges: int, tasks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        num_exchanges: int,
+        tasks: Sequence[str],
+        method: AggregationMethod,
+    ) -> None:
         self.folder, self.num_exchanges, self.tasks = folder, num_exchanges, tuple(tasks)
+        self.method = method
         self._down: dict[str, int] = {}
         self._began = 0
         self._rejected: set[str] = set()
@@ -171,17 +197,16 @@ class Journal:
     ) -> None:
         """Write down who takes part, and in which stage; log whose number of examples changed."""
         declared = {
-            c["client"]: c["examples"] for e in self.folder.select("roster") for c in e["clients"]
+            entry.client: entry.examples
+            for event in self.folder.select(RosterCalled)
+            for entry in event.clients
         }
         for m in members:
             if (before := declared.get(m.client, m.examples)) != m.examples:
                 text = f"declares {m.examples} training examples, and declared {before} before."
                 self.warning(server_round, m.client, text)
-        clients = [
-            {"client": m.client, "task": m.task, "examples": m.examples, "stage": stages[m.client]}
-            for m in members
-        ]
-        self.folder.record("roster", round=server_round, clients=clients)
+        clients = [RosterEntry(m.client, m.task, m.examples, stages[m.client]) for m in members]
+        self.folder.record(RosterCalled(exchange=server_round, clients=tuple(clients)))
 
     def order(
         self, server_round: int, phase: str, member: Member, stage: int, content: RecordDict
@@ -190,36 +215,41 @@ class Journal:
         down = num_bytes(content)
         self._down[member.client] = sum(down.values())
         self.folder.record(
-            "order",
-            round=server_round,
-            phase=phase,
-            client=member.client,
-            task=member.task,
-            stage=stage,
-            down=down,
+            InstructionSent(
+                exchange=server_round,
+                phase=phase,
+                client=member.client,
+                task=member.task,
+                stage=stage,
+                down=down,
+            )
         )
 
     def update(self, server_round: int, stage: int, update: Update, report: Report) -> None:
         """Write down one client's training and the bytes that came from it."""
         assert report.training is not None
         numbers = report.training
+        privacy = report.privacy or {}
         self.folder.record(
-            "train",
-            round=server_round,
-            stage=stage,
-            client=update.client,
-            task=update.task,
-            loss=numbers.get("loss.total"),
-            **{f"loss_{n}": numbers.get(f"loss.{n}") for n in LOSS_PARTS},
-            examples=update.num_examples,
-            steps=numbers["steps"],
-            seconds=numbers["seconds"],
-            gradients=report.gradients,
-            bytes_down=self._down[update.client],
-            bytes_up=sum(report.sizes.values()),
-            up=report.sizes,
-            **report.times,
-            **(report.privacy or {}),
+            Trained(
+                exchange=server_round,
+                stage=stage,
+                client=update.client,
+                task=update.task,
+                losses={name: numbers.get(f"loss.{name}") for name in LOSSES},
+                examples=update.num_examples,
+                steps=int(numbers["steps"]),
+                seconds=numbers["seconds"],
+                gradients=report.gradients,
+                bytes_down=self._down[update.client],
+                bytes_up=sum(report.sizes.values()),
+                up=report.sizes,
+                started=report.times["started"],
+                session_seconds=report.times["turn_seconds"],
+                epsilon=privacy.get("epsilon"),
+                delta=privacy.get("delta"),
+                releases=int(privacy["releases"]) if privacy else None,
+            )
         )
         if report.privacy:
             logger.info(
@@ -235,28 +265,23 @@ class Journal:
         if result is None:
             return
         self.folder.record(
-            "evaluate",
-            round=server_round,
-            client=member.client,
-            task=member.task,
-            score=result.score,
-            metric=result.metric,
-            approximate=result.approximate,
-            cut=result.cut,
-            examples=result.examples,
-            seconds=result.seconds,
+            Evaluated(
+                exchange=server_round, client=member.client, task=member.task, **asdict(result)
+            )
         )
 
     def aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
         """Write down what the server's aggregation did."""
         self.folder.record(
-            "aggregate",
-            round=server_round,
-            seconds=seconds,
-            clients=len(done.clients),
-            tasks=done.tasks,
-            neighbors=done.neighbors,
-            distances=done.distances,
+            Aggregated(
+                exchange=server_round,
+                seconds=seconds,
+                clients=len(done.clients),
+                tasks={group: tuple(clients) for group, clients in done.tasks.items()},
+                neighbors=done.neighbors,
+                distances=done.distances,
+                method=self.method,
+            )
         )
 
     def update_norms(self, server_round: int, verdicts: Sequence[Verdict]) -> None:
@@ -264,13 +289,14 @@ class Journal:
         self._rejected = {v.client for v in verdicts if v.action == "rejected"}
         for v in verdicts:
             self.folder.record(
-                "update_norm",
-                round=server_round,
-                client=v.client,
-                action=v.action,
-                norms=v.norms,
-                bounds=v.bounds,
-                reason=v.reason,
+                NormChecked(
+                    exchange=server_round,
+                    client=v.client,
+                    action=v.action,
+                    norms=v.norms,
+                    bounds=v.bounds,
+                    reason=v.reason,
+                )
             )
             if v.action == "rejected":
                 self.failure(server_round, "train", v.client, f"Rejected: {v.reason}.")
@@ -285,7 +311,7 @@ class Journal:
         """Write down, and log, what is odd about a client that takes part all the same."""
         text = one_line(text)
         logger.warning("Exchange %d, %s: %s", server_round, client, text)
-        self.folder.record("warning", round=server_round, client=client, text=text)
+        self.folder.record(ClientWarning(exchange=server_round, client=client, text=text))
 
     def failure(
         self,
@@ -302,9 +328,9 @@ class Journal:
         """
         reason = one_line(reason)
         logger.warning("Exchange %d, %s, %s: %s", server_round, phase, client, reason)
-        up = {} if received is None else {"up": num_bytes(received)}
+        up = None if received is None else num_bytes(received)
         self.folder.record(
-            "failure", round=server_round, phase=phase, client=client, reason=reason, **up
+            ClientFailed(exchange=server_round, phase=phase, client=client, reason=reason, up=up)
         )
 
     def begin(self) -> None:
@@ -315,25 +341,25 @@ class Journal:
         """Write down, and log, that an exchange is repeated: what it recorded does not count."""
         logger.warning("%s The exchange is repeated.", reason)
         undone = len(self.folder.events) - self._began
-        self.folder.record("repeat", round=server_round, reason=reason, undone=undone)
+        self.folder.record(ExchangeRepeated(exchange=server_round, reason=reason, undone=undone))
 
     def close(self, server_round: int, seconds: float) -> float | None:
         """End an exchange's train phase; return the mean loss of its clients that told it."""
         self.folder.record(
-            "round", round=server_round, exchanges=self.num_exchanges, seconds=seconds
+            ExchangeClosed(exchange=server_round, exchanges=self.num_exchanges, seconds=seconds)
         )
         self.write_tables()
-        trained = self.folder.select("train", server_round)
-        counted = [e["loss"] for e in trained if e["client"] not in self._rejected]
+        trained = self.folder.select(Trained, server_round)
+        counted = [event.loss for event in trained if event.client not in self._rejected]
         losses = [loss for loss in counted if loss is not None]
         return float(sum(losses) / len(losses)) if losses else None
 
     def close_evaluation(self, server_round: int, seconds: float) -> float | None:
-        """End the closing evaluation; return the mean over clients of its scores."""
-        self.folder.record("closing_evaluation", round=server_round, seconds=seconds)
+        """End the closing evaluation; return the mean over tasks of its scores."""
+        self.folder.record(EvaluationClosed(exchange=server_round, seconds=seconds))
         self.write_tables()
-        scores = [e["score"] for e in self.folder.select("evaluate", server_round)]
-        return float(sum(scores) / len(scores)) if scores else None
+        scores = task_scores(self.folder.events, server_round)
+        return mean_over_tasks(scores, tasks_of(self.folder.events))
 
     def write_tables(self) -> None:
         """Write ``timeline.md`` and ``summary.md`` anew."""
@@ -342,4 +368,4 @@ class Journal:
 
     def reasons(self, server_round: int) -> list[str]:
         """Return why clients are missing in an exchange, first one first."""
-        return [e["reason"] for e in self.folder.select("failure", server_round)]
+        return [event.reason for event in self.folder.select(ClientFailed, server_round)]

@@ -27,7 +27,8 @@ from pilot_flwr.run.checkpoint import (
     latest_checkpoint,
     prune_checkpoints,
 )
-from pilot_flwr.run.directory import Event, RunFolder
+from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.events import Resumed, parse_events
 from pilot_flwr.run.provenance import RunIdentity, differences, keep_provenance, settings_hash
 
 
@@ -37,32 +38,6 @@ def read_lines(path: Path) -> list[bytes]:
         return path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-
-
-def parse(lines: list[bytes], path: Path) -> list[Event]:
-    """Return lines of ``metrics.jsonl`` as events.
-
-    Parameters
-    ----------
-    lines : list of bytes
-        Whole lines, from the first on.
-    path : Path
-        Where they are from, for the error.
-
-    Raises
-    ------
-    StateError
-        One is no event.
-    """
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            event["event"], event["elapsed"]
-        except (ValueError, KeyError, TypeError):
-            raise StateError(f"{path}, line {number}, is no event of a run.") from None
-        events.append(event)
-    return events
 
 
 def earlier_attempts(path: Path, lines: list[bytes]) -> list[int]:
@@ -198,7 +173,7 @@ def continue_run(
         path / "checkpoint", fits=lambda found: _misfit(found, identity, config, len(lines))
     )
     kept = lines[: checkpoint.events] if checkpoint else []
-    events = parse(kept, path / "metrics.jsonl")
+    events = parse_events(kept, path / "metrics.jsonl")
     attempt = 1 + max(earlier_attempts(path, lines), default=0)
     moved = set_aside(path, lines, kept, attempt)
     _refuse_later(path / "checkpoint", checkpoint, attempt)
@@ -213,13 +188,14 @@ def continue_run(
     for reason in passed_over:
         logger.warning("Passed over a checkpoint: %s", reason)
     folder.record(
-        "resume",
-        round=checkpoint.server_round if checkpoint else 0,
-        attempt=attempt,
-        interrupted=moved,
-        moved=len(lines) - len(kept),
-        passed_over=passed_over,
-        flower_run=flower_run,
+        Resumed(
+            exchange=checkpoint.server_round if checkpoint else 0,
+            attempt=attempt,
+            interrupted=moved,
+            moved=len(lines) - len(kept),
+            passed_over=tuple(passed_over),
+            flower_run=flower_run,
+        )
     )
     return Opened(folder, identity, checkpoint)
 

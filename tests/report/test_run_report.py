@@ -31,6 +31,7 @@ from pilot_flwr.report.html import Page, render
 from pilot_flwr.report.run import FIGURES
 from pilot_flwr.report.style import Figure, Panel, some, text_on
 from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import KINDS, Trained, select
 from pilot_flwr.sweeps import results as rows
 
 CPU = torch.device("cpu")
@@ -179,9 +180,9 @@ def test_an_exchange_that_is_going_on_is_counted_too(run, tmp_path):
 
 
 def test_the_bars_of_a_hundred_clients_can_be_seen(run):
-    turn = next(e for e in run.events if e["event"] == "train" and e["round"] == 1)
-    more = [turn | {"client": f"vqa-{number}"} for number in range(100)]
-    others = [e for e in run.events if e["event"] != "train"]
+    session = select(run.events, Trained, 1)[0]
+    more = [replace(session, client=f"vqa-{number}") for number in range(100)]
+    others = [event for event in run.events if not isinstance(event, Trained)]
     few, many = traffic.traffic(run), traffic.traffic(replace(run, events=[*others, *more]))
     shares = []
     for figure in (few, many):
@@ -219,11 +220,13 @@ def test_the_stacked_parts_add_up_to_the_loss_that_was_trained(run):
 def test_the_proximal_term_has_a_name_and_its_coefficient_already(run):
     train = replace(run.config.train, proximal_weight=0.25)
     pulled = [
-        e | {"loss": e["loss"] + 0.5, "loss_proximal": 0.5} if e["event"] == "train" else e
+        replace(e, losses={**e.losses, "total": e.loss + 0.5, "proximal": 0.5})
+        if isinstance(e, Trained)
+        else e
         for e in run.events
     ]
     fedprox = replace(run, events=pulled, config=replace(run.config, train=train))
-    event = next(e for e in pulled if e["event"] == "train")
+    event = select(pulled, Trained)[0]
     parts = losses.contributions(event, losses.loss_weights(train))
     assert parts["proximal"] == 0.5 and losses.REST not in parts
     figure = losses.losses(fedprox)
@@ -294,11 +297,12 @@ def with_long_names(run):
         "vqa": "visual-question-answering-of-scanned-documents",
         "counting": "counting-of-objects-in-photographs-of-shelves",
     }
-    text = json.dumps([run.events, run.task_of])
+    text = json.dumps([[event.to_dict() for event in run.events], run.task_of])
     for short, long in tasks.items():
         text = re.sub(rf'"{short}-(\d+)"', rf'"university-hospital-of-{long}-department-\1"', text)
         text = text.replace(f'"{short}"', f'"{long}"')
     events, task_of = json.loads(text)
+    events = [KINDS[values["event"]].from_dict(values) for values in events]
     config = copy.copy(run.config)
     data = copy.copy(run.config.data)
     object.__setattr__(data, "tasks", tuple(tasks[task] for task in run.config.data.tasks))

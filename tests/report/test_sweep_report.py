@@ -15,7 +15,7 @@ from pilot_flwr.cli import main as cli
 from pilot_flwr.cli.run import write_report
 from pilot_flwr.report import sweep as sweep_curves
 from pilot_flwr.report.sweep import MEAN, dots, method_curves, seed_scores, short_labels, shortened
-from pilot_flwr.run.directory import select
+from pilot_flwr.run.events import Evaluated, select
 from pilot_flwr.sweeps.compare import UNTOUCHED, compare
 from pilot_flwr.sweeps.results import as_csv, label_of, read_rows
 
@@ -63,15 +63,15 @@ def test_curves_are_means_over_seeds_of_what_the_runs_recorded(finished, tmp_pat
     for job, more in raised.items():
         shutil.copytree(finished.folder.path, tmp_path / job)
         events = [
-            e | {"score": e["score"] + more} if e["event"] == "evaluate" else e
+            replace(e, score=e.score + more) if isinstance(e, Evaluated) else e
             for e in finished.folder.events
         ]
-        lines = "".join(json.dumps(event) + "\n" for event in events)
+        lines = "".join(json.dumps(event.to_dict()) + "\n" for event in events)
         (tmp_path / job / "metrics.jsonl").write_text(lines)
     rows = [{"method": "pilot", "variant": "", "job": job} for job in (*raised, "gone")]
     curves = method_curves(rows, tmp_path)["pilot"]
     for number in (0, 1, 2):
-        mine = [e for e in select(finished.folder.events, "evaluate", number) if e["task"] == "vqa"]
+        mine = [e for e in select(finished.folder.events, Evaluated, number) if e["task"] == "vqa"]
         right = sum(e["score"] * e["examples"] for e in mine) / sum(e["examples"] for e in mine)
         assert curves["vqa"][number] == pytest.approx(right + 0.125)
     assert set(curves) == {"vqa", "counting", MEAN}

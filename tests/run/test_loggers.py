@@ -10,6 +10,7 @@ from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run import loggers as live
 from pilot_flwr.run.directory import RunFolder, select
+from pilot_flwr.run.events import RosterCalled, RosterEntry
 from pilot_flwr.run.loggers import TENSORBOARD, Numbers, live_logs
 
 
@@ -107,8 +108,8 @@ def test_there_is_no_mean_where_a_task_of_the_run_has_no_score(tmp_path):
         event = {"event": "evaluate", "round": number, "client": task, "task": task}
         return event | {"score": score, "examples": 10}
 
-    members = [{"client": task, "task": task} for task in ("vqa", "boxes")]
-    roster = {"event": "roster", "elapsed": 0.0, "round": 1, "clients": members}
+    members = tuple(RosterEntry(task, task, 10, 1) for task in ("vqa", "boxes"))
+    roster = RosterCalled(exchange=1, clients=members)
     missing = [scored(0, "vqa", 0.9), round_event(1, 1.0)]
     whole = [scored(1, "vqa", 0.9), scored(1, "boxes", 0.1), round_event(2, 1.0)]
     resumed = RunFolder(tmp_path, [roster])

@@ -14,7 +14,7 @@ def events(folder):
         run.record("order", round=1, phase="train", client=client, task="vqa", stage=stage,
                    down={"lora": 1000, "task_adapters": 500})  # fmt: skip
         run.record("train", round=1, stage=stage, client=client, task="vqa", loss=1.0,
-                   gradients=grads,
+                   gradients=grads, examples=5, steps=2, seconds=1.0, bytes_down=1500, bytes_up=0,
                    up={"lora": 2_000_000, "task_adapters": 0})  # fmt: skip
     run.record("failure", round=1, phase="train", client="ocr-0", reason="boom",
                up={"lora": 0, "task_adapters": 700})  # fmt: skip

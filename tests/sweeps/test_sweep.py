@@ -15,6 +15,7 @@ from pilot_flwr.cli import main as cli
 from pilot_flwr.config.loading import config_folder
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run.atomic import hold
+from pilot_flwr.run.events import Evaluated
 from pilot_flwr.sweeps.jobs import LONGEST_NAME, SweepFolder, job_name, plan_jobs, split_words
 from pilot_flwr.sweeps.results import as_csv, read_rows, task_scores
 
@@ -175,10 +176,11 @@ def test_one_sweep_at_a_time_in_a_folder(tmp_path):
 
 
 def test_a_tasks_score_counts_its_examples():
+    common = {"client": "a-0", "task": "a", "metric": "exact_match", "seconds": 1.0}
     events = [
-        {"event": "evaluate", "round": 1, "task": "a", "score": 0.5, "examples": 2},
-        {"event": "evaluate", "round": 1, "task": "a", "score": 1.0, "examples": 6},
-        {"event": "evaluate", "round": 0, "task": "a", "score": 0.0, "examples": 6},
+        Evaluated(exchange=1, score=0.5, examples=2, **common),
+        Evaluated(exchange=1, score=1.0, examples=6, **common),
+        Evaluated(exchange=0, score=0.0, examples=6, **common),
     ]
     assert task_scores(events, 1) == {"a": 7 / 8}
 
