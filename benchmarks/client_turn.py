@@ -26,15 +26,10 @@ from _timing import summarize, take_turns
 from random_base import HALF_BILLION, TINY, write_random_base
 from transformers.utils import logging as transformers_logging
 
-from pilot_flwr.client.client_data import Kit
+from pilot_flwr.algorithm.parameter_groups import WHOLE
 from pilot_flwr.client.node import Site
-from pilot_flwr.client.session import (
-    _enter_ordered_architecture,
-    _private_state,
-    private_store,
-    run_session,
-    turn_generator,
-)
+from pilot_flwr.client.personalization import Received, extract_private_state, personalize
+from pilot_flwr.client.session import run_session, session_generator
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import PilotConfig, TrainConfig
@@ -65,14 +60,13 @@ class Rotation:
         )
         self.initial = initial_state(self.config.model, seed=0)
         self.sites = [
-            Site(client, folder / client.id, torch.device("cpu"))
+            Site(client, folder / client.id, "cpu")
             for client in federation_clients(self.config.data)[:2]
         ]
         for site in self.sites:
             self._take(site, stage=1)
         self.turn = itertools.cycle(self.sites)
         self.bases = itertools.count(2)
-        self.kits = {s.client.id: Kit(s, self.config, self.base(), print) for s in self.sites}
         self.training: list[float] = []
 
     def warm(self) -> None:
@@ -94,11 +88,10 @@ class Rotation:
     def swap_in(self) -> None:
         """Do of a turn only what makes the base the next client's CT-MoA model."""
         site = next(self.turn)
-        private = private_store(site).load()
-        order, generator = self._order(site, stage=2), turn_generator(0, site.client.id, 2)
-        kit = self.kits[site.client.id]
-        kit.model = self.base()
-        _enter_ordered_architecture(kit, private, order, generator)
+        private, order = site.private_store.load(), self._order(site, stage=2)
+        received = Received(site.client.task, order.tasks, order.adapters, order.lora)
+        generator = session_generator(0, site.client.id, 2)
+        personalize(self.base(), private, received, stage=2, generator=generator)
 
     def swap_out(self) -> None:
         """Do of a turn only what takes the trained parameters out of the base again."""
@@ -106,9 +99,7 @@ class Rotation:
         model.state("own_task_adapter")
         model.state("lora")
         site = next(site for site in self.sites if site.client.task == model.own_task)
-        private_store(site).save(
-            _private_state(model, self.kits[site.client.id].sharing), server_round=2
-        )
+        site.private_store.save(extract_private_state(model, WHOLE), server_round=2)
 
     def base(self) -> Any:
         """Return the base that is there."""

@@ -19,14 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from _record import RESULTS, write_record
 
 from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.privacy import change_norm
 from pilot_flwr.client.privacy_accountant import epsilon
-from pilot_flwr.client.session import run_session, stage_trained
+from pilot_flwr.client.session import run_session
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
 from pilot_flwr.data.federation import Client, federation_clients
@@ -72,8 +71,8 @@ class DemoFederation:
         return {c.id: r.evaluation.score for c, r in turns.items() if r.evaluation is not None}
 
     def _turn(self, client: Client, number: int, *, train: bool) -> SessionResult:
-        site = Site(client, self.folder / client.id, torch.device("cpu"), run="benchmark")
-        stage = stage_trained(site, number)
+        site = Site(client, self.folder / client.id, "cpu", run="benchmark")
+        stage = site.private_store.stage(before=number)
         stage = self.state.stage_for(Member(client.id, client.task, 1, stage)) if train else 2
         tasks = self.state.tasks if stage == 2 else (client.task,)
         order = Instruction(

@@ -17,15 +17,19 @@ from pilot_flwr.client.node import (
     site_config,
 )
 from pilot_flwr.client.preflight import check_readiness
-from pilot_flwr.client.session import check_budget, run_session, stage_trained
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import count_examples, federation_clients, is_pooling
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
-from pilot_flwr.flower import messages as replies
-from pilot_flwr.flower import messages as wire
 from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.failures import OWN_ERROR, reply_text
+from pilot_flwr.flower.messages import (
+    decode_instruction,
+    decode_query,
+    decode_run,
+    encode_member,
+    encode_result,
+)
 from pilot_flwr.protocol import Member
 
 app = ClientApp()
@@ -34,21 +38,26 @@ Handler = Callable[[Message, PilotConfig, Site], RecordDict]
 
 
 def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Reply with what `handler` returns, or with what the server may know of an error."""
+    """Reply with the handler's result, or with an error stripped of what the server may not see."""
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
         private: dict[str, str] | None = {}
         try:
-            # Before anything of this site is looked at, an error can quote the server alone.
-            config, run = _received(message, context)
-            simulated = is_simulated(context.node_config, run.folder, run.token)
-            private = None if simulated else private_paths(context.node_config)
-            config, site = _open(context, config, run, simulated=simulated)
+            # Until the node config is read, an error can only quote the server's own input.
+            config = _config(str(context.run_config["overrides"]))
+            run, node_config = decode_run(message.content), context.node_config
+            simulated = is_simulated(node_config, run.folder, run.token)
+            private = None if simulated else private_paths(node_config)
+            node = read_node_config(node_config)
+            site = find_site(
+                node, config, run_name=run.name, run_folder=run.folder, simulated=simulated
+            )
+            config = site_config(node, config, simulated=simulated)
             return Message(handler(message, config, site), reply_to=message)
         except Exception as error:
             explained = isinstance(error, PilotError) and private is None
-            explained |= isinstance(error, ConfigError)  # it says which word to change
+            explained |= isinstance(error, ConfigError)  # it names the setting to change
             logger.error("%s", error, exc_info=not explained)
             return Message(Error(OWN_ERROR, reply_text(error, private)), reply_to=message)
 
@@ -58,24 +67,19 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
 @app.query()
 @_answer
 def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
-    """Say which client this node is, of what version, and whether it holds stage-1 state."""
-    server_round, trains = wire.decode_query(message.content)
+    """Report which client this node is, its version, and whether it holds stage-1 state."""
+    server_round, trains = decode_query(message.content)
     check_readiness(site, config)
     if trains:
-        check_budget(site, config)
-    pooling = is_pooling(config.strategy, site.client)
+        site.check_budget(config.privacy)
+    client, data = site.client, config.data
+    pooled = federation_clients(data) if is_pooling(config.strategy, client) else [client]
     examples = sum(
-        count_examples(config.data, client, "train", seed=config.seed, files=site.files)
-        for client in (federation_clients(config.data) if pooling else [site.client])
+        count_examples(data, one, "train", seed=config.seed, files=site.files) for one in pooled
     )
-    return wire.encode_member(
-        Member(
-            site.client.id,
-            site.client.task,
-            examples,
-            stage_trained(site, server_round),
-        ),
-        identity_of(config),
+    stage_trained = site.private_store.stage(before=server_round)
+    return encode_member(
+        Member(client.id, client.task, examples, stage_trained), identity_of(config)
     )
 
 
@@ -83,38 +87,30 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
 @_answer
 def train(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Evaluate the incoming personalised model, then train it."""
-    return _turn(message, config, site)
+    return _run(message, config, site)
 
 
 @app.evaluate()
 @_answer
 def evaluate(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Evaluate the incoming personalised model."""
-    return _turn(message, config, site)
+    return _run(message, config, site)
 
 
-def _turn(message: Message, config: PilotConfig, site: Site) -> RecordDict:
-    order, addressee = wire.decode_instruction(message.content)
+def _run(message: Message, config: PilotConfig, site: Site) -> RecordDict:
+    from pilot_flwr.client.session import run_session  # torch, which a query does without
+
+    instruction, addressee = decode_instruction(message.content)
     if addressee != site.client.id:
-        raise UpdateError(f"The order is for {addressee!r} but this client is {site.client.id!r}.")
+        raise UpdateError(
+            f"The instruction is for {addressee!r} but this client is {site.client.id!r}."
+        )
 
     def progress(line: str) -> None:
-        logger.info("%s, exchange %d: %s", site.client.id, order.server_round, line)
+        logger.info("%s, exchange %d: %s", site.client.id, instruction.server_round, line)
 
-    result = run_session(site, config, order, progress=progress)
-    return replies.encode_result(result, order, site.client.id, site.client.task)
-
-
-def _received(message: Message, context: Context) -> tuple[PilotConfig, wire.RunInfo]:
-    return _config(str(context.run_config["overrides"])), wire.decode_run(message.content)
-
-
-def _open(
-    context: Context, config: PilotConfig, run: wire.RunInfo, *, simulated: bool
-) -> tuple[PilotConfig, Site]:
-    node = read_node_config(context.node_config)
-    site = find_site(node, config, run_name=run.name, run_folder=run.folder, simulated=simulated)
-    return site_config(node, config, simulated=simulated), site
+    result = run_session(site, config, instruction, progress=progress)
+    return encode_result(result, instruction, site.client.id, site.client.task)
 
 
 @functools.lru_cache(maxsize=1)

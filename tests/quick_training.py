@@ -1,4 +1,4 @@
-"""A training that takes no time: what a stage trains is moved at random, by the turn's generator.
+"""A training that takes no time: it moves at random what the stage trains.
 
 For tests of what server and client do around a training. All of it but the gradient steps is real.
 """
@@ -8,13 +8,12 @@ import contextlib
 import pytest
 import torch
 
-from pilot_flwr.client import client_data as kit
+from pilot_flwr.client import session
 from pilot_flwr.protocol import LOSSES, TrainingResult
 
 
-def _train(self, generator):
-    examples = self.examples("train")
-    for tensor in self.model.parameters():
+def _train(model, examples, *, generator, **_):
+    for tensor in model.parameters():
         if tensor.requires_grad:
             step = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
             tensor.data += 0.01 * step.to(tensor)
@@ -25,5 +24,5 @@ def _train(self, generator):
 def quick_training():
     """Train at random in this context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kit.Kit, "train", _train)
+        patch.setattr(session, "train", _train)
         yield

@@ -14,7 +14,7 @@ from connector import peak_bytes
 from gpu.loops import PilotLoop, PlainLoop
 from gpu.sizes import TASKS, Size
 from pilot_flwr.algorithm.parameter_groups import GROUPS
-from pilot_flwr.client.personalization import assemble
+from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.model.base import known_config
 from pilot_flwr.model.resource_plan import empty_model, training_memory
@@ -168,14 +168,8 @@ def measure_switch(size: Size, device: torch.device, *, repeats: int) -> Figures
         for repeat in range(repeats + 1):
             _synchronize(device)
             started = time.perf_counter()
-            assemble(
-                model,
-                TASKS[0],
-                stores[repeat % 2].load(),
-                adapters=dict.fromkeys(TASKS, adapter),
-                lora=lora,
-                tasks=TASKS,
-            )
+            received = Received(TASKS[0], TASKS, dict.fromkeys(TASKS, adapter), lora)
+            personalize_as_trained(model, stores[repeat % 2].load(), received)
             _synchronize(device)
             seconds.append(time.perf_counter() - started)
     sizes = [*private.values(), lora, *([adapter] * len(TASKS))]

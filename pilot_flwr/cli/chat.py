@@ -45,12 +45,12 @@ def _chat(options: argparse.Namespace) -> int:
     from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import at_least
     from pilot_flwr.inference.generate import Answerer, Conversation
-    from pilot_flwr.inference.runs import personal_model
+    from pilot_flwr.inference.runs import load_model
 
     at_least("--max-new-tokens", options.max_new_tokens, 1)
     run = open_chosen(options)
     who = chosen(run, options)
-    model = personal_model(run, who, device=find_device(options.device))
+    model = load_model(run, who, device=find_device(options.device))
     conversation = Conversation(
         Answerer(run.config, model, keep=f"chat {id(options)}"),
         max_new_tokens=options.max_new_tokens,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:  # heavy imports stay inside handlers
-    from pilot_flwr.inference.runs import Personal, Run
+    from pilot_flwr.inference.runs import Run, Selected
 
 
 OVERRIDES = (
@@ -64,15 +64,15 @@ def open_chosen(options: argparse.Namespace) -> "Run":
     return run
 
 
-def chosen(run: "Run", options: argparse.Namespace) -> "Personal":
+def chosen(run: "Run", options: argparse.Namespace) -> "Selected":
     """Return whose model is meant by ``--client``, ``--task`` and ``--state``."""
-    from pilot_flwr.inference.runs import consensus, personal
+    from pilot_flwr.inference.runs import select_client, select_consensus
 
     if options.task is not None:
         if options.state is not None:
             raise ConfigError("`--state` belongs to `--client`: a consensus model has none.")
-        return consensus(run, options.task)
-    who = personal(run, options.client, state=options.state)
+        return select_consensus(run, options.task)
+    who = select_client(run, options.client, state=options.state)
     if who.private is None:
         say(f"{who.name} has not trained: this is the consensus model of its task, {who.task}.")
     return who

@@ -4,8 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +12,12 @@ from pilot_flwr.cli.common import OVERRIDES, add_run, chosen, new_file, open_cho
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import torch
-
-    from pilot_flwr.config.schema import PilotConfig
-    from pilot_flwr.data.examples import Example
     from pilot_flwr.data.federation import Client
     from pilot_flwr.inference.evaluate import Scored
-    from pilot_flwr.inference.generate import Answerer
-    from pilot_flwr.inference.runs import Personal, Run
+    from pilot_flwr.inference.runs import Run, Selected
 
 
-Chosen = list[tuple["Client", "Personal"]]
+Chosen = list[tuple["Client", "Selected"]]
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -68,7 +60,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _evaluate(options: argparse.Namespace) -> int:
     from pilot_flwr.client.node import find_device
-    from pilot_flwr.inference.evaluate import mean_over_tasks, task_scores
+    from pilot_flwr.inference.evaluate import (
+        EvaluationSet,
+        evaluate_models,
+        mean_over_tasks,
+        task_scores,
+    )
 
     _check(options)
     with contextlib.ExitStack() as stack:
@@ -76,7 +73,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         if options.json is not None:
             out = stack.enter_context(new_file("--json", options.json))
         run = open_chosen(options)
-        rows = _score(run, options, _choose(run, options), find_device(options.device))
+        rows = evaluate_models(
+            run,
+            _choose(run, options),
+            EvaluationSet(options.split, options.data, options.images, options.metric or ""),
+            device=find_device(options.device),
+            say=say,
+            progress=_progress,
+        )
         _print(rows, run)
         if out is not None:
             result = {
@@ -107,7 +111,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _choose(run: "Run", options: argparse.Namespace) -> Chosen:
     """Return every client to score, and whose model is scored on its data."""
-    from pilot_flwr.inference.runs import consensus
+    from pilot_flwr.inference.runs import select_consensus
 
     wanted = [run.client(name) for name in options.client] or run.clients()
     if options.task is None:
@@ -116,90 +120,17 @@ def _choose(run: "Run", options: argparse.Namespace) -> Chosen:
             one = argparse.Namespace(task=None, client=client.id, state=options.state)
             pairs.append((client, chosen(run, one)))
         return pairs
-    model = consensus(run, options.task)
+    model = select_consensus(run, options.task)
     mine = [client for client in wanted if client.task == options.task]
     if not mine:
         raise ConfigError(f"None of the clients of `--client` has task {options.task!r}.")
     return [(client, model) for client in mine]
 
 
-def _score(
-    run: "Run", options: argparse.Namespace, pairs: Chosen, device: "torch.device"
-) -> "list[Scored]":
-    from pilot_flwr.data.federation import task_metric
-    from pilot_flwr.inference.evaluate import Scored, score_examples
-    from pilot_flwr.inference.generate import Answerer
-    from pilot_flwr.inference.runs import last_scores, personal_model
-    from pilot_flwr.metrics.registry import METRICS
-
-    recorded = {event["client"]: event for event in last_scores(run)}
-    same_settings = _what_decides(run.config) == _what_decides(run.recorded)
-    if not same_settings:
-        say("Settings are different now: the run's own scores are not put beside these.")
-    rows = []
-    for client, who in pairs:
-        metric = options.metric or task_metric(run.config.data, client.task)
-        answerer = Answerer(run.config, personal_model(run, who, device=device))
-        examples = _examples(run, options, client, answerer)
-        score = score_examples(
-            answerer, examples, metric, progress=_progress(client.id, len(examples))
-        )
-        event = recorded.get(client.id, {})
-        same = same_settings and who.client is not None and event.get("metric") == metric
-        same = same and options.data is None and options.split == "test"
-        if same and event["examples"] != len(examples):
-            say(f"{client.id}: the run scored {event['examples']} examples, not {len(examples)}.")
-            same = False
-        rows.append(
-            Scored(
-                client.id,
-                client.task,
-                who.name,
-                answerer.model.stage,
-                metric,
-                len(examples),
-                score,
-                METRICS[metric].approximate(),
-                event.get("score") if same else None,
-            )
-        )
-    return rows
-
-
-def _what_decides(config: "PilotConfig") -> object:
-    """Return the settings that decide which examples there are and what counts as an answer."""
-    return (
-        replace(config.data, folder="", workers=0),
-        replace(config.evaluation, batch_size=1),
-        config.seed,
-        config.train.max_length,
-    )
-
-
-def _examples(
-    run: "Run", options: argparse.Namespace, client: "Client", answerer: "Answerer"
-) -> "Sequence[Example]":
-    """Return what is scored: all rows of a file, or those of a split that the run used."""
-    from pilot_flwr.client.client_data import Kit
-    from pilot_flwr.client.node import Site
-    from pilot_flwr.inference.generate import check_all, open_file
-
-    if options.data is not None:
-        examples = open_file(run, client.task, answerer, options.data, options.images)
-        check_all(examples, answerer)
-        return examples
-    model = answerer.model
-    with tempfile.TemporaryDirectory() as folder:
-        site = Site(client, Path(folder), model.device)
-        return Kit(site, run.config, model, say).examples(options.split)
-
-
-def _progress(name: str, total: int) -> "Callable[[int], None]":
-    if not sys.stderr.isatty():
-        return lambda done: None
-    return lambda done: print(
-        f"\r{name}: {done} of {total}", end="" if done < total else "\n", file=sys.stderr
-    )
+def _progress(client: str, total: int, done: int) -> None:
+    if sys.stderr.isatty():
+        end = "" if done < total else "\n"
+        print(f"\r{client}: {done} of {total}", end=end, file=sys.stderr)
 
 
 def _print(rows: "list[Scored]", run: "Run") -> None:

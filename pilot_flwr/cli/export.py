@@ -9,7 +9,7 @@ from pilot_flwr.cli.common import OVERRIDES, add_model, add_run, chosen, open_ch
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pilot_flwr.inference.runs import Personal, Run
+    from pilot_flwr.inference.runs import Run, Selected
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,13 +65,13 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
+def _write(run: "Run", who: "Selected", options: argparse.Namespace) -> None:
     from pilot_flwr.client.node import find_device
     from pilot_flwr.inference.export import export_model, model_card
     from pilot_flwr.inference.generate import Answerer
-    from pilot_flwr.inference.runs import personal_model
+    from pilot_flwr.inference.runs import load_model
 
-    model = personal_model(run, who, device=find_device(options.device))
+    model = load_model(run, who, device=find_device(options.device))
     export_model(
         model,
         options.folder,
@@ -83,19 +83,19 @@ def _write(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
     (options.folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _merge(run: "Run", who: "Personal", options: argparse.Namespace) -> None:
+def _merge(run: "Run", who: "Selected", options: argparse.Namespace) -> None:
     from pilot_flwr.client.node import find_device
     from pilot_flwr.inference.export import model_card
     from pilot_flwr.inference.generate import Answerer
     from pilot_flwr.inference.merge import merge_model
-    from pilot_flwr.inference.runs import fill
+    from pilot_flwr.inference.runs import load_adapters
     from pilot_flwr.model.base import load_base
     from pilot_flwr.model.pilot_model import PilotModel
 
     dtype = options.dtype or run.config.model.dtype
     config = replace(run.config.model, quantization="none", dtype=dtype)
     model = PilotModel(load_base(config, find_device(options.device)), config)  # it is used up
-    fill(model, run, who)
+    load_adapters(model, run, who)
     answerer = Answerer(run.config, model)
     hidden = merge_model(model, options.folder, end_token_ids=answerer.end_token_ids())
     wide = hidden != model.llava.config.text_config.hidden_size

@@ -61,11 +61,11 @@ def _answer(options: argparse.Namespace, out: TextIO) -> int:
     """Answer all rows, after a look at each of them; return how many."""
     from pilot_flwr.client.node import find_device
     from pilot_flwr.inference.generate import Answerer, Questions, check_all, open_file
-    from pilot_flwr.inference.runs import personal_model
+    from pilot_flwr.inference.runs import load_model
 
     run = open_chosen(options)
     who = chosen(run, options)
-    answerer = Answerer(run.config, personal_model(run, who, device=find_device(options.device)))
+    answerer = Answerer(run.config, load_model(run, who, device=find_device(options.device)))
     rows = open_file(run, who.task, answerer, options.data, options.images, plain=options.plain)
     questions = Questions(rows)
     check_all(questions, answerer)

@@ -1,4 +1,4 @@
-"""Evaluation of one client's personalised model: greedy generation and the task's metric."""
+"""Evaluate one client's personalised model: greedy generation, then the task's metric."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from pilot_flwr.protocol import EvaluationResult
 
 
 class Answers(NamedTuple):
-    """Texts of the answers, and how many of them were ended by the limit, not by the model."""
+    """Texts of the answers, and how many were ended by the length limit, not by the model."""
 
     texts: list[str]
     cut: int
@@ -33,27 +33,9 @@ def evaluate(
     config: EvaluationConfig,
     autocast_choice: str,
 ) -> EvaluationResult:
-    """Answer every example and score the answers.
+    """Answer every example in the precision of training (`train.autocast`) and score the answers.
 
-    Parameters
-    ----------
-    model : PilotModel
-        With all states loaded.
-    examples : sequence of Example
-        The client's test split.
-    collator, encode
-        Make token tensors and visual features of examples.
-    metric : str
-        A key of `pilot_flwr.metrics.registry.METRICS`.
-    config : EvaluationConfig
-        Batches and length of the answers.
-    autocast_choice : str
-        `train.autocast`: a model answers in the precision that it is trained in.
-
-    Raises
-    ------
-    DataError
-        There is no example.
+    `metric` is a key of `METRICS`. Raises `DataError` if there is no example.
     """
     if not examples:
         raise DataError("There is no test example.")
@@ -90,8 +72,8 @@ def answer(
 ) -> Answers:
     """Return the model's greedy answer to the last question of every example.
 
-    The parameters are those of `evaluate`; `progress` gets the number of answers after each
-    batch, and `streamer`, of transformers, the tokens of a single example's answer.
+    `progress` gets the number of answers after each batch; `streamer`, of transformers, gets the
+    tokens of a single example's answer.
     """
     model.eval()
     answers: list[str] = []

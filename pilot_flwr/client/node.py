@@ -1,19 +1,16 @@
-"""What a node's configuration says: the words of ``--node-config``, read and checked by themselves.
+"""Resolve identity, data and device from the node's own config, never from server input.
 
-A real site's node config is the only place that names its data, folders and device. It is checked
-here as far as that goes without the run's settings and without the disk; `pilot_flwr.client.node`
-joins it with the run's settings, `pilot_flwr.client.preflight` tries what it names. To add a key,
-add a row to `KEYS`, a field to `NodeSettings` and a row to the table in docs/sites.md.
+A real site's ``--node-config`` gives ``client-id`` and ``state-folder``, the site's data as
+``train-file``, ``test-file`` and ``image-folder``, and the other keys of `KEYS`. No path of the
+run's configuration is ever opened there. A simulated node has Flower's ``partition-id`` and
+``num-partitions``: it is the client with that number, keeps its private state in the run folder
+and reads the files that the run's configuration names.
 
-Who and where a client is: by what this node says, never what the server says.
-
-A simulated node has a ``partition-id`` and ``num-partitions``: it is the client with that number,
-and its private folder is inside the run folder, and its files are those that the run's
-configuration names. A real site's ``--node-config`` (`pilot_flwr.client.node`) gives
-``client-id`` and ``state-folder``, the site's data as ``train-file``, ``test-file`` and
-``image-folder``, and may give ``task``, ``device``, ``model-path`` and ``micro-batch``. No path of
-the run's configuration is ever opened there.
+Nothing here opens the site's files; `pilot_flwr.client.preflight` does. To add a key, add a row to
+`KEYS`, a field to `NodeSettings` and a row to the table in docs/sites.md.
 """
+
+from __future__ import annotations
 
 import difflib
 import math
@@ -22,11 +19,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from pilot_flwr.client.privacy import PrivacyDemands
-from pilot_flwr.client.privacy_accountant import PrivacyAccount
+from pilot_flwr.client.privacy_accountant import (
+    PrivacyAccount,
+    PrivacyDemands,
+    require_accounting,
+)
+from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.overrides import federation_config
 from pilot_flwr.config.rules import (
@@ -38,50 +38,15 @@ from pilot_flwr.config.rules import (
     positive,
     share,
 )
-from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
 from pilot_flwr.data.client_files import SiteFiles
-from pilot_flwr.data.federation import (
-    Client,
-    federation_clients,
-)
+from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model.checkpoints import checkpoint_path
 from pilot_flwr.run.directory import holds_token
 
-
-@dataclass(frozen=True)
-class Site:
-    """What belongs to the client alone and never comes from the server.
-
-    Attributes
-    ----------
-    client : Client
-        Who it is.
-    state_folder : Path
-        Its own folder for this run: private state and kept features.
-    device : torch.device
-        Where it computes.
-    files : SiteFiles, optional
-        Its own data; a simulated client has what the run's configuration names.
-    run : str
-        Name of the run.
-    demands : PrivacyDemands
-        What it asks of a run's differential privacy.
-    """
-
-    client: Client
-    state_folder: Path
-    device: torch.device
-    files: SiteFiles | None = None
-    run: str = ""
-    demands: PrivacyDemands = PrivacyDemands()
-
-    @property
-    def account(self) -> PrivacyAccount:
-        """The client's privacy account, beside the folders of its runs."""
-        path = self.state_folder.parent / f"{self.client.id}.privacy.json"
-        return PrivacyAccount(path, self.client.id)
-
+if TYPE_CHECKING:
+    import torch
 
 NodeConfig = Mapping[str, bool | float | int | str]
 """As Flower's context carries it."""
@@ -102,36 +67,59 @@ KEYS = {
     "privacy-delta": "the δ of `max-epsilon`",
     "allow-metrics": "true if losses and scores may leave beside private uploads",
 }
-"""Every key of a real site's node config, and what it is."""
+"""Every key of a real site's node config, and its meaning."""
 
 FLOWERS_KEYS = ("partition-id", "num-partitions")
-"""What Flower's simulation engine writes into every node config; a real site may have them."""
+"""Flower's simulation engine writes these into every node config; a real site may have them."""
 
 FILE_SEPARATOR = ";"
 """Between the files of ``train-file`` and of ``test-file``."""
 
+UNSHARED = (
+    " If this is a simulation, its clients use the run folder, and the one that the server wrote "
+    "cannot be read here: on a Ray cluster of several machines `run.folder` must be on a file "
+    "system that all of them share."
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What belongs to the client alone and never comes from the server.
+
+    `state_folder` is the client's own for this run, with private state and kept features;
+    `device` is a name for `find_device`; `files` is None for a simulated client.
+    """
+
+    client: Client
+    state_folder: Path
+    device: str = "auto"
+    files: SiteFiles | None = None
+    run: str = ""
+    demands: PrivacyDemands = PrivacyDemands()
+
+    @property
+    def private_store(self) -> PrivateStore:
+        """The client's private states of this run."""
+        return PrivateStore(self.state_folder, self.client.id, self.client.task)
+
+    @property
+    def account(self) -> PrivacyAccount:
+        """The client's privacy account, beside the folders of its runs."""
+        path = self.state_folder.parent / f"{self.client.id}.privacy.json"
+        return PrivacyAccount(path, self.client.id)
+
+    def check_budget(self, privacy: PrivacyConfig) -> None:
+        """Raise `PilotError` if one more upload exceeds the budget or cannot be accounted for."""
+        if privacy.enabled:
+            require_accounting()
+            self.demands.check_budget(self.account.epsilon_after(privacy, self.demands.delta))
+
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A node config, read; what is not in it is empty, None or 0.
-
-    Attributes
-    ----------
-    client_id, task : str
-        Who the site is. A simulated node has no `client_id`.
-    partition_id, num_partitions : int or None
-        Flower's own.
-    train_files, test_files : tuple of Path
-        Absolute.
-    image_folder, state_folder, model_path : Path or None
-        Absolute.
-    device : str
-        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    micro_batch : int
-        Examples at once in memory; 0 for as many as the run says.
-    demands : PrivacyDemands
-        What it asks of a run's differential privacy.
-    """
+    """A node config, read; paths are absolute, absent keys are empty, None or 0."""
 
     client_id: str = ""
     task: str = ""
@@ -148,17 +136,9 @@ class NodeSettings:
 
 
 def read_node_config(values: NodeConfig) -> NodeSettings:
-    """Read a node config; no file is looked at.
+    """Read a node config without touching the disk.
 
-    Parameters
-    ----------
-    values : mapping
-        As Flower's context carries it.
-
-    Raises
-    ------
-    ConfigError
-        An unknown key, or a value of the wrong kind.
+    Raises `ConfigError` for an unknown key or a value of the wrong kind.
     """
     for key in values:
         if key not in KEYS and key not in FLOWERS_KEYS:
@@ -184,24 +164,178 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
     return settings
 
 
-def is_engines(values: NodeConfig) -> bool:
-    """Return whether a node config is as Flower's simulation engine makes it."""
-    return set(FLOWERS_KEYS) <= values.keys() and "client-id" not in values
+def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
+    """Return whether the run's configuration may name files here.
+
+    That takes a node as Flower's simulation engine makes it, with ``partition-id`` and
+    ``num-partitions`` and without a ``client-id``, which can read the run folder's token: only
+    then server and client are on one machine, started together. At any other node not even the
+    token is looked for.
+    """
+    engines = set(FLOWERS_KEYS) <= node_config.keys() and "client-id" not in node_config
+    return engines and holds_token(Path(run_folder), run_token)
+
+
+def find_site(
+    node: NodeSettings, config: PilotConfig, *, run_name: str, run_folder: str, simulated: bool
+) -> Site:
+    """Resolve who and where this client is; no file is opened.
+
+    `run_name` comes from the server and names a folder inside ``state-folder``; only simulated
+    clients use `run_folder`. Raises `ConfigError` if the node config is incomplete or contradicts
+    itself, the run's configuration or the number of simulated nodes.
+    """
+    check_name("run name", run_name, longest=2 * LONGEST_NAME)  # with Flower's own id of the run
+    check_device(node.device)
+    client = site_client(node, config)
+    if node.state_folder is not None:
+        folder = node.state_folder / run_name
+    elif simulated:
+        folder = Path(run_folder) / "clients" / client.id
+    else:
+        engines = node.num_partitions is not None and not node.client_id
+        raise ConfigError(
+            f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
+            "a folder of this site for its private adapters." + (UNSHARED if engines else "")
+        )
+    files = None
+    if config.data.source == "llava" and not simulated:
+        files = site_files(node, client)
+    return Site(client, folder, node.device, files, run_name, node.demands)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; ``auto`` is a GPU if there is one."""
+    import torch
+
+    check_device(name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def check_device(name: str) -> None:
+    """Raise `ConfigError` if there is no such device; only a GPU's name imports torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"`device` is {name!r} but must be auto, cpu, cuda or cuda:N.")
+    if name.startswith("cuda"):
+        import torch
+
+        if (torch.device(name).index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"`device` is {name!r} but this machine has {torch.cuda.device_count()} GPUs."
+            )
+
+
+def site_client(node: NodeSettings, config: PilotConfig) -> Client:
+    """Return which client of the run this node is.
+
+    Raises `ConfigError` if the node config says too little, or ``client-id`` and ``task`` fit
+    neither each other nor the run.
+    """
+    if node.client_id:
+        return _named_client(node, config)
+    if node.partition_id is None:
+        raise ConfigError(
+            "The node config has neither `client-id` (a real site) nor `partition-id` "
+            "(a simulated node)."
+        )
+    if config.strategy.clients:
+        raise ConfigError(
+            f"`strategy.clients` is {config.strategy.clients}, a federation of real sites: the "
+            "node config must have a `client-id`, and a simulation needs `strategy.clients=0`."
+        )
+    if node.num_partitions is not None and node.num_partitions != config.num_clients:
+        fitting = federation_config(config.num_clients, config.simulation)
+        raise ConfigError(
+            f"This simulation has {node.num_partitions} SuperNodes but the configuration has "
+            f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
+            f'`flwr run . --federation-config "{fitting}"`.'
+        )
+    clients = federation_clients(config.data)
+    if not 0 <= node.partition_id < len(clients):
+        raise ConfigError(
+            f"`partition-id` is {node.partition_id} but must be from 0 to {len(clients) - 1}."
+        )
+    client = clients[node.partition_id]
+    _check_task(node, client)
+    return client
+
+
+def site_files(node: NodeSettings, client: Client) -> SiteFiles:
+    """Return a real site's data files; raise `ConfigError` if ``train-file`` is missing."""
+    if not node.train_files:
+        raise ConfigError(
+            f"`train-file` is missing in the node config of client {client.id!r}; it must be "
+            "this site's training data, LLaVA JSON or JSONL."
+        )
+    return SiteFiles(node.train_files, node.test_files, node.image_folder)
+
+
+def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
+    """Return the run's configuration as it applies at this client.
+
+    Raises `ConfigError` as `site_model` does, or if ``micro-batch`` does not divide the examples
+    of an optimizer step, a real site would train on pooled data, or the run offers less privacy
+    than the site demands.
+    """
+    node.demands.check(config.privacy)
+    if config.strategy.trained_by == "pooled" and not simulated:
+        raise ConfigError(
+            "`strategy.trained_by` is 'pooled', which takes the data of all clients to one place: "
+            "only a simulation can do that, no real site."
+        )
+    config = replace(config, model=site_model(node, config.model, simulated=simulated))
+    if not node.micro_batch:
+        return config
+    train, size = config.train, node.micro_batch
+    per_step = train.batch_size * train.accumulation_steps
+    if per_step % size:
+        possible = ", ".join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)
+        raise ConfigError(
+            f"`micro-batch` is {size} but must divide the {per_step} examples of an optimizer "
+            f"step of the run: {possible}."
+        )
+    return replace(
+        config,
+        train=replace(train, batch_size=size, accumulation_steps=per_step // size),
+        evaluation=replace(config.evaluation, batch_size=min(config.evaluation.batch_size, size)),
+    )
+
+
+def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> ModelConfig:
+    """Return the base model's settings as they apply at this client.
+
+    Raises `ConfigError` if a real site's ``model-path`` is not a folder, or without one if
+    `model.path` is neither a shipped name nor a hub id.
+
+    The letters of `model.path` alone decide what it names. The disk is consulted once: for a hub
+    id transformers prefers a folder ``organisation/name`` in the working directory, so the id is
+    refused if there is one. The error does not repeat `model.path`: next to a path that errors
+    never quote, it would tell the server whether it has guessed one.
+    """
+    if simulated:
+        return model
+    if node.model_path is not None:
+        if not node.model_path.is_dir():
+            raise ConfigError(f"`model-path` names {str(node.model_path)!r}, which is no folder.")
+        return replace(model, path=str(node.model_path))
+    if NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
+        return model
+    if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
+        raise ConfigError(
+            "`model.path` of the run must be a shipped name or a hub id (organisation/name) at a "
+            "real site; a folder of the site is named by `model-path` in its node config."
+        )
+    return model
 
 
 def private_paths(values: NodeConfig) -> dict[str, str]:
-    """Return what no error may tell the server: this site's paths, and what to write instead.
+    """Return the paths of this site that no error may tell the server, each with its substitute.
 
-    Parameters
-    ----------
-    values : mapping
-        The node config, right or wrong. Every value that is a path counts, each file of
-        ``train-file`` for itself: as it is written, with ``~`` expanded, and with links resolved.
-
-    Returns
-    -------
-    dict
-        Path → ``<key>``; also the folders that files are in, and the home folder.
+    `values` is the node config, valid or not. Every value that is a path counts, each file of
+    ``train-file`` separately: as written, with ``~`` expanded, and with links resolved; so do the
+    folders of the files, and the home folder.
     """
     named: dict[str, str] = {}
     for key, value in values.items():
@@ -215,31 +349,11 @@ def private_paths(values: NodeConfig) -> dict[str, str]:
     return {path: key for path, key in named.items() if len(path) > 1}
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`; ``auto`` is a GPU if there is one.
-
-    Raises
-    ------
-    ConfigError
-        There is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"`device` is {name!r} but must be auto, cpu, cuda or cuda:N.")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"`device` is {name!r} but this machine has {torch.cuda.device_count()} GPUs."
-        )
-    return device
-
-
 def _unknown(key: str) -> ConfigError:
     near = difflib.get_close_matches(key.lower().replace("_", "-"), KEYS, n=1, cutoff=0.75)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     return ConfigError(
-        f"`{key}` in the node config is no key of a site.{hint} There are {', '.join(KEYS)}."
+        f"`{key}` in the node config is not a key of a site.{hint} Keys are {', '.join(KEYS)}."
     )
 
 
@@ -278,7 +392,7 @@ def _demands(values: NodeConfig) -> PrivacyDemands:
 
 
 def _positive(values: NodeConfig, key: str) -> float | None:
-    """Return a number above zero, None if there is no such key."""
+    """Return a number above zero, None if the key is absent."""
     if key not in values:
         return None
     try:
@@ -309,7 +423,7 @@ def _absolute(key: str, name: str) -> Path:
 
 
 def _forms(name: str) -> set[str]:
-    """Return the spellings of a path; none for what is no path."""
+    """Return the spellings of a path; none for a text that is not one."""
     if "/" not in name and not name.startswith("~"):
         return set()
     forms = {name}
@@ -319,196 +433,6 @@ def _forms(name: str) -> set[str]:
     except (OSError, RuntimeError, ValueError):  # no such user, a loop of links, a null byte
         pass
     return {form.rstrip("/") for form in forms} - {"", "~", "."}
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-
-UNSHARED = (
-    " If this is a simulation, its clients use the run folder, and the one that the server wrote "
-    "cannot be read here: on a Ray cluster of several machines `run.folder` must be on a file "
-    "system that all of them share."
-)
-
-
-def find_site(
-    node: NodeSettings,
-    config: PilotConfig,
-    *,
-    run_name: str,
-    run_folder: str,
-    simulated: bool,
-) -> Site:
-    """Return who and where this client is; no file is looked at.
-
-    Parameters
-    ----------
-    node : NodeSettings
-        This node's.
-    config : PilotConfig
-        The run's configuration.
-    run_name : str
-        Name of the run, from the server; names a folder inside ``state-folder``.
-    run_folder : str
-        The run folder; used by simulated clients only.
-    simulated : bool
-        What `is_simulated` says.
-
-    Raises
-    ------
-    ConfigError
-        The node's configuration is incomplete or contradicts itself or the run's, or the
-        simulation has another number of nodes than the configuration has clients.
-    """
-    check_name("run name", run_name, longest=2 * LONGEST_NAME)  # with Flower's own id of the run
-    device = find_device(node.device)
-    client = site_client(node, config)
-    if node.state_folder is not None:
-        folder = node.state_folder / run_name
-    elif simulated:
-        folder = Path(run_folder) / "clients" / client.id
-    else:
-        engines = node.num_partitions is not None and not node.client_id
-        raise ConfigError(
-            f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
-            "a folder of this site for its private adapters." + (UNSHARED if engines else "")
-        )
-    files = None
-    if config.data.source == "llava" and not simulated:
-        files = site_files(node, client)
-    return Site(client, folder, device, files, run_name, node.demands)
-
-
-def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
-    """Return whether the run's configuration may name files here.
-
-    That takes a node as Flower's simulation engine makes it, with ``partition-id`` and
-    ``num-partitions`` and without a ``client-id``, which can read the run folder's token: only
-    then server and client are on one machine, started together. At any other node not even the
-    token is looked for.
-    """
-    return is_engines(node_config) and holds_token(Path(run_folder), run_token)
-
-
-def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
-    """Return the run's configuration as it holds at this client.
-
-    Raises
-    ------
-    ConfigError
-        See `site_model`; or ``micro-batch`` does not divide the examples of an optimizer step;
-        or the run is to be trained on pooled data; or its `privacy` is less than this site demands.
-    """
-    node.demands.check(config.privacy)
-    if config.strategy.trained_by == "pooled" and not simulated:
-        raise ConfigError(
-            "`strategy.trained_by` is 'pooled', which takes the data of all clients to one place: "
-            "only a simulation can do that, no real site."
-        )
-    config = replace(config, model=site_model(node, config.model, simulated=simulated))
-    if not node.micro_batch:
-        return config
-    train, size = config.train, node.micro_batch
-    per_step = train.batch_size * train.accumulation_steps
-    if per_step % size:
-        possible = ", ".join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)
-        raise ConfigError(
-            f"`micro-batch` is {size} but must divide the {per_step} examples of an optimizer "
-            f"step of the run: {possible}."
-        )
-    return replace(
-        config,
-        train=replace(train, batch_size=size, accumulation_steps=per_step // size),
-        evaluation=replace(config.evaluation, batch_size=min(config.evaluation.batch_size, size)),
-    )
-
-
-def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> ModelConfig:
-    """Return the base model's settings as they hold at this client.
-
-    Parameters
-    ----------
-    node : NodeSettings
-        Its `model_path`, if any, is the folder of the base model at this site.
-    model : ModelConfig
-        The run's.
-    simulated : bool
-        What `is_simulated` says; if so, `model.path` may be a folder.
-
-    Raises
-    ------
-    ConfigError
-        At a real site, ``model-path`` is no folder, or there is none and `model.path` is
-        something else than a shipped name or a hub id.
-
-    Notes
-    -----
-    What `model.path` names is decided by its letters alone. One look at the disk is left: for a
-    hub id transformers prefers a folder ``organisation/name`` where the client stands, so it is
-    refused if there is one. The error does not repeat `model.path`: beside a path that
-    an error never has, it would tell the server whether it has guessed one.
-    """
-    if simulated:
-        return model
-    if node.model_path is not None:
-        if not node.model_path.is_dir():
-            raise ConfigError(f"`model-path` names {str(node.model_path)!r}, which is no folder.")
-        return replace(model, path=str(node.model_path))
-    if NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
-        return model
-    if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
-        raise ConfigError(
-            "`model.path` of the run must be a shipped name or a hub id (organisation/name) at a "
-            "real site; a folder of the site is named by `model-path` in its node config."
-        )
-    return model
-
-
-def site_files(node: NodeSettings, client: Client) -> SiteFiles:
-    """Return a real site's data files; `pilot_flwr.client.preflight` tries them.
-
-    Raises
-    ------
-    ConfigError
-        ``train-file`` is missing.
-    """
-    if not node.train_files:
-        raise ConfigError(
-            f"`train-file` is missing in the node config of client {client.id!r}; it must be "
-            "this site's training data, LLaVA JSON or JSONL."
-        )
-    return SiteFiles(node.train_files, node.test_files, node.image_folder)
-
-
-def site_client(node: NodeSettings, config: PilotConfig) -> Client:
-    """Return which client of the run this node is.
-
-    Raises
-    ------
-    ConfigError
-        The node config says too little, or ``client-id`` and ``task`` do not fit each other or
-        the run.
-    """
-    if node.client_id:
-        return _named_client(node, config)
-    if node.partition_id is None:
-        raise ConfigError(
-            "The node config has neither `client-id` (a real site) nor `partition-id` "
-            "(a simulated node)."
-        )
-    if config.strategy.clients:
-        raise ConfigError(
-            f"`strategy.clients` is {config.strategy.clients}, a federation of real sites: the "
-            "node config must have a `client-id`, and a simulation needs `strategy.clients=0`."
-        )
-    _check_partitions(node, config)
-    clients = federation_clients(config.data)
-    if not 0 <= node.partition_id < len(clients):
-        raise ConfigError(
-            f"`partition-id` is {node.partition_id} but must be from 0 to {len(clients) - 1}."
-        )
-    client = clients[node.partition_id]
-    _check_task(node, client)
-    return client
 
 
 def _named_client(node: NodeSettings, config: PilotConfig) -> Client:
@@ -538,14 +462,4 @@ def _check_task(node: NodeSettings, client: Client) -> None:
         raise ConfigError(
             f"`task` is {node.task!r} but client {client.id!r} of the run has task "
             f"{client.task!r}; change `task` or `client-id`."
-        )
-
-
-def _check_partitions(node: NodeSettings, config: PilotConfig) -> None:
-    if node.num_partitions is not None and node.num_partitions != config.num_clients:
-        fitting = federation_config(config.num_clients, config.simulation)
-        raise ConfigError(
-            f"This simulation has {node.num_partitions} SuperNodes but the configuration has "
-            f"{config.num_clients} clients. Run `pilot-flwr run` with the same overrides, or "
-            f'`flwr run . --federation-config "{fitting}"`.'
         )

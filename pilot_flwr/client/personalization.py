@@ -1,15 +1,16 @@
-"""A client's personalised model, put together from what is its own and what the server has.
+"""Build a client's personalised model: its private state and the server's share in one base model.
 
-The server has the task adapters ψ_t and the client's LoRA Θ̄_l; the client's own are ψ_s and,
-after stage 2, ψ_c and φ, and what a run does not send of ψ_t and Θ_l (`strategy.sharing`).
-Training starts from it, evaluation scores it, and an exported model is it.
+The server holds the task adapters ψ_t and the client's LoRA Θ̄_l. The client holds ψ_s, after
+stage 2 ψ_c and φ, and whatever of ψ_t and Θ_l the run does not send (`strategy.sharing`).
+Training starts from the model built here, evaluation scores it, an export contains it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from pilot_flwr.algorithm.parameter_groups import WHOLE, Sharing
+from pilot_flwr.algorithm.parameter_groups import GROUPS, WHOLE, Sharing
 from pilot_flwr.algorithm.server_state import draw_lora
 from pilot_flwr.client.private_state import PrivateState
 from pilot_flwr.errors import StateError
@@ -17,72 +18,99 @@ from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import GroupName, State
 
 
-def assemble(
-    model: PilotModel,
-    task: str,
-    private: PrivateState | None,
-    *,
-    adapters: Mapping[str, State],
-    lora: State,
-    tasks: tuple[str, ...],
-    sharing: Sharing = WHOLE,
-    seed: int = 0,
-    residual: State | None = None,
-) -> None:
-    """Make `model` the client's, in the architecture that the client last trained.
+@dataclass(frozen=True)
+class Received:
+    """The server's share of one client's model.
 
-    Without a private state this is stage 1 with an inert ψ_s: the base model with the task
-    adapter and the LoRA that are given, which is also the consensus model of a task.
-
-    Parameters
+    Attributes
     ----------
-    model : PilotModel
-        Its adapters are replaced, in place.
     task : str
         The client's task.
-    private : PrivateState or None
-        What never leaves the client, if it has trained.
-    adapters : Mapping[str, State]
-        Task → ψ_t: all T if the private state is of stage 2, else the own one is enough.
-    lora : State
-        Θ̄_l.
     tasks : tuple of str
         All T tasks in the federation's order.
-    sharing : Sharing, optional
-        What of the adapter and the LoRA the server has.
+    adapters : Mapping[str, State]
+        Task → ψ_t: all T in stage 2, at least the client's own in stage 1.
+    lora : State
+        Θ̄_l.
+    residual : State
+        R, which exact aggregation adds to the frozen base.
+    sharing : Sharing
+        Which tensors of ψ_t and Θ_l the run sends.
     seed : int
-        The run's: what is never sent of a LoRA begins as it is drawn by it.
-    residual : State, optional
-        What exact aggregation has added to the frozen base.
+        Seed of the run, which draws the LoRA matrices that are never sent.
+    """
 
-    Raises
-    ------
-    StateError
-        The private state is for other tasks, or of a run that shares something else.
+    task: str
+    tasks: tuple[str, ...]
+    adapters: Mapping[str, State]
+    lora: State
+    residual: State = field(default_factory=dict)
+    sharing: Sharing = WHOLE
+    seed: int = 0
+
+
+def personalize(
+    model: PilotModel,
+    private: PrivateState | None,
+    received: Received,
+    *,
+    stage: int,
+    generator: torch.Generator,
+    initialisation: str | None = None,
+) -> None:
+    """Load the client's adapters into `model`, in the architecture of `stage`.
+
+    `generator` draws φ when stage 2 begins. `initialisation` overrides the model's own for a
+    client without private state.
+
+    Raises `StateError` if the private state is for other tasks or another `strategy.sharing`.
     """
     if private is None:
-        model.enter_stage1(task, initialisation="identity")
+        model.enter_stage1(received.task, initialisation=initialisation)
     else:
-        enter_own(model, task, private)
-        if private.stage == 2:
-            enter_stage2(model, private, tasks, torch.Generator())
-    load_received(
-        model, private, adapters, lora, sharing=sharing, seed=seed, residual=residual or {}
+        model.enter_stage1(received.task)
+        model.load("client_adapter", private.groups["client_adapter"])
+        if stage == 2:
+            _enter_stage2(model, private, received.tasks, generator)
+    _load_received(model, private, received)
+
+
+def personalize_as_trained(
+    model: PilotModel, private: PrivateState | None, received: Received
+) -> None:
+    """Load the client's adapters as it last trained them: to evaluate, use or export the model.
+
+    Without private state this is stage 1 with an inert ψ_s, the base model with the received
+    adapter and LoRA; it is also the consensus model of a task. Ditto's personal model, if there
+    is one, replaces the shared one.
+    """
+    # The generator draws nothing that lasts: a private state of stage 2 holds φ.
+    personalize(
+        model,
+        private,
+        received,
+        stage=private.stage if private else 1,
+        generator=torch.Generator(),
+        initialisation="identity",
     )
     for group, state in (private.personal if private else {}).items():
         model.load(group, state)
 
 
-def enter_own(model: PilotModel, task: str, private: PrivateState) -> None:
-    """Begin with stage 1 and the client's own ψ_s."""
-    model.enter_stage1(task)
-    model.load("client_adapter", private.groups["client_adapter"])
+def extract_private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
+    """Copy what the client stores after training."""
+    groups: dict[GroupName, State] = {}
+    for group, row in GROUPS.items():
+        kept = {n: t for n, t in model.state(group).items() if sharing.keeps(group, n)}
+        if kept or row.private:
+            groups[group] = kept
+    return PrivateState(model.stage, getattr(model.connector, "tasks", ()), groups)
 
 
-def enter_stage2(
+def _enter_stage2(
     model: PilotModel, private: PrivateState, tasks: tuple[str, ...], generator: torch.Generator
 ) -> None:
-    """Switch to CT-MoA; ψ_c and φ are new at the first time and the client's own afterwards."""
+    """Switch to CT-MoA: ψ_c and φ are new the first time, then those of the private state."""
     model.enter_stage2(tasks, generator)
     if private.stage == 2:
         present = (model.own_task, *(t for t in tasks if t != model.own_task))
@@ -95,41 +123,19 @@ def enter_stage2(
             model.load(group, private.groups[group])
 
 
-def load_received(
-    model: PilotModel,
-    private: PrivateState | None,
-    adapters: Mapping[str, State],
-    lora: State,
-    *,
-    sharing: Sharing,
-    seed: int,
-    residual: State,
-) -> None:
-    """Load what the server has for this client, and of ψ_t and Θ_l what is the client's own.
+def _load_received(model: PilotModel, private: PrivateState | None, received: Received) -> None:
+    """Load the server's share, and from the private state what it leaves out of ψ_t and Θ_l.
 
-    Of these, what the client has not trained yet begins as it does at every other: the adapter as
-    the pretrained projector, which it is already, the LoRA as the run's seed draws it.
+    What is neither sent nor trained yet is the same at every client: the adapter is the pretrained
+    projector, already in place, and the LoRA is drawn from the run's seed.
     """
-    model.set_residual(residual)
-    groups = model.groups()
-    own: dict[GroupName, State] = {
-        group: {} if private is None else private.groups.get(group, {})
+    sharing, adapters = received.sharing, received.adapters
+    model.set_residual(received.residual)
+    own = {
+        group: {} if private is None else _unsent(model, private, sharing, group)
         for group in ("lora", "own_task_adapter")
     }
-    for group, state in own.items():
-        kept = {name for name in groups[group] if sharing.keeps(group, name)}
-        if private is not None and state.keys() != kept:
-            raise StateError(
-                f"The private state holds {len(state)} tensors of {group} but must hold "
-                f"{len(kept)}: it is of a run with another `strategy.sharing`."
-            )
-    unsent = {n: p.shape for n, p in groups["lora"].items() if not sharing.sends("lora", n)}
-    if unsent.keys() - own["lora"].keys():
-        dtype = getattr(torch, model.config.wire_dtype)
-        shapes = {name: p.shape for name, p in groups["lora"].items()}
-        drawn = draw_lora(shapes, dtype, seed=seed)
-        own["lora"] = {name: drawn[name] for name in unsent} | own["lora"]
-    model.load("lora", own["lora"] | lora)
+    model.load("lora", _drawn_lora(model, received, own["lora"]) | own["lora"] | received.lora)
     if sharing.adapter:
         model.load("own_task_adapter", adapters[model.own_task])
     elif private is not None:
@@ -142,3 +148,26 @@ def load_received(
             for name, tensor in state.items()
         }
         model.load("foreign_task_adapters", foreign)
+
+
+def _unsent(model: PilotModel, private: PrivateState, sharing: Sharing, group: GroupName) -> State:
+    """Return the tensors of a shared group that the client stores instead of sending."""
+    state = private.groups.get(group, {})
+    kept = {name for name in model.groups()[group] if sharing.keeps(group, name)}
+    if state.keys() != kept:
+        raise StateError(
+            f"The private state holds {len(state)} tensors of {group} but must hold "
+            f"{len(kept)}: it is from a run with another `strategy.sharing`."
+        )
+    return state
+
+
+def _drawn_lora(model: PilotModel, received: Received, own: State) -> State:
+    """Draw the LoRA tensors that are neither sent nor in the client's private state."""
+    shapes = {name: p.shape for name, p in model.groups()["lora"].items()}
+    missing = {n for n in shapes if not received.sharing.sends("lora", n)} - own.keys()
+    if not missing:
+        return {}
+    dtype = getattr(torch, model.config.wire_dtype)
+    drawn = draw_lora(shapes, dtype, seed=received.seed)
+    return {name: drawn[name] for name in missing}

@@ -1,18 +1,23 @@
-"""The (ε, δ) account of a client: every release, counted on its own disk before it leaves.
+"""A site's privacy budget: what it demands of a run, and the (ε, δ) account of its releases.
 
-Unit and relation: the whole data set of one client, replaced by any other one. Every release is a
-Gaussian mechanism of multiplier z / 2 (see `pilot_flwr.client.privacy`), chosen by a server that
-has seen all releases before; that is adaptive composition, which Rényi differential privacy adds up
-(Mironov 2017, "Rényi differential privacy", proposition 1). The sums and their conversion to
-(ε, δ) are those of Google's ``dp-accounting``; nothing is sampled, so nothing is amplified.
+The server is not trusted to keep differential privacy on. A site's demands come from its node
+config (`pilot_flwr.client.node`); a run that offers less is refused at the roster query and again
+at every instruction.
 
-The account is kept by the client for itself, over all runs that it has state of: a repeated
-exchange counts again, and so does a release that was counted but never sent.
+The account's unit and relation: the whole data set of one client, replaced by any other one. Every
+release is a Gaussian mechanism of multiplier z / 2 (see `pilot_flwr.client.privacy`), chosen by a
+server that has seen all earlier releases; that is adaptive composition, which Rényi differential
+privacy adds up (Mironov 2017, "Rényi differential privacy", proposition 1). The sums and their
+conversion to (ε, δ) are those of Google's ``dp-accounting``; nothing is sampled, so nothing is
+amplified. Every release is counted on the client's disk before it leaves: a repeated exchange
+counts again, and so does a release that was counted but never sent.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +33,81 @@ PATIENCE_SECONDS = 60.0
 """How long to wait for another process that counts a release: that takes milliseconds."""
 
 
-def epsilon(noise_multipliers: Iterable[float], delta: float) -> float:
-    """Return ε of releases with these multipliers z, for `delta`; 0 if there are none.
+@dataclass(frozen=True)
+class PrivacyDemands:
+    """A site's own limits; without any, it accepts the run's settings.
 
-    Raises
-    ------
-    ConfigError
-        ``dp-accounting`` is not installed.
+    Attributes
+    ----------
+    min_noise_multiplier : float
+        Least `privacy.noise_multiplier`; 0 for no demand.
+    max_clip_norm : float
+        Largest `privacy.clip_norm`. Useless alone: noise has the size z C, so a run with z
+        close to 0 would be almost exact.
+    max_epsilon, delta : float
+        Largest ε, at this δ, of everything the client ever released, over all runs.
+    allow_metrics : bool
+        Whether losses and scores, which the guarantee does not cover, may leave.
     """
+
+    min_noise_multiplier: float = 0.0
+    max_clip_norm: float = math.inf
+    max_epsilon: float = math.inf
+    delta: float = 1e-5
+    allow_metrics: bool = False
+
+    def __post_init__(self) -> None:
+        bounds_noise = self.min_noise_multiplier > 0 or self.max_epsilon < math.inf
+        if self.max_clip_norm < math.inf and not bounds_noise:
+            raise ConfigError(
+                f"`max-clip-norm` is {self.max_clip_norm:g} but bounds no ε without "
+                "`min-noise-multiplier` or `max-epsilon`: a run could add almost no noise. Set "
+                "one of them."
+            )
+
+    @property
+    def any(self) -> bool:
+        """Whether this site joins private runs only."""
+        limits = (self.max_clip_norm, self.max_epsilon)
+        return self.min_noise_multiplier > 0 or min(limits) < math.inf
+
+    def check(self, privacy: PrivacyConfig) -> None:
+        """Raise `ConfigError` if a run's settings offer less than this site demands."""
+        if not self.any:
+            return
+        if not privacy.enabled:
+            raise ConfigError(
+                "`privacy.enabled` of the run is false but this site demands differential privacy "
+                "(`min-noise-multiplier`, `max-clip-norm` or `max-epsilon` in its node config)."
+            )
+        if privacy.noise_multiplier < self.min_noise_multiplier:
+            raise ConfigError(
+                f"`privacy.noise_multiplier` of the run is {privacy.noise_multiplier:g} but this "
+                f"site demands at least {self.min_noise_multiplier:g} (`min-noise-multiplier`)."
+            )
+        if privacy.clip_norm > self.max_clip_norm:
+            raise ConfigError(
+                f"`privacy.clip_norm` of the run is {privacy.clip_norm:g} but this site demands "
+                f"at most {self.max_clip_norm:g} (`max-clip-norm`)."
+            )
+        if privacy.send_metrics and not self.allow_metrics:
+            raise ConfigError(
+                "`privacy.send_metrics` of the run is true but this site does not send losses and "
+                "scores; `allow-metrics=true` in its node config would allow it."
+            )
+
+    def check_budget(self, epsilon_after: float) -> None:
+        """Raise `ConfigError` if ε after one more release exceeds the budget."""
+        if epsilon_after > self.max_epsilon:
+            raise ConfigError(
+                f"One more upload would bring this site to ε = {epsilon_after:.4g} at δ = "
+                f"{self.delta:g}, over all its runs, but its `max-epsilon` is "
+                f"{self.max_epsilon:g}: it takes no further part."
+            )
+
+
+def epsilon(noise_multipliers: Iterable[float], delta: float) -> float:
+    """Return ε at `delta` of releases with these multipliers z; 0 if there are none."""
     accounting = require_accounting()
     accountant = accounting.rdp.RdpAccountant()
     for multiplier, count in Counter(noise_multipliers).items():
@@ -45,13 +117,7 @@ def epsilon(noise_multipliers: Iterable[float], delta: float) -> float:
 
 
 def require_accounting() -> Any:
-    """Return the module ``dp_accounting``.
-
-    Raises
-    ------
-    ConfigError
-        It is not installed.
-    """
+    """Return the module ``dp_accounting``; raise `ConfigError` if it is not installed."""
     try:
         import dp_accounting
     except ImportError:
@@ -63,14 +129,10 @@ def require_accounting() -> Any:
 
 
 class PrivacyAccount:
-    """All releases of one client, in a file of its own.
+    """All releases of one client, over all its runs, in one file.
 
-    Parameters
-    ----------
-    path : Path
-        Made at the first release. Whoever removes it forgets what was spent.
-    client : str
-        Whose it is; another client's file is refused.
+    The first release creates the file; deleting it forgets what was spent. Another client's file
+    is refused.
     """
 
     def __init__(self, path: Path, client: str) -> None:
@@ -79,10 +141,7 @@ class PrivacyAccount:
     def releases(self) -> list[dict[str, Any]]:
         """Return every release so far: ``run``, ``round``, ``noise_multiplier``, ``clip_norm``.
 
-        Raises
-        ------
-        StateError
-            The file is torn, foreign or another client's. It is never begun anew by itself.
+        Raises `StateError` if the file is torn, foreign or another client's; it is never replaced.
         """
         if not self.path.exists():
             return []
@@ -93,8 +152,8 @@ class PrivacyAccount:
                 _check_release(entry)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StateError(
-                f"{self.path} is no privacy account: {type(error).__name__}: {error}. Without it "
-                "this client cannot say what it has spent, so it releases nothing."
+                f"{self.path} is not a privacy account: {type(error).__name__}: {error}. Without "
+                "it this client cannot say what it has spent, so it releases nothing."
             ) from None
         if (version, client) != (FORMAT, self.client):
             raise StateError(
@@ -113,26 +172,12 @@ class PrivacyAccount:
     ) -> Spent:
         """Count one release and flush it to disk; call this before anything is sent.
 
-        Two runs at one site keep one account: whatever they do at once, each release is counted.
+        Concurrent runs at one site share the account: each release is counted. `check` raises if
+        the site does not allow one more; nobody else counts between the check and the release,
+        and nothing is counted if it raises.
 
-        Parameters
-        ----------
-        config : PrivacyConfig
-            Noise and clipping of the release.
-        run, server_round : str, int
-            What it is for.
-        check : callable
-            Raises if the site does not allow one more release; nothing is counted then, and
-            nobody else counts between this check and the release.
-
-        Raises
-        ------
-        StateError
-            The account cannot be read.
-        RunError
-            Another process has held the account for `PATIENCE_SECONDS`.
-        ConfigError
-            ``dp-accounting`` is not installed.
+        Raises `StateError` if the account cannot be read, `RunError` if another process has held
+        it for `PATIENCE_SECONDS`.
         """
         require_accounting()
         release = {
@@ -150,28 +195,20 @@ class PrivacyAccount:
         return _spent(releases, run, config.delta)
 
     def epsilon_after(self, config: PrivacyConfig, delta: float) -> float:
-        """Return ε of all releases and one more, over all runs; nothing is counted.
-
-        Raises
-        ------
-        StateError
-            The account cannot be read.
-        ConfigError
-            ``dp-accounting`` is not installed.
-        """
+        """Return ε of all releases and one more, over all runs; count nothing."""
         kept = [entry["noise_multiplier"] for entry in self.releases()]
         return epsilon([*kept, config.noise_multiplier], delta)
 
 
 def _spent(releases: list[dict[str, Any]], run: str, delta: float) -> Spent:
-    all_of_them = [entry["noise_multiplier"] for entry in releases]
-    mine = [entry["noise_multiplier"] for entry in releases if entry["run"] == run]
+    every = [entry["noise_multiplier"] for entry in releases]
+    of_run = [entry["noise_multiplier"] for entry in releases if entry["run"] == run]
     return Spent(
-        epsilon=epsilon(mine, delta),
-        total_epsilon=epsilon(all_of_them, delta),
+        epsilon=epsilon(of_run, delta),
+        total_epsilon=epsilon(every, delta),
         delta=delta,
-        releases=len(mine),
-        total_releases=len(all_of_them),
+        releases=len(of_run),
+        total_releases=len(every),
     )
 
 

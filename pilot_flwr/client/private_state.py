@@ -1,8 +1,8 @@
-"""A client's private state: what never leaves it, one file per exchange.
+"""A client's private state on disk: what never leaves it, one file per exchange.
 
-An exchange starts from the newest state of an exchange before it. So an exchange that is ordered
-again, because the run was killed in it, starts from exactly what it started from the first time,
-whether or not the first attempt had got as far as saving.
+An exchange starts from the newest state of an earlier exchange. So a repeated exchange, after the
+run was killed during it, starts from exactly the same state as the first attempt, whether or not
+that attempt had saved its own.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.errors import StateError
 from pilot_flwr.protocol import GroupName, State
 from pilot_flwr.run.atomic import flush, load_tensors, read_metadata, remove_leftovers, save_tensors
@@ -21,13 +20,13 @@ KEPT_STATES = 3
 """Files kept. The server goes back by two exchanges at most, and a third may be unfinished."""
 
 ADVICE = (
-    "Nothing has been overwritten. Put a copy of the file back, or take it away: then this client "
-    "goes on from the state before it, or from stage 1 if there is none."
+    "Nothing has been overwritten. Restore the file from a copy, or move it away: then this client "
+    "resumes from the state before it, or from stage 1 if there is none."
 )
-"""What to do about a file that cannot be used."""
+"""How to recover from a file that cannot be used."""
 
 _PERSONAL = "personal/"
-"""Before the names of a personal model's tensors."""
+"""Prefix of the names of a personal model's tensors."""
 
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
@@ -39,13 +38,13 @@ class PrivateState:
     Attributes
     ----------
     stage : int
-        The last stage trained.
+        Last stage trained.
     tasks : tuple of str
         After stage 2, the T tasks in the router's order; else empty.
     groups : dict
-        Group → its tensors: the private groups, and what of the others is not sent.
+        Group → tensors: the private groups, and the tensors of other groups that are not sent.
     personal : dict
-        The same of a personal model beside the shared one, if there is one: all of its tensors.
+        Group → tensors of Ditto's personal model, all of them; empty without Ditto.
     """
 
     stage: int
@@ -55,20 +54,15 @@ class PrivateState:
 
     @property
     def empty(self) -> bool:
-        """Whether it has no tensor: a run may have nothing that is private."""
+        """Whether it holds no tensor: a run may have nothing private."""
         return not any(self.groups.values()) and not self.personal
 
 
 class PrivateStore:
-    """The private states of one client in one run, in its own folder.
+    """The private states of one client in one run.
 
-    Parameters
-    ----------
-    folder : Path
-        Made at the first save.
-    client, task : str
-        Whose they are. The files say so as well: another client's is refused, because its
-        tensors would fit.
+    The folder is created by the first save. Every file names its client and task: another
+    client's is refused, because its tensors would fit.
     """
 
     def __init__(self, folder: Path, client: str, task: str) -> None:
@@ -76,71 +70,46 @@ class PrivateStore:
         self.owner = {"client": client, "task": task}
 
     def path(self, server_round: int) -> Path:
-        """Return where the state of an exchange is, or would be."""
+        """Return the file of an exchange, whether or not it exists."""
         return self.folder / f"private-{server_round:04d}.safetensors"
 
     def rounds(self) -> list[int]:
-        """Return the exchanges of which there is a state, in order."""
+        """Return the exchanges that have a state, in order."""
         names = [_NAME.fullmatch(path.name) for path in self.folder.glob("private-*")]
         return sorted(int(name[1]) for name in names if name)
 
     def newest(self, *, before: int | None = None) -> Path | None:
-        """Return the file of the newest exchange, or of the newest one before another.
-
-        Parameters
-        ----------
-        before : int, optional
-            The exchange that is to be worked on.
-        """
+        """Return the file of the newest exchange, or of the newest one before another."""
         rounds = [number for number in self.rounds() if before is None or number < before]
         return self.path(rounds[-1]) if rounds else None
 
     def stage(self, *, before: int | None = None) -> int:
-        """Return the last stage trained (before an exchange), without reading the tensors.
+        """Return the last stage trained (before an exchange), 0 if none, without reading tensors.
 
-        Returns
-        -------
-        int
-            0 if there is no state.
-
-        Raises
-        ------
-        StateError
-            The file is torn, foreign or another client's.
+        Raises `StateError` if the file is torn, foreign or another client's.
         """
         path = self.newest(before=before)
         with _advised():
             return self._header(path)[0] if path else 0
 
     def load(self, *, before: int | None = None) -> PrivateState | None:
-        """Return the newest state (before an exchange), or None if there is none.
-
-        Raises
-        ------
-        StateError
-            The file is torn, foreign or another client's.
-        """
+        """Return the newest state (before an exchange) or None; raise as `stage` does."""
         path = self.newest(before=before)
         if path is None:
             return None
         with _advised():
             stage, tasks = self._header(path)
-            return PrivateState(stage, tasks, *self._groups(path))
+            return PrivateState(stage, tasks, *_read_groups(path))
 
     def save(self, state: PrivateState, *, server_round: int) -> None:
-        """Keep what exchange `server_round` made, atomically.
+        """Save the state after exchange `server_round`, atomically; keep the last `KEPT_STATES`.
 
-        States of later exchanges are of attempts that the run has gone back behind: they go
-        first, as a client that misses an exchange would take one for its own. Whatever dies in
-        between, the newest state before `server_round` is still there. The last `KEPT_STATES`
-        are kept.
+        States of later exchanges belong to abandoned attempts. They are removed first, because a
+        client that misses an exchange would start from one. Whatever dies in between, the newest
+        state before `server_round` is still there.
 
-        Raises
-        ------
-        StateError
-            The folder holds another client's states.
-        OSError
-            The folder cannot be written, for instance because the disk is full.
+        Raises `StateError` if the folder holds another client's states, `OSError` if it cannot be
+        written, for instance because the disk is full.
         """
         self._check_owners()
         for number in self.rounds():
@@ -161,9 +130,9 @@ class PrivateStore:
             self.path(number).unlink(missing_ok=True)
 
     def _check_owners(self) -> None:
-        """Refuse a folder in which another client keeps its states: one would remove the other's.
+        """Refuse a folder shared with another client: each would remove the other's states.
 
-        A file that cannot be read is nobody's here; who needs it says so.
+        Unreadable files are ignored here; loading one raises.
         """
         for number in self.rounds():
             try:
@@ -176,20 +145,6 @@ class PrivateStore:
                     f"{self.owner['client']!r}: every client needs a `state-folder` of its own."
                 )
 
-    @staticmethod
-    def _groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State]]:
-        groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
-        personal: dict[GroupName, State] = {}
-        try:
-            for name, tensor in load_tensors(path)[0].items():
-                prefix, key = name.removeprefix(_PERSONAL).split("/", 1)
-                group = next(g for g, row in GROUPS.items() if g == prefix and row.may_be_kept)
-                kept = personal if name.startswith(_PERSONAL) else groups
-                kept.setdefault(group, {})[key] = tensor
-        except (StopIteration, ValueError) as error:
-            raise StateError(f"{path} is not a private state: {error}") from error
-        return groups, personal
-
     def _header(self, path: Path) -> tuple[int, tuple[str, ...]]:
         metadata = read_metadata(path)
         for kind, name in self.owner.items():
@@ -201,10 +156,27 @@ class PrivateStore:
             stage, tasks = int(metadata["stage"]), json.loads(metadata["tasks"])
             texts = isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
             if stage not in (1, 2) or not texts:
-                raise ValueError("its `stage` is not 1 or 2, or its `tasks` are no list of texts")
+                raise ValueError("its `stage` is not 1 or 2, or its `tasks` is not a list of texts")
         except (KeyError, ValueError, RecursionError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
         return stage, tuple(tasks)
+
+
+def _read_groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State]]:
+    """Read a file's tensors: the private groups, and Ditto's personal model."""
+    from pilot_flwr.algorithm.parameter_groups import GROUPS  # the roster query needs no torch
+
+    groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
+    personal: dict[GroupName, State] = {}
+    try:
+        for name, tensor in load_tensors(path)[0].items():
+            prefix, key = name.removeprefix(_PERSONAL).split("/", 1)
+            group = next(g for g, row in GROUPS.items() if g == prefix and row.may_be_kept)
+            kept = personal if name.startswith(_PERSONAL) else groups
+            kept.setdefault(group, {})[key] = tensor
+    except (StopIteration, ValueError) as error:
+        raise StateError(f"{path} is not a private state: {error}") from error
+    return groups, personal
 
 
 @contextlib.contextmanager

@@ -1,290 +1,280 @@
-"""One client's turn: evaluate the incoming personalised model, then train it.
+"""One client's session: evaluate the incoming personalised model, then train it (design section 3).
 
-This is the client side of the algorithm without a word of Flower. The base model stays warm
-in the process; what makes it this client's model is loaded from the order (what the server
-sent) and from the client's own disk (what never leaves it).
+The client side of the algorithm, without Flower. The base model stays warm in the process; a
+session loads into it what the server sent and what never leaves the client's disk.
 
-Ditto: a personal model beside the shared one (Li et al., ICML 2021, arXiv 2012.04221).
-
-In every turn a client trains the shared model w as without Ditto, and then a personal one, v, on
-its own loss F_k and a pull to the shared one as the server sent it (algorithm 1, lines 5 to 8)::
+Ditto: a personal model beside the shared one (Li et al., ICML 2021, arXiv 2012.04221). A session
+trains the shared model w as without Ditto, then a personal one, v, on the client's loss F_k and a
+pull to the shared model as the server sent it (algorithm 1, lines 5 to 8)::
 
     min over v of   F_k(v) + λ / 2 · ‖v − w_sent‖²
 
-v begins as the first w that is sent, never leaves the client, and is what the client is evaluated
-by. Each of the two has half of the turn's epochs, so that a turn takes as many steps as another
-method's.
+v starts as the first w that is sent, never leaves the client, and is the model that the client is
+evaluated by. Each of the two gets half of the session's epochs, so that a session takes as many
+steps as with another method.
 """
 
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing
-from pilot_flwr.client.client_data import Kit
-from pilot_flwr.client.node import Site
-from pilot_flwr.client.personalization import assemble, enter_own, enter_stage2, load_received
+from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.client.client_data import ClientData
+from pilot_flwr.client.evaluation import evaluate
+from pilot_flwr.client.node import Site, find_device
+from pilot_flwr.client.personalization import (
+    Received,
+    extract_private_state,
+    personalize,
+    personalize_as_trained,
+)
 from pilot_flwr.client.privacy import release
-from pilot_flwr.client.privacy_accountant import require_accounting
-from pilot_flwr.client.private_state import PrivateState, PrivateStore
-from pilot_flwr.client.training import Proximal, check_finite, sent_parameters
-from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.client.private_state import PrivateState
+from pilot_flwr.client.training import Proximal, check_finite, sent_parameters, train
+from pilot_flwr.config.schema import DittoConfig, PilotConfig
 from pilot_flwr.errors import StateError
 from pilot_flwr.formatting import count
 from pilot_flwr.model.loading import warm_model
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.resource_plan import out_of_memory_explained
-from pilot_flwr.protocol import GroupName, Instruction, SessionResult, State, TrainingResult
+from pilot_flwr.protocol import (
+    EvaluationResult,
+    GroupName,
+    Instruction,
+    SessionResult,
+    State,
+    TrainingResult,
+)
 from pilot_flwr.run.atomic import hold
 
-TURN_LOCK = ".turn.lock"
-"""File in a client's state folder: one turn at a time, as each ends by replacing the state."""
+SESSION_LOCK = ".turn.lock"
+"""File in a client's state folder: one session at a time, as each ends by replacing the state."""
 
 PATIENCE_SECONDS = 60.0
-"""How long a turn waits for one before it, of which the server may have lost patience."""
+"""How long a session waits for an earlier one, which the server may have given up on."""
 
-
-def stage_trained(site: Site, server_round: int) -> int:
-    """Return the last stage that this client trained before an exchange, 0 if none."""
-    return private_store(site).stage(before=server_round)
-
-
-def private_store(site: Site) -> PrivateStore:
-    """Return where the client's private states of this run are."""
-    return PrivateStore(site.state_folder, site.client.id, site.client.task)
-
-
-def check_budget(site: Site, config: PilotConfig) -> None:
-    """Say whether one more upload is within what this site allows; nothing is looked at if not.
-
-    Raises
-    ------
-    PilotError
-        It is not, or its privacy account cannot be kept.
-    """
-    if config.privacy.enabled:
-        require_accounting()
-        delta = site.demands.delta
-        site.demands.check_budget(site.account.epsilon_after(config.privacy, delta))
+SHARED: tuple[GroupName, ...] = ("own_task_adapter", "lora")
+"""Θ_a and Θ_l: what is uploaded, and what Ditto's v consists of."""
 
 
 def run_session(
-    site: Site, config: PilotConfig, order: Instruction, *, progress: Callable[[str], None]
+    site: Site, config: PilotConfig, instruction: Instruction, *, progress: Callable[[str], None]
 ) -> SessionResult:
-    """Evaluate and train as `order` says.
+    """Evaluate and train as the server instructs.
 
-    The turn starts from the newest private state of an exchange before the ordered one, so that
-    an exchange that is ordered again is repeated exactly.
+    The session starts from the newest private state of an earlier exchange, so a repeated exchange
+    gives the same result.
 
     The incoming model is evaluated in the architecture that the client last trained: stage 1
     after its first training, CT-MoA after a stage-2 one. Before its first training it is
     stage 1 with an inert ψ_s: the base model with the task adapter and the LoRA that the
     server sent. In the first exchange these are the base model's own, so this is the untouched
-    base model; a client that joins late is sent aggregated ones.
+    base model; a client that joins late receives aggregated ones.
 
-    Raises
-    ------
-    StateError
-        Stage 2 is ordered but this client holds no stage-1 state, or one for other tasks.
-    RunError
-        Another turn of this client is still at work here.
-    PilotError
-        The model, the data or the training fails; the private state on disk is as before.
+    Raises `StateError` if the private state does not fit the instruction, `RunError` if another
+    session of this client is still running here, another `PilotError` if the model, the data or
+    the training fails. The private state on disk then stays as it was.
     """
-    lock = site.state_folder / TURN_LOCK
+    lock = site.state_folder / SESSION_LOCK
     with hold(lock, f"The state folder of client {site.client.id!r}", patience=PATIENCE_SECONDS):
-        return _take_turn(site, config, order, progress)
-
-
-def _take_turn(
-    site: Site, config: PilotConfig, order: Instruction, progress: Callable[[str], None]
-) -> SessionResult:
-    started = time.time()
-    store = private_store(site)
-    private = store.load(before=order.server_round)
-    if order.train:
-        check_budget(site, config)
-    if order.train and order.stage == 2 and private is None:
-        raise StateError(
-            f"Client {site.client.id!r} was ordered to train stage 2 but holds no stage-1 state."
+        started = time.time()
+        private = site.private_store.load(before=instruction.server_round)
+        if instruction.train:
+            site.check_budget(config.privacy)
+            _check_stage(site, instruction, private)
+        session = _prepare(site, config, instruction, private, progress)
+        evaluation, result = None, SessionResult()
+        if instruction.evaluate and not config.privacy.withholds_metrics:
+            evaluation = session.evaluate_incoming()
+        if instruction.train:
+            result, trained = session.train_and_upload()
+            site.private_store.save(trained, server_round=instruction.server_round)
+        return replace(
+            result, evaluation=evaluation, started=started, seconds=time.time() - started
         )
-    with out_of_memory_explained(config, order.stage):
-        model = warm_model(
-            config.model, reduction=config.train.difference_loss.reduction, device=site.device
-        )
-    kit = Kit(site, config, model, progress)
-    if order.train:
-        kit.examples("train")  # what is broken stops the turn now, not after the evaluation
-    evaluation = None
-    if order.evaluate and not config.privacy.withholds_metrics:
-        assemble(
-            model,
-            site.client.task,
-            private,
-            adapters=order.adapters,
-            lora=order.lora,
-            tasks=order.tasks,
-            sharing=kit.sharing,
-            seed=config.seed,
-            residual=order.residual,
-        )
-        with out_of_memory_explained(config, model.stage):
-            evaluation = kit.evaluate()
-    done = SessionResult()
-    if order.train:
-        generator = turn_generator(config.seed, site.client.id, order.server_round)
-        _enter_ordered_architecture(kit, private, order, generator)
-        with out_of_memory_explained(config, model.stage):
-            training = kit.train(generator)
-        check_finite(model)
-        done = _upload(model, training, kit, order)
-        state = _private_state(model, kit.sharing)
-        if config.train.ditto.enabled and done.training:
-            _load(kit, private, order)
-            personal, second = train_personal(kit, private, generator)
-            state = replace(state, personal=personal)
-            done = replace(done, training=both(done.training, second))
-        store.save(state, server_round=order.server_round)
-    return replace(done, evaluation=evaluation, started=started, seconds=time.time() - started)
 
 
-def _upload(
-    model: PilotModel, training: TrainingResult, kit: Kit, order: Instruction
-) -> SessionResult:
-    """Return what leaves the client; a private run's release is counted before it is made."""
-    site, privacy = kit.site, kit.config.privacy
-    shared: tuple[GroupName, ...] = ("own_task_adapter", "lora")
-    upload: dict[GroupName, State] = {
-        group: {n: t for n, t in model.state(group).items() if kit.sharing.sends(group, n)}
-        for group in shared
-    }
-    spent = None
-    if privacy.enabled:
-        sent: dict[GroupName, State] = {
-            "own_task_adapter": order.adapters.get(site.client.task, {}),
-            "lora": order.lora,
-        }
-        spent = site.account.spend(
-            privacy,
-            run=site.run,
-            server_round=order.server_round,
-            check=lambda: check_budget(site, kit.config),
-        )
-        upload, clipping = release(
-            upload,
-            sent,
-            clip_norm=privacy.clip_norm,
-            noise_multiplier=privacy.noise_multiplier,
-        )
-        kit.progress(
-            f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added; now "
-            f"ε = {spent.epsilon:.4g} in this run and {spent.total_epsilon:.4g} in all, at "
-            f"δ = {spent.delta:g} ({spent.releases} and {count(spent.total_releases, 'release')})"
-        )
-    if privacy.withholds_metrics:
-        training = replace(training, losses={})
-    adapter, lora = (_to_send(model, upload[group]) for group in shared)
-    return SessionResult(adapter, lora, training, spent=spent)
-
-
-def _to_send(model: PilotModel, state: State) -> State:
-    dtype = getattr(torch, model.config.wire_dtype)
-    return {name: tensor.to(dtype) for name, tensor in state.items()}
-
-
-def turn_generator(seed: int, client_id: str, server_round: int) -> torch.Generator:
-    """Return the generator of one client's turn, the same however clients are scheduled."""
+def session_generator(seed: int, client_id: str, server_round: int) -> torch.Generator:
+    """Return the generator of one client's session, the same however clients are scheduled."""
     text = f"{seed}/{client_id}/{server_round}".encode()
     return torch.Generator().manual_seed(zlib.crc32(text) + (zlib.adler32(text) << 32))
 
 
-def _enter_ordered_architecture(
-    kit: Kit, private: PrivateState | None, order: Instruction, generator: torch.Generator
-) -> None:
-    model, task = kit.model, kit.site.client.task
-    if private is None:
-        model.enter_stage1(task)
-    else:
-        enter_own(model, task, private)
-        if order.stage == 2:
-            enter_stage2(model, private, order.tasks, generator)
-    _load(kit, private, order)
+def _check_stage(site: Site, instruction: Instruction, private: PrivateState | None) -> None:
+    if instruction.stage == 2 and private is None:
+        raise StateError(
+            f"Client {site.client.id!r} was asked to train stage 2 but holds no stage-1 state."
+        )
 
 
-def _load(kit: Kit, private: PrivateState | None, order: Instruction) -> None:
-    load_received(
-        kit.model,
-        private,
-        order.adapters,
-        order.lora,
-        sharing=kit.sharing,
-        seed=kit.config.seed,
-        residual=order.residual,
+def _prepare(
+    site: Site,
+    config: PilotConfig,
+    instruction: Instruction,
+    private: PrivateState | None,
+    progress: Callable[[str], None],
+) -> "Session":
+    """Get the warm model and the client's data ready."""
+    device = find_device(site.device)
+    reduction = config.train.difference_loss.reduction
+    with out_of_memory_explained(config, instruction.stage):
+        model = warm_model(config.model, reduction=reduction, device=device)
+    data = ClientData(
+        site.client,
+        config,
+        model,
+        folder=site.state_folder,
+        files=site.files,
+        progress=progress,
     )
+    if instruction.train:
+        data.examples("train")  # broken data ends the session now, not after the evaluation
+    return Session(site, config, instruction, private, model, data)
 
 
-def _private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
-    tasks = getattr(model.connector, "tasks", ())
-    groups: dict[GroupName, State] = {}
-    for group, row in GROUPS.items():
-        kept = {n: t for n, t in model.state(group).items() if sharing.keeps(group, n)}
-        if kept or row.private:
-            groups[group] = kept
-    return PrivateState(model.stage, tasks, groups)
+@dataclass(frozen=True)
+class Session:
+    """What one session works with; `private` is the state it starts from."""
 
+    site: Site
+    config: PilotConfig
+    instruction: Instruction
+    private: PrivateState | None
+    model: PilotModel
+    data: ClientData
 
-PERSONAL: tuple[GroupName, ...] = ("lora", "own_task_adapter")
-"""What v is made of."""
+    @property
+    def sharing(self) -> Sharing:
+        """What the run trains, sends and leaves on the client."""
+        return Sharing.of(self.config.strategy.sharing, self.config.train.lora_matrices)
 
+    @property
+    def received(self) -> Received:
+        """The server's share of the client's model."""
+        sent = self.instruction
+        return Received(
+            self.site.client.task,
+            sent.tasks,
+            sent.adapters,
+            sent.lora,
+            sent.residual,
+            self.sharing,
+            self.config.seed,
+        )
 
-def train_personal(
-    kit: Kit, private: PrivateState | None, generator: torch.Generator
-) -> tuple[dict[GroupName, State], TrainingResult]:
-    """Train v, in place of the model that the server sent.
-
-    Parameters
-    ----------
-    kit : Kit
-        Its model holds w as it was sent.
-    private : PrivateState or None
-        Holds v of the turn before, if there was one.
-    generator : torch.Generator
-        Of the order of examples and of dropout.
-
-    Returns
-    -------
-    dict, TrainingResult
-        v, by group, and what happened.
-
-    Raises
-    ------
-    StateError
-        The client has trained in this run, but without a personal model.
-    TrainingError
-        As in `pilot_flwr.client.training.train`.
-    """
-    model = kit.model
-    pull = Proximal(sent_parameters(model, kit.sharing), kit.config.train.ditto.weight)
-    if private is not None:
-        if private.personal.keys() != set(PERSONAL):
-            raise StateError(
-                "The private state holds no personal model: it is of a run without "
-                "`train.ditto.enabled`."
+    def evaluate_incoming(self) -> EvaluationResult:
+        """Evaluate the incoming personalised model on the client's test split."""
+        personalize_as_trained(self.model, self.private, self.received)
+        with out_of_memory_explained(self.config, self.model.stage):
+            return evaluate(
+                self.model,
+                self.data.examples("test"),
+                collator=self.data.collator,
+                encode=self.data.encoder("test"),
+                metric=self.data.metric,
+                config=self.config.evaluation,
+                autocast_choice=self.config.train.autocast,
             )
-        for group, state in private.personal.items():
-            model.load(group, state)
-    result = kit.fit(generator, pull)
-    check_finite(model)
-    return {group: model.state(group) for group in PERSONAL}, result
 
+    def train_and_upload(self) -> tuple[SessionResult, PrivateState]:
+        """Train in the instruction's stage; return what leaves the client and what stays."""
+        generator = session_generator(
+            self.config.seed, self.site.client.id, self.instruction.server_round
+        )
+        self._personalize(generator)
+        weight = self.config.train.proximal_weight
+        sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
+        with out_of_memory_explained(self.config, self.model.stage):
+            training = self._fit(generator, Proximal(sent, weight) if sent else None)
+        check_finite(self.model)
+        result, trained = self._upload(), extract_private_state(self.model, self.sharing)
+        if self.config.train.ditto.enabled:
+            personal, second = self.train_personal(generator)
+            trained = replace(trained, personal=personal)
+            training = replace(
+                training,
+                steps=training.steps + second.steps,
+                seconds=training.seconds + second.seconds,
+            )
+        if self.config.privacy.withholds_metrics:
+            training = replace(training, losses={})
+        return replace(result, training=training), trained
 
-def both(shared: TrainingResult, personal: TrainingResult) -> TrainingResult:
-    """Return what is reported of a turn: steps and time of both trainings, w's losses."""
-    return replace(
-        shared,
-        steps=shared.steps + personal.steps,
-        seconds=shared.seconds + personal.seconds,
-    )
+    def train_personal(
+        self, generator: torch.Generator
+    ) -> tuple[dict[GroupName, State], TrainingResult]:
+        """Train Ditto's v with a pull to w as it was sent; return v by group."""
+        self._personalize(generator)
+        weight = self.config.train.ditto.weight
+        pull = Proximal(sent_parameters(self.model, self.sharing), weight)
+        if self.private is not None:
+            if self.private.personal.keys() != set(SHARED):
+                raise StateError(
+                    "The private state holds no personal model: it is from a run without "
+                    "`train.ditto.enabled`."
+                )
+            for group, state in self.private.personal.items():
+                self.model.load(group, state)
+        result = self._fit(generator, pull)
+        check_finite(self.model)
+        return {group: self.model.state(group) for group in SHARED}, result
+
+    def _personalize(self, generator: torch.Generator) -> None:
+        stage = self.instruction.stage
+        personalize(self.model, self.private, self.received, stage=stage, generator=generator)
+
+    def _fit(self, generator: torch.Generator, proximal: Proximal | None) -> TrainingResult:
+        """Train the model, as it is, on the client's training split."""
+        config = self.config.train
+        if config.ditto.enabled:  # half of the epochs for each of two models
+            config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
+        return train(
+            self.model,
+            self.data.examples("train"),
+            collator=self.data.collator,
+            encode=self.data.encoder("train"),
+            config=config,
+            generator=generator,
+            progress=self.data.progress,
+            proximal=proximal,
+        )
+
+    def _upload(self) -> SessionResult:
+        """Return what leaves the client; a private run's release is counted before it is made."""
+        privacy = self.config.privacy
+        upload: dict[GroupName, State] = {
+            group: {
+                n: t for n, t in self.model.state(group).items() if self.sharing.sends(group, n)
+            }
+            for group in SHARED
+        }
+        spent = None
+        if privacy.enabled:
+            sent: dict[GroupName, State] = {
+                "own_task_adapter": self.instruction.adapters.get(self.site.client.task, {}),
+                "lora": self.instruction.lora,
+            }
+            spent = self.site.account.spend(
+                privacy,
+                run=self.site.run,
+                server_round=self.instruction.server_round,
+                check=lambda: self.site.check_budget(privacy),
+            )
+            upload, clipping = release(
+                upload,
+                sent,
+                clip_norm=privacy.clip_norm,
+                noise_multiplier=privacy.noise_multiplier,
+            )
+            self.data.progress(
+                f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added; "
+                f"at δ = {spent.delta:g}, ε = {spent.epsilon:.4g} in this run "
+                f"({count(spent.releases, 'release')}) and {spent.total_epsilon:.4g} over all runs "
+                f"({count(spent.total_releases, 'release')})"
+            )
+        dtype = getattr(torch, self.model.config.wire_dtype)
+        adapter, lora = ({n: t.to(dtype) for n, t in upload[group].items()} for group in SHARED)
+        return SessionResult(adapter, lora, spent=spent)

@@ -1,25 +1,17 @@
-"""One optimizer step's loss and gradients, over as many micro-batches as memory asks for.
+"""Local training of one client in one exchange: E epochs of optimizer steps.
 
-``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2 (design section
-2); every coefficient is applied here, once, in `total_loss`. However a step is split, its gradient
-is that of one batch, up to rounding: see `accumulate`.
+The loss of a step is ``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2
+(design section 2); `total_loss` applies every coefficient, once. However a step is split into
+micro-batches, its gradient is that of one batch, up to rounding (`accumulate`). Gradients are
+clipped group by group (`_clip`).
 
-A pull back to where a training began: FedProx's proximal term, and Ditto's.
-
-::
+`Proximal` adds a pull towards the parameters that the server sent::
 
     μ / 2 · ‖w − w_sent‖²
 
-FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, equation 2) adds
-it to the loss of the shared model; Ditto (Li et al., "Ditto: Fair and Robust Federated Learning
-Through Personalization", ICML 2021, algorithm 1) to that of a personal one. The sum is over what
-the client was sent and trains.
-
-Local training of one client for one round: E epochs of mini-batches.
-
-The loss and the gradients of an optimizer step are in `pilot_flwr.client.training`. Gradients
-are clipped to `train.max_grad_norm` group by group (those of `pilot_flwr.algorithm.parameter_groups`), see
-`_clip`.
+to the shared model in FedProx (Li et al., "Federated Optimization in Heterogeneous Networks",
+MLSys 2020, equation 2), to the personal one in Ditto (Li et al., "Ditto: Fair and Robust Federated
+Learning Through Personalization", ICML 2021, algorithm 1).
 """
 
 import contextlib
@@ -42,7 +34,52 @@ from pilot_flwr.model.architectures import Visual
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import LOSSES, GroupName, Losses, TrainingResult
 
-"""Mean over the optimizer steps, by name."""
+Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
+"""From batches of examples to H_v of each batch's images, one batch after the other."""
+
+
+def train(
+    model: PilotModel,
+    examples: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    config: TrainConfig,
+    generator: torch.Generator,
+    progress: Callable[[str], None],
+    proximal: "Proximal | None" = None,
+) -> TrainingResult:
+    """Train what the model's stage trains, in place; of the LoRA, `config.lora_matrices`.
+
+    `generator`, on the CPU, decides the order of examples and dropout. `progress` gets a line at
+    most every `config.log_every_seconds`. `proximal` is added to the loss of every step.
+
+    Raises `TrainingError` if there is no example, or the loss or a gradient is not finite.
+    """
+    if not examples:
+        raise TrainingError("There is no training example.")
+    per_step = config.batch_size * config.accumulation_steps
+    num_steps = config.epochs * math.ceil(len(examples) / per_step)
+    parts = Sharing(trained_lora=config.lora_matrices)
+    set_trainable(model.groups(), stage=model.stage, sharing=parts)
+    meter = _Meter(model, progress, num_steps, config.log_every_seconds)
+    optimizer, schedule = _optimizer(model, config, num_steps)
+    model.train()
+    with _dropout_seed(generator, model.device):
+        steps = _steps(len(examples), config, generator)
+        visuals = encode([examples[i] for i in part] for step in steps for part in step)
+        for step in steps:
+            batches = [collator.train_batch([examples[i] for i in part]) for part in step]
+            losses = accumulate(model, batches, visuals, config)
+            if proximal is not None:
+                losses += proximal.backpropagate()
+            norms = _clip(meter.groups, config.max_grad_norm, stage=model.stage)
+            meter.update(_checked(losses, norms, stage=model.stage))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    return meter.result(len(examples))
 
 
 def total_loss(ce: Tensor, connector: ConnectorOutput, config: TrainConfig) -> Tensor:
@@ -66,26 +103,11 @@ def autocast(device: torch.device, choice: str) -> contextlib.AbstractContextMan
 def accumulate(
     model: PilotModel, batches: list[Batch], visuals: Iterator[Visual], config: TrainConfig
 ) -> Tensor:
-    """Backpropagate one optimizer step's micro-batches; return its losses, float64.
+    """Backpropagate one optimizer step's micro-batches; return its `LOSSES` in float64.
 
-    Parameters
-    ----------
-    model : PilotModel
-        Its gradients are added to.
-    batches : list of Batch
-        The step's micro-batches.
-    visuals : iterator of Visual
-        H_v of each, in the same order.
-    config : TrainConfig
-        Coefficients and precision.
+    `visuals` yields H_v of each batch. The losses stay on the model's device: nothing here waits
+    for a value.
 
-    Returns
-    -------
-    Tensor
-        All of `LOSSES`, on the model's device. Nothing here waits for the device to have a value.
-
-    Notes
-    -----
     Cross-entropy is the mean over the answer tokens of the whole step, the difference loss that
     over its images. L_b is no mean over micro-batches, as it is a product of two means: so with
     several of them the router's losses are computed once, over the tokens of the whole step. The
@@ -131,22 +153,17 @@ def _router_losses(
 def _backpropagate(ce: Tensor, parts: ConnectorOutput, config: TrainConfig) -> Tensor:
     loss = total_loss(ce, parts, config)
     loss.backward()  # type: ignore[no-untyped-call]
-    values = (loss, ce, parts.difference, parts.balance, parts.z)
-    losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=loss.device)
-    losses[: len(values)] = torch.stack([value.detach().double() for value in values])
-    return losses
+    return _losses(total=loss, ce=ce, difference=parts.difference, balance=parts.balance, z=parts.z)
+
+
+def _losses(**values: Tensor) -> Tensor:
+    """Arrange detached losses in the order of `LOSSES`, float64; those not given are zero."""
+    zero = values["total"].new_zeros(())
+    return torch.stack([values.get(name, zero).detach().double() for name in LOSSES])
 
 
 class Proximal:
-    """``weight / 2 · ‖w − anchor‖²``; the anchor is what the parameters are when this is made.
-
-    Parameters
-    ----------
-    parameters : iterable of Parameter
-        w.
-    weight : float
-        μ.
-    """
+    """``weight / 2 · ‖w − anchor‖²``; the anchor is the parameters' value when this is made."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight: float) -> None:
         self.parameters = list(parameters)
@@ -162,13 +179,10 @@ class Proximal:
         return 0.5 * self.weight * torch.stack(squares).sum()
 
     def backpropagate(self) -> Tensor:
-        """Add the term's gradient to the parameters'; return `LOSSES`, float64, of it alone."""
+        """Add the term's gradient to the parameters'; return its `LOSSES` in float64."""
         loss = self.loss()
         loss.backward()  # type: ignore[no-untyped-call]
-        losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=loss.device)
-        for name in ("total", "proximal"):
-            losses[LOSSES.index(name)] = loss.detach().double()
-        return losses
+        return _losses(total=loss, proximal=loss)
 
 
 def sent_parameters(model: PilotModel, sharing: Sharing) -> list[nn.Parameter]:
@@ -181,79 +195,8 @@ def sent_parameters(model: PilotModel, sharing: Sharing) -> list[nn.Parameter]:
     ]
 
 
-Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
-"""From batches of examples to H_v of each batch's images, one batch after the other."""
-
-
-def train(
-    model: PilotModel,
-    examples: Sequence[Example],
-    *,
-    collator: Collator,
-    encode: Encoder,
-    config: TrainConfig,
-    generator: torch.Generator,
-    progress: Callable[[str], None],
-    proximal: Proximal | None = None,
-) -> TrainingResult:
-    """Train what the model's stage trains, in place; of the LoRA, `config.lora_matrices`.
-
-    Parameters
-    ----------
-    model : PilotModel
-        In the stage to train, with all states loaded.
-    examples : sequence of Example
-        The client's training split.
-    collator, encode
-        Make token tensors and visual features of examples.
-    config : TrainConfig
-        Epochs, batches, optimizer, coefficients.
-    generator : torch.Generator
-        CPU generator of the order of examples and of dropout.
-    progress : callable
-        Gets a line now and then, at most every `config.log_every_seconds`.
-    proximal : Proximal, optional
-        Added to the loss of every optimizer step.
-
-    Raises
-    ------
-    TrainingError
-        There is no example, or the loss or a gradient is not finite.
-    """
-    if not examples:
-        raise TrainingError("There is no training example.")
-    per_step = config.batch_size * config.accumulation_steps
-    num_steps = config.epochs * math.ceil(len(examples) / per_step)
-    parts = Sharing(trained_lora=config.lora_matrices)
-    set_trainable(model.groups(), stage=model.stage, sharing=parts)
-    meter = _Meter(model, progress, num_steps, config.log_every_seconds)
-    optimizer, schedule = _optimizer(model, config, num_steps)
-    model.train()
-    with _dropout_seed(generator, model.device):
-        steps = _steps(len(examples), config, generator)
-        visuals = encode([examples[i] for i in part] for step in steps for part in step)
-        for step in steps:
-            batches = [collator.train_batch([examples[i] for i in part]) for part in step]
-            losses = accumulate(model, batches, visuals, config)
-            if proximal is not None:
-                losses += proximal.backpropagate()
-            norms = _clip(meter.groups, config.max_grad_norm, stage=model.stage)
-            meter.update(_checked(losses, norms, stage=model.stage))
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-    model.eval()
-    return meter.result(len(examples))
-
-
 def check_finite(model: PilotModel) -> None:
-    """Check what the model's stage has trained, before it is kept or sent.
-
-    Raises
-    ------
-    TrainingError
-        A trained tensor holds NaN or Inf.
-    """
+    """Raise `TrainingError` if a tensor that the model's stage trains holds NaN or Inf."""
     groups = model.groups()
     for group in trained_groups(model.stage):
         for name, parameter in groups[group].items():
@@ -275,10 +218,10 @@ def _optimizer(
             {"params": connector, "lr": config.lr_scale * rates.connector_lr},
         ],
         weight_decay=config.weight_decay,
-        # The other way on a GPU has temporary tensors as large as all that is trained.
+        # Unfused on a GPU needs temporary tensors as large as all trained parameters.
         fused=True if model.device.type == "cuda" else None,
     )
-    # Rounded down: transformers' warm-up begins at rate zero, which would waste the only step
+    # Rounded down: transformers' warm-up starts at rate zero, which would waste the only step
     # of a very short training.
     schedule = transformers.get_cosine_schedule_with_warmup(
         optimizer, int(config.warmup_ratio * num_steps), num_steps
@@ -287,13 +230,11 @@ def _optimizer(
 
 
 def _clip(groups: Groups, max_norm: float, *, stage: int) -> dict[GroupName, Tensor]:
-    """Scale the gradient of each trained group to a norm of at most `max_norm`, by itself.
+    """Clip each trained group's gradient to a norm of `max_norm`; return the norms before.
 
     The normalized difference loss does not depend on the scale of x_s, so its gradient grows
     as 1/‖x_s‖, and after identity initialisation x_s begins at zero. Clipped together, ψ_s
     would shrink the gradients of Θ_l and ψ_t with its own, by an order of magnitude.
-
-    Returns the norms before, by group.
     """
     return {
         group: nn.utils.clip_grad_norm_(groups[group].values(), max_norm)
@@ -302,11 +243,11 @@ def _clip(groups: Groups, max_norm: float, *, stage: int) -> dict[GroupName, Ten
 
 
 def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> Losses:
-    """Return the losses by name, unless one or a gradient is not finite.
+    """Return the losses by name; raise if the total or a gradient's norm is not finite.
 
-    The one place of a step that waits for the device: all its numbers come over together.
+    The only place in a step that waits for the device: all numbers are copied together.
     """
-    # Without a gradient, as for a connector that saw text alone, a norm is a zero on the CPU.
+    # The norm of no gradient, as of a connector that saw only text, is a zero on the CPU.
     found_norms = torch.stack([norm.to(losses.device) for norm in norms.values()])
     values = torch.cat([losses, found_norms.double()]).tolist()
     found = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
@@ -318,9 +259,9 @@ def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> L
     return found
 
 
-def _diverged(what: str, stage: int) -> TrainingError:
+def _diverged(problem: str, stage: int) -> TrainingError:
     return TrainingError(
-        f"{what} in stage {stage}; lower `train.stage{stage}.lora_lr` or `.connector_lr`, "
+        f"{problem} in stage {stage}; lower `train.stage{stage}.lora_lr` or `.connector_lr`, "
         "or `train.lr_scale`."
     )
 
@@ -345,7 +286,7 @@ def _steps(
 
 @contextlib.contextmanager
 def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Seed torch's own generators, which dropout uses, for this training alone."""
+    """Seed torch's global generators, which dropout uses, for this training only."""
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -353,7 +294,7 @@ def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[
 
 
 class _Meter:
-    """Means of the losses, what had gradients, the time, and a progress line now and then."""
+    """Accumulates losses, gradient counts and time, and reports progress."""
 
     def __init__(
         self, model: PilotModel, progress: Callable[[str], None], num_steps: int, every: float
@@ -366,7 +307,7 @@ class _Meter:
         self.started = self.last = time.perf_counter()
 
     def update(self, losses: Losses) -> None:
-        """Note one step's losses and gradients, before they are cleared."""
+        """Count one step's losses and gradients, before they are cleared."""
         self.steps += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -378,7 +319,7 @@ class _Meter:
             self.progress(f"step {self.steps}/{self.num_steps}, loss {losses['total']:.4f}")
 
     def result(self, num_examples: int) -> TrainingResult:
-        """Return the means over all steps, and the time since this meter was made."""
+        """Return the means over all steps and the time since this meter was made."""
         return TrainingResult(
             losses={name: value / self.steps for name, value in self.sums.items()},
             steps=self.steps,

@@ -1,12 +1,21 @@
 """Score models of a run: per client, per task, and the mean over tasks."""
 
+import functools
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
+
+from pilot_flwr.client.client_data import ClientData
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.examples import Example
-from pilot_flwr.data.federation import check_references
+from pilot_flwr.data.federation import Client, check_references, task_metric
 from pilot_flwr.errors import DataError
-from pilot_flwr.inference.generate import Answerer
+from pilot_flwr.inference.generate import Answerer, check_all, open_file
+from pilot_flwr.inference.runs import Run, Selected, last_scores, load_model
 from pilot_flwr.metrics.registry import METRICS
 
 
@@ -19,19 +28,19 @@ class Scored:
     client, task : str
         Whose examples they are.
     model : str
-        Whose model it is.
+        Name of the model.
     stage : int
         Its architecture.
     metric : str
         A key of `METRICS`.
     examples : int
-        How many.
+        Number of examples.
     score : float
         From 0 to the metric's maximum.
     approximate : str
-        Why the score is approximate; empty if it is not.
+        Why the score is approximate; empty if it is exact.
     recorded : float or None
-        The run's own last score of this client, if it is of the same kind.
+        The run's own last score of this client, if it is comparable.
     """
 
     client: str
@@ -45,6 +54,98 @@ class Scored:
     recorded: float | None = None
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The examples that models are scored on, and the metric.
+
+    Attributes
+    ----------
+    split : {"test", "train"}
+        The client's split, as the run uses it.
+    file : Path, optional
+        A LLaVA JSON or JSONL file instead, all rows of it.
+    images : Path, optional
+        Folder of that file's images.
+    metric : str
+        A key of `METRICS`; empty for that of the client's task.
+    """
+
+    split: Split = "test"
+    file: Path | None = None
+    images: Path | None = None
+    metric: str = ""
+
+
+def evaluate_models(
+    run: Run,
+    models: Sequence[tuple[Client, Selected]],
+    source: EvaluationSet,
+    *,
+    device: torch.device,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None] = lambda client, total, done: None,
+) -> list[Scored]:
+    """Score models, each on the examples of a client.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    models : sequence of (Client, Selected)
+        Whose examples, and the model that answers them.
+    source : EvaluationSet
+        Which examples, and how they are scored.
+    device : torch.device
+        Where to compute.
+    say : callable
+        Gets lines for the user: rows left out, scores that are not comparable.
+    progress : callable, optional
+        Gets a client's id, the number of its examples and of its answers, after every batch.
+
+    Returns
+    -------
+    list of Scored
+        In the order of `models`.
+
+    Raises
+    ------
+    DataError
+        The examples cannot be read, or the metric cannot score against their references.
+    """
+    recorded = {event["client"]: event for event in last_scores(run)}
+    same_settings = _deciding_settings(run.config) == _deciding_settings(run.recorded)
+    if not same_settings:
+        say("The settings have changed: the run's own scores are not shown beside these.")
+    rows = []
+    for client, selected in models:
+        metric = source.metric or task_metric(run.config.data, client.task)
+        answerer = Answerer(run.config, load_model(run, selected, device=device))
+        examples = _examples(run, client, source, answerer, say)
+        total = len(examples)
+        answered = functools.partial(progress, client.id, total)
+        score = score_examples(answerer, examples, metric, progress=answered)
+        event = recorded.get(client.id, {})
+        same = same_settings and selected.client is not None and event.get("metric") == metric
+        same = same and source.file is None and source.split == "test"
+        if same and event["examples"] != total:
+            say(f"{client.id}: the run scored {event['examples']} examples, not {total}.")
+            same = False
+        rows.append(
+            Scored(
+                client.id,
+                client.task,
+                selected.name,
+                answerer.model.stage,
+                metric,
+                total,
+                score,
+                METRICS[metric].approximate(),
+                event.get("score") if same else None,
+            )
+        )
+    return rows
+
+
 def score_examples(
     answerer: Answerer,
     examples: Sequence[Example],
@@ -53,6 +154,22 @@ def score_examples(
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
     """Answer the examples and return the metric's mean.
+
+    Parameters
+    ----------
+    answerer : Answerer
+        The model.
+    examples : sequence of Example
+        Their last turn is not read by the model.
+    metric : str
+        A key of `METRICS`.
+    progress : callable, optional
+        Gets the number of answers after every batch.
+
+    Returns
+    -------
+    float
+        From 0 to the metric's maximum.
 
     Raises
     ------
@@ -68,7 +185,7 @@ def score_examples(
 
 
 def task_scores(scored: Sequence[Scored]) -> dict[str, float]:
-    """Return the mean score of each task, every example counting the same."""
+    """Return the mean score of each task; every example counts the same."""
     means = {}
     for task in dict.fromkeys(row.task for row in scored):
         rows = [row for row in scored if row.task == task]
@@ -78,6 +195,33 @@ def task_scores(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def mean_over_tasks(scored: Sequence[Scored]) -> float:
-    """Return the mean of the tasks' scores, every task counting the same."""
+    """Return the mean of the tasks' scores; every task counts the same."""
     means = task_scores(scored)
     return sum(means.values()) / len(means)
+
+
+def _deciding_settings(config: PilotConfig) -> object:
+    """Return the settings that decide which examples there are and what counts as an answer."""
+    return (
+        replace(config.data, folder="", workers=0),
+        replace(config.evaluation, batch_size=1),
+        config.seed,
+        config.train.max_length,
+    )
+
+
+def _examples(
+    run: Run,
+    client: Client,
+    source: EvaluationSet,
+    answerer: Answerer,
+    say: Callable[[str], None],
+) -> Sequence[Example]:
+    """Return all rows of the file, or the rows of the split that the run used."""
+    if source.file is not None:
+        examples = open_file(run, client.task, answerer, source.file, source.images)
+        check_all(examples, answerer)
+        return examples
+    with tempfile.TemporaryDirectory() as folder:
+        data = ClientData(client, run.config, answerer.model, folder=Path(folder), progress=say)
+        return data.examples(source.split)

@@ -26,7 +26,7 @@ from pilot_flwr.config.loading import to_yaml
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import RunConfig
 from pilot_flwr.errors import ModelError, RunError
-from pilot_flwr.inference.runs import Personal, Run, last_scores
+from pilot_flwr.inference.runs import Run, Selected, last_scores
 from pilot_flwr.inference.standalone import modeling_pilot
 from pilot_flwr.metrics.registry import METRICS
 from pilot_flwr.model.checkpoints import checkpoint_path
@@ -219,14 +219,14 @@ projector left out); `load` takes the base as it is stored. To have the base tha
 give `load` the same `quantization_config`."""
 
 
-def model_card(run: Run, who: Personal, *, stage: int, merged: Merged = "", dtype: str = "") -> str:
+def model_card(run: Run, who: Selected, *, stage: int, merged: Merged = "", dtype: str = "") -> str:
     """Return the card as Markdown.
 
     Parameters
     ----------
     run : Run
         Where the model comes from.
-    who : Personal
+    who : Selected
         Whose model it is.
     stage : int
         Its architecture.
@@ -269,7 +269,7 @@ def _front_matter(base: str) -> str:
     )
 
 
-def _what(run: Run, who: Personal, stage: int) -> str:
+def _what(run: Run, who: Selected, stage: int) -> str:
     exchange = run.checkpoint.server_round
     paper = (
         f"tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985) with the method "
@@ -294,7 +294,7 @@ def _what(run: Run, who: Personal, stage: int) -> str:
     )
 
 
-def _prompts(run: Run, who: Personal) -> str:
+def _prompts(run: Run, who: Selected) -> str:
     data, lines = run.config.data, ["The base model's own chat template."]
     if suffix := run.prompt_suffix(who.task):
         lines.append(f"Every question of the task ended with a line of its own: `{suffix}`.")
@@ -312,7 +312,7 @@ def _prompts(run: Run, who: Personal) -> str:
     return " ".join(lines)
 
 
-def _scores(run: Run, who: Personal) -> str:
+def _scores(run: Run, who: Selected) -> str:
     rows = [event for event in last_scores(run) if event["task"] == who.task]
     if who.client is not None:
         rows = [event for event in rows if event["client"] == who.client.id]

@@ -1,12 +1,8 @@
-"""A run's settings, some of them different now: where its data or its base model are.
+"""Open a finished run and load its models; nothing is written into the run folder.
 
-Results do not depend on what may change here; `pilot_flwr.run.provenance` says what does.
-
-Open a run folder, to use what came out of it. Nothing is written into it.
-
-The server's part of a personalised model (task adapters, LoRAs) is in the run's checkpoint. A
-client's own part is in ``clients/<id>/`` after a simulation, and on the site's disk after a real
-run. A client that was not in the run gets its task's consensus model.
+The server's share of a personalised model (task adapters, LoRAs) is in the run's checkpoint. A
+client's private state is in ``clients/<id>/`` after a simulation, and on the site's disk after a
+real run. For a client that was not in the run there is its task's consensus model.
 """
 
 from collections.abc import Sequence
@@ -17,7 +13,7 @@ import torch
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.algorithm.server_state import lora_peers, mean_lora
-from pilot_flwr.client.personalization import assemble
+from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.config.federation_file import with_folder
 from pilot_flwr.config.loading import from_yaml
@@ -27,7 +23,6 @@ from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.model.loading import initial_state, warm_model
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.protocol import State
 from pilot_flwr.run.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -37,61 +32,22 @@ from pilot_flwr.run.checkpoint import (
 from pilot_flwr.run.directory import Event, read_events
 
 
-def changed(recorded: PilotConfig, text: str, overrides: Sequence[str]) -> PilotConfig:
-    """Return the configuration with some settings changed; a new `data.folder` counts from here.
-
-    Parameters
-    ----------
-    recorded : PilotConfig
-        The run's.
-    text : str
-        The same as the run folder has it.
-    overrides : sequence of str
-        Each ``key=value``.
-
-    Raises
-    ------
-    ConfigError
-        An override is none, or its value is not allowed; names the first that is wrong.
-    """
-    groups = [f.name for f in fields(PilotConfig) if is_dataclass(getattr(recorded, f.name))]
-    for word in overrides:
-        key = word.partition("=")[0]
-        if key in [*groups, "experiment"] or not key[:1].isalpha():
-            raise ConfigError(
-                f"{word!r} must be one setting, such as `data.folder=/new/place`: the groups of a "
-                "run's settings are not chosen again."
-            )
-    try:
-        config = from_yaml(text, overrides)
-    except ConfigError as error:
-        for word in overrides:  # the first that is wrong by itself
-            try:
-                from_yaml(text, [word])
-            except ConfigError as own:
-                raise ConfigError(f"{word!r}: {own}") from None
-        raise error from None
-    return with_folder(config, ())[0] if config.data.folder != recorded.data.folder else config
-
-
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended, or has got as far as a checkpoint.
+    """A run that has ended, or has written a checkpoint.
 
     Attributes
     ----------
     folder : Path
         The run folder.
-    config : PilotConfig
-        The run's configuration, with the settings that are different now.
-    recorded : PilotConfig
-        The run's configuration as it was.
+    config, recorded : PilotConfig
+        The run's configuration with the user's overrides, and as it was.
     checkpoint : Checkpoint
-        The server's part.
+        The server's state.
     events : list of dict
-        What happened.
+        The run's event log.
     notes : tuple of str
-        What the user should be told, for instance that a torn checkpoint was passed over.
+        What the user should know, for instance that a torn checkpoint was skipped.
     """
 
     folder: Path
@@ -111,7 +67,7 @@ class Run:
         return [known.get(name, Client(name, task)) for name, task in trained]
 
     def client(self, client_id: str) -> Client:
-        """Return a client by its id; raises `ConfigError` if there is none."""
+        """Return a client by its id; raise `ConfigError` if there is none."""
         clients = {client.id: client for client in self.clients()}
         if client_id not in clients:
             raise ConfigError(
@@ -120,46 +76,45 @@ class Run:
             )
         return clients[client_id]
 
-    @property
-    def sharing(self) -> Sharing:
-        """What of the adapters and LoRAs the checkpoint has."""
-        config = self.recorded
-        return Sharing.of(config.strategy.sharing, config.train.lora_matrices)
-
-    def lora(self, client: str | None, task: str) -> State:
-        """Return Θ̄_l of a client as the server would send it; None is a client without one."""
-        if client is not None and client in self.checkpoint.task_of:
-            return self.checkpoint.lora(client)
-        peers = lora_peers(self.checkpoint.task_of, task)
-        if not peers:  # nobody has trained
-            return initial_state(self.config.model, seed=self.config.seed).sent(self.sharing).lora
-        return mean_lora([self.checkpoint.lora(peer) for peer in peers])
+    def received(self, selected: "Selected") -> Received:
+        """Return what the server would send the client of a model."""
+        checkpoint, recorded, task = self.checkpoint, self.recorded, selected.task
+        sharing = Sharing.of(recorded.strategy.sharing, recorded.train.lora_matrices)
+        if selected.client is not None and selected.client.id in checkpoint.task_of:
+            lora = checkpoint.lora(selected.client.id)
+        elif peers := lora_peers(checkpoint.task_of, task):
+            lora = mean_lora([checkpoint.lora(peer) for peer in peers])
+        else:  # no client has trained
+            lora = initial_state(self.config.model, seed=self.config.seed).sent(sharing).lora
+        moa = selected.private is not None and selected.private.stage == 2
+        return Received(
+            task,
+            checkpoint.tasks,
+            {t: checkpoint.adapter(t) for t in (checkpoint.tasks if moa else (task,))},
+            lora,
+            checkpoint.residual(),
+            sharing,
+            recorded.seed,
+        )
 
     def prompt_suffix(self, task: str) -> str:
-        """Return what every question of a task ends with in the run's data; empty if nothing."""
+        """Return the text that ends every question of a task in the run's data; may be empty."""
         files = self.config.data.files
         return files[task].prompt_suffix if task in files else ""
 
-    def check_task(self, task: str) -> None:
-        """Raise `ConfigError` unless the run has the task."""
-        if task not in self.checkpoint.tasks:
-            raise ConfigError(
-                f"`--task` is {task!r} but must be one of {', '.join(self.checkpoint.tasks)}."
-            )
-
 
 @dataclass(frozen=True)
-class Personal:
-    """Whose model it is, and what it is made of.
+class Selected:
+    """One model of a run: a client's personalised model, or a task's consensus model.
 
     Attributes
     ----------
     client : Client or None
-        None for a task's consensus model.
+        None for a consensus model.
     task : str
         The task.
     private : PrivateState or None
-        The client's own part; None if it has none, and for a consensus model.
+        The client's private state; None if it has not trained, and for a consensus model.
     """
 
     client: Client | None
@@ -168,7 +123,7 @@ class Personal:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The model's name in messages to the user."""
         return self.client.id if self.client else f"consensus of {self.task}"
 
 
@@ -182,31 +137,37 @@ def open_run(
     folder : Path
         The run folder.
     server_round : int, optional
-        Exchange whose checkpoint is wanted; the last whole one otherwise.
+        Exchange whose checkpoint to use; by default the last whole one.
     overrides : sequence of str
-        Each ``key=value``: settings that are different now, for instance where the base model is.
+        Each ``key=value``: settings that have changed since, for instance where the base model
+        is. A new `data.folder` counts from the working directory.
+
+    Returns
+    -------
+    Run
+        The run, without any model loaded.
 
     Raises
     ------
     RunError
-        It is no run folder.
+        The folder is not a run folder.
     ConfigError
-        Its configuration is not one, or an override is wrong.
+        Its configuration is invalid, or an override is.
     StateError
-        It has no whole checkpoint, or not the one that is wanted.
+        It has no whole checkpoint, or not the requested one.
     """
     path = folder / "config.yaml"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        raise RunError(f"{folder} is no run folder: it has no readable config.yaml.") from None
+        raise RunError(f"{folder} is not a run folder: it has no readable config.yaml.") from None
     try:
         recorded = from_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path} is not a run's configuration: {error}") from None
     if not text.strip():
         raise ConfigError(f"{path} is empty.")
-    config = changed(recorded, text, overrides) if overrides else recorded
+    config = _override(recorded, text, overrides) if overrides else recorded
     # Every image is needed once, and nothing is written into the run folder.
     config = replace(
         config, model=replace(config.model, feature_cache=FeatureCacheConfig(where="off"))
@@ -220,8 +181,8 @@ def open_run(
     return Run(folder, config, recorded, checkpoint, read_events(folder), tuple(notes))
 
 
-def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal:
-    """Find a client's own part.
+def select_client(run: Run, client_id: str, *, state: Path | None = None) -> Selected:
+    """Select a client's personalised model.
 
     Parameters
     ----------
@@ -230,18 +191,23 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
     client_id : str
         A client of its federation.
     state : Path, optional
-        Folder of the client's private state; ``clients/<id>/`` of the run folder otherwise.
+        Folder of the client's private state; by default ``clients/<id>/`` of the run folder.
+
+    Returns
+    -------
+    Selected
+        The client, with the private state of the time of the checkpoint.
 
     Raises
     ------
     ConfigError
         The federation has no such client.
     StateError
-        The client took part, but its own part is not there, is torn, foreign or another client's.
+        The client took part, but its private state is missing, torn, foreign or another client's.
     """
     client = run.client(client_id)
     folder = state or run.folder / "clients" / client_id
-    after = run.checkpoint.server_round  # what the client had when the checkpoint was written
+    after = run.checkpoint.server_round
     private = PrivateStore(folder, client_id, client.task).load(before=after + 1)
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
@@ -250,26 +216,54 @@ def personal(run: Run, client_id: str, *, state: Path | None = None) -> Personal
             "the folder with `--state` where the client keeps it, or take the consensus model "
             "of its task with `--task`."
         )
-    return Personal(client, client.task, private)
+    return Selected(client, client.task, private)
 
 
-def consensus(run: Run, task: str) -> Personal:
-    """Return what a client of `task` gets that was not in the run: a new site.
+def select_consensus(run: Run, task: str) -> Selected:
+    """Select a task's consensus model: what the server sends to a client that joins late.
 
     It is the stage-1 architecture with the task's adapter ψ_t, an inert ψ_s and the mean LoRA
-    of the task's clients: what the server sends to a client that joins late.
+    of the task's clients.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    task : str
+        One of its tasks.
+
+    Returns
+    -------
+    Selected
+        The consensus model.
 
     Raises
     ------
     ConfigError
         The run has no such task.
     """
-    run.check_task(task)
-    return Personal(None, task, None)
+    tasks = run.checkpoint.tasks
+    if task not in tasks:
+        raise ConfigError(f"`--task` is {task!r} but must be one of {', '.join(tasks)}.")
+    return Selected(None, task, None)
 
 
-def personal_model(run: Run, who: Personal, *, device: torch.device) -> PilotModel:
-    """Return this process's base model with the adapters of `who` in it.
+def load_model(run: Run, selected: Selected, *, device: torch.device) -> PilotModel:
+    """Load a selected model into this process's one base model.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    selected : Selected
+        Its client or consensus.
+    device : torch.device
+        Where the base model is, or goes.
+
+    Returns
+    -------
+    PilotModel
+        In evaluation mode; the next call replaces its adapters.
 
     Raises
     ------
@@ -278,32 +272,20 @@ def personal_model(run: Run, who: Personal, *, device: torch.device) -> PilotMod
     """
     reduction = run.config.train.difference_loss.reduction
     model = warm_model(run.config.model, reduction=reduction, device=device)
-    fill(model, run, who)
+    load_adapters(model, run, selected)
     return model
 
 
 def client_model(
     run: Run, client_id: str, *, device: torch.device, state: Path | None = None
 ) -> PilotModel:
-    """Return a client's personalised model: `personal`, then `personal_model`."""
-    return personal_model(run, personal(run, client_id, state=state), device=device)
+    """Load a client's personalised model: `select_client`, then `load_model`."""
+    return load_model(run, select_client(run, client_id, state=state), device=device)
 
 
-def fill(model: PilotModel, run: Run, who: Personal) -> None:
-    """Load the adapters of `who` into a model of the run's base."""
-    stage = who.private.stage if who.private else 1
-    tasks = run.checkpoint.tasks if stage == 2 else (who.task,)
-    assemble(
-        model,
-        who.task,
-        who.private,
-        adapters={task: run.checkpoint.adapter(task) for task in tasks},
-        lora=run.lora(who.client.id if who.client else None, who.task),
-        tasks=run.checkpoint.tasks,
-        sharing=run.sharing,
-        seed=run.recorded.seed,
-        residual=run.checkpoint.residual(),
-    )
+def load_adapters(model: PilotModel, run: Run, selected: Selected) -> None:
+    """Load the adapters of a selected model into a base model of the run."""
+    personalize_as_trained(model, selected.private, run.received(selected))
     model.eval()
 
 
@@ -313,12 +295,34 @@ def last_scores(run: Run) -> list[Event]:
     return [last[client.id] for client in run.clients() if client.id in last]
 
 
+def _override(recorded: PilotConfig, text: str, overrides: Sequence[str]) -> PilotConfig:
+    """Apply the overrides to the run's configuration `text`; `recorded` is the same, parsed."""
+    groups = [f.name for f in fields(PilotConfig) if is_dataclass(getattr(recorded, f.name))]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in [*groups, "experiment"] or not key[:1].isalpha():
+            raise ConfigError(
+                f"{override!r} must be one setting, such as `data.folder=/new/place`: the groups "
+                "of a finished run's settings cannot be chosen again."
+            )
+    try:
+        config = from_yaml(text, overrides)
+    except ConfigError as error:
+        for override in overrides:  # name the first that is wrong alone
+            try:
+                from_yaml(text, [override])
+            except ConfigError as own:
+                raise ConfigError(f"{override!r}: {own}") from None
+        raise error from None
+    return with_folder(config, ())[0] if config.data.folder != recorded.data.folder else config
+
+
 def _checkpoint(folder: Path, server_round: int | None) -> tuple[Checkpoint, list[str]]:
     if server_round is None:
         checkpoint, torn = latest_checkpoint(folder)
         if checkpoint is None:
             raise StateError(" ".join([f"{folder} holds no whole checkpoint.", *torn]))
-        notes = [f"Passed over a checkpoint: {reason}" for reason in torn]
+        notes = [f"Skipped a checkpoint: {reason}" for reason in torn]
         if torn:
             notes.append(f"Using {checkpoint.folder.name} and the clients' states of that time.")
         return checkpoint, notes

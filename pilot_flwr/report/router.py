@@ -20,7 +20,7 @@ from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import Client, client_examples, padding_colour
 from pilot_flwr.errors import PilotError
 from pilot_flwr.formatting import headline
-from pilot_flwr.inference.runs import Run, open_run, personal, personal_model
+from pilot_flwr.inference.runs import Run, load_model, open_run, select_client
 from pilot_flwr.model.base import load_processor
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.pilot_model import PilotModel
@@ -149,11 +149,11 @@ def _routed(run: Run, say: Callable[[str], None]) -> Iterator[Routed]:
     for client in run.clients():
         if not (run.folder / "clients" / client.id).is_dir():
             continue
-        who = personal(run, client.id)
+        who = select_client(run, client.id)
         if who.private is None or who.private.stage != 2:
             continue
         say(f"router of {client.id}")
-        model = personal_model(run, who, device=device)
+        model = load_model(run, who, device=device)
         examples = _examples(run, client, processor)
         shown = 0 if client.task in shown_tasks else IMAGES
         mean, images, maps = route(model, processor, examples, shown=shown)

@@ -10,7 +10,7 @@ from llava_files import write_federation
 from PIL import Image
 
 from pilot_flwr.cli.main import main
-from pilot_flwr.client import client_data as kit
+from pilot_flwr.client import client_data, session
 from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.client_files import check_simulated
@@ -101,7 +101,7 @@ def test_features_and_losses_are_those_of_the_images_in_memory(federation, tmp_p
     """The same examples, held in memory instead of read from files, give the same run."""
     words = overrides(federation, "data.clients_per_task=1")
     one = Federation(tmp_path / "one", words).run()
-    read = kit.client_examples
+    read = client_data.client_examples
 
     def in_memory(*arguments, **more):
         return [
@@ -109,7 +109,7 @@ def test_features_and_losses_are_those_of_the_images_in_memory(federation, tmp_p
             for example in read(*arguments, **more)
         ]
 
-    monkeypatch.setattr(kit, "client_examples", in_memory)
+    monkeypatch.setattr(client_data, "client_examples", in_memory)
     other = Federation(tmp_path / "other", words).run()
     assert losses(other) == losses(one) and scores(other) == scores(one)
 
@@ -126,9 +126,11 @@ def test_a_broken_row_stops_its_client_before_anything_and_nobody_else(
 ):
     break_row(federation, "counting", 3, image="Ann Smith.png")
     evaluated = []
-    evaluate = kit.Kit.evaluate
+    incoming = session.Session.evaluate_incoming
     monkeypatch.setattr(
-        kit.Kit, "evaluate", lambda one: evaluated.append(one.site.client.id) or evaluate(one)
+        session.Session,
+        "evaluate_incoming",
+        lambda one: evaluated.append(one.site.client.id) or incoming(one),
     )
     run = Federation(tmp_path / "run", overrides(federation, "data.clients_per_task=1")).run()
     failures = run.folder.select("failure")

@@ -5,15 +5,15 @@ import torch
 from inprocess import SMALL, finish
 from visuals import encoder
 
-from pilot_flwr.client.client_data import Kit
 from pilot_flwr.client.node import Site
-from pilot_flwr.client.session import train_personal, turn_generator
+from pilot_flwr.client.session import run_session, session_generator
 from pilot_flwr.client.training import Proximal, accumulate, train
 from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError
-from pilot_flwr.inference.runs import client_model, consensus, open_run, personal_model
+from pilot_flwr.inference.runs import client_model, load_model, open_run, select_consensus
 from pilot_flwr.model.loading import initial_state
+from pilot_flwr.protocol import Instruction
 
 CPU = torch.device("cpu")
 WEIGHT = 3.0
@@ -75,7 +75,7 @@ def test_the_personal_model_is_trained_from_itself_and_drawn_to_what_was_sent(
     for exchange, start in enumerate(sent, start=1):
         for group in GROUPS:
             model.load(group, start[group])
-        generator = turn_generator(0, client.id, exchange)
+        generator = session_generator(0, client.id, exchange)
         fit(generator)  # of w; of it the generator alone matters here
         for group in GROUPS:
             model.load(group, start[group])
@@ -132,7 +132,7 @@ def test_the_client_is_evaluated_by_its_personal_model(runs):
     assert not kept.empty and kept.groups == {
         "client_adapter": {}, "cross_task_adapters": {}, "router": {}
     }  # fmt: skip
-    shared = personal_model(run, consensus(run, "vqa"), device=CPU)
+    shared = load_model(run, select_consensus(run, "vqa"), device=CPU)
     for name, tensor in shared.state("own_task_adapter").items():
         assert torch.equal(tensor, ditto.strategy.state.adapters["vqa"][name])
     assert not torch.equal(
@@ -142,8 +142,13 @@ def test_the_client_is_evaluated_by_its_personal_model(runs):
 
 
 def test_a_client_that_has_trained_without_ditto_has_no_personal_model(runs, tmp_path):
-    config = runs[0].config
-    site = Site(federation_clients(config.data)[0], tmp_path, CPU)
-    model = client_model(open_run(runs[1].folder.path), "vqa-0", device=CPU)
+    ditto, plain = runs
+    site = Site(federation_clients(ditto.config.data)[0], tmp_path, "cpu")
+    site.private_store.save(plain.private("vqa-0"), server_round=1)
+    initial = initial_state(ditto.config.model, seed=0)
+    instruction = Instruction(
+        2, 1, ("vqa",), {"vqa": initial.adapter}, initial.lora, evaluate=False
+    )
     with pytest.raises(StateError, match="no personal model.*without `train.ditto.enabled`"):
-        train_personal(Kit(site, config, model, print), runs[1].private("vqa-0"), torch.Generator())
+        run_session(site, ditto.config, instruction, progress=print)
+    assert site.private_store.rounds() == [1]

@@ -54,7 +54,7 @@ def test_a_node_config_is_read_as_it_is_written(monkeypatch):
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(key, near):
-    with pytest.raises(ConfigError, match=f"`{key}` in the node config is no key") as error:
+    with pytest.raises(ConfigError, match=f"`{key}` in the node config is not a key") as error:
         read_node_config({"client-id": "a", key: "x"})
     assert ("Did you mean" in str(error.value)) == (near is not None)
     assert near is None or f"Did you mean `{near}`?" in str(error.value)

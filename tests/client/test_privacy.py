@@ -217,7 +217,7 @@ def test_an_unreadable_account_is_never_begun_anew(text, tmp_path):
         lambda a: a.spend(CONFIG, run="r", server_round=1),
         lambda a: a.epsilon_after(CONFIG, 1e-5),
     ):
-        with pytest.raises(StateError, match="is no privacy account.*releases nothing"):
+        with pytest.raises(StateError, match="is not a privacy account.*releases nothing"):
             act(PrivacyAccount(path, "c"))
     assert path.read_text() == text
 

@@ -9,9 +9,9 @@ from flwr.app import Message, MessageType
 from inprocess import SMALL, Federation, InProcessGrid
 
 from pilot_flwr import client_app
-from pilot_flwr.client import session as turn
-from pilot_flwr.client.privacy import PrivacyDemands, change_norm
-from pilot_flwr.client.privacy_accountant import PrivacyAccount, epsilon
+from pilot_flwr.client import session as session_module
+from pilot_flwr.client.privacy import change_norm
+from pilot_flwr.client.privacy_accountant import PrivacyAccount, PrivacyDemands, epsilon
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.flower import messages as replies
 from pilot_flwr.flower import messages as wire
@@ -172,7 +172,7 @@ def test_an_upload_is_counted_before_it_is_made(tmp_path, monkeypatch):
         seen.append(json.loads(account.read_text())["releases"])
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(turn, "release", fail)
+    monkeypatch.setattr(session_module, "release", fail)
     with pytest.raises(RunError, match="killed"):
         Federation(tmp_path, f"{NOISY} data.tasks=[vqa]").run()
     assert len(seen) == 1 and len(seen[0]) == 1
@@ -223,12 +223,12 @@ def ask(overrides, node_config):
         (
             {"max-clip-norm": 0.25},
             NOISY,
-            "`max-clip-norm` is 0.25 but bounds no ε by itself, as the noise may be as small",
+            "`max-clip-norm` is 0.25 but bounds no ε without `min-noise-multiplier` or `max-eps",
         ),
         (
             {"min-noise-multiplier": 1.0},
             f"{NOISY} privacy.send_metrics=true",
-            "`privacy.send_metrics` of the run is true but this site keeps losses",
+            "`privacy.send_metrics` of the run is true but this site does not send",
         ),
         (
             {"max-epsilon": 1},

@@ -7,9 +7,9 @@ from inprocess import SMALL, finish
 from visuals import encoder
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
-from pilot_flwr.client.personalization import assemble
+from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState
-from pilot_flwr.client.session import turn_generator
+from pilot_flwr.client.session import session_generator
 from pilot_flwr.client.training import Proximal, sent_parameters, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
@@ -18,7 +18,7 @@ from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError
 from pilot_flwr.flower.messages import decode_update
-from pilot_flwr.inference.runs import client_model, consensus, open_run, personal_model
+from pilot_flwr.inference.runs import client_model, load_model, open_run, select_consensus
 from pilot_flwr.model.loading import initial_state
 from pilot_flwr.protocol import LOSSES
 
@@ -207,7 +207,7 @@ def test_a_client_that_shares_nothing_trains_as_if_it_were_alone(tmp_path, proce
             collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
             encode=encoder(model, processor),
             config=config.train,
-            generator=turn_generator(0, client.id, exchange),
+            generator=session_generator(0, client.id, exchange),
             progress=lambda line: None,
         )
     groups = federation.private(client.id).groups
@@ -218,7 +218,7 @@ def test_a_client_that_shares_nothing_trains_as_if_it_were_alone(tmp_path, proce
     run = open_run(tmp_path / "run")
     fresh = make_model(client_adapter=False)
     fresh.load("lora", initial_state(model.config, seed=0).lora)
-    new = states(personal_model(run, consensus(run, "vqa"), device=CPU))
+    new = states(load_model(run, select_consensus(run, "vqa"), device=CPU))
     assert all(torch.equal(tensor, new[name]) for name, tensor in states(fresh).items())
 
 
@@ -226,14 +226,16 @@ def test_a_private_state_of_another_sharing_is_refused(make_model):
     model, initial = make_model(client_adapter=False), initial_state(ModelConfig(), seed=0)
     sharing = Sharing(lora="A")
     with pytest.raises(StateError, match="0 tensors of lora .* another `strategy.sharing`"):
-        assemble(
+        personalize_as_trained(
             model,
-            "vqa",
             PrivateState(1, groups={"client_adapter": {}}),
-            adapters={"vqa": initial.adapter},
-            lora=initial.sent(sharing).lora,
-            tasks=("vqa",),
-            sharing=sharing,
+            Received(
+                "vqa",
+                ("vqa",),
+                {"vqa": initial.adapter},
+                initial.sent(sharing).lora,
+                sharing=sharing,
+            ),
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from guide import blocks, has_nginx, wait_for_either, wait_until
 from lab import SITES, SMALL, Lab
 
-from pilot_flwr.inference.runs import open_run, personal, personal_model
+from pilot_flwr.inference.runs import load_model, open_run, select_client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -53,7 +53,7 @@ def test_from_nothing_to_personalised_models(tmp_path):
     run = open_run(folder)
     for client, site in lab.sites.items():
         (state,) = (site.folder / "state").iterdir()
-        model = personal_model(run, personal(run, client, state=state), device=torch.device("cpu"))
+        model = load_model(run, select_client(run, client, state=state), device=torch.device("cpu"))
         assert model.stage == 2
 
 

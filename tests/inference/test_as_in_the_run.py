@@ -89,7 +89,7 @@ def test_evaluate_scores_the_rows_that_the_run_used(padded, evaluate, asked, spl
 
 
 def test_only_scores_of_the_same_examples_stand_side_by_side(evaluate, capsys):
-    note = "are not put beside"
+    note = "are not shown beside"
     (row,) = evaluate("--client", "vqa-0", "evaluation.batch_size=3", "data.workers=1")
     assert row["recorded"] is not None and note not in capsys.readouterr().err
     for word in ("data.test_examples=4", "data.allowed_broken=0.9", "evaluation.max_new_tokens=1"):

@@ -9,6 +9,7 @@ from inprocess import client_by_id
 
 from pilot_flwr.cli import main as cli
 from pilot_flwr.data.federation import client_examples
+from pilot_flwr.inference import evaluate as evaluate_module
 from pilot_flwr.metrics import registry as table
 
 
@@ -101,10 +102,10 @@ def test_an_approximate_metric_says_so(evaluate, capsys, monkeypatch):
 
 
 def test_a_mean_of_different_ranges_is_marked(evaluate, capsys, monkeypatch):
-    from pilot_flwr.data import federation
-
     monkeypatch.setattr(
-        federation, "task_metric", lambda data, task: "cider_d" if task == "vqa" else "exact_match"
+        evaluate_module,
+        "task_metric",
+        lambda data, task: "cider_d" if task == "vqa" else "exact_match",
     )
     evaluate()
     assert "different ranges" in capsys.readouterr().err
@@ -114,7 +115,7 @@ def test_a_torn_checkpoint_is_said_aloud(finished, evaluate, tmp_path, capsys):
     copy = Path(shutil.copytree(finished.folder.path, tmp_path / "run"))
     (copy / "checkpoint" / "round-0002" / "state.json").unlink()
     assert evaluate("--client", "vqa-0", folder=copy)["round"] == 1
-    assert "Passed over a checkpoint" in capsys.readouterr().err
+    assert "Skipped a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_wrong_arguments(evaluate, capsys, arguments, code, words):
 
 def test_a_folder_that_is_no_run(evaluate, tmp_path, capsys):
     evaluate(folder=tmp_path, code=1)
-    assert "no run folder" in capsys.readouterr().err
+    assert "not a run folder" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_said_before_anything(finished, tmp_path, capsys):

@@ -11,11 +11,11 @@ from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.inference.runs import (
     client_model,
-    consensus,
     last_scores,
+    load_model,
     open_run,
-    personal,
-    personal_model,
+    select_client,
+    select_consensus,
 )
 from pilot_flwr.run.checkpoint import save_checkpoint
 
@@ -53,7 +53,7 @@ def test_a_client_model_is_put_together_from_the_servers_state_and_its_own(finis
 
 def test_a_new_site_gets_the_consensus_model_of_its_task(finished):
     run = open_run(finished.folder.path)
-    model = personal_model(run, consensus(run, "vqa"), device=CPU)
+    model = load_model(run, select_consensus(run, "vqa"), device=CPU)
     server = finished.strategy.state
     assert model.stage == 1
     assert_same(model.state("own_task_adapter"), server.adapters["vqa"])
@@ -81,9 +81,9 @@ def test_a_client_that_never_trained_gets_it_too(copy):
     )
     run = open_run(copy)
     assert "vqa-0" not in run.checkpoint.task_of
-    who = personal(run, "vqa-0")
+    who = select_client(run, "vqa-0")
     assert who.private is None
-    model = personal_model(run, who, device=CPU)
+    model = load_model(run, who, device=CPU)
     assert_same(model.state("lora"), run.checkpoint.lora("vqa-1"))
 
 
@@ -97,13 +97,13 @@ def test_a_private_state_from_elsewhere(finished, make_model, tmp_path):
     with pytest.raises(
         StateError, match=r"no private state of exchange 2 or before.*`--state`.*`--task`"
     ):
-        personal(run, "counting-1", state=tmp_path / "other")
+        select_client(run, "counting-1", state=tmp_path / "other")
 
 
 def test_a_client_whose_own_part_is_missing_is_not_replaced_in_silence(copy):
     shutil.rmtree(copy / "clients")
     with pytest.raises(StateError, match="'vqa-0' has trained"):
-        personal(open_run(copy), "vqa-0")
+        select_client(open_run(copy), "vqa-0")
 
 
 def test_a_private_state_for_other_tasks_is_refused(finished, tmp_path):
@@ -117,7 +117,7 @@ def test_a_private_state_for_other_tasks_is_refused(finished, tmp_path):
 def test_another_clients_private_state_is_refused(finished):
     run = open_run(finished.folder.path)
     with pytest.raises(StateError, match="of client 'vqa-1' but must be of 'vqa-0'"):
-        personal(run, "vqa-0", state=finished.folder.path / "clients" / "vqa-1")
+        select_client(run, "vqa-0", state=finished.folder.path / "clients" / "vqa-1")
 
 
 def test_a_torn_checkpoint_is_passed_over_aloud(copy):
@@ -134,8 +134,11 @@ def test_an_earlier_round_can_be_asked_for(finished):
     run = open_run(finished.folder.path, server_round=1)
     assert run.checkpoint.server_round == 1
     assert run.notes == ()
-    first = personal(run, "vqa-0").private
-    assert (first.stage, personal(open_run(finished.folder.path), "vqa-0").private.stage) == (1, 2)
+    first = select_client(run, "vqa-0").private
+    assert (first.stage, select_client(open_run(finished.folder.path), "vqa-0").private.stage) == (
+        1,
+        2,
+    )
     with pytest.raises(StateError, match="`--round` is 7 but the run has checkpoints of 1, 2"):
         open_run(finished.folder.path, server_round=7)
 
@@ -160,7 +163,7 @@ def test_last_scores_are_those_of_the_closing_evaluation(finished):
 @pytest.mark.parametrize(
     "content, error, words",
     [
-        (None, RunError, "no run folder"),
+        (None, RunError, "not a run folder"),
         ("", ConfigError, "is empty"),
         ("hello", ConfigError, "not a run's configuration"),
         ("seed: [", ConfigError, "not a run's configuration"),
@@ -183,9 +186,9 @@ def test_a_run_without_a_checkpoint_is_refused(copy):
 def test_names_are_checked(finished):
     run = open_run(finished.folder.path)
     with pytest.raises(ConfigError, match="'vqa-7' but must be one of vqa-0.*`--task`"):
-        personal(run, "vqa-7")
+        select_client(run, "vqa-7")
     with pytest.raises(ConfigError, match="'ocr' but must be one of vqa, counting"):
-        consensus(run, "ocr")
+        select_consensus(run, "ocr")
 
 
 def test_nothing_is_written_into_the_run_folder(finished):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pilot_flwr.client import client_data as kit_module
+from pilot_flwr.client import session as session_module
 from pilot_flwr.client.node import Site
-from pilot_flwr.client.session import private_store, run_session
+from pilot_flwr.client.session import run_session
 from pilot_flwr.client.training import autocast, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
@@ -211,7 +211,7 @@ def test_features_come_to_the_models_device_and_are_kept_on_the_host(
 
 @pytest.fixture
 def take(tmp_path, device):
-    """Take a turn of the first client on the device; `batch_size` is that of training."""
+    """Run a session of the first client on the device; `batch_size` is that of training."""
     model = ModelConfig(lora=LoraConfig(rank=4))
     config = PilotConfig(
         model=model,
@@ -219,7 +219,7 @@ def take(tmp_path, device):
         train=TrainConfig(epochs=1, batch_size=2),
         evaluation=EvaluationConfig(max_new_tokens=2),
     )
-    site = Site(federation_clients(config.data)[0], tmp_path, device)
+    site = Site(federation_clients(config.data)[0], tmp_path, str(device))
     initial = initial_state(config.model, seed=0)
 
     def call(stage):
@@ -232,7 +232,7 @@ def take(tmp_path, device):
     return call
 
 
-def test_turns_of_both_stages(take, device):
+def test_sessions_of_both_stages(take, device):
     for stage in (1, 2):
         result = take(stage)
         assert result.training.steps == 2
@@ -240,7 +240,7 @@ def test_turns_of_both_stages(take, device):
         sent = [*result.adapter.values(), *result.lora.values()]
         assert {tensor.device.type for tensor in sent} == {"cpu"}
         assert all(torch.isfinite(tensor).all() for tensor in sent)
-        private = private_store(take.site).load()
+        private = take.site.private_store.load()
         assert private.stage == stage
     assert warm_model(
         ModelConfig(lora=LoraConfig(rank=4)), reduction="normalized", device=device
@@ -249,7 +249,7 @@ def test_turns_of_both_stages(take, device):
 
 def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, monkeypatch):
     take(1)
-    before = private_store(take.site).load()
+    before = take.site.private_store.load()
 
     def too_much(*_, **__):
         if device.type == "cpu":  # whose own error is another
@@ -257,10 +257,10 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, mo
         torch.empty(2**44, dtype=torch.uint8, device=device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kit_module, "train", too_much)
+        patch.setattr(session_module, "train", too_much)
         with pytest.raises(TrainingError, match=r"ran out of memory in stage 2.*`train\.batch_siz"):
             take(2)
-    after = private_store(take.site).load()
+    after = take.site.private_store.load()
     assert after.stage == before.stage == 1
     for name, tensor in before.groups["client_adapter"].items():
         assert torch.equal(after.groups["client_adapter"][name], tensor)

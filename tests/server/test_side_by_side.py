@@ -10,7 +10,7 @@ from inprocess import SMALL, Federation, InProcessGrid
 from quick_training import quick_training
 
 from pilot_flwr import server_app
-from pilot_flwr.client import session as turn
+from pilot_flwr.client import session
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.privacy_accountant import PrivacyAccount
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
@@ -22,6 +22,7 @@ from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.flower.codec import decode_state
 from pilot_flwr.flower.failures import OWN_ERROR
 from pilot_flwr.formatting import LONGEST_REASON
+from pilot_flwr.protocol import Instruction
 from pilot_flwr.run.atomic import hold
 
 NAMES = ["vqa-0", "vqa-1", "vqa-2"]
@@ -98,13 +99,13 @@ def test_nobody_counts_between_the_check_and_the_release(tmp_path):
     assert (len(account.releases()), len(refused)) == (2, 2)
 
 
-def test_a_turn_waits_for_the_one_before_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(turn, "PATIENCE_SECONDS", 0.1)
-    site = Site(Client("vqa-0", "vqa", 0), tmp_path, torch.device("cpu"))
-    order = turn.Instruction(server_round=1, stage=1, tasks=("vqa",), adapters={}, lora={})
-    with hold(tmp_path / turn.TURN_LOCK, "the other turn"):
+def test_a_session_waits_for_the_one_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "PATIENCE_SECONDS", 0.1)
+    site = Site(Client("vqa-0", "vqa", 0), tmp_path, "cpu")
+    order = Instruction(server_round=1, stage=1, tasks=("vqa",), adapters={}, lora={})
+    with hold(tmp_path / session.SESSION_LOCK, "the other session"):
         with pytest.raises(RunError, match=r"state folder of client 'vqa-0' is in use"):
-            turn.run_session(site, load_config(SMALL), order, progress=print)
+            session.run_session(site, load_config(SMALL), order, progress=print)
     assert PrivateStore(tmp_path, "vqa-0", "vqa").rounds() == []
 
 

@@ -8,7 +8,7 @@ from flwr.app import MessageType
 from inprocess import SMALL, Federation, finish
 from visuals import encoder
 
-from pilot_flwr.client.session import turn_generator
+from pilot_flwr.client.session import session_generator
 from pilot_flwr.client.training import train
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.collator import Collator, same_for_all
@@ -46,7 +46,7 @@ def test_pooled_training_is_a_plain_loop_over_all_examples(pooled, processor, ma
             collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
             encode=encoder(model, processor),
             config=config.train,
-            generator=turn_generator(0, "vqa-0", exchange),
+            generator=session_generator(0, "vqa-0", exchange),
             progress=lambda line: None,
         )
     # Every client has that model, of whichever task it is.
@@ -97,7 +97,7 @@ def test_without_the_client_that_trains_a_pooled_run_stops(tmp_path, monkeypatch
     def fail(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr("pilot_flwr.client.client_data.train", fail)
+    monkeypatch.setattr("pilot_flwr.client.session.train", fail)
     with pytest.raises(BelowMinimum, match="'vqa-0', which trains on the data of all, deliv.*no r"):
         finish(tmp_path / "run", POOLED)
 

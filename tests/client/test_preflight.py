@@ -8,9 +8,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import torch
 
-from pilot_flwr.client import preflight as readiness
+from pilot_flwr.client import preflight
 from pilot_flwr.client.node import Site, private_paths
 from pilot_flwr.client.preflight import check_files, check_readiness, check_room, check_writable
 from pilot_flwr.config.loading import load_config
@@ -59,7 +58,7 @@ def make(folder):
 
 def test_a_whole_site_is_ready_and_nothing_is_left_behind(place):
     files = make(place)
-    site = Site(Client("a", "vqa"), place / "state" / "run-1", torch.device("cpu"), files)
+    site = Site(Client("a", "vqa"), place / "state" / "run-1", "cpu", files)
     check_readiness(site, CONFIG)
     assert list((place / "state" / "run-1").iterdir()) == []
     check_files(SiteFiles(files.train), evaluated=False)  # no images, no test
@@ -146,7 +145,7 @@ def test_the_room_that_is_needed_is_named_beside_what_is_free(place, monkeypatch
     size = layout_of(CONFIG.model, tuple(CONFIG.data.tasks)).private_bytes
 
     def free(number):
-        monkeypatch.setattr(readiness.shutil, "disk_usage", lambda _: usage(1, 1, number))
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(1, 1, number))
 
     free(4 * size)
     check_room(place, size)

@@ -1,4 +1,4 @@
-"""Which rows a client's turn uses: what is looked at, and when it is looked at again."""
+"""Which rows a client's session uses: what is checked, and when it is checked again."""
 
 import json
 from dataclasses import replace
@@ -7,8 +7,7 @@ import pytest
 import torch
 from llava_files import write_federation
 
-from pilot_flwr.client.client_data import Kit
-from pilot_flwr.client.node import Site
+from pilot_flwr.client.client_data import ClientData
 from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.federation import federation_clients
@@ -24,17 +23,18 @@ def config(tmp_path):
 
 @pytest.fixture
 def use(tmp_path):
-    """Return the ids that a turn uses, and the lines that it prints."""
+    """Return the ids that a session uses, and the lines that it prints."""
 
     def use(config, split="train"):
-        site = Site(federation_clients(config.data)[0], tmp_path / "state", torch.device("cpu"))
+        client = federation_clients(config.data)[0]
         model = warm_model(
             config.model,
             reduction=config.train.difference_loss.reduction,
             device=torch.device("cpu"),
         )
         lines = []
-        found = Kit(site, config, model, lines.append).examples(split)
+        data = ClientData(client, config, model, folder=tmp_path / "state", progress=lines.append)
+        found = data.examples(split)
         return [int(example.id.split(":")[0]) for example in found], lines
 
     return use

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pilot_flwr.algorithm.parameter_groups import trained_groups
-from pilot_flwr.client import client_data as kit
+from pilot_flwr.client import client_data as data_module
+from pilot_flwr.client import session as session_module
 from pilot_flwr.client.node import Site
-from pilot_flwr.client.session import private_store, run_session, stage_trained
+from pilot_flwr.client.session import run_session
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
@@ -39,7 +40,7 @@ def initial():
 @pytest.fixture
 def sites(tmp_path):
     clients = federation_clients(CONFIG.data)
-    return {c.task: Site(c, tmp_path / c.id, torch.device("cpu")) for c in clients}
+    return {c.task: Site(c, tmp_path / c.id, "cpu") for c in clients}
 
 
 @pytest.fixture
@@ -90,8 +91,8 @@ def seen(monkeypatch):
         seen.note(seen.evaluated, model)
         return EvaluationResult(0.5, metric, len(examples), 0.0)
 
-    monkeypatch.setattr(kit, "train", train)
-    monkeypatch.setattr(kit, "evaluate", evaluate)
+    monkeypatch.setattr(session_module, "train", train)
+    monkeypatch.setattr(session_module, "evaluate", evaluate)
     return seen
 
 
@@ -105,11 +106,11 @@ def take(site, order, config=CONFIG):
 
 
 def private(site):
-    return private_store(site).load().groups
+    return site.private_store.load().groups
 
 
 def private_bytes(site):
-    return private_store(site).newest().read_bytes()
+    return site.private_store.newest().read_bytes()
 
 
 def assert_equal(state, expected):
@@ -225,7 +226,7 @@ def test_evaluating_only_writes_nothing(sites, make_order, seen):
     site = sites["vqa"]
     result = take(site, make_order(1, train=False))
     assert result.evaluation and not result.training and not result.adapter and not result.lora
-    assert stage_trained(site, 2) == 0 and private_store(site).newest() is None
+    assert site.private_store.stage(before=2) == 0 and site.private_store.newest() is None
     take(site, make_order(1))
     take(site, make_order(2))
     before = private_bytes(site)
@@ -243,14 +244,14 @@ def test_the_state_of_another_client_is_refused(sites, make_order, seen):
     site = sites["vqa"]
     take(site, make_order(1))
     other = replace(site, client=replace(site.client, id="vqa-1"))
-    for use in (lambda: take(other, make_order(2)), lambda: stage_trained(other, 2)):
+    for use in (lambda: take(other, make_order(2)), lambda: other.private_store.stage(before=2)):
         with pytest.raises(StateError, match="of client 'vqa-0' but must be of 'vqa-1'"):
             use()
     assert len(seen.trained) == 1
 
 
 def test_stage_2_without_stage_1_is_refused(sites, make_order, seen):
-    with pytest.raises(StateError, match="'vqa-0' was ordered to train stage 2 but holds no"):
+    with pytest.raises(StateError, match="'vqa-0' was asked to train stage 2 but holds no"):
         take(sites["vqa"], make_order(2))
     assert not seen.trained
 
@@ -296,12 +297,12 @@ def test_a_training_that_fails_leaves_the_private_state(
     for earlier in range(1, stage + 1):
         take(site, make_order(earlier))
     before, order = private_bytes(site), make_order(stage, server_round=3)
-    train = kit.train
-    monkeypatch.setattr(kit, "train", broken)
+    train = session_module.train
+    monkeypatch.setattr(session_module, "train", broken)
     with pytest.raises(TrainingError, match=message):
         take(site, order)
     assert private_bytes(site) == before
-    monkeypatch.setattr(kit, "train", train)  # and the client is not locked out
+    monkeypatch.setattr(session_module, "train", train)  # and the client is not locked out
     saved = private(site)
     take(site, order)
     assert_equal(seen.trained[-1][2]["client_adapter"], saved["client_adapter"])
@@ -319,7 +320,7 @@ def test_each_group_that_is_saved_or_sent_must_be_finite(sites, make_order, seen
                 next(iter(model.groups()[group].values())).view(-1)[0] = float("inf")
             return TrainingResult({}, 1, len(examples), 0.0, {})
 
-        monkeypatch.setattr(kit, "train", one)
+        monkeypatch.setattr(session_module, "train", one)
         with pytest.raises(TrainingError, match=f"of {group} is not finite"):
             take(site, make_order(2))
         assert private_bytes(site) == before
@@ -330,8 +331,8 @@ def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
     clients = {c.task: c for c in federation_clients(CONFIG.data)}
 
     def history(folder, *, disturbed):
-        site = Site(clients["vqa"], folder / "vqa", torch.device("cpu"))
-        other = Site(clients["captioning"], folder / "captioning", torch.device("cpu"))
+        site = Site(clients["vqa"], folder / "vqa", "cpu")
+        other = Site(clients["captioning"], folder / "captioning", "cpu")
         results = []
         for server_round, stage in ((1, 1), (2, 2), (3, 2)):
             if disturbed:
@@ -352,14 +353,14 @@ def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
 
 def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, seen, monkeypatch):
     """They would share their features silently."""
-    read = kit.client_examples
+    read = data_module.client_examples
     for split, order in (("test", make_order(1, train=False)), ("train", make_order(1))):
 
         def twice(data, client, asked, *, split=split, **more):
             examples = read(data, client, asked, **more)
             return [*examples[:-1], examples[0]] if asked == split else examples
 
-        monkeypatch.setattr(kit, "client_examples", twice)
+        monkeypatch.setattr(data_module, "client_examples", twice)
         message = f"{split} split of client 'vqa-0', 1 ids belong to more than one example"
         with pytest.raises(DataError, match=message):
             take(sites["vqa"], order)
@@ -369,13 +370,13 @@ def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, 
 def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, monkeypatch):
     """Features are kept by base type, seed and data settings, not by client and id alone."""
     kept = []
-    cache = kit.FeatureCache
+    cache = data_module.FeatureCache
 
     def note(*args, namespace, **kwargs):
         kept.append(namespace)
         return cache(*args, namespace=namespace, **kwargs)
 
-    monkeypatch.setattr(kit, "FeatureCache", note)
+    monkeypatch.setattr(data_module, "FeatureCache", note)
     seen_dtypes = []
     for config in (
         CONFIG,
@@ -383,14 +384,14 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, m
         replace(CONFIG, seed=1),
         replace(CONFIG, data=replace(CONFIG.data, train_examples=5)),
     ):
-        real = kit.evaluate
+        real = session_module.evaluate
 
         def evaluate(model, examples, *, encode, real=real, **kwargs):
             seen_dtypes.append(next(encode([examples[:1]])).features.dtype)
             return real(model, examples, encode=encode, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(kit, "evaluate", evaluate)
+            patch.setattr(session_module, "evaluate", evaluate)
             take(sites["vqa"], make_order(1, train=False), config)
     assert seen_dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     assert len(set(kept)) == len(kept)
@@ -400,13 +401,13 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, m
 
 def test_evaluation_uses_the_autocast_of_training(sites, make_order, seen, monkeypatch):
     given = []
-    noted = kit.evaluate
+    noted = session_module.evaluate
 
     def evaluate(*args, autocast_choice, **kwargs):
         given.append(autocast_choice)
         return noted(*args, **kwargs)
 
-    monkeypatch.setattr(kit, "evaluate", evaluate)
+    monkeypatch.setattr(session_module, "evaluate", evaluate)
     config = replace(CONFIG, train=replace(CONFIG.train, autocast="bfloat16"))
     take(sites["vqa"], make_order(1, train=False), config)
     assert given == ["bfloat16"]
@@ -420,7 +421,7 @@ def test_out_of_memory_says_what_to_change(sites, make_order, seen, monkeypatch,
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    monkeypatch.setattr(kit, "train", fail)
+    monkeypatch.setattr(session_module, "train", fail)
     message = (
         rf"ran out of memory in stage {stage} with a micro-batch of 4\..*expects \d.*"
         r"`train\.batch_size`.*`model\.gradient_checkpointing=true`.*`model\.quantization=4bit`"
