@@ -24,8 +24,6 @@ BENCHMARKS = (
     "rows",
     "plan",
     "privacy",
-    "fuzz",
-    "faults",
     "payload",
     "deployment",
     "engines",

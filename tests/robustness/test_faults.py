@@ -1,6 +1,8 @@
-"""Whole runs under Flower and Ray: killed and resumed, as the benchmark does; a worker killed."""
+"""Whole runs under Flower and Ray that are killed and resumed, and a worker that is killed.
 
-import importlib
+``python tests/robustness/faults/run.py`` kills more of them.
+"""
+
 import json
 import subprocess
 import sys
@@ -11,31 +13,29 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture
-def faults(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("faults.run")
+from faults import kill, run
+from faults.sameness import differences
 
 
-def test_a_run_that_is_killed_and_resumed_is_bit_identical(faults, tmp_path):
-    found = faults.measure(tmp_path, kills=3, kills_a_run=3, seed=7)
+def slow(test):
+    return pytest.mark.slow(pytest.mark.timeout(1800)(test))
+
+
+@slow
+def test_a_run_that_is_killed_and_resumed_is_bit_identical(tmp_path):
+    found = run.measure(tmp_path, kills=3, kills_a_run=3, seed=7)
     assert (found["kills"], found["identical"], found["runs"]) == (3, 1, 1)
     assert found["resumes"] >= 2  # one that is killed before it has a folder is started again
 
 
-def test_a_run_goes_on_by_itself_when_a_worker_of_ray_dies(faults, monkeypatch, tmp_path):
-    kill = importlib.import_module("faults.kill")
+@slow
+def test_a_run_resumes_automatically_when_a_worker_of_ray_dies(monkeypatch, tmp_path):
     mark, folder = uuid.uuid4().hex, tmp_path / "run"
     scratch = Path(tempfile.mkdtemp(prefix="kw", dir="/tmp"))
     monkeypatch.setenv(kill.MARK, mark)
     monkeypatch.setenv("RAY_TMPDIR", str(scratch))
     program = Path(sys.executable).parent / "pilot-flwr"
-    words = [str(program), "run", *faults.SETTINGS, f"run.folder={folder}"]
+    words = [str(program), "run", *run.SETTINGS, f"run.folder={folder}"]
     launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         training, news = kill.Plan("training", 3, 0), kill.News(folder, False)
@@ -59,3 +59,28 @@ def test_a_run_goes_on_by_itself_when_a_worker_of_ray_dies(faults, monkeypatch, 
     assert (result["status"], result["failures"], result["resumed"]) == ("completed", [], 1)
     kept = json.loads((folder / "logs" / "attempt-1" / "result.json").read_text())
     assert kept["status"] == "failed" and "A Ray worker process died" in kept["error"]
+
+
+def test_runs_that_differ_are_told_apart(tmp_path):
+    """One bit of a tensor, one score or one event more is a difference; times are none."""
+    assert run.main(["--quick"])["differences"] == []
+    run.make_example(tmp_path)
+    one, two = tmp_path / "reference", tmp_path / "run-1"
+    for path, old, new in [
+        ("metrics.jsonl", b'"loss": 2.0', b'"loss": 2.1'),
+        ("summary.md", b"task", b"tusk"),
+        ("result.json", b"0.5", b"0.6"),
+        ("checkpoint/round-0001/state.json", b'"settings": "s', b'"settings": "S'),
+    ]:
+        content = (two / path).read_bytes()
+        assert content.count(old) == 1
+        (two / path).write_bytes(content.replace(old, new))
+        assert [found.split(":")[0] for found in differences(one, two)] == [
+            path.removeprefix("checkpoint/")
+        ]
+        (two / path).write_bytes(content)
+    for path in two.rglob("*.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert differences(one, two) == [path.relative_to(two).as_posix()]
+        path.write_bytes(content)

@@ -1,14 +1,15 @@
 """A few odd inputs for every reader, and every defect that more of them have found.
 
-``python benchmarks/fuzz/run.py`` tries many.
+``python tests/robustness/fuzz/run.py`` tries many.
 """
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord
+from fuzz import run as fuzz
+from fuzz.targets import Target
+from hypothesis.strategies import none
 
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.config.federation_file import expand
@@ -20,7 +21,6 @@ from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.progress import Progress
 from pilot_flwr.server import event_recorder as announcements
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = (
     *("array", "order", "run", "query", "member", "identity", "update", "report"),
     *("private state", "checkpoint, tensors", "checkpoint, state", "privacy account", "events"),
@@ -29,32 +29,31 @@ NAMES = (
 )
 
 
-@pytest.fixture
-def fuzzing(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("fuzz.run")
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    return fuzz.targets(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
-def test_odd_inputs_give_the_readers_own_errors_only(name, fuzzing, tmp_path):
-    target = fuzzing.targets(tmp_path)[name]
-    found = fuzzing.fuzz(target, inputs=4 if target.weight < 0.5 else 40)
+def test_odd_inputs_give_the_readers_own_errors_only(name, targets):
+    target = targets[name]
+    found = fuzz.fuzz(target, inputs=4 if target.weight < 0.5 else 40)
     assert found["inputs"] >= 4
     assert sum(found["outcomes"].values()) == found["inputs"]
 
 
-def test_every_target_is_tried(fuzzing, tmp_path):
-    assert set(fuzzing.targets(tmp_path)) == set(NAMES)
+def test_every_target_is_tried(targets):
+    assert set(targets) == set(NAMES)
 
 
-def test_an_error_that_is_not_the_readers_own_ends_the_run(fuzzing):
+def test_an_error_that_is_not_the_readers_own_ends_the_run():
     def fails(_):
         raise KeyError("odd")
 
-    target = fuzzing.Target(fuzzing.targets.__globals__["st"].none(), fails, (UpdateError,))
+    target = Target(none(), fails, (UpdateError,))
     with pytest.raises(KeyError, match="odd"):
-        fuzzing.fuzz(target, inputs=1)
+        fuzz.fuzz(target, inputs=1)
 
 
 def array(header):

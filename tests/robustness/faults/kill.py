@@ -34,7 +34,7 @@ class Plan:
         Of the phases that belong to one.
     delay : float
         Seconds after the phase has begun; for the start-up, after the launcher's start, and at the
-        first news at the latest.
+        first event at the latest.
     """
 
     phase: str
@@ -53,7 +53,7 @@ class Plan:
         return cls(phase, exchange, draw.uniform(0, longest.get(phase, 0.02)))
 
     def reached(self, folder: Path, events: Sequence[dict[str, Any]]) -> bool:
-        """Tell whether the phase has begun."""
+        """Return whether the phase has begun."""
         if self.phase == "start-up":
             return True
         if self.phase == "checkpoint":
@@ -70,7 +70,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of one start or resumption.
+    """One start or resumption, and how it ended.
 
     Attributes
     ----------
@@ -203,7 +203,7 @@ def kill_all(mark: str, scratch: Path, launcher: "subprocess.Popen[bytes] | None
                 process.kill()
                 killed.add(process.pid)
         if launcher is not None:
-            launcher.poll()  # so that it is no zombie
+            launcher.poll()  # reap it
         time.sleep(0.02)
     return len(killed)
 

@@ -2,12 +2,12 @@
 
 A run is ``pilot-flwr run`` with Flower and Ray as users start it, small but complete: two tasks,
 two clients, seven exchanges, both stages, evaluation. A kill is SIGKILL to the launcher and to
-every process that came from it, at once, so that nobody can tidy up. The points are drawn at
+every process that came from it, at once, so that nothing can clean up. The points are drawn at
 random from a seed, in turn
 
-- while programs start, before there is any news;
-- while clients train, at any time after an exchange's orders went out;
-- when a client's update has come in, before the aggregation is through;
+- while programs start, before the first event;
+- while clients train, at any time after an exchange's instructions were sent;
+- when a client's update has arrived, before the aggregation is complete;
 - while a checkpoint is being written;
 - during the closing evaluation.
 
@@ -15,7 +15,7 @@ After each kill the run is resumed with ``pilot-flwr run resume=RUN``, or starte
 killed before it had a folder. At its end its checkpoints, its clients' private states, its events
 without times, its scores and its tables must be those of the run that was left alone, bit by bit.
 
-Run ``python benchmarks/faults/run.py`` (about 25 minutes) to renew
+Run ``python tests/robustness/faults/run.py`` (about 25 minutes) to renew
 ``benchmarks/results/faults.json``; ``--quick`` compares two runs that are only made up and writes
 nothing. Progress goes to standard output, each launcher's output to ``--folder``.
 """
@@ -35,12 +35,11 @@ from typing import Any
 if not __package__:  # a script finds what is in its own folder, this one needs the one above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import RESULTS, write_record
-
 from faults.kill import PHASES, Attempt, Plan, attempt
 from faults.sameness import differences
 
-RESULT = RESULTS / "faults.json"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+RESULT = BENCHMARKS / "results" / "faults.json"
 ROUNDS = 6
 SETTINGS = (
     "name=faults",
@@ -112,7 +111,7 @@ def measure(folder: Path, *, kills: int, kills_a_run: int, seed: int) -> dict[st
 def killed_run(
     folder: Path, name: str, kills: int, draw: random.Random, seconds_to_news: float
 ) -> list[Attempt]:
-    """Start a run, kill and resume it `kills` times, then let it end."""
+    """Start a run, kill and resume it `kills` times, then let it finish."""
     path, history = folder / name, list[Attempt]()
     order = draw.sample(PHASES[:-1], len(PHASES) - 1)
     while True:
@@ -129,7 +128,7 @@ def killed_run(
         if one.completed:
             return history
         if not one.killed:
-            raise SystemExit(f"{name} ended by itself without success; see {log}.")
+            raise SystemExit(f"{name} ended without success; see {log}.")
 
 
 def exchanges_done(path: Path) -> int:
@@ -200,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             shutil.rmtree(scratch, ignore_errors=True)
     print(json.dumps(results, indent=2))
     if not options.quick:
+        sys.path.insert(0, str(BENCHMARKS))
+        from _record import write_record
+
         write_record(options.output, results, packages=["flwr", "ray", "torch"])
     return results
 

@@ -1,13 +1,12 @@
-"""Fuzz everything that reads from outside: no error but the project's own, no hang, no memory.
+"""Fuzz every reader of outside data: only its own errors, no hang, no unbounded memory.
 
-Every reader of `fuzz.targets` gets random inputs and valid ones with something wrong in them. An
-exception that is none of the reader's own ends the run with the smallest input that shows it, and
-so does an input that takes too long. Memory is limited, so that a header that claims a huge array
-shows as an error.
+Every reader of `fuzz.targets` gets random inputs and valid ones with a defect. An exception that is
+not one of the reader's own ends the run with the smallest input that causes it, and so does an
+input that takes too long. Memory is limited, so that a header claiming a huge array fails.
 
-Run ``python benchmarks/fuzz/run.py`` (about 10 minutes) to renew
+Run ``python tests/robustness/fuzz/run.py`` (about 10 minutes) to renew
 ``benchmarks/results/fuzz.json``, which is written after every target, or ``--quick`` to see
-that it works. ``tests/test_fuzz.py`` tries a few of the same inputs.
+that it works. ``tests/robustness/test_fuzz.py`` tries a few of the same inputs.
 """
 
 import argparse
@@ -28,11 +27,10 @@ from hypothesis import HealthCheck, given, seed, settings
 if not __package__:  # a script finds what is in its own folder, this one needs the one above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import RESULTS, write_record
-
 from fuzz.targets import Target, targets
 
-RESULT = RESULTS / "fuzz.json"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+RESULT = BENCHMARKS / "results" / "fuzz.json"
 INPUTS = 12_000
 BATCH = 2_000
 SLOWEST_SECONDS = 20.0
@@ -46,7 +44,7 @@ def outcome(target: Target, given_input: Any) -> str:
     Raises
     ------
     Exception
-        Whatever is none of the target's errors.
+        Any error that is not one of the target's.
     """
     try:
         target.read(given_input)
@@ -107,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         limit_memory()
     logging.disable(logging.WARNING)
     results: dict[str, Any] = {"inputs_in_all": 0, "targets": {}}
+    sys.path.insert(0, str(BENCHMARKS))
+    from _record import write_record
+
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for title, target in targets(Path(name)).items():
