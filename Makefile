@@ -1,57 +1,68 @@
-# `make demo` and `make test` need nothing but Python 3.11; both make their own
-# virtual environment in .venv (or in VENV=...).
+# Every target makes its own virtual environment in .venv (or in VENV=...); Python 3.11 is all it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-deployment test-extras lint security check bench tables rates clean
+.DEFAULT_GOAL := demo
+.PHONY: help demo test test-slow test-deployment test-extras robustness lint security check dist \
+	bench tables rates clean
 
-demo: $(STAMP)
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+demo: $(STAMP) ## run the demo federation
 	$(BIN)/pilot-flwr run experiment=demo
 
-test: $(STAMP)
+test: $(STAMP) ## run the tests, but for those marked slow
 	$(BIN)/pytest -n auto --maxprocesses 4
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) ## run the tests marked slow
 	$(BIN)/pytest -m slow
 
-# docs/deployment.md command by command: a server and three sites over TLS, on this machine. What a
-# 7B model sends takes 16 GiB of memory and is left to `make test-slow`.
-test-deployment: $(STAMP)
+# docs/deployment.md command by command. The payload of a 7B model needs 16 GiB of memory and is left
+# to `make test-slow`.
+test-deployment: $(STAMP) ## deploy a server and three sites over TLS on this machine
 	$(BIN)/pytest -m slow tests/deployment --ignore tests/deployment/test_payload.py
 
-# Tests that need an extra: a 4-bit base, and captions scored by way of Java.
-test-extras: $(STAMP)
+test-extras: $(STAMP) ## test the extras: a 4-bit base model, and captions scored with Java
 	$(BIN)/pip install --quiet --editable ".[captions,quantization]"
-	$(BIN)/pytest tests/test_model_options.py tests/metrics
+	$(BIN)/pytest tests/model/test_model_options.py tests/metrics
 
-lint: $(STAMP)
+robustness: $(STAMP) ## fuzz every reader, then kill and resume whole runs (35 minutes)
+	$(BIN)/python tests/robustness/fuzz/run.py
+	$(BIN)/python tests/robustness/faults/run.py
+
+lint: $(STAMP) ## check format, lint, types and the order of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
-# What bandit finds in the code, and known vulnerabilities of what is installed; where the network
-# does not reach the list of these, that is said and is no failure.
-security: $(STAMP)
+# Without network the list of vulnerabilities is out of reach: that is reported, and no failure.
+security: $(STAMP) ## check the code with bandit and the installed packages for vulnerabilities
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive pilot_flwr scripts
 	$(BIN)/bandit --quiet --skip B101,B311,B404 --recursive benchmarks # random inputs, no secrets
 	$(BIN)/python scripts/audit.py
 
-check: lint security test
+check: lint security test ## lint, security and test
 
-bench: $(STAMP)
+dist: $(STAMP) ## build and check the wheel, the source archive and Flower's app bundle
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	cd dist && ../$(BIN)/flwr build --app ..
+
+bench: $(STAMP) ## renew benchmarks/results (45 minutes)
 	$(BIN)/python benchmarks/run_all.py
 
-# The README's tables of the two scenarios and of Pilot's ablations, from the committed settings and
-# rates; 230 runs. What was stopped goes on when it is called again.
-tables: $(STAMP)
+# From the committed settings and rates; a stopped run is resumed when it is called again.
+tables: $(STAMP) ## renew the README's tables of the scenarios and ablations (230 runs)
 	$(BIN)/pip install --quiet --editable ".[sweep]"
 	$(BIN)/python benchmarks/scenarios/compare.py
 	$(BIN)/python benchmarks/tables.py --readme
 
-# The search of every method's rate, on validation scans and other seeds, from which these rates come.
-rates: $(STAMP)
+rates: $(STAMP) ## search every method's rate, on validation scans and other seeds
 	$(BIN)/pip install --quiet --editable ".[sweep]"
 	$(BIN)/python benchmarks/scenarios/search.py
 
@@ -60,5 +71,5 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environment, caches, outputs and distributions
+	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache
