@@ -1,108 +1,145 @@
-"""What the commands that use a run have in common: arguments, opening, choosing, writing."""
+"""What commands share: argument types, opening a run, selecting a model, writing output."""
 
-import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
 
 from pilot_flwr.errors import ConfigError
 
-if TYPE_CHECKING:  # heavy imports stay inside handlers
+if TYPE_CHECKING:  # heavy imports stay inside commands
+    from rich.table import Table
+
     from pilot_flwr.inference.runs import Run, Selected
 
+SUCCESS, FAILURE, USAGE = 0, 1, 2
+PIPE_WIDTH = 150
+"""Columns of a table that is not printed to a terminal."""
 
-OVERRIDES = (
-    "Settings that are different now follow as KEY=VALUE, for instance "
-    "model.path=/models/llava or evaluation.batch_size=8."
-)
-
-
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the run folder, and how it is opened."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder of `pilot-flwr run`")
-    parser.add_argument(
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[OVERRIDE]...",
+        help="Hydra overrides of the configuration, KEY=VALUE.",
+        show_default=False,
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[OVERRIDE]...",
+        help="Settings that have changed since the run, KEY=VALUE, for instance "
+        "model.path=/models/llava or evaluation.batch_size=8.",
+        show_default=False,
+    ),
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder of `pilot-flwr run`.", show_default=False)
+]
+Exchange = Annotated[
+    int | None,
+    typer.Option(
         "--round",
-        type=int,
         metavar="N",
-        help="use the checkpoint of exchange N (default: the last whole one)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if any)"
-    )
-    parser.set_defaults(overrides=[], hydra=False)
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add which model of the run is meant."""
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--client", metavar="C", help="the personalised model of client C")
-    which.add_argument(
-        "--task", metavar="T", help="the consensus model of task T, for a site that was not there"
-    )
-    parser.add_argument(
-        "--state",
-        type=Path,
+        help="Use the checkpoint of exchange N (default: the last complete one).",
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is a GPU if there is one.")
+]
+ClientName = Annotated[
+    str | None, typer.Option(metavar="C", help="The personalised model of client C.")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="T", help="The consensus model of task T, for a site that was not in the run."
+    ),
+]
+StateFolder = Annotated[
+    Path | None,
+    typer.Option(
         metavar="FOLDER",
-        help="folder of the client's private state (default: clients/C in the run folder)",
-    )
+        help="Folder of the client's private state (default: clients/C in the run folder).",
+    ),
+]
+Plain = Annotated[
+    bool,
+    typer.Option("--plain", help="Do not append the prompt suffix of the task's questions."),
+]
 
 
-def open_chosen(options: argparse.Namespace) -> "Run":
-    """Open the run folder, and tell the user what is to be told about it."""
-    from transformers.utils import logging
+def expand_overrides(overrides: Sequence[str] | None) -> list[str]:
+    """Return overrides in which a ``data=FILE.yaml`` is replaced by the file's settings."""
+    if not any(override.startswith("data=") for override in overrides or ()):
+        return list(overrides or ())
+    from pilot_flwr.config.federation_file import expand
 
-    from pilot_flwr.inference.runs import open_run
+    return expand(overrides or ())
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    run = open_run(options.run, server_round=options.round, overrides=options.overrides)
+
+def open_run(folder: Path, server_round: int | None, overrides: Sequence[str] | None) -> "Run":
+    """Open a run folder and print what the user should know about it."""
+    from pilot_flwr.inference import runs
+
+    hide_progress_bars()
+    run = runs.open_run(folder, server_round=server_round, overrides=overrides or ())
     for note in run.notes:
         say(note)
     return run
 
 
-def chosen(run: "Run", options: argparse.Namespace) -> "Selected":
-    """Return whose model is meant by ``--client``, ``--task`` and ``--state``."""
+def hide_progress_bars() -> None:
+    """Turn off transformers' progress bars unless stderr is a terminal."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def check_model(client: str | None, task: str | None, state: Path | None) -> None:
+    """Refuse options that do not name exactly one model."""
+    if (client is None) == (task is None):
+        raise ConfigError("Give either `--client` or `--task`: whose model it is.")
+    if task is not None and state is not None:
+        raise ConfigError("`--state` belongs to `--client`: a consensus model has none.")
+
+
+def select_model(
+    run: "Run", client: str | None, task: str | None, state: Path | None
+) -> "Selected":
+    """Return the model that ``--client``, ``--task`` and ``--state`` name."""
     from pilot_flwr.inference.runs import select_client, select_consensus
 
-    if options.task is not None:
-        if options.state is not None:
-            raise ConfigError("`--state` belongs to `--client`: a consensus model has none.")
-        return select_consensus(run, options.task)
-    who = select_client(run, options.client, state=options.state)
-    if who.private is None:
-        say(f"{who.name} has not trained: this is the consensus model of its task, {who.task}.")
-    return who
+    if task is not None:
+        return select_consensus(run, task)
+    assert client is not None
+    selected = select_client(run, client, state=state)
+    if selected.private is None:
+        say(
+            f"{selected.name} has not trained: using the consensus model of its task, "
+            f"{selected.task}."
+        )
+    return selected
 
 
 @contextlib.contextmanager
 def new_file(option: str, path: Path) -> Iterator[TextIO]:
-    """Open a file for a command's output; a file that is there already is left alone.
+    """Open a new file for a command's output; `option` names it in errors.
 
-    It is written as ``PATH.part``, which gets its name when all of it is there. If the command
-    stops before that, what has been written stays under the first name.
-
-    Parameters
-    ----------
-    option : str
-        As the user typed it, for errors.
-    path : Path
-        The file.
-
-    Raises
-    ------
-    ConfigError
-        The file is there already, or cannot be written.
+    It is written as ``PATH.part`` and renamed when complete. If the command stops before, the
+    partial output stays under that name. An existing file raises `ConfigError`.
     """
     part = path.with_name(f"{path.name}.part")
-    for taken in (path, part):
-        if os.path.lexists(taken):
+    for existing in (path, part):
+        if os.path.lexists(existing):
             raise ConfigError(
-                f"`{option}` is {str(path)!r}, but {taken} is there already and is not written "
-                "over; choose another name or move it away."
+                f"`{option}` is {str(path)!r}, but {existing} exists already and is not "
+                "overwritten; choose another name or move it away."
             )
     try:
         file = part.open("x", encoding="utf-8")
@@ -118,11 +155,23 @@ def new_file(option: str, path: Path) -> Iterator[TextIO]:
     finally:
         if part.exists():
             if part.stat().st_size:
-                say(f"What was written before the command stopped is in {part}.")
+                say(f"The output so far is in {part}.")
             else:
                 part.unlink()
 
 
+def print_table(table: "Table") -> None:
+    """Print a rich table, in a pipe at a fixed width."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def show(line: str) -> None:
+    """Print a line of output at once."""
+    print(line, flush=True)
+
+
 def say(line: str) -> None:
-    """Tell the user something, apart from the command's output."""
+    """Print a message to the user, apart from the command's output."""
     print(line, file=sys.stderr, flush=True)

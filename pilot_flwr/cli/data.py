@@ -1,22 +1,283 @@
-"""``pilot-flwr data``: commands about data, before there is a run.
+"""``pilot-flwr data convert`` and ``data check``: data before there is a run."""
 
-To add one, write a module of this package whose function `add` adds its parser, and name it in
-`COMMANDS`.
-"""
+import json
+import os
+import re
+import shlex
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import argparse
+import click
+import typer
+from typer.core import TyperCommand
 
-from pilot_flwr.cli import check, convert
+from pilot_flwr.cli.common import (
+    FAILURE,
+    SUCCESS,
+    Overrides,
+    expand_overrides,
+    print_table,
+)
+from pilot_flwr.errors import ConfigError
 
-COMMANDS = (convert.add, check.add)
-"""In the order in which ``--help`` lists them."""
+if TYPE_CHECKING:  # heavy imports stay inside commands
+    from pilot_flwr.client.data_check import OpenSplit, SharedRows
+    from pilot_flwr.config.schema import PilotConfig
+    from pilot_flwr.data.validation import SplitStatistics
+
+_NODE_SETTING = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the parser of ``data``, and those of its commands."""
-    parser = commands.add_parser(
-        "data", help="convert and check data", description="Convert and check data."
+class SeveralValues(TyperCommand):
+    """A command whose repeatable options take several values each: ``--annotations A B``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values, as click wants it."""
+        repeatable = {
+            name
+            for option in self.params
+            if isinstance(option, click.Option) and option.multiple
+            for name in option.opts
+        }
+        repeated: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                option, values = (word if word in repeatable else ""), 0
+            elif option:
+                if values:
+                    repeated.append(option)
+                values += 1
+            repeated.append(word)
+        return super().parse_args(ctx, repeated)
+
+
+def convert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The data set.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A new JSONL file.")],
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="F...", help="The data set's annotation files."),
+    ] = None,
+    questions: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="F...", help="Its question files (vqav2) or its splits (scienceqa)."),
+    ] = None,
+    boxes: Annotated[
+        Literal["padded", "image"],
+        typer.Option(
+            help="Boxes are shares of the square that LLaVA pads an image to, or of the image."
+        ),
+    ] = "padded",
+    image_prefix: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="Prepended to every image's name, such as val2017: a folder in the image folder.",
+            show_default=False,
+        ),
+    ] = "",
+    skip_unusable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unusable",
+            help="Skip and count entries that cannot become a row, instead of failing.",
+        ),
+    ] = False,
+) -> int:
+    """Convert a data set's own annotation files to LLaVA JSONL.
+
+    NAME is one of gqa, ocr_vqa, coco_captions, coco_karpathy, vqav2, textvqa, scienceqa, boxes.
+    Files and options of each: docs/paper.md.
+
+    Example: `pilot-flwr data convert gqa --annotations train_balanced_questions.json
+    --split train --out gqa/train.jsonl`
+    """
+    from pilot_flwr.data import converters
+    from pilot_flwr.data.converters.common import Sources
+
+    sources = Sources(
+        tuple(annotations or ()),
+        tuple(questions or ()),
+        split,
+        padded=boxes == "padded",
+        image_prefix=image_prefix,
     )
-    inner = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command(inner)
+    result = converters.convert(name, sources, out, skip_unusable=skip_unusable)
+    print(f"{out}: {result.rows} rows about {result.images} images")
+    for reason, number in sorted(result.skipped.items()):
+        print(f"skipped {number}: {reason}")
+    return SUCCESS
+
+
+def check(
+    overrides: Overrides = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Read image headers, decode nothing.")
+    ] = False,
+    no_tokens: Annotated[
+        bool,
+        typer.Option("--no-tokens", help="Do not tokenize; needs no processor of a base model."),
+    ] = False,
+    node_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="Check a real site's own data: its node config, KEY=VALUE words or a .toml file "
+            "as for `flower-supernode`.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all figures to a file as well."),
+    ] = None,
+    show: Annotated[int, typer.Option(metavar="N", help="Broken rows to list.")] = 10,
+    workers: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Threads for images.", show_default="the number of CPU cores"
+        ),
+    ] = os.cpu_count() or 1,
+) -> int:
+    """Check every row and image of a federation before there is a run.
+
+    Every row of every client is checked as training would use it: structure, images, length in
+    tokens. Counts, broken rows and figures about the answers are reported.
+
+    Exit code: 0 nothing was found that stops a run, 1 it would stop, 2 wrong usage or
+    configuration.
+
+    Example: `pilot-flwr data check data=my-federation.yaml model=llava-1.5-7b`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pilot_flwr.client.data_check import check_splits, find_shared_rows, open_splits
+    from pilot_flwr.config.rules import at_least
+
+    at_least("--show", show, 0)
+    at_least("--workers", workers, 1)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"`--json` is {str(json_file)!r}, whose folder is not there.")
+    node = None if node_config is None else parse_node_config(node_config)
+    config, splits = open_splits(_file_config(overrides), node, tokens=not no_tokens)
+    _check_output(json_file, splits)
+    shared = find_shared_rows(splits)
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        rows = bars.add_task("rows", total=sum(len(e) for _, e in splits if e is not None))
+        figures = check_splits(
+            config,
+            splits,
+            decode=not fast,
+            tokens=not no_tokens,
+            workers=workers,
+            progress=lambda name, done: bars.update(rows, description=name, advance=done),
+        )
+    unchecked = ["pixels (`--fast`)"] * fast + ["tokens (`--no-tokens`)"] * no_tokens
+    _print(figures, shared, show, unchecked)
+    if json_file is not None:
+        _write_json(json_file, figures, shared)
+    return FAILURE if any(split.stops for split in figures) else SUCCESS
+
+
+def _file_config(overrides: list[str] | None) -> "PilotConfig":
+    from pilot_flwr.config.federation_file import with_folder
+    from pilot_flwr.config.loading import load_config
+
+    words = expand_overrides(overrides)
+    config, _ = with_folder(load_config(shlex.join(words)), words)
+    if config.data.source != "llava":
+        raise ConfigError("`data.source` must be llava: only files can be checked.")
+    return config
+
+
+def parse_node_config(text: str) -> dict[str, Any]:
+    """Parse a node config as ``flower-supernode`` does: words, or the name of a TOML file."""
+    if text.endswith(".toml"):
+        try:
+            return tomllib.loads(Path(text).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"`--node-config` names {text!r}: {error}.") from None
+    values: dict[str, Any] = {}
+    rest = text.strip()
+    while rest:
+        word = _NODE_SETTING.match(rest)
+        try:
+            if word is None:
+                raise ValueError
+            values |= tomllib.loads(f"{word[1]} = {word[2]}")
+        except ValueError:
+            raise ConfigError(
+                f"`--node-config` has {rest!r} but must be KEY=VALUE words with every text in "
+                "quotes, or the name of a .toml file."
+            ) from None
+        rest = rest[word.end() :].strip()
+    return values
+
+
+def _check_output(output: Path | None, splits: "list[OpenSplit]") -> None:
+    """Refuse to write the figures over the rows themselves."""
+    files = {file.path.resolve() for _, rows in splits if rows is not None for file in rows.files}
+    if output is not None and output.resolve() in files:
+        raise ConfigError(f"`--json` is {str(output)!r} but must not be one of the data's files.")
+
+
+def _write_json(path: Path, splits: "list[SplitStatistics]", shared: "list[SharedRows]") -> None:
+    found = {
+        "splits": [
+            split.summary() | {"broken_rows": [asdict(problem) for problem in split.problems]}
+            for split in splits
+        ],
+        "shared_rows": [{"splits": [a, b], "rows": rows} for a, b, rows in shared],
+    }
+    try:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"`--json` cannot be written: {error.strerror}.") from None
+
+
+def _print(
+    splits: "list[SplitStatistics]", shared: "list[SharedRows]", show: int, unchecked: list[str]
+) -> None:
+    _print_figures(splits)
+    for first, second, rows in shared:
+        print(f"{first} and {second} have {rows} rows in common.")
+    problems = [
+        f"{split.client} {split.split}: {line}"
+        for split in splits
+        for line in ([split.error] if split.error else [])
+        + [p.message + (f" ({p.image})" if p.image else "") for p in split.problems]
+    ]
+    for line in problems[:show]:
+        print(line)
+    if len(problems) > show:
+        print(f"... and {len(problems) - show} more; `--show` and `--json` have them.")
+    stopping = [f"{split.client} {split.split}" for split in splits if split.stops]
+    if stopping:
+        print(f"A run would stop at {', '.join(stopping)}.")
+    elif unchecked:
+        print(f"Nothing that stops a run was found, but not checked: {', '.join(unchecked)}.")
+    else:
+        print("A run can start.")
+
+
+def _print_figures(splits: "list[SplitStatistics]") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    titles = ("client", "split", "rows", "broken", "images", "turns", "tokens: median, max")
+    table = Table(*titles, "labelled: mean", "most frequent answer")
+    for split in splits:
+        row = split.summary()
+        share = row["most_frequent_answer_share"]
+        answer = f"{share:.0%} {row['most_frequent_answer']!r}" if share is not None else ""
+        tokens = (
+            "" if row["tokens_max"] is None else f"{row['tokens_median']:g}, {row['tokens_max']}"
+        )
+        cells = (split.client, split.split, split.rows, split.rows - split.usable)
+        figures = (split.images, row["turns_mean"], tokens, row["labelled_tokens_mean"], answer)
+        table.add_row(*(Text("" if c is None else str(c)) for c in (*cells, *figures)))
+    print_table(table)

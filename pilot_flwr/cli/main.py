@@ -1,99 +1,101 @@
-"""The command line tool ``pilot-flwr``.
+"""Entry point of the command line tool ``pilot-flwr``.
 
-Each command is a module of `pilot_flwr.commands` whose function `add` adds its parser and sets
-`handler`. To add a command, write such a module and name it in `COMMANDS`. A handler takes the
-parsed arguments and returns the exit code. Heavy imports stay inside handlers, so that
-``pilot-flwr --help`` answers at once.
+A command is a function of this package that returns the exit code; its docstring is its help. To
+add one, register it below. Heavy imports stay inside commands, so that ``pilot-flwr --help``
+answers at once.
 """
 
-import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_type_hints
+
+import click
+import typer
+from typer.models import ArgumentInfo
 
 from pilot_flwr import __version__
-from pilot_flwr.cli import chat, data, evaluate, export, plan, predict, report, run, sweep, table
+from pilot_flwr.cli import data, models, plan, run, sweep
+from pilot_flwr.cli.common import FAILURE, SUCCESS, USAGE
 from pilot_flwr.errors import ConfigError, PilotError
 
-FAILURE, USAGE = 1, 2
+_OPTIONS: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": "markdown",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 
-COMMANDS = (
-    run.add,
-    sweep.add,
-    table.add,
-    plan.add,
-    report.add,
-    evaluate.add,
-    predict.add,
-    chat.add,
-    export.add,
-    data.add,
+app = typer.Typer(**_OPTIONS)
+_COMMANDS: tuple[Callable[..., int], ...] = (
+    run.run,
+    sweep.sweep,
+    sweep.table,
+    plan.plan,
+    sweep.report,
+    models.evaluate,
+    models.predict,
+    models.chat,
+    models.export,
 )
-"""In the order in which ``--help`` lists them."""
+for command in _COMMANDS:  # in the order of --help
+    app.command()(command)
+data_app = typer.Typer(name="data", help="Convert and check data.", **_OPTIONS)
+data_app.command(cls=data.SeveralValues)(data.convert)
+data_app.command()(data.check)
+app.add_typer(data_app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pilot-flwr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pilot_flwr(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Pilot: federated multimodal instruction tuning on Flower."""
+
+
+def click_command() -> click.Command:
+    """Return the whole command line as a click command, from which its reference is generated."""
+    return _with_argument_help(typer.main.get_command(app))
+
+
+def _with_argument_help(command: click.Command) -> click.Command:
+    """Restore the help of arguments, which typer 0.20 loses with click 8.4 and later."""
+    for inner in getattr(command, "commands", {}).values():
+        _with_argument_help(inner)
+    function = getattr(command.callback, "__wrapped__", command.callback)
+    hints = get_type_hints(function, include_extras=True) if function else {}
+    for parameter in command.params:
+        for info in getattr(hints.get(parameter.name or ""), "__metadata__", ()):
+            if isinstance(info, ArgumentInfo):
+                parameter.help = info.help
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``pilot-flwr`` and return its exit code.
+    """Run ``pilot-flwr`` with `arguments`, by default the command line's; return its exit code.
 
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        In place of the command line's.
-
-    Returns
-    -------
-    int
-        0: success. 1: the run failed. 2: wrong usage or configuration. 128 + n: stopped by
-        signal n (Ctrl-C: 130).
+    0: success. 1: the run failed. 2: wrong usage or configuration. 128 + n: stopped by signal n
+    (Ctrl-C: 130).
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not for a stream that a caller has put in place
+        if hasattr(stream, "reconfigure"):  # not for a stream that a caller has replaced
             stream.reconfigure(errors="replace")
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    options.__dict__.setdefault("overrides", []).extend(
-        rest
-    )  # words behind an option, which argparse does not collect
     try:
-        if getattr(options, "hydra", True):
-            options.overrides = _expand(options.overrides)
-        return int(options.handler(options))
-    except ConfigError as error:
+        code = click_command().main(arguments, prog_name="pilot-flwr", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (PilotError, OSError) as error:  # OSError: a full disk, an output without permission
         print(f"pilot-flwr: {error}", file=sys.stderr)
-        return USAGE
-    except PilotError as error:
-        print(f"pilot-flwr: {error}", file=sys.stderr)
-        return FAILURE
-    except BrokenPipeError:  # the reader of the output has gone, as in `pilot-flwr run | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    except OSError as error:  # a full disk, an output that cannot be written
-        print(f"pilot-flwr: {error}", file=sys.stderr)
-        return FAILURE
-    except KeyboardInterrupt:
-        return 130
-
-
-def _expand(words: list[str]) -> list[str]:
-    if not any(word.startswith("data=") for word in words):
-        return words
-    from pilot_flwr.config.federation_file import expand
-
-    return expand(words)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pilot-flwr", description="Pilot: federated multimodal instruction tuning on Flower."
-    )
-    parser.add_argument("--version", action="version", version=f"pilot-flwr {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in COMMANDS:
-        add(commands)
-    return parser
+        return USAGE if isinstance(error, ConfigError) else FAILURE
+    return int(code or SUCCESS)
 
 
 if __name__ == "__main__":

@@ -1,78 +1,71 @@
 """``pilot-flwr plan``: what a run will train, send and need, before anything is loaded."""
 
-import argparse
 import json
 import re
 import shlex
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pilot_flwr.cli.common import SUCCESS, Overrides, expand_overrides
+from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
     from pilot_flwr.model.resource_plan import Plan
 
-
-SUCCESS = 0
 _GPU_BYTES = {f"{size} GiB": size * 2**30 for size in (16, 24, 40, 80)}
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
-    plan = commands.add_parser(
-        "plan",
-        help="what a run will train, send and need, before anything is loaded",
-        description="Count what each stage trains, sends, keeps private and leaves frozen, the "
-        "bytes of every exchange, and the GPU memory of a training step. Nothing is loaded.",
-        epilog="example: pilot-flwr plan experiment=paper",
-    )
-    plan.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
-    )
-    plan.add_argument(
-        "--image-size",
-        default="480x640",
-        metavar="HxW",
-        help="size of an image in pixels, on which its tokens may depend (default: 480x640)",
-    )
-    plan.add_argument(
-        "--text-tokens", type=int, default=128, help="tokens of an example besides its image"
-    )
-    plan.add_argument(
-        "--answer-tokens", type=int, default=32, help="those of them that carry a label"
-    )
-    plan.add_argument(
-        "--micro-batch", type=int, default=0, help="instead of the configured train.batch_size"
-    )
-    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
-    plan.set_defaults(handler=_plan)
+def plan(
+    overrides: Overrides = None,
+    image_size: Annotated[
+        str,
+        typer.Option(
+            metavar="HxW", help="Size of an image in pixels, on which its tokens may depend."
+        ),
+    ] = "480x640",
+    text_tokens: Annotated[int, typer.Option(help="Tokens of an example besides its image.")] = 128,
+    answer_tokens: Annotated[int, typer.Option(help="Those of them that carry a label.")] = 32,
+    micro_batch: Annotated[
+        int,
+        typer.Option(
+            help="Examples of a forward pass.", show_default="the configured train.batch_size"
+        ),
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> int:
+    """Show what a run will train, send and need, before anything is loaded.
 
+    Count what each stage trains, sends, keeps private and leaves frozen, the bytes of every
+    exchange, and the GPU memory of a training step.
 
-def _plan(options: argparse.Namespace) -> int:
+    Example: `pilot-flwr plan experiment=paper`
+    """
     from pilot_flwr.config.loading import load_config
     from pilot_flwr.config.rules import at_least
     from pilot_flwr.model.resource_plan import make_plan
 
-    at_least("--text-tokens", options.text_tokens, 1)
-    at_least("--micro-batch", options.micro_batch, 0)
-    at_least("--answer-tokens", options.answer_tokens, 1)
-    config = load_config(shlex.join(options.overrides))
-    plan = make_plan(
+    at_least("--text-tokens", text_tokens, 1)
+    at_least("--micro-batch", micro_batch, 0)
+    at_least("--answer-tokens", answer_tokens, 1)
+    config = load_config(shlex.join(expand_overrides(overrides)))
+    figures = make_plan(
         config,
-        image_size=_size(options.image_size),
-        text_tokens=options.text_tokens,
-        answer_tokens=min(options.answer_tokens, options.text_tokens),
-        micro_batch=options.micro_batch,
+        image_size=_size(image_size),
+        text_tokens=text_tokens,
+        answer_tokens=min(answer_tokens, text_tokens),
+        micro_batch=micro_batch,
     )
-    if options.json:
-        memory = {stage: part.memory.total for stage, part in plan.stages.items()}
-        print(json.dumps({**asdict(plan), "memory_total": memory}, indent=2))
+    if as_json:
+        memory = {stage: part.memory.total for stage, part in figures.stages.items()}
+        print(json.dumps({**asdict(figures), "memory_total": memory}, indent=2))
     else:
-        _show(plan, num_clients=config.num_clients, rounds=config.strategy.rounds)
+        _show(figures, num_clients=config.num_clients, rounds=config.strategy.rounds)
     return SUCCESS
 
 
 def _size(text: str) -> tuple[int, int]:
-    from pilot_flwr.errors import ConfigError
-
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if not match:
         raise ConfigError(
@@ -142,7 +135,7 @@ def _parameter_rows(plan: "Plan") -> list[list[str]]:
 
 
 def _extent(some: int, whole: int, word: str) -> str:
-    """Return the word, or that it holds in part; nothing if it does not hold."""
+    """Return the word, `partly` before it if it holds for some only; empty for none."""
     return word if some == whole > 0 else f"partly {word}" if some else ""
 
 

@@ -1,110 +1,165 @@
-"""``pilot-flwr run``: a federation under Flower's simulation engine."""
+"""``pilot-flwr run``: a federation in a simulation, or of real sites behind a SuperLink."""
 
-import argparse
+import json
 import os
 import shlex
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-SUCCESS, FAILURE = 0, 1
+import typer
+
+from pilot_flwr.cli.common import (
+    FAILURE,
+    SUCCESS,
+    Overrides,
+    expand_overrides,
+    print_table,
+    say,
+    show,
+)
+
+if TYPE_CHECKING:
+    from pilot_flwr.run.outcome import Outcome
+
 REPORT_SECONDS = 1800.0
 SMALL_BASE_BYTES = 2 * 10**9
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
-    run = commands.add_parser(
-        "run",
-        help="run a federation under Flower's simulation engine, to its end",
-        description="Run a federation under Flower's simulation engine, to its end; with "
-        "simulation.engine=in-process in this process, without Flower's and Ray's start. "
-        "Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, "
-        "130 or 143 stopped by Ctrl-C or SIGTERM. No process is left behind.",
-        epilog="example: pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1",
-    )
-    run.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="Hydra override of the configuration"
-    )
-    run.add_argument("--verbose", action="store_true", help="show Flower's own log as well")
-    run.add_argument(
-        "--superlink",
-        metavar="NAME",
-        help="no simulation: real sites, by the SuperLink of this name in Flower's config.toml",
-    )
-    run.set_defaults(handler=_run)
+def run(
+    overrides: Overrides = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show Flower's own log as well.")
+    ] = False,
+    superlink: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run on real sites, by the SuperLink of this name in Flower's config.toml.",
+        ),
+    ] = None,
+) -> int:
+    """Run a federation to its end.
 
+    It runs under Flower's simulation engine; with simulation.engine=in-process in this process,
+    which saves the start of Flower and Ray.
 
-def _run(options: argparse.Namespace) -> int:
-    if options.superlink is not None:
-        from pilot_flwr.cli import superlink
+    Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, 130 or 143 stopped by
+    Ctrl-C or SIGTERM. No process is left behind.
 
-        return superlink.run(options, _show_results)
-    from datetime import datetime
-
+    Example: `pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1`
+    """
+    words = expand_overrides(overrides)
+    if superlink is not None:
+        return _run_on_superlink(words, superlink, verbose=verbose)
     from pilot_flwr.launch.prepare import prepare
     from pilot_flwr.launch.processes import Interrupted
     from pilot_flwr.launch.simulation import run_prepared
     from pilot_flwr.server.resume import completed
 
-    prepared = prepare(options.overrides, os.environ, datetime.now())
+    prepared = prepare(words, os.environ, datetime.now())
     folder = prepared.folder
     if prepared.done:
-        return _say_completed(folder)
+        return _show_completed(folder)
     try:
-        outcome = run_prepared(prepared, out=_say, verbose=options.verbose)
+        outcome = run_prepared(prepared, out=show, verbose=verbose)
     except Interrupted as stop:
-        print(f"\npilot-flwr: {stop}; run folder {folder}", file=sys.stderr)
-        print(f"To resume: {prepared.resume_command}", file=sys.stderr)
+        say(f"\npilot-flwr: {stop}; run folder {folder}")
+        say(f"To resume: {prepared.resume_command}")
         return 128 + stop.signum
     _show_results(folder)
     if prepared.config.run.report and (folder / "metrics.jsonl").is_file():
         write_report(folder, *([] if _is_small(prepared.config.model.path) else ["--no-router"]))
-    if not outcome.succeeded:
-        print("\nThe run failed.", *outcome.explanation, sep="\n", file=sys.stderr)
-        if (folder / "config.yaml").is_file() and completed(folder, prepared.config) is None:
-            print(f"To resume: {prepared.resume_command}", file=sys.stderr)
-    return SUCCESS if outcome.succeeded else FAILURE
+    code = _exit_code(outcome, "The run failed.")
+    if code and (folder / "config.yaml").is_file() and completed(folder, prepared.config) is None:
+        say(f"To resume: {prepared.resume_command}")
+    return code
 
 
-def _say_completed(folder: Path) -> int:
-    """Show a run that is at its end already, and return what its own result says."""
+def _run_on_superlink(words: list[str], superlink: str, *, verbose: bool) -> int:
+    """Submit the run to the SuperLink that the user named, and follow it to its end."""
+    from pilot_flwr.launch.prepare import prepare_submission
+    from pilot_flwr.launch.superlink import Detached, find_connection, run_remotely
+
+    address = find_connection(superlink, os.environ)
+    config, overrides = prepare_submission(words)
+    show(f"{config.name}: {config.num_clients} clients, SuperLink {superlink} at {address}")
+    try:
+        outcome, verdict = run_remotely(overrides, superlink, out=show, verbose=verbose)
+    except Detached as left:
+        say(f"\npilot-flwr: {left}. {left.run.resume_hint}")
+        return 128 + left.signum
+    if verdict is not None:
+        folder = Path(verdict.folder)
+        if _is_here(folder, verdict.seconds):
+            _show_results(folder)
+        else:
+            show(f"\nRun folder, on the SuperLink's machine: {folder}")
+    return _exit_code(outcome, "The run failed.")
+
+
+def _is_here(folder: Path, seconds: float) -> bool:
+    """Return whether this machine has that run's folder, not another one of the same name."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return bool(result["seconds"] == seconds)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _show_completed(folder: Path) -> int:
+    """Show the results of a run that has ended already, and return its exit code."""
     from pilot_flwr.run.outcome import COMPLETED, RunStatus, evaluate_outcome
 
-    _say(f"The run in {folder} is complete: there is nothing left to do.")
-    _say("To train on, resume it with a larger `strategy.rounds`.")
+    show(f"The run in {folder} is complete: there is nothing left to do.")
+    show("To continue training, resume it with a larger `strategy.rounds`.")
     _show_results(folder)
-    outcome = evaluate_outcome(RunStatus(COMPLETED), folder)
-    if not outcome.succeeded:
-        print("\nThe run had failures.", *outcome.explanation, sep="\n", file=sys.stderr)
-    return SUCCESS if outcome.succeeded else FAILURE
+    return _exit_code(evaluate_outcome(RunStatus(COMPLETED), folder), "The run had failures.")
+
+
+def _exit_code(outcome: "Outcome", headline: str) -> int:
+    """Explain a failure, and return the exit code."""
+    if outcome.succeeded:
+        return SUCCESS
+    say("\n".join([f"\n{headline}", *outcome.explanation]))
+    return FAILURE
 
 
 def _show_results(folder: Path) -> None:
-    """Print the time line and the scores, and say where the adapters are."""
-    timeline, summary = folder / "timeline.md", folder / "summary.md"
-    if timeline.is_file():
-        _say("\nWhat happened")
-        _show_table(timeline.read_text(encoding="utf-8"))
-    if summary.is_file():
-        _say("\n" + summary.read_text(encoding="utf-8").strip())
+    """Print the timeline, the scores and where the adapters are."""
     from pilot_flwr.run.checkpoint import checkpoint_folders
 
+    timeline, summary = folder / "timeline.md", folder / "summary.md"
+    if timeline.is_file():
+        show("\nWhat happened")
+        _show_timeline(timeline.read_text(encoding="utf-8"))
+    if summary.is_file():
+        show("\n" + summary.read_text(encoding="utf-8").strip())
     checkpoints = checkpoint_folders(folder / "checkpoint")
     if checkpoints:
-        _say(f"\nAdapters: {checkpoints[-1]}")
-    _say(f"\nRun folder: {folder}")
+        show(f"\nAdapters: {checkpoints[-1]}")
+    show(f"\nRun folder: {folder}")
+
+
+def _show_timeline(markdown: str) -> None:
+    """Print a Markdown table whose cells have several lines."""
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = Table(*rows[0], show_lines=True) if rows else Table()
+    for row in rows[2:]:  # the second line is the rule under the header
+        table.add_row(*(Text(cell.replace("<br>", "\n")) for cell in row))
+    print_table(table)
 
 
 def write_report(folder: Path, *options: str) -> None:
-    """Write the report in a process of its own: whatever happens there, the run is what it is.
+    """Write the report of a run or sweep in another process, whose failure changes nothing here.
 
-    Parameters
-    ----------
-    folder : Path
-        Of a run or a sweep.
-    *options : str
-        Of ``pilot-flwr report``.
+    `options` are those of ``pilot-flwr report``.
     """
     command = [sys.executable, "-P", "-m", "pilot_flwr.cli.main", "report", str(folder), *options]
     try:
@@ -115,34 +170,15 @@ def write_report(folder: Path, *options: str) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         complaint = str(error)
     if complaint:
-        print(f"The report could not be written: {complaint.strip()}", file=sys.stderr)
-        print(f"To try again: pilot-flwr report {shlex.quote(str(folder))}", file=sys.stderr)
+        say(f"The report could not be written: {complaint.strip()}")
+        say(f"To try again: pilot-flwr report {shlex.quote(str(folder))}")
     else:
-        _say(done.stdout.strip())
+        show(done.stdout.strip())
 
 
 def _is_small(base: str) -> bool:
-    """Return whether a base model is loaded in seconds, so that nobody has to ask for it."""
+    """Return whether a base model loads in seconds."""
     from pilot_flwr.model.checkpoints import checkpoint_path
 
     files = list(Path(checkpoint_path(base)).expanduser().glob("*.safetensors"))
     return bool(files) and sum(file.stat().st_size for file in files) <= SMALL_BASE_BYTES
-
-
-def _show_table(markdown: str) -> None:
-    """Print a Markdown table whose cells have several lines."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    table = Table(*rows[0], show_lines=True) if rows else Table()
-    for row in rows[2:]:  # the second line is the rule under the header
-        table.add_row(*(Text(cell.replace("<br>", "\n")) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(table)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

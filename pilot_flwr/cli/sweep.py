@@ -1,98 +1,97 @@
-"""``pilot-flwr sweep``: many runs from one command, a Hydra multirun."""
+"""``pilot-flwr sweep``, ``table`` and ``report``: many runs, and the results of one or many."""
 
-import argparse
 import os
 import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+
+from pilot_flwr.cli.common import (
+    FAILURE,
+    SUCCESS,
+    Overrides,
+    expand_overrides,
+    hide_progress_bars,
+    new_file,
+    say,
+    show,
+)
+from pilot_flwr.cli.run import write_report
 from pilot_flwr.errors import ConfigError
 
-if TYPE_CHECKING:  # heavy imports stay inside handlers
+if TYPE_CHECKING:
     from pilot_flwr.sweeps.jobs import Job, SweepFolder
 
-
-SUCCESS, FAILURE = 0, 1
-
-
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command's parser."""
-    sweep = commands.add_parser(
-        "sweep",
-        help="run every combination of the overrides' values, and compare the results",
-        description="Run every combination of the overrides' values as `pilot-flwr run` would, one "
-        "after the other, and put the results into one file and one table. A sweep that was "
-        "stopped goes on where it was when its folder is given again. Exit code: 0 all jobs "
-        "succeeded, 1 some failed, 2 wrong usage or configuration (nothing was started), 130 or "
-        "143 stopped by Ctrl-C or SIGTERM.",
-        epilog="example: pilot-flwr sweep -m strategy=pilot,fedit,local seed=0,1,2 "
-        "simulation.engine=in-process",
-    )
-    sweep.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="Hydra override, with several values (seed=0,1,2) to run each; "
-        "hydra/launcher=joblib runs jobs side by side",
-    )
-    sweep.add_argument("-m", "--multirun", action="store_true", help="as in Hydra; always on")
-    sweep.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="the sweep's folder (default: outputs/sweep-TIME); one that is there goes on, by "
-        "itself or with more jobs",
-    )
-    sweep.add_argument(
-        "--baseline",
-        metavar="METHOD",
-        help="in the table, compare every method with this one",
-    )
-    sweep.add_argument("--verbose", action="store_true", help="show what each job shows")
-    sweep.set_defaults(handler=_sweep)
+REPORT_FOLDER = "report"
+"""Folder of the report in a run's or sweep's folder."""
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def sweep(
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="As in Hydra; always on.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The sweep's folder (default: outputs/sweep-TIME); an existing one is resumed, "
+            "with or without further jobs.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="In the table, compare every method with this one."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show the output of each job.")
+    ] = False,
+) -> int:
+    """Run every combination of the overrides' values, and compare the results.
+
+    An override with several values (seed=0,1,2) runs each of them as `pilot-flwr run` would, one
+    after the other, or side by side with hydra/launcher=joblib. Results go into one file and one
+    table. A stopped sweep is resumed by giving its folder again.
+
+    Exit code: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration (nothing was
+    started), 130 or 143 stopped by Ctrl-C or SIGTERM.
+
+    Example: `pilot-flwr sweep -m strategy=pilot,fedit,local seed=0,1,2`
+    """
     from pilot_flwr.launch.processes import Interrupted
+    from pilot_flwr.sweeps import runner
     from pilot_flwr.sweeps.jobs import SweepFolder, read_plan
-    from pilot_flwr.sweeps.runner import sweep
 
-    name = options.out or Path("outputs") / f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
+    name = out or Path("outputs") / f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     folder = SweepFolder(Path(os.path.abspath(name)))
-    commands = [tuple(options.overrides)]
-    if not options.overrides:
-        plan = read_plan(folder) if options.out else None
+    commands = [tuple(expand_overrides(overrides))]
+    if not overrides:
+        plan = read_plan(folder) if out else None
         if plan is None:
             raise ConfigError(
                 "A sweep needs overrides, for instance `strategy=pilot,fedit seed=0,1,2`; or "
-                "`--out FOLDER` of a sweep that is to go on."
+                "`--out FOLDER` of a sweep to resume."
             )
         commands = list(plan.commands)
-    asked: set[str] = set()
+    requested: set[str] = set()
     try:
-        for words in commands:
-            rows = sweep(
-                words,
-                folder.path,
-                out=_say,
-                verbose=options.verbose,
-                baseline=options.baseline,
-            )
+        for command in commands:
+            rows = runner.sweep(command, folder.path, out=show, verbose=verbose, baseline=baseline)
             plan = read_plan(folder)
             assert plan is not None
-            asked |= {job.name for job in plan.current}
+            requested |= {job.name for job in plan.current}
     except Interrupted as stop:
-        print(f"\npilot-flwr: {stop}", file=sys.stderr)
-        print(f"To go on: pilot-flwr sweep --out {shlex.quote(str(folder.path))}", file=sys.stderr)
+        say(f"\npilot-flwr: {stop}")
+        say(f"To resume: {_resume_command(folder)}")
         return 128 + stop.signum
-    return _finish(folder, rows, asked)
+    return _finish(folder, rows, requested)
 
 
-def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], asked: set[str]) -> int:
-    """Write and show the table, then say what failed of the jobs `asked` for; return the code."""
-    from pilot_flwr.cli.run import write_report
+def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], requested: set[str]) -> int:
+    """Write and print the table, list failed jobs among those `requested`, return the code."""
     from pilot_flwr.run.atomic import write_text
     from pilot_flwr.sweeps.compare import as_markdown, compare
     from pilot_flwr.sweeps.jobs import read_plan
@@ -101,32 +100,124 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], asked: set[str]) 
     plan = read_plan(folder)
     assert plan is not None
     baseline = plan.baseline
-    _say(f"\nResults: {folder.results}")
+    show(f"\nResults: {folder.results}")
     try:
         comparisons = compare(read_rows(folder.results), baseline)
-    except ConfigError as error:  # nothing has succeeded, or not the baseline
-        print(f"No table: {error}", file=sys.stderr)
+    except ConfigError as error:  # no job has succeeded, or none of the baseline
+        say(f"No table: {error}")
     else:
-        table = "\n".join(as_markdown(comparison) for comparison in comparisons)
-        write_text(folder.table, table)
-        _say(f"Table: {folder.table}\n\n{table}")
+        text = "\n".join(as_markdown(comparison) for comparison in comparisons)
+        write_text(folder.table, text)
+        show(f"Table: {folder.table}\n\n{text}")
         if not all(map(_unreported, plan.current)):
             write_report(folder.path, *(["--baseline", baseline] if baseline else []))
-    failed = [row for row in rows if row["job"] in asked and row["status"] != DONE]
-    if failed:
-        print(f"\n{len(failed)} of {len(asked)} jobs failed:", file=sys.stderr)
+    failed = [row for row in rows if row["job"] in requested and row["status"] != DONE]
+    if not failed:
+        return SUCCESS
+    say(f"\n{len(failed)} of {len(requested)} jobs failed:")
     for row in failed:
         log = folder.path / "logs" / f"{row['job']}.log"
-        print(f"  {row['job']}: {row['error'] or row['status']}\n    log: {log}", file=sys.stderr)
-    if failed:
-        again = f"pilot-flwr sweep --out {shlex.quote(str(folder.path))}"
-        print(f"To try them again: {again}", file=sys.stderr)
-    return FAILURE if failed else SUCCESS
+        say(f"  {row['job']}: {row['error'] or row['status']}\n    log: {log}")
+    say(f"To retry them: {_resume_command(folder)}")
+    return FAILURE
+
+
+def _resume_command(folder: "SweepFolder") -> str:
+    return f"pilot-flwr sweep --out {shlex.quote(str(folder.path))}"
 
 
 def _unreported(job: "Job") -> bool:
     return any(word.lower() == "run.report=false" for word in job.words)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def table(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="results.csv, or a sweep's folder."),
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Compare every method with this one, seed by seed."),
+    ] = None,
+    format: Annotated[Literal["markdown", "latex"], typer.Option()] = "markdown",
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Add bytes sent and time of a run, means over seeds.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to a new file instead.")
+    ] = None,
+) -> int:
+    """Print a sweep's means, intervals and tests, as Markdown or LaTeX.
+
+    A row per method: the mean of its scores over seeds with a 95 % interval, and with --baseline
+    the paired difference to a method and its test.
+
+    Example: `pilot-flwr table outputs/sweep-20260101-120000 --baseline local`
+    """
+    from pilot_flwr.sweeps.compare import as_latex, as_markdown, compare
+    from pilot_flwr.sweeps.results import read_rows
+
+    rows = [row for path in results for row in read_rows(path)]
+    write = as_latex if format == "latex" else as_markdown
+    text = "\n".join(write(comparison, costs=costs) for comparison in compare(rows, baseline))
+    if out is None:
+        print(text, end="")
+    else:
+        with new_file("--out", out) as file:
+            file.write(text)
+    return SUCCESS
+
+
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|SWEEP", help="Run folder, folder of `pilot-flwr sweep`, or a results.csv."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A new or empty folder, or one with an earlier report, of which only the report's "
+            f"own files are replaced (default: {REPORT_FOLDER} in the run's or sweep's).",
+        ),
+    ] = None,
+    no_router: Annotated[
+        bool,
+        typer.Option(
+            "--no-router", help="Leave out the router's figures, which need the base model."
+        ),
+    ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Compare a sweep's methods with this one."),
+    ] = None,
+) -> int:
+    """Write the report of a run or a sweep: one HTML page and PNG files.
+
+    index.html needs no network and no other file; its figures are there as PNG files as well. An
+    existing report is replaced.
+
+    Example: `pilot-flwr report outputs/demo-20270101-120000`
+    """
+    from pilot_flwr.report.html import earlier_pictures
+    from pilot_flwr.report.run import write_run_report
+    from pilot_flwr.report.sweep import is_sweep, write_sweep_report
+
+    hide_progress_bars()
+    target = out or (folder if folder.is_dir() else folder.parent) / REPORT_FOLDER
+    earlier_pictures(target)  # raises before the work if it cannot be replaced
+    if is_sweep(folder):
+        page = write_sweep_report(folder, target, baseline=baseline, say=_progress)
+    elif baseline is not None:
+        raise ConfigError("`--baseline` belongs to a sweep: a run has one method.")
+    else:
+        page = write_run_report(folder, target, router=not no_router, say=_progress)
+    show(f"Report: {page}")
+    return SUCCESS
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        say(f"  {line}")

@@ -145,7 +145,7 @@ def test_the_command_reads_files_and_folders(tmp_path, capsys):
     assert cli.main(["table", *places, "--format", "latex", "--out", str(file)]) == 0
     assert r"\toprule" in file.read_text()
     assert cli.main(["table", *places, "--out", str(file)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_latex_has_no_bare_signs_of_its_own_and_of_names():

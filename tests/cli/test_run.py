@@ -145,25 +145,6 @@ def test_a_run_folder_in_use_is_exit_code_2(launched, capsys, tmp_path):
     assert "`run.folder`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "--no-such-option"]])
-def test_wrong_usage_is_exit_code_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys\nfrom pilot_flwr.cli.main import main\n"
-        "try:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'hydra', 'torch', 'flwr', 'psutil', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "experiment=demo" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 REAL = """
 import sys
 from pathlib import Path

@@ -9,7 +9,7 @@ from flwr.common.config import parse_config_args
 from llava_files import write_federation
 from PIL import Image
 
-from pilot_flwr.cli.check import _values
+from pilot_flwr.cli.data import parse_node_config
 from pilot_flwr.cli.main import main
 from pilot_flwr.data.demo import digits
 from pilot_flwr.data.images import ImageFile
@@ -129,7 +129,7 @@ def test_what_was_not_looked_at_is_not_called_sound(federation, tmp_path, capsys
     words = [federation, f"data.check_images={mode}", "--fast"]
     assert check(*words, tmp_path=tmp_path)[0] == 0
     out = capsys.readouterr().out
-    assert "Nothing that stops a run was found, but not looked at: pixels (`--fast`).\n" in out
+    assert "Nothing that stops a run was found, but not checked: pixels (`--fast`).\n" in out
     assert check(*words, "--no-tokens", tmp_path=tmp_path)[0] == 0
     out += capsys.readouterr().out
     assert "pixels (`--fast`), tokens (`--no-tokens`)." in out and "can start" not in out
@@ -215,7 +215,7 @@ def test_a_real_sites_node_config_may_be_a_file(federation, tmp_path, capsys):
         "counting-1 train",
         "counting-1 test",
     }
-    assert _values(words) == _values(str(file)) == parse_config_args([words])
+    assert parse_node_config(words) == parse_node_config(str(file)) == parse_config_args([words])
     for wrong in (tmp_path / "absent.toml", tmp_path / "counting" / "train.json.toml"):
         assert main(["data", "check", f"data={federation}", "--node-config", str(wrong)]) == 2
         assert "No such file" in capsys.readouterr().err

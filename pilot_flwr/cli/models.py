@@ -1,0 +1,443 @@
+"""``pilot-flwr evaluate``, ``predict``, ``chat`` and ``export``: use the models of a run."""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+
+import typer
+
+from pilot_flwr.cli.common import (
+    SUCCESS,
+    Changes,
+    ClientName,
+    Device,
+    Exchange,
+    Plain,
+    RunFolder,
+    StateFolder,
+    TaskName,
+    check_model,
+    new_file,
+    open_run,
+    print_table,
+    say,
+    select_model,
+)
+from pilot_flwr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # heavy imports stay inside commands
+    from pilot_flwr.data.federation import Client
+    from pilot_flwr.inference.evaluate import Scored
+    from pilot_flwr.inference.generate import Answerer, Conversation, Questions
+    from pilot_flwr.inference.runs import Run, Selected
+
+CHAT_HELP = """Type a question; the model sees the whole conversation.
+/image FILE   show it an image, with your next question
+/reset        forget the conversation and its images
+/quit         end (as does Ctrl-D)"""
+
+
+def evaluate(
+    run_folder: RunFolder,
+    changes: Changes = None,
+    server_round: Exchange = None,
+    device: Device = "auto",
+    client: Annotated[
+        list[str] | None,
+        typer.Option(metavar="C", help="Only this client; may be given several times."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="T", help="The consensus model of task T.")
+    ] = None,
+    state: StateFolder = None,
+    split: Annotated[Literal["test", "train"], typer.Option()] = "test",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="Score on this LLaVA JSON or JSONL file instead."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of that file's images.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="M", help="Metric (default: the one of the client's task)."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the scores to a new file as well."),
+    ] = None,
+) -> int:
+    """Score the models of a run.
+
+    Each personalised model is scored on its own client's data; with --task a task's consensus
+    model is scored on the data of the task's clients.
+
+    Example: `pilot-flwr evaluate outputs/demo-20260101-120000 --client vqa-0`
+    """
+    from pilot_flwr.client.node import find_device
+    from pilot_flwr.config.rules import one_of
+    from pilot_flwr.inference.evaluate import (
+        EvaluationSet,
+        evaluate_models,
+        mean_over_tasks,
+        task_scores,
+    )
+    from pilot_flwr.metrics.registry import METRICS
+
+    if metric is not None:
+        one_of("--metric", metric, tuple(METRICS))
+    if state is not None and (task is not None or len(client or ()) != 1):
+        raise ConfigError("`--state` is one client's folder: give exactly one `--client`.")
+    if images is not None and data is None:
+        raise ConfigError("`--images` belongs to `--data`.")
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(new_file("--json", json_file)) if json_file else None
+        run = open_run(run_folder, server_round, changes)
+        rows = evaluate_models(
+            run,
+            _select_models(run, client or [], task, state),
+            EvaluationSet(split, data, images, metric or ""),
+            device=find_device(device),
+            say=say,
+            progress=_progress,
+        )
+        _print_scores(rows, run)
+        if out is not None:
+            result = {
+                "run": str(run.folder),
+                "round": run.checkpoint.server_round,
+                "split": "data" if data else split,
+                "clients": [asdict(row) for row in rows],
+                "tasks": task_scores(rows),
+                "mean_over_tasks": mean_over_tasks(rows),
+            }
+            out.write(json.dumps(result, indent=2) + "\n")
+    return SUCCESS
+
+
+def _select_models(
+    run: "Run", names: list[str], task: str | None, state: Path | None
+) -> "list[tuple[Client, Selected]]":
+    """Return every client to score on, and the model that is scored on its data."""
+    clients = [run.client(name) for name in names] or run.clients()
+    if task is None:
+        return [(client, select_model(run, client.id, None, state)) for client in clients]
+    model = select_model(run, None, task, None)
+    clients = [client for client in clients if client.task == task]
+    if not clients:
+        raise ConfigError(f"None of the clients of `--client` has task {task!r}.")
+    return [(client, model) for client in clients]
+
+
+def _progress(client: str, total: int, done: int) -> None:
+    if sys.stderr.isatty():
+        end = "" if done < total else "\n"
+        print(f"\r{client}: {done} of {total}", end=end, file=sys.stderr)
+
+
+def _print_scores(rows: "list[Scored]", run: "Run") -> None:
+    from rich.table import Table
+
+    from pilot_flwr.inference.evaluate import mean_over_tasks, task_scores
+    from pilot_flwr.metrics.registry import METRICS
+
+    table = Table("client", "task", "model", "stage", "metric", "examples", "score", "in the run")
+    for row in rows:
+        table.add_row(
+            row.client,
+            row.task,
+            row.model,
+            str(row.stage),
+            METRICS[row.metric].title + (" (approximate)" if row.approximate else ""),
+            str(row.examples),
+            f"{row.score:.3f}",
+            "–" if row.recorded is None else f"{row.recorded:.3f}",
+        )
+    table.add_section()
+    for task, score in task_scores(rows).items():
+        count = sum(row.examples for row in rows if row.task == task)
+        table.add_row("all", task, "", "", "", str(count), f"{score:.3f}", "")
+    table.add_row("mean over tasks", "", "", "", "", "", f"{mean_over_tasks(rows):.3f}", "")
+    print(f"{run.folder}, exchange {run.checkpoint.server_round}", flush=True)
+    print_table(table)
+    if len({METRICS[row.metric].maximum for row in rows}) > 1:
+        say("The tasks' metrics have different ranges: do not compare their mean.")
+    for reason in dict.fromkeys(row.approximate for row in rows if row.approximate):
+        say(f"Approximate: {reason}")
+
+
+def predict(
+    run_folder: RunFolder,
+    data: Annotated[Path, typer.Option(metavar="F", help="Questions.", show_default=False)],
+    changes: Changes = None,
+    server_round: Exchange = None,
+    device: Device = "auto",
+    client: ClientName = None,
+    task: TaskName = None,
+    state: StateFolder = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the images.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="New JSONL file (default: standard output)."),
+    ] = None,
+    plain: Plain = False,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Longest answer.",
+            show_default="the run's evaluation.max_new_tokens",
+        ),
+    ] = 0,
+) -> int:
+    """Write a model's answers to a file of questions.
+
+    The last question of every row of a LLaVA JSON or JSONL file is answered, with or without an
+    answer in it. The output has a line per row: row, id, question, prediction and, where the file
+    has them, references.
+
+    Example: `pilot-flwr predict RUN --client vqa-0 --data q.json --images images`
+    """
+    from pilot_flwr.client.node import find_device
+    from pilot_flwr.config.rules import at_least
+    from pilot_flwr.inference.generate import Answerer, Questions, check_all, open_file
+    from pilot_flwr.inference.runs import load_model
+
+    at_least("--max-new-tokens", max_new_tokens, 0)
+    check_model(client, task, state)
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout if out is None else stack.enter_context(new_file("--out", out))
+        run = open_run(run_folder, server_round, changes)
+        selected = select_model(run, client, task, state)
+        answerer = Answerer(run.config, load_model(run, selected, device=find_device(device)))
+        questions = Questions(open_file(run, selected.task, answerer, data, images, plain=plain))
+        check_all(questions, answerer)
+        _write_answers(questions, answerer, file, max_new_tokens)
+    if out is not None:
+        say(f"{len(questions)} predictions in {out}")
+    return SUCCESS
+
+
+def _write_answers(
+    questions: "Questions", answerer: "Answerer", out: TextIO, max_new_tokens: int
+) -> None:
+    """Answer batch by batch, and write each batch at once."""
+    size = answerer.config.evaluation.batch_size
+    show = out is not sys.stdout and sys.stderr.isatty()
+    for start in range(0, len(questions), size):
+        batch = questions[start : start + size]
+        answers = answerer(batch, max_new_tokens=max_new_tokens)
+        for position, prediction in enumerate(answers, start=start):
+            row = {
+                "row": position + 1,
+                "id": questions.examples.row(position)["id"],
+                "question": questions.question(position),
+                "prediction": prediction.strip(),
+            }
+            if references := questions.references(position):
+                row["references"] = references
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        out.flush()
+        if show:
+            print(f"\r{start + len(batch)} of {len(questions)}", end="", file=sys.stderr)
+    if show:
+        print(file=sys.stderr)
+
+
+def chat(
+    run_folder: RunFolder,
+    changes: Changes = None,
+    server_round: Exchange = None,
+    device: Device = "auto",
+    client: ClientName = None,
+    task: TaskName = None,
+    state: StateFolder = None,
+    image: Annotated[Path | None, typer.Option(metavar="F", help="Begin with this image.")] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="Q", help="Answer this one question, and end.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 512,
+    plain: Plain = False,
+) -> int:
+    """Talk to a personalised model, or to a task's consensus model.
+
+    Questions, about an image or without one, are read from the terminal or from a pipe, one per
+    line. In a conversation: /image FILE, /reset, /quit.
+    """
+    from pilot_flwr.client.node import find_device
+    from pilot_flwr.config.rules import at_least
+    from pilot_flwr.inference.generate import Answerer, Conversation
+    from pilot_flwr.inference.runs import load_model
+
+    at_least("--max-new-tokens", max_new_tokens, 1)
+    check_model(client, task, state)
+    run = open_run(run_folder, server_round, changes)
+    selected = select_model(run, client, task, state)
+    model = load_model(run, selected, device=find_device(device))
+    conversation = Conversation(
+        Answerer(run.config, model, keep="chat"),
+        max_new_tokens=max_new_tokens,
+        suffix="" if plain else run.prompt_suffix(selected.task),
+        pad=run.config.data.image_aspect_ratio == "pad",
+    )
+    if image is not None:
+        conversation.show(image)
+    if question is not None:
+        _answer(conversation, question)
+        return SUCCESS
+    say(f"{selected.name}, stage {model.stage}, task {selected.task}")
+    if conversation.suffix:
+        say(f"Appended to every question: {conversation.suffix!r} (--plain leaves it out)")
+    _talk(conversation)
+    return SUCCESS
+
+
+def _answer(conversation: "Conversation", question: str) -> None:
+    """Print an answer, on a terminal word by word."""
+    if sys.stdout.isatty():
+        conversation.ask(question, lambda text: print(text, end="", flush=True))
+        print()
+    else:
+        print(conversation.ask(question), flush=True)
+
+
+def _talk(conversation: "Conversation") -> None:
+    """Answer lines until the input ends or says /quit."""
+    terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):  # invalid bytes arrive as surrogates, which
+        sys.stdin.reconfigure(errors="surrogateescape")  # the conversation refuses
+    if terminal:
+        say(CHAT_HELP)
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        command, _, rest = line.strip().partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                conversation.reset()
+                say("The conversation is forgotten.")
+            elif command == "/image":
+                conversation.show(Path(rest.strip()))
+                say("Shown with your next question.")
+            elif command.startswith("/"):
+                say(CHAT_HELP)
+            elif command:
+                _answer(conversation, line)
+        except DataError as error:
+            say(str(error))
+
+
+def export(
+    run_folder: RunFolder,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="New or empty folder.", show_default=False)
+    ],
+    changes: Changes = None,
+    server_round: Exchange = None,
+    device: Device = "auto",
+    client: ClientName = None,
+    task: TaskName = None,
+    state: StateFolder = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Merge LoRA and adapters into one Hugging Face checkpoint (stage 1 and consensus "
+            "models only).",
+        ),
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Precision of the merged checkpoint (default: the run's model.dtype)."),
+    ] = None,
+) -> int:
+    """Write a model as a folder that loads without this package.
+
+    A personalised or consensus model loads from it with torch, transformers and peft alone: LoRA
+    in peft's format, connector as safetensors, the code that loads them, and a model card.
+
+    Example: `pilot-flwr export outputs/demo-20260101-120000 my-model --client vqa-0`
+    """
+    if dtype is not None and not merge:
+        raise ConfigError("`--dtype` belongs to `--merge`: an export names the base as it is.")
+    check_model(client, task, state)
+    from pilot_flwr.inference.export import new_folder
+    from pilot_flwr.inference.merge import check_mergeable
+
+    run = open_run(run_folder, server_round, changes)
+    selected = select_model(run, client, task, state)
+    if merge:
+        check_mergeable(selected.private)
+    new_folder(folder)
+    if merge:
+        _export_merged(run, selected, folder, device, dtype or run.config.model.dtype)
+    else:
+        _export_adapters(run, selected, folder, device)
+    _warn_of_private_parts(selected)
+    print(folder, flush=True)
+    return SUCCESS
+
+
+def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str) -> None:
+    from pilot_flwr.client.node import find_device
+    from pilot_flwr.inference.export import export_model, model_card
+    from pilot_flwr.inference.generate import Answerer
+    from pilot_flwr.inference.runs import load_model
+
+    model = load_model(run, selected, device=find_device(device))
+    export_model(
+        model,
+        folder,
+        client_adapter=selected.private is not None,
+        end_token_ids=Answerer(run.config, model).end_token_ids(),
+        image_aspect_ratio=run.config.data.image_aspect_ratio,
+    )
+    card = model_card(run, selected, stage=model.stage)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, dtype: str) -> None:
+    from pilot_flwr.client.node import find_device
+    from pilot_flwr.inference.export import model_card
+    from pilot_flwr.inference.generate import Answerer
+    from pilot_flwr.inference.merge import merge_model
+    from pilot_flwr.inference.runs import load_adapters
+    from pilot_flwr.model.base import load_base
+    from pilot_flwr.model.pilot_model import PilotModel
+
+    config = replace(run.config.model, quantization="none", dtype=dtype)
+    model = PilotModel(load_base(config, find_device(device)), config)  # merging uses it up
+    load_adapters(model, run, selected)
+    answerer = Answerer(run.config, model)
+    hidden = merge_model(model, folder, end_token_ids=answerer.end_token_ids())
+    wide = hidden != model.llava.config.text_config.hidden_size
+    if wide:
+        say(
+            f"The projector needs a hidden layer of {hidden}, which transformers' own class does "
+            "not support: the folder holds a class that does, modeling_wide.py."
+        )
+    card = model_card(run, selected, stage=1, merged="wide" if wide else "plain", dtype=dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _warn_of_private_parts(selected: "Selected") -> None:
+    from pilot_flwr.algorithm.parameter_groups import GROUPS
+
+    if selected.private is None or selected.private.empty:
+        return
+    own, second = selected.private.groups, selected.private.personal
+    parts = [GROUPS[group].symbol for group, named in own.items() if named]
+    parts += [f"{GROUPS[group].symbol} of its personal model" for group in second]
+    say(
+        f"This folder holds adapters that never left client {selected.name} during the run "
+        f"({', '.join(parts)}). Pass it on only if the client agrees."
+    )

@@ -1,0 +1,154 @@
+"""Check all data of a federation, or of one site, as training would use it, before a run.
+
+`open_splits` opens the files, `check_splits` looks at every row; figures and faults are in the
+`SplitStatistics` of each split. ``pilot-flwr data check`` prints them.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from pilot_flwr.client.node import read_node_config, site_client, site_config, site_files
+from pilot_flwr.client.preflight import check_files
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.data.client_files import Split
+from pilot_flwr.data.federation import (
+    check_references,
+    client_examples,
+    federation_clients,
+    padding_colour,
+    task_metric,
+)
+from pilot_flwr.data.images import Colour
+from pilot_flwr.data.llava import LlavaExamples
+from pilot_flwr.data.validation import (
+    SplitStatistics,
+    Tokenize,
+    WholeImages,
+    check_split,
+    shared_rows,
+)
+from pilot_flwr.errors import ConfigError, DataError
+from pilot_flwr.model.base import known_config, load_processor, make_collator
+
+OpenSplit = tuple[SplitStatistics, LlavaExamples | None]
+"""A split's figures and its rows; None if they cannot be read."""
+
+
+class SharedRows(NamedTuple):
+    """Two splits of which at least one is for training, and how many rows they have in common."""
+
+    first: str
+    second: str
+    rows: int
+
+
+def open_splits(
+    config: PilotConfig, node_config: dict[str, Any] | None = None, *, tokens: bool = True
+) -> tuple[PilotConfig, list[OpenSplit]]:
+    """Open every split of all simulated clients, or of the site that has a node config.
+
+    Return them with the configuration that holds there. A split that cannot be read has the
+    reason in its figures. Without `tokens` no processor of the base model is loaded.
+    """
+    files = None
+    clients = []
+    if node_config is None:
+        clients = federation_clients(config.data)
+    else:
+        node = read_node_config(node_config)
+        clients = [site_client(node, config)]
+        files = site_files(node, clients[0])
+        check_files(files, evaluated=config.evaluation.enabled)
+        config = site_config(node, config, simulated=False)
+    data, background = config.data, _background(config, tokens=tokens)
+    splits: list[OpenSplit] = []
+    for client in clients:
+        for split in ("train", "test") if config.evaluation.enabled else ("train",):
+            figures = SplitStatistics(
+                client.id,
+                client.task,
+                split,
+                allowed=data.allowed_broken,
+                decodes=data.check_images == "decode",
+            )
+            examples = None
+            try:
+                read = client_examples(
+                    data, client, split, seed=config.seed, files=files, background=background
+                )
+                assert isinstance(read, LlavaExamples)
+                examples = read
+            except (ConfigError, DataError) as error:
+                figures.error = str(error)
+            splits.append((figures, examples))
+    return config, splits
+
+
+def _background(config: PilotConfig, *, tokens: bool) -> Colour | None:
+    if not tokens:  # any colour serves to check images
+        return (0, 0, 0) if config.data.image_aspect_ratio == "pad" else None
+    processor = load_processor(config.model.path, config.model.revision)
+    return padding_colour(config.data, processor.image_processor)
+
+
+def find_shared_rows(splits: list[OpenSplit]) -> list[SharedRows]:
+    """Return the pairs of splits with common rows; two test splits may share theirs."""
+    named = [
+        (f"{figures.client} {figures.split}", rows) for figures, rows in splits if rows is not None
+    ]
+    shared = (SharedRows(*found) for found in shared_rows(named))
+    return [s for s in shared if not (s.first.endswith(" test") and s.second.endswith(" test"))]
+
+
+def check_splits(
+    config: PilotConfig,
+    splits: list[OpenSplit],
+    *,
+    decode: bool,
+    tokens: bool,
+    workers: int,
+    progress: Callable[[str, int], None],
+) -> list[SplitStatistics]:
+    """Look at every row and return the figures of all splits.
+
+    Rows that several clients share, as those of a test file, are looked at once. `decode` reads
+    whole images with `workers` threads, `tokens` counts tokens; `progress` gets the split's name
+    and its number of rows when it is done.
+    """
+    images = WholeImages(workers) if decode else None
+    tokenize = _tokenizers(config) if tokens else {}
+    seen: dict[object, SplitStatistics] = {}
+    checked = []
+    for figures, examples in splits:
+        if examples is not None:
+            files = tuple(str(file.path) for file in examples.files)
+            metric = task_metric(config.data, figures.task)
+            key = (figures.split, metric, files, examples.reading, examples.rows.tobytes())
+            if key not in seen:
+                test = figures.split == "test"
+                seen[key] = check_split(
+                    examples,
+                    figures,
+                    tokenize=tokenize.get(figures.split),
+                    images=images,
+                    workers=workers,
+                    references=functools.partial(check_references, metric) if test else None,
+                )
+            figures = replace(seen[key], client=figures.client)
+            progress(f"{figures.client} {figures.split}", len(examples))
+        checked.append(figures)
+    return checked
+
+
+def _tokenizers(config: PilotConfig) -> dict[Split, Tokenize]:
+    """Return how a run tokenizes the rows of each split."""
+    model = config.model
+    collator = make_collator(
+        model,
+        load_processor(model.path, model.revision),
+        known_config(model),
+        max_length=config.train.max_length,
+    )
+    return {"train": collator.tokenize, "test": lambda example: (collator.prompt(example), [])}
