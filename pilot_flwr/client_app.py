@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pilot_flwr import __version__
@@ -22,11 +22,11 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import count_examples, federation_clients, is_pooling
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
 from pilot_flwr.flower.compatibility import identity_of
-from pilot_flwr.flower.failures import OWN_ERROR, reply_text
 from pilot_flwr.flower.messages import (
     decode_instruction,
     decode_query,
     decode_run,
+    encode_error,
     encode_member,
     encode_result,
 )
@@ -59,7 +59,7 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
             explained = isinstance(error, PilotError) and private is None
             explained |= isinstance(error, ConfigError)  # it names the setting to change
             logger.error("%s", error, exc_info=not explained)
-            return Message(Error(OWN_ERROR, reply_text(error, private)), reply_to=message)
+            return Message(encode_error(error, private), reply_to=message)
 
     return handle
 

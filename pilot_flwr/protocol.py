@@ -1,4 +1,9 @@
-"""What server and clients tell each other, declared once; no torch at import time."""
+"""Every message and record that server and clients exchange, declared once.
+
+Records are plain, frozen dataclasses without Flower types: `pilot_flwr.flower.messages` encodes and
+decodes them, `pilot_flwr.client.session` and `pilot_flwr.algorithm.server_state` compute with them.
+Symbols are those of docs/design.md, section 1. Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     State: TypeAlias = dict[str, Tensor]
-    """Named tensors of one group."""
+    """Named tensors of one parameter group."""
 else:
-    State = dict  # torch costs seconds to import, and this module is imported everywhere
+    State = dict  # torch takes seconds to import, and every entry point imports this module
 
 GroupName = Literal[
     "lora",
@@ -23,34 +28,75 @@ GroupName = Literal[
     "router",
     "base",
 ]
+"""Parameter groups; `pilot_flwr.algorithm.parameter_groups.GROUPS` defines each."""
 
 LOSSES = ("total", "ce", "difference", "balance", "z", "proximal")
-"""Names of the losses: the total with, its parts without coefficients."""
+"""Names of the losses: the total with its coefficients, then its terms without."""
 
 Losses: TypeAlias = dict[str, float]
 """Mean over the optimizer steps, by name."""
 
 
 @dataclass(frozen=True)
+class RunInfo:
+    """Identifies the run; part of every message from the server.
+
+    Attributes
+    ----------
+    name : str
+        Separates this run's private states from those of other runs.
+    folder : str
+        The run folder on the server; only clients simulated on the same machine use it.
+    token : str
+        Content of a file in `folder`, which proves that client and server see the same folder.
+    """
+
+    name: str
+    folder: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client as it introduces itself in reply to the roster query.
+
+    Attributes
+    ----------
+    client, task : str
+        Its id and its one task.
+    examples : int
+        Training examples that it declares, an upper bound of n_k.
+    stage_trained : int
+        Last stage whose private state it holds, 0 if none.
+    """
+
+    client: str
+    task: str
+    examples: int
+    stage_trained: int
+
+
+@dataclass(frozen=True)
 class Instruction:
-    """What the server asks of a client in one exchange.
+    """What the server asks of one client in one exchange.
 
     Attributes
     ----------
     server_round : int
         Exchange, from 1.
     stage : int
-        Architecture to train: the per-client stage flag, the only thing that decides it.
+        Architecture to train. This per-client flag alone decides it.
     tasks : tuple of str
         All T tasks in the federation's order.
     adapters : dict
-        Task → ψ_t: all T in stage 2, the own one alone in stage 1; none if they are not shared.
+        Task → ψ_t: all T in stage 2, only the client's own in stage 1; states without
+        tensors if task adapters are not shared.
     lora : State
-        This client's Θ̄_l, of its tensors those that are shared.
-    residual : State
-        What exact aggregation has added to everyone's frozen base.
+        The shared tensors of this client's Θ̄_l.
     train, evaluate : bool
-        Whether to train, and whether to evaluate the incoming model before.
+        Whether to train, and whether to evaluate the incoming model first.
+    residual : State
+        What exact aggregation has added to the frozen base of every client.
     """
 
     server_round: int
@@ -64,33 +110,15 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class SessionResult:
-    """What a turn gives back; `adapter` and `lora` are the only parameters that are sent.
-
-    They have the tensors that `strategy.sharing` names, and may have none.
-    `started` is in seconds since 1970, `seconds` is the whole turn's wall time. `spent` is what
-    the client's privacy account says if `adapter` and `lora` are clipped and noisy.
-    """
-
-    adapter: State = field(default_factory=dict)
-    lora: State = field(default_factory=dict)
-    training: TrainingResult | None = None
-    evaluation: EvaluationResult | None = None
-    spent: Spent | None = None
-    started: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class TrainingResult:
-    """What happened in one local training.
+    """Outcome of one local training.
 
     Attributes
     ----------
     losses : Losses
-        All of `LOSSES`.
+        All of `LOSSES`; empty if the client withholds its metrics.
     steps, examples : int
-        Optimizer steps taken; examples of the data set (not times epochs).
+        Optimizer steps taken; examples in the data set (not multiplied by epochs).
     seconds : float
         Wall time.
     gradients : dict
@@ -106,7 +134,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Score of one client's test split.
+    """Score on one client's test split.
 
     Attributes
     ----------
@@ -119,9 +147,9 @@ class EvaluationResult:
     seconds : float
         Wall time.
     approximate : bool
-        Whether the figure is not exactly what the metric's own script gives.
+        Whether the score may differ from that of the metric's reference script.
     cut : int
-        Answers that `evaluation.max_new_tokens` ended, not the model.
+        Answers truncated at `evaluation.max_new_tokens`.
     """
 
     score: float
@@ -133,28 +161,73 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
-class Member:
-    """A client in the roster.
+class Spent:
+    """Privacy budget spent by a client, including the release in progress.
 
     Attributes
     ----------
-    client, task : str
-        Its id and its one task.
-    examples : int
-        Training examples that it declared.
-    stage_trained : int
-        Last stage that it holds a private state of, 0 if none.
+    epsilon : float
+        ε of this run's releases.
+    total_epsilon : float
+        ε of all releases in the account, including those of earlier runs.
+    delta : float
+        δ of both.
+    releases, total_releases : int
+        Number of releases in this run and in the account.
     """
 
-    client: str
-    task: str
-    examples: int
-    stage_trained: int
+    epsilon: float
+    total_epsilon: float
+    delta: float
+    releases: int
+    total_releases: int
+
+
+@dataclass(frozen=True)
+class SessionResult:
+    """Outcome of one session: evaluate the incoming model, then train it.
+
+    Attributes
+    ----------
+    adapter, lora : State
+        The tensors of Θ_a and Θ_l that `strategy.sharing` names, perhaps none. No other
+        parameter leaves the client.
+    training : TrainingResult or None
+        If the client trained.
+    evaluation : EvaluationResult or None
+        Of the incoming model, if it was evaluated.
+    spent : Spent or None
+        If `adapter` and `lora` are clipped and noised.
+    started : float
+        Seconds since 1970.
+    seconds : float
+        Wall time of the session.
+    """
+
+    adapter: State = field(default_factory=dict)
+    lora: State = field(default_factory=dict)
+    training: TrainingResult | None = None
+    evaluation: EvaluationResult | None = None
+    spent: Spent | None = None
+    started: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's contribution to one round: Θ_a, Θ_l and n_k."""
+    """One client's contribution to an exchange.
+
+    Attributes
+    ----------
+    client, task : str
+        Who sent it.
+    server_round : int
+        Exchange.
+    num_examples : int
+        n_k.
+    adapter, lora : State
+        Θ_a and Θ_l.
+    """
 
     client: str
     task: str
@@ -166,23 +239,23 @@ class Update:
 
 @dataclass(frozen=True)
 class Report:
-    """What a reply says besides its tensors; every number is finite and in range.
+    """A reply without its tensors; every number is finite and in range.
 
     Attributes
     ----------
     training : dict or None
-        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained. A client that makes
-        its upload private may keep the losses to itself: all of them, or none.
+        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained. A client with a
+        privatised upload may withhold the losses: all of them, or none.
     gradients : dict
         Group → number of its parameters that received a gradient.
     evaluation : EvaluationResult or None
         Score of the incoming model, if it was evaluated.
     times : dict
-        ``started`` (seconds since 1970) and ``turn_seconds`` of the whole turn.
+        ``started`` (seconds since 1970) and ``turn_seconds`` of the session.
     sizes : dict
-        Bytes of the reply's arrays, see `num_bytes`.
+        Bytes of the reply's arrays, see `pilot_flwr.flower.codec.num_bytes`.
     privacy : dict or None
-        ``epsilon``, ``delta`` and ``releases`` of the run so far, if the upload was made private.
+        ``epsilon``, ``delta`` and ``releases`` of the run so far, if the upload is privatised.
     """
 
     training: dict[str, float] | None
@@ -191,26 +264,3 @@ class Report:
     times: dict[str, float]
     sizes: dict[str, int]
     privacy: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a client has spent, the release that is being made included.
-
-    Attributes
-    ----------
-    epsilon : float
-        ε of this run's releases.
-    total_epsilon : float
-        ε of all releases in the account, earlier runs' included.
-    delta : float
-        The δ that both are for.
-    releases, total_releases : int
-        How many there are.
-    """
-
-    epsilon: float
-    total_epsilon: float
-    delta: float
-    releases: int
-    total_releases: int

@@ -18,20 +18,20 @@ from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
 from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.grid import PollingGrid, in_simulation
-from pilot_flwr.flower.messages import RunInfo
 from pilot_flwr.model.loading import initial_state
+from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.directory import Event
 from pilot_flwr.run.loggers import live_logs
 from pilot_flwr.server.event_recorder import Announcer
 from pilot_flwr.server.resume import (
-    Opened,
-    begin_run,
+    OpenRun,
     check_resumable,
     check_unused,
     completed,
-    continue_run,
     restored,
+    resume_run,
+    start_run,
 )
 from pilot_flwr.strategy import PilotStrategy
 
@@ -81,9 +81,9 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
             return
         name = f"{config.name}-{flower_run}"
         if config.resume:
-            opened = continue_run(path, config, overrides, name=name, flower_run=flower_run)
+            opened = resume_run(path, config, overrides, name=name, flower_run=flower_run)
         else:
-            opened = begin_run(path, config, overrides, name=name)
+            opened = start_run(path, config, overrides, name=name)
         logger.info("Run folder: %s", path)
         try:
             with live_logs(
@@ -114,7 +114,7 @@ def both(first: Listener, second: Listener) -> Listener:
     return listen
 
 
-def federate(grid: Grid, config: PilotConfig, opened: Opened) -> PilotStrategy:
+def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     """Run the exchanges that are left over `grid`; return the strategy with its final state."""
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     initial = initial_state(config.model, seed=config.seed).sent(sharing)
@@ -156,7 +156,7 @@ def run_path(config: PilotConfig) -> Path:
         path = expanded("resume", config.resume).absolute()
         named = expanded("run.folder", config.run.folder).absolute()
         if config.run.folder and named != path:
-            raise RunError(f"`run.folder` is {named} but a resumed run goes on in {path}.")
+            raise RunError(f"`run.folder` is {named} but the resumed run is in {path}.")
         return path
     if config.run.folder:
         path = expanded("run.folder", config.run.folder).absolute()

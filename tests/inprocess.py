@@ -16,7 +16,7 @@ from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.flower import grid as in_process
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.provenance import RunIdentity
-from pilot_flwr.server.resume import Opened
+from pilot_flwr.server.resume import OpenRun
 from pilot_flwr.server_app import federate
 
 # Two steps at least: the first layer of an adapter that ends in zero moves at the second.
@@ -73,7 +73,7 @@ class Federation:
         self.folder = RunFolder(folder)
 
     def run(self):
-        opened = Opened(self.folder, RunIdentity("test-1"))
+        opened = OpenRun(self.folder, RunIdentity("test-1"))
         self.strategy = federate(self.grid, self.config, opened)
         return self
 

@@ -1,29 +1,18 @@
-"""Distances between clients, exact however close they lie together.
+"""Server aggregation: task-aware adapter averaging and adaptive text-adapter aggregation (ATA).
 
-A pure function over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`).
+Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). Results have
+the container type and the dtype of their inputs, which are never changed. One exchange of the
+server (docs/design.md, section 4)::
 
-Source: Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), "Adaptive Text-Adapter Aggregation".
-
-Server aggregation: task-aware adapter averaging and adaptive text-adapter aggregation (ATA).
-
-Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`), without Flower types.
-Results have the container type and the dtype of their inputs, which are never changed.
-
-One round of the server (docs/design.md section 4)::
-
-    task_adapters = task_aware_average(adapters, tasks, num_examples)
     weights = adaptive_weights(pairwise_distances(loras), num_examples, num_neighbors)
     personal_loras = mix(loras, weights)
+    task_adapters = task_aware_average(adapters, tasks, num_examples)
 
-To add an aggregation rule, write one pure function that returns a row-stochastic (K, K) matrix and
-pass it to :func:`mix`; the passes over the parameters are dealt with there.
+To add a rule for the LoRAs, write one pure function that returns a row-stochastic (K, K) matrix
+and add a row to `LORA_RULES`; :func:`mix` does the passes over the parameters. docs/methods.md
+describes the rules.
 
 Source: Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), "Adaptive Text-Adapter Aggregation".
-
-How a round's uploads are aggregated, by `strategy.adapters` and `strategy.lora`.
-
-To add a rule for the LoRAs, write one pure function that returns mixing weights (see
-`pilot_flwr.algorithm.aggregation`) and add a row to `LORA_RULES`; docs/methods.md says what each row is.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,8 +33,10 @@ from pilot_flwr.algorithm.arrays import (
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import ConfigError, UpdateError
 
-# Below this share of G_kk + G_jj, G_kk + G_jj - 2 G_kj has lost too many of its 16 digits.
 _CANCELLATION = 1e-6
+"""Below this share of G_kk + G_jj, G_kk + G_jj - 2 G_kj has lost too many of its 16 digits."""
+
+_ROW_SUM_TOLERANCE = 1e-6
 
 
 def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
@@ -72,132 +63,16 @@ def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
 
     Notes
     -----
-    Differences and products are float64. Pairs that lie so close together, and so far from client
-    0, that G cancels are computed again relative to one of themselves: one more pass per such
-    cluster. docs/design.md section 4.
+    Differences and products are float64. Where pairs lie so close together, and so far from client
+    0, that G cancels, they are computed again relative to one of themselves: one more pass per
+    such cluster. docs/design.md, section 4.
     """
     check_states(states, range(len(states)))
     distances = np.sqrt(_squared_distances(states))
-    # Copies of one client get one row, so that rounding cannot decide the ties between them.
+    # Copies of one client share one row, so that rounding cannot decide ties between them.
     original = (distances == 0).argmax(axis=1)
     unified: Matrix = distances[np.ix_(original, original)]
     return unified
-
-
-def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
-    """Return the squared distances, exact to about 1e-9 relative wherever they are not 0."""
-    gram = centred_gram(states)
-    norms = gram.diagonal()
-    scale = norms[:, None] + norms[None, :]
-    squared: Matrix = scale - (gram + gram.T)
-    np.fill_diagonal(squared, 0)
-    cancelled = squared < _CANCELLATION * scale
-    np.fill_diagonal(cancelled, False)
-    # Client 0 is the origin and never among the cancelled, so that the recursion ends.
-    for cluster in _components(cancelled):
-        squared[np.ix_(cluster, cluster)] = _squared_distances([states[k] for k in cluster])
-    return squared
-
-
-def _components(linked: NDArray[np.bool_]) -> list[list[int]]:
-    """Return the connected components with at least two members of a symmetric relation."""
-    labels = np.arange(len(linked))
-    for _ in labels:  # a label crosses one link per step, and no path is longer than K
-        labels = np.minimum(labels, np.where(linked, labels, len(labels)).min(axis=1))
-    groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-    return [group for group in groups if len(group) > 1]
-
-
-__all__ = [
-    "adaptive_weights",
-    "group_weights",
-    "mix",
-    "pairwise_distances",
-    "task_aware_average",
-    "weighted_average",
-]
-
-_ROW_SUM_TOLERANCE = 1e-6
-
-
-def task_aware_average(
-    adapters: Sequence[NamedArrays], tasks: Sequence[str], num_examples: Sequence[float]
-) -> dict[str, dict[str, Array]]:
-    """Average the task adapters of each task over that task's clients.
-
-    ::
-
-        A_t = sum_{k in K_t} n_k A_k / sum_{k in K_t} n_k
-
-    Parameters
-    ----------
-    adapters : sequence of state
-        The task adapter of each of the K clients; shapes must agree within a task.
-    tasks : sequence of str
-        The task of each client.
-    num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
-
-    Returns
-    -------
-    dict of str to state
-        One average per task that occurs in `tasks`, in the order of first occurrence. A task
-        without a client has no entry: the caller keeps its last value.
-
-    Raises
-    ------
-    UpdateError
-        If there is no client, the lengths differ, a count is not positive and finite, the tensors
-        of a task's clients do not match, or one of them holds NaN or Inf.
-
-    Notes
-    -----
-    docs/design.md section 4; Pilot (arXiv 2501.13985), task-specific adapter aggregation.
-    """
-    counts = _check_examples(num_examples, len(adapters))
-    if len(tasks) != len(adapters):
-        raise UpdateError(f"There are {len(adapters)} adapters but {len(tasks)} tasks.")
-    members: dict[str, list[int]] = {}
-    for client, task in enumerate(tasks):
-        members.setdefault(task, []).append(client)
-    return {
-        task: _average([adapters[k] for k in clients], counts[clients], clients)
-        for task, clients in members.items()
-    }
-
-
-def weighted_average(
-    states: Sequence[NamedArrays], num_examples: Sequence[float]
-) -> dict[str, Array]:
-    """Average states, each weighted by its number of examples (FedAvg).
-
-    ::
-
-        A = sum_k n_k A_k / sum_k n_k
-
-    Parameters
-    ----------
-    states : sequence of state
-        One state per client, K in all, with the same names, shapes and dtypes.
-    num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
-
-    Returns
-    -------
-    state
-        The average, summed in float64 and rounded to a narrower dtype once.
-
-    Raises
-    ------
-    UpdateError
-        As in :func:`task_aware_average`.
-
-    Notes
-    -----
-    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data".
-    """
-    counts = _check_examples(num_examples, len(states))
-    return _average(states, counts, range(len(states)))
 
 
 def adaptive_weights(
@@ -245,7 +120,7 @@ def adaptive_weights(
     Notes
     -----
     Ties go to the lower index: callers sort clients by id to make runs comparable.
-    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation; docs/design.md section 4.
+    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation; docs/design.md, section 4.
     """
     if num_neighbors < 1:
         raise ConfigError(f"`strategy.num_neighbors` is {num_neighbors} but must be at least 1.")
@@ -257,7 +132,7 @@ def adaptive_weights(
         raise UpdateError("The distances must be finite and not negative.")
     counts = _check_examples(num_examples, len(others))
     np.fill_diagonal(others, np.inf)
-    # The diagonal, at infinity, sorts last and is never among the first K - 1.
+    # The diagonal is infinite, so it sorts last and is never among the first K - 1.
     nearest = np.argsort(others, axis=1, kind="stable")[:, : min(num_neighbors, len(others) - 1)]
     near = np.take_along_axis(others, nearest, axis=1)
     closest = near.min(axis=1, keepdims=True, initial=np.inf)
@@ -270,6 +145,132 @@ def adaptive_weights(
     weights /= weights.max(axis=1, keepdims=True)
     weights /= weights.sum(axis=1, keepdims=True)
     return weights
+
+
+def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]]:
+    """Mix the states of all clients into one personalised state per client.
+
+    ::
+
+        S'_k = sum_j W_kj S_j
+
+    Parameters
+    ----------
+    states : sequence of state
+        One state per client, K in all, with the same names, shapes and dtypes.
+    weights : ndarray, shape (K, K)
+        Row-stochastic weights: not negative, rows summing to 1.
+
+    Returns
+    -------
+    list of state
+        K new states; clients with the same row of weights share one. Summed in float64 and
+        rounded to a narrower dtype once, so that a common offset costs no accuracy; where all
+        clients hold the same bits, so does the result.
+
+    Raises
+    ------
+    UpdateError
+        If there is no client, the tensors do not match, one of them holds NaN or Inf, or the
+        weights are not row-stochastic.
+
+    Notes
+    -----
+    A client's values affect only the rows that give it weight, however far away it lies.
+    docs/design.md, section 4.
+    """
+    clients = range(len(states))
+    check_states(states, clients)
+    matrix = np.asarray(weights, dtype=np.float64)
+    if matrix.shape != (len(states), len(states)):
+        raise UpdateError(f"The weights of {len(states)} clients have shape {matrix.shape}.")
+    if not np.all(matrix >= 0) or np.any(np.abs(matrix.sum(axis=1) - 1) > _ROW_SUM_TOLERANCE):
+        raise UpdateError("The weights must not be negative, and each row must sum to 1.")
+    matrix = matrix / matrix.sum(axis=1, keepdims=True)
+    _, first, row_of = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
+    distinct = np.sort(first)
+    results = combine(states, matrix[distinct], clients)
+    return [results[place] for place in np.searchsorted(distinct, first[row_of.ravel()])]
+
+
+def task_aware_average(
+    adapters: Sequence[NamedArrays], tasks: Sequence[str], num_examples: Sequence[float]
+) -> dict[str, dict[str, Array]]:
+    """Average the task adapters of each task over that task's clients.
+
+    ::
+
+        A_t = sum_{k in K_t} n_k A_k / sum_{k in K_t} n_k
+
+    Parameters
+    ----------
+    adapters : sequence of state
+        The task adapter of each of the K clients; shapes must agree within a task.
+    tasks : sequence of str
+        The task of each client.
+    num_examples : sequence of float
+        The training examples n_k of each client, positive and finite.
+
+    Returns
+    -------
+    dict of str to state
+        One average per task that occurs in `tasks`, in the order of first occurrence. A task
+        without a client has no entry: the caller keeps its last value.
+
+    Raises
+    ------
+    UpdateError
+        If there is no client, the lengths differ, a count is not positive and finite, the tensors
+        of a task's clients do not match, or one of them holds NaN or Inf.
+
+    Notes
+    -----
+    docs/design.md, section 4; Pilot (arXiv 2501.13985), task-specific adapter aggregation.
+    """
+    counts = _check_examples(num_examples, len(adapters))
+    if len(tasks) != len(adapters):
+        raise UpdateError(f"There are {len(adapters)} adapters but {len(tasks)} tasks.")
+    members: dict[str, list[int]] = {}
+    for client, task in enumerate(tasks):
+        members.setdefault(task, []).append(client)
+    return {
+        task: _average([adapters[k] for k in clients], counts[clients], clients)
+        for task, clients in members.items()
+    }
+
+
+def weighted_average(
+    states: Sequence[NamedArrays], num_examples: Sequence[float]
+) -> dict[str, Array]:
+    """Average states, each weighted by its number of examples (FedAvg).
+
+    ::
+
+        A = sum_k n_k A_k / sum_k n_k
+
+    Parameters
+    ----------
+    states : sequence of state
+        One state per client, K in all, with the same names, shapes and dtypes.
+    num_examples : sequence of float
+        The training examples n_k of each client, positive and finite.
+
+    Returns
+    -------
+    state
+        The average, summed in float64 and rounded to a narrower dtype once.
+
+    Raises
+    ------
+    UpdateError
+        As in :func:`task_aware_average`.
+
+    Notes
+    -----
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data".
+    """
+    counts = _check_examples(num_examples, len(states))
+    return _average(states, counts, range(len(states)))
 
 
 def group_weights(groups: Sequence[str], num_examples: Sequence[float]) -> Matrix:
@@ -307,96 +308,29 @@ def group_weights(groups: Sequence[str], num_examples: Sequence[float]) -> Matri
     return weights
 
 
-def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]]:
-    """Mix the states of all clients into one personalised state per client.
-
-    ::
-
-        S'_k = sum_j W_kj S_j
-
-    Parameters
-    ----------
-    states : sequence of state
-        One state per client, K in all, with the same names, shapes and dtypes.
-    weights : ndarray, shape (K, K)
-        Row-stochastic weights: not negative, rows summing to 1.
-
-    Returns
-    -------
-    list of state
-        K new states; clients with the same row of weights share one. Summed in float64 and
-        rounded to a narrower dtype once, so that a common offset costs no accuracy; where all
-        clients hold the same bits, so does the result.
-
-    Raises
-    ------
-    UpdateError
-        If there is no client, the tensors do not match, one of them holds NaN or Inf, or the
-        weights are not row-stochastic.
-
-    Notes
-    -----
-    A client's values matter to the rows that give it weight and to no others, however far it lies
-    from them. docs/design.md section 4.
-    """
-    clients = range(len(states))
-    check_states(states, clients)
-    matrix = np.asarray(weights, dtype=np.float64)
-    if matrix.shape != (len(states), len(states)):
-        raise UpdateError(f"The weights of {len(states)} clients have shape {matrix.shape}.")
-    if not np.all(matrix >= 0) or np.any(np.abs(matrix.sum(axis=1) - 1) > _ROW_SUM_TOLERANCE):
-        raise UpdateError("The weights must not be negative, and each row must sum to 1.")
-    matrix = matrix / matrix.sum(axis=1, keepdims=True)
-    _, first, row_of = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
-    distinct = np.sort(first)
-    results = combine(states, matrix[distinct], clients)
-    return [results[place] for place in np.searchsorted(distinct, first[row_of.ravel()])]
-
-
-def _average(
-    states: Sequence[NamedArrays], counts: Matrix, clients: Sequence[int]
-) -> dict[str, Array]:
-    check_states(states, clients)
-    shares = counts / counts.max()
-    return combine(states, (shares / shares.sum())[None, :], clients)[0]
-
-
-def _check_examples(num_examples: Sequence[float], clients: int) -> Matrix:
-    counts = np.array(num_examples, dtype=np.float64)
-    if clients == 0:
-        raise UpdateError("There is no client to aggregate.")
-    if counts.shape != (clients,):
-        raise UpdateError(f"There are {clients} clients but {counts.size} numbers of examples.")
-    for client, count in enumerate(counts):
-        if not (np.isfinite(count) and count > 0):
-            reason = f"the number of examples is {count:g} but must be positive and finite."
-            raise ClientUpdateError(client, reason)
-    return counts
-
-
 EVERYONE = "all-tasks"
 """Name of the group that all clients are in."""
 
 GroupOf = Callable[[str], str]
-"""From a client's task to the group that it is averaged with."""
+"""Maps a client's task to the group that the client is averaged with."""
 
 ADAPTER_GROUPS: dict[str, GroupOf] = {"task": lambda task: task, "global": lambda task: EVERYONE}
-"""Whose task adapters are averaged together, by `strategy.adapters`."""
+"""Which task adapters are averaged together, by `strategy.adapters`."""
 
 
 class LoraRule(NamedTuple):
-    """How LoRAs are mixed.
+    """An aggregation rule for LoRAs.
 
     Attributes
     ----------
     weights : callable
-        From distances (K, K), tasks (K,), examples (K,) and the settings to mixing weights
-        (K, K), row-stochastic.
+        Maps distances (K, K), tasks (K,), examples (K,) and the settings to row-stochastic mixing
+        weights (K, K).
     owner : callable
-        From a client and its task to what its LoRA is the LoRA of: itself, or its group. All
-        clients of one owner have one and the same, also those that did not reply.
+        Maps a client and its task to the owner of its LoRA: the client itself, or its group. All
+        clients of a group share one LoRA, including those that did not reply.
     exact : bool
-        Whether what the means of the factors leave out is added to the frozen base.
+        Whether the residual of :mod:`pilot_flwr.algorithm.fedex_lora` is added to the frozen base.
     """
 
     weights: Callable[[Matrix, Sequence[str], Sequence[float], StrategyConfig], Matrix]
@@ -427,4 +361,49 @@ LORA_RULES: dict[str, LoraRule] = {
     "global": _mean_over(ADAPTER_GROUPS["global"]),
     "exact": _mean_over(ADAPTER_GROUPS["global"])._replace(exact=True),
 }
-"""How LoRAs are mixed, by `strategy.lora`."""
+"""Aggregation rules for LoRAs, by `strategy.lora`."""
+
+
+def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
+    """Return the squared distances, exact to about 1e-9 relative wherever they are not 0."""
+    gram = centred_gram(states)
+    norms = gram.diagonal()
+    scale = norms[:, None] + norms[None, :]
+    squared: Matrix = scale - (gram + gram.T)
+    np.fill_diagonal(squared, 0)
+    cancelled = squared < _CANCELLATION * scale
+    np.fill_diagonal(cancelled, False)
+    # Client 0 is the origin and never among the cancelled, so that the recursion ends.
+    for cluster in _components(cancelled):
+        squared[np.ix_(cluster, cluster)] = _squared_distances([states[k] for k in cluster])
+    return squared
+
+
+def _components(linked: NDArray[np.bool_]) -> list[list[int]]:
+    """Return the connected components with at least two members of a symmetric relation."""
+    labels = np.arange(len(linked))
+    for _ in labels:  # labels spread by one link per step, and no path has more than K
+        labels = np.minimum(labels, np.where(linked, labels, len(labels)).min(axis=1))
+    groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+    return [group for group in groups if len(group) > 1]
+
+
+def _average(
+    states: Sequence[NamedArrays], counts: Matrix, clients: Sequence[int]
+) -> dict[str, Array]:
+    check_states(states, clients)
+    shares = counts / counts.max()
+    return combine(states, (shares / shares.sum())[None, :], clients)[0]
+
+
+def _check_examples(num_examples: Sequence[float], clients: int) -> Matrix:
+    counts = np.array(num_examples, dtype=np.float64)
+    if clients == 0:
+        raise UpdateError("There is no client to aggregate.")
+    if counts.shape != (clients,):
+        raise UpdateError(f"There are {clients} clients but {counts.size} numbers of examples.")
+    for client, count in enumerate(counts):
+        if not (np.isfinite(count) and count > 0):
+            reason = f"the number of examples is {count:g} but must be positive and finite."
+            raise ClientUpdateError(client, reason)
+    return counts

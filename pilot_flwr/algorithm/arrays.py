@@ -1,17 +1,16 @@
-"""Passes over the named arrays of several clients: checks, weighted sums, inner products.
+"""Compare, check and reduce the named arrays of several clients.
 
-The equations are in :mod:`pilot_flwr.algorithm.aggregation`; this module knows how to read K states at once.
-A *state* is a mapping from names to tensors, each a ``numpy.ndarray`` or a CPU ``torch.Tensor``, of
-dtype float16, bfloat16 (torch only), float32 or float64.
+A *state* is a mapping from names to tensors, each a ``numpy.ndarray`` or a CPU ``torch.Tensor``
+of dtype float16, bfloat16 (torch only), float32 or float64. `layout_difference` compares the
+layouts of two states; `combine` and `centred_gram` are the two passes over the values of K
+states, on which the equations of :mod:`pilot_flwr.algorithm.aggregation` are built.
 
-Accuracy: products and sums are float64. Weighted sums are rounded to the clients' dtype once. For
-distances, clients that start from the same base differ by little beside their norms: inner products
-are those of differences to the first client, which cancels a common offset before it costs digits.
+Accuracy: products and sums are float64. Weighted sums are rounded to the clients' dtype once.
+Clients that start from the same base differ by little beside their norms, so inner products are
+those of differences to the first client: a common offset cancels before it costs digits.
 
-Memory: columns are staged in blocks that stay in cache, and results are written straight into their
-final arrays. NaN and Inf are found in the pass that is made anyway.
-
-Whether the tensors of an upload are those that were asked for.
+Memory: columns are staged in blocks that stay in cache, and results are written straight into
+their final arrays. NaN and Inf are found in the same pass.
 """
 
 import math
@@ -30,13 +29,8 @@ Array: TypeAlias = NDArray[Any] | torch.Tensor
 NamedArrays: TypeAlias = Mapping[str, Array]
 Matrix: TypeAlias = NDArray[np.float64]
 
-# What a tensor is: container, dtype and device, then its shape.
-_Layout: TypeAlias = tuple[tuple[str, object, object], tuple[int, ...]]
 _NUMPY_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SUPPORTED = [("numpy", dtype, "cpu") for dtype in _NUMPY_DTYPES] + [
-    ("torch", dtype, torch.device("cpu")) for dtype in _TORCH_DTYPES
-]
 
 # Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache.
 _BLOCK_ELEMENTS = 1 << 17
@@ -59,10 +53,7 @@ class ClientUpdateError(UpdateError):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: a block is too small to share.
-
-    On busy cores, the threads' waiting for each other at every block took longer than the products.
-    """
+    """Limit torch to one thread: on busy cores, synchronising threads costs more than a block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -71,8 +62,36 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool = True) -> str:
+    """Describe the first difference between the layouts of two states; values are not read.
+
+    Parameters
+    ----------
+    state, pattern : state
+        What is there and what is wanted.
+    dtypes : bool
+        Whether containers and dtypes must agree too, not only names and shapes.
+
+    Returns
+    -------
+    str
+        Missing and unexpected names, else the first tensor that differs; empty if none does.
+    """
+    missing, unexpected = pattern.keys() - state.keys(), state.keys() - pattern.keys()
+    if missing or unexpected:
+        return (
+            f"missing tensors {sorted(missing)[:3]}, unexpected ones {sorted(unexpected)[:3]} "
+            f"({len(missing)} and {len(unexpected)} in all)"
+        )
+    for name, wanted in pattern.items():
+        found = state[name]
+        if found.shape != wanted.shape or (dtypes and _kind(found) != _kind(wanted)):
+            return f"tensor `{name}` is {_describe(found)} but must be {_describe(wanted)}"
+    return ""
+
+
 def check_states(states: Sequence[NamedArrays], clients: Sequence[int]) -> None:
-    """Check that all states hold the same tensors, without reading the values.
+    """Check that all states have one layout that can be aggregated, without reading the values.
 
     Parameters
     ----------
@@ -86,29 +105,46 @@ def check_states(states: Sequence[NamedArrays], clients: Sequence[int]) -> None:
     UpdateError
         If there is no client.
     ClientUpdateError
-        If a client has no tensor, lacks one or has one more than the first client, or if a
-        tensor's container, dtype, device or shape is unsupported or not the first client's.
+        If a client has no tensor, another layout than the first client, or a tensor of a
+        container, dtype or device that is not supported.
     """
     if not states:
         raise UpdateError("There is no client to aggregate.")
     for client, state in zip(clients, states, strict=True):
         if not state:
             raise ClientUpdateError(client, "the update holds no tensor.")
-        for name in sorted(states[0].keys() ^ state.keys()):
-            problem = "lacks" if name in states[0] else "is not expected to have"
-            raise ClientUpdateError(client, f"the update {problem} tensor `{name}`.")
         for name, value in state.items():
-            if (layout := _layout(value)) != (expected := _layout(states[0][name])):
-                found, wanted = _describe(layout), _describe(expected)
-                reason = f"tensor `{name}` is {found} but client {clients[0]}'s is {wanted}."
+            if not _is_supported(value):
+                reason = f"tensor `{name}` is {_describe(value)}, which cannot be aggregated."
                 raise ClientUpdateError(client, reason)
-            if layout[0] not in _SUPPORTED:
-                reason = f"tensor `{name}` is {_describe(layout)}, which cannot be aggregated."
-                raise ClientUpdateError(client, reason)
+        if difference := layout_difference(state, states[0]):
+            raise ClientUpdateError(client, f"{difference}, as client {clients[0]}'s.")
+
+
+def check_tensors(what: str, state: State, expected: State) -> None:
+    """Check layout and values of one part of an upload.
+
+    Parameters
+    ----------
+    what : str
+        Names the part in errors.
+    state, expected : State
+        The part, and a state of the layout that it must have.
+
+    Raises
+    ------
+    UpdateError
+        The layouts differ, or a value is not finite.
+    """
+    if difference := layout_difference(state, expected):
+        raise UpdateError(f"its {what} does not fit: {difference}")
+    for name, tensor in state.items():
+        if not math.isfinite(float(torch.sum(tensor, dtype=torch.float64))):
+            raise UpdateError(f"`{name}` of its {what} has values that are not finite")
 
 
 @_one_thread()
-@np.errstate(invalid="ignore", over="ignore")  # met with an error, not a warning
+@np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def combine(
     states: Sequence[NamedArrays], weights: Matrix, clients: Sequence[int]
 ) -> list[dict[str, Array]]:
@@ -142,7 +178,7 @@ def combine(
     """
     rows = len(weights)
     factors = torch.from_numpy(weights)
-    # Made once and before the results: between these, they would leave holes in the heap.
+    # Allocated before the results: between these, they would fragment the heap.
     staging, product = np.empty(_BLOCK_ELEMENTS), np.empty(_BLOCK_ELEMENTS)
     results: list[dict[str, Array]] = [{} for _ in range(rows)]
     for name, template in states[0].items():
@@ -153,7 +189,7 @@ def combine(
             stacked = torch.from_numpy(block)
             if not np.isfinite(stacked.sum().item()):  # NaN and Inf survive the sum
                 raise _not_finite(name, vectors, clients)
-            # A float64 sum of equal values may be off by a bit, so those are passed on as they are.
+            # A float64 sum of equal values may be off by a bit, so equal rows are copied.
             equal = (block[:, 0] == block[0, 0]).all() and (block == block[0]).all()
             mixed = block[:rows] if equal else _reshaped(product, rows, block.shape[1])
             if not equal:
@@ -166,7 +202,7 @@ def combine(
 
 
 @_one_thread()
-@np.errstate(invalid="ignore", over="ignore")  # met with an error, not a warning
+@np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
     """Compute the inner products of the clients' differences to the first client.
 
@@ -199,7 +235,7 @@ def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
             block -= block[0].copy()
             differences = torch.from_numpy(block)
             total += torch.mm(differences, differences.T).numpy()
-        if not np.isfinite(total.trace()):  # they survive the squares, too
+        if not np.isfinite(total.trace()):  # NaN and Inf survive the squares
             raise _not_finite(name, vectors, range(len(states)))
     return total
 
@@ -231,17 +267,23 @@ def _round_into(target: Array, source: Matrix) -> None:
         np.copyto(target, source, casting="same_kind")
 
 
-def _layout(value: Array) -> _Layout:
+def _kind(value: Array) -> tuple[bool, object]:
+    return isinstance(value, torch.Tensor), value.dtype
+
+
+def _is_supported(value: object) -> bool:
     if isinstance(value, torch.Tensor):
-        return ("torch", value.dtype, value.device), tuple(value.shape)
+        return value.dtype in _TORCH_DTYPES and value.device.type == "cpu"
+    return isinstance(value, np.ndarray) and value.dtype in _NUMPY_DTYPES
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        device = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"torch {str(value.dtype).removeprefix('torch.')}{device} {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
-        return ("numpy", value.dtype, value.device), value.shape
-    return (type(value).__name__, "object", "no device"), ()
-
-
-def _describe(layout: _Layout) -> str:
-    (container, dtype, device), shape = layout
-    return f"{container} {str(dtype).removeprefix('torch.')} on {device} of shape {shape}"
+        return f"numpy {value.dtype} {value.shape}"
+    return f"of type {type(value).__name__}"
 
 
 def _vector(value: Array) -> Array:
@@ -256,37 +298,9 @@ def _empty_like(value: Array) -> Array:
 
 
 def _not_finite(name: str, vectors: Sequence[Array], clients: Sequence[int]) -> UpdateError:
-    """Return the error for a tensor whose pass was not finite: names the client, if it is one."""
+    """Return the error for a tensor whose sum was not finite, naming the client at fault."""
     for client, vector in zip(clients, vectors, strict=True):
         finite = vector.isfinite() if isinstance(vector, torch.Tensor) else np.isfinite(vector)
         if not finite.all():
             return ClientUpdateError(client, f"tensor `{name}` holds NaN or Inf.")
     return UpdateError(f"The values of tensor `{name}` are too large to aggregate.")
-
-
-def check_tensors(what: str, state: State, expected: State) -> None:
-    """Check names, shapes, types and values; `what` names the part of the upload.
-
-    Raises
-    ------
-    UpdateError
-        A tensor is missing, unexpected, of another shape or type, or not finite.
-    """
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unexpected:
-        raise UpdateError(
-            f"its {what} has missing tensors {sorted(missing)[:3]} and unexpected ones "
-            f"{sorted(unexpected)[:3]} ({len(missing)} and {len(unexpected)} in all)"
-        )
-    for name, tensor in expected.items():
-        got = state[name]
-        if got.shape != tensor.shape or got.dtype != tensor.dtype:
-            raise UpdateError(
-                f"`{name}` of its {what} is {_describe_tensor(got)} but must be {_describe_tensor(tensor)}"
-            )
-        if not math.isfinite(float(torch.sum(got, dtype=torch.float64))):
-            raise UpdateError(f"`{name}` of its {what} has values that are not finite")
-
-
-def _describe_tensor(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

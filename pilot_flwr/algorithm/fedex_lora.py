@@ -1,7 +1,8 @@
-"""FedEx-LoRA: what the mean of low-rank factors leaves out of the mean of their products.
+"""FedEx-LoRA: the residual between the mean of low-rank products and the product of their means.
 
-Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). The tensors of a LoRA are
-named ``<layer>.lora_A``, shape (r, inputs), and ``<layer>.lora_B``, shape (outputs, r).
+Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). The tensors
+of a LoRA are named ``<layer>.lora_A``, shape (r, inputs), and ``<layer>.lora_B``, shape
+(outputs, r).
 
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
 Large Language Models", ACL 2025 (arXiv 2410.09432). The weights p_k are 1 / K there.
@@ -25,7 +26,7 @@ def product_residual(
     mean: NamedArrays,
     previous: NamedArrays | None = None,
 ) -> dict[str, Array]:
-    """Compute the residual of a federated average of LoRAs, as a LoRA of its own.
+    """Compute the residual of a federated average of LoRAs, as another LoRA.
 
     ::
 
@@ -40,17 +41,17 @@ def product_residual(
     num_examples : sequence of float
         The training examples n_k of each client, positive and finite.
     mean : state
-        Ā and B̄ as the clients get them, rounding included.
+        Ā and B̄ as sent to the clients, including rounding.
     previous : state, optional
-        R_prev, as the clients have it; nothing at first.
+        R_prev, as the clients have it.
 
     Returns
     -------
     state
-        ``<layer>.lora_A`` and ``<layer>.lora_B``, whose product is R: of the rank that R has
-        numerically in float64, which is at most (K + 1) r above the last one's and never above the
-        layer's smaller side. A layer whose R is zero has no entry: with one client, or with
-        identical ones, there is nothing. Float64 if the LoRAs are, else float32.
+        ``<layer>.lora_A`` and ``<layer>.lora_B``, whose product is R. Their rank is the numerical
+        rank of R in float64: at most (K + 1) r above the previous one and never above the layer's
+        smaller side. A layer whose R is zero has no entry, so one client, or identical ones, leave
+        none. Float64 if the LoRAs are, else float32.
 
     Raises
     ------
@@ -59,8 +60,8 @@ def product_residual(
 
     Notes
     -----
-    The factors of all terms are put side by side, R = U V, and U V is decomposed anew by QR and
-    SVD in float64, without ever building the layer's full matrix.
+    The factors of all terms are concatenated, R = U V, and U V is decomposed by QR and SVD in
+    float64, without building the layer's full matrix.
     """
     check_states(states, range(len(states)))
     shares = group_weights([""] * len(states), num_examples)[0]
@@ -86,14 +87,14 @@ def product_residual(
 
 
 def largest_residual(lora: NamedArrays, *, terms: int) -> dict[str, Tensor]:
-    """Return tensors without content, of the shapes of the largest residual.
+    """Return meta tensors of the shapes of the largest possible residual.
 
     Parameters
     ----------
     lora : state
-        One client's LoRA, of which the shapes count alone.
+        One client's LoRA, for its shapes.
     terms : int
-        How many products of two such factors are in it: K + 1 for each round.
+        Number of products of two such factors in the residual: K + 1 for each exchange.
     """
     largest: dict[str, Tensor] = {}
     for name, a in lora.items():
@@ -107,14 +108,14 @@ def largest_residual(lora: NamedArrays, *, terms: int) -> dict[str, Tensor]:
 
 
 def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
-    """Return one LoRA whose products are those of two, added: their factors side by side.
+    """Return one LoRA whose products are the sums of those of two: their factors concatenated.
 
-    Every layer gets the same rank, the first one's plus the residual's largest: zeros fill up.
+    Every layer is padded with zeros to the same rank, the LoRA's plus the residual's largest.
 
     Parameters
     ----------
     lora, residual : state
-        Tensors named as everywhere here; the residual may lack layers.
+        The residual may lack layers.
     """
     extra = max((len(tensor) for name, tensor in residual.items() if name.endswith(A)), default=0)
     whole: dict[str, Tensor] = {}
@@ -132,11 +133,11 @@ def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
 
 
 def _compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors of ``left @ right`` of its numerical rank, of equal norms."""
+    """Return factors of ``left @ right``, of its numerical rank and of equal norms."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    # What is below this cannot be told from the rounding of the products.
+    # Smaller singular values are indistinguishable from the rounding of the products.
     rounding = sum(left.shape) * torch.finfo(torch.float64).eps
     rank = int((values > rounding * left.norm() * right.norm()).sum())
     roots = values[:rank].sqrt()

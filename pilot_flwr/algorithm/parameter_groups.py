@@ -1,8 +1,7 @@
-"""Which parameter is trained, sent, private or frozen: decided here and nowhere else.
+"""Assign every parameter to a group: trained, uploaded, private or frozen.
 
-Every parameter of the model belongs to exactly one row of `GROUPS`; one that no row claims
-is an error. To add a kind of parameter, add a row. What a row trains and sends, a run can have
-less of: `Sharing`.
+Every parameter of the model matches exactly one row of `GROUPS`; any other is an error. To add a
+kind of parameter, add a row. `Sharing` restricts what a run trains and uploads of the groups.
 """
 
 import re
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.config.schema import SharingConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.protocol import GroupName, State
@@ -19,16 +19,15 @@ _CONNECTOR = r"model\.multi_modal_projector\."
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One kind of parameter and its fate.
+    """One kind of parameter.
 
     Attributes
     ----------
     symbol : str
-        As in the design, section 1.
+        As in docs/design.md, section 1.
     pattern : str
-        Regular expression of the model's own parameter names; ``{own}`` is the client's
-        task. The named group ``key``, with ``task`` before it if there is one, is the name
-        under which the tensor is stored and sent.
+        Regular expression of the model's parameter names; ``{own}`` is the client's task. The
+        tensor is stored and sent under the match of ``key``, preceded by that of ``task``, if any.
     stages : frozenset of int
         Stages in which it is trained.
     sent : bool
@@ -45,7 +44,7 @@ class ParameterGroup:
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether a client keeps tensors of it: what is sent may be less than the group."""
+        """Whether a client may store tensors of it: `Sharing` may upload less than the group."""
         return self.private or self.sent
 
 
@@ -94,14 +93,14 @@ GROUPS: dict[GroupName, ParameterGroup] = {
 
 @dataclass(frozen=True)
 class Sharing:
-    """What of its groups a run trains, sends and keeps on the client.
+    """Restricts what a run trains, uploads and stores on the client.
 
     Attributes
     ----------
     adapter : bool
-        Whether the own task adapter is sent.
+        Whether the own task adapter is uploaded.
     lora : str
-        The matrices of the LoRA that are sent: ``AB``, ``A``, ``B`` or none (an empty text).
+        The LoRA matrices that are uploaded: ``AB``, ``A``, ``B`` or, if empty, none.
     trained_lora : str
         Those that are trained: ``AB`` or ``B``.
     """
@@ -112,7 +111,7 @@ class Sharing:
 
     @classmethod
     def of(cls, sharing: SharingConfig, lora_matrices: str) -> "Sharing":
-        """Return that of `strategy.sharing` and `train.lora_matrices`."""
+        """Build it from `strategy.sharing` and `train.lora_matrices`."""
         lora = "" if sharing.lora == "none" else sharing.lora
         return cls(sharing.adapter, lora, lora_matrices)
 
@@ -121,67 +120,74 @@ class Sharing:
         return group != "lora" or name[-1] in self.trained_lora
 
     def sends(self, group: GroupName, name: str) -> bool:
-        """Whether the server and the client send a tensor."""
+        """Whether a tensor travels, in both directions."""
         if group == "lora":
             return name[-1] in self.lora
         return GROUPS[group].sent and self.adapter
 
     def keeps(self, group: GroupName, name: str) -> bool:
-        """Whether a tensor is the client's own: what is neither sent nor trained is no one's."""
+        """Whether the client stores this tensor (private, or trained but not uploaded)."""
         row = GROUPS[group]
         unsent = row.sent and self.trains(group, name) and not self.sends(group, name)
         return row.private or unsent
 
 
 WHOLE = Sharing()
-"""All is trained, and all of Θ_a and Θ_l is sent: the paper."""
+"""The paper: everything is trained, and Θ_a and Θ_l are uploaded in full."""
 
 Groups = dict[GroupName, dict[str, nn.Parameter]]
 """Group → name within the group → parameter."""
 
 
 def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
-    """Sort every parameter of a LLaVA model with a Pilot connector into its group.
+    """Assign every parameter of a LLaVA model with a Pilot connector to its group.
+
+    Parameters
+    ----------
+    model : Module
+        In either stage.
+    own_task : str
+        The client's task, which separates its own task adapter from the foreign ones.
 
     Returns
     -------
     dict
-        Group → name within the group → parameter, in the model's order. Groups that the
-        model does not have (CT-MoA's, in stage 1) are empty.
+        Group → name within the group → parameter, in the model's order. Groups that the model
+        does not have (those of CT-MoA in stage 1) are empty.
 
     Raises
     ------
     ModelError
-        A parameter that no group claims, or that two do.
+        A parameter matches no group, or several.
     """
     patterns = {
         group: re.compile(row.pattern.replace("{own}", re.escape(own_task)))
         for group, row in GROUPS.items()
     }
-    claimed: Groups = {group: {} for group in GROUPS}
+    groups: Groups = {group: {} for group in GROUPS}
     for name, parameter in model.named_parameters():
         matches = {
             group: match for group, regex in patterns.items() if (match := regex.fullmatch(name))
         }
         if len(matches) != 1:
-            claims = f"is claimed by {sorted(matches)}" if matches else "is claimed by no group"
+            found = f"several groups: {sorted(matches)}" if matches else "no group"
             raise ModelError(
-                f"Parameter `{name}` {claims}; see pilot_flwr/algorithm/parameter_groups.py."
+                f"Parameter `{name}` matches {found}; see pilot_flwr/algorithm/parameter_groups.py."
             )
         ((group, match),) = matches.items()
         parts = match.groupdict()
-        key = parts.get("key", name)  # the base's names are its own
-        claimed[group]["/".join(filter(None, (parts.get("task"), key)))] = parameter
-    return claimed
+        key = parts.get("key", name)  # the base model keeps its names
+        groups[group]["/".join(filter(None, (parts.get("task"), key)))] = parameter
+    return groups
 
 
 def trained_groups(stage: int) -> tuple[GroupName, ...]:
-    """Names of the groups that `stage` trains."""
+    """Return the groups that a stage trains."""
     return tuple(group for group, row in GROUPS.items() if stage in row.stages)
 
 
 def set_trainable(groups: Groups, *, stage: int, sharing: Sharing = WHOLE) -> None:
-    """Give gradients to what `stage` trains, less what `sharing` does not, and to nothing else."""
+    """Enable gradients for exactly the tensors that `stage` and `sharing` train."""
     for group, parameters in groups.items():
         for name, parameter in parameters.items():
             trained = stage in GROUPS[group].stages and sharing.trains(group, name)
@@ -195,23 +201,14 @@ def read(parameters: dict[str, nn.Parameter]) -> State:
 
 
 def write(parameters: dict[str, nn.Parameter], state: State, *, what: str) -> None:
-    """Copy `state` into a group's parameters.
+    """Copy `state` into a group's parameters; `what` names the group in errors.
 
     Raises
     ------
     ModelError
-        Names or shapes of `state` are not exactly the group's; `what` names it.
+        Names or shapes of `state` are not exactly the group's.
     """
-    missing, unexpected = parameters.keys() - state.keys(), state.keys() - parameters.keys()
-    if missing or unexpected:
-        raise ModelError(
-            f"{what}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]} "
-            f"({len(missing)} and {len(unexpected)} in all)."
-        )
+    if difference := layout_difference(state, parameters, dtypes=False):
+        raise ModelError(f"{what}: {difference}.")
     for name, parameter in parameters.items():
-        if state[name].shape != parameter.shape:
-            raise ModelError(
-                f"{what}: `{name}` has shape {tuple(state[name].shape)} but must have "
-                f"{tuple(parameter.shape)}."
-            )
         parameter.data.copy_(state[name])

@@ -1,30 +1,31 @@
-"""FedAdam: a round's average as a step of Adam on the server.
+"""FedAdam: apply an exchange's average as a step of Adam on the server.
 
-A pure function over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`); the moments come in and
-go out. To add another of Reddi et al.'s optimizers, write a function with the second moment of its
-own beside `adam_step`.
+A pure function over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`) and explicit
+moments. To add another optimizer of Reddi et al., write a function like `adam_step` with its own
+second moment.
 
-Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295), Algorithm 2.
+Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295), Algorithm
+2.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-State = Mapping[str, Tensor]
+from pilot_flwr.algorithm.arrays import layout_difference
+from pilot_flwr.protocol import State
 
 
 class Moments(NamedTuple):
-    """What Adam remembers of one average.
+    """Adam's moments of one average.
 
     Attributes
     ----------
     steps : int
-        Steps made.
-    first, second : state
-        m and v, in float32 whatever the average's dtype is.
+        Steps taken.
+    first, second : State
+        m and v, in float32 whatever the average's dtype.
     """
 
     steps: int
@@ -32,7 +33,7 @@ class Moments(NamedTuple):
     second: State
 
     def pack(self) -> dict[str, Tensor]:
-        """Return all of it as named tensors."""
+        """Return all moments as named tensors."""
         return {
             "steps": torch.tensor(self.steps),
             **{f"first/{name}": tensor for name, tensor in self.first.items()},
@@ -46,16 +47,16 @@ class Moments(NamedTuple):
         Raises
         ------
         KeyError, ValueError
-            It is not that of a state like `pattern`.
+            The tensors do not fit a state like `pattern`.
         """
-        shapes = {
-            f"{kind}/{name}": (tensor.shape, torch.float32)
+        expected = {
+            f"{kind}/{name}": tensor.new_empty(tensor.shape, dtype=torch.float32, device="meta")
             for kind in ("first", "second")
             for name, tensor in pattern.items()
         }
-        found = {name: (t.shape, t.dtype) for name, t in tensors.items() if name != "steps"}
-        if found != shapes:
-            raise ValueError("its tensors are not those of the configured model")
+        found = {name: tensor for name, tensor in tensors.items() if name != "steps"}
+        if difference := layout_difference(found, expected):
+            raise ValueError(f"they do not fit the configured model: {difference}")
         first, second = (
             {n: tensors[f"{kind}/{n}"] for n in pattern} for kind in ("first", "second")
         )
@@ -72,35 +73,35 @@ def adam_step(
     beta_2: float,
     tau: float,
 ) -> tuple[dict[str, Tensor], Moments]:
-    """Step from what clients were sent towards the average of what they sent back.
+    """Step from the state that clients were sent towards the average of their uploads.
 
     ::
 
         Δ = average − current
-        m ← β1 m + (1 − β1) Δ          v ← β2 v + (1 − β2) Δ²          both begin at 0
+        m ← β1 m + (1 − β1) Δ          v ← β2 v + (1 − β2) Δ²          both start at 0
         new = current + η_t m / (√v + τ),    η_t = η √(1 − β2^(t+1)) / (1 − β1^(t+1))
 
     Parameters
     ----------
-    current : state
-        What the clients were sent.
-    average : state
-        The average of what they sent back, of the same names, shapes and dtypes.
+    current : State
+        Sent to the clients.
+    average : State
+        Average of their uploads, of the same names, shapes and dtypes.
     moments : Moments or None
-        Those of the step before; None at the first.
+        Those of the previous step; None at the first.
     learning_rate, beta_1, beta_2, tau : float
         η, β1, β2 and τ.
 
     Returns
     -------
-    state, Moments
-        What the clients are sent next, in the dtype of `current`; computed in float64.
+    State, Moments
+        The state to send next, in the dtype of `current`; computed in float64.
 
     Notes
     -----
-    As Flower's own ``FedAdam``, so that figures can be compared, and not as Algorithm 2 of Reddi et
-    al. in three points: η_t in place of a constant η (its exponent is t + 1, which at the first
-    step, with β1 = 0.9 and β2 = 0.99, makes it 0.74 η); v begins at 0 and not at τ² or more; and
+    Follows Flower's ``FedAdam``, so that figures are comparable, which differs from Algorithm 2 of
+    Reddi et al. in three points: η_t replaces a constant η (its exponent is t + 1, which makes it
+    0.74 η at the first step, with β1 = 0.9 and β2 = 0.99); v starts at 0, not at τ² or more; and
     the average is weighted by examples.
     """
     steps = 1 if moments is None else moments.steps + 1

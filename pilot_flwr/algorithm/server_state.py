@@ -1,7 +1,6 @@
-"""What the server knows of a federation and how a round changes it (design section 4).
+"""The server's state of a federation, and how an exchange changes it (docs/design.md, section 4).
 
-Pure: no Flower, no files. `ServerState.check` says whether an update may enter the
-aggregation, `ServerState.aggregate` lets the updates of one round in.
+`ServerState.check` validates an update, `ServerState.aggregate` aggregates those of an exchange.
 """
 
 import math
@@ -30,21 +29,21 @@ from pilot_flwr.protocol import Member, State, Update
 
 
 class InitialState(NamedTuple):
-    """Start of a federation.
+    """Initial state of a federation, in `model.sent_dtype`.
 
     Attributes
     ----------
     adapter : State
-        The pretrained projector, as all that is sent in `model.sent_dtype`.
+        The pretrained projector.
     lora : State
-        Θ_l: A uniform in ±1/√(inputs) as peft draws it, B zero.
+        Θ_l: A uniform in ±1/√(inputs) as in peft, B zero.
     """
 
     adapter: State
     lora: State
 
     def sent(self, sharing: Sharing) -> "InitialState":
-        """Return what of it is sent, and so what the server has."""
+        """Return the shared part, which is all that the server holds."""
         return InitialState(
             {n: t for n, t in self.adapter.items() if sharing.sends("own_task_adapter", n)},
             {n: t for n, t in self.lora.items() if sharing.sends("lora", n)},
@@ -52,16 +51,21 @@ class InitialState(NamedTuple):
 
 
 def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int) -> State:
-    """Draw Θ_l: the same at the server and, of what is never sent, at every client.
+    """Draw the initial Θ_l, identical at the server and, for tensors never sent, at every client.
 
     Parameters
     ----------
     shapes : Mapping[str, Size]
-        Of all its tensors, in the model's order.
+        Shapes of all its tensors, in the model's order.
     dtype : torch.dtype
         `model.sent_dtype`.
     seed : int
         The run's.
+
+    Returns
+    -------
+    State
+        A uniform in ±1/√(inputs), B zero.
     """
     generator = torch.Generator().manual_seed(seed)
     lora: State = {}
@@ -76,17 +80,17 @@ def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What a round's aggregation did.
+    """Record of an exchange's aggregation.
 
     Attributes
     ----------
     clients : list of str
-        Whose updates went into it, sorted.
+        Clients whose updates were aggregated, sorted.
     tasks : dict
         Group (a task, or `EVERYONE`) → clients whose adapters were averaged; a task without a
         reply is missing.
     neighbors : dict
-        Client → neighbour → its share in the client's Θ̄_l, own share included.
+        Client → neighbour → its share in the client's Θ̄_l, including the client's own.
     distances : dict
         Client → client → ‖Θ_l,k − Θ_l,j‖₂.
     """
@@ -106,17 +110,19 @@ class ServerState:
     tasks : tuple of str
         The T tasks, in the federation's order.
     initial : InitialState
-        What everyone starts from.
-    adapters, loras : dict
-        Task → ψ_t, and client → Θ̄_l of the clients that have trained.
+        Where every client starts.
+    adapters : dict
+        Task → ψ_t.
+    loras : dict
+        Client → Θ̄_l, for clients that have trained.
     task_of : dict
-        Client → its task, of the same clients.
+        Client → its task, for the same clients.
     moments : dict
-        The server optimizer's, by ``adapter.<group>`` or ``lora.<group or client>``.
+        Of the server optimizer, by ``adapter.<group>`` or ``lora.<group or client>``.
     residual : State
         What ``strategy.lora=exact`` has added to the frozen base of every client, as a LoRA.
     rounds : int
-        Exchanges that are aggregated.
+        Aggregated exchanges.
     """
 
     tasks: tuple[str, ...]
@@ -133,32 +139,42 @@ class ServerState:
             self.adapters.setdefault(task, self.initial.adapter)
 
     def stage_for(self, member: Member, stages: int = 2) -> int:
-        """Return the stage that a client trains next: 2 once it and the server have stage 1.
+        """Return the stage that a client trains next.
 
-        `stages` is `strategy.stages`: with 1 there is no stage 2.
+        Parameters
+        ----------
+        member : Member
+            The client.
+        stages : int
+            `strategy.stages`; with 1 there is no stage 2.
+
+        Returns
+        -------
+        int
+            2 once client and server have completed stage 1.
         """
         return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 
     def lora_for(self, client: str, task: str) -> State:
-        """Return Θ̄_l of a client: its own, else the mean of its task's, else of all, else Θ_l⁰."""
+        """Return Θ̄_l of a client: its own, else the mean of its peers (`lora_peers`), else Θ_l⁰."""
         if client in self.loras:
             return self.loras[client]
         peers = lora_peers(self.task_of, task)
         return mean_lora([self.loras[peer] for peer in peers]) if peers else self.initial.lora
 
     def check(self, update: Update, member: Member, server_round: int) -> None:
-        """Say whether an update may enter the round's aggregation.
+        """Validate an update.
 
         Raises
         ------
         UpdateError
-            Another client's, round's or task's update, no examples or more than declared, or
-            tensors that are not exactly those asked for, or not finite.
+            It names another client, exchange or task, counts no examples or more than declared, or
+            has tensors of another layout or values that are not finite.
         """
         if update.client != member.client:
             raise UpdateError(f"it says that it is from {update.client!r}")
         if update.server_round != server_round:
-            raise UpdateError(f"it is for round {update.server_round}, not {server_round}")
+            raise UpdateError(f"it is for exchange {update.server_round}, not {server_round}")
         if update.task != member.task or update.task not in self.tasks:
             raise UpdateError(
                 f"its task is {update.task!r} but the client's is {member.task!r}, of "
@@ -174,6 +190,18 @@ class ServerState:
 
     def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
         """Average the task adapters per task and mix the LoRAs, in place.
+
+        Parameters
+        ----------
+        updates : sequence of Update
+            Each accepted by `check`.
+        config : StrategyConfig
+            Aggregation rules.
+
+        Returns
+        -------
+        Aggregation
+            For the run's events.
 
         Raises
         ------
@@ -192,7 +220,7 @@ class ServerState:
     def _average_adapters(
         self, updates: Sequence[Update], config: StrategyConfig
     ) -> dict[str, list[str]]:
-        """Average the task adapters of each group, in place; return who was in which."""
+        """Average the task adapters of each group, in place; return the clients of each group."""
         if not self.initial.adapter:
             return {}
         group_of = ADAPTER_GROUPS[config.adapters]
@@ -214,7 +242,7 @@ class ServerState:
     def _mix_loras(
         self, updates: Sequence[Update], config: StrategyConfig
     ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-        """Mix the LoRAs, in place; return weights and distances, empty if no LoRA is sent."""
+        """Mix the LoRAs, in place; return weights and distances, empty if LoRAs are not shared."""
         if not self.initial.lora:
             self.loras |= {update.client: {} for update in updates}
             return {}, {}
@@ -244,7 +272,7 @@ class ServerState:
     def _stepped(
         self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
     ) -> State:
-        """Return what a round makes of what was sent: the average, or a step towards it."""
+        """Return the new state: the average, or the server optimizer's step towards it."""
         state = _ordered(average, start)
         if config.server_optimizer.name == "none":
             return state
@@ -262,31 +290,33 @@ class ServerState:
 
 
 def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
-    """Return whose mean LoRA a client of `task` gets that has none: its task's clients, else all.
+    """Return the clients whose LoRAs are averaged to initialise a newcomer: same task, else all.
 
-    `task_of` has the task of every client that has a LoRA.
+    Parameters
+    ----------
+    task_of : Mapping[str, str]
+        Task of every client that has a LoRA.
+    task : str
+        The newcomer's.
     """
     return sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
 
 
 def mean_lora(loras: Sequence[State]) -> State:
-    """Return the mean of LoRAs, tensor by tensor, every client counting the same.
-
-    Where no LoRA is sent, theirs and the result are empty.
-    """
+    """Return the unweighted mean of LoRAs; empty if LoRAs are not shared."""
     if not any(loras):
         return {}
     return _state(weighted_average(loras, [1] * len(loras)))
 
 
 def _ordered(arrays: Mapping[str, Array], pattern: State) -> State:
-    """Return tensors in the server's order, so that no sum over them depends on a client's."""
+    """Return tensors in the server's order, so that sums do not depend on a client's order."""
     state = _state(arrays)
     return {name: state[name] for name in pattern}
 
 
 def _state(arrays: Mapping[str, Array]) -> State:
-    """Narrow the type: tensors went into the aggregation, so tensors come out."""
+    """Narrow the type: aggregating tensors yields tensors."""
     return cast(State, arrays)
 
 

@@ -2,7 +2,7 @@
 
 Everything that a node config names is tried when the server asks who the node is, so that a site
 that cannot train says so then, and not hours into a round. The errors have paths, which the site's
-log shows and `pilot_flwr.flower.failures` takes out of what the server gets. To have more tried,
+log shows and `pilot_flwr.flower.messages` takes out of what the server gets. To have more tried,
 add a function and call it in `check_readiness`.
 """
 

@@ -162,6 +162,10 @@ class StrategyConfig:
                 "CT-MoA mixes the task adapters that clients share."
             )
 
+    def trains(self, *, first: bool) -> bool:
+        """Return whether a client trains; `first` says that it is the federation's first."""
+        return {"clients": True, "pooled": first, "nobody": False}[self.trained_by]
+
 
 @dataclass(frozen=True)
 class StageConfig:

@@ -1,13 +1,12 @@
-"""Tensors and values in Flower's records, and back, bit for bit.
+"""Convert tensors to Flower's arrays and back, bit for bit; read values from its records.
 
-A tensor's name ends in ``:bfloat16`` if its two bytes are a bfloat16's bit pattern, because
-Flower's arrays do not have that type: what was trained in bfloat16 is sent in bfloat16.
+Flower's arrays have no bfloat16, so such a tensor is sent as its bit pattern, with ``:bfloat16``
+appended to its name.
 """
 
 import io
 import math
 import reprlib
-from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -18,17 +17,19 @@ from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import State
 
 _BFLOAT16 = ":bfloat16"
+_KINDS = {ConfigRecord: "record", ArrayRecord: "arrays", MetricRecord: "metrics"}
+_Record = TypeVar("_Record", ConfigRecord, ArrayRecord, MetricRecord)
 _T = TypeVar("_T")
 
 _LARGEST = 1e300
-"""Numbers beyond it are refused, as sums of them are not finite."""
+"""Larger numbers are refused, as their sums overflow."""
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 
 
 def encode_state(state: State) -> ArrayRecord:
-    """Pack named tensors; bfloat16 as its bit pattern."""
+    """Encode named tensors."""
     record = ArrayRecord()
     for name, tensor in state.items():
         if tensor.dtype == torch.bfloat16:
@@ -39,7 +40,7 @@ def encode_state(state: State) -> ArrayRecord:
 
 
 def decode_state(record: ArrayRecord) -> State:
-    """Unpack what `encode_state` packed.
+    """Decode what `encode_state` encoded.
 
     Raises
     ------
@@ -51,7 +52,7 @@ def decode_state(record: ArrayRecord) -> State:
         try:
             _check_size(array.data)
             tensor = torch.from_numpy(array.numpy())
-        except Exception as error:  # numpy's parser of headers raises all kinds on odd ones
+        except Exception as error:  # numpy's header parser raises many kinds
             reason = f"{type(error).__name__}: {error}"
             raise UpdateError(f"array `{_cut(name)}` cannot be read: {_cut(reason)}") from error
         if name.endswith(_BFLOAT16):
@@ -65,7 +66,7 @@ def decode_state(record: ArrayRecord) -> State:
 
 
 def num_bytes(content: RecordDict) -> dict[str, int]:
-    """Bytes of the serialised arrays in a message: ``lora``, ``task_adapters``, ``residual``."""
+    """Return the bytes of a message's arrays: ``lora``, ``task_adapters``, ``residual``."""
     sizes = {"lora": 0, "task_adapters": 0}
     for name, record in content.array_records.items():
         size = sum(len(array.data) for array in record.values())
@@ -75,7 +76,7 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
 
 
 def _check_size(data: bytes) -> None:
-    """Compare an array's header with the bytes that follow, before numpy allocates for it."""
+    """Compare an array's header with the number of bytes before numpy allocates memory."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -90,49 +91,18 @@ def _check_size(data: bytes) -> None:
         raise ValueError(f"its header says {dtype} {shape} but {len(data)} bytes came")
 
 
-def config_of(content: RecordDict, name: str) -> ConfigRecord:
-    """Return a record of values.
-
-    Raises
-    ------
-    UpdateError
-        It is missing, or not as asked.
-    """
-    return _named(content.config_records, name, "record")
-
-
-def arrays_of(content: RecordDict, name: str) -> ArrayRecord:
-    """Return a record of arrays.
-
-    Raises
-    ------
-    UpdateError
-        It is missing, or not as asked.
-    """
-    return _named(content.array_records, name, "arrays")
-
-
-def metrics_of(content: RecordDict, name: str) -> MetricRecord:
-    """Return a record of numbers.
-
-    Raises
-    ------
-    UpdateError
-        It is missing, or not as asked.
-    """
-    return _named(content.metric_records, name, "metrics")
+def record_of(content: RecordDict, name: str, kind: type[_Record]) -> _Record:
+    """Return a named record of one kind; raise `UpdateError` if there is none."""
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise UpdateError(f"the message has no {_KINDS[kind]} `{name}`")
+    return record
 
 
 def number_of(
     values: MetricRecord, name: str, *, low: float = -math.inf, high: float = math.inf
 ) -> float:
-    """Return a finite number within a range.
-
-    Raises
-    ------
-    UpdateError
-        It is missing, or not as asked.
-    """
+    """Return a finite number within a range; raise `UpdateError` otherwise."""
     value = values.get(name)
     if not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise UpdateError(f"metric `{name}` is {_shown(value)} but must be a finite number")
@@ -144,31 +114,19 @@ def number_of(
 
 
 def value_of(values: ConfigRecord, name: str, kind: type[_T]) -> _T:
-    """Return a value of exactly one type.
-
-    Raises
-    ------
-    UpdateError
-        It is missing, or not as asked.
-    """
+    """Return a value of exactly this type; raise `UpdateError` otherwise."""
     value = values.get(name)
     if type(value) is not kind:
         raise UpdateError(f"`{_cut(name)}` is {_shown(value)} but must be of type {kind.__name__}")
     return value
 
 
-def _named(records: Mapping[str, _T], name: str, what: str) -> _T:
-    if name not in records:
-        raise UpdateError(f"the message has no {what} `{name}`")
-    return records[name]
-
-
 def _shown(value: object) -> str:
-    """Return what an error shows of a value from outside, which may be of any length."""
+    """Return a foreign value, which may be of any length, for an error."""
     try:
         return _SHOWN.repr(value)
-    except ValueError:  # more digits than Python writes out
-        return "a number too long"
+    except ValueError:  # more digits than Python converts
+        return "a number too long to show"
 
 
 def _cut(text: str) -> str:

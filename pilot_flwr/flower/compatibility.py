@@ -1,10 +1,10 @@
-"""What server and clients must have in common: app, settings and base model, as short hashes.
+"""Verify that server and client agree: app version, settings and base model, as short hashes.
 
-A client with another version of any of them would train another model, or send tensors that fit
-and mean something else. So every answer to the roster query has the client's hashes, and the server
-compares them with its own. What belongs to a site alone (where its base model is, how many
-examples it computes at once) is in none of them. To have more compared, add a row to `NAMES` and
-its value to `identity_of`; to leave a setting out, add it to `SERVERS_OWN`.
+A client with other code, settings or weights would train another model, or send tensors that fit
+and mean something else. Every reply to the roster query carries the client's hashes, and the server
+compares them with its own. Settings that belong to a site (path of its base model, micro-batch) are
+excluded. To compare more, add a row to `NAMES` and its value to `identity_of`; to exclude a
+setting, add it to `SERVER_ONLY`.
 """
 
 import functools
@@ -33,12 +33,12 @@ NAMES = {
     "base.projector": "base model's projector",
     "base.weights": "base model's weights (sample)",
 }
-"""What is compared, and what people call it."""
+"""What is compared, and its name in errors."""
 
-SERVERS_OWN = ("name", "strategy", "simulation", "run", "resume")
-"""Settings that no client uses, but for `CLIENTS_PART` of the strategy's."""
+SERVER_ONLY = ("name", "strategy", "simulation", "run", "resume")
+"""Settings that no client uses, except `CLIENT_STRATEGY` of the strategy's."""
 
-CLIENTS_PART = ("sharing", "trained_by")
+CLIENT_STRATEGY = ("sharing", "trained_by")
 _KNOWN: dict[str, dict[str, str]] = {}
 
 _PART = (
@@ -67,18 +67,7 @@ _WHOLE = (
 
 
 def identity_of(config: PilotConfig) -> dict[str, str]:
-    """Return what this process is, by the keys of `NAMES`.
-
-    Parameters
-    ----------
-    config : PilotConfig
-        The run's, on the server or as it holds at a site.
-
-    Raises
-    ------
-    ModelError
-        The base model's configuration cannot be read.
-    """
+    """Return the hashes of this process, server or client, by the keys of `NAMES`."""
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     return {
         "app": f"{__version__} (code {code_hash()})",
@@ -88,12 +77,12 @@ def identity_of(config: PilotConfig) -> dict[str, str]:
 
 
 def differences(client: Mapping[str, str], server: Mapping[str, str]) -> list[str]:
-    """Say in which rows of `NAMES` a client is another than the server, with both values."""
+    """List the rows of `NAMES` in which a client differs from the server, with both values."""
     found = []
     for key, name in NAMES.items():
         theirs, ours = client.get(key), server[key]
         if theirs is None:
-            found.append(f"{name}: not said, here {ours}")
+            found.append(f"{name}: missing there, {ours} here")
         elif theirs != ours and UNKNOWN not in (theirs, ours):
             found.append(f"{name}: {plain(theirs)[:60]} there, {ours} here")
     return found
@@ -101,7 +90,7 @@ def differences(client: Mapping[str, str], server: Mapping[str, str]) -> list[st
 
 @functools.lru_cache(maxsize=1)
 def code_hash() -> str:
-    """Return a hash of this package's code and of its choices in ``conf/``."""
+    """Return a hash of this package's code and of its configuration files."""
     package = Path(__file__).resolve().parent.parent
     files = {path.relative_to(package): path for path in package.rglob("*.py")}
     files |= {
@@ -118,13 +107,13 @@ def digest(value: Any) -> str:
 
 
 def common_settings(config: PilotConfig) -> dict[str, Any]:
-    """Return the settings that clients use, without what a site has of its own.
+    """Return the settings that clients use, without those that a site sets itself.
 
-    An optimizer step's examples stay: a site's ``micro-batch`` splits them another way.
+    The examples of an optimizer step count, however a site's ``micro-batch`` splits them.
     """
     settings = asdict(config)
-    common = {key: value for key, value in settings.items() if key not in SERVERS_OWN}
-    common["shared"] = {key: settings["strategy"][key] for key in CLIENTS_PART}
+    common = {key: value for key, value in settings.items() if key not in SERVER_ONLY}
+    common["shared"] = {key: settings["strategy"][key] for key in CLIENT_STRATEGY}
     train = common["train"]
     train["examples_per_step"] = train.pop("batch_size") * train.pop("accumulation_steps")
     del common["evaluation"]["batch_size"], common["model"]["path"]
@@ -132,9 +121,9 @@ def common_settings(config: PilotConfig) -> dict[str, Any]:
 
 
 def essential(transformers_config: Any) -> dict[str, Any]:
-    """Return what makes a base model what it is, of its configuration.
+    """Return the part of a base model's configuration that defines its function.
 
-    Not all of it: what a version of transformers adds, and where it was read, may differ.
+    The rest may differ between versions of transformers and locations of the files.
     """
     parts = {name: getattr(transformers_config, name) for name in ("text_config", "vision_config")}
     found = {name: getattr(transformers_config, name, None) for name in _WHOLE}
@@ -153,9 +142,9 @@ def _base(
 ) -> dict[str, str]:
     key = f"{model}/{tasks}/{sharing}"
     if key not in _KNOWN:
-        _KNOWN.clear()  # one run, one base
+        _KNOWN.clear()  # a run has one base model
         sample = weights_sample(model)
-        # Of all stages, as a client's `pilot_flwr.client.preflight` asks for it too.
+        # Of all stages: `pilot_flwr.client.preflight` computes the same, so that it is cached.
         layout = layout_of(model, tasks, sharing, stages=stages)
         _KNOWN[key] = {
             "base.config": digest(essential(read_config(model))),

@@ -1,19 +1,15 @@
-"""Flower's grid without Flower's processes: every message is answered in this one.
+"""The two grids: one polls Flower's for replies, one answers every message in this process.
 
-`InProcessGrid` stands in the place of the SuperLink, Ray and the SuperNodes: what the server
-sends to a node is handed to the ClientApp when its reply is asked for, one message after the
-other. Messages carry the same serialised arrays as under Flower, an exception of the ClientApp
-becomes an error reply, and a client computes with as many threads as one of Ray's workers has,
-so that the results are those of a simulation, bit for bit.
+`PollingGrid` wraps the grid that Flower hands to the ServerApp. Flower's own `send_and_receive`
+sleeps three seconds between polls and returns all replies at the end of a phase. This one polls
+more often at first, and yields each reply as it arrives, so that progress is visible within an
+exchange. It also retries while a SuperLink answers with a server error (a database locked for
+seconds).
 
-A Flower grid that hands replies over as they come.
-
-Flower's own `send_and_receive` sleeps three seconds between polls and returns all replies at
-the end of a phase. Here the wait grows with the time that nothing came, up to the same three
-seconds, so that waiting costs at most a few per cent of a phase; and replies are yielded one by
-one, so that a strategy's loop over them shows the progress of a round. A SuperLink that answers a
-question with an error of its own (a database that is locked for seconds) is asked again.
-Which kind of grid it is also tells whether a run is simulated, as nothing that a client says can.
+`InProcessGrid` replaces SuperLink, Ray and SuperNodes: a message is handed to the ClientApp when
+its reply is pulled, one after the other. Messages carry the same serialised arrays as under
+Flower, an exception in the ClientApp becomes an error reply, and a client computes with as many
+threads as in one of Ray's workers, so that results equal those of a simulation, bit for bit.
 """
 
 import logging
@@ -23,8 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import httpx  # Flower's own client; its errors come through the grid
-import torch
+import httpx  # Flower's HTTP client; its errors propagate through the grid
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -32,213 +27,21 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import InMemoryGrid
 
 CLIENT_APP_RAISED = 0
-"""Error code of a reply for an exception that the ClientApp did not answer itself."""
-
-NodeConfig = Mapping[str, bool | int | float | str]
-
-
-class InProcessGrid(Grid):
-    """Nodes 1 … n, which answer when their replies are pulled.
-
-    Parameters
-    ----------
-    client_app : ClientApp
-        Answers the messages.
-    node_configs : sequence of mapping
-        One per node, as its ``--node-config`` would be.
-    overrides : str
-        The app's run config value `overrides`.
-    run_id : int
-        Flower's id of the run.
-    threads : int, optional
-        CPU threads of torch while a client computes; None leaves them as they are.
-
-    Attributes
-    ----------
-    nodes : list of int
-        The nodes that are connected.
-    """
-
-    def __init__(
-        self,
-        client_app: ClientApp,
-        *,
-        node_configs: Sequence[NodeConfig],
-        overrides: str,
-        run_id: int = 1,
-        threads: int | None = None,
-    ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 0, 0
-        self.client_app = client_app
-        self.node_configs = list(node_configs)
-        self.nodes = list(range(1, len(self.node_configs) + 1))
-        self.overrides, self.run_id, self.threads = overrides, run_id, threads
-        self._waiting: dict[str, Message] = {}
-        self._run: object = None
-
-    @property
-    def simulated(self) -> bool:
-        """Whether every node is a simulated client, and none a real site's."""
-        return all("partition-id" in config for config in self.node_configs)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Take messages, give them their ids, and return these."""
-        taken = {uuid.uuid4().hex: message for message in messages}
-        for identity, message in taken.items():
-            message.metadata.__dict__["_message_id"] = identity
-        self._waiting |= taken
-        return list(taken)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the reply to the first of the messages that has none yet, if there is any.
-
-        One at a time, so that a strategy sees a reply before the next client begins.
-        """
-        for identity in message_ids:
-            if identity in self._waiting:
-                reply = self.answer(self._waiting.pop(identity))
-                if reply is not None:
-                    return [reply]
-        return []
-
-    def answer(self, message: Message) -> Message | None:
-        """Hand a message to its node and return the reply; None would be a node's silence."""
-        node = message.metadata.dst_node_id
-        context = Context(
-            run_id=self.run_id,
-            node_id=node,
-            node_config=dict(self.node_configs[node - 1]),
-            state=RecordDict(),
-            run_config={"overrides": self.overrides},
-        )
-        try:
-            with torch_threads(self.threads):
-                return self.client_app(message=message, context=context)
-        except Exception as error:  # as Flower does
-            return Message(
-                Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message
-            )
-
-    def get_node_ids(self) -> list[int]:
-        """Return the connected nodes."""
-        return list(self.nodes)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Send messages and return all replies; `timeout` is for who waits, and nobody does."""
-        waiting = self.push_messages(messages)
-        replies: list[Message] = []
-        while found := self.pull_messages(waiting):
-            replies += found
-        return replies
-
-    def set_run(self, run: object) -> None:
-        """See `flwr.serverapp.Grid`."""
-        self._run = run
-
-    @property
-    def run(self) -> object:  # type: ignore[override]
-        """See `flwr.serverapp.Grid`: what `set_run` was given."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `flwr.serverapp.Grid`."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-
-@contextmanager
-def torch_threads(number: int | None) -> Iterator[None]:
-    """Let torch use `number` CPU threads inside, as many as before afterwards."""
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        if number is not None:
-            torch.set_num_threads(before)
-
-
-_SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
+"""Code of an error reply for an exception that the ClientApp did not handle."""
 
 PATIENCE_SECONDS = 300.0
-"""How long a SuperLink may answer with errors of its own before the run ends."""
+"""How long a SuperLink may answer with server errors before the run ends."""
 
-logger = logging.getLogger("flwr")
+NodeConfig = Mapping[str, bool | int | float | str]
 Answer = TypeVar("Answer")
+logger = logging.getLogger("flwr")
 
-
-def in_simulation(grid: Grid) -> bool:
-    """Return whether the clients behind a grid are simulated here, by either engine."""
-    return isinstance(grid, InMemoryGrid) or (isinstance(grid, InProcessGrid) and grid.simulated)
-
-
-def patiently(ask: Callable[[], Answer]) -> Answer:
-    """Return what `ask` returns; while a SuperLink answers with an error 5xx, ask again.
-
-    Only for questions: what is repeated must change nothing.
-
-    Raises
-    ------
-    httpx.HTTPStatusError
-        It still does after `PATIENCE_SECONDS`, or its error is not its own.
-    """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return ask()
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code < 500 or time.monotonic() >= deadline:
-                raise
-            logger.warning("The SuperLink answers with an error and is asked again: %s", error)
-        time.sleep(_LONGEST)
-
-
-def match(
-    messages: Sequence[Message], replies: Iterable[Message]
-) -> Iterator[tuple[int, Message | None]]:
-    """Yield which message each reply answers, then those that none has answered.
-
-    Parameters
-    ----------
-    messages : sequence of Message
-        As handed to the grid, which gives them their ids when it sends them.
-    replies : iterable of Message
-        As the grid yields them.
-
-    Yields
-    ------
-    tuple of int and Message or None
-        Index of a message and its reply, as it arrives; None for silence, at the end. A
-        reply to something older, or a second one, is passed over.
-    """
-    silent = dict.fromkeys(range(len(messages)))
-    for reply in replies:
-        index_of = {messages[i].metadata.message_id: i for i in silent}
-        index = index_of.get(reply.metadata.reply_to_message_id)
-        if index is not None:
-            del silent[index]
-            yield index, reply
-    for index in silent:
-        yield index, None
+_SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
+"""Pause between polls: a share of the time without a reply, within these seconds."""
 
 
 class PollingGrid(Grid):
-    """Delegates to another grid; only `send_and_receive` differs.
-
-    Parameters
-    ----------
-    grid : Grid
-        As a ServerApp gets it.
-    """
+    """Delegates to another grid, polls for replies and yields them one by one."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -246,9 +49,9 @@ class PollingGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Send messages; yield each reply when it arrives, until all are in or `timeout` (s).
+        """Send messages; yield each reply as it arrives, until all are in or `timeout` (s) is over.
 
-        A reply that is there when the time is up is still taken.
+        A reply that is there when the time is over is still yielded.
         """
         outgoing = list(messages)
         if not outgoing:
@@ -262,13 +65,13 @@ class PollingGrid(Grid):
                 waiting.pop(reply.metadata.reply_to_message_id, None)
                 yield reply
             now = time.monotonic()
-            if replies:  # more may be there, which no deadline takes back
+            if replies:  # others may be there by now: poll again before looking at the deadline
                 last = now
                 continue
             if now >= deadline:
                 return
-            nap = min(max(_SHORTEST, _SHARE * (now - last)), _LONGEST)
-            time.sleep(min(nap, deadline - now))
+            pause = min(max(_SHORTEST, _SHARE * (now - last)), _LONGEST)
+            time.sleep(min(pause, deadline - now))
 
     def set_run(self, run: object) -> None:
         """See `flwr.serverapp.Grid`."""
@@ -292,13 +95,164 @@ class PollingGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """See `flwr.serverapp.Grid`."""
-        return patiently(self._grid.get_node_ids)
+        return _retry(self._grid.get_node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See `flwr.serverapp.Grid`."""
+        """See `flwr.serverapp.Grid`; never retried, as the messages may have arrived."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See `flwr.serverapp.Grid`."""
-        asked = list(message_ids)
-        return patiently(lambda: self._grid.pull_messages(asked))
+        wanted = list(message_ids)
+        return _retry(lambda: self._grid.pull_messages(wanted))
+
+
+def _retry(request: Callable[[], Answer]) -> Answer:
+    """Repeat an idempotent request while the SuperLink answers 5xx, for `PATIENCE_SECONDS`."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return request()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500 or time.monotonic() >= deadline:
+                raise
+            logger.warning("The SuperLink reports a server error; retrying: %s", error)
+        time.sleep(_LONGEST)
+
+
+def match(
+    messages: Sequence[Message], replies: Iterable[Message]
+) -> Iterator[tuple[int, Message | None]]:
+    """Yield the index of each message with its reply as it arrives, then with None for silence.
+
+    Replies to other messages, and second replies, are ignored.
+    """
+    silent = dict.fromkeys(range(len(messages)))
+    for reply in replies:
+        # The grid assigns the ids when it sends, so they are looked up late.
+        index_of = {messages[i].metadata.message_id: i for i in silent}
+        index = index_of.get(reply.metadata.reply_to_message_id)
+        if index is not None:
+            del silent[index]
+            yield index, reply
+    for index in silent:
+        yield index, None
+
+
+class InProcessGrid(Grid):
+    """Nodes 1 … n, whose ClientApp runs in this process when a reply is pulled.
+
+    `node_configs` has one mapping per node, like ``--node-config``; `threads` is the number of CPU
+    threads that torch may use while a client computes, None to leave it as it is. `nodes` are the
+    connected nodes.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        *,
+        node_configs: Sequence[NodeConfig],
+        overrides: str,
+        run_id: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 0, 0
+        self.client_app = client_app
+        self.node_configs = list(node_configs)
+        self.nodes = list(range(1, len(self.node_configs) + 1))
+        self.overrides, self.run_id, self.threads = overrides, run_id, threads
+        self._waiting: dict[str, Message] = {}
+        self._run: object = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether every node is a simulated client."""
+        return all("partition-id" in config for config in self.node_configs)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Queue messages; return the ids that they are given."""
+        queued = {uuid.uuid4().hex: message for message in messages}
+        for message_id, message in queued.items():
+            message.metadata.__dict__["_message_id"] = message_id
+        self._waiting |= queued
+        return list(queued)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the next reply, if any: one at a time, so that the strategy sees it at once."""
+        for message_id in message_ids:
+            if message_id in self._waiting:
+                reply = self.answer(self._waiting.pop(message_id))
+                if reply is not None:
+                    return [reply]
+        return []
+
+    def answer(self, message: Message) -> Message | None:
+        """Run the ClientApp of a message's node; None would be its silence."""
+        node = message.metadata.dst_node_id
+        context = Context(
+            run_id=self.run_id,
+            node_id=node,
+            node_config=dict(self.node_configs[node - 1]),
+            state=RecordDict(),
+            run_config={"overrides": self.overrides},
+        )
+        try:
+            with torch_threads(self.threads):
+                return self.client_app(message=message, context=context)
+        except Exception as error:  # as Flower does
+            reason = f"{type(error).__name__}: {error}"
+            return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the connected nodes."""
+        return list(self.nodes)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send messages and return all replies; `timeout` is ignored: calls are synchronous."""
+        waiting = self.push_messages(messages)
+        replies: list[Message] = []
+        while found := self.pull_messages(waiting):
+            replies += found
+        return replies
+
+    def set_run(self, run: object) -> None:
+        """See `flwr.serverapp.Grid`."""
+        self._run = run
+
+    @property
+    def run(self) -> object:  # type: ignore[override]
+        """See `flwr.serverapp.Grid`."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `flwr.serverapp.Grid`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+def in_simulation(grid: Grid) -> bool:
+    """Return whether a grid's clients are simulated; no client can claim it."""
+    return isinstance(grid, InMemoryGrid) or (isinstance(grid, InProcessGrid) and grid.simulated)
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Let torch use `number` CPU threads inside the block, None for as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)

@@ -1,41 +1,41 @@
-"""What travels between server and clients, as Flower messages.
+"""Encode and decode every message between server and clients.
 
-Three message types: ``query`` (roster), ``train`` (evaluate the incoming personalised model,
-then train) and ``evaluate`` (the last evaluation). This module alone knows the records' names.
-Only Θ_a, Θ_l and T consensus task adapters are ever tensors in a message.
-Tensors are packed by `pilot_flwr.flower.codec`.
+Three message types: ``query`` (roster), ``train`` (evaluate the incoming personalised model, then
+train it) and ``evaluate`` (the closing evaluation). This module alone knows the names of the
+records; `pilot_flwr.flower.codec` packs tensors and reads single values. The only tensors in any
+message are Θ_a, Θ_l, the task adapters of all tasks and the residual of exact aggregation.
 
-What a client's reply to an order says: tensors, losses, scores, times.
-
-The other direction, and what the records are called, is in `pilot_flwr.flower.messages`. Only Θ_a and
-Θ_l are ever tensors in a reply.
+Error replies leave a client through `encode_error` alone. The client's log has the whole error; the
+reply omits paths on its disk. To disclose less, change `encode_error`.
 """
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import get_args
 
-from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 
-from pilot_flwr.algorithm.parameter_groups import GROUPS
-from pilot_flwr.errors import UpdateError
+from pilot_flwr.errors import PilotError, UpdateError, WorkerDied
 from pilot_flwr.flower.codec import (
-    arrays_of,
-    config_of,
     decode_state,
     encode_state,
-    metrics_of,
     num_bytes,
     number_of,
+    record_of,
     value_of,
 )
+from pilot_flwr.formatting import bounded, headline, one_line
 from pilot_flwr.metrics.registry import METRICS
 from pilot_flwr.protocol import (
     LOSSES,
     EvaluationResult,
+    GroupName,
     Instruction,
     Member,
     Report,
+    RunInfo,
     SessionResult,
     Update,
 )
@@ -44,77 +44,64 @@ TASK_ADAPTER = "task-adapter."
 RESIDUAL = "residual"
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What every message says of its run.
-
-    Attributes
-    ----------
-    name : str
-        Tells this run's private states from those of other runs.
-    folder : str
-        The run folder on the server; only clients simulated on the same machine use it.
-    token : str
-        What `folder` holds as a proof that client and server see the same folder.
-    """
-
-    name: str
-    folder: str
-    token: str
-
-
 @contextlib.contextmanager
 def refuse_unusable() -> Iterator[None]:
-    """Turn whatever goes wrong while a message from outside is read into an `UpdateError`."""
+    """Convert any error while a foreign message is decoded into an `UpdateError`."""
     try:
         yield
     except UpdateError:
         raise
-    except Exception as error:  # a hostile message must not end the run, whatever is in it
+    except Exception as error:  # no content of a hostile message may end the run
         raise UpdateError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
-def encode_query(run: RunInfo, server_round: int, *, train: bool = True) -> RecordDict:
-    """Ask a node who it is, what it holds from before an exchange, and whether it can train in it.
+# Part of every message from the server: the run.
 
-    With `train` false no upload will follow, so that no privacy budget is needed.
+
+def _encode_run(run: RunInfo) -> ConfigRecord:
+    return ConfigRecord({"name": run.name, "folder": run.folder, "token": run.token})
+
+
+def decode_run(content: RecordDict) -> RunInfo:
+    """Decode which run a message belongs to."""
+    values = record_of(content, "run", ConfigRecord)
+    return RunInfo(*(value_of(values, name, str) for name in ("name", "folder", "token")))
+
+
+# Roster query and reply.
+
+
+def encode_query(run: RunInfo, server_round: int, *, train: bool = True) -> RecordDict:
+    """Ask a node to identify itself before an exchange.
+
+    With `train` false no upload will follow, so the client needs no privacy budget.
     """
     query = ConfigRecord({"round": server_round, "train": train})
-    return RecordDict({"run": _run_record(run), "query": query})
+    return RecordDict({"run": _encode_run(run), "query": query})
 
 
 def decode_query(content: RecordDict) -> tuple[int, bool]:
-    """Read the exchange that a query is about, and whether the client would train in it.
-
-    Raises
-    ------
-    UpdateError
-        The value is missing or of the wrong type.
-    """
-    query = config_of(content, "query")
+    """Decode the exchange of a query, and whether the client would train in it."""
+    query = record_of(content, "query", ConfigRecord)
     return value_of(query, "round", int), value_of(query, "train", bool)
 
 
 def encode_member(member: Member, identity: Mapping[str, str]) -> RecordDict:
-    """Answer who one is, and of what version (`pilot_flwr.flower.compatibility`)."""
-    values: dict[str, ConfigRecordValues] = {
-        "client": member.client,
-        "task": member.task,
-        "examples": member.examples,
-        "stage-trained": member.stage_trained,
-    }
-    return RecordDict({"member": ConfigRecord(values), "identity": ConfigRecord(dict(identity))})
+    """Answer a query; `identity` is that of `pilot_flwr.flower.compatibility`."""
+    values = ConfigRecord(
+        {
+            "client": member.client,
+            "task": member.task,
+            "examples": member.examples,
+            "stage-trained": member.stage_trained,
+        }
+    )
+    return RecordDict({"member": values, "identity": ConfigRecord(dict(identity))})
 
 
 def decode_member(content: RecordDict) -> Member:
-    """Read a node's answer.
-
-    Raises
-    ------
-    UpdateError
-        A value is missing or of the wrong type.
-    """
-    values = config_of(content, "member")
+    """Decode which client a node is."""
+    values = record_of(content, "member", ConfigRecord)
     return Member(
         client=value_of(values, "client", str),
         task=value_of(values, "task", str),
@@ -124,48 +111,39 @@ def decode_member(content: RecordDict) -> Member:
 
 
 def decode_identity(content: RecordDict) -> dict[str, str]:
-    """Read of what version a node is.
-
-    Raises
-    ------
-    UpdateError
-        A value is missing or of the wrong type.
-    """
-    values = config_of(content, "identity")
+    """Decode the version, settings and base model of a node, as hashes."""
+    values = record_of(content, "identity", ConfigRecord)
     return {key: value_of(values, key, str) for key in values}
 
 
+# Instruction and reply.
+
+
 def encode_instruction(
-    order: Instruction, run: RunInfo, client: str, *, adapters: Mapping[str, ArrayRecord]
+    instruction: Instruction, run: RunInfo, client: str, *, adapters: Mapping[str, ArrayRecord]
 ) -> RecordDict:
-    """Pack one client's order; `adapters` are already packed, as many clients share them."""
-    content = RecordDict({"run": _run_record(run), "lora": encode_state(order.lora)})
-    if order.residual:
-        content[RESIDUAL] = encode_state(order.residual)
-    for task in order.adapters:
+    """Encode one client's instruction; `adapters`, which clients share, are encoded already."""
+    content = RecordDict({"run": _encode_run(run), "lora": encode_state(instruction.lora)})
+    if instruction.residual:
+        content[RESIDUAL] = encode_state(instruction.residual)
+    for task in instruction.adapters:
         content[TASK_ADAPTER + task] = adapters[task]
-    content["order"] = ConfigRecord(
+    content["instruction"] = ConfigRecord(
         {
             "client": client,
-            "round": order.server_round,
-            "stage": order.stage,
-            "tasks": list(order.tasks),
-            "train": order.train,
-            "evaluate": order.evaluate,
+            "round": instruction.server_round,
+            "stage": instruction.stage,
+            "tasks": list(instruction.tasks),
+            "train": instruction.train,
+            "evaluate": instruction.evaluate,
         }
     )
     return content
 
 
 def decode_instruction(content: RecordDict) -> tuple[Instruction, str]:
-    """Read an order and the id of the client that it is for.
-
-    Raises
-    ------
-    UpdateError
-        A value or tensor is missing or of the wrong type.
-    """
-    values = config_of(content, "order")
+    """Decode an instruction and the id of the client that it is for."""
+    values = record_of(content, "instruction", ConfigRecord)
     adapters = {
         name.removeprefix(TASK_ADAPTER): decode_state(record)
         for name, record in content.array_records.items()
@@ -178,69 +156,49 @@ def decode_instruction(content: RecordDict) -> tuple[Instruction, str]:
         raise UpdateError(f"`round` is {server_round} but must be at least 1")
     tasks = value_of(values, "tasks", list)
     if not all(isinstance(task, str) for task in tasks):
-        raise UpdateError("`tasks` must be texts")
-    order = Instruction(
+        raise UpdateError("`tasks` must be a list of strings")
+    has_residual = RESIDUAL in content
+    instruction = Instruction(
         server_round=server_round,
         stage=stage,
         tasks=tuple(tasks),
         adapters=adapters,
-        lora=decode_state(arrays_of(content, "lora")),
+        lora=decode_state(record_of(content, "lora", ArrayRecord)),
         train=value_of(values, "train", bool),
         evaluate=value_of(values, "evaluate", bool),
-        residual=decode_state(arrays_of(content, RESIDUAL)) if RESIDUAL in content else {},
+        residual=decode_state(record_of(content, RESIDUAL, ArrayRecord)) if has_residual else {},
     )
-    return order, value_of(values, "client", str)
+    return instruction, value_of(values, "client", str)
 
 
-def decode_run(content: RecordDict) -> RunInfo:
-    """Read which run a message belongs to.
-
-    Raises
-    ------
-    UpdateError
-        A value is missing or of the wrong type.
-    """
-    values = config_of(content, "run")
-    return RunInfo(*(value_of(values, name, str) for name in ("name", "folder", "token")))
-
-
-def _run_record(run: RunInfo) -> ConfigRecord:
-    return ConfigRecord({"name": run.name, "folder": run.folder, "token": run.token})
-
-
-def encode_result(result: SessionResult, order: Instruction, client: str, task: str) -> RecordDict:
-    """Pack what a turn gives back."""
+def encode_result(
+    result: SessionResult, instruction: Instruction, client: str, task: str
+) -> RecordDict:
+    """Encode the outcome of a session, which `decode_update` and `decode_report` decode."""
+    server_round = instruction.server_round
     content = RecordDict(
         {
-            "result": ConfigRecord({"client": client, "task": task, "round": order.server_round}),
-            "turn": MetricRecord({"started": result.started, "turn_seconds": result.seconds}),
+            "result": ConfigRecord({"client": client, "task": task, "round": server_round}),
+            "session": MetricRecord({"started": result.started, "seconds": result.seconds}),
         }
     )
-    if result.evaluation is not None:
+    if (evaluation := result.evaluation) is not None:
         content["evaluation"] = MetricRecord(
             {
-                "score": result.evaluation.score,
-                "examples": result.evaluation.examples,
-                "seconds": result.evaluation.seconds,
-                "cut": result.evaluation.cut,
+                "score": evaluation.score,
+                "examples": evaluation.examples,
+                "seconds": evaluation.seconds,
+                "cut": evaluation.cut,
             }
         )
         content["evaluation-metric"] = ConfigRecord(
-            {
-                "metric": result.evaluation.metric,
-                "approximate": result.evaluation.approximate,
-            }
+            {"metric": evaluation.metric, "approximate": evaluation.approximate}
         )
-    if result.spent is not None:
+    if (spent := result.spent) is not None:
         content["privacy"] = MetricRecord(
-            {
-                "epsilon": result.spent.epsilon,
-                "delta": result.spent.delta,
-                "releases": result.spent.releases,
-            }
+            {"epsilon": spent.epsilon, "delta": spent.delta, "releases": spent.releases}
         )
-    if result.training is not None:
-        training = result.training
+    if (training := result.training) is not None:
         content["lora"] = encode_state(result.lora)
         content[TASK_ADAPTER + task] = encode_state(result.adapter)
         content["training"] = MetricRecord(
@@ -256,16 +214,10 @@ def encode_result(result: SessionResult, order: Instruction, client: str, task: 
 
 
 def decode_update(content: RecordDict) -> Update:
-    """Read a client's update.
-
-    Raises
-    ------
-    UpdateError
-        A value or tensor is missing, unreadable or of the wrong type.
-    """
-    values = config_of(content, "result")
+    """Decode a client's contribution to the aggregation."""
+    values = record_of(content, "result", ConfigRecord)
     task = value_of(values, "task", str)
-    examples = number_of(metrics_of(content, "training"), "examples", low=1)
+    examples = number_of(record_of(content, "training", MetricRecord), "examples", low=1)
     if examples != int(examples):
         raise UpdateError(f"metric `examples` is {examples} but must be a whole number")
     return Update(
@@ -273,47 +225,42 @@ def decode_update(content: RecordDict) -> Update:
         task=task,
         server_round=value_of(values, "round", int),
         num_examples=int(examples),
-        adapter=decode_state(arrays_of(content, TASK_ADAPTER + task)),
-        lora=decode_state(arrays_of(content, "lora")),
+        adapter=decode_state(record_of(content, TASK_ADAPTER + task, ArrayRecord)),
+        lora=decode_state(record_of(content, "lora", ArrayRecord)),
     )
 
 
 def decode_report(content: RecordDict) -> Report:
-    """Read everything in a reply but its tensors.
-
-    Raises
-    ------
-    UpdateError
-        A number is missing, not finite or out of range.
-    """
+    """Decode everything in a reply but its tensors."""
     trained = "training" in content.metric_records
     training = content.metric_records.get("training", MetricRecord())
-    privacy = _privacy(content)
+    session = record_of(content, "session", MetricRecord)
+    privacy = _decode_privacy(content)
     losses = tuple(f"loss.{name}" for name in LOSSES)
     if privacy and not any(name in training for name in losses):
-        losses = ()
+        losses = ()  # withheld
     needed = ("steps", "seconds", *losses)
     return Report(
         training={name: number_of(training, name) for name in needed} if trained else None,
         gradients={
             group: int(number_of(training, f"gradients.{group}", low=0))
-            for group in GROUPS
+            for group in get_args(GroupName)
             if f"gradients.{group}" in training
         },
-        evaluation=_evaluation(content),
+        evaluation=_decode_evaluation(content),
         times={
-            name: number_of(metrics_of(content, "turn"), name)
-            for name in ("started", "turn_seconds")
+            "started": number_of(session, "started"),
+            "turn_seconds": number_of(session, "seconds"),
         },
         sizes=num_bytes(content),
         privacy=privacy,
     )
 
 
-def _privacy(content: RecordDict) -> dict[str, float] | None:
+def _decode_privacy(content: RecordDict) -> dict[str, float] | None:
     if "privacy" not in content.metric_records:
         return None
-    numbers = metrics_of(content, "privacy")
+    numbers = content.metric_records["privacy"]
     return {
         "epsilon": number_of(numbers, "epsilon", low=0),
         "delta": number_of(numbers, "delta", low=0, high=1),
@@ -321,10 +268,11 @@ def _privacy(content: RecordDict) -> dict[str, float] | None:
     }
 
 
-def _evaluation(content: RecordDict) -> EvaluationResult | None:
+def _decode_evaluation(content: RecordDict) -> EvaluationResult | None:
     if "evaluation" not in content.metric_records:
         return None
-    numbers, how = metrics_of(content, "evaluation"), config_of(content, "evaluation-metric")
+    numbers = content.metric_records["evaluation"]
+    how = record_of(content, "evaluation-metric", ConfigRecord)
     metric = value_of(how, "metric", str)
     if metric not in METRICS:
         raise UpdateError(f"`metric` is {metric!r} but must be one of {', '.join(METRICS)}")
@@ -336,3 +284,80 @@ def _evaluation(content: RecordDict) -> EvaluationResult | None:
         seconds=number_of(numbers, "seconds"),
         cut=int(number_of(numbers, "cut", low=0)),
     )
+
+
+# Error replies.
+
+OWN_ERROR = 1001
+"""Code of an error reply that this app has worded itself."""
+
+_DEAD_WORKER = re.compile(  # the exceptions that Flower's simulation engine passes on from Ray
+    r"<class 'ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
+    r"WorkerCrashedError|NodeDiedError|OutOfMemoryError|LocalRayletDiedError)'>"
+)
+_URL = r"(?P<url>https?://[^\s'\"<>]+)"
+_ABSOLUTE = r"(?<![\w/>.~])(?:file:)?~?/+[\w.~-][^\s'\"`,;:()\[\]{}<>]*"
+_QUOTED = r"(?P<quote>['\"`])(?:file:)?~?/+[\w.~-](?:(?!(?P=quote)).)*(?P=quote)"
+
+
+def encode_error(error: Exception, private: Mapping[str, str] | None) -> Error:
+    """Return what a client discloses of an error to the server.
+
+    A typed error keeps its text, without paths. The text of any other exception may quote
+    anything, so a site sends its type and, of an `OSError`, the system's reason.
+
+    `private` maps the site's paths to their replacements; None if the server runs on the same
+    machine, where nothing is withheld.
+    """
+    kind = type(error).__name__
+    if private is None:
+        own = isinstance(error, PilotError)
+        return Error(OWN_ERROR, str(error) if own else f"{kind}: {headline(str(error))}")
+    if isinstance(error, PilotError):
+        return Error(OWN_ERROR, without_paths(str(error), private))
+    number = error.errno if isinstance(error, OSError) else None
+    reason = f" ({os.strerror(number)})" if number else ""
+    return Error(OWN_ERROR, f"{kind}{reason}; see the client's own log.")
+
+
+def decode_error(error: Error, *, simulated: bool) -> str:
+    """Return the meaningful line of an error reply; its sender chose all of it, the code included.
+
+    Raises
+    ------
+    WorkerDied
+        In a simulation, a Ray worker process died. Flower keeps sending messages to it, so the
+        run cannot continue. Real sites have no Ray: from them the text means nothing.
+    """
+    text = bounded((error.reason or "").strip())
+    if simulated and error.code != OWN_ERROR and _DEAD_WORKER.match(text):
+        raise WorkerDied(
+            "A Ray worker process died while it ran a client (often: out of memory). Flower "
+            "does not replace it, so the run stops here; the last complete exchange is in "
+            f"checkpoint/. Ray reports: {headline(text)}"
+        )
+    return one_line(text if error.code == OWN_ERROR else headline(text))
+
+
+def without_paths(text: str, private: Mapping[str, str]) -> str:
+    """Replace paths: each key of `private` by its value, any other absolute path by ``<path>``.
+
+    Of an unquoted path that is not in `private`, the part behind a blank remains.
+    """
+    spelled = {
+        form: key
+        for path, key in private.items()
+        for form in (path, repr(path)[1:-1], ascii(path)[1:-1])
+    }
+    longest_first = sorted(spelled, key=len, reverse=True)
+    known = "|".join(map(re.escape, longest_first)) or r"(?!)"
+    known = rf"(?:{known})(?![\w-])"
+    pattern = rf"{_URL}|(?P<known>{known})|(?!.{known}){_QUOTED}|{_ABSOLUTE}"
+
+    def replacement(match: re.Match[str]) -> str:
+        if match["url"]:
+            return match["url"]
+        quote = match["quote"] or ""
+        return spelled[match["known"]] if match["known"] else f"{quote}<path>{quote}"
+
+    return re.sub(pattern, replacement, text)

@@ -416,7 +416,7 @@ def make_plan(
 def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
     """Return the bytes of a whole run; a client that only evaluates sends nothing."""
     rounds, everyone = config.strategy.rounds, config.num_clients
-    trainers = {"clients": everyone, "pooled": 1, "nobody": 0}[config.strategy.trained_by]
+    trainers = sum(config.strategy.trains(first=client == 0) for client in range(everyone))
     asked = everyone if config.evaluation.enabled else trainers
     closing = everyone * last.down_bytes if config.evaluation.enabled else 0
     up = trainers * (first.up_bytes + rounds * last.up_bytes)

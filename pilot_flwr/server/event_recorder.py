@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from pilot_flwr.algorithm.norm_bounds import Verdict, too_few
+from pilot_flwr.algorithm.norm_bounds import NormCheck, too_few
 from pilot_flwr.algorithm.server_state import Aggregation
 from pilot_flwr.flower.codec import num_bytes
 from pilot_flwr.formatting import headline, one_line, plain
@@ -284,7 +284,7 @@ class EventRecorder:
             )
         )
 
-    def update_norms(self, server_round: int, verdicts: Sequence[Verdict]) -> None:
+    def update_norms(self, server_round: int, verdicts: Sequence[NormCheck]) -> None:
         """Write down every update's norm and bound, and log those above it."""
         self._rejected = {v.client for v in verdicts if v.action == "rejected"}
         for v in verdicts:

@@ -1,9 +1,8 @@
-"""The events of a run that died: those that count go on, the rest is moved aside, never lost.
+"""Open a run folder: start a new run, or resume one from its last complete checkpoint.
 
-Begin a run folder, or go on in one: after the last whole checkpoint, under the run's own name.
-
-What was recorded after that checkpoint is moved to ``interrupted-N.jsonl``, so that the history
-is that of a run which was never interrupted. Every step can be repeated if the process dies in it.
+Resuming truncates the event log to the checkpoint and archives the rest in
+``interrupted-N.jsonl``, so that the history is that of an uninterrupted run. Every step can be
+repeated if the process dies during it.
 """
 
 import json
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.algorithm.server_optimizer import Moments
 from pilot_flwr.algorithm.server_state import InitialState, ServerState
 from pilot_flwr.config.loading import from_yaml, to_yaml
@@ -31,58 +31,6 @@ from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.events import Resumed, parse_events
 from pilot_flwr.run.provenance import RunIdentity, differences, keep_provenance, settings_hash
 
-
-def read_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file with their ends, the last perhaps cut short; none if absent."""
-    try:
-        return path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-
-
-def earlier_attempts(path: Path, lines: list[bytes]) -> list[int]:
-    """Return the numbers of the resumptions of a run folder, by its files and its events."""
-    numbers = (p.stem.removeprefix("interrupted-") for p in path.glob("interrupted-*.jsonl"))
-    found = [int(number) for number in numbers if number.isdecimal()]
-    for line in lines:
-        if b'"resume"' in line:
-            try:
-                found.append(int(json.loads(line).get("attempt", 0)))
-            except (ValueError, TypeError, AttributeError):
-                continue  # cut short
-    return found
-
-
-def set_aside(path: Path, lines: list[bytes], kept: list[bytes], attempt: int) -> str:
-    """Move the events behind the kept ones to a file of their own.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    lines, kept : list of bytes
-        All lines of ``metrics.jsonl``, and the first ones of them, which stay.
-    attempt : int
-        The number of this resumption.
-
-    Returns
-    -------
-    str
-        Name of the file; empty if there is nothing to move.
-    """
-    rest = b"".join(lines[len(kept) :])
-    if not rest:
-        return ""
-    target = path / f"interrupted-{attempt}.jsonl"
-    before = path / f"interrupted-{attempt - 1}.jsonl"
-    if before.is_file() and before.read_bytes() == rest:  # died before the next line, last time
-        target = before
-    else:
-        write_bytes(target, rest)
-    write_bytes(path / "metrics.jsonl", b"".join(kept))
-    return target.name
-
-
 logger = logging.getLogger("flwr")
 
 OVERRIDES = "overrides.txt"
@@ -90,163 +38,62 @@ OVERRIDES = "overrides.txt"
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A run that can begin or go on.
-
-    Attributes
-    ----------
-    folder : RunFolder
-        Where it writes.
-    identity : RunIdentity
-        Its name and the hash of its settings.
-    checkpoint : Checkpoint or None
-        Where it goes on; None from the beginning.
-    """
+class OpenRun:
+    """A run that is ready to execute; `checkpoint` is None if it starts from the beginning."""
 
     folder: RunFolder
     identity: RunIdentity
     checkpoint: Checkpoint | None = None
 
 
-def begin_run(path: Path, config: PilotConfig, overrides: str, *, name: str) -> Opened:
-    """Begin a run in a folder that holds none.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    config : PilotConfig
-        Its configuration.
-    overrides : str
-        What the configuration was composed from.
-    name : str
-        The run's name.
-
-    Raises
-    ------
-    RunError
-        It holds one.
-    """
+def start_run(path: Path, config: PilotConfig, overrides: str, *, name: str) -> OpenRun:
+    """Start a run in a folder that holds none."""
     check_unused(path)
     folder = RunFolder(path)
-    return Opened(folder, _describe(folder, config, overrides, name))
+    return OpenRun(folder, _record_identity(folder, config, overrides, name))
 
 
 def check_unused(path: Path) -> None:
     """Raise `RunError` if a folder holds a run."""
     if (path / "metrics.jsonl").exists():
         raise RunError(
-            f"`run.folder` is {path}, which already holds a run; choose another, or go on with "
-            f"that one: `resume={path}`."
+            f"`run.folder` is {path}, which already holds a run; choose another folder, or resume "
+            f"that run: `resume={path}`."
         )
-
-
-def continue_run(
-    path: Path, config: PilotConfig, overrides: str, *, name: str, flower_run: str
-) -> Opened:
-    """Go on in a run folder.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    config : PilotConfig
-        Its configuration, perhaps with more rounds.
-    overrides : str
-        What the configuration was composed from.
-    name : str
-        The run's name, if it was stopped before it had one.
-    flower_run : str
-        Flower's id of the run that goes on; the ``resume`` event has it.
-
-    Raises
-    ------
-    ConfigError
-        A setting on which results depend is another one than before.
-    StateError
-        What is in the folder cannot be read.
-    """
-    recorded = check_resumable(path, config)
-    identity = _identity(path)
-    lines = read_lines(path / "metrics.jsonl")
-    checkpoint, passed_over = latest_checkpoint(
-        path / "checkpoint", fits=lambda found: _misfit(found, identity, config, len(lines))
-    )
-    kept = lines[: checkpoint.events] if checkpoint else []
-    events = parse_events(kept, path / "metrics.jsonl")
-    attempt = 1 + max(earlier_attempts(path, lines), default=0)
-    moved = set_aside(path, lines, kept, attempt)
-    _refuse_later(path / "checkpoint", checkpoint, attempt)
-    prune_checkpoints(path / "checkpoint")  # it may have died before it did
-    (path / "result.json").unlink(missing_ok=True)
-    folder = RunFolder(path, events)
-    if identity is None or recorded is None:
-        identity = _describe(folder, config, overrides, identity.name if identity else name)
-    elif recorded != _as_recorded(config, path):
-        folder.write("config.yaml", to_yaml(_as_recorded(config, path)))
-        folder.write(OVERRIDES, overrides + "\n")
-    for reason in passed_over:
-        logger.warning("Passed over a checkpoint: %s", reason)
-    folder.record(
-        Resumed(
-            exchange=checkpoint.server_round if checkpoint else 0,
-            attempt=attempt,
-            interrupted=moved,
-            moved=len(lines) - len(kept),
-            passed_over=tuple(passed_over),
-            flower_run=flower_run,
-        )
-    )
-    return Opened(folder, identity, checkpoint)
 
 
 def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
-    """Return the run's recorded configuration; None if it was stopped before it had one.
+    """Return the run's recorded configuration; None if it was stopped before it recorded one.
 
     Raises
     ------
     ConfigError
-        There is no such folder, or a setting is another one than before.
+        There is no such run, or a setting that affects results differs.
     """
     if not path.is_dir():
-        raise ConfigError(f"`resume` is {str(path)!r}, which is no folder of a run.")
-    file = path / "config.yaml"
+        raise ConfigError(f"`resume` is {str(path)!r}, which is not a run folder.")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = (path / "config.yaml").read_text(encoding="utf-8")
     except FileNotFoundError:
         if not (path / OVERRIDES).is_file():
-            raise ConfigError(
-                f"`resume` is {str(path)!r}, which holds no run to go on with."
-            ) from None
-        return None  # it was stopped while programs started
+            raise ConfigError(f"`resume` is {str(path)!r}, which holds no run.") from None
+        return None  # it was stopped while its processes started
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"`resume` is {str(path)!r}, whose config.yaml is no text: {error}."
+            f"`resume` is {str(path)!r}, whose config.yaml cannot be read: {error}."
         ) from None
     recorded = from_yaml(text)
     if found := differences(recorded, config):
-        raise ConfigError(
-            "\n".join(
-                [
-                    *found,
-                    f"A run is resumed with its own settings: {path / OVERRIDES} has the "
-                    "overrides that it was started with.",
-                ]
-            )
+        hint = (
+            "A run is resumed with the settings that it was started with, which are in "
+            f"{path / OVERRIDES}."
         )
+        raise ConfigError("\n".join([*found, hint]))
     return recorded
 
 
 def completed(path: Path, config: PilotConfig) -> Mapping[str, Any] | None:
-    """Return the result of a run that is at its end, None if there is anything left to do.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    config : PilotConfig
-        With more rounds than the run had there is something left.
-    """
+    """Return the result of a completed run; None if work is left, such as additional rounds."""
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         rounds = from_yaml((path / "config.yaml").read_text(encoding="utf-8")).strategy.rounds
@@ -256,13 +103,62 @@ def completed(path: Path, config: PilotConfig) -> Mapping[str, Any] | None:
     return result if done and config.strategy.rounds <= rounds else None
 
 
+def resume_run(
+    path: Path, config: PilotConfig, overrides: str, *, name: str, flower_run: str
+) -> OpenRun:
+    """Resume the run in a folder, perhaps with more rounds.
+
+    `name` is used if the run was stopped before it had one; `flower_run` is Flower's id of the run
+    that resumes it.
+
+    Raises
+    ------
+    ConfigError
+        A setting that affects results differs.
+    StateError
+        The folder's content cannot be read.
+    """
+    recorded = check_resumable(path, config)
+    identity = _read_identity(path)
+    lines = _read_lines(path / "metrics.jsonl")
+    checkpoint, passed_over = latest_checkpoint(
+        path / "checkpoint", fits=lambda found: _misfit(found, identity, config, len(lines))
+    )
+    kept = lines[: checkpoint.events] if checkpoint else []
+    events = parse_events(kept, path / "metrics.jsonl")
+    attempt = 1 + max(_previous_attempts(path, lines), default=0)
+    archive = _archive_events(path, lines, kept, attempt)
+    _archive_checkpoints(path / "checkpoint", checkpoint, attempt)
+    prune_checkpoints(path / "checkpoint")  # the run may have died before it did
+    (path / "result.json").unlink(missing_ok=True)
+    folder = RunFolder(path, events)
+    if identity is None or recorded is None:
+        identity = _record_identity(folder, config, overrides, identity.name if identity else name)
+    elif recorded != _as_recorded(config, path):
+        folder.write("config.yaml", to_yaml(_as_recorded(config, path)))
+        folder.write(OVERRIDES, overrides + "\n")
+    for reason in passed_over:
+        logger.warning("Ignoring a checkpoint: %s", reason)
+    folder.record(
+        Resumed(
+            exchange=checkpoint.server_round if checkpoint else 0,
+            attempt=attempt,
+            interrupted=archive,
+            moved=len(lines) - len(kept),
+            passed_over=tuple(passed_over),
+            flower_run=flower_run,
+        )
+    )
+    return OpenRun(folder, identity, checkpoint)
+
+
 def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialState) -> ServerState:
-    """Return what the server knew when it wrote a checkpoint.
+    """Return the server's state when it wrote a checkpoint.
 
     Raises
     ------
     StateError
-        Its tensors are not those of the configured model.
+        The tensors do not fit the configured model.
     """
     state = ServerState(
         tasks,
@@ -284,39 +180,57 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
 
 def _like(state: State, pattern: State) -> State:
     """Return a state with its tensors in the pattern's order."""
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-    if shapes != {name: (tensor.shape, tensor.dtype) for name, tensor in pattern.items()}:
-        raise StateError("The checkpoint's tensors are not those of the configured model.")
+    if difference := layout_difference(state, pattern):
+        raise StateError(f"The checkpoint's tensors do not fit the configured model: {difference}.")
     return {name: state[name] for name in pattern}
 
 
-def _describe(folder: RunFolder, config: PilotConfig, overrides: str, name: str) -> RunIdentity:
-    """Write down what a run is; its name last, as no client has heard of it before."""
-    identity = RunIdentity(name, settings_hash(config))
-    folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))
-    folder.write(OVERRIDES, overrides + "\n")
-    keep_provenance(folder.path)
-    folder.write("run.json", json.dumps(asdict(identity), indent=2) + "\n")
-    return identity
+# The event log.
 
 
-def _as_recorded(config: PilotConfig, path: Path) -> PilotConfig:
-    return replace(config, resume="", run=replace(config.run, folder=str(path)))
-
-
-def _identity(path: Path) -> RunIdentity | None:
+def _read_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file with their ends, the last perhaps incomplete; none if absent."""
     try:
-        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return RunIdentity(str(content["name"]), str(content["settings"]))
+        return path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{path / 'run.json'} does not say which run this is: {error}") from None
+        return []
+
+
+def _previous_attempts(path: Path, lines: list[bytes]) -> list[int]:
+    """Return the numbers of earlier resumptions, from the archives and from the events."""
+    numbers = (p.stem.removeprefix("interrupted-") for p in path.glob("interrupted-*.jsonl"))
+    found = [int(number) for number in numbers if number.isdecimal()]
+    for line in lines:
+        if b'"resume"' in line:
+            try:
+                found.append(int(json.loads(line).get("attempt", 0)))
+            except (ValueError, TypeError, AttributeError):
+                continue  # an incomplete line
+    return found
+
+
+def _archive_events(path: Path, lines: list[bytes], kept: list[bytes], attempt: int) -> str:
+    """Truncate ``metrics.jsonl`` to the kept lines; return the name of the rest's archive."""
+    rest = b"".join(lines[len(kept) :])
+    if not rest:
+        return ""
+    target = path / f"interrupted-{attempt}.jsonl"
+    previous = path / f"interrupted-{attempt - 1}.jsonl"
+    if previous.is_file() and previous.read_bytes() == rest:
+        target = previous  # the process died before it truncated the log, last time
+    else:
+        write_bytes(target, rest)
+    write_bytes(path / "metrics.jsonl", b"".join(kept))
+    return target.name
+
+
+# Checkpoints and identity.
 
 
 def _misfit(
     checkpoint: Checkpoint, identity: RunIdentity | None, config: PilotConfig, lines: int
 ) -> str:
+    """Return why a complete checkpoint cannot be resumed from; empty if it can."""
     if identity is None or checkpoint.run.name != identity.name:
         here = "one without a name" if identity is None else repr(identity.name)
         return f"is of run {checkpoint.run.name!r}, but this run is {here}."
@@ -325,16 +239,42 @@ def _misfit(
     if checkpoint.tasks != tuple(config.data.tasks):
         return f"is for tasks {list(checkpoint.tasks)}, not {config.data.tasks}."
     if checkpoint.server_round > config.strategy.rounds + 1:
-        return f"is of exchange {checkpoint.server_round}, behind the run's last one."
+        return f"is of exchange {checkpoint.server_round}, after the run's last one."
     if checkpoint.events > lines:
-        return f"counts {checkpoint.events} events, but metrics.jsonl has {lines}."
+        return f"refers to {checkpoint.events} events, but metrics.jsonl has {lines}."
     return ""
 
 
-def _refuse_later(folder: Path, checkpoint: Checkpoint | None, attempt: int) -> None:
-    """Take later checkpoints, which were refused, out of the way of those to come."""
+def _archive_checkpoints(folder: Path, checkpoint: Checkpoint | None, attempt: int) -> None:
+    """Rename later checkpoints, which were refused, so that new ones can take their names."""
     usable = checkpoint.server_round if checkpoint else 0
     for found in checkpoint_folders(folder):
         if int(found.name[6:].removesuffix(".old")) > usable:
             os.replace(found, folder / f"refused-{attempt}-{found.name}")
             flush(folder)
+
+
+def _record_identity(
+    folder: RunFolder, config: PilotConfig, overrides: str, name: str
+) -> RunIdentity:
+    """Record what a run is; its name last, as no client has received it before."""
+    identity = RunIdentity(name, settings_hash(config))
+    folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))
+    folder.write(OVERRIDES, overrides + "\n")
+    keep_provenance(folder.path)
+    folder.write("run.json", json.dumps(asdict(identity), indent=2) + "\n")
+    return identity
+
+
+def _read_identity(path: Path) -> RunIdentity | None:
+    try:
+        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return RunIdentity(str(content["name"]), str(content["settings"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path / 'run.json'} does not identify a run: {error}") from None
+
+
+def _as_recorded(config: PilotConfig, path: Path) -> PilotConfig:
+    return replace(config, resume="", run=replace(config.run, folder=str(path)))

@@ -165,5 +165,5 @@ def test_moments_of_another_model_are_refused():
     _, moments = adam_step({"w": torch.zeros(3)}, {"w": torch.ones(3)}, None, **SETTINGS)
     assert Moments.unpack(moments.pack(), {"w": torch.zeros(3)}).steps == 1
     for pattern in ({"w": torch.zeros(4)}, {"v": torch.zeros(3)}):
-        with pytest.raises(ValueError, match="not those of the configured model"):
+        with pytest.raises(ValueError, match="do not fit the configured model"):
             Moments.unpack(moments.pack(), pattern)

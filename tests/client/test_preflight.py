@@ -16,7 +16,7 @@ from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import Client
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.flower.failures import reply_text
+from pilot_flwr.flower.messages import encode_error
 from pilot_flwr.model.resource_plan import layout_of
 
 CONFIG = load_config()
@@ -120,7 +120,9 @@ def test_what_cannot_be_read_is_named_and_the_server_gets_no_path(place, spoil, 
     place.chmod(0o755)
     assert str(caught.value).startswith(message.format(place))
     node = {"train-file": ";".join(map(str, files.train)), "test-file": str(files.test[0])}
-    told = reply_text(caught.value, private_paths(node | {"image-folder": str(files.images)}))
+    told = encode_error(
+        caught.value, private_paths(node | {"image-folder": str(files.images)})
+    ).reason
     assert str(place) not in told and "patient" not in told and "<" in told
 
 

@@ -13,9 +13,8 @@ from pilot_flwr.client import session as session_module
 from pilot_flwr.client.privacy import change_norm
 from pilot_flwr.client.privacy_accountant import PrivacyAccount, PrivacyDemands, epsilon
 from pilot_flwr.errors import RunError, UpdateError
-from pilot_flwr.flower import messages as replies
-from pilot_flwr.flower import messages as wire
-from pilot_flwr.flower.messages import RunInfo
+from pilot_flwr.flower import messages
+from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.progress import Progress
 
 TWO = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=1"
@@ -42,10 +41,10 @@ def noisy(tmp_path_factory):
 def exchanges(federation, client):
     """What was sent to a client and what came back, exchange by exchange."""
     orders = {
-        m.metadata.message_id: wire.decode_instruction(m.content)[0] for m in trains(federation)
+        m.metadata.message_id: messages.decode_instruction(m.content)[0] for m in trains(federation)
     }
     for reply in federation.replies(MessageType.TRAIN):
-        update = replies.decode_update(reply.content)
+        update = messages.decode_update(reply.content)
         if update.client == client:
             order = orders[reply.metadata.reply_to_message_id]
             sent = {"lora": order.lora, "adapter": order.adapters[update.task]}
@@ -122,13 +121,13 @@ def test_a_client_withholds_metrics_even_if_it_is_ordered_to_evaluate(tmp_path):
     def forge(messages):
         messages = list(messages)
         for message in messages:
-            if "order" in message.content:
-                message.content["order"]["evaluate"] = True
+            if "instruction" in message.content:
+                message.content["instruction"]["evaluate"] = True
         return push(messages)
 
     grid.push_messages = forge
     federation.run()
-    assert trains(federation)[0].content["order"]["evaluate"] is True
+    assert trains(federation)[0].content["instruction"]["evaluate"] is True
     assert all("evaluation" not in r.content for r in federation.replies(MessageType.TRAIN))
 
 
@@ -194,7 +193,7 @@ def ask(overrides, node_config):
         client_app.app, num_nodes=1, overrides=overrides, node_configs=[node_config]
     )
     query = Message(
-        wire.encode_query(RunInfo("run-1", "/nowhere", "guessed"), 1), 1, MessageType.QUERY
+        messages.encode_query(RunInfo("run-1", "/nowhere", "guessed"), 1), 1, MessageType.QUERY
     )
     (reply,) = grid.send_and_receive([query])
     return reply
@@ -312,15 +311,15 @@ def test_no_demand_is_the_default():
 
 def test_losses_may_be_missing_from_a_private_reply_only(noisy, plain):
     content = noisy.replies(MessageType.TRAIN)[0].content
-    assert replies.decode_report(content).training.keys() == {"steps", "seconds"}
+    assert messages.decode_report(content).training.keys() == {"steps", "seconds"}
     bare = {k: v for k, v in content.items() if k != "privacy"}
     with pytest.raises(UpdateError, match=r"`loss\.total` is None"):
-        replies.decode_report(type(content)(bare))
+        messages.decode_report(type(content)(bare))
     some = dict(content["training"]) | {"loss.ce": 1.0}
     half = type(content)({**content, "training": type(content["training"])(some)})
     with pytest.raises(UpdateError, match="metric `loss"):
-        replies.decode_report(half)
-    assert replies.decode_report(plain.replies(MessageType.TRAIN)[0].content).privacy is None
+        messages.decode_report(half)
+    assert messages.decode_report(plain.replies(MessageType.TRAIN)[0].content).privacy is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("epsilon", -1.0), ("delta", 2.0), ("releases", 0)])
@@ -329,4 +328,4 @@ def test_odd_accounts_from_a_client_are_refused(noisy, name, value):
     account = dict(content["privacy"]) | {name: value}
     odd = type(content)({**content, "privacy": type(content["privacy"])(account)})
     with pytest.raises(UpdateError, match=f"metric `{name}` is "):
-        replies.decode_report(odd)
+        messages.decode_report(odd)

@@ -165,10 +165,10 @@ def test_a_client_of_another_version_is_refused_with_both_values(tmp_path):
     federation.grid.on_reply = lie
     federation.run()
     told = {f["client"]: f["reason"] for f in federation.events("failure", round=1)}
-    assert "another version than the server" in told["node 1"]
+    assert "version mismatch with the server" in told["node 1"]
     for _, pattern in LIES.values():
         assert re.search(pattern, told["node 1"]), told["node 1"]
-    assert "app version: not said, here 0.1.0" in told["node 2"]
+    assert "app version: missing there, 0.1.0" in told["node 2"]
     assert "no record `identity`" in told["node 3"]
     assert {e["client"] for e in federation.events("train", round=2)} == {"counting-1"}
 

@@ -6,20 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.errors import UpdateError
-from pilot_flwr.flower import messages as replies
-from pilot_flwr.flower import messages as wire
+from pilot_flwr.flower import messages
 from pilot_flwr.flower.codec import decode_state, encode_state, num_bytes
 from pilot_flwr.protocol import (
     LOSSES,
     EvaluationResult,
     Instruction,
     Member,
+    RunInfo,
     SessionResult,
     TrainingResult,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
-RUN = wire.RunInfo("demo-1", "/runs/demo", "token")
+RUN = RunInfo("demo-1", "/runs/demo", "token")
 
 
 @given(
@@ -95,10 +95,10 @@ def test_orders_come_back():
     adapters = {"vqa": {"w": torch.randn(2)}, "ocr": {"w": torch.randn(2)}}
     order = Instruction(3, 2, ("vqa", "ocr"), adapters, {"a": torch.randn(4)}, train=False)
     packed = {task: encode_state(state) for task, state in adapters.items()}
-    content = wire.encode_instruction(order, RUN, "vqa-0", adapters=packed)
-    decoded, client = wire.decode_instruction(content)
+    content = messages.encode_instruction(order, RUN, "vqa-0", adapters=packed)
+    decoded, client = messages.decode_instruction(content)
     assert client == "vqa-0"
-    assert wire.decode_run(content) == RUN
+    assert messages.decode_run(content) == RUN
     for field in ("server_round", "stage", "tasks", "train", "evaluate"):
         assert getattr(decoded, field) == getattr(order, field)
     assert torch.equal(decoded.adapters["ocr"]["w"], adapters["ocr"]["w"])
@@ -116,12 +116,12 @@ def test_results_come_back():
         seconds=2.0,
     )
     order = Instruction(3, 2, ("vqa",), {}, {})
-    content = replies.encode_result(result, order, "vqa-0", "vqa")
-    update = replies.decode_update(content)
+    content = messages.encode_result(result, order, "vqa-0", "vqa")
+    update = messages.decode_update(content)
     assert (update.client, update.task, update.server_round) == ("vqa-0", "vqa", 3)
     assert update.num_examples == 90
     assert torch.equal(update.adapter["w"], result.adapter["w"])
-    report = replies.decode_report(content)
+    report = messages.decode_report(content)
     assert report.training["loss.ce"] == 0.5
     assert report.gradients == {"lora": 10, "base": 0}
     assert report.evaluation == result.evaluation
@@ -133,9 +133,9 @@ def test_results_come_back():
 
 def test_members_come_back():
     member, identity = Member("vqa-0", "vqa", 90, 1), {"app": "0.1.0", "base.weights": ""}
-    content = wire.encode_member(member, identity)
-    assert wire.decode_member(content) == member
-    assert wire.decode_identity(content) == identity
+    content = messages.encode_member(member, identity)
+    assert messages.decode_member(content) == member
+    assert messages.decode_identity(content) == identity
 
 
 @pytest.mark.parametrize(
@@ -147,17 +147,22 @@ def test_members_come_back():
     ],
 )
 def test_a_member_with_odd_values_is_refused(change, message):
-    content = wire.encode_member(Member("vqa-0", "vqa", 90, 1), {})
+    content = messages.encode_member(Member("vqa-0", "vqa", 90, 1), {})
     content["member"].update(change)
     with pytest.raises(UpdateError, match=message):
-        wire.decode_member(content)
+        messages.decode_member(content)
 
 
 @pytest.mark.parametrize(
     "decode",
-    [wire.decode_member, wire.decode_identity, wire.decode_instruction, replies.decode_update],
+    [
+        messages.decode_member,
+        messages.decode_identity,
+        messages.decode_instruction,
+        messages.decode_update,
+    ],
 )
-@given(st.dictionaries(st.sampled_from(["order", "result", "member", "lora"]), st.booleans()))
+@given(st.dictionaries(st.sampled_from(["instruction", "result", "member", "lora"]), st.booleans()))
 def test_foreign_messages_give_typed_errors_only(decode, names):
     content = RecordDict(
         {n: ConfigRecord({"client": "x"}) if kind else ArrayRecord() for n, kind in names.items()}

@@ -35,7 +35,7 @@ def federation(folder, change, *, exchange, overrides=OVERRIDES):
 
     def hook(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            order = message.content["order"]
+            order = message.content["instruction"]
             if order["client"] == WRONG and order["round"] == exchange:
                 return change(message, reply)
         return reply
@@ -92,7 +92,7 @@ def test_the_reply_of_an_old_exchange_is_refused(tmp_path, without):
 
     def remember(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            order = message.content["order"]
+            order = message.content["instruction"]
             if order["client"] == WRONG and order["round"] == 1:
                 old["content"] = copy.deepcopy(reply.content)
             elif order["client"] == WRONG:
@@ -102,7 +102,7 @@ def test_the_reply_of_an_old_exchange_is_refused(tmp_path, without):
     run = Federation(tmp_path, OVERRIDES)
     run.grid.on_reply = remember
     run.run()
-    assert failures(run) == [(2, "train", WRONG, "Rejected: it is for round 1, not 2.")]
+    assert failures(run) == [(2, "train", WRONG, "Rejected: it is for exchange 1, not 2.")]
     same(run.strategy.state, without[2])
 
 
@@ -111,7 +111,7 @@ def test_another_clients_reply_is_refused(tmp_path, without):
 
     def steal(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            order = message.content["order"]
+            order = message.content["instruction"]
             if order["client"] == WRONG and order["round"] == 2:
                 return Message(others["content"], reply_to=message)
             others["content"] = copy.deepcopy(reply.content)
@@ -152,7 +152,7 @@ def test_a_huge_update_is_rejected(tmp_path, without, exchange, monkeypatch):
     ((number, phase, client, reason),) = failures(run)
     assert (number, phase, client) == (exchange, "train", WRONG)
     assert reason.startswith(
-        "Rejected: the norm of its update is above the round's bound: task adapter "
+        "Rejected: the norm of its update is above the exchange's bound: task adapter "
     )
     assert ", LoRA " in reason
     same(run.strategy.state, without[exchange])
@@ -237,7 +237,7 @@ def test_two_updates_are_too_few_for_a_bound(tmp_path, caplog):
         logging.getLogger("flwr").removeHandler(caplog.handler)
     assert not failures(run)
     assert {e["action"] for e in run.events("update_norm")} == {"unchecked"}
-    assert "2 updates are too few to bound their norms by: it takes 3." in caplog.text
+    assert "2 updates are too few to bound their norms; at least 3 are needed." in caplog.text
 
 
 def declares(examples, *, exchanges):
@@ -272,6 +272,6 @@ def test_a_change_of_the_declared_examples_is_told(tmp_path):
 def test_a_rejected_update_does_not_count_for_the_minimum(tmp_path):
     overrides = f"{OVERRIDES} strategy.update_norm.action=reject strategy.min_replies=4"
     with pytest.raises(
-        RunError, match="3 of 4 clients delivered a usable update.*above the round's bound"
+        RunError, match="3 of 4 clients delivered a usable update.*above the exchange's bound"
     ):
         federation(tmp_path, grown(1000), exchange=1, overrides=overrides)

@@ -9,8 +9,8 @@ from inprocess import SMALL, TWO_TASKS, Federation, InProcessGrid
 from quick_training import quick_training
 
 from pilot_flwr.errors import RunError
-from pilot_flwr.flower.failures import OWN_ERROR
 from pilot_flwr.flower.grid import PollingGrid, in_simulation
+from pilot_flwr.flower.messages import OWN_ERROR
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,8 +105,8 @@ def corrupt_gradients_nan(content):
 
 
 def corrupt_extra_metric(content):
-    content["turn"]["round"] = 3
-    content["turn"]["started"] = float("inf")
+    content["session"]["round"] = 3
+    content["session"]["started"] = float("inf")
 
 
 def corrupt_zip(content):
@@ -147,14 +147,14 @@ def corrupt_result(content):
     [
         (corrupt_nan, "its LoRA has values that are not finite"),
         (corrupt_inf, "its task adapter has values that are not finite"),
-        (corrupt_shape, "of its LoRA is float32 (1, "),
-        (corrupt_dtype, "of its LoRA is float64"),
+        (corrupt_shape, "must be torch float32 ("),
+        (corrupt_dtype, "is torch float64"),
         (corrupt_missing, "(1 and 0 in all)"),
         (corrupt_extra, "unexpected ones ['router.weight']"),
         (corrupt_task, "its task is 'captioning' but the client's is 'vqa'"),
         (corrupt_zero_examples, "metric `examples` is 0 but must be from 1"),
         (corrupt_too_many_examples, "counts 1000000000 examples"),
-        (corrupt_round, "it is for round 7, not 1"),
+        (corrupt_round, "it is for exchange 7, not 1"),
         (corrupt_client, "it says that it is from 'counting-0'"),
         (corrupt_metrics, "metric `loss.total` is None"),
         (corrupt_bytes, "cannot be read"),
@@ -168,7 +168,7 @@ def corrupt_result(content):
         (corrupt_result, "the message has no record `result`"),
         (corrupt_examples_negative, "metric `examples` is -5 but must be from 1"),
         (corrupt_examples_fraction, "metric `examples` is 2.5 but must be a whole number"),
-        (corrupt_huge, "of its LoRA is float32 (3000000,) but must be float32 ("),
+        (corrupt_huge, "is torch float32 (3000000,) but must be torch float32 ("),
         (corrupt_many, "(0 and 20000 in all)"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_bad_update_is_rejected_and_the_others_go_on(tmp_path, silent, corrupt
 
     def spoil(message, reply):
         if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-            if message.content["order"]["client"] == "vqa-0":
+            if message.content["instruction"]["client"] == "vqa-0":
                 corrupt(reply.content)
         return reply
 
@@ -203,7 +203,7 @@ def silent(tmp_path_factory):
 
     def drop(message, reply):
         if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-            if message.content["order"]["client"] == "vqa-0":
+            if message.content["instruction"]["client"] == "vqa-0":
                 return Message(Error(0, "gone"), reply_to=message)
         return reply
 

@@ -133,7 +133,7 @@ def test_a_client_whose_disk_is_full_fails_alone_and_comes_back(tmp_path):
     sites.run()
     ((number, phase, client, reason),) = sites.failures()
     assert (number, phase, client) == (2, "train", WRONG)
-    assert reason == "OSError (File too large); what happened is in the client's own log."
+    assert reason == "OSError (File too large); see the client's own log."
     assert kept and sites.stages()[WRONG, 3] == 2  # it went on from its state of exchange 1
     assert set(sites.stages()) == {
         (f"vqa-{k}", number) for k in range(3) for number in (1, 2, 3)

@@ -16,9 +16,9 @@ from pilot_flwr import client_app
 from pilot_flwr.client import node as site_module
 from pilot_flwr.config.loading import config_folder, load_config
 from pilot_flwr.errors import ConfigError, DataError, RunError
-from pilot_flwr.flower import messages as wire
-from pilot_flwr.flower.failures import OWN_ERROR, without_paths
-from pilot_flwr.flower.messages import RunInfo
+from pilot_flwr.flower import messages
+from pilot_flwr.flower.messages import OWN_ERROR, without_paths
+from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.directory import RunFolder
 
 SECRET = "hunter2-of-the-site"
@@ -30,7 +30,7 @@ def ask(overrides, node_config, run=("run-1", "/nowhere", "guessed")):
     grid = InProcessGrid(
         client_app.app, num_nodes=1, overrides=overrides, node_configs=[node_config]
     )
-    query = Message(wire.encode_query(RunInfo(*run), 2), 1, MessageType.QUERY, group_id="1")
+    query = Message(messages.encode_query(RunInfo(*run), 2), 1, MessageType.QUERY, group_id="1")
     (reply,) = grid.send_and_receive([query])
     return reply
 
@@ -248,7 +248,7 @@ def test_an_unexpected_error_quotes_nothing_of_a_site(site, monkeypatch, tmp_pat
     monkeypatch.setattr(client_app, "count_examples", fail)
     reply = ask(ONE, site)
     assert reply.error.code == OWN_ERROR
-    assert reply.error.reason == "KeyError; what happened is in the client's own log."
+    assert reply.error.reason == "KeyError; see the client's own log."
     # In a simulation server and client are one user's.
     run = RunFolder(tmp_path / "run")
     node = {"partition-id": 0, "num-partitions": 1}

@@ -134,7 +134,7 @@ def test_private_state_is_kept_and_frozen_parts_stay_bit_identical(tmp_path):
 
     def look(message, reply):
         if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-            client = message.content["order"]["client"]
+            client = message.content["instruction"]["client"]
             kept[client] = federation.private(client)
         return reply
 
@@ -191,7 +191,7 @@ def test_a_late_joiner_begins_with_its_tasks_mean_lora(tmp_path):
     def join(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
             federation.grid.nodes = all_nodes
-            order = message.content["order"]
+            order = message.content["instruction"]
             if order["round"] == 2:
                 received[order["client"]] = decode_state(message.content["lora"])
                 if not means:
@@ -239,7 +239,7 @@ def test_a_client_that_misses_a_round_keeps_its_lora_and_its_tasks_adapter(tmp_p
 
     def drop(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            order = message.content["order"]
+            order = message.content["instruction"]
             if order["client"] == "counting-0" and order["round"] == 2:
                 down["lora"] = decode_state(message.content["lora"])
                 down["adapter"] = decode_state(message.content["task-adapter.counting"])

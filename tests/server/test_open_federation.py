@@ -96,7 +96,7 @@ def test_who_does_not_come_is_counted_first_and_named_later(federation, sites):
 
     def come_and_go(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            number = message.content["order"]["round"]
+            number = message.content["instruction"]["round"]
             run.grid.nodes = {1: everyone, 2: everyone[1:]}.get(number, everyone)
         return reply
 
@@ -107,8 +107,8 @@ def test_who_does_not_come_is_counted_first_and_named_later(federation, sites):
     assert trained(run, 3) == {"clinic-7": 2, "vqa-0": 2}  # St_Mary left
     (first, second) = failures(run)
     assert first[:2] == (1, "1 client")
-    assert first[2].startswith("2 of 3 clients came within 0.2 s; others can join later")
-    assert second == (3, "St_Mary", "No node said that it is this client.")
+    assert first[2].startswith("2 of 3 clients connected within 0.2 s; others can join later")
+    assert second == (3, "St_Mary", "No connected node identified itself as this client.")
 
 
 def test_a_simulation_has_the_configured_clients(capsys):
@@ -147,7 +147,7 @@ def test_a_known_client_is_not_replaced_while_its_node_is_there(federation, site
 
     def impostor_comes(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
-            orders.append((message.content["order"]["round"], message.metadata.dst_node_id))
+            orders.append((message.content["instruction"]["round"], message.metadata.dst_node_id))
             run.grid.nodes = everyone
         return reply
 

@@ -207,7 +207,7 @@ def test_with_no_whole_checkpoint_it_begins_anew(interrupted, differences, tmp_p
     for number in (2, 3):
         (folder / f"checkpoint/round-000{number}/state.json").write_text("{}")
     grid = go_on(folder)
-    stages = [m.content["order"]["stage"] for m in grid.messages
+    stages = [m.content["instruction"]["stage"] for m in grid.messages
               if m.metadata.message_type == MessageType.TRAIN
               and not m.metadata.reply_to_message_id]  # fmt: skip
     assert stages == [1, 1, 2, 2, 2, 2]
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_run_is_refused(interrupted, tmp_path):
     for number, identity, words in [
         (4, replace(whole.run, name="demo-9"), "is of run 'demo-9', but this run is 'demo-1'"),
         (4, replace(whole.run, settings="0"), "is of a run with other settings"),
-        (5, whole.run, "is of exchange 5, behind the run's last one"),
+        (5, whole.run, "is of exchange 5, after the run's last one"),
     ]:
         foreign = save_checkpoint(
             folder / "checkpoint",
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_run_is_refused(interrupted, tmp_path):
             events=1,
         )
         config = load_config(f"{TWO} strategy.rounds=3")
-        opened = resume_module.continue_run(folder, config, TWO, name="x", flower_run="2")
+        opened = resume_module.resume_run(folder, config, TWO, name="x", flower_run="2")
         (reason,) = opened.folder.select("resume")[-1]["passed_over"]
         assert words in reason
         assert opened.identity.name == "demo-1" and not foreign.exists()
@@ -247,7 +247,7 @@ def test_events_that_are_gone_make_a_checkpoint_unusable(interrupted, tmp_path):
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     state = json.loads((folder / "checkpoint/round-0003/state.json").read_text())
     (folder / "metrics.jsonl").write_bytes(b"".join(lines[: state["events"] - 1]))
-    opened = resume_module.continue_run(folder, load_config(TWO), TWO, name="x", flower_run="2")
+    opened = resume_module.resume_run(folder, load_config(TWO), TWO, name="x", flower_run="2")
     (event,) = opened.folder.select("resume")
     assert event["round"] == 2
     assert "events, but metrics.jsonl has" in event["passed_over"][0]
@@ -258,7 +258,7 @@ def test_a_damaged_event_is_named(interrupted, tmp_path):
     (folder / "result.json").unlink()
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_bytes(b"".join([lines[0], b"no event\n", *lines[2:]]))
-    with pytest.raises(StateError, match=r"metrics\.jsonl, line 2, is no event"):
+    with pytest.raises(StateError, match=r"metrics\.jsonl, line 2, is not an event"):
         go_on(folder)
 
 
@@ -285,7 +285,7 @@ def test_settings_that_cannot_change_a_result_may_change(interrupted, tmp_path):
         "strategy.wait_seconds=7 strategy.round_timeout_seconds=99 run.restarts=0"
     )
     config = load_config(overrides)
-    opened = resume_module.continue_run(folder, config, overrides, name="x", flower_run="2")
+    opened = resume_module.resume_run(folder, config, overrides, name="x", flower_run="2")
     assert opened.checkpoint.server_round == 3
     assert "min_replies: 2" in (folder / "config.yaml").read_text()
 
@@ -314,14 +314,14 @@ def test_a_completed_run_has_nothing_left_to_do(interrupted, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="which holds no run to go on with"):
+    with pytest.raises(ConfigError, match="which holds no run"):
         go_on(tmp_path)
-    with pytest.raises(ConfigError, match="which is no folder"):
+    with pytest.raises(ConfigError, match="which is not a run folder"):
         resume_module.check_resumable(tmp_path / "nowhere", load_config())
     with pytest.raises(RunError, match="already holds a run.*`resume="):
         (tmp_path / "metrics.jsonl").touch()
         fresh(tmp_path)
-    with pytest.raises(RunError, match="but a resumed run goes on in"):
+    with pytest.raises(RunError, match="but the resumed run is in"):
         go(f"{TWO} resume={tmp_path} run.folder={tmp_path / 'other'}")
 
 
@@ -347,10 +347,10 @@ def test_events_are_on_the_disk_before_the_checkpoint_that_counts_them(tmp_path,
 
 
 def test_a_mistyped_folder_is_told_and_not_made(tmp_path):
-    with pytest.raises(ConfigError, match="which is no folder of a run"):
+    with pytest.raises(ConfigError, match="which is not a run folder"):
         go_on(tmp_path / "no" / "such" / "run")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="which holds no run to go on with"):
+    with pytest.raises(ConfigError, match="which holds no run"):
         go_on(tmp_path / "empty")
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 

@@ -20,7 +20,7 @@ from pilot_flwr.config.schema import PrivacyConfig
 from pilot_flwr.data.federation import Client
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.flower.codec import decode_state
-from pilot_flwr.flower.failures import OWN_ERROR
+from pilot_flwr.flower.messages import OWN_ERROR
 from pilot_flwr.formatting import LONGEST_REASON
 from pilot_flwr.protocol import Instruction
 from pilot_flwr.run.atomic import hold
@@ -196,7 +196,11 @@ def test_the_rest_of_several_rejected_updates_is_as_without_them(tmp_path):
     hostile = {"vqa-1": "task-adapter.vqa", "vqa-3": "lora"}
 
     def longer(message, reply):
-        part = hostile.get(message.content["order"]["client"]) if "order" in message.content else ""
+        part = (
+            hostile.get(message.content["instruction"]["client"])
+            if "instruction" in message.content
+            else ""
+        )
         if part and not reply.has_error():
             start = decode_state(message.content[part])
             for name, array in list(reply.content[part].items()):
@@ -205,7 +209,9 @@ def test_the_rest_of_several_rejected_updates_is_as_without_them(tmp_path):
         return reply
 
     def absent(message, reply):
-        gone = "order" in message.content and message.content["order"]["client"] in hostile
+        gone = (
+            "instruction" in message.content and message.content["instruction"]["client"] in hostile
+        )
         return Message(Error(0, "gone"), reply_to=message) if gone else reply
 
     states = []

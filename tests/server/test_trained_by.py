@@ -98,7 +98,7 @@ def test_without_the_client_that_trains_a_pooled_run_stops(tmp_path, monkeypatch
         raise RuntimeError("no room")
 
     monkeypatch.setattr("pilot_flwr.client.session.train", fail)
-    with pytest.raises(BelowMinimum, match="'vqa-0', which trains on the data of all, deliv.*no r"):
+    with pytest.raises(BelowMinimum, match="'vqa-0', which trains on the pooled data, deliv.*no r"):
         finish(tmp_path / "run", POOLED)
 
 

@@ -54,7 +54,7 @@ def test_an_exchange_below_the_minimum_is_repeated_as_if_it_had_not_been(tmp_pat
     failing = iter(range(2))
 
     def fail(message, reply):
-        if message.content["order"]["client"] == "vqa-1" and next(failing, None) is not None:
+        if message.content["instruction"]["client"] == "vqa-1" and next(failing, None) is not None:
             return Message(Error(0, "MemoryError: no"), reply_to=message)
         return reply
 
@@ -103,7 +103,9 @@ def test_stop_stops(tmp_path):
 def test_a_silent_client_is_given_up_after_the_timeout_and_the_round_closes(tmp_path):
     federation = Federation(tmp_path, f"{QUICK} strategy.round_timeout_seconds=0.5")
     on_train(
-        federation, 1, lambda m, reply: None if m.content["order"]["client"] == "vqa-0" else reply
+        federation,
+        1,
+        lambda m, reply: None if m.content["instruction"]["client"] == "vqa-0" else reply,
     )
     federation.run()
     (failure,) = federation.folder.select("failure")

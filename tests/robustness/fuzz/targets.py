@@ -29,14 +29,14 @@ from pilot_flwr.data.images import ImageFile
 from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.errors import ConfigError, DataError, StateError, UpdateError
-from pilot_flwr.flower import messages as replies
-from pilot_flwr.flower import messages as wire
+from pilot_flwr.flower import messages
 from pilot_flwr.flower.codec import decode_state, encode_state
 from pilot_flwr.protocol import (
     LOSSES,
     EvaluationResult,
     Instruction,
     Member,
+    RunInfo,
     SessionResult,
     Spent,
     TrainingResult,
@@ -87,7 +87,7 @@ def message_targets() -> dict[str, Target]:
     state = {"w": torch.ones(2, 3), "b": torch.ones(3).bfloat16()}
     order = Instruction(3, 2, ("vqa", "ocr"), {"vqa": state, "ocr": state}, state)
     packed = {task: encode_state(s) for task, s in order.adapters.items()}
-    run = wire.RunInfo("demo-1", "/runs/demo", "token")
+    run = RunInfo("demo-1", "/runs/demo", "token")
     training = TrainingResult(dict.fromkeys(LOSSES, 0.5), 6, 90, 1.5, {"lora": 10})
     result = SessionResult(
         state,
@@ -96,25 +96,25 @@ def message_targets() -> dict[str, Target]:
         EvaluationResult(0.5, "exact_match", 60, 0.5),
         Spent(1.0, 2.0, 1e-5, 1, 2),
     )
-    member = wire.encode_member(Member("vqa-0", "vqa", 90, 1), {"app": "0.1"})
+    member = messages.encode_member(Member("vqa-0", "vqa", 90, 1), {"app": "0.1"})
     contents = {
-        "order": wire.encode_instruction(order, run, "vqa-0", adapters=packed),
-        "update": replies.encode_result(result, order, "vqa-0", "vqa"),
+        "order": messages.encode_instruction(order, run, "vqa-0", adapters=packed),
+        "update": messages.encode_result(result, order, "vqa-0", "vqa"),
         "member": member,
-        "query": wire.encode_query(run, 3),
+        "query": messages.encode_query(run, 3),
     }
-    odd = {name: messages(content) for name, content in contents.items()}
+    odd = {name: odd_messages(content) for name, content in contents.items()}
     refused = (UpdateError,)
     arrays = [array.data for array in encode_state(state).values()]
     return {
         "array": Target(files(arrays), read_array, refused),
-        "order": Target(odd["order"], wire.decode_instruction, refused),
-        "run": Target(odd["query"], wire.decode_run, refused),
-        "query": Target(odd["query"], wire.decode_query, refused),
-        "member": Target(odd["member"], wire.decode_member, refused),
-        "identity": Target(odd["member"], wire.decode_identity, refused),
-        "update": Target(odd["update"], replies.decode_update, refused),
-        "report": Target(odd["update"], replies.decode_report, refused),
+        "order": Target(odd["order"], messages.decode_instruction, refused),
+        "run": Target(odd["query"], messages.decode_run, refused),
+        "query": Target(odd["query"], messages.decode_query, refused),
+        "member": Target(odd["member"], messages.decode_member, refused),
+        "identity": Target(odd["member"], messages.decode_identity, refused),
+        "update": Target(odd["update"], messages.decode_update, refused),
+        "report": Target(odd["update"], messages.decode_report, refused),
     }
 
 
@@ -125,7 +125,7 @@ def read_array(data: bytes) -> object:
     return decode_state(ArrayRecord({name: array}))
 
 
-def messages(valid: RecordDict) -> st.SearchStrategy[RecordDict]:
+def odd_messages(valid: RecordDict) -> st.SearchStrategy[RecordDict]:
     """Return a message with odd values, names, kinds of records and arrays."""
     tree = {
         name: dict(record) if not isinstance(record, ArrayRecord) else None
