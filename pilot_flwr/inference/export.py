@@ -1,10 +1,8 @@
-"""A personalised model as a folder that loads without this package.
+"""Export a personalised model as a folder that loads without this package.
 
 The folder holds the LoRA in peft's own format, the connector as safetensors, a description of
 its architecture, the file that loads both (`pilot_flwr.inference.standalone.modeling_pilot`, copied
-as it is) and a model card. The base model is named, not copied, unless it ships with this package.
-
-The model card of an exported model: where it comes from, how it scored, how to load it.
+unchanged) and a model card. The base model is named, not copied, unless it ships with this package.
 """
 
 import json
@@ -43,13 +41,7 @@ _CONNECTOR_GROUPS: dict[GroupName, str] = {
 
 
 def new_folder(folder: Path) -> None:
-    """Make the folder of an export.
-
-    Raises
-    ------
-    RunError
-        It is there and holds something, or cannot be made.
-    """
+    """Create the folder of an export; raise `RunError` if it holds something or cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -66,16 +58,16 @@ def export_model(
     end_token_ids: list[int],
     image_aspect_ratio: str,
 ) -> None:
-    """Write an assembled model.
+    """Write a loaded model.
 
     Parameters
     ----------
     model : PilotModel
-        With all states loaded.
+        For instance from `pilot_flwr.inference.runs.load_model`.
     folder : Path
         New or empty.
     client_adapter : bool
-        Whether ψ_s does anything: it does not in a consensus model, and is then left out.
+        Whether to write ψ_s; it is inert in a consensus model.
     end_token_ids : list of int
         Tokens that end an answer.
     image_aspect_ratio : {"keep", "pad"}
@@ -84,20 +76,18 @@ def export_model(
     Raises
     ------
     ModelError
-        The model has trained parameters that the exported format has no place for.
+        The model has parameters that the exported format has no place for.
     RunError
         The folder is not empty.
     """
     new_folder(folder)
-    groups = model.groups()
+    groups, connector = model.groups(), model.connector
     known = {"base", "lora", "residual", *_CONNECTOR_GROUPS}
     if strange := [group for group, named in groups.items() if named and group not in known]:
         raise ModelError(f"The export has no place for the parameters {', '.join(strange)}.")
-    connector = model.connector
     moa = isinstance(connector, CrossTaskMoA)
-    client_adapter &= bool(groups["client_adapter"]) and getattr(
-        connector, "use_client_adapter", True
-    )
+    used = getattr(connector, "use_client_adapter", True)
+    client_adapter &= bool(groups["client_adapter"]) and used
     first = model.state("own_task_adapter")
     base = _base(model.config, folder)
     description = {
@@ -105,9 +95,7 @@ def export_model(
         "base": base,
         "connector": {
             "stage": model.stage,
-            "tasks": list(connector.tasks)
-            if isinstance(connector, CrossTaskMoA)
-            else [model.own_task],
+            "tasks": list(getattr(connector, "tasks", (model.own_task,))),
             "client_adapter": client_adapter,
             "cross_task_adapters": bool(groups["cross_task_adapters"]),
             "in_features": first["linear_1.weight"].shape[1],
@@ -127,10 +115,10 @@ def export_model(
 
 
 def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
-    """Write Θ_l as peft does, for a `PeftModel` around the whole base model.
+    """Write Θ_l in peft's format, for a `PeftModel` around the whole base model.
 
-    What exact aggregation has added to the base is written with it, as more columns and rows of
-    its factors: a LoRA of a higher rank and of the same scale, α / r.
+    The residual of exact aggregation is appended to the factors: a LoRA of a higher rank and of
+    the same scale, α / r.
     """
     lora, state = model.config.lora, model.state("lora")
     if residual := model.state("residual"):
@@ -166,7 +154,7 @@ def _connector_tensors(model: PilotModel, *, moa: bool, client_adapter: bool) ->
 
 
 def _base(config: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Describe the base model; copy it if it cannot be had anywhere else."""
+    """Describe the base model; copy it if it ships with this package."""
     shipped = checkpoint_path(config.path)
     included = shipped != config.path
     if included:
@@ -182,7 +170,7 @@ def _base(config: ModelConfig, folder: Path) -> dict[str, Any]:
 
 
 Merged = Literal["", "plain", "wide"]
-"""How the model was merged: not at all, into transformers' own class, or into a wider one."""
+"""How the model was merged: not at all, into transformers' class, or into a wider subclass."""
 
 _LOAD: dict[Merged, str] = {
     "": """In this folder, with torch, transformers and peft:
@@ -192,10 +180,10 @@ from modeling_pilot import load
 model, processor = load(".")
 ```
 
-`load(folder, base)` takes the base model from another place than `connector.json` names; more
+`load(folder, base)` takes the base model from another place than `connector.json` names; further
 arguments go to its `from_pretrained` (`device_map`, `dtype`, `quantization_config`). Every key of
 every file is checked. `lora/` is in peft's own format. The connector replaces the base's
-projector, so neither part does what was trained without the other.""",
+projector: use both parts together.""",
     "plain": """A plain Hugging Face checkpoint:
 
 ```python
@@ -203,8 +191,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(".")
 processor = AutoProcessor.from_pretrained(".")
 ```""",
-    "wide": """The projector's hidden layer is twice as wide as transformers' own class takes
-(it ties that width to `text_config.hidden_size`), so the class is in this folder, in
+    "wide": """The projector's hidden layer is twice as wide as transformers' own class allows
+(it ties that width to `text_config.hidden_size`), so this folder contains the class, in
 `modeling_wide.py`; read it before you trust it:
 
 ```python
@@ -214,43 +202,50 @@ processor = AutoProcessor.from_pretrained(".")
 ```""",
 }
 
-_QUANTIZED = """The model was tuned on a base in 4 bit (NF4, double quantization, vision tower and
-projector left out); `load` takes the base as it is stored. To have the base that it was tuned on,
-give `load` the same `quantization_config`."""
+_QUANTIZED = """The model was tuned on a 4-bit base (NF4, double quantization, without vision tower
+and projector); `load` takes the base as it is stored. To get the base that it was tuned on, pass
+`load` the same `quantization_config`."""
 
 
-def model_card(run: Run, who: Selected, *, stage: int, merged: Merged = "", dtype: str = "") -> str:
-    """Return the card as Markdown.
+def model_card(
+    run: Run, selected: Selected, *, stage: int, merged: Merged = "", dtype: str = ""
+) -> str:
+    """Return the model card: origin, how to load and prompt the model, its scores.
 
     Parameters
     ----------
     run : Run
-        Where the model comes from.
-    who : Selected
-        Whose model it is.
+        The run.
+    selected : Selected
+        The model.
     stage : int
         Its architecture.
     merged : {"", "plain", "wide"}
         How it was merged.
     dtype : str
         Precision of a merged checkpoint.
+
+    Returns
+    -------
+    str
+        Markdown.
     """
     base, recorded = run.config.model, replace(run.recorded, run=RunConfig())
     parts = [
         _front_matter(base.path),
-        f"# {run.config.name}: {who.name}",
-        _what(run, who, stage),
+        f"# {run.config.name}: {selected.name}",
+        _what(run, selected, stage),
         *([f"Merged from the unquantised base, in {dtype}."] if merged else []),
         "## Load",
         _LOAD[merged],
         *([_QUANTIZED] if base.quantization != "none" and not merged else []),
         "## Prompts",
-        _prompts(run, who),
+        _prompts(run, selected),
         "## Scores in the run",
-        _scores(run, who),
+        _scores(run, selected),
         "## Licence",
-        f"The base model `{base.path}` has its own licence, which holds for what is made from it; "
-        "so may the training data. The code in this folder is under Apache 2.0.",
+        f"The base model `{base.path}` has its own licence, which covers derived models; the "
+        "training data may have one too. The code in this folder is under Apache 2.0.",
         "## Versions",
         f"pilot-flwr {__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__} at the time of this export.",
@@ -261,42 +256,44 @@ def model_card(run: Run, who: Selected, *, stage: int, merged: Merged = "", dtyp
 
 
 def _front_matter(base: str) -> str:
-    lines = [f"base_model: {base}"] if base.count("/") == 1 and not base.startswith("/") else []
-    tags = "tags: [federated-learning, pilot, llava]"
-    return "\n".join(
-        ["---", *lines, "library_name: transformers", "pipeline_tag: image-text-to-text", tags]
-        + ["---"]
-    )
+    hub = base.count("/") == 1 and not base.startswith("/")
+    lines = [
+        "---",
+        *([f"base_model: {base}"] if hub else []),
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "tags: [federated-learning, pilot, llava]",
+        "---",
+    ]
+    return "\n".join(lines)
 
 
-def _what(run: Run, who: Selected, stage: int) -> str:
-    exchange = run.checkpoint.server_round
-    paper = (
-        f"tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985) with the method "
-        f"`{run.recorded.strategy.name}`"
+def _what(run: Run, selected: Selected, stage: int) -> str:
+    origin = (
+        f"`{run.config.model.path}`, tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv "
+        f"2501.13985) with the method `{run.recorded.strategy.name}`"
     )
-    base = f"`{run.config.model.path}`"
-    if who.private is None:
+    task, after = f"task `{selected.task}`", f"after exchange {run.checkpoint.server_round}"
+    if selected.private is None:
         return (
-            f"{base}, {paper}: the consensus model of task `{who.task}` after exchange {exchange}. "
-            "It has the task's averaged adapter and the mean LoRA of the task's clients, and "
-            "nothing that is private to a client."
+            f"{origin}: the consensus model of {task} {after}. It has the task's averaged adapter "
+            "and the mean LoRA of the task's clients, and nothing private to a client."
         )
     first = "stage 1 (ψ_t + ψ_s)" if run.config.model.client_adapter else "stage 1 (ψ_t)"
-    architecture = first if stage == 1 else "stage 2 (CT-MoA)"
     warning = (
         " **It holds adapters that never left the client during the run; adapters can leak "
         "information about the data they were trained on.**"
     )
     return (
-        f"{base}, {paper}: the personalised model of client `{who.name}`, task `{who.task}`, after "
-        f"exchange {exchange}, in {architecture}." + ("" if who.private.empty else warning)
+        f"{origin}: the personalised model of client `{selected.name}`, {task}, {after}, in "
+        f"{first if stage == 1 else 'stage 2 (CT-MoA)'}."
+        + ("" if selected.private.empty else warning)
     )
 
 
-def _prompts(run: Run, who: Selected) -> str:
+def _prompts(run: Run, selected: Selected) -> str:
     data, lines = run.config.data, ["The base model's own chat template."]
-    if suffix := run.prompt_suffix(who.task):
+    if suffix := run.prompt_suffix(selected.task):
         lines.append(f"Every question of the task ended with a line of its own: `{suffix}`.")
     if run.config.model.system_prompt:
         lines.append(
@@ -304,18 +301,18 @@ def _prompts(run: Run, who: Selected) -> str:
         )
     if data.image_aspect_ratio == "pad":
         lines.append("Images were padded to a square in the image processor's mean colour.")
-    lines.append("The run's scores are of greedy answers (`do_sample=False`).")
-    lines.append(
+    lines += [
+        "The run's scores are of greedy answers (`do_sample=False`).",
         "In a conversation of several turns, every answer was followed by the tokenizer's end "
-        "token, also where the template leaves it out."
-    )
+        "token, even where the template leaves it out.",
+    ]
     return " ".join(lines)
 
 
-def _scores(run: Run, who: Selected) -> str:
-    rows = [event for event in last_scores(run) if event["task"] == who.task]
-    if who.client is not None:
-        rows = [event for event in rows if event["client"] == who.client.id]
+def _scores(run: Run, selected: Selected) -> str:
+    rows = [event for event in last_scores(run) if event["task"] == selected.task]
+    if selected.client is not None:
+        rows = [event for event in rows if event["client"] == selected.client.id]
     if not rows:
         return "None were recorded."
     lines = ["| client | metric | test examples | score |", "|---|---|---|---|"]
@@ -325,7 +322,6 @@ def _scores(run: Run, who: Selected) -> str:
         lines.append(
             f"| {event['client']} | {title} | {event['examples']} | {event['score']:.3f} |"
         )
-    text = "\n".join(lines)
-    if who.private is None:
-        text += "\n\nThese are of the clients' personalised models, not of this consensus model."
-    return text
+    if selected.private is None:
+        lines += ["", "Scores of the clients' personalised models, not of this consensus model."]
+    return "\n".join(lines)

@@ -1,9 +1,4 @@
-"""Ask a model that has been put together: conversations in, answers out.
-
-A conversation with a model: turns so far, and images in them.
-
-A file of LLaVA rows to be answered by a model: rows may lack the answer.
-"""
+"""Ask a loaded model: single examples, conversations, and files of questions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +23,7 @@ from pilot_flwr.model.resource_plan import out_of_memory_explained
 
 
 class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
-    """Hands on text as soon as it is sure that the next token does not change it."""
+    """Passes text on as soon as the next token cannot change it."""
 
     def __init__(self, tokenizer: Any, out: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -39,14 +34,14 @@ class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
 
 
 class Answerer:
-    """Answers conversations as the run's evaluation does: greedily, in its precision.
+    """Answers as the run's evaluation does: greedily, in its precision.
 
     Parameters
     ----------
     config : PilotConfig
         The run's.
     model : PilotModel
-        With all states loaded.
+        Loaded, for instance by `pilot_flwr.inference.runs.load_model`.
     keep : str
         If not empty, features of images are kept in memory under this name, by example id.
     """
@@ -79,7 +74,12 @@ class Answerer:
         progress : callable
             Gets the number of answers after every batch.
         piece : callable, optional
-            Gets the answer's text in pieces, as it comes; for a single example.
+            Gets the text of a single example's answer in pieces, as it is generated.
+
+        Returns
+        -------
+        list of str
+            One answer for each example.
 
         Raises
         ------
@@ -107,14 +107,12 @@ class Answerer:
             ).texts
 
     def end_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer: the template's and the checkpoint's own."""
-        own = self.model.llava.generation_config.eos_token_id
-        ends = {own} if isinstance(own, int) else set(own or ())
-        return sorted({int(end) for end in ends} | {self.collator.end_token_id()})
+        """Return the tokens that end an answer: the chat template's and the checkpoint's own."""
+        return self.model.end_tokens(self.collator.end_token_id())
 
 
 class Conversation:
-    """Questions and answers; every answer is given to the whole conversation before it.
+    """Questions and answers; the model sees the whole conversation each time.
 
     Parameters
     ----------
@@ -147,7 +145,12 @@ class Conversation:
         self._number += 1
 
     def show(self, path: Path) -> None:
-        """Put an image before the next question; ``~`` is the user's own folder.
+        """Put an image before the next question.
+
+        Parameters
+        ----------
+        path : Path
+            The image; ``~`` is the user's home folder.
 
         Raises
         ------
@@ -163,35 +166,45 @@ class Conversation:
         self._shown += (image,)
 
     def ask(self, question: str, piece: Callable[[str], None] | None = None) -> str:
-        """Return the model's answer; question and answer become part of the conversation.
+        """Ask a question; it and the answer become part of the conversation.
 
-        `piece` gets the answer's text as it comes.
+        Parameters
+        ----------
+        question : str
+            Without image markers.
+        piece : callable, optional
+            Gets the answer's text in pieces, as it is generated.
+
+        Returns
+        -------
+        str
+            The answer.
 
         Raises
         ------
         DataError
-            The question is empty, holds an image marker or is no text, or the conversation has
-            become longer than `train.max_length`; it then stays as it was.
+            The question is empty, holds an image marker or is not valid text, or the conversation
+            has become longer than `train.max_length`; it then stays as it was.
         """
         question = question.strip()
         if not question:
             raise DataError("The question is empty.")
         try:
             question.encode()
-        except UnicodeEncodeError:  # halves of characters: what the terminal gave is no UTF-8
-            raise DataError("The question is no text in UTF-8.") from None
+        except UnicodeEncodeError:  # lone surrogates: the terminal's input was not UTF-8
+            raise DataError("The question is not valid UTF-8.") from None
         if IMAGE_MARKER in question:
             raise DataError(f"The question must not hold {IMAGE_MARKER}; show an image instead.")
         lines = [*[IMAGE_MARKER] * len(self._shown), question, *filter(None, [self.suffix])]
         asked = (*self.turns, Turn("user", "\n".join(lines)))
         images = self.images + self._shown
-        # The last turn is what is asked for: the model does not see it.
+        # The last turn is the one to generate: the model does not see its text.
         example = Example(f"conversation {self._number}", images, (*asked, Turn("assistant", "?")))
-        (answer,) = self.answerer([example], max_new_tokens=self.max_new_tokens, piece=piece)
-        answer = answer.strip()
-        self.turns = (*asked, Turn("assistant", answer or "(no answer)"))
+        (reply,) = self.answerer([example], max_new_tokens=self.max_new_tokens, piece=piece)
+        reply = reply.strip()
+        self.turns = (*asked, Turn("assistant", reply or "(no answer)"))
         self.images, self._shown = images, ()
-        return answer
+        return reply
 
 
 _NO_ANSWER = {"from": "gpt", "value": "?"}  # generation starts from the turns before the last
@@ -203,7 +216,7 @@ class Questions(Sequence[Example]):
     Parameters
     ----------
     examples : LlavaExamples
-        Of one file.
+        The file's rows.
     """
 
     def __init__(self, examples: LlavaExamples) -> None:
@@ -213,17 +226,11 @@ class Questions(Sequence[Example]):
         return len(self.examples)
 
     def __getitem__(self, position: Any) -> Any:
-        """Return one example, or those of a slice; one without an answer has a placeholder.
-
-        Raises
-        ------
-        DataError
-            The row cannot be used; names file and row.
-        """
+        """Return one example, or those of a slice; a missing answer becomes a placeholder."""
         if isinstance(position, slice):
             return [self[n] for n in range(*position.indices(len(self)))]
         row = dict(self.examples.row(position))
-        if not has_answer(row) and isinstance(row.get("conversations"), list):
+        if not _has_answer(row) and isinstance(row.get("conversations"), list):
             row["conversations"] = [*row["conversations"], _NO_ANSWER]
         origin = self.examples.origin(position)
         return to_example(row, f"{position + 1}:", origin, self.examples.reading)
@@ -233,50 +240,28 @@ class Questions(Sequence[Example]):
         return str(self[position].prompt[-1].text)
 
     def references(self, position: int) -> list[str]:
-        """Return what the last answer would be scored against; empty if the row does not say."""
+        """Return what the last answer would be scored against; empty if the row has no answer."""
         row = self.examples.row(position)
-        if row.get("references") or has_answer(row):
+        if row.get("references") or _has_answer(row):
             return list(self[position].answers)
         return []
 
 
-def has_answer(row: Row) -> bool:
-    """Return whether the row's last turn is an answer."""
+def _has_answer(row: Row) -> bool:
     turns = row.get("conversations")
     last = turns[-1] if isinstance(turns, list) and turns else None
     return isinstance(last, dict) and last.get("from") == "gpt"
 
 
-def check_all(examples: Sequence[Example], answerer: Answerer) -> None:
-    """Raise unless every example can be answered, as far as rows and image headers tell.
-
-    So a broken row does not end the work in the middle of it.
-
-    Raises
-    ------
-    DataError
-        Names the first one, and counts the others.
-    """
-    errors = []
-    for position in range(len(examples)):
-        try:
-            answerer.collator.prompt(examples[position])
-        except DataError as error:
-            errors.append(str(error))
-    if errors:
-        others = f" {len(errors) - 1} more of {len(examples)} rows are broken."
-        raise DataError(errors[0] + (others if len(errors) > 1 else ""))
-
-
 def open_file(
     run: Run, task: str, answerer: Answerer, path: Path, images: Path | None, *, plain: bool = False
 ) -> LlavaExamples:
-    """Open a file of rows as the run's data is read: prompt suffix of the task, padding.
+    """Open a file of rows as the run reads its data: the task's prompt suffix, padding.
 
     Parameters
     ----------
     run : Run
-        Whose settings count.
+        Its settings apply.
     task : str
         The questions' task.
     answerer : Answerer
@@ -288,10 +273,15 @@ def open_file(
     plain : bool
         Leave the prompt suffix out.
 
+    Returns
+    -------
+    LlavaExamples
+        The rows, read on access.
+
     Raises
     ------
     DataError
-        The file cannot be read or has no rows, or the image folder is none.
+        The file cannot be read or has no rows, or `images` is not a folder.
     """
     if images is not None and not images.is_dir():
         raise DataError(f"`--images` is {str(images)!r} but must be a folder.")
@@ -305,3 +295,19 @@ def open_file(
     if not len(examples):
         raise DataError(f"{path} has no rows.")
     return examples
+
+
+def check_all(examples: Sequence[Example], answerer: Answerer) -> None:
+    """Raise `DataError` unless every example can be answered, judging by rows and image headers.
+
+    It names the first broken row and counts the others, so that none ends the work half-way.
+    """
+    errors = []
+    for position in range(len(examples)):
+        try:
+            answerer.collator.prompt(examples[position])
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        others = f" {len(errors) - 1} more of {len(examples)} rows are broken."
+        raise DataError(errors[0] + (others if len(errors) > 1 else ""))

@@ -1,4 +1,4 @@
-"""A stage-1 model as one plain checkpoint: LoRA and both adapters merged into the weights.
+"""Merge a stage-1 model into one checkpoint: LoRA and both adapters go into the weights.
 
 A LoRA is merged as peft does, ``W + α/r B A``. The sum of two adapters of one width C is one
 adapter with a hidden layer of width 2C, exactly::
@@ -6,7 +6,7 @@ adapter with a hidden layer of width 2C, exactly::
     W_1 = [W_1t; W_1s]   b_1 = [b_1t; b_1s]   W_2 = [W_2t  W_2s]   b_2 = b_2t + b_2s
 
 transformers' `LlavaMultiModalProjector` (and LLaVA-OneVision's) ties the hidden width to
-``text_config.hidden_size``, that is C, in its ``__init__``; it has no setting for it. So the sum
+``text_config.hidden_size``, that is C, in its ``__init__``; no setting changes it. So the sum
 is a plain checkpoint only where C hidden units are enough (`fold`), as for a consensus model,
 whose ψ_s is inert; else the checkpoint carries a subclass with the wider layer,
 `pilot_flwr.inference.standalone.modeling_wide`. CT-MoA of stage 2 weighs its experts by a router
@@ -65,7 +65,7 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     Parameters
     ----------
     model : PilotModel
-        In stage 1, with all states loaded; it is used up.
+        In stage 1; it is modified and must not be used again.
     folder : Path
         New or empty.
     end_token_ids : list of int
@@ -74,8 +74,8 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     Returns
     -------
     int
-        Width of the projector's hidden layer: C, the checkpoint is a plain one; 2C, it needs
-        the class that is in the folder.
+        Width of the projector's hidden layer: C for a plain checkpoint; more if it needs the
+        class that is in the folder.
     """
     connector = model.connector
     assert isinstance(connector, TaskClientConnector), "see check_mergeable"
@@ -91,7 +91,7 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     projector.load_state_dict(merged)
     llava.model.multi_modal_projector = projector.to(llava.dtype)
     llava.generation_config.eos_token_id = end_token_ids
-    # For a class that is not its own, transformers does not translate the names of older versions.
+    # transformers translates the parameter names of older versions for its own classes only.
     llava.save_pretrained(folder, save_original_format=hidden == width)
     _copy_processor(model.config, folder)
     if hidden > width:
@@ -100,7 +100,7 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
 
 
 def merge_lora(language_model: nn.Module) -> None:
-    """Merge Θ_l into the weights, in place, and take peft's layers out."""
+    """Merge Θ_l into the weights, in place, and remove peft's layers."""
     for name, layer in list(language_model.named_modules()):
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.merge(safe_merge=True)
@@ -116,7 +116,7 @@ def _as_one(connector: TaskClientConnector) -> State:
 
 @torch.no_grad()
 def sum_of_adapters(first: Adapter, second: Adapter) -> State:
-    """Return ``first + second`` as one adapter, exactly: its tensors, hidden width 2C."""
+    """Return the tensors of ``first + second`` as one adapter of hidden width 2C, exactly."""
     one, two = first.state_dict(), second.state_dict()
     merged = {
         "linear_1.weight": torch.cat([one["linear_1.weight"], two["linear_1.weight"]]),
@@ -129,10 +129,10 @@ def sum_of_adapters(first: Adapter, second: Adapter) -> State:
 
 
 def fold(adapter: State, width: int) -> State:
-    """Return the same adapter with a hidden layer of `width`, if so many units are enough.
+    """Return an equal adapter with a hidden layer of `width` if that many units are enough.
 
-    A unit whose weights out are zero is dropped, units with equal weights in become one, and
-    the rest is filled up with zeros. If more than `width` are left, `adapter` itself is returned.
+    Units with zero outgoing weights are dropped, units with equal incoming weights are joined,
+    and zeros fill up the rest. If more than `width` remain, `adapter` itself is returned.
     """
     inner, outer = adapter["linear_1.weight"], adapter["linear_2.weight"]
     bias = adapter.get("linear_1.bias")
@@ -158,7 +158,7 @@ def _fill(tensor: Tensor, length: int, dim: int) -> Tensor:
 
 
 def _copy_processor(config: ModelConfig, folder: Path) -> None:
-    """Copy the files of the base's tokenizer, chat template and image processor as they are."""
+    """Copy the files of the base's tokenizer, chat template and image processor unchanged."""
     for name in _PROCESSOR_FILES:
         file = cached_file(
             checkpoint_path(config.path),
@@ -171,7 +171,7 @@ def _copy_processor(config: ModelConfig, folder: Path) -> None:
 
 
 def _name_the_class(folder: Path, architecture: str, hidden: int) -> None:
-    """Let transformers find the class with the wider projector."""
+    """Name the class with the wider projector in config.json, and copy its file."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     name = modeling_wide.CLASSES[architecture]

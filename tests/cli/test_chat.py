@@ -68,9 +68,9 @@ def test_what_is_no_file_and_no_text_does_not_end_it_either(chat):
     assert len(answers) == 1
     assert "~no-such-user-at-all/x.png' cannot be opened" in said
     assert said.count("cannot be opened") == 3
-    assert "no text in UTF-8" in said
+    assert "not valid UTF-8" in said
     _, said = chat("--question", "caf\udce9", code=1)
-    assert "no text in UTF-8" in said
+    assert "not valid UTF-8" in said
     _, said = chat("--image", "~no-such-user-at-all/x.png", "--question", "What?", code=1)
     assert "cannot be opened" in said
 

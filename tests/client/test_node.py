@@ -244,7 +244,7 @@ def test_a_configured_federation_says_how_to_let_others_in():
 
 def test_the_demos_data_are_for_its_own_clients():
     stranger = client_of(client_id="hospital-a", task="vqa")
-    with pytest.raises(ConfigError, match="`data.source` is digits.*vqa-0, counting-0 alone"):
+    with pytest.raises(ConfigError, match="`data.source` is digits.*vqa-0, counting-0 only"):
         count_examples(OPEN.data, stranger, "train", seed=0)
 
 

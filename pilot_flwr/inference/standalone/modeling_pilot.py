@@ -1,7 +1,7 @@
 """Load a model that was tuned with Pilot, without the code that tuned it.
 
-This file lies beside the weights that it loads and needs torch, transformers, peft,
-safetensors and Pillow only::
+This file is part of the exported folder. It needs only torch, transformers, peft, safetensors and
+Pillow::
 
     from modeling_pilot import load
 
@@ -13,7 +13,7 @@ connector in place of the projector. It generates as the base model does. The fo
     connector.json           architecture of the connector, and the base model
     connector.safetensors    its weights
     lora/                    the LoRA in peft's own format
-    base/                    the base model, if it cannot be had elsewhere
+    base/                    the base model, if it is not published
 
 Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985.
 """
@@ -181,7 +181,7 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
 
 
 def _pad_images(image_processor: Any) -> None:
-    """Let the image processor pad first, in its mean colour: the model was tuned on such images."""
+    """Make the image processor pad first, in its mean colour, as in the tuning."""
     colour = tuple(math.floor(255 * mean) for mean in image_processor.image_mean)
     kind = type(image_processor)
 
@@ -216,9 +216,9 @@ def _source(folder: Path, description: dict[str, Any], base: str | Path | None) 
 
 
 def _load_lora(model: Any, file: Path) -> None:
-    """Check that the file has the model's LoRA and nothing else; take its values and dtype.
+    """Check that the file has exactly the model's LoRA; take its values and dtype.
 
-    `PeftModel.from_pretrained` warns of a missing key and says nothing of an unexpected one.
+    `PeftModel.from_pretrained` only warns of a missing key and ignores an unexpected one.
     """
     own = {
         name.replace(".default.", "."): parameter

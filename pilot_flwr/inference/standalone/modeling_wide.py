@@ -1,7 +1,7 @@
 """LLaVA with a wider hidden layer in its projector, for checkpoints that Pilot has merged.
 
-transformers ties that width to ``text_config.hidden_size``. This file lies in the checkpoint's
-folder and is the one difference from the model in transformers::
+transformers ties that width to ``text_config.hidden_size``. This file, part of the checkpoint's
+folder, is the only difference from the model in transformers::
 
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
