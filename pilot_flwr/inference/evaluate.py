@@ -17,6 +17,8 @@ from pilot_flwr.errors import DataError
 from pilot_flwr.inference.generate import Answerer, check_all, open_file
 from pilot_flwr.inference.runs import Run, Selected, last_scores, load_model
 from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.run import events
+from pilot_flwr.run.events import Evaluated
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def evaluate_models(
     DataError
         The examples cannot be read, or the metric cannot score against their references.
     """
-    recorded = {event["client"]: event for event in last_scores(run)}
+    recorded = {event.client: event for event in last_scores(run)}
     same_settings = _deciding_settings(run.config) == _deciding_settings(run.recorded)
     if not same_settings:
         say("The settings have changed: the run's own scores are not shown beside these.")
@@ -124,12 +126,12 @@ def evaluate_models(
         total = len(examples)
         answered = functools.partial(progress, client.id, total)
         score = score_examples(answerer, examples, metric, progress=answered)
-        event = recorded.get(client.id, {})
-        same = same_settings and selected.client is not None and event.get("metric") == metric
-        same = same and source.file is None and source.split == "test"
-        if same and event["examples"] != total:
-            say(f"{client.id}: the run scored {event['examples']} examples, not {total}.")
-            same = False
+        event = recorded.get(client.id) if same_settings and selected.client else None
+        if source.file is not None or source.split != "test" or (event and event.metric != metric):
+            event = None
+        if event and event.examples != total:
+            say(f"{client.id}: the run scored {event.examples} examples, not {total}.")
+            event = None
         rows.append(
             Scored(
                 client.id,
@@ -140,7 +142,7 @@ def evaluate_models(
                 total,
                 score,
                 METRICS[metric].approximate(),
-                event.get("score") if same else None,
+                event.score if event else None,
             )
         )
     return rows
@@ -186,18 +188,27 @@ def score_examples(
 
 def task_scores(scored: Sequence[Scored]) -> dict[str, float]:
     """Return the mean score of each task; every example counts the same."""
-    means = {}
-    for task in dict.fromkeys(row.task for row in scored):
-        rows = [row for row in scored if row.task == task]
-        examples = sum(row.examples for row in rows)
-        means[task] = sum(row.score * row.examples for row in rows) / examples
-    return means
+    evaluated = [
+        Evaluated(
+            exchange=0,
+            client=row.client,
+            task=row.task,
+            score=row.score,
+            metric=row.metric,
+            examples=row.examples,
+            seconds=0.0,
+        )
+        for row in scored
+    ]
+    return events.task_scores(evaluated, exchange=0)
 
 
 def mean_over_tasks(scored: Sequence[Scored]) -> float:
     """Return the mean of the tasks' scores; every task counts the same."""
-    means = task_scores(scored)
-    return sum(means.values()) / len(means)
+    scores = task_scores(scored)
+    mean = events.mean_over_tasks(scores, scores)
+    assert mean is not None, "nothing was scored"
+    return mean
 
 
 def _deciding_settings(config: PilotConfig) -> object:

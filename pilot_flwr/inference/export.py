@@ -310,18 +310,16 @@ def _prompts(run: Run, selected: Selected) -> str:
 
 
 def _scores(run: Run, selected: Selected) -> str:
-    rows = [event for event in last_scores(run) if event["task"] == selected.task]
+    rows = [event for event in last_scores(run) if event.task == selected.task]
     if selected.client is not None:
-        rows = [event for event in rows if event["client"] == selected.client.id]
+        rows = [event for event in rows if event.client == selected.client.id]
     if not rows:
         return "None were recorded."
     lines = ["| client | metric | test examples | score |", "|---|---|---|---|"]
     for event in rows:
-        metric = METRICS[event["metric"]]
+        metric = METRICS[event.metric]
         title = metric.title + (" (approximate)" if metric.approximate() else "")
-        lines.append(
-            f"| {event['client']} | {title} | {event['examples']} | {event['score']:.3f} |"
-        )
+        lines.append(f"| {event.client} | {title} | {event.examples} | {event.score:.3f} |")
     if selected.private is None:
         lines += ["", "Scores of the clients' personalised models, not of this consensus model."]
     return "\n".join(lines)

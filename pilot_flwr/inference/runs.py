@@ -29,7 +29,8 @@ from pilot_flwr.run.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
-from pilot_flwr.run.directory import Event, read_events
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import Evaluated, Event, select
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Run:
         The run's configuration with the user's overrides, and as it was.
     checkpoint : Checkpoint
         The server's state.
-    events : list of dict
+    events : list of Event
         The run's event log.
     notes : tuple of str
         What the user should know, for instance that a torn checkpoint was skipped.
@@ -289,9 +290,9 @@ def load_adapters(model: PilotModel, run: Run, selected: Selected) -> None:
     model.eval()
 
 
-def last_scores(run: Run) -> list[Event]:
+def last_scores(run: Run) -> list[Evaluated]:
     """Return the last recorded evaluation of every client, in the clients' order."""
-    last = {event["client"]: event for event in run.events if event["event"] == "evaluate"}
+    last = {event.client: event for event in select(run.events, Evaluated)}
     return [last[client.id] for client in run.clients() if client.id in last]
 
 
