@@ -8,7 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flowerlab import nothing_left
 from llava_files import write_federation
+
+from pilot_flwr.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -29,9 +32,12 @@ def pilot_flwr(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(300)
-def test_pilot_flwr_run_goes_through_both_stages(tmp_path):
-    done = pilot_flwr("experiment=demo", *SMALL, cwd=tmp_path)
+def test_pilot_flwr_run_goes_through_both_stages(tmp_path, monkeypatch):
+    quick = ("evaluation.max_new_tokens=2", "simulation.cpus=1", "run.report=false", "--verbose")
+    with nothing_left(monkeypatch):
+        done = pilot_flwr("experiment=demo", *SMALL, *quick, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Starting Flower Simulation" in done.stdout
     (run,) = (tmp_path / "outputs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["failures"]) == ("completed", [])
@@ -82,10 +88,10 @@ def test_own_data_from_files_to_a_model_that_answers(tmp_path):
     assert (tmp_path / "merged/config.json").is_file()
 
 
-def test_a_wrong_override_is_refused_before_anything_starts(tmp_path):
-    done = pilot_flwr("strategy.num_neighbors=0", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "`strategy.num_neighbors` is 0 but must be at least 1." in done.stderr
+def test_a_wrong_override_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "strategy.num_neighbors=0"]) == 2
+    assert "`strategy.num_neighbors` is 0 but must be at least 1." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

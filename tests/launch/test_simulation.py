@@ -32,6 +32,7 @@ def run(app: Path, folder: Path, **options):
     return outcome, out
 
 
+@pytest.mark.slow  # its faster sibling is test_end_to_end.py's first test
 def test_a_run_with_ray_succeeds_and_leaves_nothing(tmp_path: Path, monkeypatch):
     folder = tmp_path / "run"
     with nothing_left(monkeypatch):
