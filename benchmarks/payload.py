@@ -1,19 +1,18 @@
-"""Send what LLaVA-1.5-7B's clients send, through a deployment, and watch the memory.
+"""Send the payload of LLaVA-1.5-7B's clients through a deployment, and measure memory.
 
 The base model here is a random one of 0.4 B parameters whose layers are as wide as those of the 7B
 model (4,096, images 1,024) and as many (32), but thin inside. With a LoRA of rank 160 the
 projector's adapter and the LoRA have, to the number, as many parameters in as many tensors as those
 of LLaVA-1.5-7B at the paper's rank 64: 180,887,552 in 452, sent as bfloat16. One federation over
-TLS with node keys is started on this machine by the commands of ``docs/deployment.md``; its one
-site trains both stages, so its second exchange also gets the other tasks' adapters. Everything goes
-through the app itself: codec, strategy, aggregation, checkpoint, private state.
+TLS with node keys is started on this machine by the commands of the deployment guide; its one
+site trains both stages, so its second exchange also receives the other tasks' adapters. The app
+itself does it all: codec, strategy, aggregation, checkpoint, private state.
 
-Memory is resident memory, highest at one look out of five a second: of each machine's processes
-together, and of each program by itself.
+Memory is resident memory, the highest of five samples a second: of each machine's processes
+together, and of each program.
 
 Run ``python benchmarks/payload.py`` (about 6 minutes, 10 GiB, 6 GB of disk) to renew
-``benchmarks/results/payload.json``, or ``--quick`` to see the same at a size that sends little,
-with nothing written.
+``benchmarks/results/payload.json``, or ``--quick`` to send a small payload and write nothing.
 """
 
 import argparse
@@ -57,15 +56,19 @@ def measure(folder: Path, size: Size, rank: int) -> dict[str, Any]:
         site_config=f'model-path = "{base}"\n',
     )
     lives = {SITE: [seen.began for seen in done.watch.lives(SITE, "flwr-clientapp")]}
-    turns = [event for event in done.events if event["event"] == "train"]
+    sessions = [event for event in done.events if event["event"] == "train"]
     return {
         "base_parameters": parameters,
         "gateway": done.gateway,
         "exchanges": [
-            {"stage": turn["stage"], "down_bytes": turn["bytes_down"], "up_bytes": turn["bytes_up"]}
+            {
+                "stage": session["stage"],
+                "down_bytes": session["bytes_down"],
+                "up_bytes": session["bytes_up"],
+            }
             | times
-            for turn, times in zip(
-                turns, measure_exchanges(done.events, done.began, lives), strict=True
+            for session, times in zip(
+                sessions, measure_exchanges(done.events, done.began, lives), strict=True
             )
         ],
         "peak_bytes": {

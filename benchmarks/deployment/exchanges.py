@@ -1,18 +1,18 @@
-"""Where the seconds of a deployed exchange go, from the run's events and its processes' lives.
+"""Split the time of a deployed exchange into parts, by the run's events and its processes' lives.
 
-An exchange of one client is, one after the other::
+The parts of an exchange with one client, in order::
 
-    roster      the server asks who is there: a fresh process at the site answers
-    dispatch    the order's way until the site's next process begins
-    start       that process: Python, imports, fetching the order, reading the settings
-    base        its turn without work: the base model, data, private state
+    roster      the server queries the clients: a fresh process at the site answers
+    dispatch    the instruction travels until the site's next process begins
+    start       that process: Python, imports, fetching the instruction, reading the settings
+    base        its session without work: the base model, data, private state
     work        evaluation and training
-    reply       what was trained is packed, sent and fetched; the server polls for it
+    reply       the result is packed, sent and fetched; the server polls for it
     server      aggregation and events
     checkpoint  written before the next exchange begins
 
-With several clients the parts of each are averaged, and what all of them wait for is larger: the
-seconds without work of an exchange are its wall time less the time in which a client worked.
+With several clients each part is their mean. The seconds without work of an exchange are its wall
+time less the time in which at least one client worked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ PARTS = ("roster", "dispatch", "start", "base", "work", "reply", "server", "chec
 
 
 def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> list[dict[str, Any]]:
-    """Measure every exchange of a run.
+    """Split every exchange of a run.
 
     Parameters
     ----------
@@ -48,21 +48,22 @@ def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> li
         following = [e for e in events if e["event"] == "round" and e["round"] == number + 1]
         checkpoint = [ends[number + 1] - e["seconds"] - ends[number] for e in following]
         called = began + next(e["elapsed"] for e in own if e["event"] == "roster")
-        turns = [e for e in own if e["event"] == "train"]
-        came = [began + turn["elapsed"] for turn in turns]
+        sessions = [e for e in own if e["event"] == "train"]
+        came = [began + session["elapsed"] for session in sessions]
         clients = [
-            _client(turn, scores.get(turn["client"], 0.0), called, began, lives) for turn in turns
+            _client(session, scores.get(session["client"], 0.0), called, began, lives)
+            for session in sessions
         ]
         parts = {name: mean(client[name] for client in clients) for name in clients[0]}
         parts |= {"roster": called - begin, "server": ends[number] - max(came)}
         if checkpoint:
             parts["checkpoint"] = checkpoint[0]
         wall = closed["seconds"] + sum(checkpoint)
-        work = _union([i for t in turns for i in _intervals(t, scores.get(t["client"], 0.0))])
+        work = _union([i for s in sessions for i in _intervals(s, scores.get(s["client"], 0.0))])
         found.append(
             {
                 "exchange": number,
-                "clients": len(turns),
+                "clients": len(sessions),
                 "wall_seconds": round(wall, 2),
                 "without_work_seconds": round(wall - work, 2),
                 "parts_seconds": {n: round(parts[n], 2) for n in PARTS if n in parts},
@@ -72,17 +73,17 @@ def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> li
 
 
 def _client(
-    turn: Event, evaluation: float, called: float, began: float, lives: Lives
+    session: Event, evaluation: float, called: float, began: float, lives: Lives
 ) -> dict[str, float]:
-    started, seconds = turn["started"], turn["turn_seconds"]
-    process = max(moment for moment in lives[turn["client"]] if moment <= started)
-    work = turn["seconds"] + evaluation
+    started, seconds = session["started"], session["turn_seconds"]
+    process = max(moment for moment in lives[session["client"]] if moment <= started)
+    work = session["seconds"] + evaluation
     return {
         "dispatch": process - called,
         "start": started - process,
         "base": seconds - work,
         "work": work,
-        "reply": began + turn["elapsed"] - started - seconds,
+        "reply": began + session["elapsed"] - started - seconds,
     }
 
 
@@ -90,17 +91,17 @@ def _evaluated(event: Event, number: int) -> bool:
     return event["event"] == "evaluate" and event["round"] == number
 
 
-def _intervals(turn: Event, evaluation: float) -> list[tuple[float, float]]:
-    """Return when a client worked: training ends its turn, evaluation comes before it.
+def _intervals(session: Event, evaluation: float) -> list[tuple[float, float]]:
+    """Return when a client worked: training ends its session, evaluation precedes it.
 
-    The events do not say when the evaluation began; it is set right before the training.
+    The events do not record when the evaluation began; it is assumed directly before the training.
     """
-    ended = turn["started"] + turn["turn_seconds"]
-    return [(ended - turn["seconds"] - evaluation, ended)]
+    ended = session["started"] + session["turn_seconds"]
+    return [(ended - session["seconds"] - evaluation, ended)]
 
 
 def _union(intervals: Sequence[tuple[float, float]]) -> float:
-    """Return how long at least one of the intervals runs."""
+    """Return the length of the intervals' union."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(intervals):
         total += max(0.0, last - max(first, end))

@@ -1,7 +1,7 @@
-"""A federation on loopback by the commands of ``docs/deployment.md``, watched while it runs.
+"""Run a federation on loopback by the commands of the deployment guide, and watch it.
 
-The page's blocks are executed by what the tests execute them with (``tests/deployment``): a server
-with TLS, node keys and, where nginx is installed, the gateway; and sites with data of their own.
+``tests/deployment`` executes the guide's blocks: a server with TLS, node keys and, where nginx is
+installed, the gateway; and sites with their own data.
 """
 
 import json
@@ -27,7 +27,7 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its events, when it began (seconds since 1970), what was seen of it."""
+    """A finished run: its events, when it began (seconds since 1970), its processes."""
 
     events: list[dict[str, Any]]
     began: float
@@ -44,16 +44,16 @@ def run_federation(
     test: int = 4,
     site_config: str = "",
 ) -> Measured:
-    """Start a server and sites, run a federation over them, end all.
+    """Start a server and sites, run a federation over them, stop all.
 
     Parameters
     ----------
     folder : Path
-        For everything; it must not exist.
+        For all files; it must not exist.
     sites : Mapping[str, str]
         Task of each site, by its name.
     words : str
-        Overrides of the run, behind those of the page.
+        Overrides of the run, after those of the guide.
     train, test : int
         Examples of each site.
     site_config : str

@@ -1,15 +1,14 @@
 """Measure what an exchange of a deployment costs besides training and evaluation.
 
-Flower starts a fresh process for every message, so each exchange begins with Python, torch and the
-base model anew. A federation over TLS with node keys is started on this machine by the commands of
-``docs/deployment.md``, and the seconds of its exchanges are split into where they go
-(`deployment.exchanges`). It has one site, as several would share this machine's cores, and real
-ones do not. The base models are the shipped ``tiny-llava`` and a random checkpoint of 0.5 B
-parameters in Hugging Face format, read from the operating system's file cache, the best case.
+Flower starts a fresh process for every message, so each exchange loads Python, torch and the base
+model again. A federation over TLS with node keys is started on this machine by the commands of the
+deployment guide, and the time of its exchanges is split into parts (`deployment.exchanges`). It has
+one site: several would share this machine's cores, which real ones do not. The base models are the
+shipped ``tiny-llava`` and a random checkpoint of 0.5 B parameters in Hugging Face format, read from
+the operating system's file cache, the best case.
 
 Run ``python benchmarks/deployment/run.py`` (about 6 minutes, 6 GiB, 2 GB of disk) to renew
-``benchmarks/results/deployment.json``; ``--quick`` splits a run that is only made up and writes
-nothing.
+``benchmarks/results/deployment.json``; ``--quick`` splits a made-up run and writes nothing.
 """
 
 import argparse
@@ -49,7 +48,7 @@ def measure(folder: Path, *, base: Path | None = None) -> dict[str, Any]:
 def summary(exchanges: list[dict[str, Any]]) -> dict[str, Any]:
     """Return all exchanges and the mean over those after the first one.
 
-    The first exchange also waits for its sites, and gives the file cache what later ones find.
+    The first exchange also waits for its sites, and fills the file cache for later ones.
     """
     later = exchanges[1:]
     means = {
@@ -65,14 +64,19 @@ def summary(exchanges: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_example() -> dict[str, Any]:
-    """Split a made-up run of two clients: exchange 2 has 4 s of roster, 20 s of turns, 1 s more."""
+    """Split a made-up run of two clients: exchange 2 is 4 s of roster, 20 s of sessions, 1 s."""
     events: list[dict[str, Any]] = []
     for number, begin in ((1, 0.0), (2, 30.0)):
         events.append({"event": "roster", "round": number, "elapsed": begin + 4.0})
         for client in "ab":
-            turn = {"event": "train", "round": number, "client": client, "started": begin + 110.0}
-            turn |= {"turn_seconds": 12.0, "seconds": 8.0, "elapsed": begin + 24.0}
-            events.append(turn)
+            session = {
+                "event": "train",
+                "round": number,
+                "client": client,
+                "started": begin + 110.0,
+            }
+            session |= {"turn_seconds": 12.0, "seconds": 8.0, "elapsed": begin + 24.0}
+            events.append(session)
             score = {"event": "evaluate", "round": number - 1, "client": client, "seconds": 1.0}
             events.append(score)
         events.append({"event": "round", "round": number, "elapsed": begin + 25.0, "seconds": 25.0})

@@ -1,8 +1,8 @@
-"""The processes of a deployment while it runs: how long each lived, and how much memory it took.
+"""Observe a deployment's processes while it runs: how long each lives, how much memory it takes.
 
-The figures come from outside, by looking at all processes several times a second; nothing is added
-to the programs. Memory is resident memory as the operating system counts it for a process, so what
-several processes share (libraries, a file mapped by both) is counted by each.
+All processes are sampled several times a second from outside; nothing is added to the programs.
+Memory is a process's resident memory as the operating system counts it, so memory that several
+processes share (libraries, a file mapped by both) is counted for each.
 """
 
 import threading
@@ -28,7 +28,7 @@ PROGRAMS = (
 
 @dataclass
 class Seen:
-    """One process: when it began and was last there (seconds since 1970), its peak in bytes."""
+    """One process: when it began and was last seen (seconds since 1970), its peak in bytes."""
 
     machine: str
     program: str
@@ -38,21 +38,10 @@ class Seen:
 
 
 class Watch:
-    """Looks at the processes of machines until it is left.
+    """Samples the processes of machines every `pause` seconds while the block runs.
 
-    Parameters
-    ----------
-    machines : Mapping[str, callable]
-        For every machine a function that returns the ids of the processes that started it all.
-    pause : float
-        Seconds between two looks.
-
-    Attributes
-    ----------
-    seen : dict
-        What was seen of each process.
-    peaks : dict
-        Machine → most bytes that all its processes had at one look.
+    `machines` has, for each machine, a function that returns the ids of its root processes. `seen`
+    holds every process; `peaks` the most bytes that a machine's processes had in one sample.
     """
 
     def __init__(
@@ -96,9 +85,9 @@ class Watch:
             for process in psutil.process_iter(["ppid"]):
                 children[process.info["ppid"]].append(process)
             for machine, roots in self._machines.items():
-                self._look(machine, _descendants(roots(), children))
+                self._sample(machine, _descendants(roots(), children))
 
-    def _look(self, machine: str, processes: Iterable[psutil.Process]) -> None:
+    def _sample(self, machine: str, processes: Iterable[psutil.Process]) -> None:
         total, now = 0, time.time()
         for process in processes:
             with suppress(psutil.Error):
@@ -107,7 +96,7 @@ class Watch:
                 key = (process.pid, process.create_time())
                 if key not in self.seen:
                     if not (program := _program(process)):
-                        continue  # still the shell that becomes it
+                        continue  # still the shell that will exec it
                     self.seen[key] = Seen(machine, program, key[1], now, used)
                 seen = self.seen[key]
                 seen.last, seen.peak = now, max(seen.peak, used)
@@ -127,6 +116,6 @@ def _descendants(roots: Iterable[int], children: Mapping[int, list[Any]]) -> lis
 
 
 def _program(process: psutil.Process) -> str:
-    """Return which of `PROGRAMS` a process is, by the words of its command line."""
+    """Return which of `PROGRAMS` a process runs, by its command line."""
     names = {word.rsplit("/", 1)[-1] for word in process.cmdline()[:3]}
     return next((name for name in PROGRAMS if name in names), "")

@@ -40,7 +40,7 @@ def free_port() -> int:
 
 
 class Machine:
-    """One machine of the page: a folder, the values of its settings, and what runs there.
+    """One machine of the page: a folder, the values of its settings, and its processes.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class Machine:
     def run(self, block: str, *, timeout: float = 300, check: bool = True, add: str = "") -> str:
         """Execute a block to its end and return what it printed; `code` has its exit code.
 
-        `add` are words more for its last command.
+        `add` is appended to its last command.
         """
         script = self.script(block)
         return self.run_script(f"{script} {add}" if add else script, timeout=timeout, check=check)
@@ -93,7 +93,7 @@ class Machine:
         return output
 
     def start(self, block: str, *, script: str = "") -> Path:
-        """Start a block, or a script of the test's own, that goes on; return its log."""
+        """Start a block, or a script of the test's own, in the background; return its log."""
         log = self.folder / f"{block}.log"
         with log.open("ab") as stream:
             process = subprocess.Popen(
@@ -109,11 +109,11 @@ class Machine:
         return log
 
     def is_running(self) -> bool:
-        """Tell whether the block started last still runs."""
+        """Return whether the block started last still runs."""
         return self._running[-1].poll() is None
 
     def ended(self, *, seconds: float = 180) -> int:
-        """Wait until the block started last has ended by itself; return its exit code."""
+        """Wait until the block started last has ended; return its exit code."""
         return self._running[-1].wait(timeout=seconds)
 
     def roots(self) -> list[int]:
@@ -121,7 +121,7 @@ class Machine:
         return [child.pid for child in self._running]
 
     def processes(self) -> list[psutil.Process]:
-        """Return what was started here and still runs, with all that it started."""
+        """Return the processes started here that still run, with their descendants."""
         found = []
         for child in self._running:
             with suppress(psutil.Error):
@@ -136,7 +136,7 @@ class Machine:
                 process.send_signal(signal.SIGKILL)
         for child in self._running:
             with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # children of one that has ended by itself
+                os.killpg(child.pid, signal.SIGKILL)  # children of one that has ended
             child.wait()
         self._running.clear()
 
@@ -174,7 +174,7 @@ def wait_for(log: Path, words: str, machine: Machine, *, seconds: float = 180) -
 
 
 def wait_for_either(log: Path, words: str, machine: Machine, *, seconds: float = 180) -> bool:
-    """Wait until `words` are in what is yet to be written, or the writer ended: return which."""
+    """Wait until new lines have `words` (return True) or the writer has ended (return False)."""
     before = log.read_text(errors="replace").count(words)
     wait_until(
         lambda: log.read_text(errors="replace").count(words) > before or not machine.is_running(),
@@ -184,7 +184,7 @@ def wait_for_either(log: Path, words: str, machine: Machine, *, seconds: float =
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -203,5 +203,5 @@ def wait_for_port(port: int, machine: Machine, *, seconds: float = 60) -> None:
 
 
 def has_nginx() -> bool:
-    """Tell whether the gateway of the page can be started here."""
+    """Return whether the gateway of the page can be started here."""
     return shutil.which("nginx") is not None

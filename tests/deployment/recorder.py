@@ -1,4 +1,4 @@
-"""Everything that passes between two machines: a TCP proxy that writes down each byte."""
+"""Record all traffic between two machines: a TCP proxy that keeps each byte."""
 
 import socket
 import threading
@@ -6,7 +6,7 @@ from contextlib import suppress
 
 
 class Recorder:
-    """Listens on a port of 127.0.0.1 and passes everything on to another one.
+    """Listens on a port of 127.0.0.1 and forwards everything to another one.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Recorder:
             threading.Thread(target=self._connect, args=(near,), daemon=True).start()
 
     def _connect(self, near: socket.socket) -> None:
-        """Pass both ways on until both are closed, then let go of the sockets."""
+        """Forward both ways until both are closed, then close the sockets."""
         with near, socket.socket() as far:
             try:
                 far.connect(("127.0.0.1", self._target))
@@ -61,13 +61,13 @@ class Recorder:
                 with self._lock:
                     self._streams.append((way, data))
                 arguments = (source, sink, data)
-                ways.append(threading.Thread(target=self._pass_on, args=arguments, daemon=True))
+                ways.append(threading.Thread(target=self._forward, args=arguments, daemon=True))
                 ways[-1].start()
             for thread in ways:
                 thread.join()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket, data: bytearray) -> None:
-        """Write down all that comes, and pass it on as long as somebody takes it."""
+    def _forward(self, source: socket.socket, sink: socket.socket, data: bytearray) -> None:
+        """Record what arrives, and forward it as long as the receiver accepts it."""
         taken = True
         with suppress(OSError):
             while piece := source.recv(1 << 16):
@@ -83,10 +83,10 @@ class Recorder:
 
 
 class Windows:
-    """Short pieces of a secret, to look for in a recording.
+    """Short pieces of a secret, to search for in a recording.
 
-    A piece has 64 bytes, far below what a frame of HTTP cuts apart, and enough different values
-    that it does not occur by chance: stretches of zeros or of one colour are passed over.
+    A piece has 64 bytes, far less than an HTTP frame, and enough different values that it does not
+    occur by chance: stretches of zeros or of one colour are skipped.
     """
 
     SIZE = 64

@@ -1,4 +1,4 @@
-"""What ``docs/deployment.md`` says and the federation's test does not execute."""
+"""The parts of the deployment guide that the federation's test does not execute."""
 
 import re
 import shlex

@@ -1,8 +1,8 @@
-"""No byte of what is private passes the wire: everything between sites and server is recorded.
+"""No private byte passes the wire: all traffic between sites and server is recorded.
 
-The deployment is without TLS, so that what the proxies write down is what Flower sends: HTTP/1.1
-with bodies that are not compressed, in which an array's bytes stand in one piece. What is sent is
-found in the recording by the same search that does not find what is private.
+The deployment is without TLS, so the proxies record what Flower sends: HTTP/1.1 with uncompressed
+bodies, in which an array's bytes are contiguous. The search that finds no private byte in the
+recording does find what is sent.
 """
 
 import json
