@@ -10,6 +10,7 @@ environment variables or other files are refused, on the command line as well, s
 client accepts whatever the user's machine accepts.
 """
 
+import copy
 import functools
 import re
 import shlex
@@ -68,6 +69,12 @@ def load_config(overrides: str = "") -> PilotConfig:
     interpolations (``${...}``), packages (``group@package``), keys of Hydra itself, deletions
     (``~key``), sweeps, and a choice that its group does not have.
     """
+    _store_schema()  # a sweep's worker starts every job without it
+    return copy.deepcopy(_compose(overrides))
+
+
+@functools.lru_cache(maxsize=32)  # Hydra takes 0.2 seconds, and a launch needs one string often
+def _compose(overrides: str) -> PilotConfig:
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -83,7 +90,6 @@ def load_config(overrides: str = "") -> PilotConfig:
     try:
         for override in OverridesParser.create().parse_overrides(arguments):
             _check_override(override)
-        _store_schema()
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             composed = compose("config", overrides=arguments)
         config = OmegaConf.to_object(composed)
@@ -201,7 +207,7 @@ def _check_plain(text: str) -> None:
 def _store_schema() -> None:
     from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()  # of a sweep's worker, replaced with every job
+    store = ConfigStore.instance()
     if "schema.yaml" not in store.repo:
         store.store(name="schema", node=_schema())
 

@@ -1,7 +1,8 @@
-"""The command line: exit codes, messages, and what stands where."""
+"""``pilot-flwr run``: exit codes, messages, restarts, resuming."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,22 @@ from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.outcome import Outcome
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def tmp_path(base):
+    """One folder for all tests, emptied: equal overrides are composed once."""
+    for entry in base.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return base
+
+
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
-    """Take the launcher's place: note the call, write a summary, give back `outcome`."""
+    """Replace the launcher: record the call, write a summary, return `outcome`."""
 
     class Stub:
         outcome: Outcome | Exception = Outcome(succeeded=True)
@@ -69,7 +83,7 @@ def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tm
         return Outcome(succeeded=True)
 
     launch_module.launch = leave  # put back by the fixture
-    assert cli.main(["run"]) == 0
+    assert cli.main(["run", "run.folder=run"]) == 0
     out = capsys.readouterr().out
     assert "1 of 2" in out
     (first,) = [line for line in out.splitlines() if "Θ_l 2 MB" in line]
@@ -93,7 +107,7 @@ def test_a_relative_base_model_is_made_absolute(launched, tmp_path):
 
 def test_a_failed_run_is_exit_code_1(launched, capsys):
     launched.outcome = Outcome(False, ("Client c1 failed.", "Full log: x"))
-    assert cli.main(["run"]) == 1
+    assert cli.main(["run", "run.folder=run"]) == 1
     folder = launched.calls[0][3]
     assert capsys.readouterr().err == (
         "\nThe run failed.\nClient c1 failed.\nFull log: x\n"
@@ -115,7 +129,7 @@ def test_other_ends(launched, capsys, monkeypatch, error, code, words):
         raise error
 
     monkeypatch.setattr(launch_module, "launch", stop)
-    assert cli.main(["run"]) == code
+    assert cli.main(["run", "run.folder=run"]) == code
     assert words in capsys.readouterr().err
 
 
@@ -195,7 +209,7 @@ def test_two_commands_at_a_time_do_not_meet(tmp_path: Path, monkeypatch):
 
 def test_an_error_of_the_system_is_one_line(launched, capsys):
     launched.outcome = OSError(28, "No space left on device", "/data/runs")
-    assert cli.main(["run"]) == 1
+    assert cli.main(["run", "run.folder=run"]) == 1
     assert capsys.readouterr().err == (
         "pilot-flwr: [Errno 28] No space left on device: '/data/runs'\n"
     )
@@ -345,7 +359,7 @@ def test_a_run_at_its_end_has_nothing_to_go_on_with(launched, capsys):
         return Outcome(False, ("Client c failed.",))
 
     launch_module.launch = end  # put back by the fixture
-    assert cli.main(["run"]) == 1
+    assert cli.main(["run", "run.folder=run"]) == 1
     error = capsys.readouterr().err
     assert "Client c failed." in error and "To go on" not in error
 

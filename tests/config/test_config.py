@@ -1,17 +1,27 @@
+import ast
 import dataclasses
+import itertools
+from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pilot_flwr.config.loading import (
-    config_folder,
-    from_yaml,
-    load_config,
-    to_dict,
-    to_yaml,
+from pilot_flwr.config import data, model, schema
+from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.loading import config_folder, from_yaml, load_config, to_dict, to_yaml
+from pilot_flwr.config.model import LoraConfig, ModelConfig
+from pilot_flwr.config.rules import limits
+from pilot_flwr.config.schema import (
+    DifferenceLossConfig,
+    PilotConfig,
+    SimulationConfig,
+    StageConfig,
+    StrategyConfig,
+    TrainConfig,
+    UpdateNormConfig,
 )
-from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError
 
 
@@ -43,43 +53,106 @@ def test_text_becomes_the_type_of_the_field():
         ("strategy.rounds", "strategy.rounds"),
         ("'open", "No closing quotation"),
         ("strategy.num_neighbors=0", r"`strategy\.num_neighbors` is 0 but must be at least 1\."),
-        ("strategy.rounds=0", r"`strategy\.rounds` is 0 but must be at least 1\."),
-        ("strategy.lora=best", r"`strategy\.lora` is 'best' but must be one of adaptive, task"),
         ("strategy.min_replies=10", "at most the number of clients, 9"),
-        ("strategy.update_norm.action=drop", "must be one of off, warn, clip, reject"),
-        ("strategy.update_norm.factor=0.5", r"`strategy\.update_norm\.factor` is 0\.5 but must be"),
-        ("strategy.max_examples=-1", r"`strategy\.max_examples` is -1 but must be at least 0"),
-        ("strategy.wait_seconds=-1", r"`strategy\.wait_seconds` is -1\.0 but must be above 0"),
         ("train.stage2.connector_lr=0", r"`train\.stage2\.connector_lr` is 0\.0 but must be above"),
-        ("train.stage1.lora_lr=nan", r"`train\.stage1\.lora_lr` is nan but must be above 0"),
-        ("train.warmup_ratio=1", r"`train\.warmup_ratio` is 1\.0 but must be at least 0 and below"),
-        ("train.difference_loss.reduction=sum", "one of normalized, frobenius, official"),
-        ("train.difference_loss.weight=-1", r"`train\.difference_loss\.weight` is -1\.0"),
-        ("model.initialisation=random", "one of identity, official"),
-        ("model.lora.rank=0", r"`model\.lora\.rank` is 0 but must be at least 1"),
-        ("model.lora.targets=[]", r"`model\.lora\.targets` is empty"),
-        ("data.tasks=[]", r"`data\.tasks` is empty"),
-        ("data.tasks=[vqa,vqa]", "must not name a task twice"),
-        ("data.tasks=[a.b]", r"`data\.tasks` is 'a\.b' but must be letters, digits"),
-        ("name=../up", r"`name` is '\.\./up' but must be letters"),
-        ("seed=-1", r"`seed` is -1 but must be at least 0"),
         ("seed=9223372036854775808", r"`seed` is 9223372036854775808 but must be at most 92233"),
-        ("train.difference_loss.weight=inf", r"`train\.difference_loss\.weight` is inf but .* fin"),
-        ("train.balance_weight=nan", r"`train\.balance_weight` is nan but must be at least 0 and"),
-        ("train.z_weight=inf", r"`train\.z_weight` is inf but must be at least 0 and finite"),
-        ("train.weight_decay=inf", r"`train\.weight_decay` is inf but must be"),
         ("simulation.gpus=0.5", r"(?s)could not be converted to Integer.*simulation\.gpus"),
         ("simulation.gpus=inf", r"(?s)could not be converted to Integer.*simulation\.gpus"),
-        ("simulation.gpus=-2", r"`simulation\.gpus` is -2 but must be at least -1"),
-        ("simulation.client_gpus=-0.5", r"`simulation\.client_gpus` is -0\.5 but must be"),
-        ("simulation.client_gpus=nan", r"`simulation\.client_gpus` is nan but must be"),
-        ("simulation.client_gpus=inf", r"`simulation\.client_gpus` is inf but must be"),
-        ("simulation.client_gpus=1.5", r"`simulation\.client_gpus` is 1\.5 but .* whole number"),
     ],
 )
 def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (StrategyConfig, {"rounds": 0}, r"`strategy\.rounds` is 0 but must be at least 1\."),
+        (StrategyConfig, {"lora": "best"}, "`strategy.lora` is 'best' .* one of adaptive, task"),
+        (StrategyConfig, {"max_examples": -1}, "`strategy.max_examples` is -1 .* at least 0"),
+        (StrategyConfig, {"wait_seconds": -1.0}, "`strategy.wait_seconds` is -1.0 .* above 0"),
+        (StrategyConfig, {"stages": 3}, "`strategy.stages` is 3 but must be at most 2"),
+        (UpdateNormConfig, {"action": "drop"}, "must be one of off, warn, clip, reject"),
+        (UpdateNormConfig, {"factor": 0.5}, "`strategy.update_norm.factor` is 0.5 but must be"),
+        (TrainConfig, {"stage1": StageConfig(lora_lr=nan)}, "`train.stage1.lora_lr` is nan .* 0"),
+        (TrainConfig, {"stage2": StageConfig(0.1, 0.0)}, "`train.stage2.connector_lr` is 0.0"),
+        (TrainConfig, {"warmup_ratio": 1.0}, "`train.warmup_ratio` is 1.0 .* least 0 and below"),
+        (TrainConfig, {"balance_weight": nan}, "`train.balance_weight` is nan .* at least 0 and"),
+        (TrainConfig, {"z_weight": inf}, "`train.z_weight` is inf .* at least 0 and finite"),
+        (TrainConfig, {"weight_decay": inf}, "`train.weight_decay` is inf but must be"),
+        (DifferenceLossConfig, {"reduction": "sum"}, "one of normalized, frobenius, official"),
+        (DifferenceLossConfig, {"weight": -1.0}, "`train.difference_loss.weight` is -1.0"),
+        (DifferenceLossConfig, {"weight": inf}, "`train.difference_loss.weight` is inf .* fin"),
+        (ModelConfig, {"initialisation": "random"}, "one of identity, official"),
+        (LoraConfig, {"rank": 0}, "`model.lora.rank` is 0 but must be at least 1"),
+        (LoraConfig, {"targets": []}, "`model.lora.targets` is empty"),
+        (DataConfig, {"tasks": []}, "`data.tasks` is empty"),
+        (DataConfig, {"tasks": ["vqa", "vqa"]}, "must not name a task twice"),
+        (DataConfig, {"tasks": ["a.b"]}, "`data.tasks` is 'a.b' but must be letters, digits"),
+        (DataConfig, {"train_examples": 0}, "`data.train_examples` is 0 but must be at least 1"),
+        (PilotConfig, {"name": "../up"}, "`name` is '../up' but must be letters"),
+        (PilotConfig, {"seed": -1}, "`seed` is -1 but must be at least 0"),
+        (SimulationConfig, {"gpus": -2}, "`simulation.gpus` is -2 but must be at least -1"),
+        (SimulationConfig, {"client_gpus": -0.5}, "`simulation.client_gpus` is -0.5 but must be"),
+        (SimulationConfig, {"client_gpus": nan}, "`simulation.client_gpus` is nan but must be"),
+        (SimulationConfig, {"client_gpus": inf}, "`simulation.client_gpus` is inf but must be"),
+        (SimulationConfig, {"client_gpus": 1.5}, "`simulation.client_gpus` is 1.5 .* whole number"),
+    ],
+)
+def test_a_value_out_of_range_is_named_as_the_user_types_it(section, values, message):
+    with pytest.raises(ConfigError, match=message):
+        section(**values)
+
+
+def sections(settings=None, prefix=""):
+    """Yield every section of the configuration with its dotted name."""
+    settings = settings or PilotConfig()
+    yield settings, prefix
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(value := getattr(settings, field.name)):
+            yield from sections(value, f"{prefix}{field.name}.")
+
+
+def outside(limit):
+    """Return a value that a limit forbids, by its text."""
+    kind, _, bound = limit.allowed.rpartition(" ")
+    if kind == "at least":
+        return float(bound) - 1
+    if kind == "at most":
+        return float(bound) * 2
+    return {"above 0": 0, "at least 0, below 1": 1}.get(limit.allowed, "no such/choice")
+
+
+@pytest.mark.parametrize(
+    ("settings", "prefix"), list(sections()), ids=[name or "top" for _, name in sections()]
+)
+def test_every_limit_holds_for_its_default_and_is_enforced(settings, prefix):
+    for name, declared in limits(type(settings)).items():
+        for limit in declared:
+            limit.check(prefix + name, getattr(settings, name))
+            with pytest.raises(ConfigError, match=f"`{prefix}{name}` is"):
+                limit.check(prefix + name, outside(limit))
+
+
+def test_every_setting_is_documented():
+    """By a docstring under the field, from which the settings reference is generated."""
+    seen = set()
+    for module in (schema, data, model):
+        for kind in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+            if not isinstance(kind, ast.ClassDef):
+                continue
+            for node, following in itertools.pairwise(kind.body):
+                if not isinstance(node, ast.AnnAssign):
+                    continue
+                documented = isinstance(following, ast.Expr) and isinstance(
+                    following.value, ast.Constant
+                )
+                nested = ast.unparse(node.annotation).endswith("Config")
+                assert documented != nested, f"{kind.name}.{node.target.id}"
+                seen.add((kind.name, node.target.id))
+    declared = {(type(s).__name__, f.name) for s, _ in sections() for f in dataclasses.fields(s)}
+    assert declared <= seen
 
 
 def test_the_largest_seed_is_one_that_torch_and_numpy_take():
@@ -88,10 +161,14 @@ def test_the_largest_seed_is_one_that_torch_and_numpy_take():
     np.random.default_rng([seed, 1])
 
 
-@pytest.mark.parametrize(
-    "path", sorted(config_folder().rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
-)
+SHIPPED = [
+    path for path in sorted(config_folder().rglob("*.yaml")) if path.parent.stem != "strategy"
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_choice_composes(path):
+    """Those of conf/strategy/ are composed in tests/config/test_methods.py."""
     group = path.parent.name
     overrides = "" if group == "conf" else f"{group}={path.stem}"
     assert isinstance(load_config(overrides), PilotConfig)

@@ -11,11 +11,6 @@ from tests.inprocess import TWO_TASKS, Federation
 METHODS = sorted(file.stem for file in (config_folder() / "strategy").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_methods_file_has_its_name(method):
-    assert load_config(f"strategy={method}").strategy.name == method
-
-
 CONNECTOR = {"strategy.stages": 1, "model.client_adapter": False}
 FEDIT = CONNECTOR | {"strategy.adapters": "global", "strategy.lora": "global"}
 DIFFERENCES = {
@@ -55,13 +50,21 @@ DEFAULTS_TOO = ("strategy.server_optimizer.", "train.ditto.weight")
 """What a file may say although it is the default: it is part of the method."""
 
 
-@pytest.mark.parametrize("experiment", ["demo", "scenario1"])
-@pytest.mark.parametrize("method", METHODS)
+TRAINING_TOO = ["fedprox", "ffa_lora", "ditto", "pilot_no_router_losses"]
+"""Methods with settings in a section that experiments set as well."""
+
+
+@pytest.mark.parametrize(
+    ("method", "experiment"),
+    [(method, "demo") for method in METHODS]
+    + [(method, "scenario1") for method in ["pilot", *TRAINING_TOO]],
+)
 def test_a_method_is_its_settings_and_no_others(method, experiment):
     pilot, mine = (
         flat(to_dict(load_config(f"experiment={experiment} strategy={name}")))
         for name in ("pilot", method)
     )
+    assert mine["strategy.name"] == method
     differing = {key: mine[key] for key in mine if mine[key] != pilot[key]}
     assert differing.pop("strategy.name", "pilot") == method
     same = {key for key, value in DIFFERENCES[method].items() if pilot[key] == value}

@@ -3,6 +3,7 @@
 import shlex
 import warnings
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,26 @@ def parse_config_args():
     return parse_config_args
 
 
-@pytest.mark.parametrize("path", NASTY)
-def test_any_run_folder_survives_hydra_and_the_shell(path):
-    overrides = shlex.join(
-        ["run.folder=/other", submission.path_override("run.folder", Path(path))]
-    )
-    assert load_config(overrides).run.folder == path
+TEXTS = [
+    "run.folder",
+    "data.folder",
+    "resume",
+    "model.path",
+    "model.system_prompt",
+    "data.partition.column",
+]
+
+
+@pytest.mark.parametrize(
+    "paths", [NASTY[i : i + len(TEXTS)] for i in range(0, len(NASTY), len(TEXTS))]
+)
+def test_any_path_survives_hydra_and_the_shell(paths):
+    """Several settings at a time, since Hydra is slow."""
+    words = [
+        submission.path_override(key, Path(path)) for key, path in zip(TEXTS, paths, strict=False)
+    ]
+    config = load_config(shlex.join(["run.folder=/other", *words]))
+    assert [attrgetter(key)(config) for key in TEXTS[: len(paths)]] == list(paths)
 
 
 @pytest.mark.parametrize("text", [*NASTY, "", 'a="b c" d=[1,2] e=\'"\'', "line\nbreak", "\x7f\x01"])
