@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
@@ -30,12 +32,20 @@ def llava():
     return load_base(ModelConfig(), torch.device("cpu")).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
-    """Build a `PilotModel` on a fresh base; keyword arguments go to `ModelConfig`."""
+    """Build a `PilotModel` on a base of its own; keyword arguments go to `ModelConfig`."""
+    built: dict[str, PilotModel] = {}
 
     def make(task: str = "vqa", **config) -> PilotModel:
-        model = PilotModel(load_base(ModelConfig(), torch.device("cpu")), ModelConfig(**config))
+        settings = ModelConfig(**config)
+        if settings.compile:  # not kept by a copy
+            model = PilotModel(load_base(ModelConfig(), torch.device("cpu")), settings)
+        else:
+            if repr(settings) not in built:
+                base = load_base(ModelConfig(), torch.device("cpu"))
+                built[repr(settings)] = PilotModel(base, settings)
+            model = copy.deepcopy(built[repr(settings)])
         model.enter_stage1(task)
         return model.eval()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import Message, MessageType
 from inprocess import SMALL, Federation, InProcessGrid
+from quick_training import quick_training
 
 from pilot_flwr import client_app
 from pilot_flwr.client import session as session_module
@@ -21,6 +22,13 @@ TWO = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.round
 # Almost no noise, so that what was clipped can be seen.
 CLIPPED = f"{TWO} privacy.enabled=true privacy.clip_norm=0.01 privacy.noise_multiplier=1e-6"
 NOISY = f"{TWO} privacy.enabled=true privacy.clip_norm=0.25 privacy.noise_multiplier=4"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untrained():
+    """Training takes no time here: its result is random, but the same in every run."""
+    with quick_training():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import copy
 import peft
 import pytest
 import torch
+from inprocess import TWO_TASKS, Federation
+from quick_training import quick_training
 from safetensors.torch import load_file
 
 from pilot_flwr.config.loading import load_config, to_yaml
@@ -16,7 +18,6 @@ from pilot_flwr.inference.runs import client_model, open_run
 from pilot_flwr.model.loading import warm_model
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.server.resume import restored
-from tests.inprocess import TWO_TASKS, Federation
 
 FEDEX = f"{TWO_TASKS} strategy=fedex_lora evaluation.enabled=false"
 
@@ -100,7 +101,8 @@ def test_the_export_has_lora_and_residual_in_one(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return Federation(tmp_path_factory.mktemp("fedex"), FEDEX).run()
+    with quick_training():
+        return Federation(tmp_path_factory.mktemp("fedex"), FEDEX).run()
 
 
 def test_after_a_round_every_client_has_the_mean_of_all_weights(run):

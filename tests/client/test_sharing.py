@@ -4,6 +4,7 @@ import pytest
 import torch
 from flwr.app import MessageType
 from inprocess import SMALL, finish
+from quick_training import quick_training
 from visuals import encoder
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
@@ -173,7 +174,8 @@ def kinds(*groups):
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_is_shared_is_in_any_message_and_the_rest_is_kept(tmp_path, case):
     overrides, sent, kept = CASES[case]
-    federation = finish(tmp_path / "run", f"{PLAIN} {overrides}")
+    with quick_training():
+        federation = finish(tmp_path / "run", f"{PLAIN} {overrides}")
     assert federation.folder.select("failure") == []
     for message in federation.grid.messages:
         records = message.content.array_records.values()
@@ -196,7 +198,7 @@ def test_only_what_is_shared_is_in_any_message_and_the_rest_is_kept(tmp_path, ca
 
 def test_a_client_that_shares_nothing_trains_as_if_it_were_alone(tmp_path, processor, make_model):
     """Two exchanges of `local` are two trainings of one model, one after the other."""
-    federation = finish(tmp_path / "run", f"{PLAIN} {CASES['local'][0]}")
+    federation = finish(tmp_path / "run", f"{PLAIN} data.train_examples=4 {CASES['local'][0]}")
     config, client = federation.config, federation_clients(federation.config.data)[1]
     model = make_model(client_adapter=False)
     model.load("lora", initial_state(model.config, seed=0).lora)
@@ -247,7 +249,8 @@ def test_a_private_upload_is_of_what_is_sent_alone(tmp_path):
         ("clipped", "privacy.enabled=true privacy.clip_norm=0.01 privacy.noise_multiplier=1e-6"),
     ):
         overrides = f"{ONE} strategy.sharing.lora=A strategy.sharing.adapter=false {privacy}"
-        federation = finish(tmp_path / name, overrides)
+        with quick_training():
+            federation = finish(tmp_path / name, overrides)
         update = decode_update(federation.replies(MessageType.TRAIN)[0].content)
         assert update.adapter == {} and kinds(update.lora) == {"lora_A"}
         sent = initial_state(federation.config.model, seed=0).lora

@@ -1,9 +1,11 @@
 """An exported folder, loaded by the file in it, computes what the personalised model computes."""
 
+import ast
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -136,6 +138,15 @@ print(*processor.tokenizer.batch_decode(new, skip_special_tokens=True), sep="|")
 """
 
 
+def test_its_code_needs_nothing_but_published_packages(exported):
+    tree = ast.parse((exported / "modeling_pilot.py").read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    needed = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert needed == {"torch", "transformers", "peft", "safetensors", "PIL"}
+
+
+@pytest.mark.slow
 def test_it_loads_in_two_lines_without_the_package(make_model, processor, generator, tmp_path):
     model = make_model()
     model.enter_stage2(TASKS, generator)
@@ -176,9 +187,15 @@ def test_the_lora_is_in_pefts_own_format(make_model, processor, examples, tmp_pa
     assert layers and all(".language_model." in name for name in layers)
 
 
+@pytest.fixture(scope="module")
+def exported(make_model, tmp_path_factory):
+    return export(perturb(make_model()), tmp_path_factory.mktemp("exported") / "model")
+
+
 @pytest.fixture
-def folder(make_model, tmp_path):
-    return export(perturb(make_model()), tmp_path / "model")
+def folder(exported, tmp_path):
+    """An exported folder, to be damaged."""
+    return Path(shutil.copytree(exported, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("file", ["connector.safetensors", "lora/adapter_model.safetensors"])
