@@ -74,12 +74,12 @@ def test_it_is_frozen_and_leaves_no_trace(model):
 
 def test_a_residual_that_does_not_fit_is_refused(model):
     residual = draw_residual(model, [3])
-    with pytest.raises(ModelError, match="unexpected \\['nowhere.lora_A'\\]"):
+    with pytest.raises(ModelError, match=r"unexpected .*\['nowhere.lora_A'\]"):
         model.set_residual(residual | {"nowhere.lora_A": torch.zeros(3, 3)})
     (name, tensor) = next(iter(residual.items()))
     with pytest.raises(ModelError, match="has factors of shape \\[0, 96\\]"):
         model.set_residual(residual | {name: tensor[:0]})
-    with pytest.raises(ModelError, match="has shape"):
+    with pytest.raises(ModelError, match=r"float32 \(3, 95\) but must be"):
         model.set_residual(residual | {name: tensor[:, :-1]})
 
 
