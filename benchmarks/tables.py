@@ -1,8 +1,7 @@
-"""Make the pages' tables from ``benchmarks/results``, so that no number is typed.
+"""Generate the tables of README and documentation from ``benchmarks/results``.
 
-Run ``python benchmarks/tables.py`` to print the benchmark table, ``--readme`` to renew all tables
-of the README and of the pages that have some: what stands between ``<!-- table: NAME -->`` and
-``<!-- end -->``.
+Run ``python benchmarks/tables.py`` to print the benchmark table, ``--readme`` to regenerate every
+table of `PAGES`: the text between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse
@@ -17,10 +16,16 @@ from scenarios.tables import scenario_tables
 
 from pilot_flwr.run.tables import markdown
 
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("deployment", "privacy", "scenarios")),
-)
+PAGES = {
+    "README.md": ("demo", "overview"),
+    "docs/tutorials/first-run.md": ("demo", "timeline"),
+    "docs/how-to/deployment.md": ("deployment", "payload"),
+    "docs/how-to/privacy.md": ("privacy",),
+    "docs/explanation/results.md": ("scenario1", "scenario2", "ablations"),
+    "docs/explanation/scenarios.md": ("rates",),
+    "docs/explanation/benchmarks.md": ("benchmarks", "plan"),
+}
+"""Page → the tables that it has, in their order."""
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -37,7 +42,7 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def readme(text: str, folder: Path = RESULTS) -> str:
-    """Return a page with its tables renewed; one without a result file stays as it is."""
+    """Return a page with its tables regenerated; a table without a result file is unchanged."""
     contents = {"benchmarks": table(folder)}
     demo = folder / "demo.json"
     if demo.exists():
@@ -59,12 +64,12 @@ def readme(text: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Print the benchmark table, or renew the pages."""
+    """Print the benchmark table, or regenerate the pages' tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", action="store_true", help="renew the tables of all pages")
+    parser.add_argument("--readme", action="store_true", help="regenerate the tables of all pages")
     if parser.parse_args().readme:
         for page in PAGES:
-            page.write_text(readme(page.read_text()))
+            (ROOT / page).write_text(readme((ROOT / page).read_text()))
     else:
         print(table(), end="")
 

@@ -4,8 +4,11 @@
 ``reference/command-line.md`` from the commands, so that neither can go out of date.
 """
 
+import ast
 import dataclasses
+import functools
 import inspect
+import itertools
 import re
 import typing
 from collections.abc import Iterator
@@ -15,6 +18,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.rules import limits
 from pilot_flwr.config.schema import PilotConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,12 +38,14 @@ def settings_page() -> str:
         "# Settings\n\nGenerated from the dataclasses in `pilot_flwr/config/`. A setting is given "
         "as an override, `KEY=VALUE`, on the command line or in Flower's `--run-config`; named "
         "choices (`strategy=fedit`) are [listed below](#named-choices). A wrong key, type or value "
-        "stops with the key, the value and what is allowed. The defaults here are those of the "
-        "dataclasses: `pilot-flwr run` without a choice takes `experiment=demo`, "
-        "whose values `config.yaml` in the run folder shows.\n"
+        "stops with the key, the value and what is allowed. Defaults are those of "
+        "`pilot-flwr run` without overrides, which is `experiment=demo`; `config.yaml` in the run "
+        "folder has the values of a run.\n"
     ]
+    config = load_config("")
     for prefix, group in groups(PilotConfig):
-        parts.append(section(prefix, group))
+        inner = functools.reduce(getattr, filter(None, prefix.split(".")), config)
+        parts.append(section(prefix, group, inner))
     return "\n".join([*parts, choices()])
 
 
@@ -52,24 +59,22 @@ def groups(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
             yield from groups(inner, f"{prefix}{field.name}.")
 
 
-def section(prefix: str, cls: type) -> str:
+def section(prefix: str, cls: type, defaults: Any) -> str:
     """Return the section of one dataclass: its description and a table of its settings."""
-    hints, described = typing.get_type_hints(cls), field_docs(cls)
-    rows = []
+    hints, described, allowed = typing.get_type_hints(cls), field_docs(cls), limits(cls)
+    rows = [["setting", "type", "default", "meaning"], ["---"] * 4]
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             continue
-        default = default_of(field)
-        cells = [f"`{prefix}{field.name}`", type_name(hints[field.name]), default]
-        rows.append([*cells, described.get(field.name, "")])
-    header = ["setting", "type", "default", "meaning"]
-    if not described:
-        header, rows = header[:3], [row[:3] for row in rows]
-    lines = [header, ["---"] * len(header), *rows]
+        meaning = described.get(field.name, "")
+        if ranges := "; ".join(limit.allowed for limit in allowed[field.name]):
+            meaning += f" Allowed: {ranges}."
+        default = shown(getattr(defaults, field.name))
+        rows.append([f"`{prefix}{field.name}`", type_name(hints[field.name]), default, meaning])
     title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
-    text = description(cls)
-    table = "\n".join("| " + " | ".join(escape(cell) for cell in row) + " |" for row in lines)
-    return f"## {title}\n\n{text}\n" + (f"\n{table}\n" if rows else "")
+    table = "\n".join("| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows)
+    text = f"## {title}\n\n{markdown(inspect.cleandoc(cls.__doc__ or ''))}\n"
+    return text + (f"\n{table}\n" if rows[2:] else "")
 
 
 def escape(cell: str) -> str:
@@ -82,50 +87,40 @@ def type_name(hint: Any) -> str:
     return hint.__name__ if hint in (int, float, str, bool) else str(hint).replace("typing.", "")
 
 
-def default_of(field: "dataclasses.Field[Any]") -> str:
-    """Return a field's default as it is typed in an override."""
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        return "required"
+def shown(value: Any) -> str:
+    """Return a value as it is typed in an override."""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple | list):
         return f"`[{','.join(map(str, value))}]`"
-    if value == "":
-        return "empty"
-    return f"`{value}`"
+    return "empty" if value == "" else f"`{value}`"
 
 
-def description(cls: type) -> str:
-    """Return a class's docstring up to its first section, with Markdown's backticks."""
-    text = inspect.cleandoc(cls.__doc__ or "")
-    text = re.split(r"\n\n(?:Parameters|Attributes)\n-+\n", text)[0]
-    return text.replace("``", "`")
+def markdown(text: str) -> str:
+    """Return a docstring's text as Markdown, with links to pages that it names."""
+    text = text.replace("``", "`")
+    return re.sub(r"(?<![`\w])docs/([\w/-]+)\.md", r"[\1](../\1.md)", text)
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return what the ``Attributes`` section of a settings class says of each field."""
-    text = inspect.cleandoc(cls.__doc__ or "")
-    found = re.split(r"\n\n(?:Parameters|Attributes)\n-+\n", text)
-    if len(found) < 2:
-        return {}
-    entries = re.findall(r"^(\S[^\n:]*?)(?: : [^\n]*)?\n((?:    .*\n?|\n)*)", found[1], re.M)
-    return {
-        name.strip(): " ".join(body.split()).replace("``", "`")
-        for names, body in entries
-        for name in names.split(",")
-    }
+    """Return the docstring below each field of a settings class."""
+    (body,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node, after in itertools.pairwise(body.body):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            match after:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    found[node.target.id] = markdown(" ".join(text.split()))
+    return found
 
 
 def choices() -> str:
     """Return the named choices of ``conf/`` with the comment at the head of each file."""
     lines = [
         "## Named choices\n",
-        "A file of `conf/`, chosen by `GROUP=NAME`. In order of precedence, later ones first: "
-        "plain settings, `experiment`, then the other groups.\n",
+        "A file of `conf/`, chosen by `GROUP=NAME`. Plain settings take precedence over "
+        "`experiment`, and that over the other groups.\n",
     ]
     for group in ("experiment", "strategy", "model", "data", "train"):
         lines += [f"### `{group}=`\n", "| name | what it sets |", "|---|---|"]
@@ -141,12 +136,14 @@ def head_comment(path: Path) -> str:
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# @package") or not line.strip():
             continue
+        if line.strip() == "#":
+            break  # the first paragraph says enough
         if line.startswith("#") and not settings:
             comments.append(line.lstrip("# "))
         elif not line.startswith("#"):
             settings.append(line.split(" #")[0].strip())
     if comments:
-        return re.sub(r"\bdocs/(\S+?)\.md", r"[\1](../\1.md)", " ".join(comments))
+        return markdown(" ".join(comments))
     return "; ".join(f"`{line}`" for line in settings[:6])
 
 

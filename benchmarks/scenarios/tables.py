@@ -12,6 +12,8 @@ from scenarios.search import CANDIDATES, FIRST, chosen, read_scores, searched, t
 from scenarios.sweeps import ABLATIONS, METHODS, SCENARIOS
 
 PILOT = "pilot"
+OVERVIEW = ("zero_shot", "local", "fedit", "fedavg_per_task", PILOT, "centralised")
+"""The README's methods."""
 
 
 def scenario_tables(folder: Path) -> dict[str, str]:
@@ -23,6 +25,7 @@ def scenario_tables(folder: Path) -> dict[str, str]:
             tables[scenario] = f"{made}\n{effort(folder, scenario, METHODS)}\n"
     if len(tables) == len(SCENARIOS):
         tables["ablations"] = ablations_table(folder)
+        tables["overview"] = overview_table(folder)
     if all((folder / f"search-{scenario}.csv").exists() for scenario in SCENARIOS):
         tables["rates"] = rates_table(folder)
     return tables
@@ -39,6 +42,16 @@ def comparison(results: Path, methods: Sequence[str]) -> Comparison:
     rows.sort(key=lambda row: methods.index(row["method"]))
     (found,) = compare(rows, PILOT)
     return found
+
+
+def overview_table(folder: Path) -> str:
+    """Return the README's table: the mean over tasks of a few methods on both scenarios."""
+    found = [comparison(folder / f"{name}.csv", METHODS) for name in SCENARIOS]
+    lines = [{line.label: line for line in one.lines} for one in found]
+    rows = [["method", "tasks of one kind", "tasks of different kinds"]]
+    rows += [[method, *(worded(one[method].mean) for one in lines)] for method in OVERVIEW]
+    legend = "Mean over tasks and 5 seeds ± half the width of its 95 % interval (Student's t)."
+    return f"{markdown(rows)}\n{legend}\n"
 
 
 def ablations_table(folder: Path) -> str:
