@@ -15,18 +15,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.rules import limits
 from pilot_flwr.config.schema import PilotConfig
 
+if typing.TYPE_CHECKING:  # the tests call the page functions without MkDocs
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Add the generated pages."""
+    from mkdocs.structure.files import File
+
     for name, page in (("settings", settings_page), ("command-line", command_line_page)):
         files.append(File.generated(config, f"reference/{name}.md", content=page()))
     return files
@@ -84,7 +87,7 @@ def escape(cell: str) -> str:
 
 def type_name(hint: Any) -> str:
     """Return a type as a reader would write it."""
-    return hint.__name__ if hint in (int, float, str, bool) else str(hint).replace("typing.", "")
+    return hint.__name__ if hint in (int, float, str, bool) else re.sub(r"[\w.]+\.", "", str(hint))
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ The aggregation's is in test_benchmark_aggregation.py.
 
 import importlib
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -116,14 +117,15 @@ def test_ratios_are_taken_within_each_turn(benchmark):
     assert math.isclose(found["median_seconds"]["a"], 4)
 
 
-def test_the_readmes_tables_are_those_of_the_result_files(benchmark):
-    text = (FOLDER.parent / "README.md").read_text()
-    assert text.count("<!-- table: ") == text.count("<!-- end -->") == 7
-    assert benchmark("tables").readme(text) == text
-
-
-@pytest.mark.parametrize(("page", "count"), [("deployment", 2), ("privacy", 1), ("scenarios", 1)])
-def test_the_tables_of_a_page_are_those_of_the_result_files(benchmark, page, count):
-    text = (FOLDER.parent / "docs" / f"{page}.md").read_text()
-    assert text.count("<!-- table: ") == text.count("<!-- end -->") == count
-    assert benchmark("tables").readme(text) == text
+def test_the_pages_tables_are_those_of_the_result_files(benchmark):
+    tables = benchmark("tables")
+    for page, names in tables.PAGES.items():
+        text = (FOLDER.parent / page).read_text()
+        assert re.findall(r"<!-- table: (\w+) -->\n(?!<!-- end)", text) == list(names), page
+        assert tables.readme(text) == text, page
+    marked = {
+        path.relative_to(FOLDER.parent).as_posix()
+        for path in [FOLDER.parent / "README.md", *(FOLDER.parent / "docs").rglob("*.md")]
+        if "<!-- table: " in path.read_text()
+    }
+    assert marked == set(tables.PAGES)

@@ -168,7 +168,7 @@ def test_renyi_orders_add_up(multipliers, delta):
 
 
 def test_the_documentations_table_is_the_accounts():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "privacy.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32]
     for z, *told in rows:

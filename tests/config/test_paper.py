@@ -45,7 +45,7 @@ def test_the_metrics_of_every_shipped_scenario_exist(path):
 
 @pytest.fixture
 def downloads(tmp_path):
-    """A data folder as docs/paper.md describes it, in the data sets' own formats, but small."""
+    """A data folder as docs/how-to/paper.md describes it, in the data sets' own formats, but small."""
     gqa = {
         str(n): {"imageId": str(n), "question": f"Is it {n}?", "answer": "yes"}
         for n in range(PER_TASK)

@@ -25,7 +25,7 @@ from pilot_flwr.data.federation import (
 from pilot_flwr.data.llava import Reading, to_example
 from pilot_flwr.errors import ConfigError, DataError
 
-DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "data.md"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "reference" / "data.md"
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_an_unknown_metric_names_those_that_there_are(make):
 
 
 def test_the_documents_examples_are_valid(tmp_path):
-    """The row and the federation of docs/data.md, read as a user's own would be."""
+    """The row and the federation of docs/reference/data.md, read as a user's own would be."""
     blocks = re.findall(r"```(\w+)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     (row,) = [json.loads(text) for kind, text in blocks if kind == "json"]
     example = to_example(row, "1:", "a.json, row 1", Reading(tmp_path))

@@ -1,4 +1,4 @@
-"""The shell commands of ``docs/deployment.md``, taken from the page and executed.
+"""The shell commands of ``docs/how-to/deployment.md``, taken from the page and executed.
 
 A block of the page that is preceded by ``<!-- block: NAME -->`` has a name. The blocks called
 ``….settings`` hold the variables that a reader changes: the tests give those values of their own.
@@ -21,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
-GUIDE = ROOT / "docs" / "deployment.md"
+GUIDE = ROOT / "docs" / "how-to" / "deployment.md"
 
 _BLOCK = re.compile(r"<!-- block: (\S+) -->\n```bash\n(.*?)\n```", re.DOTALL)
 _VARIABLE = re.compile(r"^(?:export )?([A-Z_]+)=", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""``docs/deployment.md``, command by command, over loopback: TLS, node keys, three sites."""
+"""``docs/how-to/deployment.md``, command by command, over loopback: TLS, node keys, three sites."""
 
 import json
 import re

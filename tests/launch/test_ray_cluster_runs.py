@@ -20,7 +20,7 @@ from pilot_flwr.launch.processes import MARK_VARIABLE, free_port
 
 pytestmark = pytest.mark.slow
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "cluster.md"
 BIN = Path(sys.executable).parent
 DEMO = ("experiment=demo", "data.test_examples=4", "data.clients_per_task=1", "train.epochs=1")
 SMALL = (*DEMO, "data.train_examples=8", "strategy.rounds=1")

@@ -112,7 +112,7 @@ def functions_of(path):
 
 
 def test_every_attack_in_the_documentation_has_tests_that_exist():
-    text = (ROOT / "docs" / "security.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "security.md").read_text()
     (table,) = TABLE.findall(text)
     rows = table.strip().splitlines()[2:]
     assert len(rows) > 30

@@ -166,8 +166,8 @@ def test_the_committed_results_are_whole_and_of_the_committed_rates(scenario, sc
         assert len({row["settings"] for row in rows if row["method"] == method}) == 1
 
 
-def readme_table(name):
-    text = (ROOT / "README.md").read_text()
+def published_table(name, page="docs/explanation/results.md"):
+    text = (ROOT / page).read_text()
     table = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end -->")[0]
     lines = [line for line in table.splitlines() if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
@@ -201,10 +201,10 @@ def interval_of(values, sign=""):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_the_readmes_figures_are_those_of_the_rows(scenario, scenarios):
+def test_the_published_figures_are_those_of_the_rows(scenario, scenarios):
     methods = scenarios("sweeps").METHODS
     scores = means_by_seed(rows_of(scenario))
-    table = {row["method"]: row for row in readme_table(scenario)}
+    table = {row["method"]: row for row in published_table(scenario)}
     assert list(table) == list(methods)
     for method in methods:
         assert table[method]["mean"] == interval_of(scores[method])
@@ -212,10 +212,18 @@ def test_the_readmes_figures_are_those_of_the_rows(scenario, scenarios):
         assert (table[method]["difference to pilot"], table[method]["p"]) == expected, method
 
 
+def test_the_readmes_overview_is_that_of_the_rows():
+    overview = published_table("overview", "README.md")
+    for scenario, column in zip(SCENARIOS, list(overview[0])[1:], strict=True):
+        scores = means_by_seed(rows_of(scenario))
+        for row in overview:
+            assert row[column] == interval_of(scores[row["method"]])
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_ablations_figures_are_those_of_the_rows(scenario, scenarios):
     scores = means_by_seed(rows_of(scenario))
-    table = {row["method"]: row for row in readme_table("ablations")}
+    table = {row["method"]: row for row in published_table("ablations")}
     ablations = scenarios("sweeps").ABLATIONS
     assert list(table) == ["pilot", *ablations]
     for method, row in table.items():
