@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-slow test-deployment test-extras robustness lint security check dist \
+.PHONY: help demo test test-slow test-deployment test-extras robustness lint security check docs dist \
 	bench tables rates clean
 
 help: ## list the targets
@@ -20,7 +20,7 @@ test: $(STAMP) ## run the tests, but for those marked slow
 test-slow: $(STAMP) ## run the tests marked slow
 	$(BIN)/pytest -m slow
 
-# docs/deployment.md command by command. The payload of a 7B model needs 16 GiB of memory and is left
+# docs/how-to/deployment.md command by command. The payload of a 7B model needs 16 GiB of memory and is left
 # to `make test-slow`.
 test-deployment: $(STAMP) ## deploy a server and three sites over TLS on this machine
 	$(BIN)/pytest -m slow tests/deployment --ignore tests/deployment/test_payload.py
@@ -46,6 +46,10 @@ security: $(STAMP) ## check the code with bandit and the installed packages for 
 	$(BIN)/python scripts/audit.py
 
 check: lint security test ## lint, security and test
+
+docs: $(STAMP) ## build the documentation site into site/, strictly
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 dist: $(STAMP) ## build and check the wheel, the source archive and Flower's app bundle
 	rm -rf dist

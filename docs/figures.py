@@ -141,7 +141,9 @@ def client(draw: Drawing, x: float, title: str, when: str, connector: float) -> 
     middle = (left + x + 450) / 2
     draw.text(middle, 166, "language", size=13)
     draw.text(middle, 182, "model", size=13)
-    draw.box(left + 8, 226, x + 450 - left - 16, 60, "travels", "$" + sub("Θ", "l"), "LoRA", size=13)
+    draw.box(
+        left + 8, 226, x + 450 - left - 16, 60, "travels", "$" + sub("Θ", "l"), "LoRA", size=13
+    )
 
 
 def figure(palette: dict[str, str]) -> str:

@@ -47,7 +47,8 @@ def settings_page() -> str:
     ]
     config = load_config("")
     for prefix, group in groups(PilotConfig):
-        inner = functools.reduce(getattr, filter(None, prefix.split(".")), config)
+        path = filter(None, prefix.split("."))
+        inner = group() if "<" in prefix else functools.reduce(getattr, path, config)
         parts.append(section(prefix, group, inner))
     return "\n".join([*parts, choices()])
 
@@ -58,8 +59,11 @@ def groups(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         inner = hints[field.name]
+        of_each = typing.get_args(inner)[1:] if typing.get_origin(inner) is dict else ()
         if dataclasses.is_dataclass(inner):
             yield from groups(inner, f"{prefix}{field.name}.")
+        elif of_each and dataclasses.is_dataclass(of_each[0]):
+            yield from groups(of_each[0], f"{prefix}{field.name}.<task>.")
 
 
 def section(prefix: str, cls: type, defaults: Any) -> str:
@@ -151,5 +155,69 @@ def head_comment(path: Path) -> str:
 
 
 def command_line_page() -> str:
-    """Return the reference of the commands."""
-    return "# Command line\n\n`pilot-flwr COMMAND --help` says the same in a terminal.\n"
+    """Return the reference of the commands, from the click commands themselves."""
+    from pilot_flwr.cli.main import click_command
+
+    parts = [
+        "# Command line\n\nGenerated from the commands. `pilot-flwr COMMAND --help` shows the same "
+        "in a terminal. Exit codes: [Run folder and events](run-folder.md#exit-codes).\n"
+    ]
+    parts += [command_section(name, command) for name, command in commands(click_command())]
+    return "\n".join(parts)
+
+
+def commands(group: Any, prefix: str = "pilot-flwr") -> Iterator[tuple[str, Any]]:
+    """Yield every command that does something, by its full name."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix} {name}")
+        else:
+            yield f"{prefix} {name}", command
+
+
+def command_section(name: str, command: Any) -> str:
+    """Return a command's usage, its help and a table of arguments and options."""
+    arguments, rows = [], []
+    for parameter in command.params:
+        text = " ".join((parameter.help or "").split())
+        if parameter.param_type_name == "argument":
+            shape = parameter.metavar or parameter.name.upper()
+            arguments.append(shape)
+            rows.append(f"| `{escape(shape)}` | {escape(text)} |")
+        elif not parameter.hidden and "--help" not in parameter.opts:
+            names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+            value = "" if parameter.is_flag else f" {option_value(parameter)}"
+            rows.append(f"| `{names}{value}` | {escape(text)} |")
+    usage = " ".join([name, *arguments, "[OPTIONS]"])
+    text = markdown(inspect.cleandoc(command.help or ""))
+    table = "\n".join(["| argument or option | meaning |", "|---|---|", *rows])
+    return f"## `{name}`\n\n```text\n{usage}\n```\n\n{text}\n\n{table}\n"
+
+
+def option_value(parameter: Any) -> str:
+    """Return how the value of an option is written."""
+    choices = getattr(parameter.type, "choices", None)
+    if choices:
+        return "\\|".join(str(getattr(choice, "value", choice)) for choice in choices)
+    return str(parameter.metavar or parameter.type.name.upper())
+
+
+def events_table() -> str:
+    """Return a table of the kinds of events and their keys."""
+    from pilot_flwr.run import events
+
+    rows = ["| `event` | when | keys |", "|---|---|---|"]
+    common = {"elapsed", "exchange"}
+    for kind, cls in events.KINDS.items():
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in common]
+        keys = ", ".join(f"`{events._KEYS.get(name, name)}`" for name in names)
+        when = markdown((cls.__doc__ or "").strip().split("\n\n")[0])
+        rows.append(f"| `{kind}` | {escape(when)} | {keys} |")
+    return "\n".join(rows)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Insert generated tables where a page asks for them."""
+    if page.file.src_uri == "reference/run-folder.md":
+        return markdown.replace("<!-- events -->", events_table())
+    return markdown

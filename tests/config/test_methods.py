@@ -45,7 +45,7 @@ DIFFERENCES = {
     "pilot_all_neighbors": {"strategy.num_neighbors": 1_000_000},
     "pilot_no_self_weight": {"strategy.self_weight": False},
 }
-"""Method → settings, where they are others than Pilot's: docs/reference/methods.md, written down again."""
+"""Method → settings that differ from Pilot's: docs/reference/methods.md, written down again."""
 DEFAULTS_TOO = ("strategy.server_optimizer.", "train.ditto.weight")
 """What a file may say although it is the default: it is part of the method."""
 
@@ -90,7 +90,9 @@ def test_every_method_runs(tmp_path: Path, method):
 
 
 def test_the_page_has_every_method_and_no_other():
-    text = (config_folder().parent / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
+    text = (config_folder().parent / "docs" / "reference" / "methods.md").read_text(
+        encoding="utf-8"
+    )
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     names = [name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row)]
     assert sorted(names) == METHODS

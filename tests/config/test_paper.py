@@ -45,7 +45,7 @@ def test_the_metrics_of_every_shipped_scenario_exist(path):
 
 @pytest.fixture
 def downloads(tmp_path):
-    """A data folder as docs/how-to/paper.md describes it, in the data sets' own formats, but small."""
+    """A small data folder, as docs/how-to/paper.md describes it, in the data sets' own formats."""
     gqa = {
         str(n): {"imageId": str(n), "question": f"Is it {n}?", "answer": "yes"}
         for n in range(PER_TASK)

@@ -1,4 +1,4 @@
-"""The deployment of ``docs/how-to/deployment.md`` on this machine: a server, and sites with data."""
+"""The deployment of ``docs/how-to/deployment.md`` on this machine: a server and sites with data."""
 
 import json
 import shutil
