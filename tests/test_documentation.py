@@ -33,7 +33,7 @@ def hooks(monkeypatch):
 def anchor(title):
     """Return a title's anchor as GitHub and MkDocs make it."""
     text = re.sub(r"[^\w\- ]", "", title.strip().lower())
-    return re.sub(r"-+", "-", text.replace(" ", "-"))
+    return re.sub(r"[- ]+", "-", text)
 
 
 def functions_of(path):

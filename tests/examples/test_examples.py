@@ -1,0 +1,60 @@
+"""The examples run as they are published."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def rule():
+    """The example of a new aggregation rule, as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "add_an_aggregation_rule", EXAMPLES / "add_an_aggregation_rule.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_rules_weights_are_those_of_its_equation(rule):
+    distances, examples = np.array([[0.0, 1, 3], [1, 0, 2], [3, 2, 0]]), [10.0, 20.0, 30.0]
+    weights = rule.softmax_weights(distances, examples, temperature=0.25)
+    for k in range(3):
+        terms = [examples[j] * np.exp(-distances[k, j] / (0.25 * 2)) for j in range(3)]
+        np.testing.assert_allclose(weights[k], np.array(terms) / sum(terms))
+    np.testing.assert_allclose(rule.softmax_weights(np.zeros((1, 1)), [5.0]), [[1.0]])
+
+
+@pytest.mark.slow
+def test_the_rule_mixes_the_loras_of_a_run(rule, tmp_path, capsys):
+    mixed = rule.main(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert len(mixed) == 6
+    for client, shares in mixed.items():
+        assert set(shares) == set(mixed) and min(shares.values()) > 0  # Pilot mixes with two
+        assert sum(shares.values()) == pytest.approx(1)
+        assert f"  {client} " in printed
+
+
+SMALL = """OVERRIDES = (
+    "data.clients_per_task=1 data.train_examples=16 data.test_examples=16 train.epochs=1 "
+    "strategy.rounds=1 run.report=false run.tensorboard=false"
+)"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_notebook_runs(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "demo.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith("OVERRIDES = ")]
+    cell.source = SMALL
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
