@@ -55,7 +55,7 @@ dist: $(STAMP) ## build and check the wheel, the source archive and Flower's app
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
-	cd dist && ../$(BIN)/flwr build --app ..
+	cd dist && $(abspath $(BIN))/flwr build --app ..
 
 bench: $(STAMP) ## renew benchmarks/results (45 minutes)
 	$(BIN)/python benchmarks/run_all.py

@@ -1,8 +1,8 @@
-"""Stand-ins for the launcher's tests: tiny Flower apps, and a Flower that is only pretended.
+"""Stand-ins for the launcher's tests: tiny Flower apps, and scripts in place of Flower's programs.
 
-`write_app` makes a real app of thirty lines that keeps the run folder's contract and goes wrong
-on demand. `pretend_flower` puts scripts in place of Flower's programs, so that what the launcher
-does when one of them dies can be tested in a second and without Ray.
+`write_app` writes a real app of thirty lines that keeps the run folder's contract and fails on
+demand. `pretend_flower` replaces Flower's programs, so that the launcher's reaction to the death of
+one of them is tested in a second and without Ray.
 """
 
 import os
@@ -94,7 +94,7 @@ def main(grid, context):
 
 
 def write_app(folder: Path, mode: str) -> Path:
-    """Write a Flower app whose clients or server do what `mode` says."""
+    """Write a Flower app whose clients or server fail as `mode` says."""
     package = folder / "labapp"
     package.mkdir(parents=True)
     (folder / "pyproject.toml").write_text(PYPROJECT)
@@ -105,7 +105,7 @@ def write_app(folder: Path, mode: str) -> Path:
 
 @contextmanager
 def nothing_left(monkeypatch, patience: float = 0.0):
-    """Check that what runs inside leaves no process and no temporary file."""
+    """Check that the block leaves no process and no temporary file."""
     base = Path(tempfile.mkdtemp(prefix="t", dir="/tmp")).resolve()
     monkeypatch.setenv("RAY_TMPDIR", str(base))
     try:
@@ -119,7 +119,7 @@ def nothing_left(monkeypatch, patience: float = 0.0):
 
 
 def leftovers(base: Path) -> list[str]:
-    """Name the files below `base` and the processes that stand in it or know of it."""
+    """Name the files below `base` and the processes that work in it or have it as ``FLWR_HOME``."""
     left = [str(path) for path in base.iterdir()]
     for process in psutil.process_iter():
         if process.pid == os.getpid():

@@ -56,7 +56,7 @@ def test_pilot_flwr_run_goes_through_both_stages(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_own_data_from_files_to_a_model_that_answers(tmp_path):
-    """The README's section "Your own data and model", command by command."""
+    """Check, run, evaluate, chat, predict and export, as the pages on own data have it."""
     write_federation(tmp_path, train=24, clients=1)
 
     def command(*words: str) -> str:
@@ -107,7 +107,7 @@ def test_a_wrong_override_is_refused_before_anything_starts(tmp_path, monkeypatc
     ],
 )  # fmt: skip
 def test_plain_flwr_run(tmp_path, options, status, words):
-    """With Flower's own two nodes it stops with the command to use; with that it works."""
+    """With Flower's default of two nodes it fails with the command to use; with that it works."""
     environment = os.environ | {
         "FLWR_HOME": str(tmp_path / "home"),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39217",

@@ -1,4 +1,4 @@
-"""The in-process engine leaves what Flower's simulation with Ray leaves, bit for bit."""
+"""The in-process engine has the results of Flower's simulation with Ray, bit for bit."""
 
 import json
 import os
@@ -82,13 +82,13 @@ def test_results_are_those_of_ray_bit_for_bit(tmp_path, strategy):
     assert_same(tmp_path / "ray", tmp_path / "here")
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, capsys):
+def test_a_stopped_run_is_resumed_to_the_same_end(tmp_path, capsys):
     few = [*SMALL, "data.tasks=[vqa]", "strategy.rounds=1", IN_PROCESS]
     assert cli.main(["run", *few, f"run.folder={tmp_path / 'whole'}"]) == 0
     out = capsys.readouterr().out
     assert "exchange 2 of 2 done" in out
     assert "Flower and Ray" not in out
-    assert features._MEMORY == {}  # the process may go on to another run
+    assert features._MEMORY == {}  # the process may start another run
 
     stopped = tmp_path / "stopped"
 
@@ -106,7 +106,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, capsys):
     assert_same(tmp_path / "whole", stopped)
 
 
-def test_a_failure_is_one_of_the_run(tmp_path, capsys):
+def test_a_failed_client_fails_the_run(tmp_path, capsys):
     words = [*SMALL, "data.tasks=[vqa]", "train.stage1.connector_lr=1e30", IN_PROCESS]
     assert cli.main(["run", *words, f"run.folder={tmp_path / 'run'}"]) == 1
     error = capsys.readouterr().err
@@ -127,13 +127,13 @@ def test_threads_are_a_workers_and_then_as_before():
     ("words", "device"),
     [("", None), ("simulation.gpus=0", "cpu"), ("simulation.client_gpus=0", "cpu")],
 )
-def test_clients_without_gpus_are_told_to_use_the_cpu(words, device):
+def test_clients_without_gpus_use_the_cpu(words, device):
     configs = node_configs(load_config(words))
     assert [c["partition-id"] for c in configs] == list(range(9))
     assert {c["num-partitions"] for c in configs} == {9}
     assert {c.get("device") for c in configs} == {device}
 
 
-def test_a_cluster_of_the_environment_is_none_of_its_business():
+def test_ray_address_does_not_concern_the_in_process_engine():
     config = load_config(IN_PROCESS)
     assert engine_options(config, {"RAY_ADDRESS": "10.0.0.1:6379"})[0] == ""

@@ -1,6 +1,6 @@
-"""The simulation on a Ray cluster: settings, the look at its machines, and Flower's count.
+"""The simulation on a Ray cluster: settings, preflight of its machines, and Flower's actor count.
 
-What takes a real cluster is in test_ray_cluster_runs.py.
+Tests with a real cluster are in test_ray_cluster_runs.py.
 """
 
 import json
@@ -130,7 +130,7 @@ def test_the_environment_for_flower(tmp_path):
     assert not {"HF_TOKEN", "PATH"} & actors.keys()  # any user of the cluster can read them
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+def test_an_unreachable_cluster_is_reported_at_once(tmp_path):
     started = time.monotonic()
     with pytest.raises(RunError, match="cannot be reached from here: .*Connection refused"):
         ray_cluster.check_cluster(load_config(), f"127.0.0.1:{free_port()}", tmp_path / "run")
@@ -138,7 +138,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_not_waited_for_without_end(tmp_path, monkeypatch):
+def test_a_silent_cluster_times_out(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_cluster, "PREFLIGHT_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -147,8 +147,8 @@ def test_a_cluster_that_does_not_answer_is_not_waited_for_without_end(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def look(folder, **changes):
-    """Run the survey's task here, without Ray."""
+def check(folder, **changes):
+    """Run the remote check here, without Ray."""
     request = {
         "folder": str(folder),
         "probe": ".probe-1",
@@ -159,18 +159,18 @@ def look(folder, **changes):
     return ray_preflight._remote_check()._function({**request, **changes}, "node")
 
 
-def test_a_machine_says_what_is_there(tmp_path):
+def test_a_machine_reports_what_it_has(tmp_path):
     (tmp_path / ".probe-1").write_text("1")
     paths = [str(tmp_path), str(tmp_path / "nothing")]
-    found = look(tmp_path, paths=paths, packages=["torch", "no-such-package"])
+    found = check(tmp_path, paths=paths, packages=["torch", "no-such-package"])
     versions = {"torch": version("torch"), "no-such-package": ""}
     assert found == {"versions": versions, "folder": "", "missing": paths[1:]}
     assert [path.name for path in tmp_path.iterdir()] == [".probe-1"]
-    assert look(tmp_path, token="2")["folder"] == "is another folder there"
-    assert look(tmp_path / "nothing")["folder"] == "No such file or directory"
+    assert check(tmp_path, token="2")["folder"] == "is another folder there"
+    assert check(tmp_path / "nothing")["folder"] == "No such file or directory"
 
 
-def test_what_a_machine_lacks_is_said_for_each(tmp_path, monkeypatch):
+def test_what_a_machine_lacks_is_reported_node_by_node(tmp_path, monkeypatch):
     here = {package: version(package) for package in ray_cluster.PACKAGES}
     good = {"versions": here, "folder": "", "missing": []}
     bad = {

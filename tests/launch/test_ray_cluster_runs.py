@@ -228,7 +228,7 @@ def test_a_run_that_is_stopped_leaves_the_cluster_running_and_clean(machines, tm
 
 
 @pytest.mark.timeout(900)
-def test_a_run_goes_on_without_the_machine_that_was_lost(alone, tmp_path):
+def test_a_run_restarts_without_the_machine_that_died(alone, tmp_path):
     folder = tmp_path / "run"
     with two_machines() as machines:
         process = start(folder, *LONGER, RAY_ADDRESS=machines.address)

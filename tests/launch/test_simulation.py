@@ -1,4 +1,4 @@
-"""The launcher: every way a run can end is told apart, and nothing is left running."""
+"""Flower's engine: each way a run can end is recognised, and no process is left."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def _find(program: str, base: Path) -> list[psutil.Process]:
     ],
 )
 def test_a_run_that_cannot_finish_is_noticed(tmp_path: Path, monkeypatch, kinds, words):
-    """And may go on by itself if a process has gone."""
+    """It may restart automatically only if a process has died."""
     pretend_flower(tmp_path, monkeypatch, **kinds)
     with nothing_left(monkeypatch):
         outcome, _ = run(tmp_path, tmp_path / "run")
@@ -136,7 +136,7 @@ def test_a_run_that_hangs_after_its_result_is_ended(tmp_path: Path, monkeypatch)
     assert "did not end the run within 1 s of its result" in outcome.explanation[0]
 
 
-def test_a_status_is_asked_for_again_while_the_log_says_nothing(tmp_path: Path, monkeypatch):
+def test_the_status_is_polled_while_the_log_is_silent(tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch, list=FINISHED)
     monkeypatch.setattr(simulation, "QUERY_SECONDS", 1.0)
     folder = tmp_path / "run"
@@ -196,7 +196,7 @@ def test_ignored_signals_stay_ignored_and_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_environment_is_the_users_made_safe(tmp_path: Path):
+def test_flowers_environment_keeps_the_users_settings(tmp_path: Path):
     base = {"PATH": "/bin", "no_proxy": "a.b", "HF_HUB_OFFLINE": "1", "FLWR_HOME": "/home/u/.flwr"}
     environment = flower_environment(tmp_path, base)
     assert environment["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/bin"]
@@ -222,29 +222,29 @@ def test_a_detached_child_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr("pilot_flwr.launch.processes.GRACE_SECONDS", 0.5)
     with nothing_left(monkeypatch):
         stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        with ProcessSandbox() as place:
-            place.spawn(
+        with ProcessSandbox() as sandbox:
+            sandbox.spawn(
                 [sys.executable, "-c", STUBBORN],
                 os.environ,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
             deadline = time.monotonic() + 10
-            while len(marked_processes(place.mark, place.folder)) < 2:
+            while len(marked_processes(sandbox.mark, sandbox.folder)) < 2:
                 assert time.monotonic() < deadline
             time.sleep(0.3)
-        assert marked_processes(place.mark, place.folder) == []
+        assert marked_processes(sandbox.mark, sandbox.folder) == []
         assert stranger.poll() is None
         stranger.communicate(b"\n")
 
 
 def test_a_process_without_environment_is_known_by_its_folder(monkeypatch):
-    with nothing_left(monkeypatch), ProcessSandbox() as place:
-        child = subprocess.Popen(["sleep", "600"], env={}, cwd=place.folder)
+    with nothing_left(monkeypatch), ProcessSandbox() as sandbox:
+        child = subprocess.Popen(["sleep", "600"], env={}, cwd=sandbox.folder)
         try:
-            assert [p.pid for p in marked_processes(place.mark, place.folder)] == [child.pid]
-            shell = subprocess.Popen(["sleep", "600"], env={"A": "1"}, cwd=place.folder)
-            assert shell.pid not in [p.pid for p in marked_processes(place.mark, place.folder)]
+            assert [p.pid for p in marked_processes(sandbox.mark, sandbox.folder)] == [child.pid]
+            shell = subprocess.Popen(["sleep", "600"], env={"A": "1"}, cwd=sandbox.folder)
+            assert shell.pid not in [p.pid for p in marked_processes(sandbox.mark, sandbox.folder)]
             shell.kill()
             shell.wait()
         finally:
@@ -255,18 +255,18 @@ def test_a_process_without_environment_is_known_by_its_folder(monkeypatch):
 LAUNCHER = """
 import os, subprocess, sys, time
 from pilot_flwr.launch.processes import ProcessSandbox
-place = ProcessSandbox()
+sandbox = ProcessSandbox()
 code = "import os, time; os.fork() or os.setsid(); time.sleep(600)"
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-environment = {**os.environ, "FLWR_HOME": str(place.folder) + "/"}
-place.spawn([sys.executable, "-c", code], environment, **quiet)
+environment = {**os.environ, "FLWR_HOME": str(sandbox.folder) + "/"}
+sandbox.spawn([sys.executable, "-c", code], environment, **quiet)
 time.sleep(1)
 print("ready", flush=True)
 time.sleep(600)
 """
 
 
-def test_a_launcher_that_is_killed_takes_everything_with_it(monkeypatch):
+def test_a_killed_launcher_leaves_nothing_running(monkeypatch):
     with nothing_left(monkeypatch, patience=20) as base:
         launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE)
         assert launcher.stdout is not None
