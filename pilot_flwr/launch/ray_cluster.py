@@ -5,7 +5,7 @@ either, or with ``local``, a run starts a Ray of its own on this machine. Flower
 by ``RAY_ADDRESS`` and starts one actor per client that fits on each node, so a cluster is used
 whole; only one client's share is configurable. Before a run `pilot_flwr.launch.ray_preflight`
 asks every node, in a process of its own with a time limit, for the run folder, data and packages;
-what is missing is reported node by node. The user's page is docs/cluster.md.
+what is missing is reported node by node. The user's page is docs/how-to/cluster.md.
 """
 
 import contextlib
@@ -233,7 +233,7 @@ def inspect_cluster(address: str, folder: Path, paths: Sequence[str] = ()) -> Cl
         raise RunError(
             "The Ray cluster cannot run this simulation:\n"
             + "\n".join(f"- {line}" for line in complaints)
-            + "\nRequirements for every machine of a cluster: docs/cluster.md."
+            + "\nRequirements for every machine of a cluster: docs/how-to/cluster.md."
         )
     nodes = tuple(Node(row["name"], row["cpus"], row["gpus"]) for row in answer["nodes"])
     return Cluster(answer["address"], nodes, answer["free"]["CPU"], answer["free"]["GPU"])
