@@ -1,7 +1,6 @@
 """Whole runs in this process: every message goes through Flower's types, no Ray."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 from flwr.app import Error, Message, MessageType
 from inprocess import SMALL, TWO_TASKS, Federation
+from quick_training import quick_training
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.client.private_state import PrivateStore
@@ -21,8 +21,25 @@ from pilot_flwr.run.tables import summary
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One finished run: two tasks × two clients, two exchanges."""
-    return Federation(tmp_path_factory.mktemp("run")).run()
+    """One finished run of two exchanges, two tasks × two clients, and their stage-1 states."""
+    federation = Federation(tmp_path_factory.mktemp("run"))
+    federation.after_stage1 = {}
+
+    def look(message, reply):
+        if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
+            client = message.content["instruction"]["client"]
+            federation.after_stage1[client] = federation.private(client)
+        return reply
+
+    federation.grid.on_reply = look
+    return federation.run()
+
+
+@pytest.fixture
+def quick():
+    """Replace training, which is not what is tested, by random steps."""
+    with quick_training():
+        yield
 
 
 def test_stages_follow_the_time_line(finished):
@@ -128,20 +145,10 @@ def test_examples_do_not_travel(finished):
     assert words == tasks | clients | hashes | {"test-1", "exact_match"}
 
 
-def test_private_state_is_kept_and_frozen_parts_stay_bit_identical(tmp_path):
-    federation = Federation(tmp_path)
-    kept = {}
-
-    def look(message, reply):
-        if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-            client = message.content["instruction"]["client"]
-            kept[client] = federation.private(client)
-        return reply
-
-    federation.grid.on_reply = look
-    federation.run()
-    for client, after_stage1 in kept.items():
-        after_stage2 = federation.private(client)
+def test_private_state_is_kept_and_frozen_parts_stay_bit_identical(finished):
+    assert len(finished.after_stage1) == 4
+    for client, after_stage1 in finished.after_stage1.items():
+        after_stage2 = finished.private(client)
         assert (after_stage1.stage, after_stage2.stage) == (1, 2)
         for name, tensor in after_stage1.groups["client_adapter"].items():
             assert torch.equal(tensor, after_stage2.groups["client_adapter"][name])  # ψ_s frozen
@@ -163,76 +170,36 @@ def test_two_runs_with_one_seed_are_bit_identical(finished, tmp_path):
         assert all(torch.equal(t, again.strategy.state.loras[client][n]) for n, t in state.items())
 
 
-def test_a_late_joiner_gets_stage_1_while_the_others_are_in_stage_2(tmp_path):
-    federation = Federation(tmp_path, f"{TWO_TASKS} strategy.rounds=2 strategy.wait_seconds=0.5")
+def test_a_late_joiner_gets_stage_1_and_its_tasks_mean_lora(quick, tmp_path):
+    """The others are in stage 2 meanwhile; its task's only client so far is counting-0."""
+    federation = Federation(
+        tmp_path, f"{TWO_TASKS} strategy.rounds=2 strategy.wait_seconds=0.5 data.test_examples=1"
+    )
     all_nodes = federation.grid.nodes
     federation.grid.nodes = all_nodes[:3]  # counting-1 is not there yet
+    received = {}
 
     def join(message, reply):
         if message.metadata.message_type == MessageType.TRAIN:
             federation.grid.nodes = all_nodes
+            instruction = message.content["instruction"]
+            if instruction["round"] == 2:
+                received[instruction["client"]] = decode_state(message.content["lora"])
         return reply
 
     federation.grid.on_reply = join
     federation.run()
-    stages = {(e["client"], e["round"]): e["stage"] for e in federation.folder.select("train")}
+    stages = {(e["client"], e["round"]): e["stage"] for e in federation.events("train")}
     assert ("counting-1", 1) not in stages
     assert stages["counting-1", 2] == 1
     assert stages["counting-0", 2] == 2
     assert stages["counting-1", 3] == 2
-
-
-def test_a_late_joiner_begins_with_its_tasks_mean_lora(tmp_path):
-    federation = Federation(tmp_path, f"{TWO_TASKS} strategy.wait_seconds=0.5")
-    all_nodes = federation.grid.nodes
-    federation.grid.nodes = all_nodes[:3]
-    received, means = {}, {}
-
-    def join(message, reply):
-        if message.metadata.message_type == MessageType.TRAIN:
-            federation.grid.nodes = all_nodes
-            order = message.content["instruction"]
-            if order["round"] == 2:
-                received[order["client"]] = decode_state(message.content["lora"])
-                if not means:
-                    loras = federation.strategy_state.loras
-                    means["counting"] = loras["counting-0"]  # the task's only client so far
-        return reply
-
-    federation.grid.on_reply = join
-    # The strategy's state is needed while it runs, so it is built by hand here.
-    from pilot_flwr import server_app
-
-    original = server_app.ServerState
-
-    def capture(*args, **kwargs):
-        federation.strategy_state = original(*args, **kwargs)
-        return federation.strategy_state
-
-    server_app.ServerState = capture
-    try:
-        federation.run()
-    finally:
-        server_app.ServerState = original
     for name, tensor in received["counting-1"].items():
-        torch.testing.assert_close(tensor, means["counting"][name])
+        torch.testing.assert_close(tensor, received["counting-0"][name])
+    assert any(not torch.equal(t, received["vqa-0"][n]) for n, t in received["counting-1"].items())
 
 
-def test_a_client_that_lost_its_state_gets_stage_1_again(tmp_path):
-    federation = Federation(tmp_path)
-
-    def lose(message, reply):
-        if message.metadata.message_type == MessageType.TRAIN:
-            shutil.rmtree(federation.folder.path / "clients/vqa-1", ignore_errors=True)
-        return reply
-
-    federation.grid.on_reply = lose
-    federation.run()
-    stages = {e["client"]: e["stage"] for e in federation.events("train", round=2)}
-    assert stages == {"vqa-0": 2, "vqa-1": 1, "counting-0": 2, "counting-1": 2}
-
-
-def test_a_client_that_misses_a_round_keeps_its_lora_and_its_tasks_adapter(tmp_path):
+def test_a_client_that_misses_a_round_keeps_its_lora_and_its_tasks_adapter(quick, tmp_path):
     federation = Federation(tmp_path, f"{SMALL} data.tasks=[vqa,counting] "
                             "data.clients_per_task=1 strategy.rounds=1")  # fmt: skip
     down = {}
@@ -274,12 +241,13 @@ def test_all_bytes_that_went_down_are_written_down(finished):
     assert sum(sum(e["down"].values()) for e in finished.folder.select("order")) == bytes_sent
 
 
-def test_real_sites_keep_their_state_in_their_own_folder(tmp_path):
+def test_real_sites_keep_their_state_in_their_own_folder(quick, tmp_path):
     sites = [
         {"client-id": client, "state-folder": str(tmp_path / client)}
         for client in ("vqa-0", "vqa-1", "counting-0", "counting-1")
     ]
-    federation = Federation(tmp_path / "run", node_configs=sites).run()
+    words = f"{TWO_TASKS} evaluation.enabled=false"
+    federation = Federation(tmp_path / "run", words, node_configs=sites).run()
     assert federation.folder.select("failure") == []
     assert not (federation.folder.path / "clients").exists()
     for client in ("vqa-0", "counting-1"):
@@ -289,7 +257,7 @@ def test_real_sites_keep_their_state_in_their_own_folder(tmp_path):
 def test_bfloat16_travels_as_bfloat16(tmp_path):
     federation = Federation(
         tmp_path, f"{SMALL} data.tasks=[vqa] data.clients_per_task=2 strategy.rounds=1 "
-        "model.adapter_dtype=bfloat16"
+        "model.adapter_dtype=bfloat16 evaluation.enabled=false data.train_examples=4"
     ).run()  # fmt: skip
     assert federation.folder.select("failure") == []
     for message in federation.replies(MessageType.TRAIN):
@@ -306,14 +274,16 @@ def test_bfloat16_travels_as_bfloat16(tmp_path):
 def test_the_papers_variants_run(tmp_path):
     federation = Federation(
         tmp_path,
-        f"{TWO_TASKS} model.initialisation=official model.stage2_client_adapter=off "
+        f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=1 "
+        "data.train_examples=4 evaluation.enabled=false "
+        "model.initialisation=official model.stage2_client_adapter=off "
         "train.difference_loss.reduction=official model.feature_cache.where=disk",
     ).run()
     assert federation.folder.select("failure") == []
     assert list((federation.folder.path / "clients/vqa-0/features").glob("*.safetensors"))
 
 
-def test_zero_shot_is_the_base_model_whatever_the_initialisation(finished, tmp_path):
+def test_zero_shot_is_the_base_model_whatever_the_initialisation(quick, finished, tmp_path):
     official = Federation(tmp_path, f"{TWO_TASKS} model.initialisation=official").run()
     scores = [
         {e["client"]: e["score"] for e in run.events("evaluate", round=0)}
@@ -322,9 +292,11 @@ def test_zero_shot_is_the_base_model_whatever_the_initialisation(finished, tmp_p
     assert scores[0] == scores[1]
 
 
-def test_one_task_alone(tmp_path):
+def test_one_task_alone(quick, tmp_path):
     federation = Federation(
-        tmp_path, f"{SMALL} data.tasks=[vqa] data.clients_per_task=2 strategy.rounds=1"
+        tmp_path,
+        f"{SMALL} data.tasks=[vqa] data.clients_per_task=2 strategy.rounds=1 "
+        "evaluation.enabled=false",
     ).run()
     assert [e["stage"] for e in federation.events("train", round=2)] == [2, 2]
     updates = [decode_update(m.content) for m in federation.replies(MessageType.TRAIN)][-2:]
@@ -334,10 +306,12 @@ def test_one_task_alone(tmp_path):
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_an_approximate_figure_is_called_so_from_client_to_table(tmp_path, monkeypatch):
+def test_an_approximate_figure_is_called_so_from_client_to_table(quick, tmp_path, monkeypatch):
     approximate = replace(METRICS["exact_match"], approximate=lambda: "there is no Java")
     monkeypatch.setitem(METRICS, "exact_match", approximate)
-    run = Federation(tmp_path, f"{TWO_TASKS} evaluation.max_new_tokens=1").run()
+    run = Federation(
+        tmp_path, f"{TWO_TASKS} data.clients_per_task=1 evaluation.max_new_tokens=1"
+    ).run()
     events = run.folder.select("evaluate")
     assert events
     assert all(event["approximate"] for event in events)

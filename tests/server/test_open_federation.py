@@ -9,6 +9,7 @@ import torch
 from flwr.app import MessageType
 from inprocess import Federation
 from llava_files import write_federation
+from quick_training import quick_training
 
 from pilot_flwr import server_app
 from pilot_flwr.cli.main import main
@@ -31,6 +32,13 @@ WORDS = (
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return write_federation(folder, train=4, test=2, clients=1).parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """Training itself is not what is tested here."""
+    with quick_training():
+        yield
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ def test_sites_of_any_names_train_through_both_stages(federation, sites, tmp_pat
     opened = open_run(run.folder.path)
     assert [c.id for c in opened.clients()] == ["St_Mary", "clinic-7", "vqa-0"]
     assert opened.client("clinic-7").task == "counting"
-    mine, state = opened.lora("St_Mary", "vqa"), run.strategy.state.loras["St_Mary"]
+    mine, state = opened.checkpoint.lora("St_Mary"), run.strategy.state.loras["St_Mary"]
     assert all(torch.equal(tensor, state[name]) for name, tensor in mine.items())
     with pytest.raises(ConfigError, match="'clinic-7' is a real site, whose data are named in"):
         count_examples(opened.config.data, opened.client("clinic-7"), "test", seed=0)
@@ -200,7 +208,7 @@ def test_a_resumed_run_waits_for_its_sites_as_a_new_one_does(federation, sites, 
     class Killed(BaseException):
         pass
 
-    words = federation(sites, "strategy.rounds=2", "strategy.wait_seconds=30").grid.overrides
+    words = federation(sites, "strategy.wait_seconds=30").grid.overrides
 
     def start(place, flower_run, act=lambda message, reply: reply, appear=(3, 3)):
         grid = federation(sites).grid  # node ids from 1 again, as after a restart
@@ -222,10 +230,10 @@ def test_a_resumed_run_waits_for_its_sites_as_a_new_one_does(federation, sites, 
     start(f"resume={tmp_path}/killed", "9", appear=(1, 2, 2))
     events = read_events(tmp_path / "killed")
     stages = {(e["round"], e["client"]): e["stage"] for e in events if e["event"] == "train"}
-    assert len(stages) == 9 and [s for (n, _), s in stages.items() if n > 1] == [2] * 6
+    assert len(stages) == 6 and [s for (n, _), s in stages.items() if n > 1] == [2] * 3
     assert not [e for e in events if e["event"] == "failure"]
     ends = [latest_checkpoint(tmp_path / name / "checkpoint")[0] for name in ("whole", "killed")]
-    assert [end.server_round for end in ends] == [3, 3]
+    assert [end.server_round for end in ends] == [2, 2]
     for client in ends[0].task_of:
         mine, theirs = (end.lora(client) for end in ends)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())

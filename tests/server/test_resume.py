@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from flwr.app import MessageType
 from inprocess import SMALL, InProcessGrid
+from quick_training import quick_training
 
 from pilot_flwr import server_app
+from pilot_flwr.client import session, training
 from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ConfigError, RunError, StateError, WorkerDied
@@ -85,6 +87,13 @@ class Snapshots:
         self.taken.append(target)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    """Random steps in place of training: they too depend on state, seed and exchange alone."""
+    with quick_training():
+        yield
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A whole run, and what a kill would have left of it at every point."""
@@ -125,6 +134,22 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(interrupted, differen
 @pytest.mark.slow
 def test_a_run_that_died_at_any_point_at_all_ends_as_one_that_did_not(interrupted, differences):
     compare_all(interrupted, lambda taken: taken, differences)
+
+
+@pytest.mark.slow
+def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "train", training.train)
+
+    def die(message, reply):
+        if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
+            raise KeyboardInterrupt
+        return reply
+
+    fresh(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fresh(tmp_path / "run", on_reply=die)
+    go_on(tmp_path / "run")
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
 def test_it_can_die_again_and_again(interrupted, differences, tmp_path):
