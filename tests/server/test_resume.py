@@ -24,7 +24,7 @@ from pilot_flwr.run.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.server import resume as resume_module
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROBUSTNESS = Path(__file__).resolve().parents[1] / "robustness"
 TWO = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=2"
 SHOWN = 4
 """Of about ninety points in a run, those that the default suite looks at; all with ``slow``."""
@@ -32,8 +32,8 @@ SHOWN = 4
 
 @pytest.fixture
 def differences(monkeypatch):
-    """What the benchmark compares with."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """How the fault tests compare two run folders."""
+    monkeypatch.syspath_prepend(str(ROBUSTNESS))
     return importlib.import_module("faults.sameness").differences
 
 
