@@ -2,7 +2,8 @@
 
 Records are plain, frozen dataclasses without Flower types: `pilot_flwr.flower.messages` encodes and
 decodes them, `pilot_flwr.client.session` and `pilot_flwr.algorithm.server_state` compute with them.
-Symbols are those of docs/design.md, section 1. Importing this module does not import torch.
+Symbols are those of docs/explanation/method.md, section 1. Importing this module does not import
+torch.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_the_readme_is_short_and_names_both_commands():
 
 def test_pages_that_the_code_names_exist():
     named = re.compile(r"docs/[\w/-]+\.md")
-    for folder in ("conf", "tests", "benchmarks"):
+    for folder in ("pilot_flwr", "conf", "tests", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".yaml"}:
                 for page in named.findall(path.read_text()):

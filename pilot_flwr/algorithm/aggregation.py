@@ -2,15 +2,15 @@
 
 Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). Results have
 the container type and the dtype of their inputs, which are never changed. One exchange of the
-server (docs/design.md, section 4)::
+server (docs/explanation/method.md, section 4)::
 
     weights = adaptive_weights(pairwise_distances(loras), num_examples, num_neighbors)
     personal_loras = mix(loras, weights)
     task_adapters = task_aware_average(adapters, tasks, num_examples)
 
 To add a rule for the LoRAs, write one pure function that returns a row-stochastic (K, K) matrix
-and add a row to `LORA_RULES`; :func:`mix` does the passes over the parameters. docs/methods.md
-describes the rules.
+and add a row to `LORA_RULES`; :func:`mix` does the passes over the parameters.
+docs/how-to/add-aggregation-rule.md has the steps.
 
 Source: Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), "Adaptive Text-Adapter Aggregation".
 """
@@ -65,7 +65,7 @@ def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
     -----
     Differences and products are float64. Where pairs lie so close together, and so far from client
     0, that G cancels, they are computed again relative to one of themselves: one more pass per
-    such cluster. docs/design.md, section 4.
+    such cluster. docs/explanation/method.md, section 4.
     """
     check_states(states, range(len(states)))
     distances = np.sqrt(_squared_distances(states))
@@ -120,7 +120,8 @@ def adaptive_weights(
     Notes
     -----
     Ties go to the lower index: callers sort clients by id to make runs comparable.
-    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation; docs/design.md, section 4.
+    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation;
+    docs/explanation/method.md, section 4.
     """
     if num_neighbors < 1:
         raise ConfigError(f"`strategy.num_neighbors` is {num_neighbors} but must be at least 1.")
@@ -177,7 +178,7 @@ def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]
     Notes
     -----
     A client's values affect only the rows that give it weight, however far away it lies.
-    docs/design.md, section 4.
+    docs/explanation/method.md, section 4.
     """
     clients = range(len(states))
     check_states(states, clients)
@@ -225,7 +226,8 @@ def task_aware_average(
 
     Notes
     -----
-    docs/design.md, section 4; Pilot (arXiv 2501.13985), task-specific adapter aggregation.
+    docs/explanation/method.md, section 4; Pilot (arXiv 2501.13985), task-specific adapter
+    aggregation.
     """
     counts = _check_examples(num_examples, len(adapters))
     if len(tasks) != len(adapters):

@@ -1,4 +1,4 @@
-"""The connectors between vision tower and language model (design section 2).
+"""The connectors between vision tower and language model (docs/explanation/method.md, section 2).
 
 `TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2; both take the place of a
 LLaVA model's projector and are built from `Adapter`s of the projector's own shape. Shapes:

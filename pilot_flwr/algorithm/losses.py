@@ -1,5 +1,6 @@
-"""The three auxiliary losses of Pilot (design section 2) as pure functions of tensors.
+"""The three auxiliary losses of Pilot as pure functions of tensors.
 
+The equations are in docs/explanation/method.md, section 2.
 A loss coefficient is never applied here: `pilot_flwr.client.training` does that, once.
 """
 

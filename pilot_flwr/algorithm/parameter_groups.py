@@ -24,7 +24,7 @@ class ParameterGroup:
     Attributes
     ----------
     symbol : str
-        As in docs/design.md, section 1.
+        As in docs/explanation/method.md, section 1.
     pattern : str
         Regular expression of the model's parameter names; ``{own}`` is the client's task. The
         tensor is stored and sent under the match of ``key``, preceded by that of ``task``, if any.

@@ -1,5 +1,6 @@
-"""The server's state of a federation, and how an exchange changes it (docs/design.md, section 4).
+"""The server's state of a federation, and how an exchange changes it.
 
+The equations are in docs/explanation/method.md, section 4.
 `ServerState.check` validates an update, `ServerState.aggregate` aggregates those of an exchange.
 """
 

@@ -91,7 +91,7 @@ def convert(
     """Convert a data set's own annotation files to LLaVA JSONL.
 
     NAME is one of gqa, ocr_vqa, coco_captions, coco_karpathy, vqav2, textvqa, scienceqa, boxes.
-    Files and options of each: docs/paper.md.
+    Files and options of each: docs/reference/data.md.
 
     Example: `pilot-flwr data convert gqa --annotations train_balanced_questions.json
     --split train --out gqa/train.jsonl`

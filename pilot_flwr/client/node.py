@@ -7,7 +7,7 @@ run's configuration is ever opened there. A simulated node has Flower's ``partit
 and reads the files that the run's configuration names.
 
 Nothing here opens the site's files; `pilot_flwr.client.preflight` does. To add a key, add a row to
-`KEYS`, a field to `NodeSettings` and a row to the table in docs/sites.md.
+`KEYS`, a field to `NodeSettings` and a row to the table in docs/reference/sites.md.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ The release is the change Δ of Θ_a and Θ_l in one exchange, all their tensors
 
 Two data sets of the client give two Δ̄ of norm C at most, which therefore differ by 2 C at most:
 relative to that sensitivity the noise has the multiplier z / 2.
-`pilot_flwr.client.privacy_accountant` adds releases up to (ε, δ); docs/privacy.md says what this
-protects.
+`pilot_flwr.client.privacy_accountant` adds releases up to (ε, δ); docs/how-to/privacy.md says what
+this protects.
 
 The noise is made only of the operating system's random bytes. A seed of the run would be no
 secret: the server knows it and could subtract the noise. There is no generator whose state could
@@ -52,7 +52,7 @@ def system_normal(count: int) -> NDArray[np.float64]:
 
     Every pair takes two uniform numbers of 53 random bits. No number exceeds 8.7; of true
     normal ones, 4e-18 do. Like every sampler in floating point it does not have all real
-    numbers as values, see docs/privacy.md.
+    numbers as values, see docs/how-to/privacy.md.
     """
     numbers = np.empty(count)
     for start in range(0, count, _CHUNK):

@@ -1,7 +1,8 @@
-"""One client's session: evaluate the incoming personalised model, then train it (design section 3).
+"""One client's session: evaluate the incoming personalised model, then train it.
 
-The client side of the algorithm, without Flower. The base model stays warm in the process; a
-session loads into it what the server sent and what never leaves the client's disk.
+The client side of the algorithm, without Flower (docs/explanation/method.md, section 3). The base
+model stays warm in the process; a session loads into it what the server sent and what never leaves
+the client's disk.
 
 Ditto: a personal model beside the shared one (Li et al., ICML 2021, arXiv 2012.04221). A session
 trains the shared model w as without Ditto, then a personal one, v, on the client's loss F_k and a

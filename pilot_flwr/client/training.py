@@ -1,9 +1,9 @@
 """Local training of one client in one exchange: E epochs of optimizer steps.
 
 The loss of a step is ``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2
-(design section 2); `total_loss` applies every coefficient, once. However a step is split into
-micro-batches, its gradient is that of one batch, up to rounding (`accumulate`). Gradients are
-clipped group by group (`_clip`).
+(docs/explanation/method.md, section 2); `total_loss` applies every coefficient, once. However a
+step is split into micro-batches, its gradient is that of one batch, up to rounding (`accumulate`).
+Gradients are clipped group by group (`_clip`).
 
 `Proximal` adds a pull towards the parameters that the server sent::
 

@@ -125,7 +125,9 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: the 31st of June
         raise ConfigError(f"`data` is {name!r}, which is not YAML: {error}") from None
     if not isinstance(content, dict) or "tasks" not in content:
-        raise ConfigError(f"{name} must be settings with `tasks` at least; see docs/data.md.")
+        raise ConfigError(
+            f"{name} must be settings with `tasks` at least; see docs/reference/data.md."
+        )
     for key in content:
         if key not in _KEYS:
             raise ConfigError(f"{name}: `{key}` must be one of {', '.join(_KEYS)}.")

@@ -40,7 +40,7 @@ class PrivacyConfig:
 
     The change of Θ_a and Θ_l that a client uploads is clipped, as one vector, and every number
     of it gets noise. Losses and scores are exact functions of the client's data, outside that
-    guarantee; by default they are not sent. See docs/privacy.md.
+    guarantee; by default they are not sent. See docs/how-to/privacy.md.
     """
 
     enabled: bool = False
@@ -115,7 +115,7 @@ class StrategyConfig:
     """The server: exchanges, aggregation, and how long it waits.
 
     A method is a set of these settings; conf/strategy/ has one file per method and
-    docs/methods.md a table of them.
+    docs/reference/methods.md a table of them.
     """
 
     name: Annotated[str, NAME] = "pilot"

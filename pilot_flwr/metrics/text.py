@@ -1,7 +1,7 @@
 """Metrics that compare an answer's text with its references, one prediction at a time.
 
 To add one, write a function of a prediction and its references, and add its row to `METRICS` in
-`pilot_flwr.metrics.registry`. Sources and formulas: docs/metrics.md.
+`pilot_flwr.metrics.registry`. Sources and formulas: docs/reference/metrics.md.
 
 Soft accuracy against the answers of ten annotators: VQAv2 and TextVQA.
 

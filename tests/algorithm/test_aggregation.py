@@ -55,7 +55,7 @@ def naive_sum(states: list[dict], weights: np.ndarray) -> np.ndarray:
 
 
 def naive_ata(states: list[dict], counts: list[int], neighbours: int) -> list[np.ndarray]:
-    """DESIGN section 4, word for word: N(k), w_kj, then the mixture."""
+    """docs/explanation/method.md, section 4, word for word: N(k), w_kj, then the mixture."""
     distances, vectors = naive_distances(states), [flat(s) for s in states]
     mixtures = []
     for k in range(len(states)):

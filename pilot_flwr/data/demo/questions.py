@@ -112,7 +112,7 @@ WRITERS: dict[str, Writer] = {
     "columns": ask_columns,
     "grounding": ask_box,
 }
-"""All tasks: the demo's three, then those of the scenarios (docs/scenarios.md)."""
+"""All tasks: the demo's three, then those of the scenarios (docs/explanation/scenarios.md)."""
 
 METRIC_OF = {"columns": "rouge_l", "grounding": "grounding_quarters"}
 """Metric of a task that is not scored by exact match."""
