@@ -89,7 +89,7 @@ def corrupt_round(content):
 
 
 def corrupt_client(content):
-    content["result"]["client"] = "counting-0"
+    content["result"]["client"] = "vqa-26"
 
 
 def corrupt_metrics(content):
@@ -142,73 +142,92 @@ def corrupt_result(content):
     del content["result"]
 
 
-@pytest.mark.parametrize(
-    ("corrupt", "reason"),
-    [
-        (corrupt_nan, "its LoRA has values that are not finite"),
-        (corrupt_inf, "its task adapter has values that are not finite"),
-        (corrupt_shape, "must be torch float32 ("),
-        (corrupt_dtype, "is torch float64"),
-        (corrupt_missing, "(1 and 0 in all)"),
-        (corrupt_extra, "unexpected ones ['router.weight']"),
-        (corrupt_task, "its task is 'captioning' but the client's is 'vqa'"),
-        (corrupt_zero_examples, "metric `examples` is 0 but must be from 1"),
-        (corrupt_too_many_examples, "counts 1000000000 examples"),
-        (corrupt_round, "it is for exchange 7, not 1"),
-        (corrupt_client, "it says that it is from 'counting-0'"),
-        (corrupt_metrics, "metric `loss.total` is None"),
-        (corrupt_bytes, "cannot be read"),
-        (corrupt_examples_nan, "metric `examples` is nan but must be a finite number"),
-        (corrupt_gradients_nan, "metric `gradients.lora` is nan"),
-        (corrupt_extra_metric, "metric `started` is inf"),
-        (corrupt_zip, "cannot be read"),
-        (corrupt_score, "metric `score` is 1000000000.0 but must be from 0 to 1"),
-        (corrupt_metric, "`metric` is 'mine' but must be one of exact_match, gqa, "),
-        (corrupt_no_test_examples, "metric `examples` is 0 but must be from 1"),
-        (corrupt_result, "the message has no record `result`"),
-        (corrupt_examples_negative, "metric `examples` is -5 but must be from 1"),
-        (corrupt_examples_fraction, "metric `examples` is 2.5 but must be a whole number"),
-        (corrupt_huge, "is torch float32 (3000000,) but must be torch float32 ("),
-        (corrupt_many, "(0 and 20000 in all)"),
-    ],
-)
-def test_a_bad_update_is_rejected_and_the_others_go_on(tmp_path, silent, corrupt, reason):
-    federation = Federation(tmp_path, f"{TWO_TASKS} evaluation.enabled=false")
+BAD_UPDATES = [
+    (corrupt_nan, "its LoRA has values that are not finite"),
+    (corrupt_inf, "its task adapter has values that are not finite"),
+    (corrupt_shape, "must be torch float32 ("),
+    (corrupt_dtype, "is torch float64"),
+    (corrupt_missing, "(1 and 0 in all)"),
+    (corrupt_extra, "unexpected ones ['router.weight']"),
+    (corrupt_task, "its task is 'captioning' but the client's is 'vqa'"),
+    (corrupt_zero_examples, "metric `examples` is 0 but must be from 1"),
+    (corrupt_too_many_examples, "counts 1000000000 examples"),
+    (corrupt_round, "it is for exchange 7, not 1"),
+    (corrupt_client, "it says that it is from 'vqa-26'"),
+    (corrupt_metrics, "metric `loss.total` is None"),
+    (corrupt_bytes, "cannot be read"),
+    (corrupt_examples_nan, "metric `examples` is nan but must be a finite number"),
+    (corrupt_gradients_nan, "metric `gradients.lora` is nan"),
+    (corrupt_extra_metric, "metric `started` is inf"),
+    (corrupt_zip, "cannot be read"),
+    (corrupt_score, "metric `score` is 1000000000.0 but must be from 0 to 1"),
+    (corrupt_metric, "`metric` is 'mine' but must be one of exact_match, gqa, "),
+    (corrupt_no_test_examples, "metric `examples` is 0 but must be from 1"),
+    (corrupt_result, "the message has no record `result`"),
+    (corrupt_examples_negative, "metric `examples` is -5 but must be from 1"),
+    (corrupt_examples_fraction, "metric `examples` is 2.5 but must be a whole number"),
+    (corrupt_huge, "is torch float32 (3000000,) but must be torch float32 ("),
+    (corrupt_many, "(0 and 20000 in all)"),
+]
+"""How an update is spoiled, and the reason for which the server rejects it."""
 
-    def spoil(message, reply):
+ONE_TASK = f"{SMALL} data.tasks=[vqa] strategy.rounds=1 evaluation.enabled=false"
+CLIENTS = len(BAD_UPDATES) + 2
+
+
+def run_with_replies(folder, spoil):
+    """Run a federation in which `spoil(number, message, reply)` replaces replies of exchange 1.
+
+    The first clients are those of `BAD_UPDATES`, one each; the last two are honest.
+    """
+    federation = Federation(folder, f"{ONE_TASK} data.clients_per_task={CLIENTS}")
+
+    def on_reply(message, reply):
         if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-            if message.content["instruction"]["client"] == "vqa-0":
-                corrupt(reply.content)
+            number = int(message.content["instruction"]["client"].removeprefix("vqa-"))
+            if number < len(BAD_UPDATES):
+                return spoil(number, message, reply)
         return reply
 
-    federation.grid.on_reply = spoil
-    federation.run()
-    failures = federation.folder.select("failure")
-    assert [(f["round"], f["phase"], f["client"]) for f in failures] == [(1, "train", "vqa-0")]
-    assert reason in failures[0]["reason"]
-    # Nothing of a rejected reply is in the results, not even its score.
-    assert not [e for e in federation.folder.select("evaluate") if e["client"] == "vqa-0"]
-    # The others' result of the exchange is what it would have been without that client.
-    done = federation.events("aggregate", round=1)[0]
-    assert done["tasks"] == {"vqa": ["vqa-1"], "counting": ["counting-0", "counting-1"]}
-    same_state(federation.strategy.state, silent)
+    federation.grid.on_reply = on_reply
+    return federation.run()
 
 
 @pytest.fixture(scope="module")
-def silent(tmp_path_factory):
-    """The server's state after a run in which vqa-0 is not heard of in exchange 1."""
-    federation = Federation(
-        tmp_path_factory.mktemp("silent"), f"{TWO_TASKS} evaluation.enabled=false"
-    )
+def spoiled(tmp_path_factory):
+    """A run in which every bad update comes, each from its own client."""
 
-    def drop(message, reply):
-        if message.metadata.message_type == MessageType.TRAIN and message.metadata.group_id == "1":
-            if message.content["instruction"]["client"] == "vqa-0":
-                return Message(Error(0, "gone"), reply_to=message)
+    def spoil(number, message, reply):
+        BAD_UPDATES[number][0](reply.content)
         return reply
 
-    federation.grid.on_reply = drop
-    return federation.run().strategy.state
+    return run_with_replies(tmp_path_factory.mktemp("spoiled"), spoil)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(number, reason) for number, (_, reason) in enumerate(BAD_UPDATES)],
+    ids=[corrupt.__name__ for corrupt, _ in BAD_UPDATES],
+)
+def test_a_bad_update_is_rejected_with_its_reason(spoiled, number, reason):
+    client = f"vqa-{number}"
+    (failure,) = [f for f in spoiled.folder.select("failure") if f["client"] == client]
+    assert (failure["round"], failure["phase"]) == (1, "train")
+    assert reason in failure["reason"]
+    # Nothing of a rejected reply is in the results, not even its score.
+    assert not [e for e in spoiled.folder.select("evaluate") if e["client"] == client]
+
+
+def test_bad_updates_change_nothing_for_the_others(spoiled, tmp_path):
+    """The result of the run is what it would have been without those clients in exchange 1."""
+    done = spoiled.events("aggregate", round=1)[0]
+    honest = [f"vqa-{number}" for number in range(len(BAD_UPDATES), CLIENTS)]
+    assert {task: list(clients) for task, clients in done["tasks"].items()} == {"vqa": honest}
+    assert len(spoiled.events("train", round=2)) == CLIENTS
+    silent = run_with_replies(
+        tmp_path, lambda number, message, reply: Message(Error(0, "gone"), reply_to=message)
+    )
+    same_state(spoiled.strategy.state, silent.strategy.state)
 
 
 def same_state(state, other):
