@@ -27,17 +27,9 @@ from pilot_flwr.client.privacy_accountant import (
     require_accounting,
 )
 from pilot_flwr.client.private_state import PrivateStore
+from pilot_flwr.config import rules
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.overrides import federation_config
-from pilot_flwr.config.rules import (
-    LONGEST_NAME,
-    NAME_PATTERN,
-    at_least,
-    check_name,
-    expanded,
-    positive,
-    share,
-)
 from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
 from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import Client, federation_clients
@@ -69,13 +61,13 @@ KEYS = {
 }
 """Every key of a real site's node config, and its meaning."""
 
-FLOWERS_KEYS = ("partition-id", "num-partitions")
+_FLOWER_KEYS = ("partition-id", "num-partitions")
 """Flower's simulation engine writes these into every node config; a real site may have them."""
 
 FILE_SEPARATOR = ";"
 """Between the files of ``train-file`` and of ``test-file``."""
 
-UNSHARED = (
+_UNSHARED = (
     " If this is a simulation, its clients use the run folder, and the one that the server wrote "
     "cannot be read here: on a Ray cluster of several machines `run.folder` must be on a file "
     "system that all of them share."
@@ -141,38 +133,37 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
     Raises `ConfigError` for an unknown key or a value of the wrong kind.
     """
     for key in values:
-        if key not in KEYS and key not in FLOWERS_KEYS:
+        if key not in KEYS and key not in _FLOWER_KEYS:
             raise _unknown(key)
     settings = NodeSettings(
         client_id=_text(values, "client-id"),
         task=_text(values, "task"),
         partition_id=_whole(values, "partition-id"),
         num_partitions=_whole(values, "num-partitions"),
-        train_files=_files(values, "train-file"),
-        test_files=_files(values, "test-file"),
-        image_folder=_folder(values, "image-folder"),
-        state_folder=_folder(values, "state-folder"),
+        train_files=_paths(values, "train-file"),
+        test_files=_paths(values, "test-file"),
+        image_folder=_path(values, "image-folder"),
+        state_folder=_path(values, "state-folder"),
         device=_text(values, "device") or "auto",
-        model_path=_folder(values, "model-path"),
+        model_path=_path(values, "model-path"),
         micro_batch=_whole(values, "micro-batch") or 0,
         demands=_demands(values),
     )
     if "client-id" in values:
-        check_name("client-id", settings.client_id)
+        rules.check_name("client-id", settings.client_id)
     if "micro-batch" in values:
-        at_least("micro-batch", settings.micro_batch, 1)
+        rules.at_least("micro-batch", settings.micro_batch, 1)
     return settings
 
 
 def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
     """Return whether the run's configuration may name files here.
 
-    That takes a node as Flower's simulation engine makes it, with ``partition-id`` and
-    ``num-partitions`` and without a ``client-id``, which can read the run folder's token: only
-    then server and client are on one machine, started together. At any other node not even the
-    token is looked for.
+    That takes a node made by Flower's simulation engine, without a ``client-id``, that can read
+    the run folder's token: only then server and client run on one machine, started together. No
+    other node even looks for the token.
     """
-    engines = set(FLOWERS_KEYS) <= node_config.keys() and "client-id" not in node_config
+    engines = set(_FLOWER_KEYS) <= node_config.keys() and "client-id" not in node_config
     return engines and holds_token(Path(run_folder), run_token)
 
 
@@ -185,7 +176,9 @@ def find_site(
     clients use `run_folder`. Raises `ConfigError` if the node config is incomplete or contradicts
     itself, the run's configuration or the number of simulated nodes.
     """
-    check_name("run name", run_name, longest=2 * LONGEST_NAME)  # with Flower's own id of the run
+    rules.check_name(
+        "run name", run_name, longest=2 * rules.LONGEST_NAME
+    )  # with Flower's own id of the run
     check_device(node.device)
     client = site_client(node, config)
     if node.state_folder is not None:
@@ -196,7 +189,7 @@ def find_site(
         engines = node.num_partitions is not None and not node.client_id
         raise ConfigError(
             f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
-            "a folder of this site for its private adapters." + (UNSHARED if engines else "")
+            "a folder of this site for its private adapters." + (_UNSHARED if engines else "")
         )
     files = None
     if config.data.source == "llava" and not simulated:
@@ -275,9 +268,7 @@ def site_files(node: NodeSettings, client: Client) -> SiteFiles:
 def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
     """Return the run's configuration as it applies at this client.
 
-    Raises `ConfigError` as `site_model` does, or if ``micro-batch`` does not divide the examples
-    of an optimizer step, a real site would train on pooled data, or the run offers less privacy
-    than the site demands.
+    Raises `ConfigError` if the node config does not allow it; see also `site_model`.
     """
     node.demands.check(config.privacy)
     if config.strategy.trained_by == "pooled" and not simulated:
@@ -309,10 +300,10 @@ def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> Mo
     Raises `ConfigError` if a real site's ``model-path`` is not a folder, or without one if
     `model.path` is neither a shipped name nor a hub id.
 
-    The letters of `model.path` alone decide what it names. The disk is consulted once: for a hub
-    id transformers prefers a folder ``organisation/name`` in the working directory, so the id is
-    refused if there is one. The error does not repeat `model.path`: next to a path that errors
-    never quote, it would tell the server whether it has guessed one.
+    What `model.path` names is decided by its letters. The disk is consulted once: transformers
+    prefers a folder ``organisation/name`` in the working directory to a hub id, so the id is
+    refused if there is one. The error does not repeat `model.path`, which would tell the server
+    whether it has guessed a path of this site.
     """
     if simulated:
         return model
@@ -320,7 +311,7 @@ def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> Mo
         if not node.model_path.is_dir():
             raise ConfigError(f"`model-path` names {str(node.model_path)!r}, which is no folder.")
         return replace(model, path=str(node.model_path))
-    if NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
+    if rules.NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
         return model
     if not _HUB_ID.fullmatch(model.path) or Path(model.path).exists():
         raise ConfigError(
@@ -331,11 +322,10 @@ def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> Mo
 
 
 def private_paths(values: NodeConfig) -> dict[str, str]:
-    """Return the paths of this site that no error may tell the server, each with its substitute.
+    """Return the paths that no error may tell the server, each with its substitute.
 
-    `values` is the node config, valid or not. Every value that is a path counts, each file of
-    ``train-file`` separately: as written, with ``~`` expanded, and with links resolved; so do the
-    folders of the files, and the home folder.
+    They are every path in a node config, valid or not, as written, with ``~`` expanded and with
+    links resolved; the folders of the files; and the home folder.
     """
     named: dict[str, str] = {}
     for key, value in values.items():
@@ -378,7 +368,7 @@ def _demands(values: NodeConfig) -> PrivacyDemands:
         key: _positive(values, key)
         for key in ("min-noise-multiplier", "max-clip-norm", "max-epsilon", "privacy-delta")
     }
-    share("privacy-delta", limits["privacy-delta"] or 0)
+    rules.share("privacy-delta", limits["privacy-delta"] or 0)
     allow = values.get("allow-metrics", False)
     if not isinstance(allow, bool):
         raise ConfigError(f"`allow-metrics` is {allow!r} but must be true or false.")
@@ -401,22 +391,23 @@ def _positive(values: NodeConfig, key: str) -> float | None:
         number = math.nan
     if math.isnan(number):
         raise ConfigError(f"`{key}` is {values[key]!r} but must be a number: {KEYS[key]}.")
-    positive(key, number)
+    rules.positive(key, number)
     return number
 
 
-def _files(values: NodeConfig, key: str) -> tuple[Path, ...]:
-    names = _text(values, key).split(FILE_SEPARATOR)
-    return tuple(_absolute(key, name.strip()) for name in names if name.strip())
+def _paths(values: NodeConfig, key: str) -> tuple[Path, ...]:
+    """Return the absolute paths of a key that may name several."""
+    names = [name.strip() for name in _text(values, key).split(FILE_SEPARATOR)]
+    return tuple(_absolute(key, name) for name in names if name)
 
 
-def _folder(values: NodeConfig, key: str) -> Path | None:
+def _path(values: NodeConfig, key: str) -> Path | None:
     name = _text(values, key)
     return _absolute(key, name) if name else None
 
 
 def _absolute(key: str, name: str) -> Path:
-    path = expanded(key, name)
+    path = rules.expanded(key, name)
     if not path.is_absolute():
         raise ConfigError(f"`{key}` names {name!r} but must be an absolute path.")
     return path

@@ -25,20 +25,7 @@ _PROBE = ".probe"
 
 
 def check_readiness(site: Site, config: PilotConfig) -> None:
-    """Raise unless a site can read its data and keep its state.
-
-    Parameters
-    ----------
-    site : Site
-        Who and where the client is.
-    config : PilotConfig
-        The run's configuration as it holds at this client.
-
-    Raises
-    ------
-    ConfigError
-        Names the key and the reason.
-    """
+    """Raise `ConfigError` unless a site can read its data and keep its state."""
     if site.files is not None:
         check_files(site.files, evaluated=config.evaluation.enabled)
     check_writable(site.state_folder)
@@ -50,12 +37,9 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
 
 
 def check_files(files: SiteFiles, *, evaluated: bool) -> None:
-    """Raise unless every file can be opened, and the image folder listed.
+    """Raise `ConfigError` unless all files and the image folder are readable.
 
-    Raises
-    ------
-    ConfigError
-        One cannot, or there is no test file though the run evaluates.
+    A run that evaluates also needs a test file.
     """
     if evaluated and not files.test:
         raise ConfigError(
@@ -70,13 +54,7 @@ def check_files(files: SiteFiles, *, evaluated: bool) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise unless a client's folder is there, or can be made, and written to.
-
-    Raises
-    ------
-    ConfigError
-        With the system's reason.
-    """
+    """Raise `ConfigError` unless a client's folder exists or can be created, and is writable."""
     probe = folder / f"{_PROBE}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,19 +65,9 @@ def check_writable(folder: Path) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raise unless the disk of a client's folder has room for the private states that are kept.
+    """Raise `ConfigError` unless the disk has room for `KEPT_STATES` states of `size` bytes.
 
-    Parameters
-    ----------
-    folder : Path
-        The states that are in it already need no room.
-    size : int
-        Bytes of one private state; `KEPT_STATES` are kept, and one more while it is written.
-
-    Raises
-    ------
-    ConfigError
-        Names the bytes that are needed and those that are free.
+    One more exists while it is written; states already in `folder` need no room.
     """
     present = sum(path.stat().st_size for path in folder.glob("private*.safetensors"))
     needed = max(size, (KEPT_STATES + 1) * size - present)
@@ -133,7 +101,7 @@ def _check_folder(path: Path, key: str) -> None:
         raise ConfigError(
             f"`{key}` names {str(path)!r}, which cannot be listed: {error.strerror}."
         ) from None
-    # Neither tells the server the name of an image.
+    # Neither error quotes the name of an image.
     effective = os.access in os.supports_effective_ids
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=effective):
         raise ConfigError(f"`{key}` names {str(path)!r}, which cannot be entered (r and x).")

@@ -1,4 +1,4 @@
-"""A client's turn: which states the model holds when it is evaluated and when it is trained.
+"""A client's session: which states the model holds when it is evaluated and when it is trained.
 
 `train` and `evaluate` are replaced by ones that note the model's states; training is then a
 deterministic change of what the stage trains, so that everything can be told apart.
@@ -44,8 +44,8 @@ def sites(tmp_path):
 
 
 @pytest.fixture
-def make_order(initial):
-    """Build an order whose adapters and LoRA differ by task and by exchange."""
+def make_instruction(initial):
+    """Build an instruction whose adapters and LoRA differ by task and by exchange."""
 
     def make(stage, *, server_round=None, task="vqa", tasks=TASKS, **more):
         server_round = server_round or stage
@@ -101,8 +101,8 @@ def shifted(state, name, number):
     return {key: tensor + shift for key, tensor in state.items()}
 
 
-def take(site, order, config=CONFIG):
-    return run_session(site, config, order, progress=lambda line: None)
+def run(site, instruction, config=CONFIG):
+    return run_session(site, config, instruction, progress=lambda line: None)
 
 
 def private(site):
@@ -123,149 +123,156 @@ def differ(state, other):
     return all(not torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
-def assert_received(states, order, own="vqa"):
+def assert_received(states, instruction, own="vqa"):
     """The model holds what the server sent: own adapter, LoRA and every foreign adapter."""
-    assert_equal(states["lora"], order.lora)
-    assert_equal(states["own_task_adapter"], order.adapters[own])
-    for task, adapter in order.adapters.items():
+    assert_equal(states["lora"], instruction.lora)
+    assert_equal(states["own_task_adapter"], instruction.adapters[own])
+    for task, adapter in instruction.adapters.items():
         if task != own:
             got = {n: states["foreign_task_adapters"][f"{task}/{n}"] for n in adapter}
             assert_equal(got, adapter)
-    foreign = sum(len(a) for task, a in order.adapters.items() if task != own)
+    foreign = sum(len(a) for task, a in instruction.adapters.items() if task != own)
     assert len(states["foreign_task_adapters"]) == foreign
 
 
-def test_the_first_stage_2_training_keeps_the_saved_client_adapter(sites, make_order, seen):
+def test_the_first_stage_2_training_keeps_the_saved_client_adapter(sites, make_instruction, seen):
     site = sites["vqa"]
-    take(site, make_order(1))
-    saved, order = private(site), make_order(2)
-    take(site, order)
+    run(site, make_instruction(1))
+    saved, instruction = private(site), make_instruction(2)
+    run(site, instruction)
     stage, tasks, states = seen.trained[-1]
     assert (stage, tasks) == (2, TASKS)
     assert_equal(states["client_adapter"], saved["client_adapter"])
-    assert_received(states, order)
+    assert_received(states, instruction)
     assert not any(t.any() for n, t in states["cross_task_adapters"].items() if "linear_2" in n)
 
 
-def test_a_later_stage_2_training_starts_from_the_saved_private_state(sites, make_order, seen):
+def test_a_later_stage_2_training_starts_from_the_saved_private_state(
+    sites, make_instruction, seen
+):
     site = sites["counting"]  # not the first of the federation's tasks
     for stage in (1, 2):
-        take(site, make_order(stage, task="counting"))
-    saved, order = private(site), make_order(2, server_round=3)
-    take(site, order)
+        run(site, make_instruction(stage, task="counting"))
+    saved, instruction = private(site), make_instruction(2, server_round=3)
+    run(site, instruction)
     stage, tasks, states = seen.trained[-1]
     assert (stage, tasks) == (2, ("counting", "vqa", "captioning"))
     for group in ("client_adapter", "cross_task_adapters", "router"):
         assert saved[group]
         assert_equal(states[group], saved[group])
-    assert_received(states, order, own="counting")
+    assert_received(states, instruction, own="counting")
 
 
-def test_what_training_changed_is_saved_and_only_the_rest_is_sent(sites, make_order, seen):
+def test_what_training_changed_is_saved_and_only_the_rest_is_sent(sites, make_instruction, seen):
     site = sites["vqa"]
-    take(site, make_order(1))
-    order = make_order(2)
-    result = take(site, order)
+    run(site, make_instruction(1))
+    instruction = make_instruction(2)
+    result = run(site, instruction)
     before, after = seen.trained[-1][2], private(site)
     assert differ(after["cross_task_adapters"], before["cross_task_adapters"])
     assert differ(after["router"], before["router"])
     assert_equal(after["client_adapter"], before["client_adapter"])  # frozen in stage 2
-    assert differ(result.adapter, order.adapters["vqa"])
-    assert differ(result.lora, order.lora)
-    assert result.adapter.keys() == order.adapters["vqa"].keys()
-    assert result.lora.keys() == order.lora.keys()
+    assert differ(result.adapter, instruction.adapters["vqa"])
+    assert differ(result.lora, instruction.lora)
+    assert result.adapter.keys() == instruction.adapters["vqa"].keys()
+    assert result.lora.keys() == instruction.lora.keys()
 
 
-def test_a_stage_1_training_after_another_continues_the_client_adapter(sites, make_order, seen):
+def test_a_stage_1_training_after_another_continues_the_client_adapter(
+    sites, make_instruction, seen
+):
     site = sites["vqa"]
-    take(site, make_order(1))
-    saved, order = private(site), make_order(1, server_round=2)
-    take(site, order)
+    run(site, make_instruction(1))
+    saved, instruction = private(site), make_instruction(1, server_round=2)
+    run(site, instruction)
     stage, _, states = seen.trained[-1]
     assert stage == 1
     assert_equal(states["client_adapter"], saved["client_adapter"])
-    assert_received(states, order)
+    assert_received(states, instruction)
 
 
 @pytest.mark.parametrize("initialisation", ["identity", "official"])
 def test_before_any_training_the_base_model_is_evaluated(sites, initial, seen, initialisation):
     """Whatever the initialisation, ψ_s is inert; the first exchange sends the base's adapters."""
     config = replace(CONFIG, model=replace(CONFIG.model, initialisation=initialisation))
-    order = Instruction(1, 1, TASKS, {"vqa": initial.adapter}, initial.lora, train=False)
-    take(sites["vqa"], order, config)
+    instruction = Instruction(1, 1, TASKS, {"vqa": initial.adapter}, initial.lora, train=False)
+    run(sites["vqa"], instruction, config)
     ((stage, _, states),) = seen.evaluated
     assert stage == 1
     assert not any(t.any() for n, t in states["client_adapter"].items() if "linear_2" in n)
-    assert_received(states, order)
+    assert_received(states, instruction)
 
 
-def test_a_late_joiner_evaluates_the_adapters_that_it_is_sent(sites, make_order, seen):
-    order = make_order(1, server_round=3)
-    take(sites["vqa"], order)
+def test_a_late_joiner_evaluates_the_adapters_that_it_is_sent(sites, make_instruction, seen):
+    instruction = make_instruction(1, server_round=3)
+    run(sites["vqa"], instruction)
     stage, _, states = seen.evaluated[-1]
     assert stage == 1
-    assert_received(states, order)
+    assert_received(states, instruction)
 
 
-def test_the_incoming_model_is_evaluated_as_it_was_last_trained(sites, make_order, seen):
+def test_the_incoming_model_is_evaluated_as_it_was_last_trained(sites, make_instruction, seen):
     """Stage 1 in exchange 2, although stage 2 is to be trained; CT-MoA in exchange 3."""
     site = sites["vqa"]
-    take(site, make_order(1))
+    run(site, make_instruction(1))
     for server_round, expected in ((2, 1), (3, 2)):
-        saved, order = private(site), make_order(2, server_round=server_round)
-        take(site, order)
+        saved, instruction = private(site), make_instruction(2, server_round=server_round)
+        run(site, instruction)
         stage, _, states = seen.evaluated[-1]
         assert stage == expected
         for group, state in saved.items():
             assert_equal(states[group], state)
-        own = replace(order, adapters={"vqa": order.adapters["vqa"]})
-        assert_received(states, order if expected == 2 else own)
+        own = replace(instruction, adapters={"vqa": instruction.adapters["vqa"]})
+        assert_received(states, instruction if expected == 2 else own)
 
 
-def test_evaluating_only_writes_nothing(sites, make_order, seen):
+def test_evaluating_only_writes_nothing(sites, make_instruction, seen):
     site = sites["vqa"]
-    result = take(site, make_order(1, train=False))
+    result = run(site, make_instruction(1, train=False))
     assert result.evaluation and not result.training and not result.adapter and not result.lora
     assert site.private_store.stage(before=2) == 0 and site.private_store.newest() is None
-    take(site, make_order(1))
-    take(site, make_order(2))
+    run(site, make_instruction(1))
+    run(site, make_instruction(2))
     before = private_bytes(site)
-    take(site, make_order(2, server_round=3, train=False))
+    run(site, make_instruction(2, server_round=3, train=False))
     assert private_bytes(site) == before
     assert len(seen.trained) == 2
 
 
-def test_training_only_evaluates_nothing(sites, make_order, seen):
-    result = take(sites["vqa"], make_order(1, evaluate=False))
+def test_training_only_evaluates_nothing(sites, make_instruction, seen):
+    result = run(sites["vqa"], make_instruction(1, evaluate=False))
     assert result.training and result.evaluation is None and not seen.evaluated
 
 
-def test_the_state_of_another_client_is_refused(sites, make_order, seen):
+def test_the_state_of_another_client_is_refused(sites, make_instruction, seen):
     site = sites["vqa"]
-    take(site, make_order(1))
+    run(site, make_instruction(1))
     other = replace(site, client=replace(site.client, id="vqa-1"))
-    for use in (lambda: take(other, make_order(2)), lambda: other.private_store.stage(before=2)):
+    for use in (
+        lambda: run(other, make_instruction(2)),
+        lambda: other.private_store.stage(before=2),
+    ):
         with pytest.raises(StateError, match="of client 'vqa-0' but must be of 'vqa-1'"):
             use()
     assert len(seen.trained) == 1
 
 
-def test_stage_2_without_stage_1_is_refused(sites, make_order, seen):
+def test_stage_2_without_stage_1_is_refused(sites, make_instruction, seen):
     with pytest.raises(StateError, match="'vqa-0' was asked to train stage 2 but holds no"):
-        take(sites["vqa"], make_order(2))
+        run(sites["vqa"], make_instruction(2))
     assert not seen.trained
 
 
 @pytest.mark.parametrize("tasks", [("vqa", "counting"), ("vqa", "captioning", "counting")])
-def test_other_tasks_than_those_trained_are_refused(sites, make_order, seen, tasks):
-    """The router's outputs and ψ_c belong to tasks in one order."""
+def test_other_tasks_than_those_trained_are_refused(sites, make_instruction, seen, tasks):
+    """The router's outputs and ψ_c belong to tasks in one instruction."""
     site = sites["vqa"]
     for stage in (1, 2):
-        take(site, make_order(stage))
+        run(site, make_instruction(stage))
     before = private_bytes(site)
     for evaluate in (True, False):
         with pytest.raises(StateError, match="private state is for tasks"):
-            take(site, make_order(2, server_round=3, tasks=tasks, evaluate=evaluate))
+            run(site, make_instruction(2, server_round=3, tasks=tasks, evaluate=evaluate))
     assert private_bytes(site) == before
 
 
@@ -291,27 +298,29 @@ def spoil(model, value):
     ("broken", "message"), [(fail, "the power went"), (leave_nan, "of lora is not finite in stage")]
 )
 def test_a_training_that_fails_leaves_the_private_state(
-    sites, make_order, seen, monkeypatch, stage, broken, message
+    sites, make_instruction, seen, monkeypatch, stage, broken, message
 ):
     site = sites["vqa"]
     for earlier in range(1, stage + 1):
-        take(site, make_order(earlier))
-    before, order = private_bytes(site), make_order(stage, server_round=3)
+        run(site, make_instruction(earlier))
+    before, instruction = private_bytes(site), make_instruction(stage, server_round=3)
     train = session_module.train
     monkeypatch.setattr(session_module, "train", broken)
     with pytest.raises(TrainingError, match=message):
-        take(site, order)
+        run(site, instruction)
     assert private_bytes(site) == before
     monkeypatch.setattr(session_module, "train", train)  # and the client is not locked out
     saved = private(site)
-    take(site, order)
+    run(site, instruction)
     assert_equal(seen.trained[-1][2]["client_adapter"], saved["client_adapter"])
-    assert_received(seen.trained[-1][2], order)
+    assert_received(seen.trained[-1][2], instruction)
 
 
-def test_each_group_that_is_saved_or_sent_must_be_finite(sites, make_order, seen, monkeypatch):
+def test_each_group_that_is_saved_or_sent_must_be_finite(
+    sites, make_instruction, seen, monkeypatch
+):
     site = sites["vqa"]
-    take(site, make_order(1))
+    run(site, make_instruction(1))
     before = private_bytes(site)
     for group in trained_groups(2):
 
@@ -322,11 +331,11 @@ def test_each_group_that_is_saved_or_sent_must_be_finite(sites, make_order, seen
 
         monkeypatch.setattr(session_module, "train", one)
         with pytest.raises(TrainingError, match=f"of {group} is not finite"):
-            take(site, make_order(2))
+            run(site, make_instruction(2))
         assert private_bytes(site) == before
 
 
-def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
+def test_another_clients_session_in_between_changes_no_bit(tmp_path, make_instruction):
     """The real training and evaluation, with dropout, on the one warm model."""
     clients = {c.task: c for c in federation_clients(CONFIG.data)}
 
@@ -336,8 +345,8 @@ def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
         results = []
         for server_round, stage in ((1, 1), (2, 2), (3, 2)):
             if disturbed:
-                take(other, make_order(stage, task="captioning", server_round=server_round))
-            results.append(take(site, make_order(stage, server_round=server_round)))
+                run(other, make_instruction(stage, task="captioning", server_round=server_round))
+            results.append(run(site, make_instruction(stage, server_round=server_round)))
         return results, private(site)
 
     alone, alone_private = history(tmp_path / "alone", disturbed=False)
@@ -351,10 +360,15 @@ def test_another_clients_turn_in_between_changes_no_bit(tmp_path, make_order):
         assert_equal(between_private[group], state)
 
 
-def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, seen, monkeypatch):
+def test_ids_that_are_not_unique_are_refused_in_either_split(
+    sites, make_instruction, seen, monkeypatch
+):
     """They would share their features silently."""
     read = data_module.client_examples
-    for split, order in (("test", make_order(1, train=False)), ("train", make_order(1))):
+    for split, instruction in (
+        ("test", make_instruction(1, train=False)),
+        ("train", make_instruction(1)),
+    ):
 
         def twice(data, client, asked, *, split=split, **more):
             examples = read(data, client, asked, **more)
@@ -363,11 +377,11 @@ def test_ids_that_are_not_unique_are_refused_in_either_split(sites, make_order, 
         monkeypatch.setattr(data_module, "client_examples", twice)
         message = f"{split} split of client 'vqa-0', 1 ids belong to more than one example"
         with pytest.raises(DataError, match=message):
-            take(sites["vqa"], order)
+            run(sites["vqa"], instruction)
     assert not seen.trained
 
 
-def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, monkeypatch):
+def test_a_model_of_another_type_does_not_get_kept_features(sites, make_instruction, monkeypatch):
     """Features are kept by base type, seed and data settings, not by client and id alone."""
     kept = []
     cache = data_module.FeatureCache
@@ -392,14 +406,14 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_order, m
 
         with monkeypatch.context() as patch:
             patch.setattr(session_module, "evaluate", evaluate)
-            take(sites["vqa"], make_order(1, train=False), config)
+            run(sites["vqa"], make_instruction(1, train=False), config)
     assert seen_dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
     assert len(set(kept)) == len(kept)
-    take(sites["vqa"], make_order(1))
+    run(sites["vqa"], make_instruction(1))
     assert len(set(kept)) == len(kept) - 1  # this configuration's test split again
 
 
-def test_evaluation_uses_the_autocast_of_training(sites, make_order, seen, monkeypatch):
+def test_evaluation_uses_the_autocast_of_training(sites, make_instruction, seen, monkeypatch):
     given = []
     noted = session_module.evaluate
 
@@ -409,14 +423,14 @@ def test_evaluation_uses_the_autocast_of_training(sites, make_order, seen, monke
 
     monkeypatch.setattr(session_module, "evaluate", evaluate)
     config = replace(CONFIG, train=replace(CONFIG.train, autocast="bfloat16"))
-    take(sites["vqa"], make_order(1, train=False), config)
+    run(sites["vqa"], make_instruction(1, train=False), config)
     assert given == ["bfloat16"]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_out_of_memory_says_what_to_change(sites, make_order, seen, monkeypatch, stage):
+def test_out_of_memory_says_what_to_change(sites, make_instruction, seen, monkeypatch, stage):
     if stage == 2:
-        take(sites["vqa"], make_order(1))
+        run(sites["vqa"], make_instruction(1))
 
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
@@ -428,13 +442,13 @@ def test_out_of_memory_says_what_to_change(sites, make_order, seen, monkeypatch,
         r".*Tried to allocate 2\.00 GiB\.$"
     )
     with pytest.raises(TrainingError, match=message):
-        take(sites["vqa"], make_order(stage))
+        run(sites["vqa"], make_instruction(stage))
 
 
-def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make_order, seen):
+def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make_instruction, seen):
     config = replace(CONFIG, model=replace(CONFIG.model, sent_dtype="bfloat16"))
     assert {t.dtype for t in initial_state(config.model, seed=0).lora.values()} == {torch.bfloat16}
-    result = take(sites["vqa"], make_order(1), config)
+    result = run(sites["vqa"], make_instruction(1), config)
     assert {t.dtype for t in {**result.lora, **result.adapter}.values()} == {torch.bfloat16}
     held = warm_model(config.model, reduction="normalized", device=torch.device("cpu"))
     assert {p.dtype for p in held.groups()["lora"].values()} == {torch.float32}
@@ -442,5 +456,5 @@ def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make
         assert torch.equal(result.lora[name], parameter.to(torch.bfloat16))
     kept = private(sites["vqa"])["client_adapter"]
     assert {t.dtype for t in kept.values()} == {torch.float32}
-    exact = take(sites["counting"], make_order(1, task="counting"))
+    exact = run(sites["counting"], make_instruction(1, task="counting"))
     assert {t.dtype for t in exact.lora.values()} == {torch.float32}
