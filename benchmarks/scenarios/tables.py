@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.run.tables import markdown
-from pilot_flwr.sweeps.compare import Comparison, CsvRow, Interval, Line, as_markdown, compare
+from pilot_flwr.sweeps.compare import (
+    Comparison,
+    CsvRow,
+    MethodScores,
+    as_markdown,
+    compare,
+    interval_text,
+    p_text,
+)
 from pilot_flwr.sweeps.results import read_rows
 from scenarios.search import CANDIDATES, FIRST, chosen, read_scores, searched, trained_methods
 from scenarios.sweeps import ABLATIONS, METHODS, SCENARIOS
@@ -57,13 +65,16 @@ def overview_table(folder: Path) -> str:
 def ablations_table(folder: Path) -> str:
     """Return Pilot's ablations on both scenarios: means, and differences to Pilot with their p."""
     found = [comparison(folder / f"{name}.csv", (PILOT, *ABLATIONS)) for name in SCENARIOS]
-    lines = [{line.label: line for line in one.lines} for one in found]
+    methods = [{method.label: method for method in one.methods} for one in found]
     header = ["method"]
     for scenario in SCENARIOS:
         header += [f"{scenario}: mean", f"{scenario}: difference", f"{scenario}: p"]
-    rows = [[method, *(c for one in lines for c in cells(one[method]))] for method in lines[0]]
-    rows = [row for row in rows if row[0] in (PILOT, *ABLATIONS)]
-    seeds = sorted({len(line.seeds) for one in lines for line in one.values()})
+    rows = [
+        [label, *(cell for one in methods for cell in cells(one[label]))]
+        for label in methods[0]
+        if label in (PILOT, *ABLATIONS)
+    ]
+    seeds = sorted({len(method.seeds) for one in methods for method in one.values()})
     legend = (
         f"Mean over tasks and {', '.join(map(str, seeds))} seeds ± half the width of its 95 % "
         f"interval (Student's t). p: two-sided paired t-test over seeds against pilot, "
@@ -73,19 +84,10 @@ def ablations_table(folder: Path) -> str:
     return f"{markdown([header, *rows])}\n{legend}\n\n{sources[0]}\n\n{sources[1]}\n"
 
 
-def cells(line: Line) -> list[str]:
-    """Return a row's mean, difference to Pilot and p."""
-    if line.test is None:
-        return [worded(line.mean), "", ""]
-    assert line.p is not None
-    p = "< 0.001" if line.p < 0.001 else f"{line.p:.3f}"
-    return [worded(line.mean), worded(line.test.difference, sign="+"), p]
-
-
-def worded(found: Interval, *, sign: str = "") -> str:
-    """Return a mean with half the width of its interval."""
-    half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
-    return f"{found.mean:{sign}.3f}{half}"
+def cells(method: MethodScores) -> list[str]:
+    """Return a method's mean, difference to Pilot and p."""
+    difference = interval_text(method.test.difference, sign="+") if method.test else ""
+    return [interval_text(method.interval()), difference, p_text(method.p)]
 
 
 def rates_table(folder: Path) -> str:

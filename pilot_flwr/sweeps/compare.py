@@ -1,17 +1,13 @@
-"""Means with intervals, and paired tests, of scores over seeds.
+"""Compare methods over seeds: means with intervals, paired tests, and tables of them.
 
-Tables of sweeps: a row per method, means over seeds with intervals, tests against a baseline.
+Rows of ``results.csv`` with the same `name`, tasks and split make one comparison. In it a method
+with its variant (what else was swept over) is one row, and its seeds are the repetitions.
 
-Rows of ``results.csv`` with the same `name`, tasks and split make one table. In it a method with
-its variant (what else was swept over) is one row, and its seeds are the repetitions. `compare`
-does the statistics; `pilot_flwr.sweeps.compare` writes them down.
-
-A comparison of methods, written down as Markdown or LaTeX.
-
-To add a format, write a function beside `as_markdown` that words `_cells` and `_legend` in it.
+To add a format, write a function beside `as_markdown` that renders `table_rows` and `legend` in it.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -20,12 +16,20 @@ from scipy import stats
 
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import count, human_bytes, human_seconds
+from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.results import DONE, SCORE, ZERO_SHOT, label_of
 
 LEVEL = 0.95
 
 ROUNDING = 1e-12
 """Scores, which are at most 1, that differ by less are the same."""
+
+UNTOUCHED = "untouched base"
+"""Label of the base model before any training, which every run evaluates first."""
+
+MEAN = "mean over tasks"
+
+CsvRow = Mapping[str, str]
 
 
 class Interval(NamedTuple):
@@ -36,10 +40,10 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Differences of pairs: how many, their mean with its interval, and the test's p.
+    """Number of pairs, the mean of their differences with its interval, and the test's p.
 
-    `p` is that of the two-sided paired t-test against a difference of zero. It is None where there
-    is no such test: for fewer than two pairs, or differences that are all the same.
+    `p` is that of the two-sided paired t-test against a difference of zero. It is None if there is
+    no such test: for fewer than two pairs, or for differences that are all the same.
     """
 
     pairs: int
@@ -48,35 +52,21 @@ class Paired(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean and its 95 % interval by Student's t.
+    """Return the mean of independent values and its 95 % interval by Student's t.
 
     The half-width is t · s / √n, where s has n − 1 in its denominator and t is the 97.5 %
     quantile of Student's distribution with n − 1 degrees of freedom.
-
-    Parameters
-    ----------
-    values : sequence of float
-        At least one, independent of each other.
     """
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Interval(mean, None)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
     quantile = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    return Interval(mean, quantile * deviation / math.sqrt(n))
+    return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(n))
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compare two methods over the same seeds.
+    """Compare two methods' scores, seed by seed.
 
-    Parameters
-    ----------
-    values, baseline : sequence of float
-        Scores of both, seed by seed.
-
-    Notes
-    -----
     Differences that are all the same, up to rounding, have no spread to test by.
     """
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
@@ -101,113 +91,107 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-UNTOUCHED = "untouched base"
-"""Row of what every run evaluates before its first training."""
-
-CsvRow = Mapping[str, str]
-
-Scores = dict[str, dict[int, float]]
-"""Task, or `MEAN`, → seed → score."""
-
-MEAN = ""
-
-
 @dataclass(frozen=True)
-class Line:
-    """One row of a table.
-
-    Attributes
-    ----------
-    label : str
-        Method and variant.
-    seeds : tuple of int
-        Its repetitions.
-    tasks : dict
-        Task → interval of its score.
-    mean : Interval
-        Of the mean over tasks.
-    test : Paired or None
-        Against the baseline, over the seeds that both have.
-    p : float or None
-        Of that test, after Holm's correction over the table.
-    bytes_up, bytes_down, seconds : float or None
-        Means over seeds, of a run.
-    """
+class MethodScores:
+    """The scores of a method with its variant, over seeds."""
 
     label: str
-    seeds: tuple[int, ...]
-    tasks: dict[str, Interval]
-    mean: Interval
+    scores: dict[str, dict[int, float]]
+    """Task, or `MEAN`, → seed → score."""
+
+    jobs: tuple[str, ...] = ()
+    """Names of the jobs with these scores."""
+
+    costs: dict[str, float | None] = field(default_factory=dict)
+    """``bytes_up``, ``bytes_down``, ``seconds`` of a run: means over seeds."""
+
     test: Paired | None = None
+    """`MEAN` against the baseline's, over the seeds that both have."""
+
     p: float | None = None
-    bytes_up: float | None = None
-    bytes_down: float | None = None
-    seconds: float | None = None
+    """That of `test` after Holm's correction over the comparison."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The repetitions."""
+        return tuple(sorted(self.scores[MEAN]))
+
+    def interval(self, what: str = MEAN) -> Interval:
+        """Return the mean over seeds of a task's score, or of `MEAN`."""
+        return interval(list(self.scores[what].values()))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table: its title, tasks, rows and remarks."""
+    """The methods of one scenario: same `name`, tasks and split."""
 
     title: str
     tasks: tuple[str, ...]
     metrics: dict[str, str]
-    lines: list[Line]
+    methods: list[MethodScores]
     baseline: str | None
+    untouched: MethodScores | None
+    """The base model before any training; None if the rows disagree about it."""
+
     notes: list[str] = field(default_factory=list)
 
 
 def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Comparison]:
-    """Return one comparison per scenario.
+    """Return one comparison per scenario, from the rows of one or several ``results.csv``.
 
-    Parameters
-    ----------
-    rows : sequence of mapping
-        Of one or several ``results.csv``.
-    baseline : str, optional
-        Method (with its variant, if it has several) that all others are compared with.
+    `baseline` is the method (with its variant, if it has several) that all others are tested
+    against.
 
     Raises
     ------
     ConfigError
-        A scenario has no such method, or rows of one method have different settings.
+        A scenario has no such method, rows of one method have different settings, or no row has
+        scores.
     """
     usable = [row for row in rows if row["status"] == DONE and row["mean"]]
     scenarios: dict[tuple[str, ...], list[CsvRow]] = {}
     for row in usable:
-        tasks = tuple(sorted(_tasks(row)))
-        scenarios.setdefault((row["name"], row.get("evaluated_on", ""), *tasks), []).append(row)
+        key = (row["name"], row.get("evaluated_on", ""), *sorted(_tasks(row)))
+        scenarios.setdefault(key, []).append(row)
     if not scenarios:
         raise ConfigError("There is no finished job with scores to make a table of.")
-    left_out = [row for row in rows if row not in usable]
-    notes = [_left_out(left_out)] if left_out else []
+    skipped = [row for row in rows if row not in usable]
+    notes = [_skipped(skipped)] if skipped else []
     return [_comparison(mine, baseline, notes) for mine in scenarios.values()]
 
 
 def _comparison(rows: list[CsvRow], baseline: str | None, notes: list[str]) -> Comparison:
+    name, split = rows[0]["name"], rows[0].get("evaluated_on", "")
     tasks = tuple(dict.fromkeys(task for row in rows for task in _tasks(row)))
     groups: dict[str, dict[int, CsvRow]] = {}
-    twice = 0
     for row in rows:
         group = groups.setdefault(label_of(row["method"], row["variant"]), {})
         _check_same_settings(row, group)
-        twice += int(row["seed"]) in group
         group[int(row["seed"])] = row
-    scores = {label: _scores(group, tasks, SCORE, "mean") for label, group in groups.items()}
-    chosen = None if baseline is None else _find(baseline, scores, rows[0]["name"])
-    lines = [_line(label, groups[label], scores[label], tasks) for label in groups]
-    lines = _tested(lines, scores, chosen)
-    if untouched := _untouched(groups, tasks):
-        lines.insert(0, untouched)
-    split = rows[0].get("evaluated_on", "")
-    title = rows[0]["name"] + (f", {split} split" if split else "")
-    metrics = dict(part.split(":", 1) for part in rows[0]["metrics"].split())
+    if baseline is not None and baseline not in groups:
+        raise ConfigError(
+            f"`--baseline` is {baseline!r} but {name!r} has {', '.join(map(repr, groups))}."
+        )
+    methods = [_method(label, group, tasks) for label, group in groups.items()]
+    if baseline is not None:
+        methods = _tested(methods, baseline)
+    untouched = _untouched(groups, tasks)
+    if untouched and "zero_shot" not in groups:
+        methods.insert(0, untouched)
     remarks = list(notes)
-    if twice:
+    if twice := len(rows) - sum(map(len, groups.values())):
         remarks.append(f"{count(twice, 'row')} given twice: the last one counts.")
     if len(lengths := sorted({int(row["rounds"]) for row in rows if row.get("rounds")})) > 1:
         remarks.append(f"Runs have different `strategy.rounds`: {', '.join(map(str, lengths))}.")
-    return Comparison(title, tasks, metrics, lines, chosen, remarks)
+    return Comparison(
+        title=name + (f", {split} split" if split else ""),
+        tasks=tasks,
+        metrics=dict(part.split(":", 1) for part in rows[0]["metrics"].split()),
+        methods=methods,
+        baseline=baseline,
+        untouched=untouched,
+        notes=remarks,
+    )
 
 
 def _check_same_settings(row: CsvRow, group: Mapping[int, CsvRow]) -> None:
@@ -220,51 +204,37 @@ def _check_same_settings(row: CsvRow, group: Mapping[int, CsvRow]) -> None:
             )
 
 
-def _find(baseline: str, labels: Mapping[str, object], name: str) -> str:
-    if baseline in labels:
-        return baseline
-    raise ConfigError(
-        f"`--baseline` is {baseline!r} but {name!r} has {', '.join(map(repr, labels))}."
-    )
+def _method(label: str, group: Mapping[int, CsvRow], tasks: Sequence[str]) -> MethodScores:
+    costs = {}
+    for key in ("bytes_up", "bytes_down", "seconds"):
+        values = [float(row[key]) for row in group.values() if row.get(key)]
+        costs[key] = sum(values) / len(values) if values else None
+    jobs = tuple(row["job"] for row in group.values())
+    return MethodScores(label, _scores(group, tasks, SCORE, "mean"), jobs, costs)
 
 
-def _line(label: str, group: Mapping[int, CsvRow], scores: Scores, tasks: Sequence[str]) -> Line:
-    costs = {
-        key: _mean([float(row[key]) for row in group.values() if row.get(key)])
-        for key in ("bytes_up", "bytes_down", "seconds")
-    }
-    return Line(
-        label,
-        tuple(sorted(group)),
-        {task: interval(list(scores[task].values())) for task in tasks},
-        interval(list(scores[MEAN].values())),
-        **costs,  # type: ignore[arg-type]
-    )
-
-
-def _tested(
-    lines: Sequence[Line], scores: Mapping[str, Scores], baseline: str | None
-) -> list[Line]:
-    """Return the lines with their tests against the baseline."""
-    if baseline is None:
-        return list(lines)
-    theirs = scores[baseline][MEAN]
+def _tested(methods: Sequence[MethodScores], baseline: str) -> list[MethodScores]:
+    """Return the methods with their tests against the baseline."""
+    theirs = next(method.scores[MEAN] for method in methods if method.label == baseline)
     tests: list[Paired | None] = []
-    for line in lines:
-        mine = scores[line.label][MEAN]
+    for method in methods:
+        mine = method.scores[MEAN]
         common = sorted(mine.keys() & theirs.keys())
-        known = line.label != baseline and common
+        known = method.label != baseline and common
         tests.append(
             paired([mine[s] for s in common], [theirs[s] for s in common]) if known else None
         )
     adjusted = holm([test.p if test else None for test in tests])
     return [
-        replace(line, test=test, p=p) for line, test, p in zip(lines, tests, adjusted, strict=True)
+        replace(method, test=test, p=p)
+        for method, test, p in zip(methods, tests, adjusted, strict=True)
     ]
 
 
-def _untouched(groups: Mapping[str, Mapping[int, CsvRow]], tasks: Sequence[str]) -> Line | None:
-    """Return the row of the base model before any training, if it is the same for all rows."""
+def _untouched(
+    groups: Mapping[str, Mapping[int, CsvRow]], tasks: Sequence[str]
+) -> MethodScores | None:
+    """Return the base model before any training, None if the rows disagree about it."""
     by_seed: dict[int, CsvRow] = {}
     columns = [f"{ZERO_SHOT}{task}" for task in tasks]
     for group in groups.values():
@@ -273,14 +243,14 @@ def _untouched(groups: Mapping[str, Mapping[int, CsvRow]], tasks: Sequence[str])
                 first = by_seed.setdefault(seed, row)
                 if any(first[column] != row[column] for column in columns):
                     return None  # variants have other data, or another base
-    if not by_seed or "zero_shot" in groups:
+    if not by_seed:
         return None
-    scores = _scores(by_seed, tasks, ZERO_SHOT, "zero_shot_mean")
-    found = {task: interval(list(scores[task].values())) for task in tasks}
-    return Line(UNTOUCHED, tuple(sorted(by_seed)), found, interval(list(scores[MEAN].values())))
+    return MethodScores(UNTOUCHED, _scores(by_seed, tasks, ZERO_SHOT, "zero_shot_mean"))
 
 
-def _scores(group: Mapping[int, CsvRow], tasks: Sequence[str], prefix: str, mean: str) -> Scores:
+def _scores(
+    group: Mapping[int, CsvRow], tasks: Sequence[str], prefix: str, mean: str
+) -> dict[str, dict[int, float]]:
     columns = {task: f"{prefix}{task}" for task in tasks} | {MEAN: mean}
     return {
         task: {seed: float(row[column]) for seed, row in group.items()}
@@ -294,14 +264,10 @@ def _tasks(row: CsvRow) -> list[str]:
     ]
 
 
-def _left_out(rows: Sequence[CsvRow]) -> str:
+def _skipped(rows: Sequence[CsvRow]) -> str:
     shown = ", ".join(f"{row['job']} ({row['status']})" for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"Left out, as without scores: {shown}{more}."
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return f"Left out because they have no scores: {shown}{more}."
 
 
 _LATEX = str.maketrans(
@@ -312,31 +278,23 @@ _LATEX = str.maketrans(
 
 
 def as_markdown(comparison: Comparison, *, costs: bool = False) -> str:
-    """Return a table as Markdown, with its title and what its figures mean."""
-    cells = _cells(comparison, costs)
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    text = [f"**{comparison.title}**", "", *lines, "", *_legend(comparison)]
-    return "\n".join(text) + "\n"
+    """Return a comparison as Markdown: title, table and legend."""
+    below = "".join(f"{line}\n" for line in legend(comparison))
+    return f"**{comparison.title}**\n\n{markdown(table_rows(comparison, costs=costs))}\n{below}"
 
 
 def as_latex(comparison: Comparison, *, costs: bool = False) -> str:
-    r"""Return a table as LaTeX for the package booktabs, title and legend as comments."""
-    header, *rows = _cells(comparison, costs)
-    body = [" & ".join(map(_escape, row)) + r" \\" for row in rows]
-    comments = [comparison.title, *_legend(comparison)]
+    r"""Return a comparison as LaTeX for the package booktabs, title and legend as comments."""
+    rows = table_rows(comparison, costs=costs)
+    lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
     return "\n".join(
         [
-            *(f"% {line}" for line in comments if line),
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            *(f"% {line}" for line in [comparison.title, *legend(comparison)]),
+            rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}",
             r"\toprule",
-            " & ".join(map(_escape, header)) + r" \\",
+            lines[0],
             r"\midrule",
-            *body,
+            *lines[1:],
             r"\bottomrule",
             r"\end{tabular}",
             "",
@@ -344,46 +302,48 @@ def as_latex(comparison: Comparison, *, costs: bool = False) -> str:
     )
 
 
-def _cells(comparison: Comparison, costs: bool) -> list[list[str]]:
+def table_rows(comparison: Comparison, *, costs: bool = False) -> list[list[str]]:
+    """Return the table's cells, header first; `costs` adds bytes sent and time."""
     tested = comparison.baseline is not None
     header = ["method", "n", *comparison.tasks, "mean"]
     header += [f"difference to {comparison.baseline}", "p"] if tested else []
     header += ["sent up", "sent down", "time"] if costs else []
-    cells = [header]
-    for line in comparison.lines:
-        row = [line.label, str(len(line.seeds))]
-        row += [_plain(line.tasks[task]) for task in comparison.tasks]
-        row.append(_plain(line.mean))
+    rows = [header]
+    for method in comparison.methods:
+        row = [method.label, str(len(method.seeds))]
+        row += [interval_text(method.interval(what)) for what in (*comparison.tasks, MEAN)]
         if tested:
-            row += [_difference(line), _p(line.p)]
+            row += [_difference_text(method), p_text(method.p)]
         if costs:
-            sizes = [line.bytes_up, line.bytes_down]
-            row += ["" if size is None else human_bytes(size) for size in sizes]
-            row.append("" if line.seconds is None else human_seconds(line.seconds))
-        cells.append(row)
-    return cells
+            kinds = {"bytes_up": human_bytes, "bytes_down": human_bytes, "seconds": human_seconds}
+            known = {key: method.costs.get(key) for key in kinds}
+            row += ["" if value is None else kinds[key](value) for key, value in known.items()]
+        rows.append(row)
+    return rows
 
 
-def _difference(line: Line) -> str:
-    if line.test is None:
-        return ""
-    sign = "+" if line.test.difference.mean >= 0 else ""
-    pairs = "" if line.test.pairs == len(line.seeds) else f" ({line.test.pairs} pairs)"
-    return sign + _plain(line.test.difference) + pairs
+def interval_text(found: Interval, *, sign: str = "") -> str:
+    """Return a mean with half the width of its interval; ``sign="+"`` writes every sign."""
+    half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
+    return f"{found.mean:{sign}.3f}{half}"
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """Return p with three decimals, empty if there is none."""
     if value is None:
         return ""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _plain(found: Interval) -> str:
-    text = f"{found.mean:.3f}"
-    return text if found.half_width is None else f"{text} ± {found.half_width:.3f}"
+def _difference_text(method: MethodScores) -> str:
+    if method.test is None:
+        return ""
+    pairs = "" if method.test.pairs == len(method.seeds) else f" ({method.test.pairs} pairs)"
+    return interval_text(method.test.difference, sign="+") + pairs
 
 
-def _legend(comparison: Comparison) -> list[str]:
+def legend(comparison: Comparison) -> list[str]:
+    """Return what the table's figures mean, and the comparison's remarks."""
     kinds = set(comparison.metrics.values())
     metric = ", ".join(f"{task}: {name}" for task, name in comparison.metrics.items())
     lines = [
@@ -391,15 +351,11 @@ def _legend(comparison: Comparison) -> list[str]:
         "of its 95 % interval (Student's t); `mean` is over the tasks."
     ]
     if comparison.baseline is not None:
-        tests = sum(line.p is not None for line in comparison.lines)
+        tests = sum(method.p is not None for method in comparison.methods)
         lines.append(
             f"p: two-sided paired t-test over seeds of `mean` against {comparison.baseline}, "
             f"Holm-corrected for {count(tests, 'comparison')}."
         )
-    if len({len(line.seeds) for line in comparison.lines if line.label != UNTOUCHED}) > 1:
+    if len({len(m.seeds) for m in comparison.methods if m.label != UNTOUCHED}) > 1:
         lines.append("The methods have different numbers of seeds.")
     return lines + comparison.notes
-
-
-def _escape(text: str) -> str:
-    return text.translate(_LATEX)

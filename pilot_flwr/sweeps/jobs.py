@@ -1,20 +1,19 @@
-"""What a sweep's jobs are: one for every combination of the values that overrides list.
+"""The jobs of a sweep, and the folder that they leave.
 
-An override with several values (``seed=0,1,2``, ``strategy=glob(pilot*)``, ``strategy.rounds=
-range(1,4)``) is swept over, as Hydra's basic sweeper does it: the last one changes fastest.
-A list is one value: ``data.tasks=[vqa,counting]``; several are ``data.tasks=[a],[a,b]``.
+Every combination of the values that overrides list is one job. An override with several values
+(``seed=0,1,2``, ``strategy=glob(pilot*)``, ``strategy.rounds=range(1,4)``) is swept over as by
+Hydra's basic sweeper: the last one changes fastest. A list is one value:
+``data.tasks=[vqa,counting]``; several are ``data.tasks=[a],[a,b]``.
 
-The folder of a sweep, from which it can go on at any time.
+A sweep's folder, from which it can be resumed at any time::
 
-::
-
-    sweep.json        the command's overrides, and every job that the sweep has, in order
+    sweep.json        the commands' overrides, and every job of the sweep, in order
     multirun.yaml     Hydra's own record of the multirun
     runs/NAME/        run folder of a job
-    failed/NAME-1/    run folder of a job that ended with failures and was begun anew
+    failed/NAME-1/    archived run folder of a job that ended with failures and was restarted
     logs/NAME.log     what `pilot-flwr run` would have shown of it
-    ended/NAME.json   how it ended; written last
-    results.csv       one row per job, renewed whenever one ends
+    ended/NAME.json   the job's outcome; written last
+    results.csv       one row per job, rewritten whenever one ends
     table.md          means and intervals, at the end
 """
 
@@ -39,106 +38,93 @@ from pilot_flwr.run.atomic import write_text
 from pilot_flwr.run.outcome import Outcome
 
 LONGEST_NAME = 120
-_PLAIN = re.compile(r"[A-Za-z0-9_.=,+\[\]-]+")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.=,+\[\]-]+")
 _LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
-_OWN = ("resume", "run.folder")
+_SET_BY_SWEEP = ("resume", "run.folder")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep.
-
-    Attributes
-    ----------
-    name : str
-        Of its folder: the overrides that tell it from the other jobs.
-    words : tuple of str
-        All of its overrides.
-    swept : dict
-        Those that are swept over: setting → value, as text.
-    """
+    """One run of a sweep."""
 
     name: str
-    words: tuple[str, ...]
+    """Of its folder: the overrides that distinguish it from the other jobs."""
+
+    overrides: tuple[str, ...]
     swept: dict[str, str]
+    """The overrides that are swept over: setting → value, as text."""
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell the settings' overrides from those that choose Hydra's launcher.
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the settings' overrides from those that choose Hydra's launcher.
 
     Raises
     ------
     ConfigError
-        A word is for another part of Hydra, which a sweep sets itself, or names a folder.
+        An override is for a part of Hydra that the sweep configures itself, or names a run folder.
     """
-    launcher = [word for word in words if word.lstrip("+~").startswith("hydra")]
-    for word in launcher:
-        if not word.lstrip("+").startswith(_LAUNCHER):
+    launcher = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
+    for override in launcher:
+        if not override.lstrip("+").startswith(_LAUNCHER):
             raise ConfigError(
-                f"The override {word!r} is for Hydra, of which a sweep takes `hydra/launcher` and "
-                "`hydra.launcher.…` alone."
+                f"The override {override!r} is for Hydra, but a sweep accepts only "
+                "`hydra/launcher` and `hydra.launcher.…` of Hydra's settings."
             )
-    settings = [word for word in words if word not in launcher]
-    for word in settings:
-        key = word.lstrip("+~").partition("=")[0]
-        if key in _OWN:
+    settings = [override for override in overrides if override not in launcher]
+    for override in settings:
+        if override.lstrip("+~").partition("=")[0] in _SET_BY_SWEEP:
             raise ConfigError(
-                f"The override {word!r} is for one run; a sweep gives every job a folder of its "
-                "own inside `--out FOLDER`, and goes on in a folder that is there already."
+                f"The override {override!r} is for a single run: a sweep gives every job its own "
+                "folder inside `--out FOLDER`, and resumes the jobs in an existing one."
             )
     return settings, launcher
 
 
-def plan_jobs(words: Sequence[str]) -> list[Job]:
-    """Return a sweep's jobs, in the order in which Hydra's basic sweeper starts them.
-
-    Parameters
-    ----------
-    words : sequence of str
-        Overrides of settings, with one value or several.
+def expand_jobs(overrides: Sequence[str]) -> list[Job]:
+    """Return one job per combination of values, in the order of Hydra's basic sweeper.
 
     Raises
     ------
     ConfigError
-        A word is no override, has no values, or two jobs would be the same.
+        An override cannot be read or has no values, or two jobs would be the same.
     """
     choices: dict[str, list[str]] = {}
     swept: set[str] = set()
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        for word in words:
+        for text in overrides:
             try:
-                (override,) = parser.parse_overrides([word])
+                (override,) = parser.parse_overrides([text])
                 key, values = override.get_key_element(), _values(override)
             except (HydraException, ValueError) as error:
                 raise ConfigError(
-                    f"The override {word!r} cannot be read: {str(error).splitlines()[0]}."
+                    f"The override {text!r} cannot be read: {str(error).splitlines()[0]}."
                 ) from None
             choices[key] = values
-            swept.discard(key)  # a later word for a setting takes the place of an earlier
+            swept.discard(key)  # a later override of a setting replaces an earlier one
             if override.is_sweep_override():
                 swept.add(key)
-    jobs = []
+    jobs: dict[str, Job] = {}
     for combination in itertools.product(*choices.values()):
         chosen = dict(zip(choices, combination, strict=True))
         differing = {key.lstrip("+"): chosen[key] for key in choices if key in swept}
-        job_words = tuple(f"{key}={value}" for key, value in chosen.items())
-        jobs.append(Job(job_name(differing), job_words, differing))
-    _check_names(jobs)
-    return jobs
+        name = job_name(differing)
+        if name in jobs:
+            raise ConfigError(f"Two jobs of the sweep are the same: {name}.")
+        jobs[name] = Job(name, tuple(f"{key}={value}" for key, value in chosen.items()), differing)
+    return list(jobs.values())
 
 
 def job_name(swept: dict[str, str]) -> str:
     """Return the name of a job's folder: its swept overrides, in plain characters.
 
-    What a folder's name cannot hold, or a long name's end, is replaced by a hash of all.
+    Where characters are replaced or a long name is cut, a hash of the whole name follows.
     """
     text = ",".join(f"{key}={value}" for key, value in swept.items()) or "job"
-    if _PLAIN.fullmatch(text) and len(text) <= LONGEST_NAME:
+    plain = _NOT_PLAIN.sub("-", text)
+    if plain == text and len(text) <= LONGEST_NAME:
         return text
-    tag = hashlib.sha256(text.encode()).hexdigest()[:8]
-    plain = re.sub(r"[^A-Za-z0-9_.=,+\[\]-]+", "-", text)
-    return f"{plain[: LONGEST_NAME - 9]}-{tag}"
+    return f"{plain[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _values(override: Override) -> list[str]:
@@ -154,27 +140,16 @@ def _values(override: Override) -> list[str]:
     return values
 
 
-def _check_names(jobs: Sequence[Job]) -> None:
-    names = [job.name for job in jobs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"Two jobs of the sweep are the same: {name}.")
-
-
-PLAN = "sweep.json"
-
-
 @dataclass(frozen=True)
 class SweepFolder:
-    """Where things are in a sweep's folder.
-
-    Attributes
-    ----------
-    path : Path
-        Absolute.
-    """
+    """Paths and outcomes in a sweep's folder; `path` is absolute."""
 
     path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """The file that lists commands and jobs."""
+        return self.path / "sweep.json"
 
     @property
     def results(self) -> Path:
@@ -188,144 +163,129 @@ class SweepFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the sweep that is at work here."""
+        """Held by the sweep that is running in this folder."""
         return self.path / ".sweep.lock"
 
     def run(self, job: Job) -> Path:
-        """Run folder of a job."""
+        """Return a job's run folder."""
         return self.path / "runs" / job.name
 
     def log(self, job: Job) -> Path:
-        """Live output of a job."""
+        """Return the file with a job's live output."""
         return self.path / "logs" / f"{job.name}.log"
 
     def outcome(self, job: Job) -> Outcome | None:
-        """Return how a job ended, None if it has not."""
+        """Return a job's outcome, None if it has not ended."""
         try:
             content = json.loads(self._ended(job).read_text(encoding="utf-8"))
             return Outcome(content["succeeded"] is True, tuple(map(str, content["explanation"])))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep_outcome(self, job: Job, outcome: Outcome) -> None:
-        """Write down how a job ended."""
+    def write_outcome(self, job: Job, outcome: Outcome) -> None:
+        """Record a job's outcome."""
         content = {"succeeded": outcome.succeeded, "explanation": list(outcome.explanation)}
-        self._ended(job).parent.mkdir(parents=True, exist_ok=True)
         write_text(self._ended(job), json.dumps(content, indent=2) + "\n")
 
-    def forget_outcome(self, job: Job) -> None:
-        """Take note that a job is at work again."""
+    def delete_outcome(self, job: Job) -> None:
+        """Record that a job is running again."""
         self._ended(job).unlink(missing_ok=True)
 
-    def put_aside(self, job: Job) -> Path:
-        """Make room for a job that begins anew; return where its run folder is now."""
+    def archive_failed_run(self, job: Job) -> Path:
+        """Move a job's run folder away so that it can be restarted; return the new path."""
         number = 1
-        while (place := self.path / "failed" / f"{job.name}-{number}").exists():
+        while (archived := self.path / "failed" / f"{job.name}-{number}").exists():
             number += 1
-        place.parent.mkdir(exist_ok=True)
-        return self.run(job).rename(place)
+        archived.parent.mkdir(exist_ok=True)
+        return self.run(job).rename(archived)
 
     def _ended(self, job: Job) -> Path:
         return self.path / "ended" / f"{job.name}.json"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What ``sweep.json`` holds.
-
-    Attributes
-    ----------
-    commands : tuple of tuple of str
-        Overrides of every command in this folder, as typed; the one at work is the last.
-    current : tuple of Job
-        The jobs of that command, in Hydra's order.
-    jobs : tuple of Job
-        Those, and before them what earlier commands had in this folder.
-    verbose : bool
-        Whether the jobs' live output is shown.
-    baseline : str or None
-        Of the tables.
-    """
+class Manifest:
+    """The content of ``sweep.json``."""
 
     commands: tuple[tuple[str, ...], ...]
+    """Overrides of every command in this folder, as typed; the running one is the last."""
+
     current: tuple[Job, ...]
+    """The jobs of that command, in Hydra's order."""
+
     jobs: tuple[Job, ...]
+    """All jobs in this folder, those of earlier commands first."""
+
     verbose: bool = False
     baseline: str | None = None
 
 
-def read_plan(folder: SweepFolder) -> Plan | None:
-    """Return the plan in a sweep's folder, None if there is none.
+def read_manifest(folder: SweepFolder) -> Manifest | None:
+    """Return the manifest of a sweep's folder, None if it has none.
 
     Raises
     ------
     StateError
         It cannot be read.
     """
-    path = folder.path / PLAN
+    path = folder.manifest
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         jobs = {row["name"]: _job(row) for row in content["jobs"]}
-        current = tuple(jobs[name] for name in content["current"])
-        commands = tuple(tuple(map(str, words)) for words in content["commands"])
-        baseline = content["baseline"]
+        return Manifest(
+            tuple(tuple(map(str, overrides)) for overrides in content["commands"]),
+            tuple(jobs[name] for name in content["current"]),
+            tuple(jobs.values()),
+            content["verbose"] is True,
+            None if content["baseline"] is None else str(content["baseline"]),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{path} is no plan of a sweep: {error!r}.") from None
-    return Plan(
-        commands,
-        current,
-        tuple(jobs.values()),
-        content["verbose"] is True,
-        None if baseline is None else str(baseline),
-    )
+        raise StateError(f"{path} is not the manifest of a sweep: {error!r}.") from None
 
 
-def keep_plan(
+def update_manifest(
     folder: SweepFolder,
-    words: Sequence[str],
+    overrides: Sequence[str],
     jobs: Sequence[Job],
     *,
     verbose: bool,
     baseline: str | None = None,
-) -> Plan:
-    """Write a plan down, with the jobs that earlier commands had here; return it.
+) -> Manifest:
+    """Add a command and its jobs to the manifest, and write it; return the new one.
 
-    Without a baseline it stays what it was.
+    Without a baseline, that of an earlier command stays.
 
     Raises
     ------
     ConfigError
-        The folder holds something else than a sweep.
+        The folder holds something other than a sweep.
     """
-    earlier = read_plan(folder)
+    earlier = read_manifest(folder)
     if earlier is None and folder.path.is_dir():
         others = [p.name for p in folder.path.iterdir() if p.name != folder.lock.name]
         if others:
             raise ConfigError(
-                f"`--out` is {str(folder.path)!r}, which holds no sweep but {others[0]!r}; it must "
-                "be a new or empty folder, or one of a sweep."
+                f"`--out` is {str(folder.path)!r}, which holds {others[0]!r} but no sweep; it must "
+                "be a new or empty folder, or that of a sweep."
             )
-    known = {job.name: job for job in earlier.jobs} if earlier else {}
-    merged = known | {job.name: job for job in jobs}
-    before = earlier.commands if earlier else ()
-    commands = (*(command for command in before if command != tuple(words)), tuple(words))
-    if baseline is None and earlier is not None:
-        baseline = earlier.baseline
-    plan = Plan(commands, tuple(jobs), tuple(merged.values()), verbose, baseline)
-    content = {
-        "commands": plan.commands,
-        "verbose": verbose,
-        "baseline": baseline,
-        "current": [job.name for job in jobs],
-        "jobs": [asdict(job) for job in plan.jobs],
-    }
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_text(folder.path / PLAN, json.dumps(content, indent=2) + "\n")
-    return plan
+    earlier = earlier or Manifest((), (), ())
+    merged = {job.name: job for job in (*earlier.jobs, *jobs)}
+    command = tuple(overrides)
+    manifest = Manifest(
+        (*(other for other in earlier.commands if other != command), command),
+        tuple(jobs),
+        tuple(merged.values()),
+        verbose,
+        earlier.baseline if baseline is None else baseline,
+    )
+    content = asdict(manifest) | {"current": [job.name for job in jobs]}
+    write_text(folder.manifest, json.dumps(content, indent=2) + "\n")
+    return manifest
 
 
 def _job(row: Any) -> Job:
+    overrides = row["overrides"] if "overrides" in row else row["words"]  # as it was called first
     swept = {str(key): str(value) for key, value in row["swept"].items()}
-    return Job(str(row["name"]), tuple(map(str, row["words"])), swept)
+    return Job(str(row["name"]), tuple(map(str, overrides)), swept)

@@ -1,10 +1,9 @@
-"""One job of a sweep: a run like any other, of which a failure is written down and not raised.
+"""Run a sweep as a Hydra multirun whose every job is a federated run.
 
-A sweep as a Hydra multirun: Hydra's sweeper and launcher start the jobs, `run_job` does them.
-
-The basic launcher runs one job after the other in this process; others (joblib, submitit) start
-`one_job` in processes of their own, which find all they need in the sweep's folder. A job that
-fails is written down, and Hydra never sees it.
+Hydra's sweeper and launcher start the jobs: the basic launcher one after the other in this process,
+others (joblib, submitit) in worker processes, where `hydra_job` finds everything it needs in the
+sweep's folder. A job's failure is recorded in that folder and not raised, so that Hydra continues
+with the next job.
 """
 
 import functools
@@ -36,73 +35,116 @@ from pilot_flwr.run.outcome import COMPLETED, Outcome, RunStatus, evaluate_outco
 from pilot_flwr.server.resume import OVERRIDES, check_resumable
 from pilot_flwr.sweeps.jobs import (
     Job,
-    Plan,
+    Manifest,
     SweepFolder,
-    keep_plan,
-    plan_jobs,
-    read_plan,
-    split_words,
+    expand_jobs,
+    read_manifest,
+    split_overrides,
+    update_manifest,
 )
 from pilot_flwr.sweeps.results import Row, label_of, read_rows, variant_of, write_results
 
-Out = Callable[[str], None]
-MOST_COMPLAINTS = 5
+MOST_ERRORS = 5
+"""Different errors in the jobs' settings that are shown."""
+
+PATIENCE_SECONDS = 60.0
+TICK_SECONDS = 1.0
+
+ORPHANED = 143
+"""Exit code of a worker whose sweep was killed."""
+
+_in_sweep_process = False
+"""Whether this process runs `sweep` itself, as opposed to being a launcher's worker."""
 
 
-def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = None) -> None:
-    """Try every job's settings before the first one starts.
+def sweep(
+    overrides: Sequence[str],
+    path: Path,
+    *,
+    out: Callable[[str], None],
+    verbose: bool = False,
+    baseline: str | None = None,
+) -> list[Row]:
+    """Run all jobs of a sweep that are not done yet, and return the rows of ``results.csv``.
+
+    `path` is the sweep's absolute folder, new or to be resumed; `out` takes lines for the user.
 
     Raises
     ------
     ConfigError
-        Names the jobs whose settings are wrong, or other ones than in the folder so far; or no
-        job, of these or in the folder, is of the method `baseline`.
+        Some job's settings are wrong, or no job is of the method `baseline`: nothing was started.
+    RunError
+        Another sweep is running in the folder, or the launcher failed.
+    Interrupted
+        A signal stopped the sweep.
     """
-    complaints: dict[str, list[str]] = {}
+    settings, launcher = split_overrides(overrides)
+    jobs = expand_jobs(settings)
+    folder = SweepFolder(path)
+    check_jobs(folder, jobs, baseline)
+    global _in_sweep_process
+    _in_sweep_process = True
+    with hold(folder.lock, f"The sweep in {path}"):
+        manifest = update_manifest(folder, overrides, jobs, verbose=verbose, baseline=baseline)
+        out(f"Sweep of {count(len(jobs), 'job')} in {path}")
+        write_results(folder, manifest)
+        try:
+            _multirun(settings, [*launcher, *_hydra_settings(folder)])
+        finally:
+            rows = write_results(folder, manifest)
+    return rows
+
+
+def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = None) -> None:
+    """Check every job's settings before the first one starts.
+
+    Raises
+    ------
+    ConfigError
+        Names the jobs whose settings are wrong, or differ from those in the folder; or no job, of
+        these or in the folder, is of the method `baseline`.
+    """
+    errors: dict[str, list[str]] = {}
     labels = []
     for job in jobs:
         try:
-            config, _ = check_settings(job.words)
+            config, _ = check_settings(job.overrides)
             engine_options(config, os.environ)
             if _begun(folder.run(job)):
                 check_resumable(folder.run(job), config)
             labels.append(label_of(config.strategy.name, variant_of(job)))
         except PilotError as error:
-            complaints.setdefault(str(error), []).append(job.name)
+            errors.setdefault(str(error), []).append(job.name)
     lines = [
         f"Job {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {text}"
-        for text, names in complaints.items()
+        for text, names in errors.items()
     ]
-    if len(lines) > MOST_COMPLAINTS:
-        more = count(len(lines) - MOST_COMPLAINTS, "more complaint")
-        lines[MOST_COMPLAINTS:] = [f"... and {more}."]
+    if len(lines) > MOST_ERRORS:
+        lines[MOST_ERRORS:] = [f"... and {count(len(lines) - MOST_ERRORS, 'more error')}."]
     if lines:
         raise ConfigError("\n".join([*lines, "Nothing was started."]))
-    labels += _labels(folder)
-    if baseline is not None and baseline not in labels:
+    if baseline is None:
+        return
+    if folder.results.exists():
+        rows = read_rows(folder.results)
+        labels += [label_of(row["method"], row["variant"]) for row in rows if row["method"]]
+    if baseline not in labels:
         raise ConfigError(
             f"`--baseline` is {baseline!r} but the sweep has {', '.join(dict.fromkeys(labels))}."
         )
 
 
-def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -> Outcome:
-    """Carry out a job, or what is left of it, and write down how it ended.
+def run_job(
+    folder: SweepFolder, job: Job, *, out: Callable[[str], None], verbose: bool = False
+) -> Outcome:
+    """Run a job, or what is left of it, and record its outcome.
 
-    Parameters
-    ----------
-    folder : SweepFolder
-        The sweep's.
-    job : Job
-        Which one.
-    out : callable
-        Takes a line about its beginning and one about its end.
-    verbose : bool
-        Give `out` the whole live output too.
+    `out` takes a line at its beginning and one at its end, and its whole live output if `verbose`.
 
     Raises
     ------
     Interrupted
-        A signal said stop; the job goes on from its last checkpoint another time.
+        A signal stopped it; it can be resumed from its last checkpoint.
     """
     started = time.monotonic()
     folder.log(job).parent.mkdir(parents=True, exist_ok=True)
@@ -118,13 +160,14 @@ def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -
             if prepared.done:
                 outcome = evaluate_outcome(RunStatus(COMPLETED), prepared.folder)
                 if outcome.succeeded:
-                    out("done before")
-                    folder.keep_outcome(job, outcome)
+                    out("already done")
+                    folder.write_outcome(job, outcome)
                     return outcome
-                out(f"FAILED before: {_first(outcome)}; that run is now {folder.put_aside(job)}")
+                archived = folder.archive_failed_run(job)
+                out(f"FAILED earlier: {_first(outcome)}; its run folder is now {archived}")
                 prepared = _prepare(folder.run(job), job)
-            folder.forget_outcome(job)
-            out("going on" if prepared.resumed else "begins")
+            folder.delete_outcome(job)
+            out("resuming" if prepared.resumed else "starting")
             outcome = run_prepared(prepared, out=live)
         except Exception as error:
             if not isinstance(error, PilotError | OSError):
@@ -132,151 +175,74 @@ def run_job(folder: SweepFolder, job: Job, *, out: Out, verbose: bool = False) -
             outcome = Outcome(False, (f"{type(error).__name__}: {error}",))
         for line in outcome.explanation:
             live(line)
-    folder.keep_outcome(job, outcome)
+    folder.write_outcome(job, outcome)
     lasted = human_seconds(time.monotonic() - started)
-    ended = f"done in {lasted}" if outcome.succeeded else f"FAILED after {lasted}"
-    out(ended + ("" if outcome.succeeded else f": {_first(outcome)}"))
+    out(f"done in {lasted}" if outcome.succeeded else f"FAILED after {lasted}: {_first(outcome)}")
     return outcome
 
 
-def _labels(folder: SweepFolder) -> list[str]:
-    """Return the methods, with their variants, that a sweep's folder has results of."""
-    if not folder.results.exists():
-        return []
-    rows = read_rows(folder.results)
-    return [label_of(row["method"], row["variant"]) for row in rows if row["method"]]
+def hydra_job(_: Any) -> None:
+    """Run the job that Hydra's configuration numbers; Hydra's launchers call this."""
+    if not _in_sweep_process:
+        _exit_with_parent()
+    settings = HydraConfig.get()
+    folder = SweepFolder(Path(settings.sweep.dir))
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    number = int(settings.job.num)
+    job = manifest.current[number]
+    if list(settings.overrides.task) != list(job.overrides):
+        raise RunError(f"Hydra's job {number} is {list(settings.overrides.task)}, not {job.name}.")
+    label = f"[{number + 1}/{len(manifest.current)}] {job.name}"
+
+    def out(line: str) -> None:
+        print(f"{label}: {line}", flush=True)
+
+    with _other_hydra():
+        run_job(folder, job, out=out, verbose=manifest.verbose)
+    lock = folder.path / ".results.lock"
+    with hold(lock, f"{folder.results}", patience=PATIENCE_SECONDS):
+        write_results(folder, manifest)
 
 
 def _prepare(path: Path, job: Job) -> Prepared:
-    words = list(job.words)
-    if _begun(path):
-        words.append(path_override("resume", path))
-    else:
-        _clear(path)
-        words.append(path_override("run.folder", path))
-    return prepare(words, os.environ, datetime.now())
+    begun = _begun(path)
+    if not begun and path.is_dir():
+        # A launcher that was killed before it recorded the overrides leaves nothing worth keeping.
+        if not any((path / name).exists() for name in ("metrics.jsonl", "config.yaml")):
+            shutil.rmtree(path)
+    folder = path_override("resume" if begun else "run.folder", path)
+    return prepare([*job.overrides, folder], os.environ, datetime.now())
 
 
 def _begun(path: Path) -> bool:
     return (path / OVERRIDES).is_file()
 
 
-def _clear(path: Path) -> None:
-    """Remove what a launcher leaves that was killed before it wrote down what it starts."""
-    if path.is_dir() and not any(
-        (path / name).exists() for name in ("metrics.jsonl", "config.yaml")
-    ):
-        shutil.rmtree(path)
-
-
 def _first(outcome: Outcome) -> str:
     return headline(outcome.explanation[0]) if outcome.explanation else "no reason given"
 
 
-PATIENCE_SECONDS = 60.0
-TICK_SECONDS = 1.0
-
-FOLLOWED = 143
-"""Exit code of a worker whose sweep is gone."""
-
-_here = False
-"""Whether `sweep` is at work in this process, and not in one that started it."""
-
-
-def sweep(
-    words: Sequence[str],
-    path: Path,
-    *,
-    out: Callable[[str], None],
-    verbose: bool = False,
-    baseline: str | None = None,
-) -> list[Row]:
-    """Carry out all jobs of a sweep that are not done yet.
-
-    Parameters
-    ----------
-    words : sequence of str
-        Overrides, with several values where they are swept over.
-    path : Path
-        Absolute folder of the sweep: a new one, or one that goes on.
-    out : callable
-        Takes lines for the user.
-    verbose : bool
-        Show the jobs' live output.
-    baseline : str, optional
-        Method that some job must be of.
-
-    Returns
-    -------
-    list of dict
-        The rows of ``results.csv``.
-
-    Raises
-    ------
-    ConfigError
-        Some job's settings are wrong: nothing was started.
-    RunError
-        Another sweep is at work in the folder, or the launcher broke down.
-    Interrupted
-        A signal said stop.
-    """
-    settings, launcher = split_words(words)
-    jobs = plan_jobs(settings)
-    folder = SweepFolder(path)
-    check_jobs(folder, jobs, baseline)
-    global _here
-    _here = True
-    with hold(folder.lock, f"The sweep in {path}"):
-        plan = keep_plan(folder, words, jobs, verbose=verbose, baseline=baseline)
-        out(f"Sweep of {count(len(jobs), 'job')} in {path}")
-        write_results(folder, plan)
-        try:
-            _multirun(settings, [*launcher, *_quiet(folder)])
-        finally:
-            rows = write_results(folder, plan)
-    return rows
-
-
-def one_job(_: Any) -> None:
-    """Do the job whose number Hydra says; called by its launchers, perhaps in another process."""
-    if not _here:
-        _follow_parent()
-    settings = HydraConfig.get()
-    folder = SweepFolder(Path(settings.sweep.dir))
-    plan = read_plan(folder)
-    assert plan is not None
-    number = int(settings.job.num)
-    job = plan.current[number]
-    if list(settings.overrides.task) != list(job.words):
-        raise RunError(f"Hydra's job {number} is {list(settings.overrides.task)}, not {job.name}.")
-    label = f"[{number + 1}/{len(plan.current)}] {job.name}"
-    with _hydra_put_aside():
-        run_job(folder, job, out=lambda line: _say(f"{label}: {line}"), verbose=plan.verbose)
-    _renew_results(folder, plan)
-
-
-def _renew_results(folder: SweepFolder, plan: Plan) -> None:
-    lock = folder.path / ".results.lock"
-    with hold(lock, f"{folder.results}", patience=PATIENCE_SECONDS):
-        write_results(folder, plan)
-
-
-def _multirun(settings: Sequence[str], launcher: Sequence[str]) -> None:
-    """Call Hydra's main function; what it raises, unless a signal came, is the launcher's fault."""
+def _multirun(settings: Sequence[str], hydra_settings: Sequence[str]) -> None:
+    """Call Hydra's main function, which takes its arguments from the command line alone."""
     load_config()  # registers the schema that conf/config.yaml begins with
-    main = hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")(
-        one_job
+    configured = hydra.main(
+        config_path=str(config_folder()), config_name="config", version_base="1.3"
     )
+    command_line = sys.argv
+    sys.argv = ["pilot-flwr", "--multirun", *settings, *hydra_settings]
     try:
-        with _arguments("--multirun", *settings, *launcher), StopSignals(at_once=True):
-            main()
+        with StopSignals(at_once=True):
+            configured(hydra_job)()
     except SystemExit as end:  # Hydra has printed why
         if end.code:
-            raise RunError("Hydra's launcher broke down; its own message is above.") from None
+            raise RunError("Hydra's launcher failed; its own message is above.") from None
+    finally:
+        sys.argv = command_line
 
 
-def _quiet(folder: SweepFolder) -> list[str]:
-    """Return what keeps Hydra to the sweep's folder and from logs of its own."""
+def _hydra_settings(folder: SweepFolder) -> list[str]:
+    """Return what keeps Hydra in the sweep's folder and from writing logs."""
     return [
         f"hydra.sweep.dir={hydra_text(str(folder.path))}",
         "hydra.sweep.subdir=.",
@@ -287,8 +253,8 @@ def _quiet(folder: SweepFolder) -> list[str]:
 
 
 @contextmanager
-def _hydra_put_aside() -> Iterator[None]:
-    """Make room for `load_config`: Hydra can be at work once in a process."""
+def _other_hydra() -> Iterator[None]:
+    """Let `load_config` use Hydra inside a multirun: a process has one global instance."""
     instance = GlobalHydra.instance()
     sweeping, instance.hydra = instance.hydra, None
     try:
@@ -297,29 +263,14 @@ def _hydra_put_aside() -> Iterator[None]:
         instance.hydra = sweeping
 
 
-@contextmanager
-def _arguments(*words: str) -> Iterator[None]:
-    """Put words in place of the command line's, the only place from which Hydra takes them."""
-    before = sys.argv
-    sys.argv = ["pilot-flwr", *words]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
 @functools.cache
-def _follow_parent() -> None:
-    """End this worker process when the sweep is killed: its job is free to be gone on with."""
+def _exit_with_parent() -> None:
+    """End this worker process when the sweep is killed, so that the job can be resumed."""
     parent = os.getppid()
 
-    def follow() -> None:
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(TICK_SECONDS)
-        os._exit(FOLLOWED)
+        os._exit(ORPHANED)
 
-    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()
