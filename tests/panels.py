@@ -1,35 +1,22 @@
 """Panels of a report's figures, drawn and looked at."""
 
-from contextlib import contextmanager
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
-
-from pilot_flwr.report.style import STYLE
-
-
-@contextmanager
 def drawn(panel):
     """The canvas of a panel, laid out."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
-        FigureCanvasAgg(canvas)
-        panel.draw(canvas.add_subplot())
-        canvas.canvas.draw()
-        yield canvas
+    canvas = panel.canvas()
+    canvas.canvas.draw()
+    return canvas
 
 
-def cut_texts(panel):
+def cut_texts(canvas):
     """Texts of a panel that reach over its edge by more than a pixel."""
-    with drawn(panel) as canvas:
-        edge = canvas.bbox
-        boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(canvas)]
-        return [
-            words
-            for words, box in boxes
-            if min(box.x0, box.y0) < -1 or box.x1 > edge.x1 + 1 or box.y1 > edge.y1 + 1
-        ]
+    edge = canvas.bbox
+    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(canvas)]
+    return [
+        words
+        for words, box in boxes
+        if min(box.x0, box.y0) < -1 or box.x1 > edge.x1 + 1 or box.y1 > edge.y1 + 1
+    ]
 
 
 def drawn_texts(canvas):
@@ -54,15 +41,14 @@ def drawn_texts(canvas):
         yield from (text for text in texts if text.get_visible() and text.get_text().strip())
 
 
-def covered(panel):
+def covered(canvas):
     """Texts of a panel's axes that its legend lies over."""
-    with drawn(panel) as canvas:
-        legends = [*canvas.legends, *(a.get_legend() for a in canvas.axes if a.get_legend())]
-        boxes = [legend.get_window_extent() for legend in legends]
-        inside = {id(text) for legend in legends for text in legend.get_texts()}
-        return [
-            text.get_text()
-            for text in drawn_texts(canvas)
-            for box in boxes
-            if id(text) not in inside and text.get_window_extent().padded(-1).overlaps(box)
-        ]
+    legends = [*canvas.legends, *(a.get_legend() for a in canvas.axes if a.get_legend())]
+    boxes = [legend.get_window_extent() for legend in legends]
+    inside = {id(text) for legend in legends for text in legend.get_texts()}
+    return [
+        text.get_text()
+        for text in drawn_texts(canvas)
+        for box in boxes
+        if id(text) not in inside and text.get_window_extent().padded(-1).overlaps(box)
+    ]

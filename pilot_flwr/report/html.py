@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else, and its figures as PNG files.
+"""The report as one self-contained HTML page, and its figures as PNG files.
 
-A folder that is not empty is written to only if it holds an earlier report, and of that only what
-the report itself wrote is replaced: its page says which figures it has.
+A folder that is not empty is written to only if it holds an earlier report, whose page lists its
+figures; nothing but the earlier report's own files is replaced.
 """
 
 import re
@@ -21,62 +21,38 @@ _GENERATOR = '<meta name="generator" content="pilot-flwr '
 _SECTION = re.compile(r'^<section id="([^"]+)">$', re.MULTILINE)
 
 _WITHOUT_PNG = {"scores", "settings"}
-"""Sections that are no figures."""
+"""Sections without a figure."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
-
-    Attributes
-    ----------
-    title : str
-        Its heading.
-    facts : sequence of (str, str)
-        What it is about: name and value.
-    warnings : sequence of str
-        What the reader must know before the figures.
-    figures : sequence of Figure
-        Sections, in order.
-    tables : sequence of Table
-        Tables of scores, above the figures.
-    files : sequence of (str, str)
-        Names and texts that are shown word by word at the end.
-    notes : sequence of str
-        Below the tables.
-    bold_last : bool
-        Whether the last row of a table is a summary of those above.
-    files_title : str
-        Heading of the files.
-    """
+    """A report; text from a run is escaped when it is rendered."""
 
     title: str
     facts: Sequence[tuple[str, str]]
+    """Name and value of what the report is about."""
+
     warnings: Sequence[str]
+    """What the reader must know before the figures."""
+
     figures: Sequence[Figure]
     tables: Sequence[Table] = ()
-    files: Sequence[tuple[str, str]] = ()
+    """Tables of scores, above the figures, and `notes` below them."""
+
     notes: Sequence[str] = ()
     bold_last: bool = False
+    """Whether a table's last row summarises those above."""
+
+    files: Sequence[tuple[str, str]] = ()
+    """Names and texts that are shown verbatim at the end."""
+
     files_title: str = "Settings and code"
 
 
 def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda line: None) -> Path:
-    """Write ``index.html`` and one PNG file per figure.
+    """Write ``index.html`` and one PNG file per figure into a folder, and return the page's path.
 
-    Parameters
-    ----------
-    page : Page
-        The report.
-    folder : Path
-        Made if it does not exist.
-    say : callable
-        Gets a line per figure.
-
-    Returns
-    -------
-    Path
-        The page.
+    `say` gets a line of progress per figure.
 
     Raises
     ------
@@ -88,7 +64,7 @@ def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda lin
     for figure in pictures:
         if (file := folder / f"{figure.name}.png").exists() and file not in earlier:
             raise ConfigError(
-                f"{file} is there already and of no report: move it away, or give another folder "
+                f"{file} exists and does not belong to a report: move it, or give another folder "
                 "with `--out`."
             )
         say(f"drawing {figure.name}")
@@ -97,7 +73,7 @@ def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda lin
     for old in earlier:
         old.unlink(missing_ok=True)
     path = folder / PAGE
-    write_text(path, render(page))  # first, as it says which files are the report's
+    write_text(path, render(page))  # first, because it lists the report's files
     for figure in pictures:
         save_png(figure, folder)
     return path
@@ -109,12 +85,12 @@ def earlier_pictures(folder: Path) -> list[Path]:
     Raises
     ------
     ConfigError
-        It is no folder, or it is not empty and holds no report.
+        It is a file, or it is not empty and holds no report.
     """
     if not folder.exists():
         return []
     if not folder.is_dir():
-        raise ConfigError(f"`--out` is {folder}, which is no folder.")
+        raise ConfigError(f"`--out` is {folder}, which is not a folder.")
     try:
         text = (folder / PAGE).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -124,8 +100,8 @@ def earlier_pictures(folder: Path) -> list[Path]:
         return [file for name in names if (file := folder / f"{name}.png").is_file()]
     if any(folder.iterdir()):
         raise ConfigError(
-            f"{folder} is not empty and holds no report of pilot-flwr, so it is left as it is: "
-            "give a new or an empty folder with `--out`."
+            f"{folder} is not empty and holds no report of pilot-flwr, so nothing was written: "
+            "give a new or empty folder with `--out`."
         )
     return []
 
@@ -140,10 +116,3 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("page.html").render(page=page, version=__version__)
-
-
-def cells_of(markdown: str) -> list[list[str]]:
-    """Return the cells of a Markdown table, header first, without marks of bold type."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
-    return [row for number, row in enumerate(cells) if number != 1]  # 1: the rule below the header

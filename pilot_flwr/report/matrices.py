@@ -1,6 +1,7 @@
 """Matrices between clients: LoRA distances and mixing weights, exchange by exchange."""
 
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,10 +18,10 @@ from pilot_flwr.report.history import (
 from pilot_flwr.report.style import Figure, Panel, Table, short, some
 
 MOST_EXCHANGES = 6
-"""Drawn at most, as in the time line."""
+"""Exchanges drawn at most."""
 
 _MOST_NAMED = 20
-"""Clients up to which each has its name at the axes; of more, only the tasks are named."""
+"""Clients that are named at the axes at most; of more, only the tasks are named."""
 
 _SIDE = 3.5
 
@@ -67,9 +68,16 @@ def _figure(
         text += f" {count(len(matrices) - len(shown), 'exchange')} of {len(matrices)} not drawn."
     arrays = {number: as_array(matrices[number], clients) for number in matrices}
     high = ceiling or max(float(np.nanmax(array)) for array in arrays.values())
+    tasks = [run.task_of[client] for client in clients]
+
+    def draw(number: int, axes: Axes) -> None:
+        heat_map(axes, arrays[number], high or 1.0, colours, label)
+        _name_clients(axes, clients, tasks)
+        axes.set_title(f"exchange {number}")
+
     panels = [
         Panel(
-            partial(_matrix, run, clients, arrays[number], number, label, colours, high),
+            partial(draw, number),
             f"{title} after exchange {number}: {len(clients)} by {len(clients)} clients.",
             height=_SIDE,
             continuous=True,
@@ -84,39 +92,38 @@ def _figure(
     return Figure(name, title, text, panels, tables)
 
 
-def _matrix(
-    run: RunData,
-    clients: list[str],
-    array: NDArray[np.float64],
-    number: int,
-    label: str,
-    colours: str,
-    high: float,
+def heat_map(
     axes: Axes,
+    array: NDArray[np.float64],
+    high: float,
+    colours: str = "viridis",
+    label: str = "",
+    aspect: Literal["equal", "auto"] = "equal",
 ) -> None:
-    image = axes.imshow(array, vmin=0, vmax=high or 1.0, cmap=colours)
-    places = range(len(clients))
-    tasks = [run.task_of[client] for client in clients]
-    if len(clients) <= _MOST_NAMED:
-        size = 8.0 if len(clients) <= 12 else 6.0
-        names = [short(client) for client in clients]
-        axes.set_xticks(places, names, rotation=90, fontsize=size)
-        axes.set_yticks(places, names, fontsize=size)
-    else:
-        middles = {t: (tasks.index(t) + len(tasks) - 1 - tasks[::-1].index(t)) / 2 for t in tasks}
-        axes.set_xticks(list(middles.values()), [short(task) for task in middles], rotation=90)
-        axes.set_yticks(list(middles.values()), [short(task) for task in middles])
-    for place in places[1:]:
-        if tasks[place] != tasks[place - 1]:  # a line between the tasks
-            axes.axhline(place - 0.5, color="#666666", linewidth=0.9)
-            axes.axvline(place - 0.5, color="#666666", linewidth=0.9)
+    """Draw a matrix of values from 0 to `high`, with its scale beside it."""
+    image = axes.imshow(array, vmin=0, vmax=high, cmap=colours, aspect=aspect)
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    axes.set_title(f"exchange {number}")
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=18, pad=0.03)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
+
+
+def _name_clients(axes: Axes, clients: list[str], tasks: list[str]) -> None:
+    """Name the clients at both axes, or of many their tasks, and separate the tasks by lines."""
+    names: dict[float, str] = {place: short(client) for place, client in enumerate(clients)}
+    size = 8.0 if len(clients) <= 12 else 6.0
+    if len(clients) > _MOST_NAMED:
+        places = {t: [i for i, task in enumerate(tasks) if task == t] for t in tasks}
+        names = {(p[0] + p[-1]) / 2: short(task) for task, p in places.items()}
+        size = 8.5
+    axes.set_xticks(list(names), list(names.values()), rotation=90, fontsize=size)
+    axes.set_yticks(list(names), list(names.values()), fontsize=size)
+    for place in range(1, len(clients)):
+        if tasks[place] != tasks[place - 1]:
+            axes.axhline(place - 0.5, color="#666666", linewidth=0.9, linestyle="-", marker="")
+            axes.axvline(place - 0.5, color="#666666", linewidth=0.9, linestyle="-", marker="")
 
 
 def _rows(clients: list[str], array: NDArray[np.float64]) -> list[list[str]]:

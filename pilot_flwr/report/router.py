@@ -1,7 +1,7 @@
-"""The router of CT-MoA, looked at: which task's expert each visual token goes to.
+"""The router of CT-MoA: which task's expert each visual token is sent to.
 
 This needs the clients' private states, which a simulation keeps in ``clients/`` of the run folder
-and a real site on its own disk alone, and the clients' images.
+and a real site only on its own disk, and the clients' images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from pilot_flwr.algorithm.connector import CrossTaskMoA
@@ -25,10 +26,11 @@ from pilot_flwr.model.base import load_processor
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.report.history import RunData
+from pilot_flwr.report.matrices import heat_map
 from pilot_flwr.report.style import Figure, Panel, Table, short
 
 MOST_EXAMPLES = 64
-"""Evaluation examples of a client over which probabilities are averaged."""
+"""Evaluation examples of a client over which probabilities are averaged, at most."""
 
 _BATCH = 16
 
@@ -40,43 +42,26 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Routed:
-    """What a client's router does with some of its own evaluation images.
-
-    Attributes
-    ----------
-    client, task : str
-        Whose.
-    tasks : tuple of str
-        The experts, the client's own task first.
-    mean : ndarray
-        Shape (T,): mean probability over all tokens of `examples` images.
-    examples : int
-        How many images.
-    images : list of ndarray
-        Shape (height, width, 3), in [0, 1]: what the vision tower saw of the first ones.
-    maps : list of ndarray
-        Shape (side, side, T): the probability of every expert at every token of these.
-    """
+    """The probabilities that a client's router gives some of its own evaluation images."""
 
     client: str
     task: str
     tasks: tuple[str, ...]
+    """The experts, the client's own task first."""
+
     mean: Floats
+    """Shape (T,): mean probability over all tokens of `examples` images."""
+
     examples: int
     images: list[Floats]
+    """Shape (height, width, 3), in [0, 1]: what the vision tower saw of the first ones."""
+
     maps: list[Floats]
+    """Shape (side, side, T): the probability of every expert at every token of these."""
 
 
 def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
-    """Return the figures of the router; where they cannot be made, their text says why.
-
-    Parameters
-    ----------
-    run : RunData
-        The run.
-    say : callable
-        Gets lines of progress.
-    """
+    """Return the figures of the router; if there are none, one whose text says why."""
     name, title = "router", "Router"
     try:
         routed = list(_routed(open_run(run.folder), say))
@@ -86,8 +71,8 @@ def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
     if not routed:
         text = (
             "No client of this run has a router: either the method has no stage 2, or no client "
-            "has trained it yet, or their private states are not here, as after a run of real "
-            "sites, whose routers never leave them."
+            "has trained it yet, or their private states are not here: real sites keep their "
+            "routers on their own disks."
         )
         return [Figure(name, title, text)]
     return [_means(run, routed), *_heat_maps(run, routed)]
@@ -96,24 +81,10 @@ def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
 def route(
     model: PilotModel, image_processor: Any, examples: Sequence[Example], *, shown: int
 ) -> tuple[Floats, list[Floats], list[Floats]]:
-    """Send examples through a client's router.
+    """Send examples through the router of a model in stage 2.
 
-    Parameters
-    ----------
-    model : PilotModel
-        In stage 2.
-    image_processor
-        The base model's.
-    examples : sequence of Example
-        At least one with an image.
-    shown : int
-        Images to return.
-
-    Returns
-    -------
-    ndarray, list of ndarray, list of ndarray
-        Mean probability of each expert (T,) over all tokens; images (height, width, 3) in
-        [0, 1]; and their probabilities (side, side, T).
+    Returns the mean probability of each expert (T,) over all tokens, the first `shown` images
+    (height, width, 3) in [0, 1], and their probabilities (side, side, T).
     """
     connector = model.connector
     assert isinstance(connector, CrossTaskMoA)
@@ -175,7 +146,7 @@ def _examples(run: Run, client: Client, image_processor: Any) -> list[Example]:
 
 
 def _as_seen(model: PilotModel, image_processor: Any, example: Example) -> Floats:
-    """Return the first row of an example's first image as the vision tower sees it, in colours."""
+    """Return the first row of an example's first image as the vision tower sees it, in RGB."""
     images = [image.read() for image in example.images]
     pixels = model.spec.crops(image_processor, images)[0][0].double().numpy()
     mean = np.array(image_processor.image_mean)[:, None, None]
@@ -188,9 +159,9 @@ def _means(run: RunData, routed: list[Routed]) -> Figure:
     examples = max(row.examples for row in routed)
     text = (
         "Mean probability that the router gives to each task's expert, over all visual tokens of "
-        f"at most {examples} evaluation images of the client, as after the run's last exchange. A "
-        "row sums to 1. An even router gives every expert the same; a router that only trusts its "
-        "own task has 1 on the client's own task, which is framed."
+        f"at most {examples} evaluation images of the client, after the run's last exchange. A row "
+        "sums to 1. A uniform router gives every expert the same probability; a router that uses "
+        "only its own task's expert has 1 on that task, which is framed."
     )
     tasks = run.tasks
     rows = [["client", *tasks]]
@@ -212,31 +183,17 @@ def _of(row: Routed, task: str) -> float:
 
 def _mean_matrix(routed: list[Routed], tasks: list[str], axes: Axes) -> None:
     array = np.array([[_of(row, task) for task in tasks] for row in routed])
-    image = axes.imshow(array, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    heat_map(axes, array, 1.0, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=20 if len(tasks) > 3 else 0)
     axes.set_yticks(range(len(routed)), [short(row.client) for row in routed])
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
     for index, row in enumerate(routed):
-        own = tasks.index(row.task)
-        axes.plot(
-            [own - 0.47, own + 0.47, own + 0.47, own - 0.47, own - 0.47],
-            [index - 0.44, index - 0.44, index + 0.44, index + 0.44, index - 0.44],
-            color="white",
-            linewidth=1.4,
-        )
+        corner = (tasks.index(row.task) - 0.47, index - 0.44)
+        axes.add_patch(Rectangle(corner, 0.94, 0.88, fill=False, edgecolor="white", linewidth=1.4))
         for place, value in enumerate(array[index]):
-            axes.text(
-                place,
-                index,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value < 0.6 else "black",
-            )
+            shade = "white" if value < 0.6 else "black"
+            text = f"{value:.2f}"
+            axes.text(place, index, text, ha="center", va="center", fontsize=8, color=shade)
     axes.set_title("experts by client")
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=22, pad=0.03)
 
 
 def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
@@ -247,8 +204,8 @@ def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
     text = (
         "The probability of each task's expert at every visual token, over the image as the "
         "vision tower saw it, for evaluation images of one client of each task. An image is "
-        f"{side} × {side} tokens. The scale on the right is the same for all; the image shines "
-        "through in grey. The client's own task is in bold."
+        f"{side} × {side} tokens. All maps share the scale on the right; the image is shown in "
+        "grey below them. The client's own task is in bold."
     )
     panels = [
         Panel(
@@ -257,6 +214,7 @@ def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
             "the image.",
             width=3.6 if len(run.tasks) <= 3 else 3.6 * (len(run.tasks) + 1) / 4,
             height=1.35,
+            plot=(0.0, 0.0),
             continuous=True,
         )
         for row in shown
@@ -266,12 +224,14 @@ def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
 
 
 def _heat_map(row: Routed, index: int, tasks: list[str], axes: Axes) -> None:
-    """Draw the image, and beside it once more under the map of each expert."""
+    """Draw the image, and beside it the map of each expert over the image in grey."""
     axes.set_axis_off()
     axes.text(0, 1, f"{row.client}, image {index + 1}", weight="bold", va="top")
     image, probabilities = row.images[index], row.maps[index]
     height, width = image.shape[:2]
-    grey = 0.2 + 0.6 * (image @ np.array([0.299, 0.587, 0.114]))  # faint: colours stay readable
+    grey = 0.2 + 0.6 * (
+        image @ np.array([0.299, 0.587, 0.114])
+    )  # faint, so that colours stay readable
     columns = ["image", *[task for task in tasks if task in row.tasks]]
     scale: Any = None
     for place, task in enumerate(columns):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pilot_flwr.formatting import count, headline, human_seconds
 from pilot_flwr.report.history import RunData, read_run
-from pilot_flwr.report.html import Page, cells_of, write_page
+from pilot_flwr.report.html import Page, write_page
 from pilot_flwr.report.matrices import distances, mixing_weights
 from pilot_flwr.report.scores import learning_curves, losses
 from pilot_flwr.report.style import Figure, Table
 from pilot_flwr.report.timeline import time_line, traffic
-from pilot_flwr.run.directory import select
+from pilot_flwr.run.events import ClientFailed, ClientWarning, Resumed, failure_line, select
 from pilot_flwr.run.tables import summary, timeline
 
 FIGURES: tuple[Callable[[RunData], Figure], ...] = (
@@ -21,35 +21,18 @@ FIGURES: tuple[Callable[[RunData], Figure], ...] = (
     mixing_weights,
     traffic,
 )
-"""Sections of the page; that of the router, which needs models, comes behind them."""
+"""Sections of the page; that of the router, which needs models, comes before the last one."""
 
-ROUTER_TITLE = "Router"
-LEFT_OUT = (
-    "Left out, because the base model has to be loaded for it: `pilot-flwr report RUN` draws it."
-)
 _SHOWN_FAILURES = 5
 
 
 def write_run_report(
     folder: Path, out: Path, *, router: bool = True, say: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Write the report of a run.
+    """Write the report of a run into the folder `out`, and return the page's path.
 
-    Parameters
-    ----------
-    folder : Path
-        The run folder.
-    out : Path
-        Gets ``index.html`` and the PNG files.
-    router : bool
-        Whether the router's probabilities are computed, which loads the base model.
-    say : callable
-        Gets lines of progress.
-
-    Returns
-    -------
-    Path
-        The page.
+    `router` loads the base model to compute the router's probabilities; `say` gets lines of
+    progress.
 
     Raises
     ------
@@ -61,25 +44,26 @@ def write_run_report(
     if router:
         from pilot_flwr.report.router import router_figures
 
-        figures[5:5] = router_figures(run, say)
+        figures[-1:-1] = router_figures(run, say)
     else:
-        figures.insert(5, Figure("router", ROUTER_TITLE, LEFT_OUT))
+        text = "Left out because it loads the base model: `pilot-flwr report RUN` draws it."
+        figures.insert(-1, Figure("router", "Router", text))
     return write_page(run_page(run, figures), out, say)
 
 
 def run_page(run: RunData, figures: list[Figure]) -> Page:
-    """Put the page of a run together."""
+    """Return the page of a run."""
     return Page(
         title=f"{run.config.strategy.name}: run {run.config.name}, seed {run.config.seed}",
         facts=_facts(run),
         warnings=_warnings(run),
         figures=figures,
-        tables=[_scores(run)],
+        tables=[Table("Scores", _summary_rows(run) or [["no evaluation"]])],
         bold_last=True,
         notes=[line for line in summary(run.events).splitlines() if line and line[0] != "|"],
         files=[
             ("config.yaml: every setting", run.config_text),
-            ("overrides.txt: what the run was started with", run.overrides or "no overrides"),
+            ("overrides.txt: the overrides that started the run", run.overrides or "no overrides"),
             ("code.json: commit and versions", _code(run)),
             ("timeline.md: the time line as a table", timeline(run.events)),
         ],
@@ -88,7 +72,7 @@ def run_page(run: RunData, figures: list[Figure]) -> Page:
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     result = run.result
-    status = "still going on, or ended without a result" if not result else str(result["status"])
+    status = "running, or ended without a result" if not result else str(result["status"])
     if result.get("seconds") is not None:
         status += f" after {human_seconds(float(result['seconds']))}"
     tasks = ", ".join(f"{task} ({len(run.clients(task))})" for task in run.tasks)
@@ -101,21 +85,21 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("exchanges", exchanges),
         ("base model", run.config.model.path),
         ("seed", str(run.config.seed)),
-        ("code", code_words(run.code)),
+        ("code", _code_line(run.code)),
         ("run folder", run.folder.absolute().name),
     ]
 
 
-def code_words(code: dict[str, object]) -> str:
-    """Say which commit and versions ``code.json`` names."""
+def _code_line(code: dict[str, object]) -> str:
+    """Return the commit and versions of ``code.json``."""
     commit = code.get("commit")
-    words = f"commit {commit}" if commit else "commit unknown: not run from a git checkout"
+    text = f"commit {commit}" if commit else "commit unknown: not run from a git checkout"
     if code.get("changed"):
-        words += ", with changes that are not committed"
+        text += ", with uncommitted changes"
     versions = code.get("versions")
     shown = versions if isinstance(versions, dict) else {}
     named = [f"{name} {shown[name]}" for name in ("python", "flwr", "torch") if shown.get(name)]
-    return ", ".join([words, *named])
+    return ", ".join([text, *named])
 
 
 def _code(run: RunData) -> str:
@@ -130,20 +114,20 @@ def _warnings(run: RunData) -> list[str]:
     lines = []
     if run.result.get("error"):
         lines.append(f"The run stopped: {headline(str(run.result['error']))}")
-    failures = select(run.events, "failure")
+    failures = select(run.events, ClientFailed)
     lines += [
-        f"{e['client']} failed in exchange {e['round']} ({e['phase']}): {headline(e['reason'])}"
-        for e in failures[:_SHOWN_FAILURES]
+        failure_line(event.client, event.exchange, event.phase, event.reason)
+        for event in failures[:_SHOWN_FAILURES]
     ]
     if len(failures) > _SHOWN_FAILURES:
         lines.append(f"And {count(len(failures) - _SHOWN_FAILURES, 'more failure')}.")
-    lines += [f"{e['client']}: {e['text']}" for e in select(run.events, "warning")]
-    resumed = len(select(run.events, "resume"))
-    if resumed:
+    lines += [f"{event.client}: {event.text}" for event in select(run.events, ClientWarning)]
+    if resumed := len(select(run.events, Resumed)):
         lines.append(f"The run was interrupted and resumed {count(resumed, 'time')}.")
     return lines
 
 
-def _scores(run: RunData) -> Table:
-    """Return the table of ``summary.md``."""
-    return Table("Scores", cells_of(summary(run.events)) or [["no evaluation"]])
+def _summary_rows(run: RunData) -> list[list[str]]:
+    lines = [line for line in summary(run.events).splitlines() if line.startswith("|")]
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return cells[:1] + cells[2:]

@@ -1,14 +1,11 @@
-"""Figures of the report: panels in one style, inlined in the page and as PNG files.
+"""Style and layout of the report's figures: colours, panels that fit their names, PNG files.
 
 A figure is a row of panels. In the page every panel is a picture of its own, as wide as a phone,
-so that a narrow window puts one below the other; its PNG file has all of them in a grid. To add a
-kind of figure, write a module with a function that returns a `Figure`, and name it in
-`pilot_flwr.report.run.FIGURES`.
+so that a narrow window stacks them; its PNG file has all of them in a grid. To add a kind of
+figure, write a function from `RunData` to `Figure` and name it in `pilot_flwr.report.run.FIGURES`.
 
 Colours are Okabe's and Ito's, matrices are in viridis: both can be told apart by people who are
 colour-blind, and viridis in grey as well.
-
-Names that fit into a panel: lines, widths, and legends below it with room of their own.
 """
 
 import base64
@@ -22,22 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A6A00", "#333333")
 """Okabe and Ito; its yellow is darkened, as lines in it cannot be seen on white."""
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 GREY, INK = "#8A8A8A", "#222222"
 
 STYLE: Any = {
+    # Sixteen lines that differ: the second eight are dashed and have other markers.
+    "axes.prop_cycle": cycler(color=COLOURS * 2)
+    + cycler(marker=[*_MARKERS, *_MARKERS[3:], *_MARKERS[:3]])
+    + cycler(linestyle=["-"] * 8 + ["--"] * 8),
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -54,6 +55,8 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "legend.fontsize": 8.0,
     "legend.frameon": False,
+    "legend.columnspacing": 1.2,
+    "legend.borderaxespad": 0.2,
     "text.color": INK,
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
@@ -67,10 +70,17 @@ STYLE: Any = {
 PANEL_INCHES = (3.6, 2.7)
 """Width and height of a panel: about 345 points of a screen, a phone's width."""
 
+PLOT_INCHES = (2.1, 1.65)
+"""Least width and height of the plot in a panel: long names make the panel larger."""
+
 _DPI = 192
 _GAP = 24
 _LONGEST_NAME = 16
-_COLUMNS = 3
+_LONGEST_LINE = 36
+_CHARACTER_INCHES = 0.1
+"""Width of a character of a title, at most."""
+
+_MOST_COLUMNS = {"panels": 3, "legend": 4}
 
 _MOST_EDGED = 60
 """Bars of a panel that are at least as wide as six of the lines around them."""
@@ -78,40 +88,54 @@ _MOST_EDGED = 60
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
-
-    Attributes
-    ----------
-    draw : callable
-        Draws into the axes that it gets.
-    alt : str
-        What it shows, in words, for people who cannot see it.
-    width, height : float
-        In inches.
-    continuous : bool
-        Whether its colours mean numbers, so that none may be replaced by a similar one.
-    """
+    """One picture."""
 
     draw: Callable[[Axes], None]
+    """Draws into the axes; artists with labels get a legend below the plot."""
+
     alt: str
+    """Describes the picture for people who cannot see it."""
+
     width: float = PANEL_INCHES[0]
     height: float = PANEL_INCHES[1]
+    """In inches; more if names would leave less than `plot` for the plot."""
+
+    plot: tuple[float, float] = PLOT_INCHES
     continuous: bool = False
+    """Whether colours mean numbers, so that none may be replaced by a similar one."""
+
+    def canvas(self) -> Canvas:
+        """Draw the panel, as large as its names need."""
+        with matplotlib.rc_context(STYLE):
+            canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
+            agg = FigureCanvasAgg(canvas)
+            axes = canvas.add_subplot()
+            self.draw(axes)
+            _legend_below(agg, axes)
+            canvas.draw_without_rendering()
+            plot = axes.get_window_extent()
+            missing = [max(0.0, self.plot[0] - plot.width / canvas.dpi)]
+            missing += [max(0.0, self.plot[1] - plot.height / canvas.dpi)]
+            width, height = canvas.get_size_inches()
+            canvas.set_size_inches(width + missing[0], height + missing[1])
+            return canvas
 
     @cached_property
     def png(self) -> bytes:
         """The picture, drawn once, with two pixels for each of the page's."""
         stream = io.BytesIO()
         with matplotlib.rc_context(STYLE):
-            canvas = Canvas(figsize=(self.width, self.height), layout="constrained")
-            FigureCanvasAgg(canvas)
-            self.draw(canvas.add_subplot())
-            canvas.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
+            self.canvas().savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
         if self.continuous:
             return stream.getvalue()
         smaller = io.BytesIO()
         _few_colours(Image.open(stream)).save(smaller, format="png", optimize=True)
         return smaller.getvalue()
+
+    @property
+    def page_width(self) -> int:
+        """The picture's width in the page's pixels."""
+        return Image.open(io.BytesIO(self.png)).width // 2
 
     def data_uri(self) -> str:
         """Return the picture as a ``data:`` URI."""
@@ -120,15 +144,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers of a figure, as text.
-
-    Attributes
-    ----------
-    title : str
-        Above it.
-    rows : sequence of sequence of str
-        The first is the header.
-    """
+    """Numbers of a figure as text; the first row is the header."""
 
     title: str
     rows: Sequence[Sequence[str]]
@@ -136,46 +152,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A section of the report.
-
-    Attributes
-    ----------
-    name : str
-        Of its PNG file, and of its place in the page.
-    title : str
-        Its heading.
-    text : str
-        How to read it.
-    panels : list of Panel
-        None if there is nothing to draw: `text` then says why.
-    tables : list of Table
-        Its numbers, folded away in the page.
-    """
+    """A section of the report."""
 
     name: str
+    """Of its PNG file, and of its anchor in the page."""
+
     title: str
     text: str
+    """How to read it, or, without panels, why there is nothing to draw."""
+
     panels: list[Panel] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    """The numbers, folded away in the page."""
 
 
 def save_png(figure: Figure, folder: Path) -> Path:
-    """Write all panels of a figure as one PNG file, in rows of at most three.
-
-    Parameters
-    ----------
-    figure : Figure
-        With at least one panel.
-    folder : Path
-        Gets ``<name>.png``.
-
-    Returns
-    -------
-    Path
-        The file.
-    """
+    """Write all panels of a figure into `folder` as one PNG file, in rows of at most three."""
     pictures = [Image.open(io.BytesIO(panel.png)).convert("RGB") for panel in figure.panels]
-    columns = 2 if len(pictures) == 4 else min(_COLUMNS, len(pictures))
+    columns = 2 if len(pictures) == 4 else min(_MOST_COLUMNS["panels"], len(pictures))
     rows = math.ceil(len(pictures) / columns)
     width, height = (max(picture.size[i] for picture in pictures) + _GAP for i in (0, 1))
     sheet = Image.new("RGB", (width * columns + _GAP, height * rows + _GAP), "white")
@@ -189,8 +183,27 @@ def save_png(figure: Figure, folder: Path) -> Path:
 
 
 def _few_colours(picture: Image.Image) -> Image.Image:
-    """Return lines and letters in 256 colours: the same to look at, in a third of the bytes."""
+    """Return lines and letters in 256 colours: they look the same, in a third of the bytes."""
     return picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+
+
+def _legend_below(agg: FigureCanvasAgg, axes: Axes) -> None:
+    """Put the legend below the plot, in as few rows as fit the panel's width."""
+    handles, labels = axes.get_legend_handles_labels()
+    canvas = agg.figure
+    fewest = math.ceil(len(labels) / _MOST_COLUMNS["legend"])
+    for rows in range(max(1, fewest), len(labels) + 1):
+        columns = math.ceil(len(labels) / rows)
+        legend = canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
+        box = legend.get_tightbbox(agg.get_renderer())  # type: ignore[no-untyped-call]
+        width = 0.1 + (box.width / canvas.dpi if box else 0.0)
+        if width <= canvas.get_figwidth():
+            return
+        if columns > 1:
+            legend.remove()
+        else:
+            canvas.set_figwidth(width)
+            return
 
 
 def colour(index: int) -> str:
@@ -198,14 +211,19 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def marker(index: int) -> str:
-    """Return the marker of the `index`-th of several things."""
-    return MARKERS[index % len(MARKERS)]
-
-
 def short(name: str) -> str:
-    """Return a name that leaves room for a panel's content: its beginning and its end."""
+    """Return a name that leaves room for the plot: its beginning and its end."""
     return name if len(name) <= _LONGEST_NAME else f"{name[:9]}…{name[-5:]}"
+
+
+def in_lines(name: str, longest: int = _LONGEST_LINE) -> str:
+    """Return a name in lines of at most `longest` characters."""
+    return "\n".join(textwrap.wrap(name, longest)) or name
+
+
+def title(axes: Axes, text: str, room: float = PANEL_INCHES[0] - 0.6) -> None:
+    """Set a panel's title, in lines of at most `room` inches."""
+    axes.set_title(in_lines(text, int(room / _CHARACTER_INCHES)))
 
 
 def math_text(symbol: str) -> str:
@@ -217,12 +235,9 @@ def math_text(symbol: str) -> str:
 
 
 def text_on(background: str) -> str:
-    """Return the colour of text that can be read on a colour: WCAG's contrast decides."""
-    red, green, blue = to_rgb(background)
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)
-    ]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    """Return the text colour with the larger contrast, by WCAG, on a background colour."""
+    rgb = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background)]
+    luminance = 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
     return "#FFFFFF" if 1.05 / (luminance + 0.05) >= (luminance + 0.05) / 0.05 else "#111111"
 
 
@@ -241,79 +256,6 @@ def bar_edges(bars: int) -> dict[str, Any]:
 
 
 def some(numbers: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` of them: the first, the last, and evenly spread ones between."""
-    if len(numbers) <= most:
-        return list(numbers)
-    steps = [round(i * (len(numbers) - 1) / (most - 1)) for i in range(most)]
-    return [numbers[step] for step in steps]
-
-
-LONGEST_LINE = 36
-"""Characters after which a name goes on in another line."""
-
-_TITLE_INCHES = 0.1
-"""A character of a title is at most about as wide."""
-
-_LINE_INCHES = 0.17
-_HANDLE_INCHES = 0.5
-_MOST_COLUMNS = 4
-
-
-def in_lines(name: str, longest: int = LONGEST_LINE) -> str:
-    """Return a name in lines of at most so many characters."""
-    return "\n".join(textwrap.wrap(name, longest)) or name
-
-
-def title(axes: Axes, words: str, room: float = PANEL_INCHES[0] - 0.6) -> None:
-    """Write a panel's title in lines that end where the plot does, `room` inches wide."""
-    axes.set_title(in_lines(words, int(room / _TITLE_INCHES)))
-
-
-def text_inches(text: str, size: float) -> float:
-    """Return how wide the widest line of a text is at a font size in points."""
-    font = FontProperties(family=STYLE["font.family"], size=size)
-    paths = [TextPath((0, 0), line, prop=font) for line in text.splitlines() if line.strip()]
-    return max((float(path.get_extents().width) / 72 for path in paths), default=0.0)
-
-
-def panel_size(labels: Sequence[str]) -> tuple[float, float]:
-    """Return width and height of a panel that has a legend of such names below it.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        As `legend_below` finds them at the axes, in lines.
-    """
-    if not labels:
-        return PANEL_INCHES
-    width = max(PANEL_INCHES[0], _entry(labels) + 0.3)
-    rows = math.ceil(len(labels) / _columns(labels, width))
-    lines = rows * (1 + max(label.count("\n") for label in labels))
-    return width, PANEL_INCHES[1] + _LINE_INCHES * (lines - 1)
-
-
-def legend_below(axes: Axes) -> None:
-    """Put the legend below the panel's axes, in as many columns as there is room for."""
-    handles, labels = axes.get_legend_handles_labels()
-    canvas = axes.get_figure(root=True)
-    if canvas is None or not labels:
-        return
-    columns = _columns(labels, canvas.get_figwidth())
-    canvas.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-    )
-
-
-def _entry(labels: Sequence[str]) -> float:
-    return max(text_inches(label, STYLE["legend.fontsize"]) for label in labels) + _HANDLE_INCHES
-
-
-def _columns(labels: Sequence[str], width: float) -> int:
-    """Return as few columns as the rows allow that a panel's width makes necessary."""
-    room = min(_MOST_COLUMNS, max(1, int((width - 0.1) / _entry(labels))))
-    return math.ceil(len(labels) / math.ceil(len(labels) / room))
+    """Return at most `most` numbers: the first, the last, and evenly spread ones between."""
+    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
+    return [numbers[place] for place in places]

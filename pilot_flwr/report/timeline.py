@@ -1,6 +1,6 @@
-"""The time line as a diagram: one panel per exchange with server, clients, and what travelled.
+"""The time line as a diagram, and bytes and seconds of every exchange.
 
-Bytes and seconds of every exchange.
+The diagram has one panel per exchange with server, clients, and what travelled between them.
 """
 
 import math
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter
@@ -34,15 +35,14 @@ from pilot_flwr.report.style import (
     bar_edges,
     colour,
     exchange_axis,
-    legend_below,
     math_text,
     some,
     text_on,
 )
-from pilot_flwr.run.directory import Event, select
+from pilot_flwr.run.events import ExchangeClosed, Trained, select
 
 MOST_EXCHANGES = 9
-"""Drawn at most: the first and last, and evenly spread ones between."""
+"""Exchanges drawn at most."""
 
 GROUP_COLOURS = {
     "lora": 0,
@@ -53,13 +53,13 @@ GROUP_COLOURS = {
 }
 
 TRAVELS_AS = {"lora": "lora", "own_task_adapter": "task_adapters"}
-"""What a group of parameters is called in a message."""
+"""Group of parameters → the part of a message that carries it."""
 
 _STAGE_FILL = {1: "#EAF4FB", 2: "#FDF3E3"}
 _LINE = "#555555"
 
 _TOP, _BOTTOM = 0.82, 0.50
-"""Where the arrows end at the server's box and at the clients'."""
+"""The arrows' ends at the server's box and at the clients'."""
 
 
 def time_line(run: RunData) -> Figure:
@@ -71,20 +71,18 @@ def time_line(run: RunData) -> Figure:
     shown = some(list(by_number), MOST_EXCHANGES)
     left_out = len(by_number) - len(shown)
     text = (
-        "What was observed in each exchange. Boxes in colour are what the clients trained, with "
-        "the number of parameters that had gradients on one client; an arrow in the box means "
-        "that it was sent (how much of it, if not all), a ring that it stayed with the client. "
-        "Arrows between server and clients are as thick as what travelled was large, and carry its "
-        f"bytes summed over the clients. {symbols(_shown(run))}"
+        "What was observed in each exchange. Coloured boxes are the parameters that the clients "
+        "trained, with the number of those that had gradients on one client; an arrow in the box "
+        "means that they were sent (how many, if not all), a ring that they stayed with the "
+        "client. Arrows between server and clients are labelled with the bytes sent, summed over "
+        f"the clients, and their width shows the share of the largest. {symbols(_shown(run))}"
     )
     if run.config.train.ditto.enabled:
-        text += " Beside it each client trains a personal model v, by which it is scored (Ditto)."
+        text += " Each client also trains a personal model v, by which it is scored (Ditto)."
     if left_out:
         text += f" {count(left_out, 'exchange')} of {len(by_number)} not drawn."
     panels = [
-        Panel(
-            partial(_exchange, run, by_number[number]), _words(run, by_number[number]), height=3.1
-        )
+        Panel(partial(_exchange, run, by_number[number]), _alt(run, by_number[number]), height=3.1)
         for number in shown
     ]
     return Figure("timeline", title, text, panels)
@@ -103,8 +101,8 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     seconds = "not closed" if exchange.seconds is None else human_seconds(exchange.seconds)
-    total = select(run.events, "round", exchange.number)
-    of_total = f" of {total[-1]['exchanges']}" if total else ""
+    closed = select(run.events, ExchangeClosed, exchange.number)
+    of_total = f" of {closed[-1].exchanges}" if closed else ""
     axes.set_title(f"exchange {exchange.number}{of_total}, {seconds}")
     _box(axes, 0.0, _TOP, 1.0, 1 - _TOP, "#F4F4F4")
     axes.text(0.03, 0.96, "server", weight="bold", va="top")
@@ -116,8 +114,10 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
     _arrow(axes, 0.10, down=True, share=sum(exchange.down.values()) / largest)
     _arrow(axes, 0.58, down=False, share=sum(exchange.up.values()) / largest)
     for place, way, name in ((0.17, exchange.down, "down"), (0.65, exchange.up, "up")):
-        words = _sizes(way) or f"nothing {name}"
-        axes.text(place, (_TOP + _BOTTOM) / 2, words, va="center", fontsize=8.5)
+        sizes = "\n".join(f"{math_text(symbol(n))}  {human_bytes(size)}" for n, size in way.items())
+        axes.text(
+            place, (_TOP + _BOTTOM) / 2, sizes or f"nothing {name}", va="center", fontsize=8.5
+        )
     height = _BOTTOM / max(1, len(exchange.stages))
     for row, stage in enumerate(exchange.stages):
         bottom = _BOTTOM - (row + 1) * height
@@ -147,7 +147,7 @@ def _clients(
 
 @dataclass(frozen=True)
 class Chip:
-    """A group of parameters that trained: how many, least and most, and what of them was sent."""
+    """A group of parameters that trained: least and most per client, and what of them was sent."""
 
     group: str
     numbers: tuple[int, int]
@@ -156,12 +156,12 @@ class Chip:
 
     @property
     def width(self) -> float:
-        """Two stand side by side, but one that says more has a row of its own."""
+        """Two chips stand side by side; one with a part has its own row."""
         return 0.94 if self.part else 0.46
 
 
 def _sent(run: RunData, exchange: Exchange, group: str) -> tuple[bool, str]:
-    """Return whether a group was sent, and how much of it if it was not all of it."""
+    """Return whether a group was sent, and, if only partly, how much of it."""
     if TRAVELS_AS.get(group) not in exchange.up:
         return False, ""
     matrix = partly_sent(run.config) if group == "lora" else ""
@@ -169,7 +169,7 @@ def _sent(run: RunData, exchange: Exchange, group: str) -> tuple[bool, str]:
 
 
 def _parameters(run: RunData, matrix: str) -> str:
-    """Return how many parameters of the LoRA are sent; the base model's settings say it."""
+    """Return how many parameters of the LoRA are sent, by the base model's settings."""
     config = run.config
     try:
         layout = layout_of(
@@ -201,16 +201,11 @@ def _chip(axes: Axes, chip: Chip, left: float, low: float, height: float) -> Non
     numbers = f"{most:,}" if least == most else f"{least:,}–{most:,}"
     style: Any = {"color": text_on(shade), "va": "center"}
     middle = low + height / 2
-    words = f"{math_text(symbol(chip.group))}  {chip.part}{numbers}"
-    axes.text(left + 0.02, middle, words, fontsize=8.5, **style)
+    text = f"{math_text(symbol(chip.group))}  {chip.part}{numbers}"
+    axes.text(left + 0.02, middle, text, fontsize=8.5, **style)
     mark = "↑" if chip.sent else "○"
     right = left + chip.width - 0.015
     axes.text(right, middle, mark, ha="right", weight="bold", fontsize=9, **style)
-
-
-def _sizes(way: dict[str, int]) -> str:
-    sizes = (f"{math_text(symbol(n))}  {human_bytes(size)}" for n, size in way.items())
-    return "\n".join(sizes)
 
 
 def _box(
@@ -246,8 +241,8 @@ def _arrow(axes: Axes, x: float, *, down: bool, share: float) -> None:
     )
 
 
-def _words(run: RunData, exchange: Exchange) -> str:
-    """Say in words what a panel shows."""
+def _alt(run: RunData, exchange: Exchange) -> str:
+    """Describe a panel."""
     stages = "; ".join(
         f"stage {stage}, {count(len(clients), 'client')} trained "
         + ", ".join(f"{symbol(g)} ({n[1]:,})" for g, n in exchange.trained.get(stage, {}).items())
@@ -275,27 +270,25 @@ def traffic(run: RunData) -> Figure:
     )
     if run.closing:
         closing = human_bytes(sum(run.closing.down.values()))
-        text += f"Of those {closing} down are of the closing evaluation behind the last exchange. "
+        text += f"The closing evaluation after the last exchange accounts for {closing} down. "
     text += (
-        "Seconds are wall time on the server; the bars behind are the clients' own turns, one thin "
-        "bar each, which overlap as far as clients work at the same time. The first exchange "
-        "includes the start of the clients' processes."
+        "Seconds are wall time on the server; the thin bars are the clients' sessions, which "
+        "overlap where clients work at the same time. The first exchange includes the start of "
+        "the clients' processes."
     )
+    sums = ((_name(run, e), sum(e.down.values()), sum(e.up.values())) for e in run.all_orders)
+    sizes = "; ".join(f"{n}: {human_bytes(d)} down, {human_bytes(u)} up" for n, d, u in sums)
+    closed = (e for e in run.all_orders if e.seconds is not None)
+    seconds = "; ".join(f"{_name(run, e)}: {e.seconds:.1f}" for e in closed)
     panels = [
-        Panel(partial(_bytes, run), f"Bytes per exchange: {_row(run)}."),
-        Panel(partial(_seconds, run), f"Seconds per exchange: {_seconds_row(run)}."),
+        Panel(partial(_bytes, run), f"Bytes per exchange: {sizes}."),
+        Panel(partial(_seconds, run), f"Seconds per exchange: {seconds}."),
     ]
     return Figure("bytes-and-seconds", title, text, panels, [_table(run)])
 
 
-def turns(run: RunData, number: int) -> list[Event]:
-    """Return the training turns of an exchange in the order in which they began."""
-    trained = select(run.events, "train", number)
-    return sorted(trained, key=lambda e: float(e.get("started") or 0))
-
-
 def _exchange_places(run: RunData) -> dict[float, Exchange]:
-    """Return the exchanges by their places on the axis, the closing evaluation apart from them."""
+    """Return the exchanges by place on the axis, the closing evaluation at a distance."""
     places = {float(exchange.number): exchange for exchange in run.exchanges}
     if run.closing:
         first, last = run.exchanges[0].number, run.exchanges[-1].number
@@ -307,10 +300,10 @@ def _bytes(run: RunData, axes: Axes) -> None:
     names = dict.fromkeys(n for e in run.all_orders for way in (e.down, e.up) for n in way)
     places = _exchange_places(run)
     for shift, way in ((-0.2, "down"), (0.2, "up")):
-        floor = [0.0] * len(places)
+        floor = np.zeros(len(places))
         for index, name in enumerate(names):
-            heights = [getattr(exchange, way).get(name, 0) for exchange in places.values()]
-            if not any(heights):
+            heights = np.array([getattr(e, way).get(name, 0) for e in places.values()])
+            if not heights.any():
                 continue
             axes.bar(
                 [place + shift for place in places],
@@ -322,43 +315,40 @@ def _bytes(run: RunData, axes: Axes) -> None:
                 label=f"{math_text(symbol(name))} {way}",
                 **bar_edges(2 * len(places)),
             )
-            floor = [low + height for low, height in zip(floor, heights, strict=True)]
+            floor += heights
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     _finish(run, axes, "bytes", places)
 
 
 def _seconds(run: RunData, axes: Axes) -> None:
     places = _exchange_places(run)
-    closed = {place: e for place, e in places.items() if e.seconds is not None}
-    own = {place: _own_seconds(run, exchange) for place, exchange in closed.items()}
-    edges = bar_edges(sum(map(len, own.values())))
-    labelled: set[str] = set()
-    for place, exchange in closed.items():
-        assert exchange.seconds is not None
-        width = 0.72 / max(1, len(own[place]))
+    closed = {place: e.seconds for place, e in places.items() if e.seconds is not None}
+    sessions = {place: _session_seconds(run, places[place]) for place in closed}
+    bars = [
+        (place - 0.36 + 0.72 / len(seconds) * (index + 0.5), 0.72 / len(seconds), height)
+        for place, seconds in sessions.items()
+        for index, height in enumerate(seconds)
+    ]
+    if bars:
+        x, width, height = zip(*bars, strict=True)
         axes.bar(
-            [place - 0.36 + width * (index + 0.5) for index in range(len(own[place]))],
-            own[place],
-            width=width,
-            color=colour(5),
-            label="a client's turn" if own[place] and "turn" not in labelled else "",
-            **edges,
-        )
-        labelled |= {"turn"} if own[place] else set()
-        axes.plot(
-            [place - 0.4, place + 0.4],
-            [exchange.seconds] * 2,
-            color=INK,
-            linewidth=2.4,
-            label="the exchange" if place == next(iter(closed)) else "",
-        )
+            x, height, width=width, color=colour(5), label="a client's session",
+            **bar_edges(len(bars)),
+        )  # fmt: skip
+    if closed:
+        ends = [place - 0.4 for place in closed], [place + 0.4 for place in closed]
+        axes.hlines(list(closed.values()), *ends, color=INK, linewidth=2.4, label="the exchange")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
     _finish(run, axes, "seconds", places)
 
 
-def _own_seconds(run: RunData, exchange: Exchange) -> list[float]:
-    return [float(e.get("turn_seconds") or e["seconds"]) for e in turns(run, exchange.number)]
+def _session_seconds(run: RunData, exchange: Exchange) -> list[float]:
+    """Return how long the clients' training sessions took, in the order in which they began."""
+    trained = sorted(
+        select(run.events, Trained, exchange.number), key=lambda event: event.started or 0.0
+    )
+    return [event.session_seconds or event.seconds for event in trained]
 
 
 def _finish(run: RunData, axes: Axes, title: str, places: Mapping[float, Exchange]) -> None:
@@ -373,17 +363,6 @@ def _finish(run: RunData, axes: Axes, title: str, places: Mapping[float, Exchang
     axes.set_xlim(min(places) - 0.6, max(places) + 0.6)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", color=GREY)
-    legend_below(axes)
-
-
-def _row(run: RunData) -> str:
-    sums = [(_name(run, e), sum(e.down.values()), sum(e.up.values())) for e in run.all_orders]
-    return "; ".join(f"{n}: {human_bytes(d)} down, {human_bytes(u)} up" for n, d, u in sums)
-
-
-def _seconds_row(run: RunData) -> str:
-    closed = [e for e in run.all_orders if e.seconds is not None]
-    return "; ".join(f"{_name(run, e)}: {e.seconds:.1f}" for e in closed)
 
 
 def _name(run: RunData, exchange: Exchange) -> str:

@@ -1,9 +1,8 @@
 """``results.csv``: one row per job of a sweep, made from the jobs' run folders.
 
-To add a column, add it to `row_of`. ``settings`` is a hash of all that results depend on but
-the seed, so that repetitions have the same. Columns of the tasks are ``score.TASK`` (after the last
-exchange) and ``zero_shot.TASK`` (of the untouched base model); an empty cell is what a job does
-not have. `read_rows` reads such files again.
+To add a column, add it to `row_of`. ``settings`` is a hash of everything that results depend on
+except the seed, so that repetitions share it. A task's columns are ``score.TASK`` (after the last
+exchange) and ``zero_shot.TASK`` (of the untouched base model); what a job does not have is empty.
 """
 
 import csv
@@ -18,11 +17,22 @@ from typing import Any
 from pilot_flwr.config.loading import from_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError, PilotError
-from pilot_flwr.metrics.score import mean_of_all
 from pilot_flwr.run.atomic import write_text
-from pilot_flwr.run.directory import Event, read_events, select, tasks_of
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import (
+    ClientFailed,
+    Evaluated,
+    Event,
+    ExchangeClosed,
+    InstructionSent,
+    Trained,
+    mean_over_tasks,
+    select,
+    task_scores,
+    tasks_of,
+)
 from pilot_flwr.run.provenance import read_provenance, settings_hash
-from pilot_flwr.sweeps.jobs import Job, Plan, SweepFolder
+from pilot_flwr.sweeps.jobs import Job, Manifest, SweepFolder
 
 Row = dict[str, Any]
 SCORE, ZERO_SHOT = "score.", "zero_shot."
@@ -34,23 +44,15 @@ DONE, FAILED, OPEN = "done", "failed", "not finished"
 _FIRST = ("name", "method", "variant", "seed", "status", "mean", "zero_shot_mean")
 
 
-def write_results(folder: SweepFolder, plan: Plan) -> list[Row]:
-    """Renew ``results.csv`` from the jobs' folders, and return its rows."""
-    rows = [row_of(folder, job) for job in plan.jobs]
+def write_results(folder: SweepFolder, manifest: Manifest) -> list[Row]:
+    """Rewrite ``results.csv`` from the jobs' folders, and return its rows."""
+    rows = [row_of(folder, job) for job in manifest.jobs]
     write_text(folder.results, as_csv(rows))
     return rows
 
 
 def row_of(folder: SweepFolder, job: Job) -> Row:
-    """Return a job's row.
-
-    Parameters
-    ----------
-    folder : SweepFolder
-        The sweep's.
-    job : Job
-        One of its jobs, in whatever state.
-    """
+    """Return a job's row, whatever its state."""
     path = folder.run(job)
     outcome = folder.outcome(job)
     status = OPEN if outcome is None else DONE if outcome.succeeded else FAILED
@@ -58,7 +60,7 @@ def row_of(folder: SweepFolder, job: Job) -> Row:
         "status": status,
         "variant": variant_of(job),
         "job": job.name,
-        "overrides": " ".join(job.words),
+        "overrides": " ".join(job.overrides),
         "error": outcome.explanation[0].splitlines()[0] if outcome and outcome.explanation else "",
     }
     try:
@@ -72,31 +74,21 @@ def row_of(folder: SweepFolder, job: Job) -> Row:
 
 
 def variant_of(job: Job) -> str:
-    """Return what a job's sweep was over besides methods and seeds."""
+    """Return a job's swept settings other than method and seed."""
     return " ".join(f"{k}={v}" for k, v in job.swept.items() if k not in NOT_VARIANTS)
 
 
 def label_of(method: str, variant: str) -> str:
-    """Return what a table calls a method's row."""
+    """Return the name of a method with its variant."""
     return f"{method} {variant}".strip()
 
 
-def task_scores(events: Sequence[Event], server_round: int) -> dict[str, float]:
-    """Return every task's score of the models after an exchange, over its clients' examples."""
-    sums: dict[str, list[float]] = {}
-    for event in select(events, "evaluate", server_round):
-        total = sums.setdefault(event["task"], [0.0, 0.0])
-        total[0] += event["score"] * event["examples"]
-        total[1] += event["examples"]
-    return {task: score / examples for task, (score, examples) in sums.items() if examples}
-
-
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return rows as CSV; numbers are written so that they read back as the same."""
-    first = [*_FIRST, *_task_columns(rows, SCORE), *_task_columns(rows, ZERO_SHOT)]
-    others = dict.fromkeys(key for row in rows for key in row)
-    last = ("settings", "job", "overrides", "error")
-    middle = [key for key in others if key not in first and key not in last]
+    """Return rows as CSV, with numbers that read back exactly."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    by_task = [key for prefix in (SCORE, ZERO_SHOT) for key in keys if key.startswith(prefix)]
+    first, last = [*_FIRST, *by_task], ["settings", "job", "overrides", "error"]
+    middle = [key for key in keys if key not in first and key not in last]
     file = io.StringIO()
     writer = csv.DictWriter(file, [*first, *middle, *last], restval="", lineterminator="\n")
     writer.writeheader()
@@ -110,7 +102,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises
     ------
     ConfigError
-        There is no such file, or it has not the columns of one.
+        The file cannot be read, or lacks a column or a cell.
     """
     file = path / "results.csv" if path.is_dir() else path
     try:
@@ -122,10 +114,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         raise ConfigError(f"{file} cannot be read: {reason}.") from None
     missing = [key for key in _FIRST if key not in (reader.fieldnames or ())]
     if missing:
-        raise ConfigError(f"{file} is no results of a sweep: it has no column `{missing[0]}`.")
+        raise ConfigError(
+            f"{file} does not hold a sweep's results: it has no column `{missing[0]}`."
+        )
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise ConfigError(f"{file}, line {number}, has not as many cells as there are columns.")
+            raise ConfigError(f"{file}, line {number}, does not have one cell per column.")
     return rows
 
 
@@ -142,41 +136,36 @@ def _settings(config: PilotConfig) -> Row:
 
 
 def _settings_tag(config: PilotConfig) -> str:
-    """Hash what results depend on but the seed; a resumed run may have more rounds, a row not."""
+    """Hash what results depend on except the seed; rounds too, which a resumed run may change."""
     text = f"{settings_hash(replace(config, seed=0))} {config.strategy.rounds}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _scores(events: Sequence[Event]) -> Row:
-    evaluated = select(events, "evaluate")
-    rounds = sorted({event["round"] for event in evaluated})
-    metrics = dict.fromkeys(f"{event['task']}:{event['metric']}" for event in evaluated)
+    evaluated = select(events, Evaluated)
+    last = max((event.exchange for event in evaluated), default=0)
+    metrics = dict.fromkeys(f"{event.task}:{event.metric}" for event in evaluated)
     row: Row = {"metrics": " ".join(metrics)}
-    after = task_scores(events, rounds[-1]) if rounds and rounds[-1] > 0 else {}
+    after = task_scores(events, last) if last else {}
     before = task_scores(events, 0)
     for prefix, scores in ((SCORE, after), (ZERO_SHOT, before)):
         row |= {f"{prefix}{task}": score for task, score in scores.items()}
     for name, scores in (("mean", after), ("zero_shot_mean", before)):
-        mean = mean_of_all(scores, tasks_of(events))
+        mean = mean_over_tasks(scores, tasks_of(events))
         row[name] = "" if mean is None else mean
     return row
 
 
 def _effort(events: Sequence[Event], path: Path) -> Row:
-    down = [event["down"] for event in select(events, "order")]
-    up = [
-        event["up"]
-        for kind in ("train", "failure")
-        for event in select(events, kind)
-        if "up" in event
-    ]
-    closed = select(events, "round")
+    down = [event.down for event in select(events, InstructionSent)]
+    failures = select(events, ClientFailed)
+    up = [event.up for event in select(events, Trained)] + [event.up or {} for event in failures]
     return {
-        "exchanges": len(closed),
+        "exchanges": len(select(events, ExchangeClosed)),
         "bytes_down": sum(sum(sizes.values()) for sizes in down),
         "bytes_up": sum(sum(sizes.values()) for sizes in up),
         "seconds": _seconds(path, events),
-        "failures": len(select(events, "failure")),
+        "failures": len(failures),
     }
 
 
@@ -184,7 +173,7 @@ def _seconds(path: Path, events: Sequence[Event]) -> float | str:
     try:
         return float(json.loads((path / "result.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
-        return float(events[-1]["elapsed"]) if events else ""
+        return events[-1].elapsed if events else ""
 
 
 def _code(path: Path) -> Row:
@@ -200,7 +189,3 @@ def _code(path: Path) -> Row:
         "changed": str(any(changed)).lower() if known else "",
         "versions": " ".join(f"{name}={number}" for name, number in packages.items() if number),
     }
-
-
-def _task_columns(rows: Sequence[Row], prefix: str) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row if key.startswith(prefix)))

@@ -44,14 +44,14 @@ def test_a_file_in_the_place_of_a_new_figure_is_left_alone(tmp_path):
     write_page(page("losses"), tmp_path)
     (tmp_path / "seeds.png").write_bytes(b"mine")
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match="seeds.png is there already"):
+    with pytest.raises(ConfigError, match="seeds.png exists"):
         write_page(page("losses", "seeds"), tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "report").write_text("")
-    with pytest.raises(ConfigError, match="which is no folder"):
+    with pytest.raises(ConfigError, match="which is not a folder"):
         write_page(page(), tmp_path / "report")
 
 

@@ -8,15 +8,16 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from panels import covered, cut_texts, drawn
 
 from pilot_flwr.cli import main as cli
 from pilot_flwr.cli.run import write_report
 from pilot_flwr.report import sweep as sweep_curves
-from pilot_flwr.report.sweep import MEAN, dots, method_curves, seed_scores, short_labels, shortened
+from pilot_flwr.report.sweep import dots, method_curves, short_labels, shortened
 from pilot_flwr.run.events import Evaluated, select
-from pilot_flwr.sweeps.compare import UNTOUCHED, compare
+from pilot_flwr.sweeps.compare import MEAN, UNTOUCHED, MethodScores, compare
 from pilot_flwr.sweeps.results import as_csv, label_of, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,14 +49,17 @@ def sweep(tmp_path):
 
 
 def test_the_dots_are_the_seeds(sweep):
-    rows = read_rows(sweep)
-    (comparison,) = compare(rows)
-    done = [row for row in rows if row["status"] == "done"]
-    found = seed_scores(comparison, done)
-    for method, seeds in SCORES.items():
-        assert found[method]["vqa"] == [scores[0] for scores in seeds.values()]
-        assert found[method][MEAN] == pytest.approx([sum(s) / 2 for s in seeds.values()])
-    assert found[UNTOUCHED]["vqa"] == [0.5, 0.5]
+    (comparison,) = compare(read_rows(sweep))
+    panels = dots(comparison).panels
+    for what, panel in zip(["mean over tasks", "vqa"], panels, strict=False):
+        (axes,) = drawn(panel).axes
+        drawn_dots = [sorted(line.get_xdata()) for line in axes.get_lines() if line.get_alpha()]
+        expected = [[0.25, 0.25] if what == MEAN else [0.5, 0.5]]
+        for seeds in SCORES.values():
+            expected.append(sorted(sum(s) / 2 if what == MEAN else s[0] for s in seeds.values()))
+        np.testing.assert_allclose(drawn_dots, expected)
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert names == [UNTOUCHED, *SCORES]
 
 
 def test_curves_are_means_over_seeds_of_what_the_runs_recorded(finished, tmp_path):
@@ -68,11 +72,11 @@ def test_curves_are_means_over_seeds_of_what_the_runs_recorded(finished, tmp_pat
         ]
         lines = "".join(json.dumps(event.to_dict()) + "\n" for event in events)
         (tmp_path / job / "metrics.jsonl").write_text(lines)
-    rows = [{"method": "pilot", "variant": "", "job": job} for job in (*raised, "gone")]
-    curves = method_curves(rows, tmp_path)["pilot"]
+    pilot = MethodScores("pilot", {}, jobs=(*raised, "gone"))
+    curves = method_curves([pilot], tmp_path)["pilot"]
     for number in (0, 1, 2):
-        mine = [e for e in select(finished.folder.events, Evaluated, number) if e["task"] == "vqa"]
-        right = sum(e["score"] * e["examples"] for e in mine) / sum(e["examples"] for e in mine)
+        mine = [e for e in select(finished.folder.events, Evaluated, number) if e.task == "vqa"]
+        right = sum(e.score * e.examples for e in mine) / sum(e.examples for e in mine)
         assert curves["vqa"][number] == pytest.approx(right + 0.125)
     assert set(curves) == {"vqa", "counting", MEAN}
 
@@ -103,46 +107,45 @@ def of_variants(name):
         for place, (method, variant) in enumerate(VARIANTS[name])
         for seed in (0, 1)
     ]
-    return rows, compare(rows)[0]
+    return compare(rows)[0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_line_of_a_large_sweep_can_be_read(name, monkeypatch):
-    rows, comparison = of_variants(name)
+    comparison = of_variants(name)
     found = {
         label_of(m, v): {MEAN: {0: 0.2, 1: 0.01 * place}, "vqa": {0: 0.1, 1: 0.2}}
         for place, (m, v) in enumerate(VARIANTS[name])
     }
-    monkeypatch.setattr(sweep_curves, "method_curves", lambda rows, runs: found)
-    curves = sweep_curves.curves(comparison, rows, "", "", "")
-    for figure in (dots(comparison, rows, "", ""), curves):
-        for panel in figure.panels:
-            assert cut_texts(panel) == [], (figure.name, panel.alt)
-            assert covered(panel) == []
-            with drawn(panel) as canvas:
-                (axes,) = canvas.axes
-                plot = axes.get_window_extent()
-                assert min(plot.width, 2 * plot.height) > 2 * canvas.dpi, figure.name
-                names = [label.get_window_extent() for label in axes.get_yticklabels()]
-                if figure.name == "seeds":
-                    assert len(names) == len(comparison.lines)
-                    assert not any(a.padded(-1).overlaps(b) for a, b in pairwise(names))
+    monkeypatch.setattr(sweep_curves, "method_curves", lambda methods, runs: found)
+    for figure in (dots(comparison), sweep_curves.curves(comparison, Path())):
+        mean, _, long_task = figure.panels
+        for panel in (mean, long_task):
+            canvas = drawn(panel)
+            assert cut_texts(canvas) == [], (figure.name, panel.alt)
+            assert covered(canvas) == []
+            (axes,) = canvas.axes
+            plot = axes.get_window_extent()
+            assert min(plot.width, 2 * plot.height) > 2 * canvas.dpi, figure.name
+            names = [label.get_window_extent() for label in axes.get_yticklabels()]
+            if figure.name == "seeds":
+                assert len(names) == len(comparison.methods)
+                assert not any(a.padded(-1).overlaps(b) for a, b in pairwise(names))
 
 
 def test_the_curves_drawn_are_the_best_and_the_baseline(monkeypatch):
-    rows, comparison = of_variants("methods")
+    comparison = of_variants("methods")
     found = {method: {MEAN: {0: 0.9, 3: 0.01 * n}} for n, method in enumerate(METHODS)}
-    monkeypatch.setattr(sweep_curves, "method_curves", lambda rows, runs: found)
+    monkeypatch.setattr(sweep_curves, "method_curves", lambda methods, runs: found)
     assert sweep_curves.best(found, None) == METHODS[::-1][:12]
     assert sweep_curves.best(found, METHODS[0]) == [*METHODS[::-1][:11], METHODS[0]]
     assert sweep_curves.best(found, METHODS[-1]) == METHODS[::-1][:12]
-    figure = sweep_curves.curves(replace(comparison, baseline=METHODS[0]), rows, "", "", "")
-    assert f"and the baseline are drawn; 11 lines of {len(METHODS)} are not." in figure.text
-    with drawn(figure.panels[0]) as canvas:
-        lines = canvas.axes[0].get_lines()
-        styles = {(line.get_color(), line.get_marker()) for line in lines}
-        assert len(styles) == len(lines) == 12
-        assert lines[-1].get_label() == METHODS[0]
+    figure = sweep_curves.curves(replace(comparison, baseline=METHODS[0]), Path())
+    assert f"11 lines of {len(METHODS)} are not." in figure.text
+    lines = drawn(figure.panels[0]).axes[0].get_lines()
+    styles = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(styles) == len(lines) == 12
+    assert lines[-1].get_label() == METHODS[0]
 
 
 def test_names_lose_what_all_lines_have_and_stay_different():
@@ -151,7 +154,7 @@ def test_names_lose_what_all_lines_have_and_stay_different():
     short = short_labels(labels)
     assert list(short.values()) == [UNTOUCHED, "fedit lr_scale=1", "fedadam learning_rate=0.1"]
     assert shortened(labels) == (
-        f" All lines have seed_of=2. In the names, learning_rate is {rate}, lr_scale is "
+        f" All methods have seed_of=2. In the names, learning_rate is {rate}, lr_scale is "
         "train.lr_scale."
     )
     both = short_labels(["a train.stage1.lora_lr=1", "a train.stage2.lora_lr=1"])

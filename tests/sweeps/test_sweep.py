@@ -15,9 +15,9 @@ from pilot_flwr.cli import main as cli
 from pilot_flwr.config.loading import config_folder
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run.atomic import hold
-from pilot_flwr.run.events import Evaluated
-from pilot_flwr.sweeps.jobs import LONGEST_NAME, SweepFolder, job_name, plan_jobs, split_words
-from pilot_flwr.sweeps.results import as_csv, read_rows, task_scores
+from pilot_flwr.run.events import Evaluated, task_scores
+from pilot_flwr.sweeps.jobs import LONGEST_NAME, SweepFolder, expand_jobs, job_name, read_manifest, split_overrides
+from pilot_flwr.sweeps.results import as_csv, read_rows
 
 BIN = Path(sys.executable).parent
 TINY = [
@@ -47,15 +47,15 @@ TINY = [
 def test_jobs_are_those_of_hydras_basic_sweeper(words):
     overrides = OverridesParser.create().parse_overrides(words)
     (expected,) = BasicSweeper.split_arguments(overrides, None)
-    assert [list(job.words) for job in plan_jobs(words)] == expected
+    assert [list(job.overrides) for job in expand_jobs(words)] == expected
 
 
 def test_a_job_is_called_by_what_tells_it_from_the_others():
-    jobs = plan_jobs(["strategy=glob(pilot_no_*)", "seed=0,1", "strategy.rounds=1"])
+    jobs = expand_jobs(["strategy=glob(pilot_no_*)", "seed=0,1", "strategy.rounds=1"])
     methods = sorted(path.stem for path in (config_folder() / "strategy").glob("pilot_no_*.yaml"))
     assert [job.name for job in jobs] == [f"strategy={m},seed={s}" for m in methods for s in (0, 1)]
     assert jobs[0].swept == {"strategy": methods[0], "seed": "0"}
-    assert plan_jobs(["seed=3"])[0].name == "job"
+    assert expand_jobs(["seed=3"])[0].name == "job"
 
 
 def test_names_of_folders_are_plain_and_apart():
@@ -74,17 +74,17 @@ def test_names_of_folders_are_plain_and_apart():
 )
 def test_what_is_no_sweep_is_refused(words, error):
     with pytest.raises(ConfigError, match=error):
-        plan_jobs(words)
+        expand_jobs(words)
 
 
 def test_hydras_own_words_are_for_the_launcher_alone():
     words = ["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    assert split_words(words) == (words[:1], words[1:])
+    assert split_overrides(words) == (words[:1], words[1:])
     with pytest.raises(ConfigError, match=r"`hydra/launcher` and `hydra\.launcher"):
-        split_words(["hydra.sweep.dir=x"])
+        split_overrides(["hydra.sweep.dir=x"])
     for word in ("resume=x", "run.folder=x"):
-        with pytest.raises(ConfigError, match="is for one run"):
-            split_words([word])
+        with pytest.raises(ConfigError, match="is for a single run"):
+            split_overrides([word])
 
 
 def test_every_job_is_checked_before_the_first_begins(tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_every_job_is_checked_before_the_first_begins(tmp_path, capsys):
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert cli.main(["sweep", "seed=0", "--out", str(tmp_path)]) == 2
-    assert "holds no sweep but 'notes.txt'" in capsys.readouterr().err
+    assert "which holds 'notes.txt' but no sweep" in capsys.readouterr().err
     assert cli.main(["sweep", "--out", str(tmp_path)]) == 2
     assert "A sweep needs overrides" in capsys.readouterr().err
 
@@ -139,7 +139,7 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path):
     again = ["seed=0", "train.stage1.connector_lr=choice(1e-3)", *TINY, "--out", str(out)]
     shown = sweep(*again)
     assert shown.returncode == 0
-    assert f"[1/1] {good}: done before" in shown.stdout
+    assert f"[1/1] {good}: already done" in shown.stdout
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
     assert [row["status"] for row in read_rows(out)] == ["done", "failed"]
 
@@ -156,11 +156,11 @@ def test_a_run_that_ended_with_a_failed_client_is_begun_anew_and_kept(tmp_path):
     failure = {"client": "vqa-0", "round": 1, "phase": "train", "reason": "out of memory"}
     result.write_text(json.dumps(json.loads(result.read_text()) | {"failures": [failure]}))
     shown = sweep("--out", str(out))
-    aside = out / "failed" / "seed=0-1"
+    archived = out / "failed" / "seed=0-1"
     assert shown.returncode == 0, shown.stderr
-    assert "FAILED before: Client vqa-0 failed in exchange 1 (train): out of memory" in shown.stdout
-    assert f"that run is now {aside}" in shown.stdout and "seed=0: begins" in shown.stdout
-    assert (aside / "summary.md").exists() and json.loads(result.read_text())["failures"] == []
+    assert "FAILED earlier: Client vqa-0 failed in exchange 1 (train): out of memory" in shown.stdout
+    assert f"its run folder is now {archived}" in shown.stdout and "seed=0: starting" in shown.stdout
+    assert (archived / "summary.md").exists() and json.loads(result.read_text())["failures"] == []
     assert "| difference to pilot |" in shown.stdout  # the first command's baseline
     # A baseline may be what the folder has already.
     shown = sweep("strategy=choice(local)", "seed=0", *TINY, "--out", str(out), "--baseline", "x")
@@ -198,7 +198,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert [row["name"] for row in read] == ["a,b", "é\n"]
     assert read[1]["score.x"] == ""
     path.write_text(path.read_text(encoding="utf-8") + "cut,short\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not as many cells"):
+    with pytest.raises(ConfigError, match="one cell per column"):
         read_rows(path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="no column `name`"):
@@ -234,9 +234,9 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path, number):
     again = begin(out)
     shown = again.communicate(timeout=200)[0]
     assert again.returncode == 0, shown
-    assert "seed=0: done before" in shown
-    assert "seed=1: going on" in shown
-    assert "seed=2: begins" in shown
+    assert "seed=0: already done" in shown
+    assert "seed=1: resuming" in shown
+    assert "seed=2: starting" in shown
     assert (out / "runs/seed=0/metrics.jsonl").read_bytes() == first
 
     whole = begin(tmp_path / "whole", "-m", "seed=0,1,2")

@@ -70,15 +70,15 @@ ROWS = [
 
 def test_a_row_per_method_with_its_mean_interval_and_test():
     (found,) = compare(ROWS, "local")
-    untouched, pilot, local = found.lines
-    assert (untouched.label, untouched.seeds, untouched.mean.mean) == (
+    untouched, pilot, local = found.methods
+    assert (untouched.label, untouched.seeds, untouched.interval().mean) == (
         "untouched base",
         (0, 1, 2, 3),
         0.25,
     )
     assert (pilot.seeds, local.seeds) == ((0, 1, 2), (0, 1, 2, 3))
-    assert pilot.tasks["a"].mean == pytest.approx(0.61)
-    assert pilot.mean == pytest.approx(interval([0.7, 0.705, 0.71]))
+    assert pilot.interval("a").mean == pytest.approx(0.61)
+    assert pilot.interval() == pytest.approx(interval([0.7, 0.705, 0.71]))
     expected = stats.ttest_rel([0.7, 0.705, 0.71], [0.6, 0.61, 0.62])  # the seeds of both
     assert (pilot.test.pairs, pilot.test.p) == (3, pytest.approx(expected.pvalue))
     assert local.test is None
@@ -109,7 +109,7 @@ def test_scenarios_and_variants_stand_apart():
     assert [comparison.title for comparison in found] == [
         "demo, test split", "other, test split", "demo, validation split",
     ]  # fmt: skip
-    labels = [line.label for line in found[0].lines]
+    labels = [line.label for line in found[0].methods]
     assert labels == ["untouched base", "pilot", "pilot train.lr_scale=2"]
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_left_out_in_silence(tmp_path, capsys):
     again = row("pilot", 0, 0.9, 0.9)
     (found,) = compare([*ROWS, failed, again])
     text = as_markdown(found)
-    assert "Left out, as without scores: pilot-9 (failed)." in text
+    assert "Left out because they have no scores: pilot-9 (failed)." in text
     assert "1 row given twice: the last one counts." in text
     with pytest.raises(ConfigError, match="different settings"):
         compare([*ROWS, row("pilot", 7, 1, 1, settings="others")])
@@ -173,9 +173,9 @@ def test_the_untouched_base_has_a_row_only_if_it_is_one_base():
         row("pilot", 0, 0.5, 0.5, variant="data.shift.mirrored=false", **{"zero_shot.a": "0.9"}),
     ]
     (found,) = compare(rows)
-    assert [line.label for line in found.lines] == [f"pilot {r['variant']}" for r in rows]
+    assert [line.label for line in found.methods] == [f"pilot {r['variant']}" for r in rows]
 
 
 def test_a_first_evaluation_of_some_tasks_alone_is_no_score_of_the_base():
     (found,) = compare([row("pilot", 0, 0.5, 0.5, zero_shot_mean="", **{"zero_shot.b": ""})])
-    assert [line.label for line in found.lines] == ["pilot"]
+    assert [line.label for line in found.methods] == ["pilot"]
