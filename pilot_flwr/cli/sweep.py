@@ -63,26 +63,26 @@ def sweep(
     """
     from pilot_flwr.launch.processes import Interrupted
     from pilot_flwr.sweeps import runner
-    from pilot_flwr.sweeps.jobs import SweepFolder, read_plan
+    from pilot_flwr.sweeps.jobs import SweepFolder, read_manifest
 
     name = out or Path("outputs") / f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     folder = SweepFolder(Path(os.path.abspath(name)))
     commands = [tuple(expand_overrides(overrides))]
     if not overrides:
-        plan = read_plan(folder) if out else None
-        if plan is None:
+        manifest = read_manifest(folder) if out else None
+        if manifest is None:
             raise ConfigError(
                 "A sweep needs overrides, for instance `strategy=pilot,fedit seed=0,1,2`; or "
                 "`--out FOLDER` of a sweep to resume."
             )
-        commands = list(plan.commands)
+        commands = list(manifest.commands)
     requested: set[str] = set()
     try:
         for command in commands:
             rows = runner.sweep(command, folder.path, out=show, verbose=verbose, baseline=baseline)
-            plan = read_plan(folder)
-            assert plan is not None
-            requested |= {job.name for job in plan.current}
+            manifest = read_manifest(folder)
+            assert manifest is not None
+            requested |= {job.name for job in manifest.current}
     except Interrupted as stop:
         say(f"\npilot-flwr: {stop}")
         say(f"To resume: {_resume_command(folder)}")
@@ -94,12 +94,12 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], requested: set[st
     """Write and print the table, list failed jobs among those `requested`, return the code."""
     from pilot_flwr.run.atomic import write_text
     from pilot_flwr.sweeps.compare import as_markdown, compare
-    from pilot_flwr.sweeps.jobs import read_plan
+    from pilot_flwr.sweeps.jobs import read_manifest
     from pilot_flwr.sweeps.results import DONE, read_rows
 
-    plan = read_plan(folder)
-    assert plan is not None
-    baseline = plan.baseline
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    baseline = manifest.baseline
     show(f"\nResults: {folder.results}")
     try:
         comparisons = compare(read_rows(folder.results), baseline)
@@ -109,7 +109,7 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], requested: set[st
         text = "\n".join(as_markdown(comparison) for comparison in comparisons)
         write_text(folder.table, text)
         show(f"Table: {folder.table}\n\n{text}")
-        if not all(map(_unreported, plan.current)):
+        if not all(map(_unreported, manifest.current)):
             write_report(folder.path, *(["--baseline", baseline] if baseline else []))
     failed = [row for row in rows if row["job"] in requested and row["status"] != DONE]
     if not failed:
@@ -127,7 +127,7 @@ def _resume_command(folder: "SweepFolder") -> str:
 
 
 def _unreported(job: "Job") -> bool:
-    return any(word.lower() == "run.report=false" for word in job.words)
+    return any(override.lower() == "run.report=false" for override in job.overrides)
 
 
 def table(

@@ -27,7 +27,7 @@ from pilot_flwr.report.style import (
     math_text,
     title,
 )
-from pilot_flwr.run.events import LOSS_PARTS, Trained, select
+from pilot_flwr.run.events import Trained, select
 
 _MOST_COLOURED = 8
 """Clients of a task that have a colour of their own; more are drawn in grey."""
@@ -137,7 +137,8 @@ def losses(run: RunData) -> Figure:
     heading = "Losses by part"
     if not trained:
         return Figure("losses", heading, "The clients sent no losses.")
-    parts = [part for part in LOSS_PARTS if any(event.losses.get(part) for event in trained)]
+    names = dict.fromkeys(name for event in trained for name in event.losses if name != "total")
+    parts = [part for part in names if any(event.losses.get(part) for event in trained)]
     text = (
         "Mean loss of local training in each exchange. On the left the parts as they add up to "
         "the total, each times its coefficient, mean over the clients; then each part without "

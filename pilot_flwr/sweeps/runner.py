@@ -35,7 +35,6 @@ from pilot_flwr.run.outcome import COMPLETED, Outcome, RunStatus, evaluate_outco
 from pilot_flwr.server.resume import OVERRIDES, check_resumable
 from pilot_flwr.sweeps.jobs import (
     Job,
-    Manifest,
     SweepFolder,
     expand_jobs,
     read_manifest,

@@ -1,10 +1,14 @@
 """Sweeps: which jobs there are, that each is done once, whatever happens in between."""
 
 import json
+import multiprocessing
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,10 +20,16 @@ from pilot_flwr.config.loading import config_folder
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.events import Evaluated, task_scores
-from pilot_flwr.sweeps.jobs import LONGEST_NAME, SweepFolder, expand_jobs, job_name, read_manifest, split_overrides
+from pilot_flwr.sweeps.jobs import (
+    LONGEST_NAME,
+    SweepFolder,
+    expand_jobs,
+    job_name,
+    read_manifest,
+    split_overrides,
+)
 from pilot_flwr.sweeps.results import as_csv, read_rows
 
-BIN = Path(sys.executable).parent
 TINY = [
     "data.tasks=[vqa]",
     "data.clients_per_task=1",
@@ -104,31 +114,46 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert "A sweep needs overrides" in capsys.readouterr().err
 
 
-def sweep(*words):
-    """Run the command in a process of its own, as Hydra closes the log handlers of a process."""
-    command = [sys.executable, "-m", "pilot_flwr.cli.main", "sweep", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+def sweep(*words, log=Path(os.devnull)):
+    """Run the command in a forked process, as Hydra closes the log handlers of a process."""
+
+    def run():
+        with log.open("w") as sys.stdout:
+            sys.stderr = sys.stdout
+            code = cli.main(["sweep", *map(str, words)])
+        os._exit(code)
+
+    with warnings.catch_warnings(action="ignore"):  # about forking where there are threads
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+    process.join(250)
+    return process.exitcode
 
 
-def test_a_sweep_goes_on_and_repeats_nothing(tmp_path):
-    """One job of two fails in its training; the other is done, and later not done again."""
-    out = tmp_path / "s"
-    words = ["seed=0", "train.stage1.connector_lr=1e-3,1e30", *TINY, "--out", str(out)]
-    shown = sweep("-m", *words)
-    assert shown.returncode == 1
-    good, bad = (f"train.stage1.connector_lr={rate}" for rate in ("0.001", "1e+30"))
-    assert f"[1/2] {good}: done in" in shown.stdout
-    assert f"[2/2] {bad}: FAILED after" in shown.stdout
-    assert "| pilot " + good in shown.stdout
-    assert f"1 of 2 jobs failed:\n  {bad}: " in shown.stderr
-    log = out / "logs" / f"{bad}.log"
-    assert f"log: {log}" in shown.stderr
-    assert "The loss is nan" in log.read_text()
+GOOD, BAD = (f"train.stage1.connector_lr={rate}" for rate in ("0.001", "1e+30"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two jobs, of which one fails in its training."""
+    folder = tmp_path_factory.mktemp("swept")
+    words = ["-m", "seed=0", "train.stage1.connector_lr=1e-3,1e30", *TINY]
+    assert sweep(*words, "--out", folder / "s", log=folder / "shown") == 1
+    shutil.copytree(folder / "s", folder / "first")  # to look at, whatever happens to the other
+    return folder
+
+
+def test_a_failed_job_does_not_stop_the_others(swept):
+    out, shown = swept / "first", (swept / "shown").read_text()
+    assert f"[1/2] {GOOD}: done in" in shown and f"[2/2] {BAD}: FAILED after" in shown
+    assert "| pilot " + GOOD in shown
+    assert f"1 of 2 jobs failed:\n  {BAD}: " in shown
+    assert f"log: {swept / 's' / 'logs' / f'{BAD}.log'}" in shown
+    assert "The loss is nan" in (out / "logs" / f"{BAD}.log").read_text()
     first, second = read_rows(out)
     assert (first["status"], second["status"]) == ("done", "failed")
-    assert (first["method"], first["variant"], first["seed"]) == ("pilot", good, "0")
-    run = out / "runs" / good
-    before = (run / "metrics.jsonl").stat().st_mtime_ns
+    assert (first["method"], first["variant"], first["seed"]) == ("pilot", GOOD, "0")
+    run = out / "runs" / GOOD
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (score,) = [e["score"] for e in events if e["event"] == "evaluate" and e["round"] == 2]
     assert float(first["score.vqa"]) == float(first["mean"]) == score
@@ -136,43 +161,48 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path):
     sent = [sum(e["up"].values()) for e in events if e["event"] == "train"]
     assert int(first["bytes_up"]) == sum(sent) > 0
 
-    again = ["seed=0", "train.stage1.connector_lr=choice(1e-3)", *TINY, "--out", str(out)]
-    shown = sweep(*again)
-    assert shown.returncode == 0
-    assert f"[1/1] {good}: already done" in shown.stdout
+
+def test_a_resumed_sweep_repeats_failed_jobs_only(swept):
+    out, shown = swept / "s", swept / "again"
+    run = out / "runs" / GOOD
+    before = (run / "metrics.jsonl").stat().st_mtime_ns
+    words = ["seed=0", "train.stage1.connector_lr=choice(1e-3)", *TINY, "--out", out]
+    assert sweep(*words, "--baseline", f"pilot {GOOD}", log=shown) == 0
+    assert f"[1/1] {GOOD}: already done" in shown.read_text()
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
     assert [row["status"] for row in read_rows(out)] == ["done", "failed"]
-
-    shown = sweep("--out", str(out))  # all that was asked for here, not the last command alone
-    assert shown.returncode == 1
-    assert f"1 of 2 jobs failed:\n  {bad}: " in shown.stderr
-
-
-def test_a_run_that_ended_with_a_failed_client_is_begun_anew_and_kept(tmp_path):
-    out = tmp_path / "s"
-    words = ["seed=choice(0)", *TINY, "--out", str(out)]
-    assert sweep(*words, "--baseline", "pilot").returncode == 0
-    result = out / "runs" / "seed=0" / "result.json"
+    # A run that ended with a failed client is kept, and its job restarted.
+    result = run / "result.json"
     failure = {"client": "vqa-0", "round": 1, "phase": "train", "reason": "out of memory"}
     result.write_text(json.dumps(json.loads(result.read_text()) | {"failures": [failure]}))
-    shown = sweep("--out", str(out))
-    archived = out / "failed" / "seed=0-1"
-    assert shown.returncode == 0, shown.stderr
-    assert "FAILED earlier: Client vqa-0 failed in exchange 1 (train): out of memory" in shown.stdout
-    assert f"its run folder is now {archived}" in shown.stdout and "seed=0: starting" in shown.stdout
+    archived = out / "failed" / f"{GOOD}-1"
+    assert sweep("--out", out, log=shown) == 1  # the jobs of both commands, one of which fails
+    text = shown.read_text()
+    assert "FAILED earlier: Client vqa-0 failed in exchange 1 (train): out of memory" in text
+    assert f"its run folder is now {archived}" in text and f"{GOOD}: starting" in text
+    assert f"1 of 2 jobs failed:\n  {BAD}: " in text
     assert (archived / "summary.md").exists() and json.loads(result.read_text())["failures"] == []
-    assert "| difference to pilot |" in shown.stdout  # the first command's baseline
-    # A baseline may be what the folder has already.
-    shown = sweep("strategy=choice(local)", "seed=0", *TINY, "--out", str(out), "--baseline", "x")
-    assert shown.returncode == 2 and "but the sweep has local, pilot." in shown.stderr
+    assert f"| difference to pilot {GOOD} |" in text  # the earlier command's baseline
+    # A baseline may be a method that the folder already has, and no other.
+    words = ["strategy=choice(local)", "seed=0", *TINY, "--out", out, "--baseline", "x"]
+    assert sweep(*words, log=shown) == 2
+    assert f"but the sweep has local, pilot {GOOD}" in shown.read_text()
+
+
+def test_a_manifest_of_an_earlier_version_is_read(swept):
+    folder = SweepFolder(swept / "first")
+    written = read_manifest(folder)
+    text = folder.manifest.read_text()
+    folder.manifest.write_text(text.replace('"overrides"', '"words"'))
+    assert '"words"' in folder.manifest.read_text() and read_manifest(folder) == written
+    folder.manifest.write_text(text)
 
 
 def test_one_sweep_at_a_time_in_a_folder(tmp_path):
     out = tmp_path / "s"
     with hold(SweepFolder(out).lock, "test"):
-        refused = sweep("seed=0", *TINY, "--out", str(out))
-    assert refused.returncode == 1
-    assert f"The sweep in {out} is in use by another process." in refused.stderr
+        assert sweep("seed=0", *TINY, "--out", out, log=tmp_path / "shown") == 1
+    assert f"The sweep in {out} is in use by another process." in (tmp_path / "shown").read_text()
 
 
 def test_a_tasks_score_counts_its_examples():
@@ -208,7 +238,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
 def begin(out: Path, *words: str) -> subprocess.Popen[str]:
     """Start a sweep, or without words go on with the one that is there."""
     given = [*words, *TINY, "strategy.rounds=3"] if words else []
-    command = [BIN / "pilot-flwr", "sweep", *given, "--out", out]
+    command = [sys.executable, "-m", "pilot_flwr.cli.main", "sweep", *given, "--out", out]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -229,7 +259,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(tmp_path, number):
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or f"To go on: pilot-flwr sweep --out {out}" in said
+    assert number == signal.SIGKILL or f"To resume: pilot-flwr sweep --out {out}" in said
     first = (out / "runs/seed=0/metrics.jsonl").read_bytes()
     again = begin(out)
     shown = again.communicate(timeout=200)[0]
