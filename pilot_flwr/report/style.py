@@ -80,6 +80,11 @@ _LONGEST_LINE = 36
 _CHARACTER_INCHES = 0.1
 """Width of a character of a title, at most."""
 
+_MARGIN_INCHES = 0.8
+"""Height of a panel's title and x axis, about."""
+
+_LEGEND_LINE_INCHES = 0.25
+
 _MOST_COLUMNS = {"panels": 3, "legend": 4}
 
 _MOST_EDGED = 60
@@ -111,7 +116,11 @@ class Panel:
             agg = FigureCanvasAgg(canvas)
             axes = canvas.add_subplot()
             self.draw(axes)
-            _legend_below(agg, axes)
+            legend_height = _legend_below(agg, axes)
+            names = axes.yaxis.get_tightbbox(agg.get_renderer())  # type: ignore[no-untyped-call]
+            room = self.plot[0] + (names.width / canvas.dpi if names else 0.0)
+            height = max(self.height, self.plot[1] + _MARGIN_INCHES) + legend_height
+            canvas.set_size_inches(max(canvas.get_figwidth(), room), height)
             canvas.draw_without_rendering()
             plot = axes.get_window_extent()
             missing = [max(0.0, self.plot[0] - plot.width / canvas.dpi)]
@@ -187,23 +196,24 @@ def _few_colours(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
 
 
-def _legend_below(agg: FigureCanvasAgg, axes: Axes) -> None:
-    """Put the legend below the plot, in as few rows as fit the panel's width."""
+def _legend_below(agg: FigureCanvasAgg, axes: Axes) -> float:
+    """Put the legend below the plot, in as few rows as fit the panel's width.
+
+    Returns the height in inches of all its rows but the first.
+    """
     handles, labels = axes.get_legend_handles_labels()
     canvas = agg.figure
     fewest = math.ceil(len(labels) / _MOST_COLUMNS["legend"])
     for rows in range(max(1, fewest), len(labels) + 1):
         columns = math.ceil(len(labels) / rows)
         legend = canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
-        box = legend.get_tightbbox(agg.get_renderer())  # type: ignore[no-untyped-call]
-        width = 0.1 + (box.width / canvas.dpi if box else 0.0)
-        if width <= canvas.get_figwidth():
-            return
-        if columns > 1:
-            legend.remove()
-        else:
-            canvas.set_figwidth(width)
-            return
+        box = legend.get_window_extent(agg.get_renderer())  # type: ignore[no-untyped-call]
+        width, height = box.width / canvas.dpi + 0.1, box.height / canvas.dpi
+        if width <= canvas.get_figwidth() or columns == 1:
+            canvas.set_figwidth(max(width, canvas.get_figwidth()))
+            return max(0.0, height - _LEGEND_LINE_INCHES)
+        legend.remove()
+    return 0.0
 
 
 def colour(index: int) -> str:

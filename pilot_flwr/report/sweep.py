@@ -140,7 +140,7 @@ def dots(comparison: Comparison, end: str = "", about: str = "") -> Figure:
     if comparison.untouched:
         text += " The dashed line is the untouched base model."
     lines = max(label.count("\n") for label in labels.values())
-    height = (_ROW_INCHES + _LINE_INCHES * lines) * max(2, len(labels))
+    height = 0.2 + (_ROW_INCHES + _LINE_INCHES * lines) * max(2, len(labels))
     panels = [
         Panel(
             partial(_dot_plot, comparison, labels, what),
