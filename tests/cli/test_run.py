@@ -361,7 +361,7 @@ def test_a_run_at_its_end_has_nothing_to_go_on_with(launched, capsys):
     launch_module.launch = end  # put back by the fixture
     assert cli.main(["run", "run.folder=run"]) == 1
     error = capsys.readouterr().err
-    assert "Client c failed." in error and "To go on" not in error
+    assert "Client c failed." in error and "To resume" not in error
 
 
 def test_two_commands_in_one_run_folder_are_refused(launched, stopped, capsys):
