@@ -1,7 +1,6 @@
 """The ServerApp: load the configuration, open the run folder, run the strategy, close."""
 
 import logging
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -37,11 +36,10 @@ from pilot_flwr.strategy import PilotStrategy
 
 app = ServerApp()
 logger = logging.getLogger("flwr")
-Listener = Callable[[Event], None]
 SERVER_LOCK = ".server.lock"
 
 PATIENCE_SECONDS = 60.0
-"""The ServerApp of a run that was killed may take a while to follow."""
+"""How long to wait for the lock, as the ServerApp of a killed run may exit late."""
 
 
 @app.main()
@@ -52,27 +50,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> None:
-    """Begin a run, or go on with one, and write how it ended.
+    """Start or resume a run under the lock of its folder, and write its result.
 
-    Parameters
-    ----------
-    grid : Grid
-        As a ServerApp gets it.
-    config : PilotConfig
-        The configuration.
-    overrides : str
-        What it was composed from.
-    flower_run : str
-        Flower's id of the run.
-
-    Raises
-    ------
-    PilotError
-        The run cannot begin, or cannot go on.
+    `overrides` is what the configuration was composed from, `flower_run` is Flower's id of the run.
     """
     path = run_path(config)
     if config.resume:
-        check_resumable(path, config)  # before there is a lock's file where there is no run
+        check_resumable(path, config)  # before a lock file is created where there is no run
     announcer = Announcer(logger.info)
     with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
         if config.resume and (result := completed(path, config)):
@@ -92,7 +76,12 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
                 name=opened.identity.name,
                 after=opened.checkpoint.server_round if opened.checkpoint else None,
             ) as log:
-                opened.folder.listener = both(announcer.event, log)
+
+                def listen(event: Event) -> None:
+                    announcer.event(event)
+                    log(event)
+
+                opened.folder.listener = listen
                 federate(grid, config, opened)
         except BaseException as error:
             restartable = isinstance(error, WorkerDied)
@@ -104,18 +93,8 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
         announcer.end(path, result)
 
 
-def both(first: Listener, second: Listener) -> Listener:
-    """Return what hands an event to one listener and then to another."""
-
-    def listen(event: Event) -> None:
-        first(event)
-        second(event)
-
-    return listen
-
-
 def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
-    """Run the exchanges that are left over `grid`; return the strategy with its final state."""
+    """Run the remaining exchanges over `grid`; return the strategy with its final state."""
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     initial = initial_state(config.model, seed=config.seed).sent(sharing)
     tasks, folder, identity = tuple(config.data.tasks), opened.folder, opened.identity
@@ -145,12 +124,12 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
 
 
 def run_path(config: PilotConfig) -> Path:
-    """Return the absolute run folder: `resume`, the configured one, or Flower's default place.
+    """Return the absolute run folder: that of `resume`, the configured one, or the default.
 
     Raises
     ------
     RunError
-        It already holds a run, or `run.folder` and `resume` are two folders.
+        A new run's folder holds a run, or `run.folder` and `resume` differ.
     """
     if config.resume:
         path = expanded("resume", config.resume).absolute()

@@ -1,8 +1,8 @@
 """The connectors between vision tower and language model (docs/explanation/method.md, section 2).
 
-`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2; both take the place of a
-LLaVA model's projector and are built from `Adapter`s of the projector's own shape. Shapes:
-B images, N visual tokens, D vision channels, C language-model channels, T tasks.
+`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2. Both replace a LLaVA model's
+projector and are built from `Adapter`s of the projector's shape. Shapes: B images, N visual tokens,
+D vision channels, C language-model channels, T tasks.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from pilot_flwr.errors import ModelError
 
 
 class ConnectorOutput(NamedTuple):
-    """What a connector returns; a loss that its stage does not have is zero.
+    """Output of a connector; a loss that its stage does not have is zero.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Adapter(nn.Module):
 
     def copy(self, *, zero_output: bool = False) -> "Adapter":
         """Return an independent copy; with `zero_output` its last layer is zero."""
-        twin = deepcopy(self)  # a new one would draw its weights first: three times as slow
+        twin = deepcopy(self)  # constructing one would draw its weights first: three times slower
         if zero_output:
             with torch.no_grad():
                 for parameter in twin.linear_2.parameters():
@@ -121,16 +121,16 @@ class CrossTaskMoA(nn.Module):
     cross_task_adapters : Mapping[str, Adapter] or None
         ψ_c of the T − 1 foreign tasks, in the same order; without them ``h_i = ψ_t^i(H_v)``.
     client_adapter : Adapter or None
-        ψ_s; without it there is none in the sum.
+        ψ_s; None leaves it out of the sum.
     router : Linear
         φ, D → T, without bias.
     use_client_adapter : bool
-        Whether ψ_s is in the sum; the official code leaves it out.
+        Whether ψ_s is part of the sum; the official code leaves it out.
 
     Raises
     ------
     ModelError
-        The tasks of the two mappings do not fit, or a name cannot be a module's.
+        The tasks of the two mappings or the router's size do not match, or a name is reserved.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class CrossTaskMoA(nn.Module):
             )
         for task in self.tasks:
             if is_reserved(task):
-                raise ModelError(f"Task name {task!r} is taken by torch; choose another.")
+                raise ModelError(f"Task name {task!r} is reserved by torch; choose another.")
         if router.out_features != len(self.tasks):
             raise ModelError(
                 f"The router has {router.out_features} outputs but there are "
@@ -195,7 +195,13 @@ class CrossTaskMoA(nn.Module):
 
 
 def is_reserved(task: str) -> bool:
-    """Whether a torch module has an attribute of this name, so that no task adapter can."""
+    """Whether a torch module has an attribute of this name, so that no task can have it.
+
+    Parameters
+    ----------
+    task : str
+        Name of a task.
+    """
     return hasattr(nn.ModuleDict(), task)
 
 
@@ -204,9 +210,17 @@ def stage1_connector(
 ) -> TaskClientConnector:
     """Build stage 1 from the base model's pretrained projector.
 
-    ``identity``: ψ_t is the projector and ψ_s ends in zero, so training starts exactly at the
-    base model. ``official``: ψ_t and ψ_s are both the projector. Without `client_adapter` there
-    is ψ_t alone.
+    Parameters
+    ----------
+    projector : Adapter
+        The pretrained projector.
+    initialisation : {"identity", "official"}
+        ``identity``: ψ_t is the projector and the last layer of ψ_s is zero, so training starts
+        exactly at the base model. ``official``: ψ_t and ψ_s are both the projector.
+    reduction : str
+        Of the difference loss.
+    client_adapter : bool
+        Whether there is a ψ_s.
     """
     client = projector.copy(zero_output=initialisation == "identity") if client_adapter else None
     return TaskClientConnector(projector.copy(), client, reduction=reduction)
@@ -222,7 +236,7 @@ def stage2_connector(
     cross_task_adapters: bool = True,
     generator: torch.Generator,
 ) -> CrossTaskMoA:
-    """Build stage 2: the client's own ψ_s, new ψ_c and φ, and room for T task adapters.
+    """Build stage 2: the client's ψ_s, new ψ_c and φ, and T task adapters to load into.
 
     Parameters
     ----------
@@ -231,11 +245,11 @@ def stage2_connector(
     tasks : tuple of str
         The client's own task first.
     client_adapter : Adapter or None
-        ψ_s as stage 1 left it, if there is one.
+        ψ_s as trained in stage 1, if there is one.
     initialisation : {"identity", "official"}
         ``identity``: every ψ_c ends in zero. ``official``: every ψ_c is the projector.
     use_client_adapter : bool
-        Whether ψ_s is added (design: `stage2_client_adapter`).
+        Whether ψ_s is added (`model.stage2_client_adapter`).
     cross_task_adapters : bool
         Whether there are ψ_c.
     generator : torch.Generator

@@ -268,5 +268,5 @@ def test_task_names_that_torch_uses_are_refused():
 @pytest.mark.parametrize("task", ["keys", "training"])
 def test_a_task_name_that_torch_has_taken_is_refused(task):
     adapters = {name: Adapter(2, 3) for name in ("vqa", task)}
-    with pytest.raises(ModelError, match=f"Task name '{task}' is taken by torch"):
+    with pytest.raises(ModelError, match=f"Task name '{task}' is reserved by torch"):
         CrossTaskMoA(adapters, {task: Adapter(2, 3)}, Adapter(2, 3), nn.Linear(2, 2, bias=False))
