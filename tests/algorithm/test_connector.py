@@ -261,7 +261,7 @@ def test_parts_that_do_not_fit_are_refused(changed, message):
 
 def test_task_names_that_torch_uses_are_refused():
     router = torch.nn.Linear(D, 1, bias=False)
-    with pytest.raises(ModelError, match="'keys' is taken"):
+    with pytest.raises(ModelError, match="'keys' is reserved"):
         CrossTaskMoA({"keys": adapter(0)}, {}, adapter(1), router)
 
 
