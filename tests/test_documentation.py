@@ -15,6 +15,7 @@ from pilot_flwr.config.schema import PilotConfig
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+NAMES = {"run.json", "run.events", "train.py"}  # no settings
 GENERATED = {"reference/settings.md", "reference/command-line.md"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
@@ -115,6 +116,35 @@ def test_the_command_reference_has_every_command_and_the_pages_use_no_other(hook
         assert set(used) <= described, page
 
 
+def test_the_pages_use_settings_that_exist():
+    """Whatever is written like a setting, alone in backticks or in an override."""
+    keys = set(keys_of(asdict(PilotConfig())))
+    sections = "model|data|train|strategy|evaluation|privacy|simulation|run"
+    written = re.compile(rf"(?<![\w./-])((?:{sections})(?:\.[a-z][a-z0-9_]+)+)(?=[=`])")
+    for page in PAGES:
+        for key in written.findall(page.read_text()):
+            known = key in keys or any(name.startswith(f"{key}.") for name in keys)
+            files = key.startswith("data.files.") or key in NAMES
+            assert known or files, (page, key)
+
+
+def test_the_pages_use_options_that_exist(hooks):
+    from pilot_flwr.cli.main import click_command
+
+    options = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in hooks.commands(click_command())
+    }
+    used = re.compile(r"(?:^|`)(pilot-flwr (?:data )?[a-z]+)((?: [^\n`]*)?)", re.MULTILINE)
+    seen = 0
+    for page in PAGES:
+        for name, rest in used.findall(page.read_text().replace("\\\n", " ")):
+            for option in re.findall(r"(?<= )--?[a-z][\w-]*", rest.partition("#")[0]):
+                seen += 1
+                assert option in options[name], (page, name, option)
+    assert seen > 40
+
+
 def test_the_events_reference_has_every_kind(hooks):
     kinds = re.findall(r"^\| `(\w+)` \|", hooks.events_table(), re.M)
     assert kinds[0] == "event" and "resume" in kinds and len(kinds) > 10
@@ -135,6 +165,15 @@ def test_the_figure_is_the_scripts(monkeypatch):
     for name, palette in figures.PALETTES.items():
         written = (DOCS / "assets" / f"method-{name}.svg").read_text(encoding="utf-8")
         assert written == figures.figure(palette)
+
+
+def test_quoted_failures_are_what_the_code_says():
+    table = (DOCS / "explanation" / "security.md").read_text().partition("## Attacks and faults")[2]
+    quoted = re.findall(r'(?:failure|log): "([^"]+)"', table)
+    sources = " ".join(path.read_text() for path in (ROOT / "pilot_flwr").rglob("*.py"))
+    assert len(quoted) > 5
+    for words in quoted:
+        assert words in sources or words == "No space left on device", words
 
 
 def test_faults_are_documented_with_their_defaults_and_tests():
