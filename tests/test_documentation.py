@@ -153,7 +153,7 @@ def test_the_events_reference_has_every_kind(hooks):
 def test_the_method_page_names_functions_that_exist():
     text = (DOCS / "explanation" / "method.md").read_text()
     section = text.partition("From equation to code to test")[2]
-    named = re.findall(r"`([a-z_]+)\.(\w+)", section.partition("All modules")[0])
+    named = re.findall(r"`([a-z_]+)\.(\w+)`", section.partition("All modules")[0])
     assert len(named) > 8
     for module, name in named:
         assert hasattr(importlib.import_module(f"pilot_flwr.algorithm.{module}"), name), name
