@@ -142,7 +142,7 @@ class EvaluationResult:
     score : float
         From 0 to the metric's maximum.
     metric : str
-        A key of `pilot_flwr.metrics.registry.METRICS`.
+        A key of `pilot_flwr.metrics.METRICS`.
     examples : int
         Size of the split.
     seconds : float

@@ -20,7 +20,7 @@ from pilot_flwr.flower.grid import PollingGrid, in_simulation
 from pilot_flwr.model.loading import initial_state
 from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.atomic import hold
-from pilot_flwr.run.directory import Event
+from pilot_flwr.run.events import Event
 from pilot_flwr.run.loggers import live_logs
 from pilot_flwr.server.event_recorder import Announcer
 from pilot_flwr.server.resume import (

@@ -4,6 +4,7 @@ Every message and reply is kept in `InProcessGrid.messages`, so that a test can 
 travelled.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,9 @@ class Federation:
         return self
 
     def events(self, kind, **match):
-        return [e for e in self.folder.select(kind) if all(e[k] == v for k, v in match.items())]
+        """Return the recorded events of one kind, as the file has them."""
+        found = [json.loads(json.dumps(event.to_dict())) for event in self.folder.events]
+        return [e for e in found if (e | match | {"event": kind}) == e]
 
     def replies(self, message_type):
         """Successful replies of one type, in order."""

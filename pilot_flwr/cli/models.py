@@ -85,7 +85,7 @@ def evaluate(
         mean_over_tasks,
         task_scores,
     )
-    from pilot_flwr.metrics.registry import METRICS
+    from pilot_flwr.metrics import METRICS
 
     if metric is not None:
         one_of("--metric", metric, tuple(METRICS))
@@ -142,7 +142,7 @@ def _print_scores(rows: "list[Scored]", run: "Run") -> None:
     from rich.table import Table
 
     from pilot_flwr.inference.evaluate import mean_over_tasks, task_scores
-    from pilot_flwr.metrics.registry import METRICS
+    from pilot_flwr.metrics import METRICS
 
     table = Table("client", "task", "model", "stage", "metric", "examples", "score", "in the run")
     for row in rows:

@@ -11,7 +11,7 @@ from pilot_flwr.config.schema import EvaluationConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import EvaluationResult
 

@@ -18,7 +18,7 @@ from pilot_flwr.data.demo.questions import METRIC_OF
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.images import Colour, mean_colour
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 
 
 class PooledExamples(Sequence[Example]):
@@ -165,7 +165,7 @@ def padding_colour(data: DataConfig, image_processor: Any) -> Colour | None:
 
 
 def task_metric(data: DataConfig, task: str) -> str:
-    """Return the name of a task's metric, a key of `pilot_flwr.metrics.registry.METRICS`."""
+    """Return the name of a task's metric, a key of `pilot_flwr.metrics.METRICS`."""
     return SOURCES[data.source].metrics(data)[task]
 
 

@@ -27,7 +27,7 @@ from pilot_flwr.flower.codec import (
     value_of,
 )
 from pilot_flwr.formatting import bounded, headline, one_line
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.protocol import (
     LOSSES,
     EvaluationResult,

@@ -16,7 +16,7 @@ from pilot_flwr.data.federation import Client, check_references, task_metric
 from pilot_flwr.errors import DataError
 from pilot_flwr.inference.generate import Answerer, check_all, open_file
 from pilot_flwr.inference.runs import Run, Selected, last_scores, load_model
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.run import events
 from pilot_flwr.run.events import Evaluated
 

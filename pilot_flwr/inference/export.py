@@ -26,7 +26,7 @@ from pilot_flwr.config.schema import RunConfig
 from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.inference.runs import Run, Selected, last_scores
 from pilot_flwr.inference.standalone import modeling_pilot
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.checkpoints import checkpoint_path
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import GroupName, State

@@ -18,10 +18,9 @@ from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_seconds, plain
 from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_path
 from pilot_flwr.launch.processes import Interrupted, ProcessSandbox, StopSignals
-from pilot_flwr.run.outcome import COMPLETED, Outcome, RunStatus
+from pilot_flwr.run.outcome import Outcome, RunResult, evaluate_result
 from pilot_flwr.run.progress import LineTail
-from pilot_flwr.server import event_recorder
-from pilot_flwr.server.event_recorder import Announcement
+from pilot_flwr.server.event_recorder import is_alarm, read_announcement
 
 QUERY_SECONDS = 60.0
 RETRY_SECONDS = 5.0
@@ -87,7 +86,7 @@ def run_remotely(
     *,
     out: Callable[[str], None],
     verbose: bool = False,
-) -> tuple[Outcome, Announcement | None]:
+) -> tuple[Outcome, RunResult | None]:
     """Submit a run to a SuperLink and follow it to its end.
 
     Parameters
@@ -105,7 +104,7 @@ def run_remotely(
     -------
     Outcome
         Whether the run succeeded, and why not.
-    Announcement or None
+    RunResult or None
         The ServerApp's verdict, if it reached its end.
 
     Raises
@@ -134,7 +133,7 @@ def run_remotely(
 
 def _follow(
     flower: FlowerCLI, run: RemoteRun, out: Callable[[str], None], verbose: bool
-) -> tuple[Outcome, Announcement | None]:
+) -> tuple[Outcome, RunResult | None]:
     """Show the log until Flower says that the run has finished.
 
     The log's stream ends with the run, or when the connection breaks: then the stream is started
@@ -156,7 +155,8 @@ def _follow(
         asked = time.monotonic()
         if status.finished:
             log.finish(flower, run)
-            return evaluate_outcome(status, log.verdict, run), log.verdict
+            whole = f"Full log: flwr log {run.id} {run.connection} --show"
+            return evaluate_result(status, log.verdict, whole), log.verdict
         answered = asked if status.status else answered
         if asked - answered > PATIENCE_SECONDS:
             gone = f"The SuperLink has not answered for {human_seconds(asked - answered)}."
@@ -166,44 +166,24 @@ def _follow(
             stream = None
 
 
-def evaluate_outcome(status: RunStatus, verdict: Announcement | None, run: RemoteRun) -> Outcome:
-    """Decide from Flower's status and the ServerApp's verdict whether a run can be trusted."""
-    if status.status == COMPLETED and verdict is not None and verdict.succeeded:
-        return Outcome(succeeded=True)
-    lines: list[str] = []
-    if verdict is None:
-        lines.append("The ServerApp's log has no verdict: it did not reach its end.")
-    else:
-        lines += verdict.reasons
-        if verdict.failures > len(verdict.reasons):
-            lines.append(f"... and {verdict.failures - len(verdict.reasons)} more failures.")
-        lines += [verdict.error] if verdict.error else []
-    if status.status != COMPLETED:
-        lines.append(f"Flower's status of the run: {status.status or 'unknown'}.")
-        if status.details not in ("", "N/A") and verdict is None:
-            lines.append(status.details)
-    lines.append(f"Full log: flwr log {run.id} {run.connection} --show")
-    return Outcome(False, tuple(dict.fromkeys(lines)))
-
-
 class _Log:
     """The ServerApp's log as it grows in a file."""
 
     def __init__(self, path: Path, out: Callable[[str], None], verbose: bool) -> None:
         self.path = path
-        self.verdict: Announcement | None = None
+        self.verdict: RunResult | None = None
         self._out, self._verbose = out, verbose
         self._tail = LineTail(path)
 
     def show(self) -> None:
         """Print what is new; the last verdict counts."""
         for line in self._tail.read():
-            said = event_recorder.read(line)
-            if isinstance(said, Announcement):
+            said = read_announcement(line)
+            if isinstance(said, RunResult):
                 self.verdict = said
             elif isinstance(said, str):
                 self._out(said)
-            elif self._verbose or event_recorder.is_alarm(line):
+            elif self._verbose or is_alarm(line):
                 self._out(plain(line))
 
     def finish(self, flower: FlowerCLI, run: RemoteRun) -> None:

@@ -1,15 +1,13 @@
-"""Penn Treebank tokens of captions, which BLEU, ROUGE-L and CIDEr-D are computed on.
-
-The standard is the tokenizer of Stanford CoreNLP 3.4.1, a Java program that the package
-pycocoevalcap brings along (``pip install 'pilot-flwr[captions]'``). Without it or without Java,
-`approximate_tokens` stands in, and `why_approximate` says so.
-
-Metrics of captions: CIDEr-D, BLEU-4 and ROUGE-L on Penn Treebank tokens.
+"""Metrics of captions: CIDEr-D, BLEU-4 and ROUGE-L on Penn Treebank tokens.
 
 The formulas, constants included, are those of the COCO caption evaluation (pycocoevalcap), and
 tests hold these functions to its figures. They are written anew because that package is 100 MB
 of Java programs, writes into its own folder and prints as it scores. To add a caption metric,
 write a function of tokens and wrap it in `on_tokens`.
+
+The standard tokenizer is that of Stanford CoreNLP 3.4.1, a Java program in pycocoevalcap
+(``pip install 'pilot-flwr[captions]'``). Without it or without Java, `approximate_tokens` replaces
+it, and `why_approximate` says so.
 """
 
 import importlib.util
@@ -30,11 +28,11 @@ from pilot_flwr.metrics.score import References, Score, check_pairs
 JAR = "stanford-corenlp-3.4.1.jar"
 
 REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-"""Tokens that the captions' metrics leave out. (Brackets stay: the official list has them in
-capitals, but the tokenizer writes small letters.)"""
+"""Tokens that are left out. Brackets stay: the official list has them in capitals, but the
+tokenizer writes small letters."""
 
 PROBE_SECONDS, ALL_SECONDS = 60.0, 1800.0
-"""How long the program may take to show that it runs, and for a split's captions."""
+"""Time limits of the Java program, to show that it runs and for a split's captions."""
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
 
@@ -63,7 +61,7 @@ _TOKEN = re.compile(
 
 
 def tokenize(captions: Sequence[str]) -> list[list[str]]:
-    """Return the tokens of each caption, by the standard tokenizer where it is to be had.
+    """Return the tokens of each caption, by the standard tokenizer where it is available.
 
     Raises
     ------

@@ -1,15 +1,15 @@
 """Grounding: whether the predicted box is the reference's, by intersection over union.
 
 Boxes are text in LLaVA's form, ``[x1, y1, x2, y2]``: the left, upper, right and lower edge as
-shares of the image's width and height. Numbers are compared as exact fractions, so that a box
-at the threshold is on its right side.
+shares of the image's width and height. Numbers are compared as exact fractions, so that rounding
+does not move a box across the threshold.
 
 `grounding_quarters` is the same for boxes on a coarse grid, ``x1 y1 x2 y2`` in quarters of the
 width and height, for a model whose tokens are too few to write fractions.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -69,16 +69,8 @@ def check_boxes(references: Sequence[str]) -> list[Box]:
     DataError
         One is not a box of LLaVA's form with an area; the message does not have its text.
     """
-    boxes = []
-    for number, text in enumerate(references, start=1):
-        box = parse_box(text)
-        if box is None:
-            raise DataError(
-                f"Reference {number} is not a box; it must be '[x1, y1, x2, y2]' with edges from "
-                "0 to 1 and x1 < x2, y1 < y2."
-            )
-        boxes.append(box)
-    return boxes
+    form = "'[x1, y1, x2, y2]' with edges from 0 to 1 and x1 < x2, y1 < y2"
+    return _boxes(references, parse_box, form)
 
 
 def check_quarters(references: Sequence[str]) -> list[Box]:
@@ -89,14 +81,16 @@ def check_quarters(references: Sequence[str]) -> list[Box]:
     DataError
         One is not four numbers from 0 to 4 with an area; the message does not have its text.
     """
+    form = "'x1 y1 x2 y2' in quarters, whole numbers from 0 to 4 with x1 < x2, y1 < y2"
+    return _boxes(references, parse_quarters, form)
+
+
+def _boxes(references: Sequence[str], parse: Callable[[str], Box | None], form: str) -> list[Box]:
     boxes = []
     for number, text in enumerate(references, start=1):
-        box = parse_quarters(text)
+        box = parse(text)
         if box is None:
-            raise DataError(
-                f"Reference {number} is not a box; it must be 'x1 y1 x2 y2' in quarters, whole "
-                "numbers from 0 to 4 with x1 < x2, y1 < y2."
-            )
+            raise DataError(f"Reference {number} is not a box; it must be {form}.")
         boxes.append(box)
     return boxes
 

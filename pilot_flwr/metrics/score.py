@@ -1,10 +1,6 @@
-"""What a metric is: a function of all predictions and their references, and what it is called.
+"""A metric: a function of all predictions and their references, with its name and range."""
 
-And what the mean over tasks is, which everything that shows one takes from here.
-"""
-
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,40 +20,14 @@ class Score(NamedTuple):
     each: list[float]
 
 
-def any_references(references: Sequence[str]) -> None:
-    """Accept the references of a prediction, for a metric that any will do for."""
-
-
-def exact() -> str:
-    """Return the empty reason of a metric whose figure is never an approximation."""
-    return ""
-
-
-def mean_of_all(scores: Mapping[str, float], tasks: Collection[str]) -> float | None:
-    """Return the mean over tasks, every task counting the same, and None if one has no score.
-
-    A mean over the tasks that happen to have a score would rise when the hardest one fails.
-
-    Parameters
-    ----------
-    scores : mapping
-        Task → score.
-    tasks : collection of str
-        All tasks of the run.
-    """
-    if not tasks or not scores.keys() >= set(tasks):
-        return None
-    return math.fsum(scores[task] for task in tasks) / len(tasks)
-
-
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table of metrics.
+    """A metric by which a task can be scored.
 
     Parameters
     ----------
     title : str
-        What tables call it.
+        Its name in tables.
     score : callable
         Takes the predictions, and the references of each; returns their `Score`. Raises
         `DataError` if there is no prediction, if some prediction has no reference, or if there
@@ -67,15 +37,15 @@ class Metric:
     approximate : callable
         Returns why figures taken now are approximate, or an empty text if they are not.
     check : callable
-        Raises `DataError`, without a text of theirs, if one prediction's references are not what
-        the metric can score against; so this is known before anything is predicted.
+        Raises `DataError`, without quoting them, if one prediction's references cannot be scored
+        against; called before anything is predicted.
     """
 
     title: str
     score: Callable[[Sequence[str], References], Score]
     maximum: float = 1.0
-    approximate: Callable[[], str] = exact
-    check: Callable[[Sequence[str]], object] = any_references
+    approximate: Callable[[], str] = lambda: ""
+    check: Callable[[Sequence[str]], object] = lambda references: None
 
 
 def per_prediction(

@@ -1,15 +1,12 @@
 """Metrics that compare an answer's text with its references, one prediction at a time.
 
 To add one, write a function of a prediction and its references, and add its row to `METRICS` in
-`pilot_flwr.metrics.registry`. Sources and formulas: docs/reference/metrics.md.
+`pilot_flwr.metrics`. Sources and formulas: docs/reference/metrics.md.
 
-Soft accuracy against the answers of ten annotators: VQAv2 and TextVQA.
-
-An answer counts in full if at least three annotators gave it. To be comparable with the accuracy
-of a human, each annotator is left out in turn, and the ten figures are averaged.
-
-Normalisation is that of the official VQA script, which TextVQA's (M4C's) extends. To add a data
-set of this kind, combine `soft_accuracy` with the normalisation of its own script.
+VQAv2 and TextVQA score against ten annotators: an answer counts in full if at least three gave it.
+To be comparable with a human's accuracy, each annotator is left out in turn, and the ten figures
+are averaged. Texts are normalised as by the official VQA script, which TextVQA's (M4C's) extends.
+For another data set of this kind, combine `soft_accuracy` with the normalisation of its script.
 """
 
 import re
@@ -26,6 +23,46 @@ OPTIONS = "ABCDE"
 """The letters of ScienceQA's options."""
 
 _ANSWER_IS = re.compile("The answer is ([A-Z]).")  # LLaVA's own: any character may end it
+
+ANNOTATORS = 10
+
+ENOUGH = 3
+"""Annotators who must agree with an answer for it to count in full."""
+
+ARTICLES = frozenset(("a", "an", "the"))
+
+NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        "zero one two three four five six seven eight nine ten".split(), start=0
+    )
+} | {"none": "0"}
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGITS_WITH_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+
+# Without "I'm" and the like: texts are in lower case when they are looked up.
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+    what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
+    who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+    you'd you'd've you'll you're you've
+""".split()
+
+
+CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTED
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # so in both official scripts
+"""Form with one apostrophe missing → contraction."""
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -107,52 +144,6 @@ def _lowered(text: str) -> str:
 
 def _gqa_form(text: str) -> str:
     return text.strip().rstrip(".").lower()
-
-
-ANNOTATORS = 10
-
-ENOUGH = 3
-"""Annotators who must agree with an answer for it to count in full."""
-
-ARTICLES = frozenset(("a", "an", "the"))
-
-NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten".split(), start=0
-    )
-} | {"none": "0"}
-
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_DIGITS_WITH_COMMA = re.compile(r"\d,\d")
-_PERIOD = re.compile(r"\.(?!\d)")
-
-# Without "I'm" and the like: texts are in lower case when they are looked up.
-_CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
-    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
-    should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
-    someone'll someone's something'd something'd've something'll that's there'd there'd've
-    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
-    what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
-    who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
-    you'd you'd've you'll you're you've
-""".split()
-
-
-def _without_one_apostrophe() -> dict[str, str]:
-    """Return the contraction that each form with one apostrophe missing stands for."""
-    forms = {
-        word[:place] + word[place + 1 :]: word
-        for word in _CONTRACTED
-        for place, letter in enumerate(word)
-        if letter == "'"
-    }
-    return forms | {"somebody'd": "somebodyd"}  # so in both official scripts
-
-
-CONTRACTIONS = _without_one_apostrophe()
 
 
 def vqav2(prediction: str, references: Sequence[str]) -> float:

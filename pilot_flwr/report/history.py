@@ -1,11 +1,8 @@
-"""What a run's folder says, put in order for the figures: no drawing, no model.
+"""Read a run's folder for the figures: observations in order, and the method in words.
 
-Everything comes from the events and files that the run itself wrote; a run that is still going on
-or that failed gives what there is so far.
-
-What a run's method does with what clients send, in words: from its settings alone.
-
-To word a new rule of aggregation, add it to `_LORA_USE` and `_MIXED`, and to `server_lines`.
+Observations come from the events and files that the run wrote; a run that is in progress or failed
+gives what there is so far. What the method does with LoRAs follows from the settings alone; to word
+a new rule of aggregation, add it to `_LORA_USE` and `_MIXED`, and to `aggregation_lines`.
 """
 
 import json
@@ -14,18 +11,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing
+from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.config.loading import from_yaml
 from pilot_flwr.config.schema import PilotConfig, StrategyConfig
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.formatting import count
-from pilot_flwr.metrics.registry import METRICS
-from pilot_flwr.metrics.score import mean_of_all
-from pilot_flwr.run.directory import Event, read_events, select
+from pilot_flwr.metrics import METRICS
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import (
+    Aggregated,
+    AggregationMethod,
+    ClientFailed,
+    Evaluated,
+    EvaluationClosed,
+    Event,
+    ExchangeClosed,
+    InstructionSent,
+    RosterCalled,
+    Trained,
+    aggregation_lines,
+    bytes_down,
+    bytes_up,
+    mean_over_tasks,
+    select,
+    task_scores,
+)
 from pilot_flwr.run.provenance import read_provenance
-
-SENT = {"lora": "Θ_l", "task_adapters": "ψ_t", "residual": "R"}
-"""Symbols of what travels, by the events' names; others are shown as they are called."""
 
 Matrix = dict[str, dict[str, float]]
 
@@ -34,24 +44,9 @@ Matrix = dict[str, dict[str, float]]
 class Exchange:
     """One exchange, as it was observed.
 
-    Attributes
-    ----------
-    number : int
-        From 1.
-    seconds : float or None
-        Wall time on the server; None while it is not closed.
-    stages : dict
-        Stage → ids of the clients that trained it.
-    trained : dict
-        Stage → group of parameters → (least, most) parameters with a gradient on a client.
-    down, up : dict
-        Part of the model → bytes, summed over the clients.
-    distances, weights : dict
-        Client → client → value, as the server's aggregation told; empty if it has none.
-    tasks : dict
-        Task → clients whose adapters were averaged.
-    failures : int
-        Parts of clients that are missing.
+    `seconds` is None while it is not closed; `stages` has the clients that trained each stage, and
+    `trained` the groups of parameters that had gradients there, with the fewest and most on one
+    client; `down` and `up` have the bytes by part of the model, summed over the clients.
     """
 
     number: int
@@ -60,36 +55,26 @@ class Exchange:
     trained: dict[int, dict[str, tuple[int, int]]]
     down: dict[str, int]
     up: dict[str, int]
-    distances: Matrix
-    weights: Matrix
-    tasks: dict[str, list[str]]
+    aggregated: Aggregated | None
     failures: int
+
+    @property
+    def distances(self) -> Matrix:
+        """Client → client → distance of their LoRAs, empty if there was no aggregation."""
+        return self.aggregated.distances if self.aggregated else {}
+
+    @property
+    def weights(self) -> Matrix:
+        """Client → client → share in its LoRA, empty if there was no aggregation."""
+        return self.aggregated.neighbors if self.aggregated else {}
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's folder, read.
+    """A run's folder, read; `result` and `code` are empty where it has none.
 
-    Attributes
-    ----------
-    folder : Path
-        The run folder.
-    config : PilotConfig
-        Its configuration.
-    config_text, overrides : str
-        As written down.
-    events : list of dict
-        What happened.
-    exchanges : list of Exchange
-        In order.
-    closing : Exchange or None
-        The evaluation behind the last exchange: it trains nothing, but models are sent down for it.
-    task_of : dict
-        Client → task, in the federation's order.
-    result : dict
-        ``result.json``; empty while the run has none.
-    code : dict
-        ``code.json``; empty if there is none.
+    `closing` is the evaluation behind the last exchange: it trains nothing, but models are sent
+    for it. `task_of` lists clients in the federation's order.
     """
 
     folder: Path
@@ -120,34 +105,30 @@ class RunData:
 
     def scores(self, client: str) -> dict[int, float]:
         """Return a client's score after each exchange, 0 being before any training."""
-        mine = [e for e in select(self.events, "evaluate") if e["client"] == client]
-        return {event["round"]: event["score"] for event in mine}
+        evaluated = select(self.events, Evaluated)
+        return {event.exchange: event.score for event in evaluated if event.client == client}
 
     def task_scores(self, task: str) -> dict[int, float]:
         """Return a task's score after each exchange: every test example counts the same."""
-        mine = [e for e in select(self.events, "evaluate") if e["task"] == task]
-        means = {}
-        for number in sorted({event["round"] for event in mine}):
-            there = [event for event in mine if event["round"] == number]
-            examples = sum(event["examples"] for event in there)
-            means[number] = sum(e["score"] * e["examples"] for e in there) / examples
-        return means
+        by_number = ((n, task_scores(self.events, n)) for n in _evaluated(self.events))
+        return {number: scores[task] for number, scores in by_number if task in scores}
 
     def mean_scores(self) -> dict[int, float]:
         """Return the mean over tasks after each exchange at which every task has a score."""
-        by_task = {task: self.task_scores(task) for task in self.tasks}
-        numbers = sorted({number for scores in by_task.values() for number in scores})
         means = {
-            n: mean_of_all({t: s[n] for t, s in by_task.items() if n in s}, self.tasks)
-            for n in numbers
+            number: mean_over_tasks(task_scores(self.events, number), self.tasks)
+            for number in _evaluated(self.events)
         }
-        return {n: mean for n, mean in means.items() if mean is not None}
+        return {number: mean for number, mean in means.items() if mean is not None}
 
     def metric(self, task: str) -> str:
         """Return the name of the metric that a task was scored by, empty if it was not."""
-        return next(
-            (str(e["metric"]) for e in select(self.events, "evaluate") if e["task"] == task), ""
-        )
+        return next((e.metric for e in select(self.events, Evaluated) if e.task == task), "")
+
+    def server_lines(self, exchange: Exchange) -> list[str]:
+        """Say what the server did in an exchange, in few characters."""
+        method = AggregationMethod.of(self.config.strategy)
+        return aggregation_lines(exchange.aggregated, method, width=10)
 
     def highest_score(self, task: str) -> float:
         """Return the largest value that the task's metric can have; infinite if unknown."""
@@ -191,71 +172,57 @@ def read_run(folder: Path) -> RunData:
     )
 
 
-def symbol(group: str) -> str:
-    """Return the symbol of a group of parameters, or of a part that travels."""
-    if group in SENT:
-        return SENT[group]
-    return next((row.symbol for name, row in GROUPS.items() if name == group), group)
+def _evaluated(events: Sequence[Event]) -> list[int]:
+    return sorted({event.exchange for event in select(events, Evaluated)})
 
 
 def _numbers(events: Sequence[Event], config: PilotConfig) -> list[int]:
-    seen = {e["round"] for kind in ("order", "train", "round") for e in select(events, kind)}
+    kinds = (InstructionSent, Trained, ExchangeClosed)
+    seen = {event.exchange for event in events if isinstance(event, kinds)}
     return sorted(number for number in seen if number <= config.strategy.rounds + 1)
 
 
 def _closing(events: Sequence[Event], config: PilotConfig) -> Exchange | None:
-    """Return the closing evaluation, whose orders count as of one exchange more."""
+    """Return the closing evaluation, whose instructions count as of one exchange more."""
     number = config.strategy.rounds + 2
-    if not select(events, "order", number):
+    if not select(events, InstructionSent, number):
         return None
-    ended = select(events, "closing_evaluation", number - 1)
-    return replace(_exchange(events, number), seconds=ended[-1]["seconds"] if ended else None)
+    ended = select(events, EvaluationClosed, number - 1)
+    return replace(_exchange(events, number), seconds=ended[-1].seconds if ended else None)
 
 
 def _exchange(events: Sequence[Event], number: int) -> Exchange:
-    closed = select(events, "round", number)
-    trained = select(events, "train", number)
-    failures = select(events, "failure", number)
-    orders = select(events, "order", number)  # also of clients that only evaluate
-    aggregated = select(events, "aggregate", number)
-    last = aggregated[-1] if aggregated else {}
-    by_stage: dict[int, list[Event]] = {}
-    for event in trained:
-        by_stage.setdefault(event["stage"], []).append(event)
+    closed = select(events, ExchangeClosed, number)
+    trained = select(events, Trained, number)
+    aggregated = select(events, Aggregated, number)
+    by_stage: dict[int, list[Trained]] = {}
+    for event in sorted(trained, key=lambda event: event.stage):
+        by_stage.setdefault(event.stage, []).append(event)
     return Exchange(
         number=number,
-        seconds=closed[-1]["seconds"] if closed else None,
-        stages={stage: [e["client"] for e in by_stage[stage]] for stage in sorted(by_stage)},
-        trained={stage: _gradients(by_stage[stage]) for stage in sorted(by_stage)},
-        down=_bytes(orders, "down"),
-        up=_bytes([*trained, *failures], "up"),
-        distances=last.get("distances") or {},
-        weights=last.get("neighbors") or {},
-        tasks=last.get("tasks") or {},
-        failures=len(failures),
+        seconds=closed[-1].seconds if closed else None,
+        stages={stage: [e.client for e in its] for stage, its in by_stage.items()},
+        trained={stage: _gradients(its) for stage, its in by_stage.items()},
+        down=bytes_down(events, number),
+        up=bytes_up(events, number),
+        aggregated=aggregated[-1] if aggregated else None,
+        failures=len(select(events, ClientFailed, number)),
     )
 
 
-def _gradients(trained: Sequence[Event]) -> dict[str, tuple[int, int]]:
-    """Return the groups of which a client had gradients, with the least and most parameters."""
+def _gradients(trained: Sequence[Trained]) -> dict[str, tuple[int, int]]:
+    """Return the groups of which a client had gradients, with the fewest and most parameters."""
     counts: dict[str, list[int]] = {}
     for event in trained:
-        for group, number in event["gradients"].items():
+        for group, number in event.gradients.items():
             counts.setdefault(group, []).append(number)
     return {group: (min(n), max(n)) for group, n in counts.items() if max(n) > 0}
 
 
-def _bytes(events: Sequence[Event], way: str) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for event in events:
-        for part, size in (event.get(way) or {}).items():
-            sums[part] = sums.get(part, 0) + size
-    return {part: size for part, size in sums.items() if size}
-
-
 def _task_of(config: PilotConfig, events: Sequence[Event]) -> dict[str, str]:
     """Return the task of every client that was seen, task by task."""
-    seen = {c["client"]: c["task"] for e in select(events, "roster") for c in e["clients"]}
+    rosters = select(events, RosterCalled)
+    seen = {entry.client: entry.task for event in rosters for entry in event.clients}
     tasks = list(config.data.tasks)
     order = sorted(seen, key=lambda name: (tasks.index(seen[name]), _natural(name)))
     return {client: seen[client] for client in order}
@@ -387,38 +354,6 @@ def mixing_words(config: PilotConfig) -> str:
         fate = "stays with its client" if trained else "stays as drawn"
         words += f" Only the matrices {sent} are sent and mixed: {other} {fate}."
     return words + _personal(config)
-
-
-def server_lines(strategy: StrategyConfig, exchange: Exchange) -> list[str]:
-    """Say what the server did in an exchange, from what its aggregation told."""
-    if not (exchange.tasks or exchange.weights):
-        return ["no aggregation"]
-    adam = strategy.server_optimizer.name == "adam"
-    if strategy.trained_by == "pooled" and not adam:
-        return ["takes what the one client trained"]
-    verb = "steps by Adam:" if adam else "averages"
-    lines = []
-    if exchange.tasks:
-        lines.append(f"{verb} ψ_t {_members(list(exchange.tasks.values()))}")
-    if exchange.weights and strategy.lora == "adaptive":
-        others = sorted({len({*shares} - {own}) for own, shares in exchange.weights.items()})
-        mixes = "steps by Adam: mixes of" if adam else "mixes"
-        with_others = "–".join(map(str, others))
-        lines.append(f"{mixes} {len(exchange.weights)} Θ_l, each with {with_others} others")
-    elif exchange.weights:
-        matrices = {"A": "A of ", "B": "B of "}.get(strategy.sharing.lora, "")
-        groups = {tuple(sorted(shares)) for shares in exchange.weights.values()}
-        rest = ", the rest in R" if strategy.lora == "exact" else ""
-        lines.append(f"{verb} {matrices}Θ_l {_members(sorted(groups))}{rest}")
-    return lines
-
-
-def _members(groups: Sequence[Sequence[str]]) -> str:
-    if len(groups) == 1:
-        return f"of {count(len(groups[0]), 'client')}"
-    sizes = ", ".join(str(len(group)) for group in groups)
-    most = 10  # characters, for which there is room in the time line
-    return f"per task, of {sizes} clients" if len(sizes) <= most else f"in {len(groups)} tasks"
 
 
 def _neighbours(strategy: StrategyConfig) -> str:

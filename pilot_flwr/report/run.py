@@ -10,8 +10,8 @@ from pilot_flwr.report.matrices import distances, mixing_weights
 from pilot_flwr.report.scores import learning_curves, losses
 from pilot_flwr.report.style import Figure, Table
 from pilot_flwr.report.timeline import time_line, traffic
-from pilot_flwr.run.events import ClientFailed, ClientWarning, Resumed, failure_line, select
-from pilot_flwr.run.tables import summary, timeline
+from pilot_flwr.run.events import AggregationMethod, ClientFailed, ClientWarning, Resumed, select
+from pilot_flwr.run.tables import summary_notes, summary_rows, timeline
 
 FIGURES: tuple[Callable[[RunData], Figure], ...] = (
     learning_curves,
@@ -58,14 +58,17 @@ def run_page(run: RunData, figures: list[Figure]) -> Page:
         facts=_facts(run),
         warnings=_warnings(run),
         figures=figures,
-        tables=[Table("Scores", _summary_rows(run) or [["no evaluation"]])],
+        tables=[Table("Scores", summary_rows(run.events) or [["no evaluation"]])],
         bold_last=True,
-        notes=[line for line in summary(run.events).splitlines() if line and line[0] != "|"],
+        notes=summary_notes(run.events),
         files=[
             ("config.yaml: every setting", run.config_text),
             ("overrides.txt: the overrides that started the run", run.overrides or "no overrides"),
             ("code.json: commit and versions", _code(run)),
-            ("timeline.md: the time line as a table", timeline(run.events)),
+            (
+                "timeline.md: the time line as a table",
+                timeline(run.events, AggregationMethod.of(run.config.strategy)),
+            ),
         ],
     )
 
@@ -115,19 +118,10 @@ def _warnings(run: RunData) -> list[str]:
     if run.result.get("error"):
         lines.append(f"The run stopped: {headline(str(run.result['error']))}")
     failures = select(run.events, ClientFailed)
-    lines += [
-        failure_line(event.client, event.exchange, event.phase, event.reason)
-        for event in failures[:_SHOWN_FAILURES]
-    ]
+    lines += [event.line for event in failures[:_SHOWN_FAILURES]]
     if len(failures) > _SHOWN_FAILURES:
         lines.append(f"And {count(len(failures) - _SHOWN_FAILURES, 'more failure')}.")
     lines += [f"{event.client}: {event.text}" for event in select(run.events, ClientWarning)]
     if resumed := len(select(run.events, Resumed)):
         lines.append(f"The run was interrupted and resumed {count(resumed, 'time')}.")
     return lines
-
-
-def _summary_rows(run: RunData) -> list[list[str]]:
-    lines = [line for line in summary(run.events).splitlines() if line.startswith("|")]
-    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
-    return cells[:1] + cells[2:]

@@ -21,9 +21,7 @@ from pilot_flwr.report.history import (
     Exchange,
     RunData,
     partly_sent,
-    server_lines,
     sharing_of,
-    symbol,
     symbols,
 )
 from pilot_flwr.report.style import (
@@ -39,7 +37,7 @@ from pilot_flwr.report.style import (
     some,
     text_on,
 )
-from pilot_flwr.run.events import ExchangeClosed, Trained, select
+from pilot_flwr.run.events import ExchangeClosed, Trained, select, symbol
 
 MOST_EXCHANGES = 9
 """Exchanges drawn at most."""
@@ -106,7 +104,7 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
     axes.set_title(f"exchange {exchange.number}{of_total}, {seconds}")
     _box(axes, 0.0, _TOP, 1.0, 1 - _TOP, "#F4F4F4")
     axes.text(0.03, 0.96, "server", weight="bold", va="top")
-    done = "\n".join(server_lines(run.config.strategy, exchange))
+    done = "\n".join(run.server_lines(exchange))
     for name in ("Θ_l", "ψ_t"):
         done = done.replace(name, math_text(name))
     axes.text(0.97, 0.96, done, va="top", ha="right", fontsize=8, linespacing=1.25)
@@ -252,7 +250,7 @@ def _alt(run: RunData, exchange: Exchange) -> str:
         ", ".join(f"{symbol(name)} {human_bytes(size)}" for name, size in way.items()) or "nothing"
         for way in (exchange.down, exchange.up)
     )
-    server = "; ".join(server_lines(run.config.strategy, exchange))
+    server = "; ".join(run.server_lines(exchange))
     return f"Exchange {exchange.number}: {stages}. Down: {down}. Up: {up}. Server: {server}."
 
 

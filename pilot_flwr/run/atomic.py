@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all: named tensors, texts, and their checksums.
+"""Atomic writes of tensors and texts, checksums, and an exclusive file lock.
 
-Tensors are safetensors. Everything is written to a temporary name, flushed to disk and then
-renamed, and the folder is flushed as well, so that a reader finds either the old content or the
-new one, whatever dies in between. No pickle is read or written.
+Tensors are safetensors; no pickle is read or written. Everything is written to a temporary name,
+flushed to disk and then renamed, and the folder is flushed as well, so that a reader finds either
+the old content or the new one, whatever dies in between.
 
-One process at a time: a lock on a file, which goes with its holder, however that ends.
+The lock is released when its holder exits, by SIGKILL too. `filelock` would fall back to a lock
+that outlives its holder where the file system has no `flock`; here that is an error.
 """
 
 import contextlib
@@ -28,22 +29,9 @@ FORMAT = "pilot-flwr-2"
 
 
 def save_tensors(path: Path, tensors: State, metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to `path`, atomically.
-
-    Raises
-    ------
-    OSError
-        The folder cannot be written, for instance because the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
+    """Write tensors and metadata to `path`, atomically."""
+    with _replacing(path) as temporary:
         write_safetensors(temporary, tensors, {"format": FORMAT, **metadata})
-        flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush(path.parent)
 
 
 def write_safetensors(
@@ -51,10 +39,7 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, neither atomically nor flushed.
 
-    Raises
-    ------
-    OSError
-        With the system's number, which safetensors itself says in its text alone.
+    An `OSError` has the system's number, which safetensors states in its text alone.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
@@ -67,26 +52,14 @@ def write_safetensors(
 
 
 def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Read what `save_tensors` wrote.
-
-    Raises
-    ------
-    StateError
-        The file is torn, or not of this format.
-    """
+    """Read what `save_tensors` wrote; `StateError` if it is torn or of another format."""
     metadata = read_metadata(path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata alone.
-
-    Raises
-    ------
-    StateError
-        The file is torn, or not of this format.
-    """
+    """Read the metadata alone; `StateError` if the file is torn or of another format."""
     try:
         with safe_open(path, framework="pt") as file:  # refuses a file that is cut short
             metadata = dict(file.metadata() or {})
@@ -103,17 +76,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Raises
-    ------
-    OSError
-        The folder cannot be written, for instance because the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
+    """Write a file atomically."""
+    with _replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` when the block is done, on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
         flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -122,7 +96,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -131,7 +105,7 @@ def flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed have left in `folder`: no reader looks at it."""
+    """Remove the temporary files of killed writers from `folder`."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -143,33 +117,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _TICK_SECONDS = 0.2
 
 
 @contextlib.contextmanager
 def hold(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a file while the block runs.
+    """Hold the lock of a file, created where it is missing, while the block runs.
 
-    Parameters
-    ----------
-    path : Path
-        Made if it does not exist; it stays.
-    what : str
-        What the lock is for, as the subject of an error.
-    patience : float
-        Seconds to wait for a holder that is about to end.
-
-    Raises
-    ------
-    RunError
-        Another process holds it.
-    OSError
-        The file system has no locks, or the file cannot be written.
+    `patience` is how many seconds to wait for another holder; then a `RunError` names `what` the
+    lock is for. On a file system without locks it is an `OSError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience

@@ -1,10 +1,8 @@
-"""The folders of a run's checkpoints: which there are, which are kept, and what a kill left.
+"""Write, read, list and prune the server's checkpoints: folders ``round-NNNN/``, whole or refused.
 
-The server's checkpoints: ``round-NNNN/``, whole or refused.
-
-``state.json`` names every file with its SHA-256, says which run it belongs to and how many events
-of ``metrics.jsonl``, and carries a checksum of itself. A folder is written under a hidden name,
-flushed and then renamed; none is ever removed before its successor is whole.
+``state.json`` names every file with its SHA-256, the run that it belongs to and the number of its
+events in ``metrics.jsonl``, and has a checksum of itself. A folder is written under a hidden name,
+flushed and then renamed; none is removed before its successor is whole.
 """
 
 import contextlib
@@ -32,20 +30,20 @@ from pilot_flwr.run.atomic import (
 from pilot_flwr.run.provenance import RunIdentity
 
 KEPT_ROUNDS = 2
-"""Checkpoints kept: the last one and the one before it."""
+"""Checkpoints that are kept."""
 
 _NAME = re.compile(r"round-(\d{4,})(\.old)?")
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, whole or not, the newest last."""
+    """List a run's checkpoint folders, whole or not, the newest last."""
     named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*"))
     found = [(int(name[1]), name[2] is None, path) for name, path in named if name]
     return [path for _, _, path in sorted(found)]
 
 
 def exchange_of(folder: Path) -> int | None:
-    """Return the exchange that a folder's name says, None if it is no checkpoint's name."""
+    """Return the exchange in a folder's name, None if it is not a checkpoint's name."""
     name = _NAME.fullmatch(folder.name)
     return int(name[1]) if name else None
 
@@ -57,7 +55,7 @@ def prune_checkpoints(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint; what is half removed has a name that no reader looks at."""
+    """Remove a checkpoint, under a name that no reader looks at while it is half removed."""
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
@@ -65,18 +63,18 @@ def discard(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a writer that was killed has left."""
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed writer left."""
     for leftover in folder.glob(".round-*"):
         with contextlib.suppress(OSError):
             shutil.rmtree(leftover)
 
 
 _PARTS = {"task_adapters": "task", "lora": "client", "moments": "target", "residual": "owner"}
-"""Folder → what its files are named after; the last two are there if a method has them."""
+"""Folder → what its files are named after; the last two exist if the method has them."""
 
 EVERYONE = "everyone"
-"""Whose residual it is."""
+"""Owner of the residual."""
 
 
 def save_checkpoint(
@@ -92,34 +90,15 @@ def save_checkpoint(
     moments: Mapping[str, State] | None = None,
     residual: State | None = None,
 ) -> Path:
-    """Write ``round-NNNN/`` with the task adapters, each client's LoRA and ``state.json``.
+    """Write ``round-NNNN/`` in the folder of all checkpoints, whole or not at all; prune the rest.
 
-    The folder appears whole or not at all; the last `KEPT_ROUNDS` are kept.
-
-    Parameters
-    ----------
-    folder : Path
-        Of all checkpoints.
-    server_round : int
-        The exchange that has been aggregated.
-    adapters, loras : mapping
-        Task → ψ_t and client → Θ̄_l.
-    tasks : tuple of str
-        All T tasks in the federation's order.
-    task_of : mapping
-        Client → its task, of the clients that have a LoRA.
-    run : RunIdentity
-        The run.
-    events : int
-        Lines of ``metrics.jsonl`` up to here.
-    moments : mapping, optional
-        The server optimizer's, by what they are the moments of.
-    residual : State, optional
-        What an exact aggregation adds to the frozen base.
+    `adapters` maps tasks to ψ_t, `loras` clients to Θ̄_l and `task_of` the same clients to their
+    tasks; `events` counts the lines of ``metrics.jsonl`` up to here. `moments` are the server
+    optimizer's, by target; `residual` is what an exact aggregation adds to the frozen base.
     """
     target = folder / f"round-{server_round:04d}"
     temporary = folder / f".{target.name}.tmp"
-    sweep(folder)
+    remove_partial(folder)
     parts: dict[str, Mapping[str, State]] = {
         "task_adapters": adapters,
         "lora": loras,
@@ -160,26 +139,10 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder; its tensors are read when they are asked for.
+    """A whole checkpoint folder; its tensors are read on demand.
 
-    Attributes
-    ----------
-    folder : Path
-        ``round-NNNN/``.
-    server_round : int
-        Exchange after which it was written.
-    tasks : tuple of str
-        The T tasks in the federation's order.
-    task_of : dict
-        Client → its task, of the clients that have a LoRA.
-    run : RunIdentity
-        The run that it belongs to.
-    events : int
-        Lines of ``metrics.jsonl`` that belong to it.
-    moments : tuple of str
-        What the server optimizer has moments of.
-    has_residual : bool
-        Whether something is added to the frozen base.
+    `task_of` has the clients with a LoRA, `events` counts the lines of ``metrics.jsonl`` up to the
+    checkpoint, and `moments` names what the server optimizer has moments of.
     """
 
     folder: Path
@@ -200,24 +163,17 @@ class Checkpoint:
         return load_tensors(self.folder / "lora" / f"{client}.safetensors")[0]
 
     def moments_of(self, target: str) -> State:
-        """Read the server optimizer's moments of one average, as they were packed."""
+        """Read the server optimizer's moments of one target, as they were packed."""
         return load_tensors(self.folder / "moments" / f"{target}.safetensors")[0]
 
     def residual(self) -> State:
-        """Read what is added to the frozen base; nothing, except after an exact aggregation."""
+        """Read what is added to the frozen base: empty, except after an exact aggregation."""
         path = self.folder / "residual" / f"{EVERYONE}.safetensors"
         return load_tensors(path)[0] if self.has_residual else {}
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open ``round-NNNN/`` and check that it is what `save_checkpoint` wrote, byte by byte.
-
-    Raises
-    ------
-    StateError
-        It is torn, changed or foreign: a file is missing, cut short, another one than was
-        written, too many, or of another format.
-    """
+    """Open ``round-NNNN/``; `StateError` if it is not what was written, byte by byte."""
     path = folder / "state.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -257,19 +213,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def latest_checkpoint(
     folder: Path, *, fits: Callable[[Checkpoint], str] = lambda checkpoint: ""
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Open the last whole checkpoint of a run.
+    """Open a run's last whole checkpoint that `fits`; also say why later ones were passed over.
 
-    Parameters
-    ----------
-    folder : Path
-        The folder of all checkpoints.
-    fits : callable
-        Says why a whole checkpoint cannot be used, or nothing.
-
-    Returns
-    -------
-    Checkpoint or None, list of str
-        None if none is whole; and for every later one that was passed over, why.
+    `fits` returns why a whole checkpoint cannot be used, or nothing.
     """
     passed_over: list[str] = []
     for candidate in reversed(checkpoint_folders(folder)):

@@ -1,4 +1,4 @@
-"""The run folder: everything that a run leaves behind, written as it happens.
+"""The run folder: all files of a run, written as it happens.
 
 ::
 
@@ -7,7 +7,7 @@
     code.json        commit and versions of the code that it was made by
     run.json         which run it is: its name, by which clients know it, and a hash of its settings
     metrics.jsonl    one event a line: who trained what, how long, which bytes, which scores
-    interrupted-N.jsonl  events after the checkpoint from which the N-th resumption went on
+    interrupted-N.jsonl  events after the checkpoint that the N-th resumption started from
     timeline.md      one row per exchange, from the events
     summary.md       scores per task and round, from the events
     result.json      how the run ended; the last file written
@@ -25,24 +25,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.run import events
 from pilot_flwr.run.atomic import flush, write_text
 from pilot_flwr.run.events import (
-    KINDS,
+    AnyEvent,
     ClientFailed,
     Evaluated,
+    Event,
     Resumed,
     append,
     history,
     parse_event,
     parse_events,
-    tasks_of,
+    select,
 )
-
-__all__ = ["Event", "RunFolder", "holds_token", "read_events", "select", "tasks_of"]
-
-Event = Any  # TODO: with `select`, for readers by string keys, until there is none
-select: Any = events.select
 
 _TOKEN = ".token"  # nosec B105  # a file's name
 
@@ -79,13 +74,6 @@ def holds_token(folder: Path, token: str) -> bool:
 class RunFolder:
     """Writes a run folder and keeps its events.
 
-    Parameters
-    ----------
-    path : Path
-        Absolute; made if it does not exist.
-    recorded : sequence of Event
-        Every event that ``metrics.jsonl`` holds already, if the run goes on.
-
     Attributes
     ----------
     events : list of Event
@@ -99,11 +87,12 @@ class RunFolder:
         folder as the server.
     """
 
-    def __init__(self, path: Path, recorded: Sequence[events.Event] = ()) -> None:
+    def __init__(self, path: Path, events: Sequence[Event] = ()) -> None:
+        """Open an absolute path, with all the events that its ``metrics.jsonl`` holds already."""
         self.path = path
-        self.events = history(recorded)
-        self.lines = len(recorded)
-        self._started = time.time() - (recorded[-1].elapsed if recorded else 0.0)
+        self.events = history(events)
+        self.lines = len(events)
+        self._started = time.time() - (events[-1].elapsed if events else 0.0)
         self.listener: Callable[[Event], None] = lambda event: None
         self.token = secrets.token_hex(16)
         self.write(_TOKEN, self.token)
@@ -113,10 +102,8 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoint"
 
-    def record(self, event: Event | str, **values: Any) -> None:
-        """Append one event to ``metrics.jsonl``, at once, with the `elapsed` seconds."""
-        if isinstance(event, str):  # TODO: goes with the last writer of string keys
-            event = KINDS[event].from_dict(values)
+    def record(self, event: Event) -> None:
+        """Append an event to ``metrics.jsonl``, at once, with the seconds since the run began."""
         event = replace(event, elapsed=round(time.time() - self._started, 3))
         append(self.events, event)
         self.lines += 1
@@ -125,12 +112,12 @@ class RunFolder:
         self.listener(event)
 
     def flush(self) -> None:
-        """Flush the events to disk: what is written next may count on them."""
+        """Flush the events to disk, before something is written that depends on them."""
         flush(self.path / "metrics.jsonl")
 
-    def select(self, kind: Any, exchange: int | None = None) -> list[Any]:  # TODO: typed
+    def select(self, kind: type[AnyEvent], exchange: int | None = None) -> list[AnyEvent]:
         """Return the events of one kind, in order, and of one exchange if it is given."""
-        return events.select(self.events, kind, exchange)
+        return select(self.events, kind, exchange)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder, atomically."""
@@ -139,8 +126,8 @@ class RunFolder:
     def finish(self, *, error: str | None, restartable: bool = False) -> dict[str, Any]:
         """Write ``result.json`` and return it: status, error, failures, last scores.
 
-        `restartable` says that the error has nothing to do with the run itself, so that it may
-        go on from its last checkpoint.
+        `restartable` says that the run may resume from its last checkpoint, because the error has
+        nothing to do with the run itself.
         """
         failures = [
             {"round": f.exchange, "phase": f.phase, "client": f.client, "reason": f.reason}

@@ -13,7 +13,8 @@ import functools
 import json
 import math
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -67,19 +68,6 @@ class Event:
             A key is missing or has a value of another type.
         """
         return cls(**_converted(cls, values))
-
-    def __getitem__(self, key: str) -> Any:  # TODO: goes with the last reader by string keys
-        return self.to_dict()[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.to_dict()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.to_dict())
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a value by its key in the file."""
-        return self.to_dict().get(key, default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +194,7 @@ class Trained(Event):
         values: dict[str, Any] = {}
         for key, value in super().to_dict().items():
             if key == "losses":
-                values |= {_loss_key(name): loss for name, loss in self.losses.items()}
+                values |= {loss_key(name): loss for name, loss in self.losses.items()}
             else:
                 values[key] = value
         return values
@@ -361,6 +349,11 @@ class ClientFailed(Event):
     client: str
     reason: str
     up: dict[str, int] | None = None
+
+    @property
+    def line(self) -> str:
+        """The failure as one line, see `failure_line`."""
+        return failure_line(self.client, self.exchange, self.phase, self.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -563,8 +556,6 @@ def select(
     exchange : int, optional
         Only those of this exchange.
     """
-    if isinstance(kind, str):  # TODO: goes with the last reader by string keys
-        kind = KINDS[kind]
     return [
         event
         for event in events
@@ -606,6 +597,17 @@ def task_scores(events: Iterable[Event], exchange: int) -> dict[str, float]:
             total = math.fsum(event.score * event.examples for event in evaluated)
             scores[task] = total / examples
     return scores
+
+
+def bytes_down(events: Iterable[Event], exchange: int | None = None) -> dict[str, int]:
+    """Return part of the model → bytes that the server sent, in all exchanges or in one."""
+    return _sums(event.down for event in select(events, InstructionSent, exchange))
+
+
+def bytes_up(events: Sequence[Event], exchange: int | None = None) -> dict[str, int]:
+    """Return part of the model → bytes that clients sent, those of rejected replies included."""
+    failed = (event.up or {} for event in select(events, ClientFailed, exchange))
+    return _sums([*(event.up for event in select(events, Trained, exchange)), *failed])
 
 
 def mean_over_tasks(scores: Mapping[str, float], tasks: Collection[str]) -> float | None:
@@ -689,7 +691,16 @@ def _groups(groups: Mapping[str, Sequence[str]], width: int | None) -> str:
     return f"per task, of {sizes} clients" if len(sizes) <= width else f"in {len(groups)} tasks"
 
 
-def _loss_key(name: str) -> str:
+def _sums(messages: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return part → bytes summed over messages, without parts that never had any."""
+    sums = Counter[str]()
+    for sizes in messages:
+        sums.update(sizes)
+    return {part: size for part, size in sums.items() if size}
+
+
+def loss_key(name: str) -> str:
+    """Return the key of a loss in the file and in logs: ``loss``, or ``loss_<part>``."""
     return "loss" if name == "total" else f"loss_{name}"
 
 

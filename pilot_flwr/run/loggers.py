@@ -1,12 +1,12 @@
-"""Live logs of a run: its events as numbers over exchanges, in TensorBoard and Weights & Biases.
+"""Log a run's numbers over its exchanges to TensorBoard and Weights & Biases.
 
 Both get the same numbers, made by `Numbers`; an exchange is a step. To add a number, add it there;
-to add a place to log to, write a class with `log`, `repeat` and `close` and name it in `_open`. A
-log that fails is told about and left alone from then on: it never stops a run.
+to add a logger, write a `MetricLogger` and name it in `_open`. A failing logger is reported once,
+then disabled; it never stops a run.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +14,22 @@ from typing import Any, Protocol
 from pilot_flwr.config.loading import to_dict, to_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.metrics.score import mean_of_all
-from pilot_flwr.run.directory import Event, RunFolder
+from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.events import (
+    ClientFailed,
+    Evaluated,
+    EvaluationClosed,
+    Event,
+    ExchangeClosed,
+    ExchangeRepeated,
+    InstructionSent,
+    RosterCalled,
+    Trained,
+    loss_key,
+    mean_over_tasks,
+    task_scores,
+    tasks_of,
+)
 
 logger = logging.getLogger("flwr")
 
@@ -24,16 +38,16 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricLogger(Protocol):
-    """Where numbers go."""
+    """Takes numbers, by exchange."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of an exchange."""
+        """Log the numbers of an exchange."""
 
     def repeat(self, step: int) -> None:
-        """Forget what was logged of an exchange and those behind it: it is done again."""
+        """Discard what was logged of an exchange and those behind it, because it is repeated."""
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write out the rest."""
 
 
 class Numbers:
@@ -42,58 +56,56 @@ class Numbers:
     Names are ``what/whose``: ``score/<client>``, ``loss/<client>``, ``loss_<part>/<client>``,
     ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>``, and ``task_score/mean`` of
     the exchanges in which every task of the run has a score; and of the whole exchange
-    ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``. What the closing
-    evaluation takes is ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange on.
+    ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``. The closing evaluation
+    has ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange later.
     """
 
     def __init__(self) -> None:
-        self._scores: dict[int, dict[str, dict[str, tuple[float, int]]]] = {}
+        self._rosters: list[Event] = []
+        self._scored: dict[tuple[int, str], Evaluated] = {}
         self._sums: dict[str, float] = {}
-        self._tasks: set[str] = set()
 
     def of(self, event: Event) -> tuple[int, dict[str, float]] | None:
         """Return the exchange and the numbers of an event, None if it has none."""
-        kind = event["event"]
-        if kind == "roster":
-            self._tasks |= {client["task"] for client in event["clients"]}
-        elif kind == "evaluate":
-            self._tasks.add(event["task"])
-            by_task = self._scores.setdefault(event["round"], {}).setdefault(event["task"], {})
-            by_task[event["client"]] = (event["score"], event["examples"])
-            return event["round"], {f"score/{event['client']}": event["score"]}
-        if kind == "train":
-            self._add("bytes_up", sum(event["up"].values()))
-            return event["round"], _training(event)
-        if kind == "order":
-            self._add("bytes_down", sum(event["down"].values()))
-        elif kind == "failure":
-            self._add("failures", 1)
-            self._add("bytes_up", sum((event.get("up") or {}).values()))
-        elif kind == "repeat":
-            self._sums = {}
-        elif kind == "round":
-            values = {"failures": 0.0} | self._sums | {"seconds": event["seconds"]}
-            self._sums = {}
-            return event["round"], {f"exchange/{name}": value for name, value in values.items()}
-        elif kind == "closing_evaluation":
-            values = {"bytes_down": self._sums.get("bytes_down", 0.0), "seconds": event["seconds"]}
-            self._sums = {}
-            found = {f"closing_evaluation/{name}": value for name, value in values.items()}
-            return event["round"] + 1, found
+        match event:
+            case RosterCalled():
+                self._rosters.append(event)
+            case Evaluated():  # of a repeated exchange, the last one counts
+                self._scored[event.exchange, event.client] = event
+                return event.exchange, {f"score/{event.client}": event.score}
+            case Trained():
+                self._add("bytes_up", sum(event.up.values()))
+                return event.exchange, _training(event)
+            case InstructionSent():
+                self._add("bytes_down", sum(event.down.values()))
+            case ClientFailed():
+                self._add("failures", 1)
+                self._add("bytes_up", sum((event.up or {}).values()))
+            case ExchangeRepeated():
+                self._sums = {}
+            case ExchangeClosed():
+                values = {"failures": 0.0} | self._sums | {"seconds": event.seconds}
+                self._sums = {}
+                return event.exchange, {f"exchange/{name}": v for name, v in values.items()}
+            case EvaluationClosed():
+                down, self._sums = self._sums.get("bytes_down", 0.0), {}
+                return event.exchange + 1, {
+                    "closing_evaluation/bytes_down": down,
+                    "closing_evaluation/seconds": event.seconds,
+                }
         return None
 
     def of_tasks(self, event: Event) -> tuple[int, dict[str, float]] | None:
-        """Return the tasks' scores, when an event says that all clients have been asked."""
-        last = {"round": -1, "closing_evaluation": 0}.get(event["event"])
-        if last is None or not (there := self._scores.get(event["round"] + last)):
+        """Return the tasks' scores once an event says that all clients have been asked."""
+        if not isinstance(event, ExchangeClosed | EvaluationClosed):
             return None
-        means = {}
-        for task, clients in there.items():
-            examples = sum(count for _, count in clients.values())
-            means[task] = sum(score * count for score, count in clients.values()) / examples
-        values = {f"task_score/{task}": mean for task, mean in means.items()}
-        mean = mean_of_all(means, self._tasks)
-        return event["round"] + last, values | ({} if mean is None else {"task_score/mean": mean})
+        number = event.exchange - isinstance(event, ExchangeClosed)
+        scored = self._scored.values()
+        scores = task_scores(scored, number)
+        mean = mean_over_tasks(scores, tasks_of([*self._rosters, *scored]))
+        values = {f"task_score/{task}": score for task, score in scores.items()}
+        values |= {} if mean is None else {"task_score/mean": mean}
+        return (number, values) if values else None
 
     def _add(self, name: str, value: float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
@@ -103,41 +115,33 @@ class Numbers:
 def live_logs(
     config: PilotConfig, folder: RunFolder, *, name: str, after: int | None
 ) -> Iterator[Callable[[Event], None]]:
-    """Open the logs that the configuration asks for; yield what takes the run's events.
+    """Open the loggers that the configuration asks for; yield what takes the run's events.
 
-    Parameters
-    ----------
-    config : PilotConfig
-        The run's.
-    folder : RunFolder
-        TensorBoard's files and Weights & Biases' own go there.
-    name : str
-        The run's name, the same when it is resumed.
-    after : int, optional
-        The exchange after which the run goes on, None if it begins.
+    `name` is the run's, the same when it is resumed; `after` is the exchange after which it
+    resumes, None if it is new.
 
     Raises
     ------
     ConfigError
         `run.wandb` is on, but Weights & Biases is not installed.
     """
-    places = _open(config, folder.path, name, after)
+    loggers = _open(config, folder.path, name, after)
     numbers = Numbers()
-    for event in folder.select("roster"):  # of a resumed run: which tasks it has
+    for event in folder.select(RosterCalled):  # of a resumed run: which tasks it has
         numbers.of(event)
 
     def take(event: Event) -> None:
-        if event["event"] == "repeat":
-            _each(places, lambda place: place.repeat(event["round"]))
+        if isinstance(event, ExchangeRepeated):
+            _each(loggers, lambda log: log.repeat(event.exchange))
         for found in (numbers.of(event), numbers.of_tasks(event)):
             if found:
                 step, values = found
-                _each(places, lambda place, s=step, v=values: place.log(s, v))  # type: ignore[misc]
+                _each(loggers, lambda log, s=step, v=values: log.log(s, v))  # type: ignore[misc]
 
     try:
         yield take
     finally:
-        _each(places, lambda place: place.close())
+        _each(loggers, lambda log: log.close())
 
 
 def _open(config: PilotConfig, folder: Path, name: str, after: int | None) -> list[MetricLogger]:
@@ -153,37 +157,30 @@ def _open(config: PilotConfig, folder: Path, name: str, after: int | None) -> li
                 "pip install 'pilot-flwr[wandb]'."
             ) from None
         wanted.append(lambda: WeightsAndBiases(folder, config, name))
-    places = []
-    for opened in wanted:
+    opened = []
+    for open_logger in wanted:
         try:
-            places.append(opened())
+            opened.append(open_logger())
         except Exception as error:
-            logger.warning("A live log cannot be opened: %s: %s", type(error).__name__, error)
-    return places
+            logger.warning("A logger cannot be opened: %s: %s", type(error).__name__, error)
+    return opened
 
 
-def _each(places: list[MetricLogger], do: Callable[[MetricLogger], None]) -> None:
-    """Do something in every place; one that fails is left out from then on."""
-    for place in list(places):
+def _each(loggers: list[MetricLogger], do: Callable[[MetricLogger], None]) -> None:
+    """Call every logger; one that fails is reported once, then disabled."""
+    for log in list(loggers):
         try:
-            do(place)
+            do(log)
         except Exception as error:
-            places.remove(place)
-            kind = type(place).__name__
-            logger.warning("%s fails and gets no more: %s: %s", kind, type(error).__name__, error)
+            loggers.remove(log)
+            kind = type(log).__name__
+            logger.warning("%s failed and is disabled: %s: %s", kind, type(error).__name__, error)
 
 
 class TensorBoard:
-    """TensorBoard's event files.
+    """TensorBoard's event files; the configuration is shown under Text.
 
-    Parameters
-    ----------
-    folder : Path
-        Gets them.
-    config : PilotConfig
-        Shown under Text.
-    after : int, optional
-        As in `live_logs`; what earlier files say of later exchanges is not shown any more.
+    What earlier files say of exchanges behind `after`, as in `live_logs`, is no longer shown.
     """
 
     def __init__(self, folder: Path, config: PilotConfig, after: int | None) -> None:
@@ -199,7 +196,7 @@ class TensorBoard:
         self._writer.flush()
 
     def repeat(self, step: int) -> None:
-        """Go on in a new file that takes back this exchange."""
+        """Continue in a new file that purges this exchange."""
         self._writer.close()
         self._writer = self._open(step)
 
@@ -214,16 +211,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; its account and server come from the user's environment.
+    """A run of Weights & Biases, resumed by `name`; its files go to ``wandb/`` in `folder`.
 
-    Parameters
-    ----------
-    folder : Path
-        Its own files go to ``wandb/`` there.
-    config : PilotConfig
-        Every setting is sent; `run.wandb` and `run.wandb_project` say how and where to.
-    name : str
-        Tells the run from all others, so that it goes on there when it is resumed.
+    Every setting is sent. Account and server come from the user's environment.
     """
 
     def __init__(self, folder: Path, config: PilotConfig, name: str) -> None:
@@ -247,19 +237,14 @@ class WeightsAndBiases:
         self._run.log({"exchange": step, **values})
 
     def repeat(self, step: int) -> None:
-        """Nothing can be taken back; the repeated exchange is logged behind it."""
+        """Do nothing: what was sent cannot be discarded, so the exchange is logged twice."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the rest."""
         self._run.finish()
 
 
-def _training(event: Event) -> dict[str, float]:
-    client = event["client"]
-    names: Sequence[str] = [key for key in event if key.startswith("loss")]
-    values = {
-        f"{key}/{client}": event[key]
-        for key in (*names, "seconds", "epsilon")
-        if event.get(key) is not None
-    }
-    return values
+def _training(event: Trained) -> dict[str, float]:
+    values = {loss_key(name): loss for name, loss in event.losses.items()}
+    values |= {"seconds": event.seconds, "epsilon": event.epsilon}
+    return {f"{key}/{event.client}": v for key, v in values.items() if v is not None}

@@ -1,17 +1,18 @@
-"""Whether a run succeeded, and if not, who failed where and why, in a few lines.
+"""Decide whether a run succeeded, and explain a failure in a few lines.
 
-Flower calls a run completed whatever its clients did, so that its word alone is not enough:
-a run has succeeded if Flower says ``finished:completed`` and the ServerApp, as its last act,
-wrote a ``result.json`` that says ``completed`` and names no failure.
+Flower calls a run completed whatever its clients did. A run has succeeded if Flower says
+``finished:completed`` and the ServerApp, as its last act, reported ``completed`` without failures:
+in ``result.json``, or in its log where the run folder is on another machine.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pilot_flwr.formatting import headline, plain
+from pilot_flwr.run.events import ClientFailed, failure_line, select
 from pilot_flwr.run.progress import EventTail
 
 COMPLETED = "finished:completed"
@@ -23,14 +24,8 @@ TAIL_LINES = 15
 class RunStatus:
     """What Flower says about a run.
 
-    Parameters
-    ----------
-    status : str
-        Flower's word, for instance ``running`` or ``finished:failed``; empty if unknown.
-    details : str
-        Flower's explanation, or what the launcher itself saw.
-    lost : bool
-        Whether a process of the simulation has gone without a word.
+    `status` is for instance ``running`` or ``finished:failed``, empty if unknown; `details` is
+    Flower's explanation, or what the launcher observed; `lost` says that a process died.
     """
 
     status: str
@@ -39,15 +34,47 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the run has ended."""
         return self.status.startswith("finished")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Success or not, with the lines that explain a failure.
+class RunResult:
+    """How a run ended, as its ServerApp reports it.
 
-    `restartable` says that a process died, so that the run may go on from its last checkpoint.
+    `folder` is the run folder on the server, `status` is ``completed`` or ``failed``, `error` what
+    stopped the run, `failures` counts the clients' failures of all exchanges and `reasons` has the
+    first few, a line each.
+    """
+
+    folder: str
+    status: str
+    error: str
+    failures: int
+    reasons: tuple[str, ...]
+    seconds: float
+
+    @classmethod
+    def of(cls, folder: Path, result: Mapping[str, Any]) -> "RunResult":
+        """Return the report of a ``result.json``, whatever it lacks."""
+        rows = result.get("failures")
+        rows = rows if isinstance(rows, list) else []
+        seconds = result.get("seconds")
+        return cls(
+            folder=str(folder),
+            status=str(result.get("status")),
+            error=str(result.get("error") or ""),
+            failures=len(rows),
+            reasons=tuple(_describe(row) for row in rows[:SHOWN_FAILURES]),
+            seconds=seconds if isinstance(seconds, int | float) else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Success or failure, with the lines that explain a failure.
+
+    `restartable` says that a process died, so that the run may resume from its last checkpoint.
     """
 
     succeeded: bool
@@ -56,82 +83,72 @@ class Outcome:
 
 
 def evaluate_outcome(status: RunStatus, folder: Path) -> Outcome:
-    """Decide from Flower's status and the run folder whether a run can be trusted.
+    """Decide from Flower's last status and the run folder."""
+    content, defect = _read(folder / "result.json")
+    result = RunResult.of(folder, content)
+    if defect and not result.failures:  # those that were recorded as they happened
+        failed = select(EventTail(folder / "metrics.jsonl").read(), ClientFailed)
+        lines = tuple(event.line for event in failed[:SHOWN_FAILURES])
+        result = replace(result, failures=len(failed), reasons=lines)
+    log = folder / "logs" / "flower.log"
+    outcome = evaluate_result(status, result, f"Full log: {log}", defect=defect)
+    if outcome.succeeded:
+        return outcome
+    explanation = outcome.explanation
+    if not (result.failures or result.error or "exception" in status.details):
+        tail = _tail(log) or _tail(log.with_name("superlink.log"))
+        explanation = (*explanation[:-1], *tail, explanation[-1])
+    restartable = status.lost or content.get("restartable") is True
+    return Outcome(False, explanation, restartable)
 
-    Parameters
-    ----------
-    status : RunStatus
-        The last one that was seen.
-    folder : Path
-        The run folder.
 
-    Returns
-    -------
-    Outcome
-        Of a failure, `explanation` has the reasons first and the logs' places last.
+def evaluate_result(
+    status: RunStatus, result: RunResult | None, full_log: str, *, defect: str = ""
+) -> Outcome:
+    """Decide from Flower's last status and the ServerApp's report, None if there is none.
+
+    `full_log` is the explanation's last line; `defect` says why the report cannot be trusted.
     """
-    result, defect = _read_result(folder / "result.json")
-    failures = _failures(result.get("failures"))
-    reasons: list[str] = []
-    explained = bool(failures or result.get("error") or "exception" in status.details)
-    error = _reason(str(result.get("error") or ""))
+    if result is None:
+        result = RunResult("", "", "", 0, (), 0.0)
+        defect = defect or "The ServerApp's log has no verdict: it did not reach its end."
+    error = _reason(result.error)
+    reasons = [error] if error else []
     details = _reason(status.details).removeprefix("Simulation failed with exception: ")
-    reasons += [error] if error else []
     if details not in ("", "N/A") and details not in error:  # the app's error says it already
         reasons.append(details)
     if status.status != COMPLETED:
         reasons.append(f"Flower's status of the run: {status.status or 'unknown'}.")
     if defect:
         reasons.append(defect)
-        failures = failures or _reported(folder / "metrics.jsonl")
-    elif result.get("status") != "completed":
-        reasons.append(f"result.json says {result.get('status')!r}, not 'completed'.")
-    if not isinstance(result.get("failures", []), list):
-        reasons.append("result.json: `failures` is not a list.")
-    if not reasons and not failures:
+    elif result.status != "completed":
+        reasons.append(f"The ServerApp's result is {result.status!r}, not 'completed'.")
+    if not reasons and not result.failures:
         return Outcome(succeeded=True)
-    lines = [*_describe(failures), *dict.fromkeys(reasons)]
-    if not explained:
-        lines += _tail(folder / "logs" / "flower.log") or _tail(folder / "logs" / "superlink.log")
-    restartable = status.lost or result.get("restartable") is True
-    return Outcome(False, (*lines, f"Full log: {folder / 'logs' / 'flower.log'}"), restartable)
+    lines = list(result.reasons)
+    if (more := result.failures - len(lines)) > 0:
+        lines.append(f"... and {more} more failures.")
+    return Outcome(False, tuple(dict.fromkeys([*lines, *reasons, full_log])))
 
 
-def _read_result(path: Path) -> tuple[dict[str, Any], str]:
+def _read(path: Path) -> tuple[dict[str, Any], str]:
     """Return the result, and what is wrong with the file (or nothing)."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, "The ServerApp wrote no result.json: it did not reach its end."
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"{path} cannot be read: {error}."
     if not isinstance(result, dict):
         return {}, f"{path} is not a JSON object."
-    if "failures" not in result:
+    if not isinstance(result.get("failures"), list):
         return result, f"{path} has no list of `failures`."
     return result, ""
 
 
-def _failures(value: object) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list):
-        return []
-    return [row if isinstance(row, dict) else {"reason": str(row)} for row in value]
-
-
-def _reported(metrics: Path) -> list[Mapping[str, Any]]:
-    """Failures that were reported as they happened, for a run that left no result."""
-    return [event for event in EventTail(metrics).read() if event.get("event") == "failure"]
-
-
-def _describe(failures: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        f"Client {row.get('client', '?')} failed in exchange {row.get('round', '?')} "
-        f"({row.get('phase', '?')}): {headline(str(row.get('reason', '')))}"
-        for row in failures[:SHOWN_FAILURES]
-    ]
-    if len(failures) > SHOWN_FAILURES:
-        lines.append(f"... and {len(failures) - SHOWN_FAILURES} more failures.")
-    return lines
+def _describe(row: object) -> str:
+    row = row if isinstance(row, dict) else {"reason": row}
+    return failure_line(*(row.get(key, "?") for key in ("client", "round", "phase", "reason")))
 
 
 def _reason(text: str) -> str:

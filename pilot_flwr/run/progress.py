@@ -1,14 +1,10 @@
-"""Growing files, read by what is new in them: lines, and events as JSON lines.
+"""Live output of a run: the lines of ``metrics.jsonl`` as text, while they are written.
 
-Live output of a run: the lines of ``metrics.jsonl``, as text, while they are written.
-
-The ServerApp appends one JSON object per line as things happen; `EventTail` reads what is new
-and `Progress` words it: one line per client and exchange, under a heading per exchange. To show
-another event, add a function to `Progress._words`. Unknown events and keys are passed over.
+The ServerApp appends one JSON object per event. `EventTail` reads what is new, and `Progress` words
+it: one line per client and exchange, under a heading per exchange. To show another kind of event,
+add a method to `Progress` and to its table. Unknown kinds and keys are ignored.
 """
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -16,40 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.formatting import count, headline, human_bytes, human_seconds, plain
-
-
-class EventTail:
-    """Read a growing file of JSON lines.
-
-    Attributes
-    ----------
-    unreadable : int
-        Complete lines so far that were no JSON object.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.unreadable = 0
-        self._lines = LineTail(path)
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the events since the last call; a line still being written waits."""
-        events = []
-        for line in self._lines.read():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict):
-                events.append(event)
-            elif line.strip():
-                self.unreadable += 1
-        return events
+from pilot_flwr.run.events import (
+    LOSS_PARTS,
+    Aggregated,
+    ClientFailed,
+    ClientWarning,
+    Evaluated,
+    Event,
+    ExchangeClosed,
+    ExchangeRepeated,
+    NormChecked,
+    Resumed,
+    RosterCalled,
+    Trained,
+    aggregation_lines,
+    parse_event,
+)
 
 
 class LineTail:
     """Read a growing text file by complete lines; the file need not exist yet.
 
-    If another file takes its place, that is read from its beginning.
+    If another file replaces it, that one is read from its beginning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +42,7 @@ class LineTail:
         self._file: int | None = None
 
     def read(self) -> list[str]:
-        """Return the lines completed since the last call, without their ends."""
+        """Return the lines completed since the last call, without line ends."""
         try:
             with self._path.open("rb") as stream:
                 file = os.fstat(stream.fileno()).st_ino
@@ -73,8 +57,22 @@ class LineTail:
         return complete.decode("utf-8", errors="replace").splitlines()
 
 
-Event = Any  # TODO: typed
-LOSS_PARTS = ("ce", "difference", "balance", "z", "proximal")
+class EventTail:
+    """Read a growing file of events; `unreadable` counts the complete lines that were none."""
+
+    def __init__(self, path: Path) -> None:
+        self.unreadable = 0
+        self._lines = LineTail(path)
+
+    def read(self) -> list[Event]:
+        """Return the events since the last call; an incomplete line waits."""
+        events = []
+        for line in filter(str.strip, self._lines.read()):
+            try:
+                events.append(parse_event(line))
+            except ValueError:
+                self.unreadable += 1
+        return events
 
 
 class Progress:
@@ -85,139 +83,119 @@ class Progress:
         self._scores: dict[str, str] = {}
         self._client_width = 8
         self._task_width = 6
-
-    def lines(self, event: Event) -> list[str]:
-        """Return the lines to print for one event: none for an unknown or unusable one."""
-        words = self._words().get(str(event.get("event")))
-        return words(event) if words else []
-
-    def _words(self) -> dict[str, Callable[[Event], list[str]]]:
-        return {
-            "roster": self._roster,
-            "evaluate": self._evaluate,
-            "train": self._train,
-            "failure": self._failure,
-            "update_norm": self._update_norm,
-            "resume": self._resume,
-            "repeat": self._repeat,
-            "warning": self._warning,
-            "aggregate": self._aggregate,
-            "round": self._round,
+        self._words: dict[type[Event], Callable[[Any], list[str]]] = {
+            RosterCalled: self._roster,
+            Evaluated: self._evaluated,
+            Trained: self._trained,
+            ClientFailed: self._failed,
+            NormChecked: self._norm_checked,
+            ClientWarning: self._warning,
+            Aggregated: self._aggregated,
+            ExchangeRepeated: self._repeated,
+            ExchangeClosed: self._closed,
+            Resumed: self._resumed,
         }
 
-    def _heading(self, event: Event, about: str = "") -> list[str]:
+    def lines(self, event: Event) -> list[str]:
+        """Return the lines to print for an event, none if its kind is not shown."""
+        words = self._words.get(type(event))
+        return words(event) if words else []
+
+    def _heading(self, number: int, about: str = "") -> list[str]:
         """Open a new exchange.
 
         Scores of the exchange before may arrive together with the training of the next: they
-        say themselves which one they belong to, and never lead back to an old heading.
+        say themselves which one they belong to, and never return to an old heading.
         """
-        number = _integer(event, "round")
-        if number is None or (self._exchange is not None and number <= self._exchange):
+        if self._exchange is not None and number <= self._exchange:
             return []
         self._exchange = number
         return ["", f"Exchange {number}{about}" if number else "Before training"]
 
-    def _row(self, event: Event, *cells: str) -> str:
-        client = str(event.get("client", "?")).ljust(self._client_width)
-        task = str(event.get("task", "")).ljust(self._task_width)
-        return f"  {client}  {task}  {'   '.join(cell for cell in cells if cell)}".rstrip()
+    def _row(self, client: str, task: str, *cells: str) -> str:
+        names = f"  {client.ljust(self._client_width)}  {task.ljust(self._task_width)}"
+        return f"{names}  {'   '.join(filter(None, cells))}".rstrip()
 
-    def _roster(self, event: Event) -> list[str]:
-        clients = event.get("clients")
-        rows = clients if isinstance(clients, list) else []
-        rows = [row for row in rows if isinstance(row, dict)]
-        names = [len(str(row.get("client", ""))) for row in rows]
-        tasks = [len(str(row.get("task", ""))) for row in rows]
-        self._client_width = max([self._client_width, *names])
-        self._task_width = max([self._task_width, *tasks])
-        stages = sorted({str(row["stage"]) for row in rows if row.get("stage") is not None})
-        about = f": {count(len(rows), 'client')}"
-        if stages:
+    def _roster(self, event: RosterCalled) -> list[str]:
+        for entry in event.clients:
+            self._client_width = max(self._client_width, len(entry.client))
+            self._task_width = max(self._task_width, len(entry.task))
+        about = f": {count(len(event.clients), 'client')}"
+        if stages := sorted({str(entry.stage) for entry in event.clients}):
             about += f", stage {' and '.join(stages)}"
-        return self._heading(event, about)
+        return self._heading(event.exchange, about)
 
-    def _evaluate(self, event: Event) -> list[str]:
+    def _evaluated(self, event: Evaluated) -> list[str]:
         """Keep the score of an incoming model for the client's training line; show a last one."""
-        number = _integer(event, "round")
-        score = _number(event, "score")
-        cell = f"{event.get('metric', 'score')} {'?' if score is None else f'{score:.3f}'}"
-        if number is not None and self._exchange is not None and number < self._exchange:
-            self._scores[str(event.get("client"))] = cell
+        cell = f"{event.metric} {event.score:.3f}"
+        if self._exchange is not None and event.exchange < self._exchange:
+            self._scores[event.client] = cell
             return []
-        when = "" if number is None else f"after exchange {number}"
-        when = "before training" if number == 0 else when
-        return [*self._heading(event), self._row(event, cell, when, *_effort(event))]
+        when = f"after exchange {event.exchange}" if event.exchange else "before training"
+        effort = f"{event.examples} examples", human_seconds(event.seconds)
+        heading = self._heading(event.exchange)
+        return [*heading, self._row(event.client, event.task, cell, when, *effort)]
 
-    def _train(self, event: Event) -> list[str]:
-        heading = self._heading(event)
-        loss = _number(event, "loss")
-        parts = [(part, _number(event, f"loss_{part}")) for part in LOSS_PARTS]
-        detail = ", ".join(
-            f"{part} {value:.3g}" for part, value in parts if value is not None and value != 0
-        )
-        before = self._scores.pop(str(event.get("client")), "")
+    def _trained(self, event: Trained) -> list[str]:
+        heading = self._heading(event.exchange)
+        parts = ((part, event.losses.get(part)) for part in LOSS_PARTS)
+        detail = ", ".join(f"{part} {loss:.3g}" for part, loss in parts if loss)
+        before = self._scores.pop(event.client, "")
+        shown = "loss withheld" if event.loss is None else f"loss {event.loss:.3f}"
+        if event.epsilon is not None and event.delta is not None:
+            shown = f"ε {event.epsilon:.4g} at δ {event.delta:g}, {shown}"
         row = self._row(
-            event,
+            event.client,
+            event.task,
             f"{before} before," if before else "",
-            _private(event) or f"loss {'?' if loss is None else f'{loss:.3f}'}",
+            shown,
             f"({detail})".ljust(40) if detail else "",
-            *_effort(event),
-            *_traffic(event),
+            f"{event.examples} examples",
+            f"{event.steps} steps",
+            human_seconds(event.seconds),
+            f"down {human_bytes(event.bytes_down)}",
+            f"up {human_bytes(event.bytes_up)}",
         )
         return [*heading, row]
 
-    def _failure(self, event: Event) -> list[str]:
-        phase = event.get("phase", "?")
-        row = self._row(event, f"FAILED in {phase}: {headline(str(event.get('reason', '')))}")
-        return [*self._heading(event), row]
+    def _failed(self, event: ClientFailed) -> list[str]:
+        row = self._row(event.client, "", f"FAILED in {event.phase}: {headline(event.reason)}")
+        return [*self._heading(event.exchange), row]
 
-    def _resume(self, event: Event) -> list[str]:
-        number = _integer(event, "round") or 0
-        self._exchange, self._scores = number or None, {}
-        where = f"after exchange {number}" if number else "from the beginning"
-        passed_over = event.get("passed_over")
-        reasons = passed_over if isinstance(passed_over, list) else []
-        return ["", f"Resumed {where}", *(f"  passed over: {plain(str(r))}" for r in reasons)]
-
-    def _repeat(self, event: Event) -> list[str]:
-        number = _integer(event, "round")
-        self._exchange = None if number is None else number - 1
-        return [f"  {headline(str(event.get('reason', '')))} Waiting; the exchange is repeated."]
-
-    def _update_norm(self, event: Event) -> list[str]:
-        """Show what was done about a norm; what was rejected is a failure and shown as one."""
-        if event.get("action") not in ("warned", "clipped"):
+    def _norm_checked(self, event: NormChecked) -> list[str]:
+        """Show a norm above its bound; a rejected update is a failure and shown as one."""
+        if event.action not in ("warned", "clipped"):
             return []
-        action = str(event["action"]).upper()
-        return [*self._heading(event), self._row(event, f"{action}: {event.get('reason', '')}")]
+        row = self._row(event.client, "", f"{event.action.upper()}: {event.reason}")
+        return [*self._heading(event.exchange), row]
 
-    def _warning(self, event: Event) -> list[str]:
-        return [*self._heading(event), self._row(event, f"WARNING: {event.get('text', '')}")]
+    def _warning(self, event: ClientWarning) -> list[str]:
+        row = self._row(event.client, "", f"WARNING: {event.text}")
+        return [*self._heading(event.exchange), row]
 
-    def _aggregate(self, event: Event) -> list[str]:
-        clients = _integer(event, "clients")
-        what = "" if clients is None else f" {count(clients, 'client')}"
-        return [*self._heading(event), f"  aggregated{what}{_lasting(event)}"]
+    def _aggregated(self, event: Aggregated) -> list[str]:
+        done = f"  aggregated {count(event.clients, 'client')} in {human_seconds(event.seconds)}: "
+        return [*self._heading(event.exchange), done + "; ".join(aggregation_lines(event))]
 
-    def _round(self, event: Event) -> list[str]:
-        number, total = _integer(event, "round"), _integer(event, "exchanges")
-        if number is None:
-            return []
-        of_total = "" if total is None else f" of {total}"
-        return [*self._heading(event), f"  exchange {number}{of_total} done{_lasting(event)}"]
+    def _repeated(self, event: ExchangeRepeated) -> list[str]:
+        self._exchange = event.exchange - 1
+        return [f"  {headline(event.reason)} Waiting; the exchange is repeated."]
+
+    def _closed(self, event: ExchangeClosed) -> list[str]:
+        done = f"exchange {event.exchange} of {event.exchanges} done"
+        heading = self._heading(event.exchange)
+        return [*heading, f"  {done} in {human_seconds(event.seconds)}"]
+
+    def _resumed(self, event: Resumed) -> list[str]:
+        self._exchange, self._scores = event.exchange or None, {}
+        where = f"after exchange {event.exchange}" if event.exchange else "from the beginning"
+        return ["", f"Resumed {where}", *(f"  passed over: {plain(r)}" for r in event.passed_over)]
 
 
 class ProgressPrinter:
-    """Print a run's progress as its files grow, and a sign of life when they do not.
+    """Print a run's events, and the lines of a log if one is given, as their files grow.
 
-    Parameters
-    ----------
-    metrics : Path
-        The run's ``metrics.jsonl``.
-    log : Path or None
-        A log to show line by line as well.
-    out : callable
-        Takes one line.
+    While neither does, a sign of life is printed at growing intervals.
     """
 
     FIRST_SIGN_SECONDS = 60.0
@@ -233,15 +211,16 @@ class ProgressPrinter:
         self._patience = self.FIRST_SIGN_SECONDS
 
     def begin_with(self, flower_run: str) -> None:
-        """Pass over all events before the ``resume`` event of a run with this id of Flower's."""
+        """Skip all events before the `Resumed` event with this Flower run id."""
         self._begins = flower_run
 
     def show(self) -> None:
         """Print what is new."""
         lines = [plain(line) for line in self._log.read()] if self._log else []
         for event in self._events.read():
-            if self._begins and str(event.get("flower_run")) != self._begins:
-                continue
+            if self._begins:
+                if not (isinstance(event, Resumed) and event.flower_run == self._begins):
+                    continue
             self._begins = ""
             lines += self._progress.lines(event)
         for line in lines:
@@ -259,50 +238,3 @@ class ProgressPrinter:
         self.show()
         if self._events.unreadable:
             self._out(f"  {count(self._events.unreadable, 'line')} of metrics.jsonl unreadable")
-
-
-def _private(event: Event) -> str:
-    """Return what a private upload has cost, with the loss if there is any."""
-    epsilon, delta, loss = (_number(event, key) for key in ("epsilon", "delta", "loss"))
-    if epsilon is None or delta is None:
-        return ""
-    shown = "loss withheld" if loss is None else f"loss {loss:.3f}"
-    return f"ε {epsilon:.4g} at δ {delta:g}, {shown}"
-
-
-def _effort(event: Event) -> list[str]:
-    counts = [(key, _integer(event, key)) for key in ("examples", "steps")]
-    cells = [f"{count} {key}" for key, count in counts if count is not None]
-    seconds = _finite(event, "seconds")
-    return cells if seconds is None else [*cells, human_seconds(seconds)]
-
-
-def _traffic(event: Event) -> list[str]:
-    sizes = [(way, _finite(event, f"bytes_{way}")) for way in ("down", "up")]
-    return [f"{way} {human_bytes(size)}" for way, size in sizes if size is not None]
-
-
-def _lasting(event: Event) -> str:
-    seconds = _finite(event, "seconds")
-    return "" if seconds is None else f" in {human_seconds(seconds)}"
-
-
-def _number(event: Event, key: str) -> float | None:
-    """Return a number, NaN included: a loss that is NaN must be seen."""
-    value = event.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # a whole number beyond floating point
-        return None
-
-
-def _finite(event: Event, key: str) -> float | None:
-    value = _number(event, key)
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _integer(event: Event, key: str) -> int | None:
-    value = _finite(event, key)
-    return None if value is None else int(value)

@@ -1,18 +1,14 @@
-"""Which code a run was made by: commit and versions, written into its folder at the start.
+"""Record the code and the settings that a run's results depend on, and compare them on resume.
 
 ``code.json`` of a run folder::
 
     {"commit": "…", "changed": false, "versions": {"python": "3.11.7", "torch": "…", …}}
 
-A run that goes on under other code than it began with has that of each time in ``resumed_with``.
+A run that is resumed under other code has that of each resumption in ``resumed_with``. Flower runs
+the app from a copy without history, so the launcher writes the file where it can see the checkout;
+a ServerApp that finds none writes what it knows itself.
 
-Flower runs the app from a copy that has no history, so the launcher writes the file where it can
-see the checkout; a ServerApp that finds none writes what it knows itself.
-
-Which run it is, and which settings its results depend on: they stay when it is resumed.
-
-To let another setting change from one part of a run to the next, add it to `FREE`; it must not be
-able to change a result.
+To let another setting change on resume, add it to `FREE`; it must not be able to change a result.
 """
 
 import functools
@@ -40,19 +36,10 @@ _PATHS = ("pilot_flwr", "conf", "pyproject.toml")
 
 
 def provenance(checkout: Path | None = None) -> dict[str, Any]:
-    """Return commit and versions of the running code.
+    """Return commit and versions of the running code, by default of this package's checkout.
 
-    Parameters
-    ----------
-    checkout : Path, optional
-        The repository; by default that which this package is in.
-
-    Returns
-    -------
-    dict
-        ``commit``: 40 hex digits, None outside a git checkout. ``changed``: whether the package,
-        ``conf`` or ``pyproject.toml`` differ from it, None if unknown. ``versions``: by
-        distribution, None if it is not installed.
+    ``commit`` is None outside a git checkout, ``changed`` (whether the package, ``conf`` or
+    ``pyproject.toml`` differ from it) if unknown, a version if its distribution is not installed.
     """
     root = checkout or Path(__file__).resolve().parents[2]
     commit = _git(root, "rev-parse", "HEAD")
@@ -65,7 +52,7 @@ def provenance(checkout: Path | None = None) -> dict[str, Any]:
 
 
 def keep_provenance(folder: Path) -> None:
-    """Write `CODE` into a run folder; into one that is there, what differs from its last entry."""
+    """Write `CODE` into a run folder; append to one that is there if the code has changed."""
     now = _of_this_process()
     if not (folder / CODE).exists():
         content = now
@@ -81,12 +68,12 @@ def keep_provenance(folder: Path) -> None:
 
 @functools.cache
 def _of_this_process() -> dict[str, Any]:
-    """Return what `provenance` says when first asked: a commit made later is not what runs."""
+    """Cache `provenance`: a commit made later is not what runs."""
     return provenance()
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return what `CODE` of a run folder says; empty if there is none that can be read."""
+    """Return the content of `CODE` in a run folder, empty if there is none that can be read."""
     try:
         content = json.loads((folder / CODE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,7 +89,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Return what git says, None without git or where `root` itself is no checkout."""
+    """Return git's answer, None without git or where `root` itself is no checkout."""
     if not (root / ".git").exists():
         return None
     try:
@@ -129,25 +116,17 @@ FREE = (
     "train.log_every_seconds",
     "data.workers",
 )
-"""Settings, and groups of them, that cannot change a result."""
+"""Settings, and groups of settings, that cannot change a result."""
 
 ROUNDS = "strategy.rounds"
-"""May grow: then the run trains on."""
+"""May grow: then the run is trained further."""
 
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which run a checkpoint belongs to.
-
-    Attributes
-    ----------
-    name : str
-        The run's name, by which clients find their private states.
-    settings : str
-        Hash of the settings on which its results depend.
-    """
+    """A run's name, by which clients find their private states, and its `settings_hash`."""
 
     name: str = ""
     settings: str = ""
@@ -160,20 +139,7 @@ def settings_hash(config: PilotConfig) -> str:
 
 
 def differences(recorded: PilotConfig, config: PilotConfig) -> list[str]:
-    """Say which settings keep a run from being resumed with `config`.
-
-    Parameters
-    ----------
-    recorded : PilotConfig
-        The run's.
-    config : PilotConfig
-        Those given now.
-
-    Returns
-    -------
-    list of str
-        Field and both values of each; empty if the run can be resumed.
-    """
+    """Return which settings keep a recorded run from being resumed with `config`, a line each."""
     before, now = _fixed(recorded), _fixed(config)
     found = []
     for key in dict.fromkeys([*before, *now]):

@@ -1,162 +1,160 @@
-"""Tables of a run, made from its events: the timeline and the scores.
+"""Tables of a run from its events: the timeline and the scores, as rows and as Markdown.
 
-Everything here was observed: which parameters had a gradient is counted by the clients, bytes
-are those of the serialised arrays in the messages, and what the server did is what its
-aggregation returned.
+Everything here was observed: clients count the parameters that had a gradient, bytes are those of
+the serialised arrays in the messages, and what the server did is what its aggregation returned.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.formatting import human_bytes
-from pilot_flwr.metrics.registry import METRICS
-from pilot_flwr.metrics.score import mean_of_all
-from pilot_flwr.run.directory import Event, select, tasks_of
+from pilot_flwr.metrics import METRICS
+from pilot_flwr.run.events import (
+    Aggregated,
+    AggregationMethod,
+    ClientFailed,
+    Evaluated,
+    EvaluationClosed,
+    Event,
+    ExchangeClosed,
+    InstructionSent,
+    Trained,
+    aggregation_lines,
+    bytes_down,
+    bytes_up,
+    mean_over_tasks,
+    select,
+    symbol,
+    task_scores,
+    tasks_of,
+)
 
-
-def timeline(events: Sequence[Event]) -> str:
-    """Return a Markdown table with one row per exchange.
-
-    Parameters
-    ----------
-    events : sequence of dict
-        Lines of ``metrics.jsonl``.
-    """
-    rows = [
-        [
-            "exchange",
-            "stage: clients",
-            "parameters with gradients, per client",
-            "sent down",
-            "sent up",
-            "server",
-            "seconds",
-        ]
-    ]
-    for closed in select(events, "round"):
-        number = closed["round"]
-        trained = select(events, "train", number)
-        orders = select(events, "order", number)
-        failures = select(events, "failure", number)
-        rows.append(
-            [
-                f"{number} of {closed['exchanges']}",
-                "<br>".join(_stages(trained)) + (f"<br>failed: {len(failures)}" * bool(failures)),
-                "<br>".join(_gradients(trained)),
-                "<br>".join(_bytes(orders, "down")),
-                "<br>".join([*_bytes([*trained, *failures], "up"), *_spent(trained)]),
-                "<br>".join(_server(select(events, "aggregate", number))),
-                f"{closed['seconds']:.1f}",
-            ]
-        )
-    for closed in select(events, "closing_evaluation"):
-        # In earlier exchanges it is the clients that do not train that only evaluate.
-        orders = [e for e in select(events, "order") if e["round"] > closed["round"]]
-        scores = len(select(events, "evaluate", closed["round"]))
-        down = "<br>".join(_bytes(orders, "down"))
-        what = f"{len(orders)} clients"
-        rows.append(
-            ["evaluation", what, "none", down, f"{scores} scores", "", f"{closed['seconds']:.1f}"]
-        )
-    return (
-        "# What happened\n\nOne row per exchange, from what the run observed. "
-        "Bytes are those of the arrays, summed over the clients.\n\n" + markdown(rows)
-    )
-
-
-def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
-    """Return a Markdown table of scores: a row per task and their mean, a column per round.
-
-    It does not depend on the order in which scores came in. There is no mean of a round in which
-    a task of the run has no score.
-
-    Parameters
-    ----------
-    events : sequence of dict
-        Lines of ``metrics.jsonl``.
-    tasks : sequence of str
-        The rows' order; further tasks follow by name.
-    """
-    evaluated = sorted(select(events, "evaluate"), key=lambda event: str(event["client"]))
-    if not evaluated:
-        if any("epsilon" in event for event in select(events, "train")):
-            return "No evaluation: a private run without `privacy.send_metrics` sends no scores.\n"
-        return "No evaluation.\n"
-    rounds = sorted({event["round"] for event in evaluated})
-    scored = {event["task"] for event in evaluated}
-    ordered = [*(task for task in tasks if task in scored), *sorted(scored - set(tasks))]
-    header = ["task", "metric", "test examples"]
-    for number in rounds:
-        stages = sorted({str(event["stage"]) for event in select(events, "train", number)})
-        title = f"exchange {number}" + (f" (stage {' and '.join(stages)})" if stages else "")
-        header.append("zero-shot" if number == 0 else title)
-    rows = [header]
-    by_round: dict[int, dict[str, float]] = {number: {} for number in rounds}
-    for task in ordered:
-        mine = [event for event in evaluated if event["task"] == task]
-        row = [
-            task,
-            _metric(mine),
-            str(sum(e["examples"] for e in mine if e["round"] == rounds[0])),
-        ]
-        for number in rounds:
-            score = _weighted_score([e for e in mine if e["round"] == number])
-            row.append("–" if score is None else f"{score:.3f}")
-            if score is not None:
-                by_round[number][task] = score
-        rows.append(row)
-    means = [mean_of_all(by_round[number], tasks_of(events)) for number in rounds]
-    cells = ("–" if mean is None else f"**{mean:.3f}**" for mean in means)
-    rows.append(["**mean over tasks**", "", "", *cells])
-    ranges = {METRICS[event["metric"]].maximum for event in evaluated}
-    notes = []
-    if len(ranges) > 1:
-        notes.append("The metrics have different ranges: their mean is no figure to compare.")
-    if cut := sum(event.get("cut", 0) for event in evaluated if event["round"] == rounds[-1]):
-        notes.append(f"Of the last answers {cut} were cut off at `evaluation.max_new_tokens`.")
-    return markdown(rows) + "".join(f"\n{note}\n" for note in notes)
+Rows = list[list[str]]
+"""The header first; a cell may have several lines."""
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, columns aligned; the first row is the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    cells = [[cell.replace("\n", "<br>") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
+        for row in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
 
 
-def _metric(events: Sequence[Event]) -> str:
-    approximate = any(event.get("approximate") for event in events)
-    return str(events[0]["metric"]) + (" (approximate)" if approximate else "")
+def timeline(events: Sequence[Event], method: AggregationMethod | None = None) -> str:
+    """Return `timeline_rows` as Markdown, under a heading."""
+    return (
+        "# What happened\n\nOne row per exchange, from what the run observed. "
+        "Bytes are those of the arrays, summed over the clients.\n\n"
+        + markdown(timeline_rows(events, method))
+    )
 
 
-def _weighted_score(events: Sequence[Event]) -> float | None:
-    examples = sum(event["examples"] for event in events)
-    if not examples:
-        return None
-    return float(sum(event["score"] * event["examples"] for event in events) / examples)
+def timeline_rows(events: Sequence[Event], method: AggregationMethod | None = None) -> Rows:
+    """Return one row per exchange, and one for the closing evaluation.
+
+    `method` is the run's, for aggregations that do not record theirs.
+    """
+    header = ["exchange", "stage: clients", "parameters with gradients, per client"]
+    rows = [[*header, "sent down", "sent up", "server", "seconds"]]
+    for closed in select(events, ExchangeClosed):
+        number = closed.exchange
+        trained = select(events, Trained, number)
+        failed = select(events, ClientFailed, number)
+        aggregated = select(events, Aggregated, number)
+        stages = sorted(Counter(event.stage for event in trained).items())
+        rows.append(
+            [
+                f"{number} of {closed.exchanges}",
+                "\n".join(
+                    [f"stage {stage}: {clients} clients" for stage, clients in stages]
+                    + [f"failed: {len(failed)}"] * bool(failed)
+                ),
+                "\n".join(_gradients(trained)),
+                "\n".join(_bytes(bytes_down(events, number))),
+                "\n".join([*_bytes(bytes_up(events, number)), *_spent(trained)]),
+                "\n".join(aggregation_lines(aggregated[-1] if aggregated else None, method)),
+                f"{closed.seconds:.1f}",
+            ]
+        )
+    for ended in select(events, EvaluationClosed):
+        # In earlier exchanges it is the clients that do not train that only evaluate.
+        sent = [e for e in select(events, InstructionSent) if e.exchange > ended.exchange]
+        scores = f"{len(select(events, Evaluated, ended.exchange))} scores"
+        down = "\n".join(_bytes(bytes_down(sent)))
+        clients = f"{len(sent)} clients"
+        rows.append(["evaluation", clients, "none", down, scores, "", f"{ended.seconds:.1f}"])
+    return rows
 
 
-def _stages(trained: Sequence[Event]) -> list[str]:
-    by_stage: dict[int, int] = defaultdict(int)
-    for event in trained:
-        by_stage[event["stage"]] += 1
-    return [f"stage {stage}: {count} clients" for stage, count in sorted(by_stage.items())]
+def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
+    """Return `summary_rows` as Markdown, the mean in bold, with `summary_notes` below."""
+    notes = "\n".join(f"{note}\n" for note in summary_notes(events))
+    rows = summary_rows(events, tasks)
+    if not rows:
+        return notes
+    rows[-1] = [cell if cell in ("", "–") else f"**{cell}**" for cell in rows[-1]]
+    return "\n".join(filter(None, (markdown(rows), notes)))
 
 
-def _gradients(trained: Sequence[Event]) -> list[str]:
-    """Return groups with the least and most parameters that had a gradient on a client."""
-    seen: dict[str, list[int]] = {
-        group: [event["gradients"].get(group, 0) for event in trained] for group in GROUPS
-    }
+def summary_rows(events: Sequence[Event], tasks: Sequence[str] = ()) -> Rows:
+    """Return the scores: a row per task, the last for their mean, and a column per exchange.
+
+    Rows follow the order of `tasks`, further ones are sorted; there are none without a score. An
+    exchange in which a task of the run has no score has no mean.
+    """
+    evaluated = sorted(select(events, Evaluated), key=lambda event: event.client)
+    numbers = sorted({event.exchange for event in evaluated})
+    if not numbers:
+        return []
+    scores = {number: task_scores(evaluated, number) for number in numbers}
+    scored = {event.task for event in evaluated}
+    header = ["task", "metric", "test examples"]
+    for number in numbers:
+        stages = sorted({str(event.stage) for event in select(events, Trained, number)})
+        title = f"exchange {number}" + (f" (stage {' and '.join(stages)})" if stages else "")
+        header.append(title if number else "zero-shot")
+    rows = [header]
+    for task in [*(t for t in tasks if t in scored), *sorted(scored - set(tasks))]:
+        mine = [event for event in evaluated if event.task == task]
+        metric = mine[0].metric + " (approximate)" * any(event.approximate for event in mine)
+        examples = sum(event.examples for event in mine if event.exchange == numbers[0])
+        rows.append([task, metric, str(examples), *(_score(scores[n].get(task)) for n in numbers)])
+    means = (mean_over_tasks(scores[number], tasks_of(events)) for number in numbers)
+    return [*rows, ["mean over tasks", "", "", *map(_score, means)]]
+
+
+def summary_notes(events: Sequence[Event]) -> list[str]:
+    """Return what has to be said about the scores."""
+    evaluated = select(events, Evaluated)
+    if not evaluated:
+        if any(event.epsilon is not None for event in select(events, Trained)):
+            return ["No evaluation: a private run without `privacy.send_metrics` sends no scores."]
+        return ["No evaluation."]
+    notes = []
+    if len({METRICS[event.metric].maximum for event in evaluated}) > 1:
+        notes.append("The metrics have different ranges: their mean is no figure to compare.")
+    last = max(event.exchange for event in evaluated)
+    if cut := sum(event.cut for event in evaluated if event.exchange == last):
+        notes.append(f"Of the last answers {cut} were cut off at `evaluation.max_new_tokens`.")
+    return notes
+
+
+def _score(score: float | None) -> str:
+    return "–" if score is None else f"{score:.3f}"
+
+
+def _gradients(trained: Sequence[Trained]) -> list[str]:
+    """Return the groups with the fewest and most parameters that had a gradient on a client."""
     lines = []
     for group, row in GROUPS.items():
-        counts = seen[group]
-        if counts and max(counts) > 0:
+        counts = [event.gradients.get(group, 0) for event in trained]
+        if any(counts):
             low, high = min(counts), max(counts)
             lines.append(
                 f"{row.symbol} {high:,}" if low == high else f"{row.symbol} {low:,}–{high:,}"
@@ -164,31 +162,12 @@ def _gradients(trained: Sequence[Event]) -> list[str]:
     return lines
 
 
-def _bytes(events: Sequence[Event], way: str) -> list[str]:
-    names = {"lora": "Θ_l", "task_adapters": "ψ_t", "residual": "R"}
-    sums = {name: sum(e[way].get(name, 0) for e in events if way in e) for name in names}
-    if not sums["residual"]:
-        del sums["residual"]
-    return [f"{names[name]} {human_bytes(size)}" for name, size in sums.items()]
+def _bytes(sizes: dict[str, int]) -> list[str]:
+    shown = {"lora": 0, "task_adapters": 0} | sizes
+    return [f"{symbol(part)} {human_bytes(size)}" for part, size in shown.items()]
 
 
-def _spent(trained: Sequence[Event]) -> list[str]:
+def _spent(trained: Sequence[Trained]) -> list[str]:
     """Return the largest ε that a client has spent in the run, if uploads were made private."""
-    private = [event for event in trained if event.get("epsilon") is not None]
-    if not private:
-        return []
-    most = max(private, key=lambda event: float(event["epsilon"]))
-    return [f"ε <= {most['epsilon']:.4g} at δ {most['delta']:g}"]
-
-
-def _server(aggregated: Sequence[Event]) -> list[str]:
-    lines = []
-    for event in aggregated:
-        tasks = ", ".join(f"{task} of {len(c)}" for task, c in event["tasks"].items())
-        others = sorted({len({*s} - {c}) for c, s in event["neighbors"].items()})
-        if event["tasks"]:
-            lines.append(f"averaged ψ_t: {tasks}")
-        if event["neighbors"]:
-            with_others = "–".join(map(str, others))
-            lines.append(f"mixed {len(event['neighbors'])} Θ_l, each with {with_others} others")
-    return lines
+    spent = [(e.epsilon, e.delta) for e in trained if e.epsilon is not None and e.delta is not None]
+    return [f"ε <= {max(spent)[0]:.4g} at δ {max(spent)[1]:g}"] if spent else []

@@ -41,22 +41,20 @@ def stored_rows(folder):
 
 
 def losses(run):
-    return {
-        (e["client"], e["round"]): (e["loss"], e["examples"]) for e in run.folder.select("train")
-    }
+    return {(e["client"], e["round"]): (e["loss"], e["examples"]) for e in run.events("train")}
 
 
 def scores(run):
-    return {(e["client"], e["round"]): e["score"] for e in run.folder.select("evaluate")}
+    return {(e["client"], e["round"]): e["score"] for e in run.events("evaluate")}
 
 
 def test_a_simulated_federation_trains_through_both_stages(federation, tmp_path):
     run = Federation(tmp_path / "run", overrides(federation)).run()
-    assert run.folder.select("failure") == []
-    events = run.folder.select("train")
+    assert run.events("failure") == []
+    events = run.events("train")
     assert [e["stage"] for e in events] == [1] * 4 + [2] * 4
     assert {e["examples"] for e in events} == {4}  # 8 rows, two clients a task
-    assert {e["examples"] for e in run.folder.select("evaluate")} == {2}
+    assert {e["examples"] for e in run.events("evaluate")} == {2}
     rows = [r for t in ("vqa", "counting") for r in stored_rows(federation.parent / t)]
     private = {row.get("image", "train-1.png") for row in rows} | {str(federation.parent)}
     private |= {
@@ -92,7 +90,7 @@ def test_real_sites_with_the_same_files_are_the_same_run(federation, tmp_path):
     other = Federation(
         tmp_path / "other", overrides(federation, *nowhere), node_configs=sites
     ).run()
-    assert other.folder.select("failure") == []
+    assert other.events("failure") == []
     assert losses(other) == losses(one) and len(losses(one)) == 4
     assert scores(other) == scores(one)
 
@@ -133,12 +131,12 @@ def test_a_broken_row_stops_its_client_before_anything_and_nobody_else(
         lambda one: evaluated.append(one.site.client.id) or incoming(one),
     )
     run = Federation(tmp_path / "run", overrides(federation, "data.clients_per_task=1")).run()
-    failures = run.folder.select("failure")
+    failures = run.events("failure")
     assert {e["client"] for e in failures} == {"counting-0"}
     reason = failures[0]["reason"]
     assert "train.json, row 4, image 1 cannot be opened" in reason
     assert "Ann" not in reason and str(federation.parent) not in reason
-    trained = {e["client"] for e in run.folder.select("train")}
+    trained = {e["client"] for e in run.events("train")}
     assert trained == {"vqa-0"}
     # Before each training and at last; the broken client by the last message alone.
     assert (evaluated.count("vqa-0"), evaluated.count("counting-0")) == (3, 1)
@@ -149,8 +147,8 @@ def test_an_allowed_share_is_left_out_and_the_rest_is_trained(federation, tmp_pa
     break_row(federation, "counting", 5, conversations="none")
     words = overrides(federation, "data.clients_per_task=1", "data.allowed_broken=0.25")
     run = Federation(tmp_path / "run", words).run()
-    assert run.folder.select("failure") == []
-    examples = {e["client"]: e["examples"] for e in run.folder.select("train")}
+    assert run.events("failure") == []
+    examples = {e["client"]: e["examples"] for e in run.events("train")}
     assert examples == {"vqa-0": 8, "counting-0": 6}
     checked = list((tmp_path / "run/clients/counting-0/checked").iterdir())
     assert sorted(json.loads(path.read_text()) for path in checked) == [[], [3, 5]]
@@ -160,7 +158,7 @@ def test_an_image_of_any_shape_is_padded(federation, tmp_path):
     Image.new("RGB", (80, 20)).save(federation.parent / "vqa/images/train-1.png")
     words = overrides(federation, "data.clients_per_task=1", "data.image_aspect_ratio=pad")
     run = Federation(tmp_path / "run", words).run()
-    assert run.folder.select("failure") == []
+    assert run.events("failure") == []
 
 
 def test_the_command_line_refuses_files_that_are_not_there(federation, capsys):

@@ -34,13 +34,13 @@ def runs(tmp_path_factory):
 
 def test_the_shared_part_is_that_of_half_the_epochs_without_ditto(runs):
     ditto, plain = (run.strategy.state for run in runs)
-    assert runs[0].folder.select("failure") == []
+    assert runs[0].events("failure") == []
     for client in ("vqa-0", "vqa-1"):
         for name, tensor in plain.loras[client].items():
             assert torch.equal(tensor, ditto.loras[client][name])
     for name, tensor in plain.adapters["vqa"].items():
         assert torch.equal(tensor, ditto.adapters["vqa"][name])
-    steps = [[e["steps"] for e in run.folder.select("train")] for run in runs]
+    steps = [[e["steps"] for e in run.events("train")] for run in runs]
     assert steps[0] == [2 * n for n in steps[1]]
 
 

@@ -176,7 +176,7 @@ def test_only_what_is_shared_is_in_any_message_and_the_rest_is_kept(tmp_path, ca
     overrides, sent, kept = CASES[case]
     with quick_training():
         federation = finish(tmp_path / "run", f"{PLAIN} {overrides}")
-    assert federation.folder.select("failure") == []
+    assert federation.events("failure") == []
     for message in federation.grid.messages:
         records = message.content.array_records.values()
         expected = set() if message.metadata.message_type == MessageType.QUERY else sent

@@ -9,7 +9,7 @@ from PIL import Image
 from pilot_flwr.cli.main import main
 from pilot_flwr.config.loading import config_folder, load_config
 from pilot_flwr.data.federation import client_examples, federation_clients, task_metric
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 
 PER_TASK = 12
 

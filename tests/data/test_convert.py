@@ -12,7 +12,7 @@ from pilot_flwr.data.converters.common import Sources
 from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 
 GQA = {
     "02930152": {

@@ -10,7 +10,7 @@ from inprocess import client_by_id
 from pilot_flwr.cli import main as cli
 from pilot_flwr.data.federation import client_examples
 from pilot_flwr.inference import evaluate as evaluate_module
-from pilot_flwr.metrics import registry as table
+from pilot_flwr.metrics import METRICS
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_a_file_of_rows_scores_as_the_same_split(finished, evaluate, tmp_path):
 def test_an_approximate_metric_says_so(evaluate, capsys, monkeypatch):
     import dataclasses
 
-    row = dataclasses.replace(table.METRICS["exact_match"], approximate=lambda: "no Java here")
-    monkeypatch.setitem(table.METRICS, "exact_match", row)
+    row = dataclasses.replace(METRICS["exact_match"], approximate=lambda: "no Java here")
+    monkeypatch.setitem(METRICS, "exact_match", row)
     assert evaluate("--client", "vqa-0")["clients"][0]["approximate"] == "no Java here"
     captured = capsys.readouterr()
     assert "different ranges" not in captured.err

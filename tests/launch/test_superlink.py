@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,12 @@ from pilot_flwr.launch import flower_cli
 from pilot_flwr.launch.superlink import (
     Detached,
     RemoteRun,
-    evaluate_outcome,
     find_connection,
     run_remotely,
 )
-from pilot_flwr.run.outcome import RunStatus
-from pilot_flwr.server import event_recorder as announcements
-from pilot_flwr.server.event_recorder import Announcement as Verdict
-from pilot_flwr.server.event_recorder import Announcer
+from pilot_flwr.run.events import InstructionSent, RosterCalled, RosterEntry
+from pilot_flwr.run.outcome import COMPLETED, RunResult, RunStatus, evaluate_result
+from pilot_flwr.server.event_recorder import Announcer, read_announcement
 
 RESULT = {"status": "completed", "error": None, "failures": [], "scores": {}, "seconds": 3.5}
 FAILURE = {"round": 2, "phase": "train", "client": "c1", "reason": "out of memory\nINFO :      x"}
@@ -43,25 +42,28 @@ address = ":local:"
 def announced(folder: Path, result: dict) -> list[str]:
     lines: list[str] = []
     announcer = Announcer(lambda line: lines.append(f"\x1b[92mINFO \x1b[0m:      {line}"))
-    announcer.event({"event": "roster", "round": 1, "clients": [{"client": "c1", "stage": 1}]})
-    announcer.event({"event": "order", "round": 1})
+    announcer.event(RosterCalled(exchange=1, clients=(RosterEntry("c1", "vqa", 9, 1),)))
+    announcer.event(
+        InstructionSent(exchange=1, phase="train", client="c1", task="vqa", stage=1, down={})
+    )
     announcer.end(folder, result)
     return lines
 
 
 def test_what_is_announced_is_read_back(tmp_path):
     (tmp_path / "summary.md").write_text("| task | score |\n|---|---|\n")
-    said = [announcements.read(line) for line in announced(tmp_path, RESULT)]
+    said = [read_announcement(line) for line in announced(tmp_path, RESULT)]
     assert said[:2] == ["", "Exchange 1: 1 client, stage 1"]
     assert said[-3:-1] == ["| task | score |", "|---|---|"]
-    assert said[-1] == Verdict(str(tmp_path), "completed", "", 0, (), 3.5)
-    assert said[-1].succeeded
+    assert said[-1] == RunResult(str(tmp_path), "completed", "", 0, (), 3.5)
+    assert evaluate_result(RunStatus(COMPLETED), said[-1], "").succeeded
 
 
 def test_failures_travel_with_the_verdict(tmp_path):
     result = RESULT | {"failures": [FAILURE] * 9}
-    said = announcements.read(announced(tmp_path, result)[-1])
-    assert not said.succeeded and said.failures == 9 and len(said.reasons) == 5
+    said = read_announcement(announced(tmp_path, result)[-1])
+    assert not evaluate_result(RunStatus(COMPLETED), said, "").succeeded
+    assert said.failures == 9 and len(said.reasons) == 5
     assert said.reasons[0] == "Client c1 failed in exchange 2 (train): out of memory"
 
 
@@ -77,7 +79,7 @@ def test_failures_travel_with_the_verdict(tmp_path):
     ],
 )
 def test_other_lines_announce_nothing(line):
-    assert announcements.read(line) is None
+    assert read_announcement(line) is None
 
 
 @pytest.mark.parametrize(
@@ -92,9 +94,9 @@ def test_other_lines_announce_nothing(line):
     ],
 )
 def test_a_run_succeeds_if_flower_and_the_serverapp_say_so(status, change, words):
-    verdict = Verdict("/run", "completed", "", 0, (), 1.0)
-    verdict = None if change is None else Verdict(**{**vars(verdict), **change})
-    outcome = evaluate_outcome(RunStatus(status), verdict, RUN)
+    verdict = RunResult("/run", "completed", "", 0, (), 1.0)
+    verdict = None if change is None else replace(verdict, **change)
+    outcome = evaluate_result(RunStatus(status), verdict, "Full log: flwr log 7")
     assert outcome.succeeded is (words == "")
     assert words in "\n".join(outcome.explanation)
 

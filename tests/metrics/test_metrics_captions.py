@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics import captions
+from pilot_flwr.metrics import METRICS, captions
 from pilot_flwr.metrics import captions as ptb
-from pilot_flwr.metrics.registry import METRICS
 
 FIGURES = json.loads((Path(__file__).parent / "pycocoevalcap.json").read_text(encoding="utf-8"))
 CORPORA = FIGURES["corpora"]

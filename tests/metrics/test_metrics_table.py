@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 
 PERFECT = {  # a reference, and how many of it a prediction needs
     "exact_match": ("seven", 1),

@@ -211,11 +211,11 @@ def spoiled(tmp_path_factory):
 )
 def test_a_bad_update_is_rejected_with_its_reason(spoiled, number, reason):
     client = f"vqa-{number}"
-    (failure,) = [f for f in spoiled.folder.select("failure") if f["client"] == client]
+    (failure,) = [f for f in spoiled.events("failure") if f["client"] == client]
     assert (failure["round"], failure["phase"]) == (1, "train")
     assert reason in failure["reason"]
     # Nothing of a rejected reply is in the results, not even its score.
-    assert not [e for e in spoiled.folder.select("evaluate") if e["client"] == client]
+    assert not [e for e in spoiled.events("evaluate") if e["client"] == client]
 
 
 def test_bad_updates_change_nothing_for_the_others(spoiled, tmp_path):
@@ -249,7 +249,7 @@ def test_the_run_fails_when_no_usable_update_is_left(tmp_path):
     federation.grid.on_reply = spoil
     with pytest.raises(RunError, match="0 of 4 clients delivered a usable update.*not finite"):
         federation.run()
-    assert len(federation.folder.select("failure")) == 4
+    assert len(federation.events("failure")) == 4
 
 
 def test_fewer_replies_than_asked_for_fail_the_run(tmp_path):
@@ -277,7 +277,7 @@ def test_a_dead_ray_worker_stops_the_run_at_once(tmp_path):
     federation.grid.on_reply = die
     with pytest.raises(RunError, match="A Ray worker process died.*The actor died unexpectedly"):
         federation.run()
-    assert federation.folder.select("failure")[0]["client"] == "vqa-1"
+    assert federation.events("failure")[0]["client"] == "vqa-1"
 
 
 def test_another_number_of_nodes_than_clients_stops_with_the_command_to_use(tmp_path):
@@ -310,7 +310,7 @@ def test_a_node_that_says_odd_things_of_itself_is_refused(tmp_path, change, reas
 
     federation.grid.on_reply = lie
     federation.run()
-    failures = federation.folder.select("failure")
+    failures = federation.events("failure")
     refused = [f for f in failures if f["client"] == "node 1"]
     assert len(refused) == 2  # once an exchange
     assert reason in refused[0]["reason"]
@@ -342,7 +342,7 @@ def test_a_client_cannot_stop_the_run_by_quoting_ray(tmp_path):
 
     federation.grid.on_reply = quote
     federation.run()
-    assert {f["client"] for f in federation.folder.select("failure")} == {"vqa-1"}
+    assert {f["client"] for f in federation.events("failure")} == {"vqa-1"}
 
 
 @pytest.mark.parametrize("phase", [MessageType.QUERY, MessageType.TRAIN])
@@ -361,7 +361,7 @@ def test_a_site_cannot_stop_the_run_by_quoting_ray_with_flowers_own_error_code(t
 
     federation.grid.on_reply = quote
     federation.run()
-    failures = federation.folder.select("failure")
+    failures = federation.events("failure")
     assert {f["client"] for f in failures} <= {"vqa-1", "node 2"}
     assert "so I say" in {f["reason"] for f in failures}
     honest = {"vqa-0", "counting-0", "counting-1"}

@@ -20,6 +20,7 @@ from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import Trained, select
 
 THREE = (
     f"{SMALL} data.train_examples=4 data.tasks=[vqa] data.clients_per_task=3 strategy.rounds=2 "
@@ -257,5 +258,5 @@ def test_a_server_that_cannot_write_its_events_stops(tmp_path):
     assert caught.value.errno == errno.ENOSPC
     events.unlink()
     events.with_name("before").rename(events)
-    assert {e["round"] for e in read_events(events.parent) if e["event"] == "train"} == {1}
+    assert {e.exchange for e in select(read_events(events.parent), Trained)} == {1}
     assert latest_checkpoint(federation.folder.checkpoints)[0].server_round == 1

@@ -18,8 +18,8 @@ from pilot_flwr.errors import ConfigError, StateError, UpdateError
 from pilot_flwr.flower.codec import decode_state, number_of
 from pilot_flwr.run.atomic import save_tensors
 from pilot_flwr.run.directory import read_events
-from pilot_flwr.run.progress import Progress
-from pilot_flwr.server import event_recorder as announcements
+from pilot_flwr.run.events import parse_event
+from pilot_flwr.server.event_recorder import VERDICT, read_announcement
 
 NAMES = (
     *("array", "order", "run", "query", "member", "identity", "update", "report"),
@@ -157,9 +157,11 @@ def test_a_federation_file_that_yaml_stumbles_over(text, reason, tmp_path):
 
 @pytest.mark.parametrize("deep", ['{"a":' * 5000, "[" * 5000])
 def test_a_verdict_too_deep_to_be_one(deep):
-    assert announcements.read(f"INFO :      {announcements.VERDICT}{deep}") is None
+    assert read_announcement(f"INFO :      {VERDICT}{deep}") is None
 
 
-def test_a_number_that_no_float_holds_is_shown_as_unknown():
-    event = {"event": "aggregate", "round": 10**400, "clients": 2, "seconds": 10**400}
-    assert Progress().lines(event) == ["  aggregated 2 clients"]
+@pytest.mark.parametrize("key", ["round", "seconds"])
+def test_an_event_with_a_number_that_no_float_holds_is_refused(key):
+    event = {"event": "aggregate", "round": 1, "clients": 2, "seconds": 1.0} | {key: 10**400}
+    with pytest.raises(ValueError, match=f"`{key}` is 1000"):
+        parse_event(json.dumps(event))

@@ -4,13 +4,14 @@ import logging
 from dataclasses import replace
 
 import pytest
+from sample_events import FAILED, evaluated, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run import loggers as live
-from pilot_flwr.run.directory import RunFolder, select
-from pilot_flwr.run.events import RosterCalled, RosterEntry
+from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.events import ExchangeClosed, ExchangeRepeated, RosterCalled, RosterEntry
 from pilot_flwr.run.loggers import TENSORBOARD, Numbers, live_logs
 
 
@@ -43,47 +44,44 @@ def logged(finished, tmp_path_factory):
 
 
 def test_tensorboard_has_every_score_and_loss(finished, logged):
-    events = finished.folder.events
-    for event in select(events, "evaluate"):
+    for event in finished.events("evaluate"):
         value = logged[f"score/{event['client']}"][event["round"]]
         assert value == pytest.approx(event["score"], rel=1e-6)
-    for event in select(events, "train"):
+    for event in finished.events("train"):
         for key in ("loss", "loss_ce", "loss_balance", "seconds"):
             value = logged[f"{key}/{event['client']}"][event["round"]]
             assert value == pytest.approx(event[key], rel=1e-6)
 
 
 def test_tensorboard_has_the_exchanges_sums_and_the_tasks_means(finished, logged):
-    events = finished.folder.events
-    for closed in select(events, "round"):
+    for closed in finished.events("round"):
         number = closed["round"]
-        orders = [e for e in select(events, "order", number) if e["phase"] == "train"]
-        assert logged["exchange/bytes_down"][number] == sum(sum(e["down"].values()) for e in orders)
-        up = sum(e["bytes_up"] for e in select(events, "train", number))
+        sent = finished.events("order", round=number, phase="train")
+        assert logged["exchange/bytes_down"][number] == sum(sum(e["down"].values()) for e in sent)
+        up = sum(e["bytes_up"] for e in finished.events("train", round=number))
         assert logged["exchange/bytes_up"][number] == up
         assert logged["exchange/failures"][number] == 0
     for number in (0, 1, 2):
         means = []
         for task in ("vqa", "counting"):
-            mine = [e for e in select(events, "evaluate", number) if e["task"] == task]
+            mine = finished.events("evaluate", round=number, task=task)
             right = sum(e["score"] * e["examples"] for e in mine)
             means.append(right / sum(e["examples"] for e in mine))
             assert logged[f"task_score/{task}"][number] == pytest.approx(means[-1], rel=1e-6)
         assert logged["task_score/mean"][number] == pytest.approx(sum(means) / 2, rel=1e-6)
 
 
-def test_exchanges_and_closing_evaluation_add_up_to_all_orders(finished, logged):
-    events = finished.folder.events
-    (closing,) = select(events, "closing_evaluation")
-    orders = [sum(e["down"].values()) for e in select(events, "order")]
-    last = [sum(e["down"].values()) for e in select(events, "order", closing["round"] + 1)]
+def test_exchanges_and_closing_evaluation_add_up_to_all_instructions(finished, logged):
+    (closing,) = finished.events("closing_evaluation")
+    orders = [sum(e["down"].values()) for e in finished.events("order")]
+    last = [sum(e["down"].values()) for e in finished.events("order", round=closing["round"] + 1)]
     assert logged["closing_evaluation/bytes_down"] == {closing["round"] + 1: sum(last)}
     assert sum(logged["exchange/bytes_down"].values()) + sum(last) == sum(orders)
     assert logged["closing_evaluation/seconds"] == pytest.approx({3: closing["seconds"]})
 
 
 def round_event(number, seconds):
-    return {"event": "round", "round": number, "exchanges": 3, "seconds": seconds}
+    return ExchangeClosed(exchange=number, exchanges=3, seconds=seconds)
 
 
 def test_a_resumed_run_takes_back_what_is_done_again(tmp_path):
@@ -94,9 +92,9 @@ def test_a_resumed_run_takes_back_what_is_done_again(tmp_path):
 
 
 def test_a_repeated_exchange_is_taken_back(tmp_path):
-    failure = {"event": "failure", "round": 1, "client": "a"}
-    repeat = {"event": "repeat", "round": 1, "reason": "", "undone": 1}
-    loss = {"event": "train", "round": 1, "client": "b", "loss": 5.0, "up": {}, "seconds": 1.0}
+    failure = replace(FAILED, client="a")
+    repeat = ExchangeRepeated(exchange=1, undone=1)
+    loss = trained(client="b", losses={"total": 5.0})
     replay(tmp_path, [failure, loss, repeat, round_event(1, 3.0)])
     found = read(tmp_path)
     assert found["exchange/failures"] == {1: 0.0}
@@ -105,8 +103,7 @@ def test_a_repeated_exchange_is_taken_back(tmp_path):
 
 def test_there_is_no_mean_where_a_task_of_the_run_has_no_score(tmp_path):
     def scored(number, task, score):
-        event = {"event": "evaluate", "round": number, "client": task, "task": task}
-        return event | {"score": score, "examples": 10}
+        return evaluated(exchange=number, client=task, task=task, score=score, examples=10)
 
     members = tuple(RosterEntry(task, task, 10, 1) for task in ("vqa", "boxes"))
     roster = RosterCalled(exchange=1, clients=members)
@@ -122,9 +119,19 @@ def test_there_is_no_mean_where_a_task_of_the_run_has_no_score(tmp_path):
 
 
 def test_a_withheld_loss_is_no_number():
-    event = {"event": "train", "round": 1, "client": "b", "loss": None, "loss_ce": None}
-    event |= {"up": {"lora": 3}, "seconds": 1.5, "epsilon": 2.0, "delta": 1e-5}
+    withheld = {"total": None, "ce": None}
+    event = trained(client="b", losses=withheld, seconds=1.5, epsilon=2.0, delta=1e-5, releases=1)
     assert Numbers().of(event) == (1, {"seconds/b": 1.5, "epsilon/b": 2.0})
+
+
+def test_scores_of_a_repeated_exchange_count_once():
+    numbers = Numbers()
+    for score in (0.0, 1.0):
+        numbers.of(evaluated(exchange=0, score=score))
+    assert numbers.of_tasks(round_event(1, 1.0)) == (
+        0,
+        {"task_score/vqa": 1.0, "task_score/mean": 1.0},
+    )
 
 
 def test_a_log_that_fails_never_stops_a_run(tmp_path, monkeypatch, caplog):
@@ -143,7 +150,7 @@ def test_a_log_that_fails_never_stops_a_run(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="flwr"):
         replay(tmp_path, [round_event(1, 1.0), round_event(2, 2.0)])
     assert [r.getMessage() for r in caplog.records] == [
-        "Full fails and gets no more: OSError: No space left on device"
+        "Full failed and is disabled: OSError: No space left on device"
     ]
 
 
@@ -172,6 +179,6 @@ def test_weights_and_biases_gets_the_same_numbers(finished, tmp_path, monkeypatc
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", log)
     replay(tmp_path, finished.folder.events, wandb="offline", tensorboard=False)
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    for event in select(finished.folder.events, "evaluate"):
+    for event in finished.events("evaluate"):
         key = f"score/{event['client']}"
         assert any(r["exchange"] == event["round"] and r.get(key) == event["score"] for r in logged)

@@ -33,10 +33,10 @@ def test_flower_disagrees(tmp_path: Path, status):
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        ({**GOOD, "status": "failed"}, "says 'failed'"),
-        ({**GOOD, "status": None}, "says None"),
+        ({**GOOD, "status": "failed"}, "result is 'failed'"),
+        ({**GOOD, "status": None}, "result is 'None'"),
         ({**GOOD, "error": "disk full"}, "disk full"),
-        ({**GOOD, "failures": None}, "not a list"),
+        ({**GOOD, "failures": None}, "no list of `failures`"),
         ({"status": "completed"}, "no list of `failures`"),
         ([GOOD], "not a JSON object"),
         ({**GOOD, "failures": [FAILURE]}, "Client vqa-1 failed in exchange 2 (train): Value"),

@@ -2,49 +2,23 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sample_events import AGGREGATED, CLOSED, FAILED, ROSTER, evaluated, sent, trained
 
 from pilot_flwr.formatting import headline, human_bytes, human_seconds, plain
 from pilot_flwr.run import progress
+from pilot_flwr.run.events import (
+    AggregationMethod,
+    ExchangeRepeated,
+    Resumed,
+    RosterCalled,
+    RosterEntry,
+    parse_event,
+)
 from pilot_flwr.run.progress import EventTail, LineTail, Progress, ProgressPrinter
-
-ROSTER = {
-    "event": "roster",
-    "round": 1,
-    "clients": [
-        {"client": "captioning-0", "task": "captioning", "examples": 180, "stage": 1},
-        {"client": "vqa-1", "task": "vqa", "examples": 90, "stage": 1},
-    ],
-}
-TRAIN = {
-    "event": "train",
-    "round": 1,
-    "stage": 1,
-    "client": "vqa-1",
-    "task": "vqa",
-    "loss": 1.2,
-    "loss_ce": 1.1,
-    "loss_difference": 0.1,
-    "loss_balance": 0.0,
-    "loss_z": 0.0,
-    "examples": 180,
-    "steps": 6,
-    "seconds": 3.14,
-    "bytes_down": 640,
-    "bytes_up": 1_234_567,
-}
-EVALUATE = {
-    "event": "evaluate",
-    "round": 0,
-    "client": "vqa-1",
-    "task": "vqa",
-    "score": 0.61,
-    "metric": "exact_match",
-    "examples": 60,
-    "seconds": 1.2,
-}
 
 
 def squeezed(lines):
@@ -54,13 +28,15 @@ def squeezed(lines):
 def test_a_round_reads_from_roster_to_duration():
     view = Progress()
     lines = []
+    method = AggregationMethod("adaptive")
+    mixed = {"vqa-1": {"vqa-1": 1.0}}
     for event in (
         ROSTER,
-        EVALUATE,
-        TRAIN,
-        {"event": "aggregate", "round": 1, "seconds": 0.2, "clients": 2},
-        {"event": "round", "round": 1, "exchanges": 4, "seconds": 80.4},
-        {**TRAIN, "round": 2},
+        evaluated(),
+        trained(),
+        replace(AGGREGATED, tasks={"vqa": ("vqa-1",)}, neighbors=mixed, method=method),
+        CLOSED,
+        trained(exchange=2),
     ):
         lines += view.lines(event)
     assert squeezed(lines) == [
@@ -68,7 +44,7 @@ def test_a_round_reads_from_roster_to_duration():
         "Exchange 1: 2 clients, stage 1",
         "vqa-1 vqa exact_match 0.610 before, loss 1.200 (ce 1.1, difference 0.1) "
         "180 examples 6 steps 3.1 s down 640 B up 1.2 MB",
-        "aggregated 2 clients in 0.2 s",
+        "aggregated 2 clients in 0.2 s: averages ψ_t of 1 client; mixes 1 Θ_l, each with 0 others",
         "exchange 1 of 4 done in 1 min 20 s",
         "",
         "Exchange 2",
@@ -80,78 +56,67 @@ def test_a_round_reads_from_roster_to_duration():
 def test_columns_are_aligned_to_the_longest_client_and_task():
     view = Progress()
     view.lines(ROSTER)
-    first = view.lines(TRAIN)[-1]
-    second = view.lines({**TRAIN, "client": "captioning-0", "task": "captioning"})[-1]
+    first = view.lines(trained())[-1]
+    second = view.lines(trained(client="captioning-0", task="captioning"))[-1]
     assert first.index("loss") == second.index("loss")
 
 
 def test_the_score_of_an_incoming_model_waits_for_its_clients_training_line():
     view = Progress()
-    view.lines({**ROSTER, "round": 2})
-    assert view.lines({**EVALUATE, "round": 1}) == []
-    other = view.lines({**TRAIN, "round": 2, "client": "vqa-0"})
+    view.lines(replace(ROSTER, exchange=2))
+    assert view.lines(evaluated(exchange=1)) == []
+    other = view.lines(trained(exchange=2, client="vqa-0"))
     assert "before" not in other[0]
-    assert "exact_match 0.610 before," in view.lines({**TRAIN, "round": 2})[0]
-    assert "before" not in view.lines({**TRAIN, "round": 2})[0]
+    assert "exact_match 0.610 before," in view.lines(trained(exchange=2))[0]
+    assert "before" not in view.lines(trained(exchange=2))[0]
 
 
 def test_the_last_scores_have_lines_of_their_own():
     view = Progress()
-    view.lines({**ROSTER, "round": 2})
-    lines = view.lines({**EVALUATE, "round": 2})
-    assert len(lines) == 1
-    assert "exact_match 0.610   after exchange 2" in lines[0]
+    view.lines(replace(ROSTER, exchange=2))
+    (line,) = view.lines(evaluated(exchange=2))
+    assert "exact_match 0.610   after exchange 2" in line
 
 
 def test_scores_before_any_roster_stand_under_their_own_heading():
-    assert Progress().lines(EVALUATE)[:2] == ["", "Before training"]
+    assert Progress().lines(evaluated())[:2] == ["", "Before training"]
 
 
 def test_clients_in_different_stages_are_announced():
-    clients = [{"client": "a", "stage": 2}, {"client": "b", "stage": 1}, {"client": "c"}]
-    lines = Progress().lines({"event": "roster", "round": 3, "clients": clients})
-    assert lines[-1] == "Exchange 3: 3 clients, stage 1 and 2"
+    clients = tuple(RosterEntry(name, "vqa", 9, stage) for name, stage in (("a", 2), ("b", 1)))
+    lines = Progress().lines(RosterCalled(exchange=3, clients=clients))
+    assert lines[-1] == "Exchange 3: 2 clients, stage 1 and 2"
 
 
 def test_a_failure_names_client_phase_and_reason():
-    event = {"event": "failure", "round": 2, "phase": "train", "client": "vqa-1", "reason": "x\ny"}
+    event = replace(FAILED, exchange=2, reason="x\ny")
     assert squeezed(Progress().lines(event))[-1] == "vqa-1 FAILED in train: x"
 
 
-@pytest.mark.parametrize(
-    "event",
-    [
-        {},
-        {"event": "new kind", "round": 1},
-        {"event": None},
-        {"event": "round"},
-        {"event": "round", "round": float("nan")},
-    ],
-)
-def test_an_unknown_event_prints_nothing(event):
-    assert Progress().lines(event) == []
+def test_a_loss_that_is_no_number_is_seen_and_a_private_one_says_what_it_cost():
+    odd = trained(losses={"total": float("nan")})
+    assert "loss nan" in Progress().lines(parse_event(json.dumps(odd.to_dict())))[-1]
+    private = trained(losses={"total": None, "ce": None}, epsilon=1.5, delta=1e-5, releases=1)
+    assert "ε 1.5 at δ 1e-05, loss withheld" in Progress().lines(private)[-1]
 
 
-@pytest.mark.parametrize("kind", ["roster", "evaluate", "train", "failure", "aggregate", "round"])
-@pytest.mark.parametrize("value", [None, "text", [], {}, True, float("nan"), -1])
-def test_odd_values_never_raise(kind, value):
-    keys = {*TRAIN, *EVALUATE, *ROSTER, "phase", "reason", "exchanges"} - {"event"}
-    Progress().lines({"event": kind})
-    Progress().lines({"event": kind, **dict.fromkeys(keys, value)})
-    Progress().lines({"event": kind, "round": 1, "clients": [value, {"client": value}]})
+def test_an_unknown_kind_prints_nothing():
+    assert Progress().lines(parse_event('{"event": "new kind", "round": 1}')) == []
+    assert Progress().lines(sent()) == []
 
 
 def test_the_tail_waits_for_whole_lines_and_counts_unreadable_ones(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     tail = EventTail(path)
     assert tail.read() == []
-    path.write_bytes(b'{"event": "a"}\n{"eve')
-    assert tail.read() == [{"event": "a"}]
+    line = json.dumps(CLOSED.to_dict()).encode() + b"\n"
+    path.write_bytes(line + line[:9])
+    assert tail.read() == [CLOSED]
     assert tail.read() == []
     with path.open("ab") as stream:
-        stream.write('nt": "ü"}\nnot json\n[1]\n\n{"event": "c"}\n'.encode())
-    assert tail.read() == [{"event": "ü"}, {"event": "c"}]
-    assert tail.unreadable == 2
+        stream.write(line[9:] + b'not json\n[1]\n\n{"event": "round"}\n' + line)
+    assert tail.read() == [CLOSED, CLOSED]
+    assert tail.unreadable == 3
 
 
 def test_the_narrator_prints_what_is_new_then_signs_of_life(tmp_path: Path, monkeypatch):
@@ -160,7 +125,7 @@ def test_the_narrator_prints_what_is_new_then_signs_of_life(tmp_path: Path, monk
     metrics, log = tmp_path / "metrics.jsonl", tmp_path / "flower.log"
     out: list[str] = []
     narrator = ProgressPrinter(metrics, log, out.append)
-    metrics.write_text(json.dumps(EVALUATE) + "\nbroken\n")
+    metrics.write_text(json.dumps(evaluated().to_dict()) + "\nbroken\n")
     log.write_text("\x1b[92mINFO\x1b[0m: hello\n")
     narrator.show()
     assert out[0] == "INFO: hello"
@@ -233,49 +198,42 @@ def test_a_missing_file_is_an_empty_one(tmp_path: Path):
     assert LineTail(tmp_path / "absent").read() == []
 
 
-def test_a_resumed_run_says_where_it_goes_on_and_what_it_passed_over():
+def test_a_resumed_run_says_where_it_resumes_and_what_it_passed_over():
     progress = Progress()
-    assert progress.lines({"event": "resume", "round": 0, "passed_over": []}) == [
-        "",
-        "Resumed from the beginning",
-    ]
-    torn = {"event": "resume", "round": 2, "passed_over": ["round-0003 is \x1b[31mtorn"]}
+    assert progress.lines(Resumed(exchange=0, attempt=1)) == ["", "Resumed from the beginning"]
+    torn = Resumed(exchange=2, attempt=2, passed_over=("round-0003 is \x1b[31mtorn",))
     assert progress.lines(torn) == [
         "",
         "Resumed after exchange 2",
         "  passed over: round-0003 is torn",
     ]
-    roster = {"event": "roster", "round": 3, "clients": [{"client": "a", "stage": 2}]}
-    assert progress.lines(roster)[1].startswith("Exchange 3: 1 client")
+    assert progress.lines(replace(ROSTER, exchange=3))[1].startswith("Exchange 3: 2 clients")
 
 
 def test_a_repeated_exchange_has_its_heading_again():
     progress = Progress()
-    roster = {"event": "roster", "round": 1, "clients": []}
-    progress.lines(roster)
-    assert progress.lines(roster) == []
-    (line,) = progress.lines({"event": "repeat", "round": 1, "reason": "1 of 2 came."})
-    assert line == "  1 of 2 came. Waiting; the exchange is repeated."
-    assert progress.lines(roster)[1].startswith("Exchange 1")
+    progress.lines(ROSTER)
+    assert progress.lines(ROSTER) == []
+    repeated = ExchangeRepeated(exchange=1, reason="1 of 2 came.", undone=1)
+    assert progress.lines(repeated) == ["  1 of 2 came. Waiting; the exchange is repeated."]
+    assert progress.lines(ROSTER)[1].startswith("Exchange 1")
 
 
 def test_only_the_resumed_part_is_shown_whatever_becomes_of_the_file(tmp_path):
     """The ServerApp puts a shorter file in its place while it is being read."""
+
+    def line(event):
+        return json.dumps(event.to_dict()) + "\n"
+
     path, shown = tmp_path / "metrics.jsonl", []
-    old = [json.dumps({"event": "round", "round": n, "exchanges": 9}) + "\n" for n in range(1, 9)]
+    old = [line(replace(CLOSED, exchange=n, exchanges=9)) for n in range(1, 9)]
     path.write_text("".join(old))
     narrator = ProgressPrinter(path, None, shown.append)
     narrator.begin_with("77")
     narrator.show()
     new = tmp_path / "new"
-    earlier = json.dumps({"event": "resume", "round": 1, "flower_run": "7"}) + "\n"
-    new.write_text(
-        old[0]
-        + earlier
-        + json.dumps({"event": "resume", "round": 1, "flower_run": "77"})
-        + "\n"
-        + old[1]
-    )
+    resumed = [line(Resumed(exchange=1, attempt=1, flower_run=run)) for run in ("7", "77")]
+    new.write_text("".join([old[0], *resumed, old[1]]))
     os.replace(new, path)
     narrator.show()
     with path.open("a") as file:
@@ -284,7 +242,7 @@ def test_only_the_resumed_part_is_shown_whatever_becomes_of_the_file(tmp_path):
     assert [line for line in shown if line] == [
         "Resumed after exchange 1",
         "Exchange 2",
-        "  exchange 2 of 9 done",
+        "  exchange 2 of 9 done in 1 min 20 s",
         "Exchange 3",
-        "  exchange 3 of 9 done",
+        "  exchange 3 of 9 done in 1 min 20 s",
     ]

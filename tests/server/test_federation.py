@@ -14,7 +14,7 @@ from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.flower.codec import decode_state
 from pilot_flwr.flower.messages import decode_update
-from pilot_flwr.metrics.registry import METRICS
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.atomic import load_tensors
 from pilot_flwr.run.tables import summary
 
@@ -45,11 +45,11 @@ def quick():
 def test_stages_follow_the_time_line(finished):
     assert [e["stage"] for e in finished.events("train", round=1)] == [1] * 4
     assert [e["stage"] for e in finished.events("train", round=2)] == [2] * 4
-    assert finished.folder.select("failure") == []
+    assert finished.events("failure") == []
 
 
 def test_gradients_were_exactly_where_the_stage_trains(finished):
-    for event in finished.folder.select("train"):
+    for event in finished.events("train"):
         trained = {group for group, count in event["gradients"].items() if count}
         expected = {g for g, row in GROUPS.items() if event["stage"] in row.stages}
         assert trained == expected
@@ -62,7 +62,7 @@ def test_evaluations_run_from_zero_shot_to_the_last_exchange(finished):
 
 
 def test_what_goes_down_is_the_last_aggregate_and_comes_up_own_task_only(finished):
-    for event in finished.folder.select("train"):
+    for event in finished.events("train"):
         (order,) = finished.events("order", round=event["round"], client=event["client"])
         adapters_down = order["down"]["task_adapters"] / event["up"]["task_adapters"]
         assert adapters_down == (1 if event["stage"] == 1 else 2)
@@ -221,7 +221,7 @@ def test_a_client_that_misses_a_round_keeps_its_lora_and_its_tasks_adapter(quick
     state = federation.strategy.state
     assert all(torch.equal(t, state.loras["counting-0"][n]) for n, t in down["lora"].items())
     assert all(torch.equal(t, state.adapters["counting"][n]) for n, t in down["adapter"].items())
-    failure = federation.folder.select("failure")
+    failure = federation.events("failure")
     assert [(f["round"], f["client"], f["reason"]) for f in failure] == [
         (2, "counting-0", "ValueError: boom")
     ]
@@ -238,7 +238,7 @@ def test_all_bytes_that_went_down_are_written_down(finished):
     bytes_sent = sum(
         len(array.data) for c in sent for r in c.array_records.values() for array in r.values()
     )
-    assert sum(sum(e["down"].values()) for e in finished.folder.select("order")) == bytes_sent
+    assert sum(sum(e["down"].values()) for e in finished.events("order")) == bytes_sent
 
 
 def test_real_sites_keep_their_state_in_their_own_folder(quick, tmp_path):
@@ -248,7 +248,7 @@ def test_real_sites_keep_their_state_in_their_own_folder(quick, tmp_path):
     ]
     words = f"{TWO_TASKS} evaluation.enabled=false"
     federation = Federation(tmp_path / "run", words, node_configs=sites).run()
-    assert federation.folder.select("failure") == []
+    assert federation.events("failure") == []
     assert not (federation.folder.path / "clients").exists()
     for client in ("vqa-0", "counting-1"):
         assert PrivateStore(tmp_path / client / "test-1", client, client[:-2]).stage() == 2
@@ -259,7 +259,7 @@ def test_bfloat16_travels_as_bfloat16(tmp_path):
         tmp_path, f"{SMALL} data.tasks=[vqa] data.clients_per_task=2 strategy.rounds=1 "
         "model.adapter_dtype=bfloat16 evaluation.enabled=false data.train_examples=4"
     ).run()  # fmt: skip
-    assert federation.folder.select("failure") == []
+    assert federation.events("failure") == []
     for message in federation.replies(MessageType.TRAIN):
         for record in message.content.array_records.values():
             for array in record.values():
@@ -279,7 +279,7 @@ def test_the_papers_variants_run(tmp_path):
         "model.initialisation=official model.stage2_client_adapter=off "
         "train.difference_loss.reduction=official model.feature_cache.where=disk",
     ).run()
-    assert federation.folder.select("failure") == []
+    assert federation.events("failure") == []
     assert list((federation.folder.path / "clients/vqa-0/features").glob("*.safetensors"))
 
 
@@ -312,7 +312,7 @@ def test_an_approximate_figure_is_called_so_from_client_to_table(quick, tmp_path
     run = Federation(
         tmp_path, f"{TWO_TASKS} data.clients_per_task=1 evaluation.max_new_tokens=1"
     ).run()
-    events = run.folder.select("evaluate")
+    events = run.events("evaluate")
     assert events
     assert all(event["approximate"] for event in events)
     assert "exact_match (approximate)" in (run.folder.path / "summary.md").read_text()

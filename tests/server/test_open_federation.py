@@ -20,6 +20,7 @@ from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.inference.runs import open_run
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import ClientFailed, Trained, select
 from pilot_flwr.server import roster as roster_module
 
 WORDS = (
@@ -75,7 +76,7 @@ def trained(run, number):
 
 
 def failures(run):
-    return [(f["round"], f["client"], f["reason"]) for f in run.folder.select("failure")]
+    return [(f["round"], f["client"], f["reason"]) for f in run.events("failure")]
 
 
 def test_sites_of_any_names_train_through_both_stages(federation, sites, tmp_path):
@@ -231,9 +232,9 @@ def test_a_resumed_run_waits_for_its_sites_as_a_new_one_does(federation, sites, 
         start(f"run.folder={tmp_path}/killed", "8", act=die)
     start(f"resume={tmp_path}/killed", "9", appear=(1, 2, 2))
     events = read_events(tmp_path / "killed")
-    stages = {(e["round"], e["client"]): e["stage"] for e in events if e["event"] == "train"}
+    stages = {(e.exchange, e.client): e.stage for e in select(events, Trained)}
     assert len(stages) == 6 and [s for (n, _), s in stages.items() if n > 1] == [2] * 3
-    assert not [e for e in events if e["event"] == "failure"]
+    assert not select(events, ClientFailed)
     ends = [latest_checkpoint(tmp_path / name / "checkpoint")[0] for name in ("whole", "killed")]
     assert [end.server_round for end in ends] == [2, 2]
     for client in ends[0].task_of:

@@ -22,6 +22,7 @@ from pilot_flwr.run import checkpoint as checkpoint_module
 from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import ExchangeClosed, Resumed, select
 from pilot_flwr.server import resume as resume_module
 
 ROBUSTNESS = Path(__file__).resolve().parents[1] / "robustness"
@@ -177,8 +178,8 @@ def test_it_can_die_again_and_again(interrupted, differences, tmp_path):
             go_on(folder, on_reply=dies(exchange))
     go_on(folder)
     assert differences(interrupted[0], folder) == []
-    (event,) = [e for e in read_events(folder) if e["event"] == "resume" and e["round"] == 3]
-    assert event["attempt"] == json.loads((folder / "result.json").read_text())["resumed"] == 4
+    (event,) = select(read_events(folder), Resumed, 3)
+    assert event.attempt == json.loads((folder / "result.json").read_text())["resumed"] == 4
 
 
 def test_events_behind_the_checkpoint_are_moved_and_never_lost(interrupted, tmp_path):
@@ -190,13 +191,13 @@ def test_events_behind_the_checkpoint_are_moved_and_never_lost(interrupted, tmp_
         file.write('{"event": "tra')  # the line that was being written
     before = (folder / "metrics.jsonl").read_bytes()
     go_on(folder)
-    (event,) = [e for e in read_events(folder) if e["event"] == "resume"]
-    assert (event["round"], event["attempt"], event["interrupted"]) == (1, 1, "interrupted-1.jsonl")
+    (event,) = select(read_events(folder), Resumed)
+    assert (event.exchange, event.attempt, event.interrupted) == (1, 1, "interrupted-1.jsonl")
     moved = (folder / "interrupted-1.jsonl").read_bytes()
     kept = before[: len(before) - len(moved)]
     assert kept + moved == before and moved.endswith(b'{"event": "tra')
     assert (folder / "metrics.jsonl").read_bytes().startswith(kept)
-    assert event["moved"] == len(moved.splitlines())
+    assert event.moved == len(moved.splitlines())
 
 
 def test_clients_hear_the_runs_own_name(interrupted, copy):
@@ -219,9 +220,9 @@ def test_a_torn_checkpoint_is_passed_over_aloud(interrupted, differences, tmp_pa
     file = folder / "checkpoint/round-0003/lora/vqa-0.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     go_on(folder)
-    (event,) = [e for e in read_events(folder) if e["event"] == "resume"]
-    assert event["round"] == 2
-    assert "round-0003/lora/vqa-0.safetensors cannot be read" in event["passed_over"][0]
+    (event,) = select(read_events(folder), Resumed)
+    assert event.exchange == 2
+    assert "round-0003/lora/vqa-0.safetensors cannot be read" in event.passed_over[0]
     assert differences(interrupted[0], folder) == []
     assert (folder / "checkpoint/refused-1-round-0003").is_dir()  # kept for whoever looks into it
 
@@ -259,7 +260,7 @@ def test_a_checkpoint_of_another_run_is_refused(interrupted, tmp_path):
         )
         config = load_config(f"{TWO} strategy.rounds=3")
         opened = resume_module.resume_run(folder, config, TWO, name="x", flower_run="2")
-        (reason,) = opened.folder.select("resume")[-1]["passed_over"]
+        (reason,) = opened.folder.select(Resumed)[-1].passed_over
         assert words in reason
         assert opened.identity.name == "demo-1" and not foreign.exists()
         shutil.rmtree(folder)
@@ -273,9 +274,9 @@ def test_events_that_are_gone_make_a_checkpoint_unusable(interrupted, tmp_path):
     state = json.loads((folder / "checkpoint/round-0003/state.json").read_text())
     (folder / "metrics.jsonl").write_bytes(b"".join(lines[: state["events"] - 1]))
     opened = resume_module.resume_run(folder, load_config(TWO), TWO, name="x", flower_run="2")
-    (event,) = opened.folder.select("resume")
-    assert event["round"] == 2
-    assert "events, but metrics.jsonl has" in event["passed_over"][0]
+    (event,) = opened.folder.select(Resumed)
+    assert event.exchange == 2
+    assert "events, but metrics.jsonl has" in event.passed_over[0]
 
 
 def test_a_damaged_event_is_named(interrupted, tmp_path):
@@ -325,7 +326,7 @@ def test_more_rounds_train_on_as_if_they_had_been_asked_for_at_once(
     go_on(folder, longer)
     fresh(tmp_path / "whole", longer)
     events = read_events(folder)
-    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3, 4]
+    assert [event.exchange for event in select(events, ExchangeClosed)] == [1, 2, 3, 4]
     found = differences(tmp_path / "whole", folder)
     assert found == ["metrics.jsonl"]  # only that earlier exchanges were announced as of 3, not 4
     assert "rounds: 3" in (folder / "config.yaml").read_text()

@@ -32,7 +32,7 @@ def pooled(tmp_path_factory):
 
 
 def test_pooled_training_is_a_plain_loop_over_all_examples(pooled, processor, make_model):
-    assert pooled.folder.select("failure") == []
+    assert pooled.events("failure") == []
     config = pooled.config
     examples = []  # one client after the other, in the federation's order
     for client in federation_clients(config.data):
@@ -59,21 +59,21 @@ def test_pooled_training_is_a_plain_loop_over_all_examples(pooled, processor, ma
 
 
 def test_one_client_trains_on_pooled_data_and_all_evaluate(pooled):
-    trained = pooled.folder.select("train")
+    trained = pooled.events("train")
     assert [(e["client"], e["round"], e["examples"]) for e in trained] == [
         ("vqa-0", 1, 6),
         ("vqa-0", 2, 6),
     ]
-    evaluated = {(e["client"], e["round"]) for e in pooled.folder.select("evaluate")}
+    evaluated = {(e["client"], e["round"]) for e in pooled.events("evaluate")}
     assert evaluated == {(c, r) for c in ("vqa-0", "counting-0") for r in (0, 1, 2)}
-    assert [e["clients"] for e in pooled.folder.select("aggregate")] == [1, 1]
+    assert [e["clients"] for e in pooled.events("aggregate")] == [1, 1]
     last = timeline(pooled.folder.events).splitlines()[-1]
     assert re.match(r"\| evaluation +\| 2 clients ", last)  # not those of the exchanges before
 
 
 def test_the_report_counts_what_is_sent_to_clients_that_only_evaluate(pooled):
     for exchange in read_run(pooled.folder.path).exchanges:
-        orders = pooled.folder.select("order", exchange.number)
+        orders = pooled.events("order", round=exchange.number)
         assert {e["client"] for e in orders} == {"vqa-0", "counting-0"}
         assert sum(exchange.down.values()) == sum(sum(e["down"].values()) for e in orders)
 
@@ -104,10 +104,10 @@ def test_without_the_client_that_trains_a_pooled_run_stops(tmp_path, monkeypatch
 
 def test_nobody_trains_and_every_exchange_evaluates_the_base_model(tmp_path, make_model):
     federation = finish(tmp_path / "run", f"{TWO_TASKS} strategy.trained_by=nobody")
-    assert federation.folder.select("failure") == federation.folder.select("train") == []
+    assert federation.events("failure") == federation.events("train") == []
     kinds = {m.metadata.message_type for m in federation.grid.messages}
     assert kinds == {MessageType.QUERY, MessageType.EVALUATE}
-    scores = {(e["client"], e["round"]): e["score"] for e in federation.folder.select("evaluate")}
+    scores = {(e["client"], e["round"]): e["score"] for e in federation.events("evaluate")}
     assert len(scores) == 6
     assert "| exchange 2 |" in summary(federation.folder.events)
     assert all(score == scores[client, 0] for (client, _), score in scores.items())

@@ -65,7 +65,7 @@ def test_an_exchange_below_the_minimum_is_repeated_as_if_it_had_not_been(tmp_pat
         states = [run.private(client) for run in (undisturbed, federation)]
         for group, tensors in states[0].groups.items():
             assert all(torch.equal(t, states[1].groups[group][n]) for n, t in tensors.items())
-    repeats = federation.folder.select("repeat")
+    repeats = federation.events("repeat")
     assert [e["round"] for e in repeats] == [exchange] * 2
     assert "3 of 4 clients delivered a usable update" in repeats[0]["reason"]
     # What was repeated is in the file, but neither in the tables nor in the verdict.
@@ -85,7 +85,7 @@ def test_a_roster_below_the_minimum_waits_as_long_as_it_takes(tmp_path):
 
     federation.grid.get_node_ids = nodes
     federation.run()
-    reasons = [e["reason"] for e in federation.folder.select("repeat")]
+    reasons = [e["reason"] for e in federation.events("repeat")]
     assert len(reasons) > 1
     assert all("3 of 4 clients can take part" in reason for reason in reasons)
     assert len(trained(federation, 1)) == len(trained(federation, 2)) == 4
@@ -97,7 +97,7 @@ def test_stop_stops(tmp_path):
     on_train(federation, 2, lambda message, reply: Message(Error(0, "boom"), reply_to=message))
     with pytest.raises(BelowMinimum, match="Exchange 2: 0 of 4 clients delivered"):
         federation.run()
-    assert federation.folder.select("repeat") == []
+    assert federation.events("repeat") == []
 
 
 def test_a_silent_client_is_given_up_after_the_timeout_and_the_round_closes(tmp_path):
@@ -108,7 +108,7 @@ def test_a_silent_client_is_given_up_after_the_timeout_and_the_round_closes(tmp_
         lambda m, reply: None if m.content["instruction"]["client"] == "vqa-0" else reply,
     )
     federation.run()
-    (failure,) = federation.folder.select("failure")
+    (failure,) = federation.events("failure")
     assert (failure["client"], failure["round"]) == ("vqa-0", 1)
     assert failure["reason"] == "No reply within 0.5 s."
     stages = {e["client"]: e["stage"] for e in federation.events("train", round=2)}
@@ -126,7 +126,7 @@ def test_a_client_that_comes_back_under_a_new_node_id_goes_on(tmp_path):
 
     on_train(federation, 1, restart)
     federation.run()
-    assert federation.folder.select("failure") == []
+    assert federation.events("failure") == []
     stages = {e["client"]: e["stage"] for e in federation.events("train", round=2)}
     assert stages == {"vqa-0": 2, "vqa-1": 2, "counting-0": 2, "counting-1": 2}
 
@@ -140,7 +140,7 @@ def test_a_client_that_leaves_for_good_is_missed_and_the_others_go_on(tmp_path):
 
     on_train(federation, 1, leave)
     federation.run()
-    failures = federation.folder.select("failure")
+    failures = federation.events("failure")
     assert {(f["round"], f["client"]) for f in failures} == {(2, "vqa-0"), (3, "vqa-0")}
     assert sorted(trained(federation, 3)) == ["counting-0", "counting-1", "vqa-1"]
     assert "vqa-0" in federation.strategy.state.loras  # kept, should it come back

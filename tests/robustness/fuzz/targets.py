@@ -43,9 +43,22 @@ from pilot_flwr.protocol import (
 )
 from pilot_flwr.run.checkpoint import _checksum, load_checkpoint, save_checkpoint
 from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import (
+    Aggregated,
+    AggregationMethod,
+    ClientFailed,
+    Evaluated,
+    ExchangeClosed,
+    ExchangeRepeated,
+    Resumed,
+    RosterCalled,
+    RosterEntry,
+    Trained,
+    parse_event,
+)
 from pilot_flwr.run.progress import Progress
 from pilot_flwr.run.provenance import RunIdentity
-from pilot_flwr.server import event_recorder as announcements
+from pilot_flwr.server.event_recorder import Announcer, is_alarm, read_announcement
 
 Errors = tuple[type[Exception], ...]
 
@@ -68,6 +81,42 @@ class Target:
     read: Callable[[Any], object]
     errors: Errors
     weight: float = 1.0
+
+
+TASK = {"client": "a", "task": "t"}
+EVENTS = [
+    event.to_dict()
+    for event in (
+        RosterCalled(exchange=1, clients=(RosterEntry("a", "t", 9, 1),)),
+        Trained(
+            exchange=1,
+            **TASK,
+            stage=1,
+            losses={"total": 0.5, "ce": None},
+            examples=9,
+            steps=2,
+            seconds=1.0,
+            gradients={"lora": 3},
+            bytes_down=9,
+            bytes_up=9,
+            up={"lora": 9},
+        ),
+        Evaluated(exchange=0, **TASK, score=0.5, metric="gqa", examples=4, seconds=1.0),
+        ClientFailed(exchange=1, client="a", phase="train", reason="no"),
+        ExchangeRepeated(exchange=1, reason="too few", undone=1),
+        Aggregated(
+            exchange=1,
+            seconds=0.1,
+            clients=2,
+            tasks={"t": ("a",)},
+            neighbors={"a": {"a": 1.0}},
+            method=AggregationMethod("adaptive"),
+        ),
+        ExchangeClosed(exchange=1, exchanges=4, seconds=1.0),
+        Resumed(exchange=1, attempt=1, passed_over=("x",)),
+    )
+]
+"""One event of each kind that is shown, as the file has them."""
 
 
 def targets(folder: Path) -> dict[str, Target]:
@@ -191,8 +240,7 @@ def state_targets(folder: Path) -> dict[str, Target]:
     spend.spend(PrivacyConfig(enabled=True), run="r", server_round=1)
     events = folder / "run"
     events.mkdir(exist_ok=True)
-    lines = b'{"event": "round", "round": 1}\n{"event": "train", "round": 2, "loss": 0.5}\n'
-    lines += b'{"event": "repeat", "undone": 1, "round": 2}\n'
+    lines = b"".join(json.dumps(event).encode() + b"\n" for event in EVENTS)
     json_of = json.loads((saved / "state.json").read_text())
     kept = {path: path.read_bytes() for path in (store.path(3), tensors, saved / "state.json")}
 
@@ -410,22 +458,16 @@ def told_targets(folder: Path) -> dict[str, Target]:
 
     result = {"status": "completed", "error": None, "failures": [], "seconds": 3.5}
     lines: list[str] = []
-    announcements.Announcer(lines.append).end(folder, result)
+    Announcer(lines.append).end(folder, result)
     said = f"INFO :      {lines[-1]}".encode()
-    events = [
-        {"event": "roster", "round": 1, "clients": [{"client": "a", "task": "t", "stage": 1}]},
-        {"event": "train", "round": 1, "client": "a", "loss": 0.5, "seconds": 1.0, "bytes_up": 9},
-        {"event": "evaluate", "round": 0, "client": "a", "score": 0.5, "metric": "gqa"},
-        {"event": "failure", "round": 1, "client": "a", "phase": "train", "reason": "no"},
-        {"event": "resume", "round": 1, "passed_over": ["x"]},
-        {"event": "repeat", "round": 1, "reason": "too few"},
-        {"event": "aggregate", "round": 1, "clients": 2, "seconds": 0.1},
-        {"event": "round", "round": 1, "exchanges": 4, "seconds": 1.0},
-    ]
 
     def show(event: Any) -> object:
+        try:
+            read = parse_event(json_bytes(event))
+        except ValueError:  # counted as unreadable
+            return None
         progress = Progress()
-        return [progress.lines(event), progress.lines(event)] if isinstance(event, dict) else None
+        return [progress.lines(read), progress.lines(read)]
 
     return {
         "federation file": Target(
@@ -436,10 +478,10 @@ def told_targets(folder: Path) -> dict[str, Target]:
         ),
         "line of a log": Target(
             files([said]).map(lambda data: data.decode("utf-8", "replace")),
-            lambda line: (announcements.read(line), announcements.is_alarm(line)),
+            lambda line: (read_announcement(line), is_alarm(line)),
             (),
         ),
-        "live output": Target(mutated_tree(events), show, ()),
+        "live output": Target(mutated_tree(EVENTS), show, ()),
     }
 
 
