@@ -24,8 +24,8 @@ from pilot_flwr.run.events import (
     Evaluated,
     Event,
     ExchangeClosed,
-    InstructionSent,
-    Trained,
+    bytes_down,
+    bytes_up,
     mean_over_tasks,
     select,
     task_scores,
@@ -157,15 +157,12 @@ def _scores(events: Sequence[Event]) -> Row:
 
 
 def _effort(events: Sequence[Event], path: Path) -> Row:
-    down = [event.down for event in select(events, InstructionSent)]
-    failures = select(events, ClientFailed)
-    up = [event.up for event in select(events, Trained)] + [event.up or {} for event in failures]
     return {
         "exchanges": len(select(events, ExchangeClosed)),
-        "bytes_down": sum(sum(sizes.values()) for sizes in down),
-        "bytes_up": sum(sum(sizes.values()) for sizes in up),
+        "bytes_down": sum(bytes_down(events).values()),
+        "bytes_up": sum(bytes_up(events).values()),
         "seconds": _seconds(path, events),
-        "failures": len(failures),
+        "failures": len(select(events, ClientFailed)),
     }
 
 
