@@ -53,6 +53,7 @@ def write_run_report(
 
 def run_page(run: RunData, figures: list[Figure]) -> Page:
     """Return the page of a run."""
+    method = AggregationMethod.of(run.config.strategy)
     return Page(
         title=f"{run.config.strategy.name}: run {run.config.name}, seed {run.config.seed}",
         facts=_facts(run),
@@ -65,10 +66,7 @@ def run_page(run: RunData, figures: list[Figure]) -> Page:
             ("config.yaml: every setting", run.config_text),
             ("overrides.txt: the overrides that started the run", run.overrides or "no overrides"),
             ("code.json: commit and versions", _code(run)),
-            (
-                "timeline.md: the time line as a table",
-                timeline(run.events, AggregationMethod.of(run.config.strategy)),
-            ),
+            ("timeline.md: the time line as a table", timeline(run.events, method)),
         ],
     )
 

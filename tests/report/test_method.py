@@ -9,6 +9,7 @@ from pilot_flwr.errors import ModelError
 from pilot_flwr.report import matrices
 from pilot_flwr.report import timeline as diagram
 from pilot_flwr.report.history import Exchange, read_run
+from pilot_flwr.run.events import Aggregated
 
 CLIENTS = ["vqa-0", "vqa-1", "row-0", "row-1"]
 ALL = dict.fromkeys(CLIENTS, 0.25)
@@ -19,7 +20,16 @@ def run(finished):
     return read_run(finished.folder.path)
 
 
-def exchange(**changes):
+def exchange(weights=None, distances=None, tasks=None, **changes):
+    alike = {client: dict.fromkeys(CLIENTS, 0.5) for client in CLIENTS}
+    aggregated = Aggregated(
+        exchange=1,
+        seconds=0.1,
+        clients=len(CLIENTS),
+        tasks={"all-tasks": CLIENTS} if tasks is None else tasks,
+        neighbors=dict.fromkeys(CLIENTS, ALL) if weights is None else weights,
+        distances=alike if distances is None else distances,
+    )
     seen = Exchange(
         number=1,
         seconds=1.0,
@@ -27,9 +37,7 @@ def exchange(**changes):
         trained={1: {"lora": (58_368, 58_368), "own_task_adapter": (15_552, 15_552)}},
         down={"lora": 1000},
         up={"lora": 1000},
-        distances={client: dict.fromkeys(CLIENTS, 0.5) for client in CLIENTS},
-        weights=dict.fromkeys(CLIENTS, ALL),
-        tasks={"all-tasks": CLIENTS},
+        aggregated=aggregated,
         failures=0,
     )
     return replace(seen, **changes)
