@@ -109,7 +109,7 @@ class FixedData:
         return Batch(*(t.repeat(rows, 1) for t in (self.input_ids, mask, self.labels)))
 
     def encoder(self, device: torch.device) -> Any:
-        """Return what gives H_v of batches, as `pilot_flwr.model.feature_cache.FeatureCache` does."""
+        """Return a function from batches to H_v, as `FeatureCache` has it."""
 
         def encode(parts: Iterable[Sequence[Example]]) -> Iterator[Visual]:
             for part in parts:

@@ -55,9 +55,9 @@ def comparison(results: Path, methods: Sequence[str]) -> Comparison:
 def overview_table(folder: Path) -> str:
     """Return the README's table: the mean over tasks of a few methods on both scenarios."""
     found = [comparison(folder / f"{name}.csv", METHODS) for name in SCENARIOS]
-    lines = [{line.label: line for line in one.lines} for one in found]
+    means = [{m.label: interval_text(m.interval()) for m in one.methods} for one in found]
     rows = [["method", "tasks of one kind", "tasks of different kinds"]]
-    rows += [[method, *(worded(one[method].mean) for one in lines)] for method in OVERVIEW]
+    rows += [[label, *(of[label] for of in means)] for label in OVERVIEW]
     legend = "Mean over tasks and 5 seeds ± half the width of its 95 % interval (Student's t)."
     return f"{markdown(rows)}\n{legend}\n"
 
