@@ -21,8 +21,8 @@ from pilot_flwr.config.loading import config_folder
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.formatting import plain
-from pilot_flwr.model.base import read_config
-from pilot_flwr.model.loading import UNKNOWN, weights_sample
+from pilot_flwr.model.architectures import read_config
+from pilot_flwr.model.checkpoints import UNKNOWN, weights_sample
 from pilot_flwr.model.resource_plan import layout_of
 
 NAMES = {

@@ -1,27 +1,33 @@
-"""The base architectures: how images become rows of visual features, and rows become tokens.
+"""The base architectures: their configuration, and how images become rows of features and tokens.
 
 An image is one or more *rows*: crops of equal size that the vision tower sees, each giving N
 features of D channels. The connector maps rows to rows; what an architecture does between the
-connector and the language model (LLaVA-OneVision puts its crops together again) has no
-parameters that are trained and is its `ModelSpec.pack`.
+connector and the language model (LLaVA-OneVision reassembles its crops) has no trained parameters
+and is its `ModelSpec.pack`.
 
 To add an architecture, add a row to `SPECS` under its ``model_type``. It has to be a Hugging Face
 model with ``model.vision_tower``, ``model.multi_modal_projector`` (two linear layers with a GELU
-between them) and ``model.language_model``. For another checkpoint of an architecture that is
-there, a file in ``conf/model/`` is enough.
+between them) and ``model.language_model``. Another checkpoint of a known architecture needs only a
+file in ``conf/model/``. Configurations made of the parts in `_DEFAULTS` are read without
+transformers, which takes seconds to import; all others by transformers' ``AutoConfig``.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from PIL import Image
-from torch import Tensor
-from transformers.models.llava_onevision import modeling_llava_onevision as onevision
-
+from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
+from pilot_flwr.model.checkpoints import find_file, reference_config
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -36,15 +42,7 @@ class ImageShape(NamedTuple):
 
 
 class Visual(NamedTuple):
-    """H_v of a batch's images.
-
-    Attributes
-    ----------
-    features : Tensor
-        Shape (R, N, D): the rows of all images, one image after the other.
-    images : tuple of ImageShape
-        The images, in the batch's order; their rows add up to R.
-    """
+    """H_v of a batch: the rows of all images in order, (R, N, D), and the images, R rows in all."""
 
     features: Tensor
     images: tuple[ImageShape, ...]
@@ -59,19 +57,19 @@ class ModelSpec:
     model_class : str
         Name of the class in transformers.
     count_tokens : callable
-        From (model configuration, sizes of one example's images) to the number of tokens that
-        each image takes.
+        From (model configuration, sizes of one example's images) to the number of tokens of each
+        image.
     count_rows : callable
-        The same, to the rows that each image is.
+        The same, to the number of rows of each image.
     crops : callable
         From (image processor, one example's images) to one tensor (rows, 3, height, width) for
         each image.
     pack : callable
         From (model, connected rows (R, N, C), the batch's images) to the embeddings (S, C) that
-        go to the places of the image tokens.
+        replace those of the image tokens.
     has_video : bool
-        Whether transformers' processor class also treats videos, for which it needs a library
-        that nothing here does; its parts are then loaded one by one.
+        Whether transformers' processor class also handles videos, for which it needs a library
+        that nothing here uses; its parts are then loaded one by one.
     """
 
     model_class: str
@@ -83,7 +81,7 @@ class ModelSpec:
 
 
 def spec_of(config: Any) -> ModelSpec:
-    """Return the row of a transformers model configuration.
+    """Return the row of a base model's configuration.
 
     Raises
     ------
@@ -103,6 +101,129 @@ def spec_of(config: Any) -> ModelSpec:
     return SPECS[config.model_type]
 
 
+def read_config(config: ModelConfig) -> Any:
+    """Read a checkpoint's configuration: its attributes as in transformers' class.
+
+    Raises
+    ------
+    ModelError
+        It cannot be read, or its architecture is not supported.
+    """
+    try:
+        return _read(find_file(config, "config.json"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`model.path` is {config.path!r}, which cannot be read: {error}"
+        ) from error
+
+
+def known_config(config: ModelConfig) -> Any:
+    """Read the configuration without the network: the checkpoint's, else the shipped one.
+
+    Raises
+    ------
+    ModelError
+        The checkpoint is not on this machine and its configuration is not shipped.
+    """
+    reference = reference_config(config.path)
+    if reference is None:
+        return read_config(config)
+    try:
+        return _read(find_file(config, "config.json", download=False))
+    except (OSError, ValueError):
+        return _read(reference)
+
+
+def _read(file: str | Path) -> Any:
+    values = json.loads(Path(file).read_text(encoding="utf-8"))
+    if (read := _plain_config(values)) is None:
+        import transformers
+
+        read = transformers.AutoConfig.from_pretrained(  # nosec B615  # a local file
+            str(file), trust_remote_code=False
+        )
+    spec_of(read)
+    return read
+
+
+_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+}
+_TEXT: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_BASE: dict[str, Any] = {
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+_SIDES = range(384, 2305, 384)
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llava": _BASE | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"},
+    "llava_onevision": _BASE
+    | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    | {"vision_aspect_ratio": "anyres_max_9"}
+    | {"image_grid_pinpoints": [[height, width] for height in _SIDES for width in _SIDES]},
+    "clip_vision_model": _VISION
+    | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip_vision_model": _VISION
+    | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    | {"vision_use_head": True},
+    "llama": _TEXT
+    | {"vocab_size": 32000, "intermediate_size": 11008}
+    | {"attention_bias": False, "mlp_bias": False},
+    "qwen2": _TEXT | {"vocab_size": 151936, "intermediate_size": 22016},
+}
+"""transformers' defaults, by ``model_type``, of the values that are used here."""
+
+
+def is_plain(config: Any) -> bool:
+    """Whether a configuration was read without transformers, so that its shapes are known."""
+    return isinstance(config, SimpleNamespace)
+
+
+def _plain_config(values: Mapping[str, Any]) -> SimpleNamespace | None:
+    """Return a configuration of known parts; None for one that transformers has to read."""
+    text = _plain_part(values.get("text_config"), ("llama", "qwen2"))
+    vision = _plain_part(values.get("vision_config"), ("clip_vision_model", "siglip_vision_model"))
+    if values.get("model_type") not in SPECS or text is None or vision is None:
+        return None
+    base = SimpleNamespace(**{**_DEFAULTS[values["model_type"]], **values})
+    base.text_config, base.vision_config = text, vision
+    base.tie_word_embeddings = base.tie_word_embeddings or text.tie_word_embeddings
+    heads = text.num_attention_heads
+    text.num_key_value_heads = getattr(text, "num_key_value_heads", None) or heads
+    if text.model_type == "llama":
+        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    text.rope_parameters = {"rope_theta": getattr(text, "rope_theta", 10000.0)} | (
+        getattr(text, "rope_parameters", None) or {}
+    )
+    usual = text.hidden_size % heads == 0 and not getattr(text, "use_sliding_window", False)
+    return base if usual else None
+
+
+def _plain_part(values: Any, types: Sequence[str]) -> SimpleNamespace | None:
+    """Return one part with its defaults; None if its type is unknown or a size is no size."""
+    if not isinstance(values, dict) or values.get("model_type") not in types:
+        return None
+    defaults = _DEFAULTS[values["model_type"]]
+    part = {**defaults, **values}
+    sizes = [part[name] for name, default in defaults.items() if type(default) is int]
+    sizes += [part[name] for name in ("num_key_value_heads", "head_dim") if part.get(name)]
+    sound = all(type(size) is int and size > 0 for size in sizes)
+    return SimpleNamespace(**part) if sound else None
+
+
 def feature_size(config: Any) -> tuple[int, int]:
     """Return N and D: features of one row, and their channels."""
     vision = config.vision_config
@@ -116,6 +237,8 @@ def feature_size(config: Any) -> tuple[int, int]:
 
 def select_features(config: Any, hidden_states: Sequence[Tensor]) -> Tensor:
     """Return the configured layers' features (R, N, D) from the vision tower's hidden states."""
+    import torch
+
     layers = config.vision_feature_layer
     chosen = [hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
     features = torch.cat(chosen, dim=-1)
@@ -144,6 +267,9 @@ def _onevision_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
 
     What packing makes of the crops is counted by the model's own code, on tensors without content.
     """
+    import torch
+    from transformers.models.llava_onevision import modeling_llava_onevision as onevision
+
     tokens = feature_size(config)[0]
     counts = []
     for size, rows in zip(sizes, _onevision_rows(config, sizes), strict=True):
@@ -163,6 +289,8 @@ def _onevision_rows(config: Any, sizes: Sequence[Size]) -> list[int]:
     """Count the whole image, and its crops if it is the conversation's only one."""
     if len(sizes) != 1:
         return [1] * len(sizes)
+    from transformers.models.llava_onevision import modeling_llava_onevision as onevision
+
     grid, side = config.image_grid_pinpoints, config.vision_config.image_size
     return [onevision.image_size_to_num_patches(list(size), grid, side) for size in sizes]
 
@@ -176,6 +304,8 @@ def _onevision_crops(image_processor: Any, images: Sequence[Image.Image]) -> lis
 
 
 def _onevision_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> Tensor:
+    import torch
+
     parts = torch.split(rows, [image.rows for image in images])
     packed, _ = llava.model.pack_image_features(
         parts,

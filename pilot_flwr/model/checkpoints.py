@@ -1,8 +1,11 @@
-"""Checkpoints that ship with the package, wherever the package runs.
+"""Checkpoints on disk: the shipped ones, their files, and a hash of their weights.
 
-A checkpoint is a plain Hugging Face folder under ``assets/``. Flower's app bundle carries text
-files only, so a folder also holds `BUNDLE`, its other files in base64. Where the package runs
-from such a bundle, the folder is put together once in the user's cache.
+A checkpoint is a name that ships with the package, a local folder or a Hugging Face id. Shipped
+ones are plain Hugging Face folders under ``assets/``. Flower's app bundle carries text files only,
+so such a folder also holds `BUNDLE`, its other files in base64; where the package runs from an app
+bundle, the folder is assembled once in the user's cache.
+
+Nothing here needs torch or transformers, so that a client answers the roster query quickly.
 """
 
 import base64
@@ -11,11 +14,22 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+
+from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.errors import ModelError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLE = "bundle.json"
 _BUNDLED = {".safetensors", ".jinja"}
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+PROJECTOR = "multi_modal_projector."
+"""In the names of the projector's tensors, before their names in an adapter."""
 
 
 def checkpoint_path(path: str) -> str:
@@ -28,13 +42,132 @@ def checkpoint_path(path: str) -> str:
     return str(folder if whole else _assemble(folder, bundle))
 
 
-def reference_config(path: str) -> str | None:
-    """Return the file with a well-known hub checkpoint's configuration, if the package has it.
+def locate(config: ModelConfig) -> str:
+    """Return `checkpoint_path`, or raise `ModelError` for a missing local folder."""
+    if config.path.startswith(("/", ".", "~")) and not os.path.isdir(config.path):
+        raise ModelError(f"`model.path` is {config.path!r}, but there is no such folder.")
+    return checkpoint_path(config.path)
+
+
+def reference_config(path: str) -> Path | None:
+    """Return the shipped configuration of a well-known hub checkpoint.
 
     It answers questions about the checkpoint's size on a machine that does not have it.
     """
     file = ASSETS / "configs" / f"{path.replace('/', '--')}.json"
-    return str(file) if file.is_file() else None
+    return file if file.is_file() else None
+
+
+def find_file(config: ModelConfig, name: str, *, download: bool = True) -> str:
+    """Return the path of a checkpoint's file; OSError or ValueError if it cannot be had."""
+    place = locate(config)
+    if os.path.isdir(place):
+        if not (file := Path(place, name)).is_file():
+            raise FileNotFoundError(f"{place} has no file {name}")
+        return str(file)
+    import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not (download or Path(HF_HUB_CACHE, f"models--{place.replace('/', '--')}").is_dir()):
+        raise FileNotFoundError(f"{place} is not in {HF_HUB_CACHE}")  # without an import of httpx
+    return huggingface_hub.hf_hub_download(
+        place, name, revision=config.revision or None, local_files_only=not download
+    )
+
+
+def projector_files(config: ModelConfig) -> list[str]:
+    """Return the safetensors files that hold the projector; downloads them if need be."""
+    try:
+        index = find_file(config, _INDEX)
+    except OSError:  # one file without an index, or no checkpoint: then the next line says so
+        names = [_SINGLE]
+    else:
+        names = sorted({file for name, file in _weight_map(index).items() if PROJECTOR in name})
+    try:
+        return [find_file(config, name) for name in names]
+    except OSError as error:
+        raise ModelError(
+            f"`model.path` is {config.path!r}, whose weights are missing: {error}"
+        ) from error
+
+
+UNKNOWN = ""
+"""Hash of weights that are not, or not all, on this machine."""
+
+
+class WeightsSample(NamedTuple):
+    """Hashes of the whole projector and of every tensor's first and last row, or `UNKNOWN`."""
+
+    projector: str
+    whole: str
+
+
+def weights_sample(config: ModelConfig) -> WeightsSample:
+    """Hash a sample of a base model's weights, without reading gigabytes or downloading.
+
+    Of every tensor the first and the last row are read; of the projector, from which every task
+    adapter starts, all. Order, names and files of the tensors do not matter: versions of
+    transformers write them differently. Tensors that are not floating-point numbers, such as
+    position ids, are left out, as newer versions do not write them; equal tensors count once, as
+    tied ones are written once or twice. Other values or another precision are another base.
+    """
+    files, complete = _local_files(config)
+    projector: dict[str, str] = {}
+    sampled: set[str] = set()
+    for name, kind, rows, whole in (tensor for file in files for tensor in _tensors(file)):
+        sampled.add(_digest(kind + rows))
+        if PROJECTOR in name:
+            projector[name.split(PROJECTOR)[1]] = _digest(kind + whole)
+    return WeightsSample(
+        _digest(json.dumps(projector, sort_keys=True).encode())[:12] if projector else UNKNOWN,
+        _digest(" ".join(sorted(sampled)).encode())[:12] if complete else UNKNOWN,
+    )
+
+
+def _tensors(file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
+    """Yield name, kind, first and last row, and (of the projector alone) all bytes of a tensor."""
+    with safe_open(file, framework="np"):
+        pass  # refuses a file that is cut short
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            if not tensor["dtype"].startswith(("F", "BF")):
+                continue
+            shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
+            start, size = 8 + length + begin, end - begin
+            row = size // shape[0] if shape and shape[0] else 0
+            rows = os.pread(stream.fileno(), row, start)
+            rows += os.pread(stream.fileno(), row, start + size - row)
+            whole = os.pread(stream.fileno(), size, start) if PROJECTOR in name else b""
+            yield name, f"{shape} {tensor['dtype']}".encode(), rows, whole
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    weights: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return weights
+
+
+def _local_files(config: ModelConfig) -> tuple[list[str], bool]:
+    """Return the safetensors files on this machine, and whether these are all."""
+    index = _local(config, _INDEX)
+    if index is None:
+        single = _local(config, _SINGLE)
+        return ([single], True) if single else ([], False)
+    files = [_local(config, name) for name in sorted(set(_weight_map(index).values()))]
+    return [file for file in files if file], all(files)
+
+
+def _local(config: ModelConfig, name: str) -> str | None:
+    try:
+        return find_file(config, name, download=False)
+    except OSError:
+        return None
 
 
 def write_bundle(folder: Path) -> None:
@@ -48,7 +181,7 @@ def write_bundle(folder: Path) -> None:
 
 
 def _assemble(folder: Path, bundle: dict[str, str]) -> Path:
-    """Put the folder together in the cache; its name is the hash of its content."""
+    """Assemble the folder in the cache; its name is the hash of its content."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())

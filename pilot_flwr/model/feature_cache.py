@@ -1,13 +1,12 @@
-"""Visual features of the frozen vision tower, computed once per image and kept.
+"""Cache the visual features of the frozen vision tower.
 
-The tower is frozen, so H_v of an image never changes within a run. Features are kept in
-memory (shared by all turns of a process) or on the client's disk, up to a bound; what does
-not fit is encoded again. Nothing is evicted: training walks through all images in every
-epoch, for which a cache that keeps its first entries is the best fixed policy. Images that have
-to be encoded are read and decoded by threads while the model is busy with the batch before.
+H_v of an image never changes within a run. Features are kept in memory (shared by all sessions of a
+process) or on the client's disk, up to a limit; the others are encoded again. Nothing is evicted:
+training visits all images in every epoch, for which keeping the first entries is the best fixed
+policy. Threads read and decode images while the model works on the previous batch.
 
-A file of the cache can always be made anew, so it is not flushed to disk as states are, and
-one that cannot be read counts as absent.
+A cache file can be recreated, so it is not flushed to disk as states are, and an unreadable one
+counts as absent.
 """
 
 import hashlib
@@ -37,36 +36,23 @@ _used_memory = 0
 
 
 class _Decoded(NamedTuple):
-    """What a worker has read of a batch.
-
-    Attributes
-    ----------
-    images : list
-        Key, height and width of every image, in the batch's order.
-    kept, pixels : dict
-        Features (rows, N, D) of the images that have them, pixels of the others, by key.
-    """
+    """One batch as a worker read it."""
 
     images: list[tuple[str, int, int]]
+    """Key, height and width of every image, in the batch's order."""
     kept: dict[str, Tensor]
+    """Cached features (rows, N, D) by key."""
     pixels: dict[str, Tensor]
+    """Pixels of the other images by key."""
 
 
 class FeatureCache:
     """H_v of one client's images.
 
-    Parameters
-    ----------
-    config : FeatureCacheConfig
-        Where features are kept, and how much.
-    namespace : str
-        Tells these features from others in the same process or folder: all that they depend
-        on besides an example's id, which must be unique in it.
-    folder : Path
-        Used if features are kept on disk.
-    base : str, optional
-        The same for images that have an identity, which many examples may share: all that
-        features depend on besides the image, so the vision tower. By default `namespace`.
+    `namespace` distinguishes these features from others in the same process or folder: it names
+    all that they depend on besides an example's id, which must be unique in it. `base` does the
+    same for images with an identity, which many examples may share, and so names the vision tower
+    alone; by default it is `namespace`.
     """
 
     def __init__(
@@ -82,7 +68,7 @@ class FeatureCache:
     def encode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
     ) -> Visual:
-        """Return H_v of the examples' images, encoding only what is not kept."""
+        """Return H_v of the examples' images; encodes only what is not cached."""
         return self._encode(model, self._decode(model, image_processor, examples))
 
     def stream(
@@ -93,18 +79,10 @@ class FeatureCache:
         *,
         workers: int,
     ) -> Iterator[Visual]:
-        """Yield H_v of one batch of examples after the other.
+        """Yield H_v of each batch in `parts`, which is read ahead.
 
-        Parameters
-        ----------
-        model : PilotModel
-            Encodes what is not kept, in the caller's thread.
-        image_processor
-            Makes pixels of images, in the workers.
-        parts : iterable of sequence of Example
-            The batches, taken from it ahead of time.
-        workers : int
-            Threads that decode images, one batch each; 0 decodes in the caller's thread.
+        `workers` threads decode images, one batch each; 0 decodes in the caller's thread, where
+        the model encodes in any case.
         """
         if workers == 0:
             yield from (self.encode(model, image_processor, part) for part in parts)
@@ -124,7 +102,7 @@ class FeatureCache:
     def _decode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
     ) -> _Decoded:
-        """Read the examples' features where they are kept, else their images' pixels, once each."""
+        """Read cached features, and the pixels of all other images, once each."""
         decoded = _Decoded([], {}, {})
         for example in examples:
             keys = self._keys(example)
@@ -144,8 +122,8 @@ class FeatureCache:
     def _encode(self, model: PilotModel, decoded: _Decoded) -> Visual:
         kept, fresh = dict(decoded.kept), {}
         for key, pixels in decoded.pixels.items():
-            # What a batch before has encoded meanwhile is taken from there: which worker was
-            # faster must not show in the result.
+            # A previous batch may have encoded it meanwhile: the result must not depend on
+            # which worker was faster.
             features = kept[key] if key in kept else self._get(key)
             if features is None:
                 fresh[key] = pixels
@@ -166,7 +144,7 @@ class FeatureCache:
         return Visual(features, tuple(shapes))
 
     def _keys(self, example: Example) -> list[str]:
-        alone = len(example.images) == 1  # which decides about an image's crops
+        alone = len(example.images) == 1  # decides about an image's crops
         identities = [image.identity() for image in example.images]
         return [
             f"{self.namespace}/{example.id}/{number}"
@@ -208,14 +186,14 @@ class FeatureCache:
 
 
 def forget_features() -> None:
-    """Free all features that this process keeps in memory: no run needs those of another."""
+    """Free all features in this process's memory: no run needs those of another."""
     global _used_memory
     _MEMORY.clear()
     _used_memory = 0
 
 
 def _together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Concatenate on `device`; what is all on the host goes there in one copy."""
+    """Concatenate on `device`, with one copy if all tensors are on the host."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return torch.cat(list(tensors)).to(device)
     return torch.cat([tensor.to(device) for tensor in tensors])

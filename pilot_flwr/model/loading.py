@@ -1,84 +1,197 @@
-"""The one base model that a process keeps from turn to turn, and from run to run.
-
-What a federation starts from, read without loading the base model.
+"""Load a base model: weights, processor, collator, and what a federation starts from.
 
 The server needs the pretrained projector (every task adapter's start) and one LoRA that all
-clients share. Shapes come from the checkpoint's configuration on the meta device, the
-projector's few tensors from its safetensors files; the base itself stays on disk.
-
-A base model's weights by a sample: two checkpoints are told apart without reading gigabytes.
-
-Of every tensor the first and the last row are read, of the projector, from which every task adapter
-starts, all. The order, the names and the files of the tensors do not matter: versions of
-transformers write them differently. Tensors that are not floating-point numbers, such as position
-ids, are left out, as newer versions do not write them; equal tensors count once, as tied
-ones are written once or twice. Other values or another precision are another base.
+clients share. Shapes come from the checkpoint's configuration, the projector's few tensors from its
+safetensors files; the base itself stays on disk. A client loads the base once per process.
 """
 
-import hashlib
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import torch
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 from pilot_flwr.algorithm.server_state import InitialState, draw_lora
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.base import empty_base, load_base, read_config
-from pilot_flwr.model.checkpoints import checkpoint_path
-from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.architectures import read_config, spec_of
+from pilot_flwr.model.checkpoints import PROJECTOR, locate, projector_files
+from pilot_flwr.model.shapes import lora_shapes
 from pilot_flwr.protocol import State
 
-_WARM: dict[tuple[str, str, str], PilotModel] = {}
+if TYPE_CHECKING:
+    import torch
+
+    from pilot_flwr.data.collator import Collator
+    from pilot_flwr.model.pilot_model import PilotModel
+
+_NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_LOADED: dict[tuple[str, str, str], PilotModel] = {}
 
 
-def warm_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
-    """Return this process's one base model; it is loaded at the first call and then kept."""
+def loaded_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
+    """Return this process's one model; it is loaded at the first call, then kept."""
+    from pilot_flwr.model.pilot_model import PilotModel
+
     key = (repr(config), reduction, str(device))
-    if key not in _WARM:
-        _WARM.clear()  # one base at a time: two may not fit
-        _WARM[key] = PilotModel(load_base(config, device), config, reduction=reduction)
-    return _WARM[key]
+    if key not in _LOADED:
+        _LOADED.clear()  # one base at a time: two may not fit
+        _LOADED[key] = PilotModel(load_base(config, device), config, reduction=reduction)
+    return _LOADED[key]
 
 
-PROJECTOR = "multi_modal_projector."
-"""In the names of the projector's tensors, before what they are called in an adapter."""
+def load_base(config: ModelConfig, device: torch.device) -> Any:
+    """Load a base model with `from_pretrained` straight to `device`, every key checked.
+
+    Raises
+    ------
+    ModelError
+        It cannot be loaded, or keys are missing, unexpected or mismatched.
+    """
+    import torch
+    import transformers
+
+    read = read_config(config)
+    weights = getattr(read, "transformers_weights", None) or ".safetensors"
+    if not weights.endswith((".safetensors", ".safetensors.index.json")):
+        # It would take precedence over `use_safetensors`.
+        raise ModelError(
+            f"`model.path` is {config.path!r}, whose config.json names {weights!r} as "
+            "`transformers_weights`, but weights are read from safetensors files only."
+        )
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.quantization == "4bit":
+        options["quantization_config"] = _four_bit(options["dtype"])
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    try:
+        model, info = getattr(transformers, spec_of(read).model_class).from_pretrained(
+            attn_implementation={"text_config": config.attention},
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
+            **_source(config),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"`model.path` is {config.path!r}, which cannot be loaded: {error}"
+        ) from error
+    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if problems:
+        raise ModelError(f"`model.path` is {config.path!r}, whose keys do not fit: {problems}")
+    return model
+
+
+def empty_base(transformers_config: Any) -> Any:
+    """Return the model without weights, on the meta device."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model_class = getattr(transformers, spec_of(transformers_config).model_class)
+        return model_class(transformers_config)
+
+
+def empty_model(
+    config: ModelConfig, transformers_config: Any, *, tasks: tuple[str, ...], stage: int
+) -> PilotModel:
+    """Return a model of a stage without weights, on the meta device; `tasks[0]` is its own."""
+    import torch
+
+    from pilot_flwr.model.pilot_model import PilotModel
+
+    base = empty_base(transformers_config).to(getattr(torch, config.dtype))
+    with torch.device("meta"):
+        model = PilotModel(base, config)
+        model.enter_stage1(tasks[0])
+        if stage == 2:
+            model.enter_stage2(tasks, torch.Generator("cpu"))
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def load_processor(path: str, revision: str = "") -> Any:
+    """Load the checkpoint's processor: tokenizer, chat template, image processor."""
+    import transformers
+
+    config = ModelConfig(path=path, revision=revision)
+    try:
+        if spec_of(read_config(config)).has_video:
+            return _image_processor_parts(config)
+        source = _source(config)
+        return transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
+
+
+@dataclass(frozen=True)
+class ImageTextProcessor:
+    """A processor that also handles videos, without its video part."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_token: str
+    chat_template: str
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        """Render a conversation, as transformers' processors do."""
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, **options
+        )
+
+
+def _image_processor_parts(config: ModelConfig) -> ImageTextProcessor:
+    import transformers
+
+    source = _source(config)
+    path = source.pop("pretrained_model_name_or_path")
+    values, _ = transformers.ProcessorMixin.get_processor_dict(path, **source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **source)  # nosec B615  # as above
+    images = transformers.AutoImageProcessor.from_pretrained(path, **source)  # nosec B615
+    return ImageTextProcessor(
+        tokenizer=tokenizer,
+        image_processor=images,
+        image_token=values.get("image_token", "<image>"),
+        chat_template=values["chat_template"],
+    )
+
+
+def make_collator(
+    config: ModelConfig, processor: Any, base_config: Any, *, max_length: int
+) -> Collator:
+    """Return the collator of a base model."""
+    from pilot_flwr.data.collator import Collator
+
+    spec = spec_of(base_config)
+    return Collator(
+        processor,
+        count_tokens=lambda sizes: spec.count_tokens(base_config, sizes),
+        max_length=max_length,
+        system_prompt=config.system_prompt,
+    )
 
 
 def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
-    """Read the projector and draw Θ_l.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Base model and LoRA.
-    seed : int
-        Of the LoRA's A matrices.
+    """Read the projector and draw Θ_l, its A matrices from `seed`.
 
     Raises
     ------
     ModelError
         The checkpoint cannot be read or has no projector.
     """
+    import torch
+
     dtype = getattr(torch, config.wire_dtype)
-    lora = draw_lora(_lora_shapes(config), dtype, seed=seed)
-    return InitialState(_read_projector(config, dtype), lora)
-
-
-def _lora_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    base = empty_base(read_config(config))
-    with torch.device("meta"):
-        model = PilotModel(base, config)
-        model.enter_stage1("any")
-    return {name: p.shape for name, p in model.groups()["lora"].items()}
+    shapes = {n: torch.Size(s) for n, s in lora_shapes(config, read_config(config)).items()}
+    return InitialState(_read_projector(config, dtype), draw_lora(shapes, dtype, seed=seed))
 
 
 def _read_projector(config: ModelConfig, dtype: torch.dtype) -> State:
     state: State = {}
-    for file in _weight_files(config):
+    for file in projector_files(config):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 if PROJECTOR in name:
@@ -88,100 +201,30 @@ def _read_projector(config: ModelConfig, dtype: torch.dtype) -> State:
     return state
 
 
-def _weight_files(config: ModelConfig) -> list[str]:
-    """Return the safetensors files that hold the projector."""
-    folder, revision = checkpoint_path(config.path), config.revision or None
-    index = cached_file(
-        folder,
-        "model.safetensors.index.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if index is None:
-        names = ["model.safetensors"]
-    else:
-        weights = json.loads(Path(index).read_text())["weight_map"]
-        names = sorted({file for name, file in weights.items() if PROJECTOR in name})
-    try:
-        return [str(cached_file(folder, name, revision=revision)) for name in names]
-    except OSError as error:
-        raise ModelError(
-            f"`model.path` is {config.path!r}, whose weights are missing: {error}"
-        ) from error
+def _source(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments with which `from_pretrained` finds a checkpoint and runs none of it.
 
-
-UNKNOWN = ""
-"""Where the weights, or some of them, are not on this machine yet."""
-
-_LENGTH = 12
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-class WeightsSample(NamedTuple):
-    """Hashes of a base model's weights; `UNKNOWN` for what is not on this machine.
-
-    Attributes
-    ----------
-    projector : str
-        Of all values of the projector.
-    whole : str
-        Of the first and the last row of every tensor.
+    Code in a checkpoint is refused without asking, and weights that are not safetensors
+    (`use_safetensors` in `load_base`) are not unpickled.
     """
+    source: dict[str, Any] = {"pretrained_model_name_or_path": locate(config)}
+    source |= {"revision": config.revision} if config.revision else {}
+    return source | {"trust_remote_code": False}
 
-    projector: str
-    whole: str
 
+def _four_bit(dtype: torch.dtype) -> Any:
+    """Return NF4 with double quantization for the language model's layers."""
+    import transformers
 
-def weights_sample(config: ModelConfig) -> WeightsSample:
-    """Read a sample of a base model's weights; nothing is downloaded."""
-    files, complete = _local_files(config)
-    projector: dict[str, str] = {}
-    sampled: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                rows = tensors.get_slice(name)
-                if not str(rows.get_dtype()).startswith(("F", "BF")):
-                    continue
-                if PROJECTOR in name:
-                    key = name.split(PROJECTOR)[1]
-                    projector[key] = _digest(rows, [tensors.get_tensor(name)])
-                sampled.add(_digest(rows, [rows[:1], rows[-1:]] if rows.get_shape() else []))
-    return WeightsSample(
-        _short(json.dumps(projector, sort_keys=True)) if projector else UNKNOWN,
-        _short(" ".join(sorted(sampled))) if complete else UNKNOWN,
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "`model.quantization` is '4bit', which needs bitsandbytes: "
+            "pip install 'pilot-flwr[quantization]'."
+        )
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=_NOT_QUANTIZED,
     )
-
-
-def _digest(rows: Any, parts: list[torch.Tensor]) -> str:
-    found = hashlib.sha256(f"{rows.get_shape()} {rows.get_dtype()}".encode())
-    for part in parts:
-        found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
-
-
-def _local_files(config: ModelConfig) -> tuple[list[str], bool]:
-    """Return the safetensors files that are on this machine, and whether these are all."""
-    index = _local(config, _INDEX)
-    if index is None:
-        single = _local(config, _SINGLE)
-        return ([single], True) if single else ([], False)
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    files = [_local(config, name) for name in names]
-    return [file for file in files if file], all(files)
-
-
-def _local(config: ModelConfig, name: str) -> str | None:
-    found: str | None = cached_file(
-        checkpoint_path(config.path),
-        name,
-        revision=config.revision or None,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found

@@ -1,10 +1,8 @@
-"""Θ_l, the text adapter: a LoRA in the frozen language model, by peft.
+"""The base model with Pilot's adapters, and the switch from stage 1 to stage 2.
 
-The base model with Pilot's adapters in it, and the switch from stage 1 to stage 2.
-
-`PilotModel` holds a frozen Hugging Face LLaVA model with a peft LoRA in its language model
-and a Pilot connector in place of its projector. One base serves all clients of a process:
-a client's turn swaps adapters in and out, the base is never loaded again.
+`PilotModel` is a frozen Hugging Face LLaVA model with a peft LoRA (Θ_l, the text adapter) in its
+language model and a Pilot connector in place of its projector. One base serves all clients of a
+process: each session swaps adapters in and out, and the base is never loaded again.
 """
 
 import contextlib
@@ -17,7 +15,6 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pilot_flwr.algorithm import parameter_groups as parameters
 from pilot_flwr.algorithm.connector import (
     Adapter,
     ConnectorOutput,
@@ -26,11 +23,18 @@ from pilot_flwr.algorithm.connector import (
     stage1_connector,
     stage2_connector,
 )
-from pilot_flwr.algorithm.parameter_groups import Groups, group_parameters, read, write
+from pilot_flwr.algorithm.parameter_groups import (
+    Groups,
+    group_parameters,
+    read,
+    set_trainable,
+    write,
+)
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import Visual, select_features, spec_of
+from pilot_flwr.model.shapes import check_targets
 from pilot_flwr.protocol import GroupName, State
 
 RESIDUAL = "residual"
@@ -38,19 +42,9 @@ RESIDUAL = "residual"
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
-    """Put Θ_l into the language model, in place, by peft.
-
-    Raises
-    ------
-    ModelError
-        No linear layer is called as one of `model.lora.targets`; peft would pass over it.
-    """
-    linear = [f".{name}" for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
-    if unknown := [t for t in lora.targets if not any(n.endswith(f".{t}") for n in linear)]:
-        there = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(
-            f"`model.lora.targets` names {unknown} but must name linear layers, of {there}."
-        )
+    """Add Θ_l to the language model in place; `ModelError` if a target is no linear layer."""
+    linear = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
+    check_targets(linear, lora.targets)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -64,17 +58,11 @@ def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype)
 
 
 def set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> None:
-    """Add what exact aggregation has left over to the frozen weights, in place of what was there.
+    """Add the residual of exact aggregation to the frozen weights; replaces the previous one.
 
-    It is a second LoRA of peft beside Θ_l in the layers that it has tensors for, frozen, of the
-    same scale and without dropout, in float32.
-
-    Parameters
-    ----------
-    language_model : Module
-        With Θ_l in it.
-    residual : Mapping[str, Tensor]
-        ``<layer>.lora_A`` and ``<layer>.lora_B``; nothing takes out what was there.
+    It is a second, frozen LoRA of peft beside Θ_l in the layers of which `residual` has
+    ``<layer>.lora_A`` and ``<layer>.lora_B``: same scale, no dropout, float32. An empty `residual`
+    removes it.
 
     Raises
     ------
@@ -108,11 +96,11 @@ def lora_layers(model: nn.Module) -> list[Any]:
 
 
 def share_inputs(layers: Sequence[Any], shared: bool) -> None:
-    """Let peft take inputs as they are, which it otherwise casts to the LoRA's own type.
+    """Choose whether peft casts a layer's input to the LoRA's type, as it does by default.
 
-    Under autocast the cast changes no value, but each of a layer's LoRAs would keep a copy of
-    its own for the backward pass. It stays as set, because checkpointing runs layers again in
-    the backward pass.
+    Under autocast the cast changes no value, but each of a layer's LoRAs would keep its own copy
+    for the backward pass. The choice persists, because checkpointing runs layers again in the
+    backward pass.
     """
     for layer in layers:
         layer.cast_input_dtype_enabled = not shared
@@ -137,7 +125,7 @@ class ModelOutput(NamedTuple):
 
 
 class PilotModel(nn.Module):
-    """A frozen LLaVA with Θ_l and a connector; begins in stage 1.
+    """A frozen LLaVA with Θ_l and a connector.
 
     Parameters
     ----------
@@ -166,7 +154,7 @@ class PilotModel(nn.Module):
         self._own_task = ""
         self._groups: Groups | None = None
         self._lora_layers = lora_layers(llava)
-        # Kept out of the module tree: it is no parameter of this model but its starting point.
+        # In a tuple, so that torch does not register it: only new adapters start from it.
         self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
 
     @property
@@ -188,7 +176,7 @@ class PilotModel(nn.Module):
 
     @property
     def own_task(self) -> str:
-        """Task of the client whose turn it is."""
+        """Task of the client whose session it is."""
         return self._own_task
 
     def train(self, mode: bool = True) -> Self:
@@ -198,7 +186,7 @@ class PilotModel(nn.Module):
         return self
 
     def enter_stage1(self, own_task: str, *, initialisation: str | None = None) -> None:
-        """Begin a client's turn: a fresh stage-1 connector from the pretrained projector.
+        """Begin a client's session with a new stage-1 connector from the pretrained projector.
 
         `initialisation` overrides the configured one; with ``identity`` the model is exactly
         the base model until something is loaded or trained.
@@ -254,13 +242,13 @@ class PilotModel(nn.Module):
         write(self.groups()[group], state, what=f"Parameters of {group}")
 
     def groups(self) -> Groups:
-        """Every parameter, by group; looked up anew after a change of the architecture alone."""
+        """Return every parameter, by group; grouped again only after the architecture changed."""
         if self._groups is None:
             self._groups = group_parameters(self.llava, own_task=self.own_task)
         return self._groups
 
     def set_residual(self, residual: State) -> None:
-        """Put R, the frozen rest of exact aggregation, beside Θ_l, in place of what was there."""
+        """Replace R, the frozen residual of exact aggregation beside Θ_l."""
         if residual or self.groups()["residual"]:
             self._groups = None
             set_residual(self.llava.model.language_model, residual)
@@ -268,7 +256,7 @@ class PilotModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """H_v = f(X_v): frozen patch features, shape (R, N, D), from (R, 3, height, width)."""
+        """Return H_v = f(X_v): frozen patch features (R, N, D) of pixels (R, 3, height, width)."""
         tower = self.llava.model.vision_tower
         output = tower(pixel_values.to(self.device, tower.dtype), output_hidden_states=True)
         return select_features(self.llava.config, output.hidden_states)
@@ -284,7 +272,7 @@ class PilotModel(nn.Module):
             H_v of the batch's images.
         """
         share_inputs(self._lora_layers, torch.is_autocast_enabled(self.device.type))
-        # Looked up before anything large is queued: the host has to wait for the answer.
+        # Before anything large is queued, as the host waits for the result.
         rows, columns = (batch.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         connected = self._connect(visual)
         hidden = self.llava.model.language_model(
@@ -310,7 +298,7 @@ class PilotModel(nn.Module):
         """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`).
 
         Generation ends at the checkpoint's own end tokens and at `stop`. `streamer`, of
-        transformers, gets each token as it comes.
+        transformers, receives each token when it is generated.
         """
         connected = self._connect(visual)
         ends = self.end_tokens(stop)
@@ -320,7 +308,7 @@ class PilotModel(nn.Module):
             eos_token_id=ends or None,
             pad_token_id=min(ends, default=0),
         )
-        # Every new token has another length: compiled layers would be compiled over and over.
+        # The length grows with every token: compiled layers would be compiled again each time.
         eager = self.config.compile and torch.compiler.set_stance("force_eager")
         with eager or contextlib.nullcontext(), self._own_generation_defaults_ignored():
             tokens: Tensor = self.llava.generate(
@@ -333,7 +321,7 @@ class PilotModel(nn.Module):
 
     @contextlib.contextmanager
     def _own_generation_defaults_ignored(self) -> Iterator[None]:
-        """Keep what the checkpoint would add to greedy decoding out of it: penalties, beams."""
+        """Decode greedily whatever the checkpoint's generation config adds: penalties, beams."""
         own = self.llava.generation_config
         self.llava.generation_config = transformers.GenerationConfig()
         try:
@@ -359,7 +347,7 @@ class PilotModel(nn.Module):
         return output
 
     def _embed(self, input_ids: Tensor, rows: Tensor, visual: Visual) -> Tensor:
-        """Token embeddings with x_img in place of the image tokens."""
+        """Return token embeddings with x_img in place of the image tokens."""
         embeddings: Tensor = self.llava.get_input_embeddings()(input_ids)
         if not visual.images:
             return embeddings
@@ -375,7 +363,7 @@ class PilotModel(nn.Module):
     def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
         self.llava.model.multi_modal_projector = connector.to(self.device)
         self._groups = None
-        parameters.set_trainable(self.groups(), stage=self.stage)
+        set_trainable(self.groups(), stage=self.stage)
 
 
 def _projector_as_adapter(projector: Any) -> Adapter:

@@ -1,295 +1,25 @@
-"""How much GPU memory one client's training takes, from shapes alone.
+"""Plan a run from shapes alone: what it trains, sends, stores and needs in GPU memory.
 
-Nothing is loaded and nothing is computed: the model is made of tensors without content, one
-micro-batch runs through it, and what autograd keeps for the backward pass is added up. So the
-figure follows the model, the stage, the LoRA and checkpointing as they are; what the
-allocator and the kernels need on top is the allowance `RESERVE`.
-
-What is sent and what is kept, tensor by tensor, known without loading the base model.
-
-What a run will train, send and need, before anything is loaded.
-
-Everything is counted on a model without weights, with the parameter table that training itself
-uses (`pilot_flwr.algorithm.parameter_groups.GROUPS`), so that plan and run cannot differ.
+Nothing is loaded. Shapes and their groups are those that training uses
+(`pilot_flwr.algorithm.parameter_groups.GROUPS`), so that plan and run cannot differ.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pilot_flwr.algorithm.fedex_lora import largest_residual
-from pilot_flwr.algorithm.parameter_groups import GROUPS, WHOLE, Sharing, set_trainable
-from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.errors import ModelError, TrainingError
+from pilot_flwr.errors import TrainingError
 from pilot_flwr.formatting import human_bytes
-from pilot_flwr.model.architectures import Size, feature_size, spec_of
-from pilot_flwr.model.base import empty_base, known_config, read_config
-from pilot_flwr.model.pilot_model import PilotModel, lora_layers, share_inputs
+from pilot_flwr.model.architectures import Size, feature_size, known_config, spec_of
+from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
+from pilot_flwr.model.shapes import DTYPE_BYTES
 from pilot_flwr.protocol import GroupName
-
-RESERVE = 0.1
-"""Share of the sum that is added for fragmentation and the kernels' own workspace."""
-
-_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-"""Bytes of a weight in NF4 with double quantization: 4 bits, and scales for blocks of 64."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Shape of what is trained on at a time.
-
-    Attributes
-    ----------
-    examples : int
-        Micro-batch size, one image each.
-    rows, image_tokens : int
-        Rows of an image, and the tokens that it takes.
-    text_tokens, answer_tokens : int
-        Tokens of an example besides its image's; those of them that carry a label.
-    """
-
-    examples: int
-    rows: int
-    image_tokens: int
-    text_tokens: int = 128
-    answer_tokens: int = 32
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the GPU at the peak of one training step, by what they are for."""
-
-    base: int
-    adapters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    reserve: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return sum(asdict(self).values())
-
-    def largest_micro_batch(self, size: int, batch: MicroBatch) -> int:
-        """Return how many examples fit into `size` bytes if `self` is what `batch` needs."""
-        each = (self.activations + self.logits) / batch.examples
-        fixed = self.base + self.adapters + self.gradients + self.optimizer
-        return max(0, int((size / (1 + RESERVE) - fixed) / each))
-
-
-def empty_model(
-    config: ModelConfig, transformers_config: Any, *, tasks: tuple[str, ...], stage: int
-) -> PilotModel:
-    """Return a model of stage 1 or 2 without weights, on the meta device.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        What to add to the base.
-    transformers_config
-        The base's configuration.
-    tasks : tuple of str
-        All T tasks; the first is the client's own.
-    stage : int
-        Architecture, 1 or 2.
-    """
-    base = empty_base(transformers_config).to(getattr(torch, config.dtype))
-    with torch.device("meta"):
-        model = PilotModel(base, config)
-        model.enter_stage1(tasks[0])
-        if stage == 2:
-            model.enter_stage2(tasks, torch.Generator("cpu"))
-    return model
-
-
-def training_memory(model: PilotModel, batch: MicroBatch) -> Memory:
-    """Estimate the peak of one training step in the model's stage.
-
-    Parameters
-    ----------
-    model : PilotModel
-        On the meta device, see `empty_model`. Its parameters are replaced; those that have
-        gradients are trained.
-    batch : MicroBatch
-        What it is to be trained on.
-    """
-    groups = model.groups()
-    trained = [p for named in groups.values() for p in named.values() if p.requires_grad]
-    adapters = sum(p.nbytes for g, ps in groups.items() if g != "base" for p in ps.values())
-    answers = batch.examples * batch.answer_tokens
-    vocabulary = model.llava.lm_head.out_features
-    parts = {
-        "base": _base_bytes(model),
-        "adapters": adapters,
-        "gradients": sum(p.nbytes for p in trained),
-        "optimizer": 2 * sum(p.nbytes for p in trained),  # AdamW's two moments
-        "activations": _activation_bytes(model, batch),
-        # The logits in the model's precision and in float32, and the gradient of each.
-        "logits": answers * vocabulary * 2 * (4 + getattr(torch, model.config.dtype).itemsize),
-    }
-    return Memory(**parts, reserve=int(RESERVE * sum(parts.values())))
-
-
-def _base_bytes(model: PilotModel) -> int:
-    parameters = list(model.groups()["base"].items())
-    if model.config.quantization == "none":
-        return sum(p.nbytes for _, p in parameters)
-    quantized = {
-        name: p.numel() * _NF4_BYTES
-        for name, p in parameters
-        if "language_model.layers" in name and p.ndim == 2
-    }
-    return int(sum(quantized.get(name, p.nbytes) for name, p in parameters))
-
-
-def _activation_bytes(model: PilotModel, batch: MicroBatch) -> int:
-    """Bytes that autograd keeps; with checkpointing, one layer's own are on top of the inputs."""
-    with FakeTensorMode():
-        _without_content(model)
-        kept = _kept(model, batch)
-        if not model.config.gradient_checkpointing:
-            return kept
-        decoder = model.llava.model.language_model
-        decoder.activation_checkpointing_disable()
-        return kept + (_kept(model, batch) - kept) // len(decoder.layers)
-
-
-def _without_content(model: nn.Module) -> None:
-    """Replace meta tensors by CPU tensors without content, so that autocast acts on them."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _kept(model: PilotModel, batch: MicroBatch) -> int:
-    tokens, channels = feature_size(model.llava.config)
-    language_model = model.llava.model.language_model
-    dtype = getattr(torch, model.config.dtype)
-    model.train()
-    share_inputs(lora_layers(model), True)  # as under the autocast of a GPU
-    with _saved(model) as kept, torch.autocast("cpu", torch.bfloat16):
-        rows = torch.empty(batch.examples * batch.rows, tokens, channels)
-        connected = model.connector(rows)
-        width = connected.features.shape[-1]
-        image = connected.features.to(dtype).reshape(batch.examples, -1, width)
-        # What an architecture adds to its rows or takes from them when it packs them.
-        packed = (0, 0, 0, batch.image_tokens - image.shape[1])
-        image = nn.functional.pad(image, packed) if packed[-1] else image
-        text = torch.empty(batch.examples, batch.text_tokens, width, dtype=dtype)
-        hidden = language_model(inputs_embeds=torch.cat([image, text], 1), use_cache=False)
-        model.llava.lm_head(hidden.last_hidden_state[:, -batch.answer_tokens :])
-    return sum(kept.values())
-
-
-@contextmanager
-def _saved(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect the storages that autograd keeps, without the parameters': address → bytes."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # an address must not be used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            alive.append(tensor)
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    def unpack(tensor: Tensor) -> Tensor:
-        raise ModelError("An estimate of memory has no backward pass.")
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield kept
-
-
-_KNOWN: dict[str, "Layout"] = {}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shapes of one client's parameters.
-
-    Attributes
-    ----------
-    sent : dict
-        Group → tensor → shape, of Θ_a and Θ_l; all of type `model.sent_dtype`.
-    private_bytes : int
-        Size of the private state after the last stage: ψ_s, T − 1 ψ_c, φ, and what is not shared.
-    personal_bytes : int
-        Size of a personal model of all that is sent or could be (`train.ditto`).
-    """
-
-    sent: dict[str, dict[str, list[int]]]
-    private_bytes: int
-    personal_bytes: int
-
-
-def layout_of(
-    config: ModelConfig, tasks: tuple[str, ...], sharing: Sharing = WHOLE, *, stages: int = 2
-) -> Layout:
-    """Return the shapes of a federation's parameters; half a second for a 7B model, once.
-
-    Parameters
-    ----------
-    config : ModelConfig
-        Base model, adapters and LoRA.
-    tasks : tuple of str
-        All T tasks.
-    sharing : Sharing
-        What is sent, and what is kept.
-    stages : int
-        `strategy.stages`: what is private is counted after the last of them.
-
-    Raises
-    ------
-    ModelError
-        The base model's configuration cannot be read.
-    """
-    key = f"{config}/{len(tasks)}/{sharing}/{stages}"
-    if key not in _KNOWN:
-        _KNOWN.clear()  # one run, one layout
-        _KNOWN[key] = _layout(config, read_config(config), tasks, sharing, stages)
-    return _KNOWN[key]
-
-
-def _layout(
-    config: ModelConfig,
-    transformers_config: Any,
-    tasks: tuple[str, ...],
-    sharing: Sharing,
-    stages: int,
-) -> Layout:
-    # In the last stage, as nothing is private or sent in stage 1 that is not there in stage 2.
-    groups = empty_model(config, transformers_config, tasks=tasks, stage=stages).groups()
-    width = getattr(torch, config.adapter_dtype).itemsize
-    rows = [group for group, row in GROUPS.items() if row.sent]
-    return Layout(
-        sent={
-            group: {n: list(p.shape) for n, p in groups[group].items() if sharing.sends(group, n)}
-            for group in rows
-        },
-        private_bytes=width
-        * sum(
-            p.numel()
-            for g, named in groups.items()
-            for n, p in named.items()
-            if sharing.keeps(g, n)
-        ),
-        personal_bytes=width * sum(p.numel() for group in rows for p in groups[group].values()),
-    )
 
 
 @dataclass(frozen=True)
@@ -398,7 +128,7 @@ def make_plan(
         answer_tokens,
     )
     last = config.strategy.stages
-    stages = {stage: _stage(config, base, stage, batch) for stage in range(1, last + 1)}
+    stages = {stage: _stage_plan(config, base, stage, batch) for stage in range(1, last + 1)}
     tokens, channels = feature_size(base)
     return Plan(
         path=config.model.path,
@@ -428,19 +158,17 @@ def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
     return up + down - as_if_full * sizes[-1] + grown
 
 
-def _stage(config: PilotConfig, base: object, stage: int, batch: MicroBatch) -> StagePlan:
-    model = empty_model(config.model, base, tasks=tuple(config.data.tasks), stage=stage)
+def _stage_plan(config: PilotConfig, base: Any, number: int, batch: MicroBatch) -> StagePlan:
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
-    set_trainable(model.groups(), stage=stage, sharing=sharing)
-    residuals = _residual_bytes(config, model)
-    width = getattr(torch, config.model.wire_dtype).itemsize
-    numbers = _count(model, lambda group, name, parameter: True)
-    trained = _count(model, lambda group, name, parameter: parameter.requires_grad)
-    sent = _count(model, lambda group, name, parameter: sharing.sends(group, name))
-    kept = _count(model, lambda group, name, parameter: sharing.keeps(group, name))
+    stage = Stage.of(config.model, base, tuple(config.data.tasks), number, sharing)
+    residuals = _residual_bytes(config, stage)
+    width = DTYPE_BYTES[config.model.wire_dtype]
+    numbers = stage.count(lambda group, name: True)
+    trained, sent = stage.count(stage.trains), stage.count(sharing.sends)
+    kept = stage.count(sharing.keeps)
     if config.train.ditto.enabled:  # a second model of what is sent
         kept |= {g: kept[g] + numbers[g] for g, row in GROUPS.items() if row.sent}
-    adapters = len(config.data.tasks) if stage == 2 else 1
+    adapters = len(config.data.tasks) if number == 2 else 1
     return StagePlan(
         parameters=numbers,
         trained_of=trained,
@@ -453,30 +181,20 @@ def _stage(config: PilotConfig, base: object, stage: int, batch: MicroBatch) -> 
         up_bytes=sum(sent.values()) * width,
         down_bytes=(sent["lora"] + adapters * sent["own_task_adapter"]) * width + residuals[-1],
         residual_bytes=residuals,
-        memory=training_memory(model, batch),
+        memory=training_memory(stage, batch),
     )
 
 
-def _residual_bytes(config: PilotConfig, model: PilotModel) -> list[int]:
-    """Return the most that exact aggregation leaves after each exchange, and put the last in."""
+def _residual_bytes(config: PilotConfig, stage: Stage) -> list[int]:
+    """Return the most that exact aggregation leaves after each exchange; `stage` gets the last."""
     exchanges = range(1, config.strategy.rounds + 2)
     if config.strategy.lora != "exact":
         return [0 for _ in exchanges]
-    lora = model.groups()["lora"]
+    lora = {n: torch.empty(s, device="meta") for n, s in stage.groups["lora"].items()}
     terms = config.num_clients + 1
     residuals = [largest_residual(lora, terms=terms * n) for n in exchanges]
-    with torch.device("meta"):
-        model.set_residual(residuals[-1])
+    stage.groups["residual"] = {n: tuple(t.shape) for n, t in residuals[-1].items()}
     return [sum(tensor.nbytes for tensor in residual.values()) for residual in residuals]
-
-
-def _count(
-    model: PilotModel, counts: Callable[[GroupName, str, nn.Parameter], bool]
-) -> dict[GroupName, int]:
-    return {
-        group: sum(p.numel() for name, p in named.items() if counts(group, name, p))
-        for group, named in model.groups().items()
-    }
 
 
 @contextmanager
