@@ -34,8 +34,7 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import PilotConfig, TrainConfig
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.model.base import load_processor
-from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.model.loading import initial_state, load_processor, loaded_model
 from pilot_flwr.protocol import Instruction, SessionResult
 
 RESULT = RESULTS / "client_turn.json"
@@ -79,7 +78,7 @@ class Rotation:
         """Take the next client's turn after loading the base.
 
         A process keeps one base, by its configuration; so one that differs in a bound that
-        nothing here reaches makes `warm_model` load it anew.
+        nothing here reaches makes `loaded_model` load it anew.
         """
         cache = replace(self.config.model.feature_cache, max_gib=float(next(self.bases)))
         self.config = replace(self.config, model=replace(self.config.model, feature_cache=cache))
@@ -104,7 +103,7 @@ class Rotation:
     def base(self) -> Any:
         """Return the base that is there."""
         reduction = self.config.train.difference_loss.reduction
-        return warm_model(self.config.model, reduction=reduction, device=torch.device("cpu"))
+        return loaded_model(self.config.model, reduction=reduction, device=torch.device("cpu"))
 
     def _take(self, site: Site, *, stage: int) -> SessionResult:
         return run_session(site, self.config, self._order(site, stage), progress=print)

@@ -5,7 +5,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from pilot_flwr.config.model import ModelConfig
-from pilot_flwr.model.base import load_base, load_processor
+from pilot_flwr.model.loading import load_base, load_processor
 from pilot_flwr.model.pilot_model import PilotModel
 
 transformers_logging.disable_progress_bar()

@@ -9,7 +9,7 @@ H_v. Attention is counted as causal: half of the square. Element-wise work count
 from typing import Any, NamedTuple
 
 from pilot_flwr.model.architectures import feature_size
-from pilot_flwr.model.resource_plan import MicroBatch
+from pilot_flwr.model.memory import MicroBatch
 
 
 class Operations(NamedTuple):

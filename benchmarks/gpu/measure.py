@@ -16,8 +16,8 @@ from gpu.sizes import TASKS, Size
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
-from pilot_flwr.model.base import known_config
-from pilot_flwr.model.resource_plan import empty_model, training_memory
+from pilot_flwr.model.architectures import known_config
+from pilot_flwr.model.memory import Stage, training_memory
 
 Figures = dict[str, Any]
 
@@ -62,8 +62,8 @@ class Planned:
     def memory(self, variant: Variant, micro_batch: int) -> Any:
         """Return the estimate for one of the package's own loops; the plain one has none."""
         config = self.size.config(checkpointing=variant.checkpointing)
-        model = empty_model(config, self.config, tasks=TASKS, stage=variant.stage)
-        return training_memory(model, self.size.batch(micro_batch))
+        stage = Stage.of(config, self.config, TASKS, variant.stage)
+        return training_memory(stage, self.size.batch(micro_batch))
 
     def largest(self, variant: Variant, device_bytes: int) -> int:
         """Return the largest micro-batch that fits by the plan; for the plain loop, stage 1's."""

@@ -14,9 +14,8 @@ from torch import Tensor
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.data.examples import Example, Turn
-from pilot_flwr.model.architectures import ImageShape, Visual, feature_size
-from pilot_flwr.model.base import known_config
-from pilot_flwr.model.resource_plan import MicroBatch
+from pilot_flwr.model.architectures import ImageShape, Visual, feature_size, known_config
+from pilot_flwr.model.memory import MicroBatch
 
 TASKS = ("vqa", "ocr", "captions")
 """T = 3 as in the paper; the first is the client's own."""

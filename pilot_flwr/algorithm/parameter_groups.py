@@ -4,15 +4,18 @@ Every parameter of the model matches exactly one row of `GROUPS`; any other is a
 kind of parameter, add a row. `Sharing` restricts what a run trains and uploads of the groups.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import nn
-
-from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.config.schema import SharingConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.protocol import GroupName, State
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _CONNECTOR = r"model\.multi_modal_projector\."
 
@@ -110,7 +113,7 @@ class Sharing:
     trained_lora: str = "AB"
 
     @classmethod
-    def of(cls, sharing: SharingConfig, lora_matrices: str) -> "Sharing":
+    def of(cls, sharing: SharingConfig, lora_matrices: str) -> Sharing:
         """Build it from `strategy.sharing` and `train.lora_matrices`."""
         lora = "" if sharing.lora == "none" else sharing.lora
         return cls(sharing.adapter, lora, lora_matrices)
@@ -135,7 +138,7 @@ class Sharing:
 WHOLE = Sharing()
 """The paper: everything is trained, and Θ_a and Θ_l are uploaded in full."""
 
-Groups = dict[GroupName, dict[str, nn.Parameter]]
+Groups: TypeAlias = "dict[GroupName, dict[str, nn.Parameter]]"
 """Group → name within the group → parameter."""
 
 
@@ -208,6 +211,8 @@ def write(parameters: dict[str, nn.Parameter], state: State, *, what: str) -> No
     ModelError
         Names or shapes of `state` are not exactly the group's.
     """
+    from pilot_flwr.algorithm.arrays import layout_difference  # needs torch
+
     if difference := layout_difference(state, parameters, dtypes=False):
         raise ModelError(f"{what}: {difference}.")
     for name, parameter in parameters.items():

@@ -411,7 +411,7 @@ def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, 
     from pilot_flwr.inference.generate import Answerer
     from pilot_flwr.inference.merge import merge_model
     from pilot_flwr.inference.runs import load_adapters
-    from pilot_flwr.model.base import load_base
+    from pilot_flwr.model.loading import load_base
     from pilot_flwr.model.pilot_model import PilotModel
 
     config = replace(run.config.model, quantization="none", dtype=dtype)

@@ -18,8 +18,8 @@ from pilot_flwr.data.federation import (
     task_metric,
 )
 from pilot_flwr.data.validation import WholeImages, usable
-from pilot_flwr.model.base import load_processor, make_collator
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
 

@@ -30,7 +30,8 @@ from pilot_flwr.data.validation import (
     shared_rows,
 )
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.model.base import known_config, load_processor, make_collator
+from pilot_flwr.model.architectures import known_config
+from pilot_flwr.model.loading import load_processor, make_collator
 
 OpenSplit = tuple[SplitStatistics, LlavaExamples | None]
 """A split's figures and its rows; None if they cannot be read."""

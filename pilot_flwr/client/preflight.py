@@ -19,7 +19,7 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_bytes
-from pilot_flwr.model.resource_plan import layout_of
+from pilot_flwr.model.shapes import layout_of
 
 _PROBE = ".probe"
 

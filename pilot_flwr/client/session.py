@@ -38,7 +38,7 @@ from pilot_flwr.client.training import Proximal, check_finite, sent_parameters, 
 from pilot_flwr.config.schema import DittoConfig, PilotConfig
 from pilot_flwr.errors import StateError
 from pilot_flwr.formatting import count
-from pilot_flwr.model.loading import warm_model
+from pilot_flwr.model.loading import loaded_model
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.resource_plan import out_of_memory_explained
 from pilot_flwr.protocol import (
@@ -122,7 +122,7 @@ def _prepare(
     device = find_device(site.device)
     reduction = config.train.difference_loss.reduction
     with out_of_memory_explained(config, instruction.stage):
-        model = warm_model(config.model, reduction=reduction, device=device)
+        model = loaded_model(config.model, reduction=reduction, device=device)
     data = ClientData(
         site.client,
         config,

@@ -23,7 +23,7 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.formatting import plain
 from pilot_flwr.model.architectures import read_config
 from pilot_flwr.model.checkpoints import UNKNOWN, weights_sample
-from pilot_flwr.model.resource_plan import layout_of
+from pilot_flwr.model.shapes import layout_of
 
 NAMES = {
     "app": "app version",

@@ -16,8 +16,8 @@ from pilot_flwr.data.json_rows import Row, open_rows
 from pilot_flwr.data.llava import LlavaExamples, Reading, to_example
 from pilot_flwr.errors import DataError
 from pilot_flwr.inference.runs import Run
-from pilot_flwr.model.base import load_processor, make_collator
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.resource_plan import out_of_memory_explained
 

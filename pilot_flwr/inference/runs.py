@@ -21,7 +21,7 @@ from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError
-from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.model.loading import initial_state, loaded_model
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.run.checkpoint import (
     Checkpoint,
@@ -272,7 +272,7 @@ def load_model(run: Run, selected: Selected, *, device: torch.device) -> PilotMo
         The base model cannot be loaded, or the adapters do not fit it.
     """
     reduction = run.config.train.difference_loss.reduction
-    model = warm_model(run.config.model, reduction=reduction, device=device)
+    model = loaded_model(run.config.model, reduction=reduction, device=device)
     load_adapters(model, run, selected)
     return model
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from pilot_flwr.algorithm.server_state import InitialState, draw_lora
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import read_config, spec_of
+from pilot_flwr.model.architectures import is_plain, read_config, spec_of
 from pilot_flwr.model.checkpoints import PROJECTOR, locate, projector_files
 from pilot_flwr.model.shapes import lora_shapes
 from pilot_flwr.protocol import State
@@ -85,27 +85,29 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     return model
 
 
-def empty_base(transformers_config: Any) -> Any:
-    """Return the model without weights, on the meta device."""
+def empty_base(base: Any) -> Any:
+    """Return the model of a configuration without weights, on the meta device."""
     import torch
     import transformers
 
+    if is_plain(base):
+        parts = {part: vars(getattr(base, part)) for part in ("text_config", "vision_config")}
+        base = transformers.AutoConfig.for_model(**{**vars(base), **parts})
     with torch.device("meta"):
-        model_class = getattr(transformers, spec_of(transformers_config).model_class)
-        return model_class(transformers_config)
+        return getattr(transformers, spec_of(base).model_class)(base)
 
 
 def empty_model(
-    config: ModelConfig, transformers_config: Any, *, tasks: tuple[str, ...], stage: int
+    config: ModelConfig, base: Any, *, tasks: tuple[str, ...], stage: int
 ) -> PilotModel:
     """Return a model of a stage without weights, on the meta device; `tasks[0]` is its own."""
     import torch
 
     from pilot_flwr.model.pilot_model import PilotModel
 
-    base = empty_base(transformers_config).to(getattr(torch, config.dtype))
+    llava = empty_base(base).to(getattr(torch, config.dtype))
     with torch.device("meta"):
-        model = PilotModel(base, config)
+        model = PilotModel(llava, config)
         model.enter_stage1(tasks[0])
         if stage == 2:
             model.enter_stage2(tasks, torch.Generator("cpu"))

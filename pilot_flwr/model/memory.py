@@ -175,7 +175,7 @@ def _activation_bytes(stage: Stage, batch: MicroBatch) -> int:
 
 
 def _run(stage: Stage, batch: MicroBatch, connector: nn.Module, model: Any, empty: Empty) -> int:
-    layers = stage.base.text_config.num_hidden_layers
+    layers = int(stage.base.text_config.num_hidden_layers)
     _without_content(connector, empty)
     if model is not None:
         _without_content(model, empty)
@@ -315,7 +315,7 @@ def _decoder_layer(
 
     x = _rms_norm(weights["input_layernorm.weight"], hidden)
     query, key, value = (
-        linear(f"self_attn.{n}_proj", x).unflatten(-1, (-1, head_size(text))).transpose(1, 2)
+        linear(f"self_attn.{n}_proj", x).view(*x.shape[:2], -1, head_size(text)).transpose(1, 2)
         for n in "qkv"
     )
     repeats = text.num_attention_heads // text.num_key_value_heads
@@ -387,19 +387,19 @@ class _Tensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> _Tensor:
-        tensor: _Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: _Tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
             storage_offset=meta.storage_offset(),
             dtype=meta.dtype,
-            device="cpu",
+            device=torch.device("cpu"),
         )
         tensor.meta = meta
         return tensor
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operator on the meta device."""
@@ -421,10 +421,10 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
     if name in _POINTWISE:
         tensors = [value for value in args if isinstance(value, Tensor)]
-        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))  # type: ignore[no-untyped-call]
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         like = max(tensors, key=Tensor.numel).expand(shape)
-        order = sorted(range(len(shape)), key=lambda dim: -like.stride(dim))  # as it lies there
+        order = sorted(range(len(shape)), key=like.stride, reverse=True)  # as it lies there
         dense = torch.empty([shape[dim] for dim in order], dtype=dtype, device="meta")
         return dense.permute([order.index(dim) for dim in range(len(shape))])
     if name == "addmm":

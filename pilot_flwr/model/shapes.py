@@ -61,7 +61,8 @@ def lora_shapes(config: ModelConfig, base: Any) -> Shapes:
     """Return the shapes of Θ_l, in the order in which peft's model has its parameters."""
     if not is_plain(base):
         return group_shapes(config, base, tasks=("any",), stage=1)["lora"]
-    text, rank, shapes = base.text_config, config.lora.rank, {}
+    text, rank = base.text_config, config.lora.rank
+    shapes: Shapes = {}
     linear = {
         f"layers.{number}.{name}": shape
         for number in range(text.num_hidden_layers)

@@ -22,8 +22,8 @@ from pilot_flwr.data.federation import Client, client_examples, padding_colour
 from pilot_flwr.errors import PilotError
 from pilot_flwr.formatting import headline
 from pilot_flwr.inference.runs import Run, load_model, open_run, select_client
-from pilot_flwr.model.base import load_processor
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_processor
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.report.history import RunData
 from pilot_flwr.report.matrices import heat_map

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from pilot_flwr.errors import ModelError
 from pilot_flwr.formatting import count, human_bytes, human_seconds
-from pilot_flwr.model.resource_plan import layout_of
+from pilot_flwr.model.shapes import layout_of
 from pilot_flwr.report.history import (
     Exchange,
     RunData,

@@ -12,7 +12,7 @@ from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError
-from pilot_flwr.model.loading import warm_model
+from pilot_flwr.model.loading import loaded_model
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def use(tmp_path):
 
     def use(config, split="train"):
         client = federation_clients(config.data)[0]
-        model = warm_model(
+        model = loaded_model(
             config.model,
             reduction=config.train.difference_loss.reduction,
             device=torch.device("cpu"),

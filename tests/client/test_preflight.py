@@ -17,7 +17,7 @@ from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import Client
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.flower.messages import encode_error
-from pilot_flwr.model.resource_plan import layout_of
+from pilot_flwr.model.shapes import layout_of
 
 CONFIG = load_config()
 NOBODY = 65534

@@ -15,7 +15,7 @@ from pilot_flwr.flower.messages import decode_instruction, decode_update
 from pilot_flwr.inference.export import export_lora
 from pilot_flwr.inference.merge import merge_lora
 from pilot_flwr.inference.runs import client_model, open_run
-from pilot_flwr.model.loading import warm_model
+from pilot_flwr.model.loading import loaded_model
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.server.resume import restored
 
@@ -25,7 +25,7 @@ FEDEX = f"{TWO_TASKS} strategy=fedex_lora evaluation.enabled=false"
 @pytest.fixture
 def model():
     config = load_config("").model
-    model = warm_model(config, reduction="normalized", device=torch.device("cpu"))
+    model = loaded_model(config, reduction="normalized", device=torch.device("cpu"))
     model.enter_stage1("vqa")
     yield model
     model.set_residual({})

@@ -20,7 +20,7 @@ from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError, StateError, TrainingError
-from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.model.loading import initial_state, loaded_model
 from pilot_flwr.protocol import EvaluationResult, Instruction, TrainingResult
 
 TASKS = ("vqa", "counting", "captioning")
@@ -450,7 +450,7 @@ def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make
     assert {t.dtype for t in initial_state(config.model, seed=0).lora.values()} == {torch.bfloat16}
     result = run(sites["vqa"], make_instruction(1), config)
     assert {t.dtype for t in {**result.lora, **result.adapter}.values()} == {torch.bfloat16}
-    held = warm_model(config.model, reduction="normalized", device=torch.device("cpu"))
+    held = loaded_model(config.model, reduction="normalized", device=torch.device("cpu"))
     assert {p.dtype for p in held.groups()["lora"].values()} == {torch.float32}
     for name, parameter in held.groups()["lora"].items():
         assert torch.equal(result.lora[name], parameter.to(torch.bfloat16))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pilot_flwr.data.collator import IGNORE_INDEX, Collator, same_for_all
 from pilot_flwr.data.examples import Example, KeptImage, Turn
-from pilot_flwr.model.base import load_processor
+from pilot_flwr.model.loading import load_processor
 
 IMAGE = KeptImage(Image.new("RGB", (28, 28)))
 

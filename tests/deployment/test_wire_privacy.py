@@ -17,7 +17,7 @@ from PIL import Image
 from recorder import Recorder, Windows
 from safetensors.torch import load_file
 
-from pilot_flwr.model.base import load_processor
+from pilot_flwr.model.loading import load_processor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -17,9 +17,9 @@ from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import RunError
 from pilot_flwr.flower import compatibility as identity
 from pilot_flwr.flower.compatibility import NAMES, differences, identity_of
-from pilot_flwr.model.checkpoints import checkpoint_path
-from pilot_flwr.model.loading import initial_state, weights_sample
-from pilot_flwr.model.resource_plan import layout_of
+from pilot_flwr.model.checkpoints import checkpoint_path, weights_sample
+from pilot_flwr.model.loading import initial_state
+from pilot_flwr.model.shapes import layout_of
 
 CONFIG = load_config(TWO_TASKS)
 HERE = identity_of(CONFIG)

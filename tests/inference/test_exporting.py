@@ -27,8 +27,8 @@ from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.inference.export import export_model
 from pilot_flwr.inference.standalone import modeling_pilot
 from pilot_flwr.model.architectures import spec_of
-from pilot_flwr.model.base import load_base, load_processor, make_collator
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
 TASKS = ("vqa", "counting", "captioning")

@@ -13,7 +13,7 @@ from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import ModelError
 from pilot_flwr.inference.merge import check_mergeable, fold, merge_model, sum_of_adapters
-from pilot_flwr.model.base import load_base, load_processor, make_collator
+from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
 TASKS = ("vqa", "counting", "captioning")

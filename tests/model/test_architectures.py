@@ -15,9 +15,9 @@ from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import SPECS, feature_size, spec_of
-from pilot_flwr.model.base import load_base, load_processor, make_collator, read_config
+from pilot_flwr.model.architectures import SPECS, feature_size, read_config, spec_of
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
 CPU = torch.device("cpu")

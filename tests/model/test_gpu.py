@@ -18,9 +18,8 @@ from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import TrainingError
-from pilot_flwr.model.base import load_base, make_collator
 from pilot_flwr.model.feature_cache import FeatureCache
-from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.model.loading import initial_state, load_base, loaded_model, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import Instruction
 
@@ -242,7 +241,7 @@ def test_sessions_of_both_stages(take, device):
         assert all(torch.isfinite(tensor).all() for tensor in sent)
         private = take.site.private_store.load()
         assert private.stage == stage
-    assert warm_model(
+    assert loaded_model(
         ModelConfig(lora=LoraConfig(rank=4)), reduction="normalized", device=device
     ).device.type == (device.type)
 

@@ -10,7 +10,7 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.base import load_base, make_collator
+from pilot_flwr.model.loading import load_base, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
 CPU = torch.device("cpu")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from visuals import visual
@@ -6,8 +8,9 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.base import known_config, load_base, make_collator, read_config
-from pilot_flwr.model.loading import initial_state, warm_model
+from pilot_flwr.model import checkpoints, loading
+from pilot_flwr.model.architectures import known_config, read_config
+from pilot_flwr.model.loading import initial_state, load_base, loaded_model, make_collator
 
 TASKS = ("vqa", "counting", "captioning")
 
@@ -160,10 +163,10 @@ def test_bfloat16_adapters_train_and_generate(
 def test_a_process_loads_the_base_once():
     config = ModelConfig()
     device = torch.device("cpu")
-    first = warm_model(config, reduction="normalized", device=device)
-    assert warm_model(ModelConfig(), reduction="normalized", device=device) is first
+    first = loaded_model(config, reduction="normalized", device=device)
+    assert loaded_model(ModelConfig(), reduction="normalized", device=device) is first
     other = ModelConfig(lora=LoraConfig(rank=4))
-    assert warm_model(other, reduction="normalized", device=device) is not first
+    assert loaded_model(other, reduction="normalized", device=device) is not first
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "~/nothing"])
@@ -226,14 +229,27 @@ def test_a_checkpoint_with_missing_keys_is_refused(tmp_path, llava, processor):
 
 
 def test_the_pinned_revision_is_the_one_that_the_projector_comes_from(monkeypatch):
-    from pilot_flwr.model import loading as module
+    asked = []
 
-    asked, cached_file = [], module.cached_file
+    def find_file(config, name, **options):
+        asked.append(config.revision)
+        return found(replace(config, path="tiny-llava"), name, **options)
 
-    def note(folder, name, *, revision=None, **options):
-        asked.append(revision)
-        return cached_file(folder, name, **options)
-
-    monkeypatch.setattr(module, "cached_file", note)
-    module._read_projector(ModelConfig(revision="v1.5"), torch.float32)
+    found = checkpoints.find_file
+    monkeypatch.setattr(checkpoints, "find_file", find_file)
+    loading._read_projector(ModelConfig(revision="v1.5"), torch.float32)
     assert set(asked) == {"v1.5"}
+
+
+def test_the_revision_reaches_the_hub(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository, name, *, revision, local_files_only):
+        asked.append((repository, name, revision))
+        return checkpoints.find_file(ModelConfig(), "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    checkpoints.find_file(ModelConfig(path="a/b", revision="v1.5"), "config.json")
+    assert asked == [("a/b", "config.json", "v1.5")]

@@ -13,9 +13,11 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.model.base import empty_base, known_config, load_base, make_collator
+from pilot_flwr.model.architectures import known_config
+from pilot_flwr.model.loading import empty_base, empty_model, load_base, make_collator
+from pilot_flwr.model.memory import MicroBatch, training_memory
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.model.resource_plan import MicroBatch, empty_model, make_plan, training_memory
+from pilot_flwr.model.resource_plan import make_plan
 
 # (D, C, intermediate, layers, key and value width, vision tower's and language model's
 # parameters without the projector), from the published dimensions.

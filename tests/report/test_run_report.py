@@ -22,7 +22,7 @@ from pilot_flwr.data.federation import client_examples
 from pilot_flwr.errors import RunError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.inference.runs import client_model, open_run
-from pilot_flwr.model.base import load_processor
+from pilot_flwr.model.loading import load_processor
 from pilot_flwr.report import matrices, router
 from pilot_flwr.report import scores as losses
 from pilot_flwr.report import timeline as traffic

@@ -11,8 +11,9 @@ import transformers
 
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.base import load_base, load_processor, read_config
+from pilot_flwr.model.architectures import read_config
 from pilot_flwr.model.checkpoints import checkpoint_path
+from pilot_flwr.model.loading import load_base, load_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("pilot_flwr", "scripts", "benchmarks")
