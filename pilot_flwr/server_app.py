@@ -1,38 +1,28 @@
 """The ServerApp: load the configuration, open the run folder, run the strategy, close."""
 
+from __future__ import annotations
+
 import logging
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from pilot_flwr.algorithm.parameter_groups import Sharing
-from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.overrides import default_run_folder
 from pilot_flwr.config.rules import expanded
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
-from pilot_flwr.flower.compatibility import identity_of
-from pilot_flwr.flower.grid import PollingGrid, in_simulation
-from pilot_flwr.model.loading import initial_state
 from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.atomic import hold
-from pilot_flwr.run.events import Event
-from pilot_flwr.run.loggers import live_logs
-from pilot_flwr.server.event_recorder import Announcer
-from pilot_flwr.server.resume import (
-    OpenRun,
-    check_resumable,
-    check_unused,
-    completed,
-    restored,
-    resume_run,
-    start_run,
-)
-from pilot_flwr.strategy import PilotStrategy
+
+if TYPE_CHECKING:
+    from pilot_flwr.run.events import Event
+    from pilot_flwr.server.resume import OpenRun
+    from pilot_flwr.strategy import PilotStrategy
 
 app = ServerApp()
 logger = logging.getLogger("flwr")
@@ -54,6 +44,10 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
 
     `overrides` is what the configuration was composed from, `flower_run` is Flower's id of the run.
     """
+    from pilot_flwr.run.loggers import live_logs
+    from pilot_flwr.server.event_recorder import Announcer
+    from pilot_flwr.server.resume import check_resumable, completed, resume_run, start_run
+
     path = run_path(config)
     if config.resume:
         check_resumable(path, config)  # before a lock file is created where there is no run
@@ -95,6 +89,14 @@ def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> 
 
 def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     """Run the remaining exchanges over `grid`; return the strategy with its final state."""
+    from pilot_flwr.algorithm.parameter_groups import Sharing
+    from pilot_flwr.algorithm.server_state import ServerState
+    from pilot_flwr.flower.compatibility import identity_of
+    from pilot_flwr.flower.grid import PollingGrid, in_simulation
+    from pilot_flwr.model.loading import initial_state
+    from pilot_flwr.server.resume import restored
+    from pilot_flwr.strategy import PilotStrategy
+
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     initial = initial_state(config.model, seed=config.seed).sent(sharing)
     tasks, folder, identity = tuple(config.data.tasks), opened.folder, opened.identity
@@ -141,5 +143,7 @@ def run_path(config: PilotConfig) -> Path:
         path = expanded("run.folder", config.run.folder).absolute()
     else:
         path = default_run_folder(config.name, datetime.now()).absolute()
+    from pilot_flwr.server.resume import check_unused
+
     check_unused(path)
     return path

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, overload
 
-from pilot_flwr.algorithm.connector import is_reserved
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.data.client_files import SiteFiles, Split, read_simulated, read_site
@@ -112,11 +111,28 @@ class Source:
     examples: Callable[[Request], Sequence[Example]]
 
 
+RESERVED = frozenset(
+    """
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu
+    cuda double dump_patches eval extra_repr float forward get_buffer get_extra_state
+    get_parameter get_submodule half ipu items keys load_state_dict modules mtia named_buffers
+    named_children named_modules named_parameters parameters pop register_backward_hook
+    register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook
+    register_load_state_dict_pre_hook register_module register_parameter
+    register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+    set_submodule share_memory smart_apply state_dict to to_empty train training type update values xpu
+    zero_grad
+    """.split()
+)
+"""Attributes of torch modules, which cannot name a task adapter (tested against torch)."""
+
+
 def federation_clients(data: DataConfig) -> list[Client]:
     """Return all clients, ordered by task; ids are ``<task>-<number>``."""
     metrics = SOURCES[data.source].metrics(data)
     for task in data.tasks:
-        if is_reserved(task):
+        if task in RESERVED:
             raise ConfigError(
                 f"`data.tasks` names {task!r} but must not use a name that torch reserves."
             )

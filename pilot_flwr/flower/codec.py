@@ -10,7 +10,6 @@ import reprlib
 from typing import TypeVar
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from pilot_flwr.errors import UpdateError
@@ -30,6 +29,8 @@ _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 
 def encode_state(state: State) -> ArrayRecord:
     """Encode named tensors."""
+    import torch
+
     record = ArrayRecord()
     for name, tensor in state.items():
         if tensor.dtype == torch.bfloat16:
@@ -47,6 +48,8 @@ def decode_state(record: ArrayRecord) -> State:
     UpdateError
         An array cannot be read, or its name and type contradict each other.
     """
+    import torch
+
     state: State = {}
     for name, array in record.items():
         try:

@@ -246,13 +246,14 @@ def in_simulation(grid: Grid) -> bool:
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
     """Let torch use `number` CPU threads inside the block, None for as many as before."""
+    if number is None:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        if number is not None:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)

@@ -216,7 +216,9 @@ def _kept(
             packed = (0, 0, 0, batch.image_tokens - image.shape[1])
             image = functional.pad(image, packed) if packed[-1] else image
             text = empty((batch.examples, batch.text_tokens, width), dtype=dtype)
-            hidden = decoder(torch.cat([image, text], 1))
+            with torch.autocast("cpu", enabled=False):  # which cannot join float16
+                embeddings = torch.cat([image, text], 1)
+            hidden = decoder(embeddings)
             functional.linear(hidden[:, -batch.answer_tokens :], head)
     return sum(kept.values())
 

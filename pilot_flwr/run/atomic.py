@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pilot_flwr.errors import RunError, StateError
 from pilot_flwr.protocol import State
@@ -41,6 +40,8 @@ def write_safetensors(
 
     An `OSError` has the system's number, which safetensors states in its text alone.
     """
+    from safetensors.torch import save_file
+
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
@@ -61,7 +62,7 @@ def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
 def read_metadata(path: Path) -> dict[str, str]:
     """Read the metadata alone; `StateError` if the file is torn or of another format."""
     try:
-        with safe_open(path, framework="pt") as file:  # refuses a file that is cut short
+        with safe_open(path, framework="np") as file:  # refuses a file that is cut short
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise StateError(f"{path} cannot be read: {error}") from error
