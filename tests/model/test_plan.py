@@ -139,7 +139,7 @@ FAST = {"llava-interleave-0.5b", "llava-onevision-0.5b"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FAST else LARGE) for n in MODELS]
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in MODELS]
 )
 def test_shapes_of_every_model_are_those_of_the_model_itself(name):
     config = load_config(f"model={name}").model
