@@ -41,13 +41,7 @@ def encode_state(state: State) -> ArrayRecord:
 
 
 def decode_state(record: ArrayRecord) -> State:
-    """Decode what `encode_state` encoded.
-
-    Raises
-    ------
-    UpdateError
-        An array cannot be read, or its name and type contradict each other.
-    """
+    """Decode what `encode_state` encoded."""
     import torch
 
     state: State = {}

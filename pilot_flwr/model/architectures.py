@@ -81,13 +81,7 @@ class ModelSpec:
 
 
 def spec_of(config: Any) -> ModelSpec:
-    """Return the row of a base model's configuration.
-
-    Raises
-    ------
-    ModelError
-        The architecture has none, or its projector is not two layers with a GELU.
-    """
+    """Return the row of a base model's configuration."""
     if config.model_type not in SPECS:
         raise ModelError(
             f"`model.path` is a model of type {config.model_type!r} but must be one of "
@@ -102,13 +96,7 @@ def spec_of(config: Any) -> ModelSpec:
 
 
 def read_config(config: ModelConfig) -> Any:
-    """Read a checkpoint's configuration: its attributes as in transformers' class.
-
-    Raises
-    ------
-    ModelError
-        It cannot be read, or its architecture is not supported.
-    """
+    """Read a checkpoint's configuration: its attributes as in transformers' class."""
     try:
         return _read(find_file(config, "config.json"))
     except (OSError, ValueError) as error:
@@ -118,13 +106,7 @@ def read_config(config: ModelConfig) -> Any:
 
 
 def known_config(config: ModelConfig) -> Any:
-    """Read the configuration without the network: the checkpoint's, else the shipped one.
-
-    Raises
-    ------
-    ModelError
-        The checkpoint is not on this machine and its configuration is not shipped.
-    """
+    """Read the configuration without the network: the checkpoint's, else the shipped one."""
     reference = reference_config(config.path)
     if reference is None:
         return read_config(config)

@@ -44,13 +44,7 @@ def loaded_model(config: ModelConfig, *, reduction: str, device: torch.device) -
 
 
 def load_base(config: ModelConfig, device: torch.device) -> Any:
-    """Load a base model with `from_pretrained` straight to `device`, every key checked.
-
-    Raises
-    ------
-    ModelError
-        It cannot be loaded, or keys are missing, unexpected or mismatched.
-    """
+    """Load a base model with `from_pretrained` straight to `device`, every key checked."""
     import torch
     import transformers
 
@@ -177,13 +171,7 @@ def make_collator(
 
 
 def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
-    """Read the projector and draw Θ_l, its A matrices from `seed`.
-
-    Raises
-    ------
-    ModelError
-        The checkpoint cannot be read or has no projector.
-    """
+    """Read the projector and draw Θ_l, its A matrices from `seed`."""
     import torch
 
     dtype = getattr(torch, config.wire_dtype)

@@ -100,24 +100,7 @@ def make_plan(
     answer_tokens: int = 32,
     micro_batch: int = 0,
 ) -> Plan:
-    """Count parameters and bytes, and estimate memory.
-
-    Parameters
-    ----------
-    config : PilotConfig
-        The run's configuration.
-    image_size : tuple of int
-        Height and width of an image in pixels, on which its tokens may depend.
-    text_tokens, answer_tokens : int
-        Length of an example besides its image, and the part of it that carries labels.
-    micro_batch : int
-        Instead of `train.batch_size`, if above zero.
-
-    Raises
-    ------
-    ModelError
-        The base model's configuration cannot be had, or its architecture is not supported.
-    """
+    """Count parameters and bytes, and estimate memory."""
     base = known_config(config.model)
     spec = spec_of(base)
     batch = MicroBatch(
@@ -199,13 +182,7 @@ def _residual_bytes(config: PilotConfig, stage: Stage) -> list[int]:
 
 @contextmanager
 def out_of_memory_explained(config: PilotConfig, stage: int) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that says what to change.
-
-    Raises
-    ------
-    TrainingError
-        The device ran out of memory inside the block.
-    """
+    """Turn torch's out-of-memory error into one that says what to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -29,13 +29,7 @@ _KNOWN: dict[str, "Layout"] = {}
 def group_shapes(
     config: ModelConfig, base: Any, *, tasks: tuple[str, ...], stage: int
 ) -> dict[GroupName, Shapes]:
-    """Return the shapes of a stage's parameters, `tasks[0]` being the client's own.
-
-    Raises
-    ------
-    ModelError
-        `model.lora.targets` names a layer that the language model does not have.
-    """
+    """Return the shapes of a stage's parameters, `tasks[0]` being the client's own."""
     if not is_plain(base):
         from pilot_flwr.model.loading import empty_model
 
@@ -212,11 +206,6 @@ def layout_of(
     """Return the shapes of a federation's parameters; the last result is kept.
 
     What is private is counted after the last of `stages` (`strategy.stages`).
-
-    Raises
-    ------
-    ModelError
-        The base model's configuration cannot be read.
     """
     key = f"{config}/{len(tasks)}/{sharing}/{stages}"
     if key not in _KNOWN:

@@ -46,11 +46,6 @@ def read_events(folder: Path) -> list[Event]:
     """Read what counts of the events of a run folder, none if it has no ``metrics.jsonl``.
 
     The last line may be cut short, because a run may die while it is written: it is left out.
-
-    Raises
-    ------
-    StateError
-        Another line is no event.
     """
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []

@@ -119,11 +119,6 @@ def live_logs(
 
     `name` is the run's, the same when it is resumed; `after` is the exchange after which it
     resumes, None if it is new.
-
-    Raises
-    ------
-    ConfigError
-        `run.wandb` is on, but Weights & Biases is not installed.
     """
     loggers = _open(config, folder.path, name, after)
     numbers = Numbers()

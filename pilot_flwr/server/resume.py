@@ -63,13 +63,7 @@ def check_unused(path: Path) -> None:
 
 
 def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
-    """Return the run's recorded configuration; None if it was stopped before it recorded one.
-
-    Raises
-    ------
-    ConfigError
-        There is no such run, or a setting that affects results differs.
-    """
+    """Return the run's recorded configuration; None if it was stopped before it recorded one."""
     if not path.is_dir():
         raise ConfigError(f"`resume` is {str(path)!r}, which is not a run folder.")
     try:
@@ -110,13 +104,6 @@ def resume_run(
 
     `name` is used if the run was stopped before it had one; `flower_run` is Flower's id of the run
     that resumes it.
-
-    Raises
-    ------
-    ConfigError
-        A setting that affects results differs.
-    StateError
-        The folder's content cannot be read.
     """
     recorded = check_resumable(path, config)
     identity = _read_identity(path)
@@ -153,13 +140,7 @@ def resume_run(
 
 
 def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialState) -> ServerState:
-    """Return the server's state when it wrote a checkpoint.
-
-    Raises
-    ------
-    StateError
-        The tensors do not fit the configured model.
-    """
+    """Return the server's state when it wrote a checkpoint."""
     state = ServerState(
         tasks,
         initial,

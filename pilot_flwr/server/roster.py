@@ -133,28 +133,7 @@ def _ambiguous(nodes: list[int], ids: list[str]) -> str:
 
 
 class Roster:
-    """Queries all nodes for the clients that they are.
-
-    Parameters
-    ----------
-    run : RunInfo
-        Part of the query.
-    tasks : tuple of str
-        The run's.
-    expected : Mapping[str, str]
-        Task of every client of the federation, by id; unused if the federation is open
-        (`strategy.clients` above 0).
-    config : StrategyConfig
-        Number of clients, smallest number of replies, times.
-    on_failure : callable
-        Receives exchange, client (or node) and reason of everyone that cannot take part.
-    identity : Mapping[str, str]
-        What `pilot_flwr.flower.compatibility.identity_of` returns on the server.
-    known : Mapping[str, str]
-        Task of every client that took part before the run was resumed, by id.
-    simulated : bool
-        Whether all nodes exist from the start, so that waiting for others is useless.
-    """
+    """Queries all nodes for the clients that they are."""
 
     def __init__(
         self,
@@ -187,13 +166,6 @@ class Roster:
         for `strategy.min_replies`; both at most `strategy.wait_seconds`. A missing client and a
         refused node are failures of the exchange, not of the run. With `train` false, clients will
         only evaluate.
-
-        Raises
-        ------
-        BelowMinimum
-            Fewer than `strategy.min_replies` clients are present.
-        WorkerDied
-            See `pilot_flwr.flower.messages.decode_error`.
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_replies if self._called else everyone
