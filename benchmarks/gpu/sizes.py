@@ -15,6 +15,7 @@ from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.model.architectures import ImageShape, Visual, feature_size, known_config
+from pilot_flwr.model.loading import transformers_config
 from pilot_flwr.model.memory import MicroBatch
 
 TASKS = ("vqa", "ocr", "captions")
@@ -68,7 +69,7 @@ SIZES = {
 
 def make_base(size: Size, device: torch.device) -> Any:
     """Return the base in bfloat16 with random weights, made where they are to be."""
-    config = known_config(size.config())
+    config = transformers_config(known_config(size.config()))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(0)

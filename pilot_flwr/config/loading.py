@@ -195,7 +195,7 @@ def _check_plain(text: str) -> None:
     if len(text) > _LONGEST_YAML:
         raise ConfigError(f"It has more than {_LONGEST_YAML:,} characters.")
     depth = 0
-    for event in yaml.parse(text):
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST_YAML:

@@ -79,16 +79,23 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     return model
 
 
+def transformers_config(base: Any) -> Any:
+    """Return a checkpoint's configuration as transformers' class, whichever way it was read."""
+    import transformers
+
+    if not is_plain(base):
+        return base
+    parts = {part: vars(getattr(base, part)) for part in ("text_config", "vision_config")}
+    return transformers.AutoConfig.for_model(**{**vars(base), **parts})
+
+
 def empty_base(base: Any) -> Any:
     """Return the model of a configuration without weights, on the meta device."""
     import torch
     import transformers
 
-    if is_plain(base):
-        parts = {part: vars(getattr(base, part)) for part in ("text_config", "vision_config")}
-        base = transformers.AutoConfig.for_model(**{**vars(base), **parts})
     with torch.device("meta"):
-        return getattr(transformers, spec_of(base).model_class)(base)
+        return getattr(transformers, spec_of(base).model_class)(transformers_config(base))
 
 
 def empty_model(

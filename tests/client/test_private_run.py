@@ -16,6 +16,7 @@ from pilot_flwr.client.privacy_accountant import PrivacyAccount, PrivacyDemands,
 from pilot_flwr.errors import RunError, UpdateError
 from pilot_flwr.flower import messages
 from pilot_flwr.protocol import RunInfo
+from pilot_flwr.run.events import parse_event
 from pilot_flwr.run.progress import Progress
 
 TWO = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=1"
@@ -152,7 +153,7 @@ def test_the_account_is_reported_for_every_client_and_exchange(noisy):
         for event in events:
             assert event["epsilon"] == epsilon([4.0] * number, 1e-5)
             assert (event["delta"], event["releases"]) == (1e-5, number)
-            (line,) = Progress().lines(event)[-1:]
+            (line,) = Progress().lines(parse_event(json.dumps(event)))[-1:]
             assert f"ε {event['epsilon']:.4g} at δ 1e-05, loss withheld" in line
     for row in (1, 2):
         assert (

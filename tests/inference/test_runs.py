@@ -152,9 +152,7 @@ def test_settings_can_be_different_now(finished):
 
 
 def test_last_scores_are_those_of_the_closing_evaluation(finished):
-    scores = {
-        event["client"]: event["score"] for event in last_scores(open_run(finished.folder.path))
-    }
+    scores = {event.client: event.score for event in last_scores(open_run(finished.folder.path))}
     assert list(scores) == ["vqa-0", "vqa-1", "counting-0", "counting-1"]
     for client, score in scores.items():
         assert score == finished.events("evaluate", round=2, client=client)[-1]["score"]

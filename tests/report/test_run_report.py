@@ -182,9 +182,9 @@ def test_the_bars_of_a_hundred_clients_can_be_seen(run):
     session = select(run.events, Trained, 1)[0]
     more = [replace(session, client=f"vqa-{number}") for number in range(100)]
     others = [event for event in run.events if not isinstance(event, Trained)]
-    few, many = traffic.traffic(run), traffic.traffic(replace(run, events=[*others, *more]))
     shares = []
-    for figure in (few, many):
+    for sessions in (more[:4], more):  # of one length: bars of one height
+        figure = traffic.traffic(replace(run, events=[*others, *sessions]))
         picture = np.asarray(Image.open(io.BytesIO(figure.panels[1].png)).convert("RGB"))
         blue = np.abs(picture.astype(int) - (0x56, 0xB4, 0xE9)).max(axis=2) < 40
         shares.append(blue.mean())
