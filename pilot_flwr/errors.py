@@ -6,7 +6,7 @@ Invariants of the code itself are `assert`s.
 
 
 class PilotError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class ConfigError(PilotError):

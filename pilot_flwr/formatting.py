@@ -1,23 +1,23 @@
-"""Text for people: the decisive line of an error, durations, sizes, counts."""
+"""Format text for users: an error's decisive line, durations, sizes, counts."""
 
 import re
 
 LONGEST_REASON = 2000
-"""Characters kept of an error's reason."""
+"""Maximum length of an error's reason, in characters."""
 
 _TERMINAL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, erasing
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS …
-    r"|\x1b[ -/]+[0-~]|\x1b[0-Z\\^-~]"  # two characters and more, as for another character set
+    r"|\x1b[ -/]+[0-~]|\x1b[0-Z\\^-~]"  # two or more characters, such as charset selection
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # every other control character but tab and newline
 )
 
 
 def headline(reason: str) -> str:
-    """Return the line of an error reply that says what went wrong.
+    """Return the decisive line of an error reply.
 
-    In a traceback this is the last exception that is not Flower's or Ray's wrapper around the
-    client's own; in other text the first line.
+    In a traceback this is the last exception other than Flower's and Ray's wrappers; in other text
+    it is the first line.
     """
     text = plain(reason).strip()
     if text.startswith("<class '") and ">:<" in text:  # Flower's `<class 'E'>:<'message'>`
@@ -30,7 +30,7 @@ def headline(reason: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return `text` without terminal control characters and sequences; tab and newline stay.
+    """Return `text` without terminal control sequences; keep tabs and newlines.
 
     Whole escape sequences are removed, in their 7-bit and 8-bit forms: CSI (colours, cursor,
     erasing) and the strings OSC, DCS, SOS, PM and APC (window title, clipboard). Of a truncated
@@ -53,7 +53,7 @@ def one_line(text: str) -> str:
 
 
 def bounded(text: str) -> str:
-    """Return a text, or only the beginning and end of a very long one."""
+    """Return `text`, shortened to its beginning and end if it is very long."""
     most = 5 * LONGEST_REASON
     return text if len(text) <= 2 * most else f"{text[:most]}\n{text[-most:]}"
 
@@ -78,7 +78,7 @@ def human_bytes(size: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number of things: ``1 client``, ``9 clients``."""
+    """Format a count with its noun: ``1 client``, ``9 clients``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

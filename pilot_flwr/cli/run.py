@@ -87,13 +87,13 @@ def _run_on_superlink(words: list[str], superlink: str, *, verbose: bool) -> int
     config, overrides = prepare_submission(words)
     show(f"{config.name}: {config.num_clients} clients, SuperLink {superlink} at {address}")
     try:
-        outcome, verdict = run_remotely(overrides, superlink, out=show, verbose=verbose)
+        outcome, result = run_remotely(overrides, superlink, out=show, verbose=verbose)
     except Detached as left:
         say(f"\npilot-flwr: {left}. {left.run.resume_hint}")
         return 128 + left.signum
-    if verdict is not None:
-        folder = Path(verdict.folder)
-        if _is_here(folder, verdict.seconds):
+    if result is not None:
+        folder = Path(result.folder)
+        if _is_here(folder, result.seconds):
             _show_results(folder)
         else:
             show(f"\nRun folder, on the SuperLink's machine: {folder}")

@@ -1,7 +1,7 @@
-"""Drive Flower's command line: submit the app, follow its log, ask for its status.
+"""Drive Flower's command line: submit the app, stream its log, query its status.
 
 ``flwr run --stream`` returns 0 even when the run failed, so the app is submitted with
-``--format json`` and its status is asked for with ``flwr list``.
+``--format json`` and its status is queried with ``flwr list``.
 """
 
 import json
@@ -28,9 +28,9 @@ ANSWER_SECONDS = 300.0
 
 
 class FlowerCLI:
-    """Flower's programs in a sandbox, pointed at one connection of its ``config.toml``.
+    """Run Flower's programs in a sandbox, against one connection of its ``config.toml``.
 
-    A signal ends every wait with `pilot_flwr.launch.processes.Interrupted`.
+    Every wait raises `pilot_flwr.launch.processes.Interrupted` on a signal.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class FlowerCLI:
         self._connection = connection
 
     def submit(self, app: Path, overrides: str, *options: str) -> str:
-        """Submit the app of a folder and return Flower's id of the run."""
+        """Submit the app in a folder and return Flower's run ID."""
         config = f"overrides={toml_string(overrides)}"
         answer = self._ask("run", str(app), self._connection, "--run-config", config, *options)
         if not answer.get("success") or not answer.get("run-id"):
@@ -55,13 +55,13 @@ class FlowerCLI:
         return str(answer["run-id"])
 
     def status(self, run: str) -> RunStatus:
-        """Ask for a run's status; unknown if the SuperLink does not answer."""
+        """Query a run's status; empty if the SuperLink does not answer."""
         runs = self._ask("list", self._connection, "--run-id", run).get("runs")
         row = runs[0] if isinstance(runs, list) and runs else {}
         return RunStatus(str(row.get("status", "")), str(row.get("status-details", "")))
 
     def stream_log(self, run: str, path: Path) -> subprocess.Popen[bytes]:
-        """Write a run's log to a file, from its beginning, as it grows."""
+        """Stream a run's log, from its beginning, into a file."""
         arguments = ("log", run, self._connection, "--stream")
         with path.open("wb") as stdout:
             return self.spawn("flwr", *arguments, stdout=stdout, stderr=subprocess.DEVNULL)
@@ -69,7 +69,7 @@ class FlowerCLI:
     def spawn(
         self, program: str, *arguments: str, stdout: Any, stderr: Any
     ) -> subprocess.Popen[bytes]:
-        """Start one of Flower's programs; `stdout` and `stderr` are as for `subprocess.Popen`."""
+        """Start one of Flower's programs; `stdout` and `stderr` as for `subprocess.Popen`."""
         command = [str(flower_program(program)), *arguments]
         return self.sandbox.spawn(command, self._environment, stdout=stdout, stderr=stderr)
 
@@ -81,7 +81,7 @@ class FlowerCLI:
         return child.poll()
 
     def pause(self, seconds: float = TICK_SECONDS) -> None:
-        """Sleep; a signal ends it."""
+        """Sleep, or raise `Interrupted` on a signal."""
         deadline = time.monotonic() + seconds
         while True:
             self._signals.check()
@@ -91,31 +91,32 @@ class FlowerCLI:
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
         """Run a ``flwr`` command and return its JSON answer."""
-        answer, complaint = (self.sandbox.folder / name for name in ("answer", "complaint"))
-        with answer.open("wb") as stdout, complaint.open("wb") as stderr:
+        output, errors = (self.sandbox.folder / name for name in ("output", "errors"))
+        with output.open("wb") as stdout, errors.open("wb") as stderr:
             command = (*arguments, "--format", "json")
             self.wait(self.spawn("flwr", *command, stdout=stdout, stderr=stderr))
-        texts = [
-            p.read_text(encoding="utf-8", errors="replace").strip() for p in (answer, complaint)
-        ]
+        texts = [p.read_text(encoding="utf-8", errors="replace").strip() for p in (output, errors)]
         try:
             parsed = json.loads(texts[0])
         except ValueError:
             parsed = None
         if isinstance(parsed, dict):
             return parsed
-        said = "\n".join(filter(None, reversed(texts)))
-        return {"error": f"`flwr {arguments[0]}` gave no answer" + (f": {said}" if said else ".")}
+        printed = "\n".join(filter(None, reversed(texts)))
+        return {
+            "error": f"`flwr {arguments[0]}` returned no JSON"
+            + (f": {printed}" if printed else ".")
+        }
 
 
 def flower_path(environment: Mapping[str, str]) -> str:
-    """Return ``PATH`` with Flower's programs first: Flower starts its own helpers by name."""
+    """Return ``PATH`` with Flower's programs first: Flower starts its helpers by name."""
     programs = str(flower_program("flwr").parent)
     return os.pathsep.join([programs, environment.get("PATH", os.defpath)])
 
 
 def flower_program(name: str) -> Path:
-    """Return one of Flower's programs: beside the running Python, not via ``PATH``."""
+    """Locate one of Flower's programs beside the running Python, ignoring ``PATH``."""
     for folder in (Path(sys.executable).parent, Path(sysconfig.get_path("scripts"))):
         if (folder / name).is_file():
             return folder / name
@@ -123,7 +124,7 @@ def flower_program(name: str) -> Path:
 
 
 def is_healthy(port: int) -> bool:
-    """Return whether the SuperLink at a port of 127.0.0.1 says that it is healthy."""
+    """Return whether the SuperLink on a local port reports that it is healthy."""
     connection = HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", "/health")
@@ -138,22 +139,23 @@ def app_folder(scratch: Path) -> Path:
     """Return the folder of the Flower app: the checkout, or one assembled from the package.
 
     An installed package has no checkout, so its files, ``conf/`` and pyproject.toml are copied
-    below `scratch` in a checkout's layout: `pilot_flwr.flower.compatibility.code_hash` is equal.
+    to `scratch` in a checkout's layout, so that `pilot_flwr.flower.compatibility.code_hash` is
+    the same.
     """
     package = Path(__file__).resolve().parents[1]
     if _is_app(package.parent):
         return package.parent
     if not _is_app(package):
         raise RunError(
-            f"There is no pyproject.toml of a Flower app in {package.parent} or {package}: install "
-            "pilot-flwr again, or clone its repository and install that with `pip install -e .`."
+            f"Neither {package.parent} nor {package} contains a Flower app's pyproject.toml: reinstall "
+            "pilot-flwr, or clone its repository and run `pip install -e .` there."
         )
     app = scratch / "pilot-flwr"  # Flower checks this name
     ignored = shutil.ignore_patterns("__pycache__", "conf", "pyproject.toml")
     shutil.copytree(package, app / package.name, ignore=ignored)
     shutil.copytree(package / "conf", app / "conf")
     project = (package / "pyproject.toml").read_text(encoding="utf-8")
-    # Flower refuses a pattern that matches nothing; what these exclude is not in the package.
+    # Flower rejects a pattern without matches, and the package lacks the excluded files.
     project = re.sub(r"^fab-exclude = \[[^]]*\]\n", "", project, flags=re.MULTILINE)
     (app / "pyproject.toml").write_text(project, encoding="utf-8")
     return app

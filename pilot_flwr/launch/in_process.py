@@ -1,9 +1,9 @@
 """Run a simulation in this process: the same ServerApp and ClientApp, without Flower and Ray.
 
 Flower's simulation engine takes about half a minute to start, which is most of a small run's time.
-Here the server calls the clients one after the other, through `pilot_flwr.flower.grid`. Files and
-outcome are those of `pilot_flwr.launch.simulation`. At most one base model stays in the process,
-for a next run that has the same.
+Here the server calls the clients sequentially, through `pilot_flwr.flower.grid`. Files and outcome
+are those of `pilot_flwr.launch.simulation`. At most one base model stays cached in the process, for
+the next run that uses it.
 """
 
 import _thread
@@ -37,7 +37,7 @@ def run_in_process(
     verbose: bool = False,
     resumed: bool = False,
 ) -> Outcome:
-    """Run the app to its end in this process; the arguments are those of `simulation.launch`.
+    """Run the app to completion in this process; arguments as for `simulation.launch`.
 
     `out` is called from another thread. A signal raises `Interrupted`; the run can be resumed.
     """
@@ -74,7 +74,7 @@ def run_in_process(
 
 
 def node_configs(config: PilotConfig) -> list[NodeConfig]:
-    """Return the node configs that Flower's simulation engine would give, with a device if set."""
+    """Return the node configs of Flower's simulation engine, plus the device of a CPU-only run."""
     clients, simulation = config.num_clients, config.simulation
     on_cpu = simulation.gpus == 0 or simulation.client_gpus == 0
     device: dict[str, str] = {"device": "cpu"} if on_cpu else {}
@@ -104,7 +104,7 @@ def _log_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _printing(printer: ProgressPrinter) -> Iterator[None]:
-    """Print the run's progress from a thread while the block runs, and the rest at its end."""
+    """Print the run's progress from a thread during the block, and the rest on exit."""
     ended = threading.Event()
     failed: list[OSError] = []
 
@@ -112,7 +112,7 @@ def _printing(printer: ProgressPrinter) -> Iterator[None]:
         try:
             while not ended.wait(TICK_SECONDS):
                 printer.show()
-        except OSError as error:  # the output has no reader any more: stop, as on a signal
+        except OSError as error:  # the reader of the output has exited: stop as on a signal
             failed.append(error)
             _thread.interrupt_main(signal.SIGTERM)
 

@@ -1,7 +1,7 @@
-"""Check a run before it starts, and complete its overrides; nothing is started here.
+"""Check a run's settings and complete its overrides, without starting anything.
 
-`prepare` does it for a simulation on this machine or a Ray cluster, `prepare_submission` for real
-sites behind a SuperLink. To check more before every run, add it to `check_settings`.
+`prepare` handles simulations, on this machine or a Ray cluster; `prepare_submission` handles real
+sites behind a SuperLink. Add checks of every run to `check_settings`.
 """
 
 import os
@@ -29,12 +29,12 @@ IN_PROCESS = "in-process"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A simulation that can start: its settings, and how Flower is called.
+    """A simulation that is ready to start: its settings and the arguments for Flower.
 
-    `overrides` is complete, `run.folder` included, and `folder` absolute. `done` says that the run
-    to resume has nothing left to do. `address` names a Ray cluster; it is empty for a Ray of the
-    run's own, or none. `federation` is the value of ``flwr run --federation-config``; it is empty
-    on a cluster, whose machines have to be asked first.
+    `overrides` is complete, `run.folder` included, and `folder` absolute. `done` is true if the run
+    to resume is already complete. `address` names an existing Ray cluster, or is empty.
+    `federation` is the value of ``flwr run --federation-config``; it is empty on a cluster, where
+    it depends on the machines found at the start.
     """
 
     config: PilotConfig
@@ -47,7 +47,7 @@ class Prepared:
 
     @property
     def in_process(self) -> bool:
-        """Whether it runs in this process."""
+        """Whether the simulation runs in this process."""
         return self.config.simulation.engine == IN_PROCESS
 
     @property
@@ -57,9 +57,9 @@ class Prepared:
 
 
 def prepare(overrides: Sequence[str], environ: Mapping[str, str], now: datetime) -> Prepared:
-    """Check a simulation and settle its run folder, which `now` names if nothing else does.
+    """Check a simulation and choose its run folder, by default named after `now`.
 
-    Raises `ConfigError` for everything that can be known to stop the run.
+    Raises `ConfigError` for every problem that can be detected before the start.
     """
     resumed, given = resolve_resume(overrides)
     config, whole = check_settings(given)
@@ -68,7 +68,7 @@ def prepare(overrides: Sequence[str], environ: Mapping[str, str], now: datetime)
     whole.append(path_override("run.folder", folder))
     composed = load_config(shlex.join(whole))
     if composed.run.folder != str(folder):
-        raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot carry such a path.")
+        raise ConfigError(f"`run.folder` is {str(folder)!r} but Hydra cannot parse such a path.")
     if resumed:
         check_resumable(folder, composed)
     done = resumed is not None and completed(folder, config) is not None
@@ -80,15 +80,14 @@ def prepare(overrides: Sequence[str], environ: Mapping[str, str], now: datetime)
 def prepare_submission(overrides: Sequence[str]) -> tuple[PilotConfig, str]:
     """Check a run of real sites; return its settings and the overrides to submit.
 
-    `run.folder` and `resume` are paths on the SuperLink's machine. If this is that machine, a run
-    is resumed with the overrides that it was started with, as in a simulation.
+    `run.folder` and `resume` are paths on the SuperLink's machine. On that machine itself, a
+    resumed run starts from its recorded overrides, as in a simulation.
     """
     config = load_config(shlex.join(overrides))
     for key, value in (("run.folder", config.run.folder), ("resume", config.resume)):
         if value and not Path(value).expanduser().is_absolute():
             raise ConfigError(
-                f"`{key}` is {value!r} but must be an absolute path, as it is on the SuperLink's "
-                "machine."
+                f"`{key}` is {value!r} but must be an absolute path on the SuperLink's machine."
             )
     if config.resume and (Path(config.resume).expanduser() / OVERRIDES).is_file():
         overrides = resolve_resume(overrides)[1]
@@ -99,19 +98,19 @@ def prepare_submission(overrides: Sequence[str]) -> tuple[PilotConfig, str]:
 def check_settings(
     overrides: Sequence[str], *, simulated: bool = True
 ) -> tuple[PilotConfig, list[str]]:
-    """Compose the settings and check what needs no more than files of data.
+    """Compose the settings and check them against the data files.
 
-    Returns the settings, and the overrides with the data's and the base model's paths absolute:
-    the app runs in another folder. A simulation's clients need their data here; a real site checks
-    its own.
+    Returns the settings, and the overrides with absolute paths of data and base model, since the
+    app runs in another folder. A simulation's data must be on this machine; real sites check
+    theirs.
     """
     config = load_config(shlex.join(overrides))
     if simulated and config.strategy.clients:
         raise ConfigError(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
-            "simulation has the configured clients: leave it 0, or use `--superlink`."
+            "simulation takes its clients from the configuration: leave it 0, or use `--superlink`."
         )
-    federation_clients(config.data)  # refuses an unknown task now, not a minute into the run
+    federation_clients(config.data)  # rejects an unknown task now, not a minute into the run
     config, whole = with_folder(config, list(overrides))
     if simulated and config.data.source == "llava":
         evaluated = config.evaluation.enabled
@@ -123,7 +122,7 @@ def check_settings(
 
 
 def engine_options(config: PilotConfig, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return `Prepared.address` and `Prepared.federation`; refuse resources that are not here."""
+    """Return `Prepared.address` and `Prepared.federation`; reject unavailable resources."""
     if config.simulation.engine != IN_PROCESS:
         address = address_of(config.simulation, environ)
         if address:
@@ -133,10 +132,10 @@ def engine_options(config: PilotConfig, environ: Mapping[str, str]) -> tuple[str
 
 
 def resolve_resume(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Complete the overrides of a run to resume with those that it was started with.
+    """Merge the overrides with those recorded in the run to resume, if any.
 
-    Returns the absolute folder that `resume` names, or None; and all overrides: the run's own, then
-    the user's, with `resume` as an absolute path and without `run.folder`, which must be the same.
+    Returns the absolute folder that `resume` names, or None; and the overrides: the recorded ones,
+    then the user's, with `resume` as an absolute path and without `run.folder`, which must agree.
     """
     named = [override for override in overrides if _key(override) == "resume"]
     if not named:
@@ -149,18 +148,20 @@ def resolve_resume(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
         recorded = shlex.split((folder / OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(
-            f"`resume` is {str(folder)!r}, which holds no run to resume: it has no readable "
+            f"`resume` is {str(folder)!r}, which is not the folder of a run to resume: it has no readable "
             f"{OVERRIDES}."
         ) from None
     given = {_key(override) for override in overrides}
-    own = [word for word in recorded if _key(word) not in given | {"resume", "run.folder"}]
-    places = [override for override in overrides if _key(override) == "run.folder"]
-    if places:
-        place = load_config(shlex.join(places[-1:])).run.folder
-        if Path(os.path.abspath(expanded("run.folder", place))) != folder:
-            raise ConfigError(f"`run.folder` is {place!r} but the resumed run is in {folder}.")
+    kept = [old for old in recorded if _key(old) not in given | {"resume", "run.folder"}]
+    folders = [override for override in overrides if _key(override) == "run.folder"]
+    if folders:
+        named_folder = load_config(shlex.join(folders[-1:])).run.folder
+        if Path(os.path.abspath(expanded("run.folder", named_folder))) != folder:
+            raise ConfigError(
+                f"`run.folder` is {named_folder!r} but the resumed run is in {folder}."
+            )
     new = [override for override in overrides if _key(override) not in ("resume", "run.folder")]
-    return folder, [*own, *new, path_override("resume", folder)]
+    return folder, [*kept, *new, path_override("resume", folder)]
 
 
 def _key(override: str) -> str:

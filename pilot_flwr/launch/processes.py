@@ -2,8 +2,8 @@
 
 Flower's simulation is a tree of about ten processes (SuperLink, SuperExec, simulation, Ray's
 servers and actors), some of which detach or outlive their parent. Each inherits an environment
-variable with the launch's own value and works in the launch's scratch folder; `end_marked` ends
-every process that shows either. A watchdog does the same if the launcher itself is killed.
+variable that identifies the launch and works in the launch's scratch folder; `end_marked` ends
+every process with either. A watchdog does the same if the launcher itself is killed.
 
 This file is also the watchdog's script, so it imports only the standard library and psutil:
 ``python -P processes.py MARK FOLDER`` waits until its standard input is closed.
@@ -49,10 +49,10 @@ class Interrupted(BaseException):
 class StopSignals:
     """Turn SIGINT, SIGTERM and SIGHUP into `Interrupted` while the block runs.
 
-    Usually a signal is noted and `check` raises at a safe point, so that processes can be started
-    and ended undisturbed. With `at_once` it raises wherever this process is, for work that may
+    By default a signal is recorded and `check` raises at a safe point, so that starting and ending
+    processes is not interrupted. With `at_once` the handler raises immediately, for work that may
     stop anywhere; a second signal then acts as outside the block. An ignored signal (``nohup``)
-    stays ignored. Outside the main thread, where Python allows no handlers, nothing changes.
+    stays ignored. Outside the main thread, where Python allows no handlers, this does nothing.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -88,7 +88,7 @@ class StopSignals:
 
 
 class ProcessSandbox:
-    """A scratch folder, a mark and a watchdog; on exit no process and no file is left.
+    """A scratch folder, a mark and a watchdog; on exit all processes end and the folder is deleted.
 
     `folder` is the working directory of every process spawned here, short enough for Ray's
     sockets; `mark` is the value of `MARK_VARIABLE` in their environment.
@@ -118,7 +118,7 @@ class ProcessSandbox:
     ) -> None:
         end_marked(self.mark, self.folder)
         deadline = time.monotonic() + 4 * GRACE_SECONDS
-        for child in self._children:  # killed above; one that hangs in the kernel is left to it
+        for child in self._children:  # killed above; give up on one stuck in the kernel
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=max(0.0, deadline - time.monotonic()))
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -137,7 +137,7 @@ class ProcessSandbox:
     ) -> subprocess.Popen[bytes]:
         """Start `command` in the scratch folder, marked.
 
-        In its own session, a terminal's Ctrl-C reaches the launcher only, which decides.
+        It gets its own session, so that Ctrl-C in a terminal reaches only the launcher.
         """
         child = subprocess.Popen(  # nosec B603  # no shell; commands of this package and Flower
             command,
@@ -222,7 +222,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that is free at this moment."""
+    """Return a TCP port of 127.0.0.1 that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -233,13 +233,13 @@ def _scratch_base() -> str:
     for base in candidates:
         if base and len(base) <= LONGEST_SCRATCH_BASE and os.access(base, os.W_OK | os.X_OK):
             return base
-    return "/tmp"  # nosec B108  # mkdtemp makes a folder of its own in it
+    return "/tmp"  # nosec B108  # mkdtemp creates a private folder in it
 
 
 def _watch(mark: str, folder: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.stdin.buffer.read()  # returns when the launcher has ended, in whatever way
+    sys.stdin.buffer.read()  # returns when the launcher exits, however it ends
     end_marked(mark, folder)
     shutil.rmtree(folder, ignore_errors=True)
 

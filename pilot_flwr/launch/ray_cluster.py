@@ -1,11 +1,11 @@
 """Run the simulation on an existing Ray cluster: find it, check its machines, connect Flower to it.
 
 `simulation.address` names the cluster, else the environment variable ``RAY_ADDRESS``; without
-either, or with ``local``, a run starts a Ray of its own on this machine. Flower's engine connects
-by ``RAY_ADDRESS`` and starts one actor per client that fits on each node, so a cluster is used
-whole; only one client's share is configurable. Before a run `pilot_flwr.launch.ray_preflight`
-asks every node, in a process of its own with a time limit, for the run folder, data and packages;
-what is missing is reported node by node. The user's page is docs/how-to/cluster.md.
+either, or with ``local``, a run starts its own Ray on this machine. Flower's engine connects by
+``RAY_ADDRESS`` and starts one actor per client that fits on each node, so a run uses the whole
+cluster; only one client's share is configurable. Before a run `pilot_flwr.launch.ray_preflight`
+checks the run folder, data and packages on every node, in a separate process with a time limit;
+missing ones are reported per node. User documentation: docs/how-to/cluster.md.
 """
 
 import contextlib
@@ -46,10 +46,10 @@ FORWARDED = (
     "TRANSFORMERS_OFFLINE",
     "TOKENIZERS_PARALLELISM",
 )
-"""Environment variables of the user's shell that the clients on every node get."""
+"""Environment variables forwarded from the user's shell to the clients on every node."""
 
 PACKAGES = ("ray", "flwr", "torch", "transformers", "peft", "safetensors", "numpy", "hydra-core")
-"""Every node must have the versions that are installed here."""
+"""Packages that every node must have in the version installed here."""
 
 CONNECT_SECONDS = 10.0
 NODES_SECONDS = 90.0
@@ -63,7 +63,7 @@ _HOST_PORT = re.compile(r"[^\s/:]+:\d{1,5}|\[[0-9A-Fa-f:.]+\]:\d{1,5}")
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: name and address, and the CPUs and GPUs that Ray assigns there."""
+    """A cluster machine: name with address, and the CPUs and GPUs that Ray manages on it."""
 
     name: str
     cpus: float
@@ -72,7 +72,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """An existing Ray cluster: its head's ``HOST:PORT``, its live nodes, and what is unused now."""
+    """An existing Ray cluster: its head's ``HOST:PORT``, its live nodes, and its idle resources."""
 
     address: str
     nodes: tuple[Node, ...]
@@ -99,8 +99,8 @@ class Cluster:
     def federation_config(self, num_clients: int, simulation: SimulationConfig) -> str:
         """Return the value of ``flwr run --federation-config``.
 
-        On an existing cluster Ray refuses limits for the whole simulation, so there are none. A
-        cluster without room for one client is refused: Flower would call that run completed.
+        It sets no limits for the whole simulation, since Ray rejects them on an existing cluster. A
+        cluster without room for one client is an error: Flower would report that run as completed.
         """
         gpus = self.client_gpus(simulation)
         if not self.clients_at_a_time(simulation):
@@ -117,7 +117,7 @@ class Cluster:
         )
 
     def describe(self, simulation: SimulationConfig) -> str:
-        """Describe in a line or two what the cluster offers, and what other jobs use of it."""
+        """Describe the cluster's resources, and their use by other jobs, in one or two lines."""
         cpus, gpus = (sum(getattr(n, what) for n in self.nodes) for what in ("cpus", "gpus"))
         fitting = count(self.clients_at_a_time(simulation), "client")
         line = f"Ray cluster {self.address}: {count(len(self.nodes), 'machine')}, CPUs {cpus:g}, "
@@ -132,9 +132,9 @@ class Cluster:
 
 
 def address_of(simulation: SimulationConfig, environment: Mapping[str, str]) -> str:
-    """Return the address of the cluster to use, ``auto`` included; empty for a Ray of our own.
+    """Return the address of the cluster to use, perhaps ``auto``; empty to start a local Ray.
 
-    An existing cluster cannot be limited by `simulation.cpus` or `simulation.gpus`.
+    Raises `ConfigError` for `simulation.cpus` and `simulation.gpus`, which cannot limit a cluster.
     """
     name = "simulation.address" if simulation.address else ADDRESS_VARIABLE
     address = simulation.address or environment.get(ADDRESS_VARIABLE, "").strip()
@@ -143,13 +143,13 @@ def address_of(simulation: SimulationConfig, environment: Mapping[str, str]) -> 
     if address != "auto" and not _HOST_PORT.fullmatch(address):
         raise ConfigError(
             f"`{name}` is {address!r} but must be HOST:PORT of the Ray cluster's head, auto "
-            "(the cluster that this machine is a node of) or local (a Ray of this run's own)."
+            "(the cluster of this machine) or local (start a Ray for this run)."
         )
     for setting, value, default in (("cpus", simulation.cpus, 0), ("gpus", simulation.gpus, -1)):
         if value != default:
             raise ConfigError(
                 f"`simulation.{setting}` is {value} but must be left at {default} with "
-                f"`{name}`={address}: an existing Ray cluster is used whole. How many clients "
+                f"`{name}`={address}: a run uses the whole cluster. How many clients "
                 "train at a time follows from `simulation.client_cpus` and "
                 "`simulation.client_gpus`."
             )
@@ -158,7 +158,7 @@ def address_of(simulation: SimulationConfig, environment: Mapping[str, str]) -> 
 
 @contextmanager
 def flower_home(folder: Path) -> Iterator[None]:
-    """Remove Flower's folder from the run folder at the end."""
+    """Remove Flower's folder from the run folder on exit."""
     try:
         yield
     finally:
@@ -168,10 +168,10 @@ def flower_home(folder: Path) -> Iterator[None]:
 def ray_environment(
     address: str, folder: Path, mark: str, base: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return what makes Flower's processes use a cluster instead of starting a Ray of their own.
+    """Return the environment variables that connect Flower's processes to a cluster.
 
-    Flower's folder, with the app's bundle, is in the run folder so that every node runs this app
-    and not an installed one. `mark` marks the actors on this machine; Ray ends them with the job.
+    Flower's folder, with the app bundle, is in the run folder so that every node runs this app and
+    not an installed one. `mark` marks the actors on this machine; Ray ends them with the job.
     """
     actors = {name: base[name] for name in FORWARDED if name in base}
     actors |= {MARK_VARIABLE: mark, "FLWR_TELEMETRY_ENABLED": "0"}
@@ -190,7 +190,7 @@ def _resources(node: Node) -> str:
 def check_cluster(config: PilotConfig, address: str, folder: Path) -> tuple[Cluster, str]:
     """Check a cluster for a run; return it and the value of ``flwr run --federation-config``.
 
-    The run folder is made if it does not exist, and removed again if the cluster is refused.
+    The run folder is created if missing; if a check fails, it is removed again unless it has files.
     """
     try:
         found = inspect_cluster(address, folder, needed_paths(config))
@@ -202,10 +202,10 @@ def check_cluster(config: PilotConfig, address: str, folder: Path) -> tuple[Clus
 
 
 def inspect_cluster(address: str, folder: Path, paths: Sequence[str] = ()) -> Cluster:
-    """Ask a cluster what it has, and whether every node can run clients of this run.
+    """Query a cluster's resources and check that every node can run this run's clients.
 
-    Every node must see the run folder, which is made if it does not exist, and write in it; it must
-    have the absolute `paths` and the versions of `PACKAGES` that are here.
+    Every node must be able to write to the run folder, which is created if missing, and must have
+    the absolute `paths` and the local versions of `PACKAGES`.
     """
     if address != "auto":
         _check_reachable(address)
@@ -240,7 +240,7 @@ def inspect_cluster(address: str, folder: Path, paths: Sequence[str] = ()) -> Cl
 
 
 def needed_paths(config: PilotConfig) -> list[str]:
-    """Return the absolute paths that the run's configuration names and clients read."""
+    """Return the absolute paths in the configuration that clients read."""
     paths = [Path(config.model.path)] if os.path.isabs(config.model.path) else []
     if config.data.source == "llava":
         for task in config.data.tasks:
@@ -253,7 +253,7 @@ def needed_paths(config: PilotConfig) -> list[str]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise `RunError` unless something listens there: Ray itself would try for minutes."""
+    """Raise `RunError` unless the port accepts connections; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
@@ -268,7 +268,7 @@ def _ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
     program = "from pilot_flwr.launch.ray_preflight import main; main()"
     environment = {k: v for k, v in os.environ.items() if k != ADDRESS_VARIABLE}
     try:
-        done = subprocess.run(  # nosec B603  # no shell, our own program
+        done = subprocess.run(  # nosec B603  # no shell; this package's code
             [sys.executable, "-P", "-c", program, json.dumps(request)],
             cwd="/",
             env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},

@@ -1,7 +1,7 @@
-"""Ask every node of a Ray cluster what a client would find there; started by `ray_cluster`.
+"""Check the nodes of a Ray cluster for what clients need; run by `ray_cluster`.
 
-The answer is one line of JSON on standard output. This is a program of its own because Ray can end
-the process that connects to it, or keep it waiting for minutes.
+The answer is one line of JSON on standard output. This is a separate program because Ray can
+terminate the process that connects to it, or block it for minutes.
 """
 
 import json
@@ -25,7 +25,7 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         answer = _inspect(request)
-    except Exception as error:  # of many types, ray's own and Python's
+    except Exception as error:  # Ray raises its own types and Python's
         answer = {"error": str(error) or type(error).__name__}
     print(request["answer"] + json.dumps(answer), flush=True)
 
@@ -50,10 +50,10 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask_nodes(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ask every node, and wait for those that Ray considers alive.
+    """Query every node, and wait for those that Ray considers alive.
 
-    Ray notices a node's death after half a minute. Flower would wait for clients on it forever, so
-    this check outlasts that time.
+    Ray detects a dead node after about 30 seconds. Flower would wait for clients on it forever, so
+    this check waits longer than that.
     """
     answers: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
@@ -70,7 +70,7 @@ def _ask_nodes(request: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             try:
                 answers[identity] = ray.get(pending.pop(identity))
-            except ray.exceptions.RayError as error:  # asked again while the node is alive
+            except ray.exceptions.RayError as error:  # retried while the node is alive
                 errors[identity] = str(error).strip()
         if nodes.keys() <= answers.keys() or time.monotonic() > deadline:
             return [
@@ -92,7 +92,7 @@ def _row(node: dict[str, Any], answer: dict[str, Any] | None, error: str) -> dic
 
 
 def _remote_check() -> Any:
-    """Return the remote task, an inner function: Ray sends its code, so nodes need none of it."""
+    """Return the remote task, an inner function: Ray ships its code, so nodes do not need it."""
 
     def check(request: dict[str, Any], identity: str) -> dict[str, Any]:
         from importlib.metadata import PackageNotFoundError, version
@@ -105,17 +105,17 @@ def _remote_check() -> Any:
             except PackageNotFoundError:
                 versions[package] = ""
         folder = Path(request["folder"])
-        complaint = ""
+        problem = ""
         try:
             if (folder / request["probe"]).read_text(encoding="utf-8") != request["token"]:
-                complaint = "is another folder there"
+                problem = "a different folder there"
             else:
                 trial = folder / f"{request['probe']}-{identity}"
                 trial.write_text("", encoding="utf-8")
                 trial.unlink()
         except OSError as error:
-            complaint = error.strerror or type(error).__name__
+            problem = error.strerror or type(error).__name__
         missing = [path for path in request["paths"] if not Path(path).exists()]
-        return {"versions": versions, "folder": complaint, "missing": missing}
+        return {"versions": versions, "folder": problem, "missing": missing}
 
     return ray.remote(num_cpus=0, max_retries=0)(check)

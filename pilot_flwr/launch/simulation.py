@@ -1,10 +1,10 @@
-"""Run a prepared simulation, with automatic restarts, in the engine that it names.
+"""Run a prepared simulation, with automatic restarts, in the configured engine.
 
-The in-process engine is `pilot_flwr.launch.in_process`. For Flower's own, `launch` starts a
-SuperLink in a scratch folder, submits the app, follows its log and status, notices when a process
-dies, and leaves nothing running: ``flwr run`` alone would leave a SuperLink behind that keeps the
-first run's environment, and would install the app's dependencies anew. To add an engine, name it
-in `pilot_flwr.config.schema` and make one attempt with it in `run_prepared`.
+The in-process engine is `pilot_flwr.launch.in_process`. For Flower's engine, `launch` starts a
+SuperLink in a scratch folder, submits the app, follows its log and status, detects dead processes,
+and leaves nothing running: ``flwr run`` alone would leave a SuperLink with the first run's
+environment, and reinstall the app's dependencies. To add an engine, declare it in
+`pilot_flwr.config.schema` and call it in `run_prepared`.
 """
 
 import os
@@ -31,7 +31,7 @@ from pilot_flwr.run.provenance import keep_provenance
 from pilot_flwr.server.resume import OVERRIDES
 
 LAUNCH_LOCK = ".launch.lock"
-"""File in a run folder that the ``pilot-flwr run`` working in it holds locked."""
+"""Lock file in a run folder, held by the ``pilot-flwr run`` working in it."""
 
 CONNECTION = "pilot"
 QUERY_SECONDS = 30.0
@@ -42,7 +42,7 @@ Out = Callable[[str], None]
 
 
 def run_prepared(prepared: Prepared, *, out: Out, verbose: bool = False) -> Outcome:
-    """Run a simulation to its end; `out` takes the lines of the live output.
+    """Run a simulation to completion; `out` receives the lines of the live output.
 
     Raises `PilotError` if the run cannot start or another process holds its folder, and
     `pilot_flwr.launch.processes.Interrupted` on a signal; nothing is left running.
@@ -75,16 +75,16 @@ def run_prepared(prepared: Prepared, *, out: Out, verbose: bool = False) -> Outc
         )
 
     with hold(folder / LAUNCH_LOCK, f"The run folder {folder}"):
-        if not prepared.resumed:  # before anything else: how it was started, and by which code
+        if not prepared.resumed:  # recorded first: resuming needs both
             write_text(folder / OVERRIDES, prepared.overrides + "\n")
             keep_provenance(folder)
         return _run_attempts(attempt, prepared, out)
 
 
 def _run_attempts(attempt: Callable[[str, bool], Outcome], prepared: Prepared, out: Out) -> Outcome:
-    """Run, and resume from the last checkpoint after a process died, at most `run.restarts` times.
+    """Run; if a process dies, resume from the last checkpoint, up to `run.restarts` times.
 
-    Errors of the run itself, such as too few replies, are not retried.
+    Errors in the run itself, such as too few replies, are not retried.
     """
     overrides, resumed = prepared.overrides, prepared.resumed
     restarts = prepared.config.run.restarts
@@ -96,7 +96,9 @@ def _run_attempts(attempt: Callable[[str, bool], Outcome], prepared: Prepared, o
         out("\nA process of the simulation died:")
         for line in outcome.explanation[:2]:
             out(f"  {line}")
-        out(f"Restart {number + 1} of at most {restarts} (`run.restarts`): the last checkpoint.")
+        out(
+            f"Restart {number + 1} of at most {restarts} (`run.restarts`), from the last checkpoint."
+        )
         if not resumed:
             overrides = f"{overrides} {shlex.join([path_override('resume', prepared.folder)])}"
         resumed = True
@@ -130,26 +132,10 @@ def launch(
 ) -> Outcome:
     """Make one attempt at a run with Flower's simulation engine.
 
-    Parameters
-    ----------
-    app : Path or None
-        Folder of the Flower app; None for this package's own.
-    overrides : str
-        The app's run config value `overrides`, `run.folder` included.
-    federation : str
-        The value of ``flwr run --federation-config``.
-    folder : Path
-        Absolute run folder; the app writes ``metrics.jsonl`` and ``result.json`` there.
-    out : callable
-        Takes the lines of the live output.
-    verbose : bool
-        Show Flower's own log as well.
-    address : str
-        ``HOST:PORT`` of an existing Ray cluster to run on; empty starts a Ray of its own.
-    resumed : bool
-        The folder holds a run to resume: what it recorded before is not shown again.
+    `app` is this package's by default; `address` names an existing Ray cluster. If `resumed`, the
+    events recorded before are not printed again.
     """
-    if address and resumed:  # perhaps a machine has died: wait until Ray knows which are left
+    if address and resumed:  # a machine may have died: wait until Ray knows which remain
         found = ray_cluster.inspect_cluster(address, folder)
         out(f"The Ray cluster has {count(len(found.nodes), 'machine')} now.")
     logs = folder / "logs"
@@ -196,7 +182,7 @@ def flower_environment(scratch: Path, base: Mapping[str, str]) -> dict[str, str]
 
 
 def _start_superlink(flower: FlowerCLI, home: Path, logs: Path) -> "subprocess.Popen[bytes]":
-    """Start a SuperLink, wait until it answers, and name it `CONNECTION` in Flower's config."""
+    """Start a SuperLink, wait until it is healthy, and write it to Flower's config."""
     options = ["--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
     for _ in range(3):  # another process may take the port before the SuperLink does
         port = free_port()
@@ -223,7 +209,7 @@ def _start_superlink(flower: FlowerCLI, home: Path, logs: Path) -> "subprocess.P
 
 
 class _Simulation:
-    """A submitted run and the processes that it needs."""
+    """A submitted run and its processes."""
 
     def __init__(
         self, flower: FlowerCLI, superlink: "subprocess.Popen[bytes]", run: str, folder: Path
@@ -233,10 +219,10 @@ class _Simulation:
         self._process: Process | None = None
 
     def follow(self, printer: ProgressPrinter) -> RunStatus:
-        """Show the run's progress until it has finished, or cannot finish any more.
+        """Print the run's progress until it has finished or can no longer finish.
 
-        Asking for the status costs a second of CPU, so it needs a reason: the log has ended, a
-        process has died, or half a minute has passed.
+        A status query costs a second of CPU, so it is made only when the log has ended, a process
+        has died, or `QUERY_SECONDS` have passed.
         """
         started = asked = time.monotonic()
         result_seen: float | None = None
@@ -273,7 +259,7 @@ class _Simulation:
         return gone or self._superlink.poll() is not None
 
     def _problem(self, running: float, since_result: float) -> str:
-        """Return why the run will not finish, or nothing."""
+        """Return why the run will not finish, or an empty string."""
         if self._superlink.poll() is not None:
             return (
                 f"Flower's SuperLink ended with code {self._superlink.returncode} during the run; "
@@ -292,7 +278,7 @@ class _Simulation:
 
 
 def _keep_ray_logs(scratch: Path, target: Path) -> None:
-    """Copy the logs of Ray's workers: when one dies, they may be the only trace of the cause."""
+    """Copy the logs of Ray's workers: if one dies, they may be the only trace of the cause."""
     for source in sorted(scratch.glob("ray/session_2*/logs/worker-*")):
         if source.is_file() and source.stat().st_size:
             target.mkdir(exist_ok=True)

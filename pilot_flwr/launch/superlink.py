@@ -1,9 +1,9 @@
-"""Run the app on an existing SuperLink, and follow it to its end from here.
+"""Run the app on an existing SuperLink, and follow it to completion.
 
 The run folder is on the SuperLink's machine, usually another one, so progress and outcome come from
-the ServerApp's log (`pilot_flwr.server.event_recorder`). A run has succeeded if Flower says
-``finished:completed`` and the log's last verdict has no failures. Ending this command, by Ctrl-C or
-a lost connection, does not end the run.
+the ServerApp's log (`pilot_flwr.server.event_recorder`). A run has succeeded if Flower reports
+``finished:completed`` and the last result in the log has no failures. Stopping this command, by
+Ctrl-C or a lost connection, does not stop the run.
 """
 
 import os
@@ -56,7 +56,7 @@ class Detached(Interrupted):
 def find_connection(name: str, environment: Mapping[str, str]) -> str:
     """Return the address of a connection of Flower's ``config.toml``.
 
-    Raises `ConfigError` if there is none of this name, or it is a simulation on this machine.
+    Raises `ConfigError` if the name is missing or refers to a local simulation.
     """
     path = _flower_home(environment) / "config.toml"
     try:
@@ -74,8 +74,8 @@ def find_connection(name: str, environment: Mapping[str, str]) -> str:
     address = str(found[name].get("address", ""))
     if not address or address.startswith(":"):
         raise ConfigError(
-            f"`--superlink` is {name!r}, which in {path} is a simulation on this machine and not a "
-            "SuperLink's address; for a simulation leave `--superlink` out."
+            f"`--superlink` is {name!r}, which {path} defines as a local simulation, not as a "
+            "SuperLink's address; for a simulation omit `--superlink`."
         )
     return address
 
@@ -87,32 +87,10 @@ def run_remotely(
     out: Callable[[str], None],
     verbose: bool = False,
 ) -> tuple[Outcome, RunResult | None]:
-    """Submit a run to a SuperLink and follow it to its end.
+    """Submit a run to a SuperLink and follow it to completion.
 
-    Parameters
-    ----------
-    overrides : str
-        The app's run config value `overrides`.
-    connection : str
-        Name in Flower's ``config.toml``.
-    out : callable
-        Takes the lines of the live output.
-    verbose : bool
-        Show the whole log of the ServerApp.
-
-    Returns
-    -------
-    Outcome
-        Whether the run succeeded, and why not.
-    RunResult or None
-        The ServerApp's verdict, if it reached its end.
-
-    Raises
-    ------
-    RunError
-        The run was not accepted.
-    Detached
-        A signal ended this command.
+    Returns the outcome and the ServerApp's result, None if it did not report one. A signal raises
+    `Detached` and leaves the run going.
     """
     with StopSignals() as signals, ProcessSandbox() as sandbox:
         environment = {
@@ -134,10 +112,10 @@ def run_remotely(
 def _follow(
     flower: FlowerCLI, run: RemoteRun, out: Callable[[str], None], verbose: bool
 ) -> tuple[Outcome, RunResult | None]:
-    """Show the log until Flower says that the run has finished.
+    """Print the log until Flower reports that the run has finished.
 
-    The log's stream ends with the run, or when the connection breaks: then the stream is started
-    again and shown from where it was, until `PATIENCE_SECONDS` after the SuperLink's last answer.
+    The log stream ends with the run or with the connection. In the latter case it is restarted and
+    printed from where it broke, until `PATIENCE_SECONDS` after the SuperLink's last answer.
     """
     log = _Log(flower.sandbox.folder / "log", out, verbose)
     stream: subprocess.Popen[bytes] | None = None
@@ -156,38 +134,38 @@ def _follow(
         if status.finished:
             log.finish(flower, run)
             whole = f"Full log: flwr log {run.id} {run.connection} --show"
-            return evaluate_result(status, log.verdict, whole), log.verdict
+            return evaluate_result(status, log.result, whole), log.result
         answered = asked if status.status else answered
         if asked - answered > PATIENCE_SECONDS:
-            gone = f"The SuperLink has not answered for {human_seconds(asked - answered)}."
-            return Outcome(False, (gone, run.resume_hint)), log.verdict
+            reason = f"The SuperLink has not answered for {human_seconds(asked - answered)}."
+            return Outcome(False, (reason, run.resume_hint)), log.result
         if ended:
             flower.pause(RETRY_SECONDS)
             stream = None
 
 
 class _Log:
-    """The ServerApp's log as it grows in a file."""
+    """Print the ServerApp's log from a growing file."""
 
     def __init__(self, path: Path, out: Callable[[str], None], verbose: bool) -> None:
         self.path = path
-        self.verdict: RunResult | None = None
+        self.result: RunResult | None = None
         self._out, self._verbose = out, verbose
         self._tail = LineTail(path)
 
     def show(self) -> None:
-        """Print what is new; the last verdict counts."""
+        """Print new lines and keep the last result."""
         for line in self._tail.read():
-            said = read_announcement(line)
-            if isinstance(said, RunResult):
-                self.verdict = said
-            elif isinstance(said, str):
-                self._out(said)
+            message = read_announcement(line)
+            if isinstance(message, RunResult):
+                self.result = message
+            elif isinstance(message, str):
+                self._out(message)
             elif self._verbose or is_alarm(line):
                 self._out(plain(line))
 
     def finish(self, flower: FlowerCLI, run: RemoteRun) -> None:
-        """Once the run has finished, print what was written after the stream broke off."""
+        """Fetch the complete log of a finished run and print what the stream missed."""
         path = flower.sandbox.folder / "whole"
         complete = flower.wait(flower.stream_log(run.id, path)) == 0
         if complete and path.stat().st_size >= self.path.stat().st_size:

@@ -53,11 +53,6 @@ def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda lin
     """Write ``index.html`` and one PNG file per figure into a folder, and return the page's path.
 
     `say` gets a line of progress per figure.
-
-    Raises
-    ------
-    ConfigError
-        The folder has files that no report wrote where this one would write.
     """
     earlier = earlier_pictures(folder)
     pictures = [figure for figure in page.figures if figure.panels]
@@ -80,13 +75,7 @@ def write_page(page: Page, folder: Path, say: Callable[[str], None] = lambda lin
 
 
 def earlier_pictures(folder: Path) -> list[Path]:
-    """Return the PNG files that an earlier report wrote into a folder, none if it is empty.
-
-    Raises
-    ------
-    ConfigError
-        It is a file, or it is not empty and holds no report.
-    """
+    """Return the PNG files that an earlier report wrote into a folder, none if it is empty."""
     if not folder.exists():
         return []
     if not folder.is_dir():

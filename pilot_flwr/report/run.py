@@ -33,11 +33,6 @@ def write_run_report(
 
     `router` loads the base model to compute the router's probabilities; `say` gets lines of
     progress.
-
-    Raises
-    ------
-    PilotError
-        The folder cannot be read as a run's.
     """
     run = read_run(folder)
     figures = [figure(run) for figure in FIGURES]

@@ -68,11 +68,6 @@ def write_sweep_report(
 
     `baseline` is the method that the others are compared with in the table; `say` gets lines of
     progress.
-
-    Raises
-    ------
-    PilotError
-        There are no results, or none with scores.
     """
     rows = read_rows(path)
     comparisons = compare(rows, baseline)

@@ -141,12 +141,6 @@ def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Compari
 
     `baseline` is the method (with its variant, if it has several) that all others are tested
     against.
-
-    Raises
-    ------
-    ConfigError
-        A scenario has no such method, rows of one method have different settings, or no row has
-        scores.
     """
     usable = [row for row in rows if row["status"] == DONE and row["mean"]]
     scenarios: dict[tuple[str, ...], list[CsvRow]] = {}

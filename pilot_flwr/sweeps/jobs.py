@@ -56,13 +56,7 @@ class Job:
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the settings' overrides from those that choose Hydra's launcher.
-
-    Raises
-    ------
-    ConfigError
-        An override is for a part of Hydra that the sweep configures itself, or names a run folder.
-    """
+    """Separate the settings' overrides from those that choose Hydra's launcher."""
     launcher = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
     for override in launcher:
         if not override.lstrip("+").startswith(_LAUNCHER):
@@ -81,13 +75,7 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def expand_jobs(overrides: Sequence[str]) -> list[Job]:
-    """Return one job per combination of values, in the order of Hydra's basic sweeper.
-
-    Raises
-    ------
-    ConfigError
-        An override cannot be read or has no values, or two jobs would be the same.
-    """
+    """Return one job per combination of values, in the order of Hydra's basic sweeper."""
     choices: dict[str, list[str]] = {}
     swept: set[str] = set()
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
@@ -221,13 +209,7 @@ class Manifest:
 
 
 def read_manifest(folder: SweepFolder) -> Manifest | None:
-    """Return the manifest of a sweep's folder, None if it has none.
-
-    Raises
-    ------
-    StateError
-        It cannot be read.
-    """
+    """Return the manifest of a sweep's folder, None if it has none."""
     path = folder.manifest
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -256,11 +238,6 @@ def update_manifest(
     """Add a command and its jobs to the manifest, and write it; return the new one.
 
     Without a baseline, that of an earlier command stays.
-
-    Raises
-    ------
-    ConfigError
-        The folder holds something other than a sweep.
     """
     earlier = read_manifest(folder)
     if earlier is None and folder.path.is_dir():

@@ -97,13 +97,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a ``results.csv``, or that of a sweep's folder.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read, or lacks a column or a cell.
-    """
+    """Read a ``results.csv``, or that of a sweep's folder."""
     file = path / "results.csv" if path.is_dir() else path
     try:
         with file.open(encoding="utf-8", newline="") as stream:

@@ -67,15 +67,6 @@ def sweep(
     """Run all jobs of a sweep that are not done yet, and return the rows of ``results.csv``.
 
     `path` is the sweep's absolute folder, new or to be resumed; `out` takes lines for the user.
-
-    Raises
-    ------
-    ConfigError
-        Some job's settings are wrong, or no job is of the method `baseline`: nothing was started.
-    RunError
-        Another sweep is running in the folder, or the launcher failed.
-    Interrupted
-        A signal stopped the sweep.
     """
     settings, launcher = split_overrides(overrides)
     jobs = expand_jobs(settings)
@@ -95,14 +86,7 @@ def sweep(
 
 
 def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = None) -> None:
-    """Check every job's settings before the first one starts.
-
-    Raises
-    ------
-    ConfigError
-        Names the jobs whose settings are wrong, or differ from those in the folder; or no job, of
-        these or in the folder, is of the method `baseline`.
-    """
+    """Check every job's settings before the first one starts."""
     errors: dict[str, list[str]] = {}
     labels = []
     for job in jobs:
@@ -139,11 +123,6 @@ def run_job(
     """Run a job, or what is left of it, and record its outcome.
 
     `out` takes a line at its beginning and one at its end, and its whole live output if `verbose`.
-
-    Raises
-    ------
-    Interrupted
-        A signal stopped it; it can be resumed from its last checkpoint.
     """
     started = time.monotonic()
     folder.log(job).parent.mkdir(parents=True, exist_ok=True)

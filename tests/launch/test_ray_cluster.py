@@ -166,7 +166,7 @@ def test_a_machine_reports_what_it_has(tmp_path):
     versions = {"torch": version("torch"), "no-such-package": ""}
     assert found == {"versions": versions, "folder": "", "missing": paths[1:]}
     assert [path.name for path in tmp_path.iterdir()] == [".probe-1"]
-    assert check(tmp_path, token="2")["folder"] == "is another folder there"
+    assert check(tmp_path, token="2")["folder"] == "a different folder there"
     assert check(tmp_path / "nothing")["folder"] == "No such file or directory"
 
 

@@ -151,8 +151,8 @@ def test_the_status_is_polled_while_the_log_is_silent(tmp_path: Path, monkeypatc
     ("answer", "words"),
     [
         ('{"success": false, "error-message": "no such app"}', "no such app"),
-        ("Traceback", "`flwr run` gave no answer"),
-        ("[]", "`flwr run` gave no answer"),
+        ("Traceback", "`flwr run` returned no JSON"),
+        ("[]", "`flwr run` returned no JSON"),
     ],
 )
 def test_a_refused_app_is_an_error(tmp_path: Path, monkeypatch, answer, words):

@@ -53,7 +53,7 @@ def test_a_run_resumes_automatically_when_a_worker_of_ray_dies(monkeypatch, tmp_
         kill.kill_all(mark, scratch, launcher)
     assert launcher.returncode == 0, said
     assert "A process of the simulation died:\n  " in said
-    assert "Restart 1 of at most 3 (`run.restarts`): the last checkpoint." in said
+    assert "Restart 1 of at most 3 (`run.restarts`), from the last checkpoint." in said
     assert "Resumed after exchange 2" in said or "Resumed after exchange 3" in said
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["failures"], result["resumed"]) == ("completed", [], 1)
