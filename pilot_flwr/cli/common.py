@@ -1,4 +1,4 @@
-"""What commands share: argument types, opening a run, selecting a model, writing output."""
+"""Shared by the commands: argument types, opening a run, selecting a model, writing output."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # heavy imports stay inside commands
 
 SUCCESS, FAILURE, USAGE = 0, 1, 2
 PIPE_WIDTH = 150
-"""Columns of a table that is not printed to a terminal."""
+"""Width in characters of a table printed to a pipe."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -32,7 +32,7 @@ Changes = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[OVERRIDE]...",
-        help="Settings that have changed since the run, KEY=VALUE, for instance "
+        help="Settings that differ from the run's, KEY=VALUE, for instance "
         "model.path=/models/llava or evaluation.batch_size=8.",
         show_default=False,
     ),
@@ -49,7 +49,7 @@ Exchange = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is a GPU if there is one.")
+    str, typer.Option(help="auto, cpu, cuda or cuda:N; auto uses a GPU if available.")
 ]
 ClientName = Annotated[
     str | None, typer.Option(metavar="C", help="The personalised model of client C.")
@@ -74,7 +74,7 @@ Plain = Annotated[
 
 
 def expand_overrides(overrides: Sequence[str] | None) -> list[str]:
-    """Return overrides in which a ``data=FILE.yaml`` is replaced by the file's settings."""
+    """Replace a ``data=FILE.yaml`` override by the file's settings."""
     if not any(override.startswith("data=") for override in overrides or ()):
         return list(overrides or ())
     from pilot_flwr.config.federation_file import expand
@@ -83,7 +83,7 @@ def expand_overrides(overrides: Sequence[str] | None) -> list[str]:
 
 
 def open_run(folder: Path, server_round: int | None, overrides: Sequence[str] | None) -> "Run":
-    """Open a run folder and print what the user should know about it."""
+    """Open a run folder and print its notes."""
     from pilot_flwr.inference import runs
 
     hide_progress_bars()
@@ -102,11 +102,11 @@ def hide_progress_bars() -> None:
 
 
 def check_model(client: str | None, task: str | None, state: Path | None) -> None:
-    """Refuse options that do not name exactly one model."""
+    """Raise `ConfigError` unless the options name exactly one model."""
     if (client is None) == (task is None):
-        raise ConfigError("Give either `--client` or `--task`: whose model it is.")
+        raise ConfigError("Give either `--client` or `--task` to select a model.")
     if task is not None and state is not None:
-        raise ConfigError("`--state` belongs to `--client`: a consensus model has none.")
+        raise ConfigError("`--state` needs `--client`: a consensus model has no private state.")
 
 
 def select_model(
@@ -131,8 +131,8 @@ def select_model(
 def new_file(option: str, path: Path) -> Iterator[TextIO]:
     """Open a new file for a command's output; `option` names it in errors.
 
-    It is written as ``PATH.part`` and renamed when complete. If the command stops before, the
-    partial output stays under that name. An existing file raises `ConfigError`.
+    It is written as ``PATH.part`` and renamed when complete. If the command stops early, the
+    partial output keeps that name. An existing file raises `ConfigError`.
     """
     part = path.with_name(f"{path.name}.part")
     for existing in (path, part):
@@ -161,17 +161,17 @@ def new_file(option: str, path: Path) -> Iterator[TextIO]:
 
 
 def print_table(table: "Table") -> None:
-    """Print a rich table, in a pipe at a fixed width."""
+    """Print a rich table, at a fixed width in a pipe."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def show(line: str) -> None:
-    """Print a line of output at once."""
+    """Print a line to stdout, unbuffered."""
     print(line, flush=True)
 
 
 def say(line: str) -> None:
-    """Print a message to the user, apart from the command's output."""
+    """Print a message to stderr, apart from the command's output."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""``pilot-flwr data convert`` and ``data check``: data before there is a run."""
+"""``pilot-flwr data convert`` and ``data check``: prepare data before a run."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class SeveralValues(TyperCommand):
     """A command whose repeatable options take several values each: ``--annotations A B``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values, as click wants it."""
+        """Repeat the option before each of its values, as click expects."""
         repeatable = {
             name
             for option in self.params
@@ -43,14 +43,14 @@ class SeveralValues(TyperCommand):
         }
         repeated: list[str] = []
         option, values = "", 0
-        for word in args:
-            if word.startswith("-"):
-                option, values = (word if word in repeatable else ""), 0
+        for argument in args:
+            if argument.startswith("-"):
+                option, values = (argument if argument in repeatable else ""), 0
             elif option:
                 if values:
                     repeated.append(option)
                 values += 1
-            repeated.append(word)
+            repeated.append(argument)
         return super().parse_args(ctx, repeated)
 
 
@@ -69,14 +69,14 @@ def convert(
     boxes: Annotated[
         Literal["padded", "image"],
         typer.Option(
-            help="Boxes are shares of the square that LLaVA pads an image to, or of the image."
+            help="Express boxes as fractions of the padded square that LLaVA sees, or of the image."
         ),
     ] = "padded",
     image_prefix: Annotated[
         str,
         typer.Option(
             metavar="FOLDER",
-            help="Prepended to every image's name, such as val2017: a folder in the image folder.",
+            help="Subfolder of the image folder, such as val2017, to prepend to every image name.",
             show_default=False,
         ),
     ] = "",
@@ -84,7 +84,7 @@ def convert(
         bool,
         typer.Option(
             "--skip-unusable",
-            help="Skip and count entries that cannot become a row, instead of failing.",
+            help="Skip and count entries that cannot be converted, instead of failing.",
         ),
     ] = False,
 ) -> int:
@@ -116,7 +116,7 @@ def convert(
 def check(
     overrides: Overrides = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Read image headers, decode nothing.")
+        bool, typer.Option("--fast", help="Read only image headers, without decoding.")
     ] = False,
     no_tokens: Annotated[
         bool,
@@ -126,15 +126,15 @@ def check(
         str | None,
         typer.Option(
             metavar="CONFIG",
-            help="Check a real site's own data: its node config, KEY=VALUE words or a .toml file "
-            "as for `flower-supernode`.",
+            help="Check the data of one real site: its node config, as KEY=VALUE pairs or a .toml "
+            "file, as for `flower-supernode`.",
         ),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write all figures to a file as well."),
+        typer.Option("--json", metavar="FILE", help="Also write all figures to a file."),
     ] = None,
-    show: Annotated[int, typer.Option(metavar="N", help="Broken rows to list.")] = 10,
+    show: Annotated[int, typer.Option(metavar="N", help="Number of broken rows to list.")] = 10,
     workers: Annotated[
         int,
         typer.Option(
@@ -142,13 +142,12 @@ def check(
         ),
     ] = os.cpu_count() or 1,
 ) -> int:
-    """Check every row and image of a federation before there is a run.
+    """Check every row and image of a federation before a run.
 
-    Every row of every client is checked as training would use it: structure, images, length in
-    tokens. Counts, broken rows and figures about the answers are reported.
+    Every row of every client is checked as in training: structure, images, length in tokens. The
+    command reports counts, broken rows and statistics of the answers.
 
-    Exit code: 0 nothing was found that stops a run, 1 it would stop, 2 wrong usage or
-    configuration.
+    Exit code: 0 a run can start, 1 a run would fail, 2 wrong usage or configuration.
 
     Example: `pilot-flwr data check data=my-federation.yaml model=llava-1.5-7b`
     """
@@ -161,7 +160,7 @@ def check(
     at_least("--show", show, 0)
     at_least("--workers", workers, 1)
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"`--json` is {str(json_file)!r}, whose folder is not there.")
+        raise ConfigError(f"`--json` is {str(json_file)!r}, but its folder does not exist.")
     node = None if node_config is None else parse_node_config(node_config)
     config, splits = open_splits(_file_config(overrides), node, tokens=not no_tokens)
     _check_output(json_file, splits)
@@ -187,15 +186,15 @@ def _file_config(overrides: list[str] | None) -> "PilotConfig":
     from pilot_flwr.config.federation_file import with_folder
     from pilot_flwr.config.loading import load_config
 
-    words = expand_overrides(overrides)
-    config, _ = with_folder(load_config(shlex.join(words)), words)
+    expanded = expand_overrides(overrides)
+    config, _ = with_folder(load_config(shlex.join(expanded)), expanded)
     if config.data.source != "llava":
         raise ConfigError("`data.source` must be llava: only files can be checked.")
     return config
 
 
 def parse_node_config(text: str) -> dict[str, Any]:
-    """Parse a node config as ``flower-supernode`` does: words, or the name of a TOML file."""
+    """Parse a node config as ``flower-supernode`` does: KEY=VALUE pairs or a TOML file's name."""
     if text.endswith(".toml"):
         try:
             return tomllib.loads(Path(text).expanduser().read_text(encoding="utf-8"))
@@ -204,22 +203,22 @@ def parse_node_config(text: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     rest = text.strip()
     while rest:
-        word = _NODE_SETTING.match(rest)
+        pair = _NODE_SETTING.match(rest)
         try:
-            if word is None:
+            if pair is None:
                 raise ValueError
-            values |= tomllib.loads(f"{word[1]} = {word[2]}")
+            values |= tomllib.loads(f"{pair[1]} = {pair[2]}")
         except ValueError:
             raise ConfigError(
-                f"`--node-config` has {rest!r} but must be KEY=VALUE words with every text in "
-                "quotes, or the name of a .toml file."
+                f"`--node-config` has {rest!r} but must be KEY=VALUE pairs with every string "
+                "quoted, or the name of a .toml file."
             ) from None
-        rest = rest[word.end() :].strip()
+        rest = rest[pair.end() :].strip()
     return values
 
 
 def _check_output(output: Path | None, splits: "list[OpenSplit]") -> None:
-    """Refuse to write the figures over the rows themselves."""
+    """Refuse to overwrite the data with the figures."""
     files = {file.path.resolve() for _, rows in splits if rows is not None for file in rows.files}
     if output is not None and output.resolve() in files:
         raise ConfigError(f"`--json` is {str(output)!r} but must not be one of the data's files.")
@@ -254,12 +253,12 @@ def _print(
     for line in problems[:show]:
         print(line)
     if len(problems) > show:
-        print(f"... and {len(problems) - show} more; `--show` and `--json` have them.")
+        print(f"... and {len(problems) - show} more; list them with `--show` or `--json`.")
     stopping = [f"{split.client} {split.split}" for split in splits if split.stops]
     if stopping:
-        print(f"A run would stop at {', '.join(stopping)}.")
+        print(f"A run would fail at {', '.join(stopping)}.")
     elif unchecked:
-        print(f"Nothing that stops a run was found, but not checked: {', '.join(unchecked)}.")
+        print(f"No errors found; not checked: {', '.join(unchecked)}.")
     else:
         print("A run can start.")
 

@@ -1,8 +1,7 @@
 """Entry point of the command line tool ``pilot-flwr``.
 
-A command is a function of this package that returns the exit code; its docstring is its help. To
-add one, register it below. Heavy imports stay inside commands, so that ``pilot-flwr --help``
-answers at once.
+A command is a function that returns the exit code; its docstring is its help text. Register new
+commands below. Heavy imports stay inside commands, so that ``pilot-flwr --help`` is fast.
 """
 
 import sys
@@ -61,7 +60,7 @@ def pilot_flwr(
 
 
 def click_command() -> click.Command:
-    """Return the whole command line as a click command, from which its reference is generated."""
+    """Return the command line as a click command, for instance to generate its reference."""
     return _with_argument_help(typer.main.get_command(app))
 
 
@@ -85,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (Ctrl-C: 130).
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not for a stream that a caller has replaced
+        if hasattr(stream, "reconfigure"):  # missing on a stream that a caller has replaced
             stream.reconfigure(errors="replace")
     try:
         code = click_command().main(arguments, prog_name="pilot-flwr", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (PilotError, OSError) as error:  # OSError: a full disk, an output without permission
+    except (PilotError, OSError) as error:  # OSError: full disk, missing permission
         print(f"pilot-flwr: {error}", file=sys.stderr)
         return USAGE if isinstance(error, ConfigError) else FAILURE
     return int(code or SUCCESS)

@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # heavy imports stay inside commands
     from pilot_flwr.inference.runs import Run, Selected
 
 CHAT_HELP = """Type a question; the model sees the whole conversation.
-/image FILE   show it an image, with your next question
-/reset        forget the conversation and its images
-/quit         end (as does Ctrl-D)"""
+/image FILE   attach an image to your next question
+/reset        start a new conversation
+/quit         quit (or press Ctrl-D)"""
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
     device: Device = "auto",
     client: Annotated[
         list[str] | None,
-        typer.Option(metavar="C", help="Only this client; may be given several times."),
+        typer.Option(metavar="C", help="Only this client; repeatable."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="T", help="The consensus model of task T.")
@@ -56,7 +56,9 @@ def evaluate(
     split: Annotated[Literal["test", "train"], typer.Option()] = "test",
     data: Annotated[
         Path | None,
-        typer.Option(metavar="F", help="Score on this LLaVA JSON or JSONL file instead."),
+        typer.Option(
+            metavar="F", help="Score on this LLaVA JSON or JSONL file instead of the client's data."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of that file's images.")
@@ -67,13 +69,13 @@ def evaluate(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the scores to a new file as well."),
+        typer.Option("--json", metavar="FILE", help="Also write the scores to a new file."),
     ] = None,
 ) -> int:
     """Score the models of a run.
 
-    Each personalised model is scored on its own client's data; with --task a task's consensus
-    model is scored on the data of the task's clients.
+    Score each personalised model on its client's data or, with --task, a task's consensus model on
+    the data of that task's clients.
 
     Example: `pilot-flwr evaluate outputs/demo-20260101-120000 --client vqa-0`
     """
@@ -90,9 +92,9 @@ def evaluate(
     if metric is not None:
         one_of("--metric", metric, tuple(METRICS))
     if state is not None and (task is not None or len(client or ()) != 1):
-        raise ConfigError("`--state` is one client's folder: give exactly one `--client`.")
+        raise ConfigError("`--state` is the folder of one client: give exactly one `--client`.")
     if images is not None and data is None:
-        raise ConfigError("`--images` belongs to `--data`.")
+        raise ConfigError("`--images` needs `--data`.")
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(new_file("--json", json_file)) if json_file else None
         run = open_run(run_folder, server_round, changes)
@@ -121,7 +123,7 @@ def evaluate(
 def _select_models(
     run: "Run", names: list[str], task: str | None, state: Path | None
 ) -> "list[tuple[Client, Selected]]":
-    """Return every client to score on, and the model that is scored on its data."""
+    """Return pairs of a client and the model to score on its data."""
     clients = [run.client(name) for name in names] or run.clients()
     if task is None:
         return [(client, select_model(run, client.id, None, state)) for client in clients]
@@ -171,7 +173,7 @@ def _print_scores(rows: "list[Scored]", run: "Run") -> None:
 
 def predict(
     run_folder: RunFolder,
-    data: Annotated[Path, typer.Option(metavar="F", help="Questions.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="F", help="File of questions.", show_default=False)],
     changes: Changes = None,
     server_round: Exchange = None,
     device: Device = "auto",
@@ -190,16 +192,15 @@ def predict(
         int,
         typer.Option(
             metavar="N",
-            help="Longest answer.",
+            help="Maximum length of an answer in tokens.",
             show_default="the run's evaluation.max_new_tokens",
         ),
     ] = 0,
 ) -> int:
     """Write a model's answers to a file of questions.
 
-    The last question of every row of a LLaVA JSON or JSONL file is answered, with or without an
-    answer in it. The output has a line per row: row, id, question, prediction and, where the file
-    has them, references.
+    Answer the last question in every row of a LLaVA JSON or JSONL file; rows need no answers. The
+    output has a line per row: row, id, question, prediction and, if the file has them, references.
 
     Example: `pilot-flwr predict RUN --client vqa-0 --data q.json --images images`
     """
@@ -226,7 +227,7 @@ def predict(
 def _write_answers(
     questions: "Questions", answerer: "Answerer", out: TextIO, max_new_tokens: int
 ) -> None:
-    """Answer batch by batch, and write each batch at once."""
+    """Answer in batches, and write each batch immediately."""
     size = answerer.config.evaluation.batch_size
     show = out is not sys.stdout and sys.stderr.isatty()
     for start in range(0, len(questions), size):
@@ -257,17 +258,19 @@ def chat(
     client: ClientName = None,
     task: TaskName = None,
     state: StateFolder = None,
-    image: Annotated[Path | None, typer.Option(metavar="F", help="Begin with this image.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="F", help="Start with this image.")] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="Q", help="Answer this one question, and end.")
+        str | None, typer.Option(metavar="Q", help="Answer this question and exit.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Maximum length of an answer in tokens.")
+    ] = 512,
     plain: Plain = False,
 ) -> int:
     """Talk to a personalised model, or to a task's consensus model.
 
-    Questions, about an image or without one, are read from the terminal or from a pipe, one per
-    line. In a conversation: /image FILE, /reset, /quit.
+    Questions are read from the terminal or a pipe, one per line, with or without an image. Commands
+    in a conversation: /image FILE, /reset, /quit.
     """
     from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import at_least
@@ -292,13 +295,13 @@ def chat(
         return SUCCESS
     say(f"{selected.name}, stage {model.stage}, task {selected.task}")
     if conversation.suffix:
-        say(f"Appended to every question: {conversation.suffix!r} (--plain leaves it out)")
+        say(f"Appended to every question: {conversation.suffix!r} (omit with --plain)")
     _talk(conversation)
     return SUCCESS
 
 
 def _answer(conversation: "Conversation", question: str) -> None:
-    """Print an answer, on a terminal word by word."""
+    """Print an answer, streaming it on a terminal."""
     if sys.stdout.isatty():
         conversation.ask(question, lambda text: print(text, end="", flush=True))
         print()
@@ -307,10 +310,10 @@ def _answer(conversation: "Conversation", question: str) -> None:
 
 
 def _talk(conversation: "Conversation") -> None:
-    """Answer lines until the input ends or says /quit."""
+    """Answer lines until the input ends or a line is /quit."""
     terminal = sys.stdin.isatty()
-    if hasattr(sys.stdin, "reconfigure"):  # invalid bytes arrive as surrogates, which
-        sys.stdin.reconfigure(errors="surrogateescape")  # the conversation refuses
+    if hasattr(sys.stdin, "reconfigure"):  # decode invalid bytes to surrogates,
+        sys.stdin.reconfigure(errors="surrogateescape")  # which the conversation rejects
     if terminal:
         say(CHAT_HELP)
     while True:
@@ -324,10 +327,10 @@ def _talk(conversation: "Conversation") -> None:
         try:
             if command == "/reset":
                 conversation.reset()
-                say("The conversation is forgotten.")
+                say("Started a new conversation.")
             elif command == "/image":
                 conversation.show(Path(rest.strip()))
-                say("Shown with your next question.")
+                say("Attached to your next question.")
             elif command.startswith("/"):
                 say(CHAT_HELP)
             elif command:
@@ -339,7 +342,7 @@ def _talk(conversation: "Conversation") -> None:
 def export(
     run_folder: RunFolder,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="New or empty folder.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="New or empty output folder.", show_default=False)
     ],
     changes: Changes = None,
     server_round: Exchange = None,
@@ -360,15 +363,17 @@ def export(
         typer.Option(help="Precision of the merged checkpoint (default: the run's model.dtype)."),
     ] = None,
 ) -> int:
-    """Write a model as a folder that loads without this package.
+    """Export a model to a folder that loads without this package.
 
-    A personalised or consensus model loads from it with torch, transformers and peft alone: LoRA
-    in peft's format, connector as safetensors, the code that loads them, and a model card.
+    The folder needs only torch, transformers and peft: LoRA in peft's format, the connector as
+    safetensors, the loading code, and a model card.
 
     Example: `pilot-flwr export outputs/demo-20260101-120000 my-model --client vqa-0`
     """
     if dtype is not None and not merge:
-        raise ConfigError("`--dtype` belongs to `--merge`: an export names the base as it is.")
+        raise ConfigError(
+            "`--dtype` needs `--merge`: other exports leave the base model unchanged."
+        )
     check_model(client, task, state)
     from pilot_flwr.inference.export import new_folder
     from pilot_flwr.inference.merge import check_mergeable
@@ -415,15 +420,15 @@ def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, 
     from pilot_flwr.model.pilot_model import PilotModel
 
     config = replace(run.config.model, quantization="none", dtype=dtype)
-    model = PilotModel(load_base(config, find_device(device)), config)  # merging uses it up
+    model = PilotModel(load_base(config, find_device(device)), config)  # merging consumes the model
     load_adapters(model, run, selected)
     answerer = Answerer(run.config, model)
     hidden = merge_model(model, folder, end_token_ids=answerer.end_token_ids())
     wide = hidden != model.llava.config.text_config.hidden_size
     if wide:
         say(
-            f"The projector needs a hidden layer of {hidden}, which transformers' own class does "
-            "not support: the folder holds a class that does, modeling_wide.py."
+            f"The projector needs a hidden layer of {hidden}, which the class of transformers "
+            "does not support: load the model with the exported class in modeling_wide.py."
         )
     card = model_card(run, selected, stage=1, merged="wide" if wide else "plain", dtype=dtype)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -439,5 +444,5 @@ def _warn_of_private_parts(selected: "Selected") -> None:
     parts += [f"{GROUPS[group].symbol} of its personal model" for group in second]
     say(
         f"This folder holds adapters that never left client {selected.name} during the run "
-        f"({', '.join(parts)}). Pass it on only if the client agrees."
+        f"({', '.join(parts)}). Share it only with the client's consent."
     )

@@ -1,4 +1,4 @@
-"""``pilot-flwr plan``: what a run will train, send and need, before anything is loaded."""
+"""``pilot-flwr plan``: estimate parameters, traffic and GPU memory before a run."""
 
 import json
 import re
@@ -22,22 +22,23 @@ def plan(
     image_size: Annotated[
         str,
         typer.Option(
-            metavar="HxW", help="Size of an image in pixels, on which its tokens may depend."
+            metavar="HxW",
+            help="Size of an image in pixels; some models derive the token count from it.",
         ),
     ] = "480x640",
-    text_tokens: Annotated[int, typer.Option(help="Tokens of an example besides its image.")] = 128,
-    answer_tokens: Annotated[int, typer.Option(help="Those of them that carry a label.")] = 32,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens per example.")] = 128,
+    answer_tokens: Annotated[int, typer.Option(help="Labelled tokens among them.")] = 32,
     micro_batch: Annotated[
         int,
         typer.Option(
-            help="Examples of a forward pass.", show_default="the configured train.batch_size"
+            help="Examples per forward pass.", show_default="the configured train.batch_size"
         ),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
-    """Show what a run will train, send and need, before anything is loaded.
+    """Estimate what a run will train, send and need, without loading the model.
 
-    Count what each stage trains, sends, keeps private and leaves frozen, the bytes of every
+    Reports the parameters that each stage trains, sends, keeps private and freezes, the bytes per
     exchange, and the GPU memory of a training step.
 
     Example: `pilot-flwr plan experiment=paper`
@@ -97,8 +98,8 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
     )
     if plan.tokens > plan.max_length:
         print(
-            f"Such an example has {plan.tokens} tokens and would be refused: `train.max_length` is "
-            f"{plan.max_length}."
+            f"Such an example has {plan.tokens} tokens and would be rejected: "
+            f"`train.max_length` is {plan.max_length}."
         )
     print(_largest(plan))
     print(_fit(plan))
@@ -135,7 +136,7 @@ def _parameter_rows(plan: "Plan") -> list[list[str]]:
 
 
 def _extent(some: int, whole: int, word: str) -> str:
-    """Return the word, `partly` before it if it holds for some only; empty for none."""
+    """Return `word`, prefixed by `partly` if `some` is less than `whole`; empty for 0."""
     return word if some == whole > 0 else f"partly {word}" if some else ""
 
 
@@ -171,8 +172,8 @@ def _largest(plan: "Plan") -> str:
         min(part.memory.largest_micro_batch(size, plan.batch) for part in plan.stages.values())
         for size in _GPU_BYTES.values()
     ]
-    words = [f"{n or 'none'} with {name}" for name, n in zip(_GPU_BYTES, most, strict=True)]
-    return f"Largest micro-batch: {', '.join(words)}."
+    parts = [f"{n or 'none'} with {name}" for name, n in zip(_GPU_BYTES, most, strict=True)]
+    return f"Largest micro-batch: {', '.join(parts)}."
 
 
 def _fit(plan: "Plan") -> str:
@@ -180,10 +181,10 @@ def _fit(plan: "Plan") -> str:
 
     most = max(part.memory.total for part in plan.stages.values())
     if not torch.cuda.is_available():
-        return "This machine has no GPU to compare that with."
+        return "No GPU available for comparison."
     device = torch.cuda.get_device_properties(0)
-    verdict = "fits" if most <= device.total_memory else "does NOT fit"
-    return f"That {verdict} into {device.name} with {_gib(device.total_memory)}."
+    result = "fits" if most <= device.total_memory else "does NOT fit"
+    return f"This {result} into {device.name} with {_gib(device.total_memory)}."
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""``pilot-flwr run``: a federation in a simulation, or of real sites behind a SuperLink."""
+"""``pilot-flwr run``: run a federation in simulation, or on real sites behind a SuperLink."""
 
 import json
 import os
@@ -30,36 +30,34 @@ SMALL_BASE_BYTES = 2 * 10**9
 
 def run(
     overrides: Overrides = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show Flower's own log as well.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also show Flower's log.")] = False,
     superlink: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Run on real sites, by the SuperLink of this name in Flower's config.toml.",
+            help="Run on real sites through this SuperLink connection in Flower's config.toml.",
         ),
     ] = None,
 ) -> int:
-    """Run a federation to its end.
+    """Run a federation to completion.
 
-    It runs under Flower's simulation engine; with simulation.engine=in-process in this process,
-    which saves the start of Flower and Ray.
+    Uses Flower's simulation engine, or with simulation.engine=in-process only this process, which
+    avoids starting Flower and Ray.
 
     Exit code: 0 success, 1 the run failed, 2 wrong usage or configuration, 130 or 143 stopped by
-    Ctrl-C or SIGTERM. No process is left behind.
+    Ctrl-C or SIGTERM. No process is left running.
 
     Example: `pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1`
     """
-    words = expand_overrides(overrides)
+    expanded = expand_overrides(overrides)
     if superlink is not None:
-        return _run_on_superlink(words, superlink, verbose=verbose)
+        return _run_on_superlink(expanded, superlink, verbose=verbose)
     from pilot_flwr.launch.prepare import prepare
     from pilot_flwr.launch.processes import Interrupted
     from pilot_flwr.launch.simulation import run_prepared
     from pilot_flwr.server.resume import completed
 
-    prepared = prepare(words, os.environ, datetime.now())
+    prepared = prepare(expanded, os.environ, datetime.now())
     folder = prepared.folder
     if prepared.done:
         return _show_completed(folder)
@@ -78,13 +76,13 @@ def run(
     return code
 
 
-def _run_on_superlink(words: list[str], superlink: str, *, verbose: bool) -> int:
-    """Submit the run to the SuperLink that the user named, and follow it to its end."""
+def _run_on_superlink(requested: list[str], superlink: str, *, verbose: bool) -> int:
+    """Submit the run to the SuperLink `superlink` and follow it to completion."""
     from pilot_flwr.launch.prepare import prepare_submission
     from pilot_flwr.launch.superlink import Detached, find_connection, run_remotely
 
     address = find_connection(superlink, os.environ)
-    config, overrides = prepare_submission(words)
+    config, overrides = prepare_submission(requested)
     show(f"{config.name}: {config.num_clients} clients, SuperLink {superlink} at {address}")
     try:
         outcome, result = run_remotely(overrides, superlink, out=show, verbose=verbose)
@@ -101,7 +99,7 @@ def _run_on_superlink(words: list[str], superlink: str, *, verbose: bool) -> int
 
 
 def _is_here(folder: Path, seconds: float) -> bool:
-    """Return whether this machine has that run's folder, not another one of the same name."""
+    """Return whether `folder` on this machine belongs to that run, by its duration."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return bool(result["seconds"] == seconds)
@@ -110,17 +108,17 @@ def _is_here(folder: Path, seconds: float) -> bool:
 
 
 def _show_completed(folder: Path) -> int:
-    """Show the results of a run that has ended already, and return its exit code."""
+    """Show the results of a completed run, and return its exit code."""
     from pilot_flwr.run.outcome import COMPLETED, RunStatus, evaluate_outcome
 
-    show(f"The run in {folder} is complete: there is nothing left to do.")
+    show(f"The run in {folder} is already complete.")
     show("To continue training, resume it with a larger `strategy.rounds`.")
     _show_results(folder)
     return _exit_code(evaluate_outcome(RunStatus(COMPLETED), folder), "The run had failures.")
 
 
 def _exit_code(outcome: "Outcome", headline: str) -> int:
-    """Explain a failure, and return the exit code."""
+    """Print the explanation of a failure, and return the exit code."""
     if outcome.succeeded:
         return SUCCESS
     say("\n".join([f"\n{headline}", *outcome.explanation]))
@@ -128,7 +126,7 @@ def _exit_code(outcome: "Outcome", headline: str) -> int:
 
 
 def _show_results(folder: Path) -> None:
-    """Print the timeline, the scores and where the adapters are."""
+    """Print the timeline, the scores and the path of the adapters."""
     from pilot_flwr.run.checkpoint import checkpoint_folders
 
     timeline, summary = folder / "timeline.md", folder / "summary.md"
@@ -157,7 +155,7 @@ def _show_timeline(markdown: str) -> None:
 
 
 def write_report(folder: Path, *options: str) -> None:
-    """Write the report of a run or sweep in another process, whose failure changes nothing here.
+    """Write the report of a run or sweep in a subprocess; a failure is printed, not raised.
 
     `options` are those of ``pilot-flwr report``.
     """
@@ -166,12 +164,12 @@ def write_report(folder: Path, *options: str) -> None:
         done = subprocess.run(  # nosec B603  # no shell; this package in this Python
             command, capture_output=True, text=True, timeout=REPORT_SECONDS, errors="replace"
         )
-        complaint = "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
+        problem = "" if done.returncode == 0 else done.stderr or f"exit code {done.returncode}"
     except (OSError, subprocess.SubprocessError) as error:
-        complaint = str(error)
-    if complaint:
-        say(f"The report could not be written: {complaint.strip()}")
-        say(f"To try again: pilot-flwr report {shlex.quote(str(folder))}")
+        problem = str(error)
+    if problem:
+        say(f"The report could not be written: {problem.strip()}")
+        say(f"To retry: pilot-flwr report {shlex.quote(str(folder))}")
     else:
         show(done.stdout.strip())
 

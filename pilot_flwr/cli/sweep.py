@@ -1,4 +1,4 @@
-"""``pilot-flwr sweep``, ``table`` and ``report``: many runs, and the results of one or many."""
+"""``pilot-flwr sweep``, ``table`` and ``report``: run many jobs, tabulate and report results."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pilot_flwr.sweeps.jobs import Job, SweepFolder
 
 REPORT_FOLDER = "report"
-"""Folder of the report in a run's or sweep's folder."""
+"""Name of the report's folder in a run's or sweep's folder."""
 
 
 def sweep(
@@ -39,22 +39,22 @@ def sweep(
         typer.Option(
             metavar="FOLDER",
             help="The sweep's folder (default: outputs/sweep-TIME); an existing one is resumed, "
-            "with or without further jobs.",
+            "with additional jobs if there are overrides.",
         ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help="In the table, compare every method with this one."),
+        typer.Option(metavar="METHOD", help="Compare every method in the table with this one."),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the output of each job.")
     ] = False,
 ) -> int:
-    """Run every combination of the overrides' values, and compare the results.
+    """Run every combination of override values, and compare the results.
 
-    An override with several values (seed=0,1,2) runs each of them as `pilot-flwr run` would, one
-    after the other, or side by side with hydra/launcher=joblib. Results go into one file and one
-    table. A stopped sweep is resumed by giving its folder again.
+    Each value of an override (seed=0,1,2) is run as by `pilot-flwr run`, sequentially or, with
+    hydra/launcher=joblib, in parallel. Results are collected in one file and one table. To resume
+    a stopped sweep, pass its folder as --out.
 
     Exit code: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration (nothing was
     started), 130 or 143 stopped by Ctrl-C or SIGTERM.
@@ -91,7 +91,7 @@ def sweep(
 
 
 def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], requested: set[str]) -> int:
-    """Write and print the table, list failed jobs among those `requested`, return the code."""
+    """Write and print the table, list the `requested` jobs that failed, return the exit code."""
     from pilot_flwr.run.atomic import write_text
     from pilot_flwr.sweeps.compare import as_markdown, compare
     from pilot_flwr.sweeps.jobs import read_manifest
@@ -137,20 +137,20 @@ def table(
     ],
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help="Compare every method with this one, seed by seed."),
+        typer.Option(metavar="METHOD", help="Compare every method with this one, paired by seed."),
     ] = None,
     format: Annotated[Literal["markdown", "latex"], typer.Option()] = "markdown",
     costs: Annotated[
-        bool, typer.Option("--costs", help="Add bytes sent and time of a run, means over seeds.")
+        bool, typer.Option("--costs", help="Add bytes sent and run time, averaged over seeds.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write to a new file instead.")
+        Path | None, typer.Option(metavar="FILE", help="Write to a new file instead of stdout.")
     ] = None,
 ) -> int:
     """Print a sweep's means, intervals and tests, as Markdown or LaTeX.
 
-    A row per method: the mean of its scores over seeds with a 95 % interval, and with --baseline
-    the paired difference to a method and its test.
+    Each row is a method: its mean score over seeds with a 95 % interval and, with --baseline, the
+    paired difference to that method with its test.
 
     Example: `pilot-flwr table outputs/sweep-20260101-120000 --baseline local`
     """
@@ -179,15 +179,13 @@ def report(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="A new or empty folder, or one with an earlier report, of which only the report's "
-            f"own files are replaced (default: {REPORT_FOLDER} in the run's or sweep's).",
+            help="A new or empty folder, or one with an earlier report, whose files are replaced "
+            f"(default: {REPORT_FOLDER} in the folder of the run or sweep).",
         ),
     ] = None,
     no_router: Annotated[
         bool,
-        typer.Option(
-            "--no-router", help="Leave out the router's figures, which need the base model."
-        ),
+        typer.Option("--no-router", help="Omit the router's figures, which need the base model."),
     ] = False,
     baseline: Annotated[
         str | None,
@@ -196,8 +194,8 @@ def report(
 ) -> int:
     """Write the report of a run or a sweep: one HTML page and PNG files.
 
-    index.html needs no network and no other file; its figures are there as PNG files as well. An
-    existing report is replaced.
+    index.html is self-contained; its figures are also written as PNG files. An existing report is
+    replaced.
 
     Example: `pilot-flwr report outputs/demo-20270101-120000`
     """
@@ -207,11 +205,11 @@ def report(
 
     hide_progress_bars()
     target = out or (folder if folder.is_dir() else folder.parent) / REPORT_FOLDER
-    earlier_pictures(target)  # raises before the work if it cannot be replaced
+    earlier_pictures(target)  # raises early if it cannot be replaced
     if is_sweep(folder):
         page = write_sweep_report(folder, target, baseline=baseline, say=_progress)
     elif baseline is not None:
-        raise ConfigError("`--baseline` belongs to a sweep: a run has one method.")
+        raise ConfigError("`--baseline` needs a sweep: a run has only one method.")
     else:
         page = write_run_report(folder, target, router=not no_router, say=_progress)
     show(f"Report: {page}")

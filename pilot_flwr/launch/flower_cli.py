@@ -147,8 +147,8 @@ def app_folder(scratch: Path) -> Path:
         return package.parent
     if not _is_app(package):
         raise RunError(
-            f"Neither {package.parent} nor {package} contains a Flower app's pyproject.toml: reinstall "
-            "pilot-flwr, or clone its repository and run `pip install -e .` there."
+            f"Neither {package.parent} nor {package} contains a Flower app's pyproject.toml: "
+            "reinstall pilot-flwr, or clone its repository and run `pip install -e .` there."
         )
     app = scratch / "pilot-flwr"  # Flower checks this name
     ignored = shutil.ignore_patterns("__pycache__", "conf", "pyproject.toml")

@@ -148,8 +148,8 @@ def resolve_resume(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
         recorded = shlex.split((folder / OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(
-            f"`resume` is {str(folder)!r}, which is not the folder of a run to resume: it has no readable "
-            f"{OVERRIDES}."
+            f"`resume` is {str(folder)!r}, which is not the folder of a run to resume: it "
+            f"has no readable {OVERRIDES}."
         ) from None
     given = {_key(override) for override in overrides}
     kept = [old for old in recorded if _key(old) not in given | {"resume", "run.folder"}]

@@ -97,7 +97,8 @@ def _run_attempts(attempt: Callable[[str, bool], Outcome], prepared: Prepared, o
         for line in outcome.explanation[:2]:
             out(f"  {line}")
         out(
-            f"Restart {number + 1} of at most {restarts} (`run.restarts`), from the last checkpoint."
+            f"Restart {number + 1} of at most {restarts} (`run.restarts`), "
+            "from the last checkpoint."
         )
         if not resumed:
             overrides = f"{overrides} {shlex.join([path_override('resume', prepared.folder)])}"

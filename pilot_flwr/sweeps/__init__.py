@@ -1,1 +1,1 @@
-"""Hydra multiruns and their comparison."""
+"""Run sweeps as Hydra multiruns and compare their results."""

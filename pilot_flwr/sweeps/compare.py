@@ -1,9 +1,9 @@
-"""Compare methods over seeds: means with intervals, paired tests, and tables of them.
+"""Compare methods over seeds: means with intervals, paired tests, tables.
 
-Rows of ``results.csv`` with the same `name`, tasks and split make one comparison. In it a method
-with its variant (what else was swept over) is one row, and its seeds are the repetitions.
+Rows of ``results.csv`` with the same `name`, tasks and split form one comparison. Each of its rows
+is a method with its variant (the other swept settings), repeated over seeds.
 
-To add a format, write a function beside `as_markdown` that renders `table_rows` and `legend` in it.
+To add a format, write a function like `as_markdown` that renders `table_rows` and `legend`.
 """
 
 import math
@@ -22,10 +22,10 @@ from pilot_flwr.sweeps.results import DONE, SCORE, ZERO_SHOT, label_of
 LEVEL = 0.95
 
 ROUNDING = 1e-12
-"""Scores, which are at most 1, that differ by less are the same."""
+"""Scores, at most 1, that differ by less are equal."""
 
 UNTOUCHED = "untouched base"
-"""Label of the base model before any training, which every run evaluates first."""
+"""Label of the untrained base model, which every run evaluates first."""
 
 MEAN = "mean over tasks"
 
@@ -33,17 +33,17 @@ CsvRow = Mapping[str, str]
 
 
 class Interval(NamedTuple):
-    """A mean and half the width of its confidence interval, None for fewer than two values."""
+    """A mean and the half-width of its confidence interval, None for fewer than two values."""
 
     mean: float
     half_width: float | None
 
 
 class Paired(NamedTuple):
-    """Number of pairs, the mean of their differences with its interval, and the test's p.
+    """Number of pairs, mean difference with its interval, and p-value.
 
-    `p` is that of the two-sided paired t-test against a difference of zero. It is None if there is
-    no such test: for fewer than two pairs, or for differences that are all the same.
+    `p` is from the two-sided paired t-test against a difference of zero; None if the test is
+    undefined, for fewer than two pairs or equal differences.
     """
 
     pairs: int
@@ -52,10 +52,10 @@ class Paired(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of independent values and its 95 % interval by Student's t.
+    """Return the mean of independent values with its 95 % Student t interval.
 
-    The half-width is t · s / √n, where s has n − 1 in its denominator and t is the 97.5 %
-    quantile of Student's distribution with n − 1 degrees of freedom.
+    The half-width is t · s / √n, with the sample standard deviation s (n − 1 in the denominator)
+    and the 97.5 % quantile t of Student's distribution with n − 1 degrees of freedom.
     """
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
@@ -65,10 +65,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compare two methods' scores, seed by seed.
-
-    Differences that are all the same, up to rounding, have no spread to test by.
-    """
+    """Compare two methods' scores, paired by seed; equal differences (up to rounding) get no p."""
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     found = interval(differences)
     if max(differences) - min(differences) <= ROUNDING:
@@ -77,10 +74,10 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Adjust the p of several tests by Holm's method; None stays None and does not count.
+    """Adjust p-values by Holm's method; None stays None and is not counted.
 
-    The k-th smallest of m is multiplied by m − k + 1, made at least as large as those before it
-    and at most 1 (Holm, Scandinavian Journal of Statistics 6, 1979).
+    The k-th smallest of m is multiplied by m − k + 1, raised to at least the previous one and
+    capped at 1 (Holm, Scandinavian Journal of Statistics 6, 1979).
     """
     order = sorted((p, index) for index, p in enumerate(values) if p is not None)
     adjusted: list[float | None] = [None] * len(values)
@@ -109,7 +106,7 @@ class MethodScores:
     """`MEAN` against the baseline's, over the seeds that both have."""
 
     p: float | None = None
-    """That of `test` after Holm's correction over the comparison."""
+    """p-value of `test` after Holm's correction over the comparison."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -117,7 +114,7 @@ class MethodScores:
         return tuple(sorted(self.scores[MEAN]))
 
     def interval(self, what: str = MEAN) -> Interval:
-        """Return the mean over seeds of a task's score, or of `MEAN`."""
+        """Return the mean and interval over seeds of a task's score, or of `MEAN`."""
         return interval(list(self.scores[what].values()))
 
 
@@ -131,7 +128,7 @@ class Comparison:
     methods: list[MethodScores]
     baseline: str | None
     untouched: MethodScores | None
-    """The base model before any training; None if the rows disagree about it."""
+    """The untrained base model; None if its rows differ."""
 
     notes: list[str] = field(default_factory=list)
 
@@ -139,8 +136,7 @@ class Comparison:
 def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Comparison]:
     """Return one comparison per scenario, from the rows of one or several ``results.csv``.
 
-    `baseline` is the method (with its variant, if it has several) that all others are tested
-    against.
+    All methods are tested against `baseline`, a method with its variant, if it has several.
     """
     usable = [row for row in rows if row["status"] == DONE and row["mean"]]
     scenarios: dict[tuple[str, ...], list[CsvRow]] = {}
@@ -148,7 +144,7 @@ def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Compari
         key = (row["name"], row.get("evaluated_on", ""), *sorted(_tasks(row)))
         scenarios.setdefault(key, []).append(row)
     if not scenarios:
-        raise ConfigError("There is no finished job with scores to make a table of.")
+        raise ConfigError("No finished job has scores to tabulate.")
     skipped = [row for row in rows if row not in usable]
     notes = [_skipped(skipped)] if skipped else []
     return [_comparison(mine, baseline, notes) for mine in scenarios.values()]
@@ -174,7 +170,7 @@ def _comparison(rows: list[CsvRow], baseline: str | None, notes: list[str]) -> C
         methods.insert(0, untouched)
     remarks = list(notes)
     if twice := len(rows) - sum(map(len, groups.values())):
-        remarks.append(f"{count(twice, 'row')} given twice: the last one counts.")
+        remarks.append(f"{count(twice, 'row')} given twice: the last one is used.")
     if len(lengths := sorted({int(row["rounds"]) for row in rows if row.get("rounds")})) > 1:
         remarks.append(f"Runs have different `strategy.rounds`: {', '.join(map(str, lengths))}.")
     return Comparison(
@@ -194,7 +190,7 @@ def _check_same_settings(row: CsvRow, group: Mapping[int, CsvRow]) -> None:
             raise ConfigError(
                 f"{label_of(row['method'], row['variant'])!r} of {row['name']!r} has rows with "
                 f"different settings: {other['overrides']!r} and {row['overrides']!r}. Give them "
-                "another `name` or `strategy.name`, or sweep over what differs."
+                "a different `name` or `strategy.name`, or sweep over the setting that differs."
             )
 
 
@@ -208,7 +204,7 @@ def _method(label: str, group: Mapping[int, CsvRow], tasks: Sequence[str]) -> Me
 
 
 def _tested(methods: Sequence[MethodScores], baseline: str) -> list[MethodScores]:
-    """Return the methods with their tests against the baseline."""
+    """Add each method's test against the baseline."""
     theirs = next(method.scores[MEAN] for method in methods if method.label == baseline)
     tests: list[Paired | None] = []
     for method in methods:
@@ -228,7 +224,7 @@ def _tested(methods: Sequence[MethodScores], baseline: str) -> list[MethodScores
 def _untouched(
     groups: Mapping[str, Mapping[int, CsvRow]], tasks: Sequence[str]
 ) -> MethodScores | None:
-    """Return the base model before any training, None if the rows disagree about it."""
+    """Return the scores of the untrained base model, None if the rows differ."""
     by_seed: dict[int, CsvRow] = {}
     columns = [f"{ZERO_SHOT}{task}" for task in tasks]
     for group in groups.values():
@@ -236,7 +232,7 @@ def _untouched(
             if row["zero_shot_mean"]:
                 first = by_seed.setdefault(seed, row)
                 if any(first[column] != row[column] for column in columns):
-                    return None  # variants have other data, or another base
+                    return None  # variants differ in data or base model
     if not by_seed:
         return None
     return MethodScores(UNTOUCHED, _scores(by_seed, tasks, ZERO_SHOT, "zero_shot_mean"))
@@ -261,7 +257,7 @@ def _tasks(row: CsvRow) -> list[str]:
 def _skipped(rows: Sequence[CsvRow]) -> str:
     shown = ", ".join(f"{row['job']} ({row['status']})" for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"Left out because they have no scores: {shown}{more}."
+    return f"Omitted for lack of scores: {shown}{more}."
 
 
 _LATEX = str.maketrans(
@@ -278,7 +274,7 @@ def as_markdown(comparison: Comparison, *, costs: bool = False) -> str:
 
 
 def as_latex(comparison: Comparison, *, costs: bool = False) -> str:
-    r"""Return a comparison as LaTeX for the package booktabs, title and legend as comments."""
+    r"""Return a comparison as LaTeX for the package booktabs, with title and legend as comments."""
     rows = table_rows(comparison, costs=costs)
     lines = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
     return "\n".join(
@@ -317,13 +313,13 @@ def table_rows(comparison: Comparison, *, costs: bool = False) -> list[list[str]
 
 
 def interval_text(found: Interval, *, sign: str = "") -> str:
-    """Return a mean with half the width of its interval; ``sign="+"`` writes every sign."""
+    """Format a mean with its interval's half-width; ``sign="+"`` prints the sign of positives."""
     half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
     return f"{found.mean:{sign}.3f}{half}"
 
 
 def p_text(value: float | None) -> str:
-    """Return p with three decimals, empty if there is none."""
+    """Format a p-value with three decimals, empty for None."""
     if value is None:
         return ""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
@@ -337,7 +333,7 @@ def _difference_text(method: MethodScores) -> str:
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """Return what the table's figures mean, and the comparison's remarks."""
+    """Explain the table's figures, and add the comparison's notes."""
     kinds = set(comparison.metrics.values())
     metric = ", ".join(f"{task}: {name}" for task, name in comparison.metrics.items())
     lines = [

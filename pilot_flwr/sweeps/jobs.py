@@ -1,20 +1,20 @@
-"""The jobs of a sweep, and the folder that they leave.
+"""Expand a sweep's overrides into jobs, and define its folder.
 
-Every combination of the values that overrides list is one job. An override with several values
-(``seed=0,1,2``, ``strategy=glob(pilot*)``, ``strategy.rounds=range(1,4)``) is swept over as by
-Hydra's basic sweeper: the last one changes fastest. A list is one value:
-``data.tasks=[vqa,counting]``; several are ``data.tasks=[a],[a,b]``.
+Every combination of override values is one job. An override with several values
+(``seed=0,1,2``, ``strategy=glob(pilot*)``, ``strategy.rounds=range(1,4)``) is expanded as by
+Hydra's basic sweeper: the last one varies fastest. A list is one value:
+``data.tasks=[vqa,counting]``; two values are ``data.tasks=[a],[a,b]``.
 
 A sweep's folder, from which it can be resumed at any time::
 
     sweep.json        the commands' overrides, and every job of the sweep, in order
-    multirun.yaml     Hydra's own record of the multirun
+    multirun.yaml     Hydra's record of the multirun
     runs/NAME/        run folder of a job
     failed/NAME-1/    archived run folder of a job that ended with failures and was restarted
-    logs/NAME.log     what `pilot-flwr run` would have shown of it
+    logs/NAME.log     its output, as of `pilot-flwr run`
     ended/NAME.json   the job's outcome; written last
-    results.csv       one row per job, rewritten whenever one ends
-    table.md          means and intervals, at the end
+    results.csv       one row per job, rewritten whenever a job ends
+    table.md          means and intervals; written at the end
 """
 
 import hashlib
@@ -48,28 +48,28 @@ class Job:
     """One run of a sweep."""
 
     name: str
-    """Of its folder: the overrides that distinguish it from the other jobs."""
+    """Name of its folder: the overrides that distinguish it from other jobs."""
 
     overrides: tuple[str, ...]
     swept: dict[str, str]
-    """The overrides that are swept over: setting → value, as text."""
+    """Swept overrides: setting → value, as text."""
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the settings' overrides from those that choose Hydra's launcher."""
+    """Separate the overrides of settings from those of Hydra's launcher."""
     launcher = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
     for override in launcher:
         if not override.lstrip("+").startswith(_LAUNCHER):
             raise ConfigError(
-                f"The override {override!r} is for Hydra, but a sweep accepts only "
-                "`hydra/launcher` and `hydra.launcher.…` of Hydra's settings."
+                f"The override {override!r} is a Hydra setting, of which a sweep accepts only "
+                "`hydra/launcher` and `hydra.launcher.…`."
             )
     settings = [override for override in overrides if override not in launcher]
     for override in settings:
         if override.lstrip("+~").partition("=")[0] in _SET_BY_SWEEP:
             raise ConfigError(
-                f"The override {override!r} is for a single run: a sweep gives every job its own "
-                "folder inside `--out FOLDER`, and resumes the jobs in an existing one."
+                f"The override {override!r} is for a single run: a sweep creates a folder per job "
+                "inside `--out FOLDER`, and resumes the jobs of an existing one."
             )
     return settings, launcher
 
@@ -104,9 +104,9 @@ def expand_jobs(overrides: Sequence[str]) -> list[Job]:
 
 
 def job_name(swept: dict[str, str]) -> str:
-    """Return the name of a job's folder: its swept overrides, in plain characters.
+    """Return the name of a job's folder: its swept overrides, in safe characters.
 
-    Where characters are replaced or a long name is cut, a hash of the whole name follows.
+    If characters are replaced or the name is truncated, a hash of the full name is appended.
     """
     text = ",".join(f"{key}={value}" for key, value in swept.items()) or "job"
     plain = _NOT_PLAIN.sub("-", text)
@@ -130,7 +130,7 @@ def _values(override: Override) -> list[str]:
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Paths and outcomes in a sweep's folder; `path` is absolute."""
+    """Access the paths and outcomes in a sweep's folder; `path` is absolute."""
 
     path: Path
 
@@ -151,7 +151,7 @@ class SweepFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the sweep that is running in this folder."""
+        """Lock file, held by the sweep running in this folder."""
         return self.path / ".sweep.lock"
 
     def run(self, job: Job) -> Path:
@@ -163,7 +163,7 @@ class SweepFolder:
         return self.path / "logs" / f"{job.name}.log"
 
     def outcome(self, job: Job) -> Outcome | None:
-        """Return a job's outcome, None if it has not ended."""
+        """Return a job's outcome, None if it has not finished."""
         try:
             content = json.loads(self._ended(job).read_text(encoding="utf-8"))
             return Outcome(content["succeeded"] is True, tuple(map(str, content["explanation"])))
@@ -176,7 +176,7 @@ class SweepFolder:
         write_text(self._ended(job), json.dumps(content, indent=2) + "\n")
 
     def delete_outcome(self, job: Job) -> None:
-        """Record that a job is running again."""
+        """Delete a job's outcome before it is restarted."""
         self._ended(job).unlink(missing_ok=True)
 
     def archive_failed_run(self, job: Job) -> Path:
@@ -196,10 +196,10 @@ class Manifest:
     """The content of ``sweep.json``."""
 
     commands: tuple[tuple[str, ...], ...]
-    """Overrides of every command in this folder, as typed; the running one is the last."""
+    """Overrides of every command in this folder, as typed; the current one is last."""
 
     current: tuple[Job, ...]
-    """The jobs of that command, in Hydra's order."""
+    """Jobs of the current command, in Hydra's order."""
 
     jobs: tuple[Job, ...]
     """All jobs in this folder, those of earlier commands first."""
@@ -209,7 +209,7 @@ class Manifest:
 
 
 def read_manifest(folder: SweepFolder) -> Manifest | None:
-    """Return the manifest of a sweep's folder, None if it has none."""
+    """Read the manifest of a sweep's folder, None if missing."""
     path = folder.manifest
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -235,9 +235,9 @@ def update_manifest(
     verbose: bool,
     baseline: str | None = None,
 ) -> Manifest:
-    """Add a command and its jobs to the manifest, and write it; return the new one.
+    """Add a command and its jobs to the manifest file, and return the new manifest.
 
-    Without a baseline, that of an earlier command stays.
+    Without a `baseline`, an earlier command's is kept.
     """
     earlier = read_manifest(folder)
     if earlier is None and folder.path.is_dir():
@@ -245,7 +245,7 @@ def update_manifest(
         if others:
             raise ConfigError(
                 f"`--out` is {str(folder.path)!r}, which holds {others[0]!r} but no sweep; it must "
-                "be a new or empty folder, or that of a sweep."
+                "be a new or empty folder, or a sweep's."
             )
     earlier = earlier or Manifest((), (), ())
     merged = {job.name: job for job in (*earlier.jobs, *jobs)}
@@ -263,6 +263,6 @@ def update_manifest(
 
 
 def _job(row: Any) -> Job:
-    overrides = row["overrides"] if "overrides" in row else row["words"]  # as it was called first
+    overrides = row["overrides"] if "overrides" in row else row["words"]  # earlier name
     swept = {str(key): str(value) for key, value in row["swept"].items()}
     return Job(str(row["name"]), tuple(map(str, overrides)), swept)

@@ -1,8 +1,8 @@
-"""``results.csv``: one row per job of a sweep, made from the jobs' run folders.
+"""Write ``results.csv``: one row per job of a sweep, built from the jobs' run folders.
 
 To add a column, add it to `row_of`. ``settings`` is a hash of everything that results depend on
 except the seed, so that repetitions share it. A task's columns are ``score.TASK`` (after the last
-exchange) and ``zero_shot.TASK`` (of the untouched base model); what a job does not have is empty.
+exchange) and ``zero_shot.TASK`` (of the untrained base model); missing values are empty.
 """
 
 import csv
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 SCORE, ZERO_SHOT = "score.", "zero_shot."
 
 NOT_VARIANTS = ("strategy", "seed")
-"""Swept settings that have a column of their own."""
+"""Swept settings with a separate column."""
 
 DONE, FAILED, OPEN = "done", "failed", "not finished"
 _FIRST = ("name", "method", "variant", "seed", "status", "mean", "zero_shot_mean")
@@ -52,7 +52,7 @@ def write_results(folder: SweepFolder, manifest: Manifest) -> list[Row]:
 
 
 def row_of(folder: SweepFolder, job: Job) -> Row:
-    """Return a job's row, whatever its state."""
+    """Return a job's row; columns that it cannot fill yet are left out."""
     path = folder.run(job)
     outcome = folder.outcome(job)
     status = OPEN if outcome is None else DONE if outcome.succeeded else FAILED
@@ -79,12 +79,12 @@ def variant_of(job: Job) -> str:
 
 
 def label_of(method: str, variant: str) -> str:
-    """Return the name of a method with its variant."""
+    """Join a method's name and variant."""
     return f"{method} {variant}".strip()
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return rows as CSV, with numbers that read back exactly."""
+    """Format rows as CSV, with numbers in full precision."""
     keys = dict.fromkeys(key for row in rows for key in row)
     by_task = [key for prefix in (SCORE, ZERO_SHOT) for key in keys if key.startswith(prefix)]
     first, last = [*_FIRST, *by_task], ["settings", "job", "overrides", "error"]
@@ -97,7 +97,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a ``results.csv``, or that of a sweep's folder."""
+    """Read a ``results.csv``, given its path or its sweep's folder."""
     file = path / "results.csv" if path.is_dir() else path
     try:
         with file.open(encoding="utf-8", newline="") as stream:
@@ -108,9 +108,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         raise ConfigError(f"{file} cannot be read: {reason}.") from None
     missing = [key for key in _FIRST if key not in (reader.fieldnames or ())]
     if missing:
-        raise ConfigError(
-            f"{file} does not hold a sweep's results: it has no column `{missing[0]}`."
-        )
+        raise ConfigError(f"{file} is not a sweep's results: it lacks the column `{missing[0]}`.")
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise ConfigError(f"{file}, line {number}, does not have one cell per column.")
@@ -130,7 +128,7 @@ def _settings(config: PilotConfig) -> Row:
 
 
 def _settings_tag(config: PilotConfig) -> str:
-    """Hash what results depend on except the seed; rounds too, which a resumed run may change."""
+    """Hash the settings that affect results, without the seed but with the rounds."""
     text = f"{settings_hash(replace(config, seed=0))} {config.strategy.rounds}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

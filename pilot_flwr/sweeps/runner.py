@@ -1,9 +1,9 @@
-"""Run a sweep as a Hydra multirun whose every job is a federated run.
+"""Run a sweep as a Hydra multirun in which each job is a federated run.
 
-Hydra's sweeper and launcher start the jobs: the basic launcher one after the other in this process,
-others (joblib, submitit) in worker processes, where `hydra_job` finds everything it needs in the
-sweep's folder. A job's failure is recorded in that folder and not raised, so that Hydra continues
-with the next job.
+Hydra's sweeper and launcher start the jobs: the basic launcher sequentially in this process, others
+(joblib, submitit) in worker processes, where `hydra_job` reads its input from the sweep's folder. A
+failed job is recorded in that folder and does not raise, so that Hydra continues with the next
+job.
 """
 
 import functools
@@ -44,7 +44,7 @@ from pilot_flwr.sweeps.jobs import (
 from pilot_flwr.sweeps.results import Row, label_of, read_rows, variant_of, write_results
 
 MOST_ERRORS = 5
-"""Different errors in the jobs' settings that are shown."""
+"""Maximum number of distinct configuration errors shown."""
 
 PATIENCE_SECONDS = 60.0
 TICK_SECONDS = 1.0
@@ -53,7 +53,7 @@ ORPHANED = 143
 """Exit code of a worker whose sweep was killed."""
 
 _in_sweep_process = False
-"""Whether this process runs `sweep` itself, as opposed to being a launcher's worker."""
+"""Whether this process runs `sweep`, rather than being a launcher's worker."""
 
 
 def sweep(
@@ -64,9 +64,9 @@ def sweep(
     verbose: bool = False,
     baseline: str | None = None,
 ) -> list[Row]:
-    """Run all jobs of a sweep that are not done yet, and return the rows of ``results.csv``.
+    """Run the unfinished jobs of a sweep, and return the rows of ``results.csv``.
 
-    `path` is the sweep's absolute folder, new or to be resumed; `out` takes lines for the user.
+    `path` is the sweep's absolute folder, new or to be resumed; `out` receives lines of output.
     """
     settings, launcher = split_overrides(overrides)
     jobs = expand_jobs(settings)
@@ -120,9 +120,9 @@ def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = 
 def run_job(
     folder: SweepFolder, job: Job, *, out: Callable[[str], None], verbose: bool = False
 ) -> Outcome:
-    """Run a job, or what is left of it, and record its outcome.
+    """Run or resume a job, and record its outcome.
 
-    `out` takes a line at its beginning and one at its end, and its whole live output if `verbose`.
+    `out` receives a line at the start and one at the end, and all live output if `verbose`.
     """
     started = time.monotonic()
     folder.log(job).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def run_job(
 
 
 def hydra_job(_: Any) -> None:
-    """Run the job that Hydra's configuration numbers; Hydra's launchers call this."""
+    """Run the job with the number in Hydra's configuration; called by Hydra's launchers."""
     if not _in_sweep_process:
         _exit_with_parent()
     settings = HydraConfig.get()
@@ -186,7 +186,7 @@ def hydra_job(_: Any) -> None:
 def _prepare(path: Path, job: Job) -> Prepared:
     begun = _begun(path)
     if not begun and path.is_dir():
-        # A launcher that was killed before it recorded the overrides leaves nothing worth keeping.
+        # The launcher was killed before recording the overrides: nothing to keep.
         if not any((path / name).exists() for name in ("metrics.jsonl", "config.yaml")):
             shutil.rmtree(path)
     folder = path_override("resume" if begun else "run.folder", path)
@@ -202,8 +202,8 @@ def _first(outcome: Outcome) -> str:
 
 
 def _multirun(settings: Sequence[str], hydra_settings: Sequence[str]) -> None:
-    """Call Hydra's main function, which takes its arguments from the command line alone."""
-    load_config()  # registers the schema that conf/config.yaml begins with
+    """Call Hydra's main function, which reads its arguments only from ``sys.argv``."""
+    load_config()  # registers the schema that conf/config.yaml extends
     configured = hydra.main(
         config_path=str(config_folder()), config_name="config", version_base="1.3"
     )
@@ -214,13 +214,13 @@ def _multirun(settings: Sequence[str], hydra_settings: Sequence[str]) -> None:
             configured(hydra_job)()
     except SystemExit as end:  # Hydra has printed why
         if end.code:
-            raise RunError("Hydra's launcher failed; its own message is above.") from None
+            raise RunError("Hydra's launcher failed; see its message above.") from None
     finally:
         sys.argv = command_line
 
 
 def _hydra_settings(folder: SweepFolder) -> list[str]:
-    """Return what keeps Hydra in the sweep's folder and from writing logs."""
+    """Return overrides that confine Hydra to the sweep's folder and disable its logs."""
     return [
         f"hydra.sweep.dir={hydra_text(str(folder.path))}",
         "hydra.sweep.subdir=.",
@@ -232,7 +232,7 @@ def _hydra_settings(folder: SweepFolder) -> list[str]:
 
 @contextmanager
 def _other_hydra() -> Iterator[None]:
-    """Let `load_config` use Hydra inside a multirun: a process has one global instance."""
+    """Free Hydra's global instance inside a multirun, so that `load_config` can use it."""
     instance = GlobalHydra.instance()
     sweeping, instance.hydra = instance.hydra, None
     try:
@@ -243,7 +243,7 @@ def _other_hydra() -> Iterator[None]:
 
 @functools.cache
 def _exit_with_parent() -> None:
-    """End this worker process when the sweep is killed, so that the job can be resumed."""
+    """Exit this worker process if the sweep is killed, so that the job can be resumed."""
     parent = os.getppid()
 
     def watch() -> None:

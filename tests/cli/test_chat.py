@@ -86,4 +86,4 @@ def test_what_is_wrong_is_said(chat, tmp_path):
     _, said = chat("--max-new-tokens", "0", code=2)
     assert "`--max-new-tokens` is 0" in said
     _, said = chat("--state", str(tmp_path), who=("--task", "vqa"), code=2)
-    assert "`--state` belongs to `--client`" in said
+    assert "`--state` needs `--client`" in said

@@ -83,7 +83,7 @@ def test_every_kind_of_fault_is_found_and_named(federation, tmp_path, capsys):
     arguments = (federation, "data.clients_per_task=1", "--show", "3")
     code, found = check(*arguments, tmp_path=tmp_path)
     out = capsys.readouterr().out
-    assert code == 1 and "A run would stop at counting-0 train." in out
+    assert code == 1 and "A run would fail at counting-0 train." in out
     entry = by_split(found)["counting-0 train"]
     assert entry["problems"] == {"row": 1, "image": 1, "pixels": 1, "tokens": 1}
     assert (entry["rows"], entry["usable"]) == (12, 8)
@@ -119,7 +119,7 @@ def test_the_verdict_is_a_runs_own(federation, tmp_path, capsys):
     assert check(*arguments, tmp_path=tmp_path)[0] == 0
     assert "A run can start." in capsys.readouterr().out
     assert check(*arguments, "data.check_images=header", tmp_path=tmp_path)[0] == 1
-    assert "A run would stop at counting-0 train." in capsys.readouterr().out
+    assert "A run would fail at counting-0 train." in capsys.readouterr().out
     assert check(*arguments, "data.allowed_broken=0.1", tmp_path=tmp_path)[0] == 1
 
 
@@ -129,7 +129,7 @@ def test_what_was_not_looked_at_is_not_called_sound(federation, tmp_path, capsys
     words = [federation, f"data.check_images={mode}", "--fast"]
     assert check(*words, tmp_path=tmp_path)[0] == 0
     out = capsys.readouterr().out
-    assert "Nothing that stops a run was found, but not checked: pixels (`--fast`).\n" in out
+    assert "No errors found; not checked: pixels (`--fast`).\n" in out
     assert check(*words, "--no-tokens", tmp_path=tmp_path)[0] == 0
     out += capsys.readouterr().out
     assert "pixels (`--fast`), tokens (`--no-tokens`)." in out and "can start" not in out
@@ -198,7 +198,7 @@ def test_a_real_site_checks_its_own_data(federation, tmp_path, capsys):
     assert code == 1 and splits["counting-1 train"]["problems"] == {"image": 11}
     for wrong in ('client-id="x', "client-id", "client-id=x", 'client-id="x" and more'):
         assert main(["data", "check", f"data={federation}", "--node-config", wrong]) == 2
-        assert "but must be KEY=VALUE words" in capsys.readouterr().err
+        assert "but must be KEY=VALUE pairs" in capsys.readouterr().err
 
 
 def test_a_real_sites_node_config_may_be_a_file(federation, tmp_path, capsys):

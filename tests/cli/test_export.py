@@ -73,7 +73,7 @@ def test_what_cannot_be_done_is_said(export, tmp_path):
     assert "CT-MoA" in captured.err and "`--task`" in captured.err
     assert not folder.exists()
     _, captured = export("--client", "vqa-0", "--dtype", "float32", code=2)
-    assert "`--dtype` belongs to `--merge`" in captured.err
+    assert "`--dtype` needs `--merge`" in captured.err
     folder.mkdir()
     (folder / "mine").touch()
     _, captured = export("--client", "vqa-0", code=1)

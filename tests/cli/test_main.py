@@ -118,7 +118,7 @@ def test_a_repeatable_option_takes_several_values():
     [
         ((None, None, None), "`--client` or `--task`"),
         (("a", "b", None), "`--client` or `--task`"),
-        ((None, "b", "folder"), "`--state` belongs to `--client`"),
+        ((None, "b", "folder"), "`--state` needs `--client`"),
     ],
 )
 def test_exactly_one_model_must_be_named(options, named):

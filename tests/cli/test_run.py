@@ -325,7 +325,7 @@ def test_resume_with_words_that_fit(launched, stopped, words, more):
         (["seed=6", "resume=old"], "`seed` is 6 but was 5 in the run"),
         (["strategy.rounds=2", "resume=old"], "`strategy.rounds` is 2 but must not be below 3"),
         (["run.folder=new", "resume=old"], "`run.folder` is 'new' but the resumed run is in"),
-        (["resume=nowhere"], "which holds no run to"),
+        (["resume=nowhere"], "which is not the folder of a run to"),
         (["resume='~nobody-at-all/run'"], "`resume` begins with '~'"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_completed_run_shows_its_results_and_keeps_its_exit_code(
     (stopped / "result.json").write_text(json.dumps(result))
     assert cli.main(["run", "resume=old"]) == code
     out = capsys.readouterr().out
-    assert "is complete: there is nothing left to do" in out and "| vqa | 0.5 |" in out
+    assert "is already complete" in out and "| vqa | 0.5 |" in out
     assert launched.calls == []
     assert cli.main(["run", "resume=old", "strategy.rounds=4"]) == 0  # this is something to do
     assert len(launched.calls) == 1

@@ -127,7 +127,7 @@ def test_a_torn_checkpoint_is_said_aloud(finished, evaluate, tmp_path, capsys):
         (["--task", "vqa", "--client", "counting-0"], 2, "None of the clients"),
         (["--metric", "x"], 2, "`--metric` is 'x'"),
         (["--state", "x"], 2, "exactly one `--client`"),
-        (["--images", "x"], 2, "`--images` belongs to `--data`"),
+        (["--images", "x"], 2, "`--images` needs `--data`"),
         (["--data", "absent.json"], 1, "absent.json cannot be opened"),
         (["--device", "tpu"], 2, "`device` is 'tpu'"),
         (["evaluation.batch_size=0"], 2, "`evaluation.batch_size` is 0"),

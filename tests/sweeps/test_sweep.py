@@ -231,7 +231,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     with pytest.raises(ConfigError, match="one cell per column"):
         read_rows(path)
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match="no column `name`"):
+    with pytest.raises(ConfigError, match="lacks the column `name`"):
         read_rows(path)
 
 

@@ -118,8 +118,8 @@ def test_nothing_is_left_out_in_silence(tmp_path, capsys):
     again = row("pilot", 0, 0.9, 0.9)
     (found,) = compare([*ROWS, failed, again])
     text = as_markdown(found)
-    assert "Left out because they have no scores: pilot-9 (failed)." in text
-    assert "1 row given twice: the last one counts." in text
+    assert "Omitted for lack of scores: pilot-9 (failed)." in text
+    assert "1 row given twice: the last one is used." in text
     with pytest.raises(ConfigError, match="different settings"):
         compare([*ROWS, row("pilot", 7, 1, 1, settings="others")])
     with pytest.raises(
@@ -129,7 +129,7 @@ def test_nothing_is_left_out_in_silence(tmp_path, capsys):
     path = tmp_path / "results.csv"
     path.write_text(as_csv([failed]))
     assert cli.main(["table", str(path)]) == 2
-    assert "no finished job with scores" in capsys.readouterr().err
+    assert "No finished job has scores" in capsys.readouterr().err
 
 
 def test_the_command_reads_files_and_folders(tmp_path, capsys):
