@@ -242,6 +242,16 @@ def shown_parts(measured: Results) -> dict[str, float]:
     return {n: s for n, s in measured["parts_seconds"].items() if n != "work"}
 
 
+def import_time_rows(results: Results) -> Rows:
+    """Rows of ``import_time.json``."""
+    what = {"client_app": "importing the ClientApp", "server_app": "importing the ServerApp"}
+    what["plan"] = "`pilot-flwr plan experiment=paper`"
+    return [
+        [f"{what[name]}, to `import {ratio['to']}`, CPU time", f"{ratio['cpu']:.2f} x", "<= 2 x"]
+        for name, ratio in results["ratio"].items()
+    ]
+
+
 def engines_rows(results: Results) -> Rows:
     """Rows of ``engines.json``."""
     ray, here = results["ray"]["command_seconds"], results["in-process"]["command_seconds"]
@@ -275,5 +285,6 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "privacy": privacy_rows,
     "fuzz": fuzz_rows,
     "engines": engines_rows,
+    "import_time": import_time_rows,
 }
 """Rows by the name of a result file."""

@@ -27,6 +27,7 @@ BENCHMARKS = (
     "payload",
     "deployment",
     "engines",
+    "import_time",
     "gpu",
 )
 
