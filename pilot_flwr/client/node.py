@@ -309,7 +309,9 @@ def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> Mo
         return model
     if node.model_path is not None:
         if not node.model_path.is_dir():
-            raise ConfigError(f"`model-path` names {str(node.model_path)!r}, which is no folder.")
+            raise ConfigError(
+                f"`model-path` names {str(node.model_path)!r}, which is not a folder."
+            )
         return replace(model, path=str(node.model_path))
     if rules.NAME_PATTERN.fullmatch(model.path) and checkpoint_path(model.path) != model.path:
         return model

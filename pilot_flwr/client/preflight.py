@@ -86,14 +86,14 @@ def _named(folder: Path) -> str:
 
 def _check_file(path: Path, key: str) -> None:
     if not _is(path, key, stat.S_ISREG):
-        raise ConfigError(f"`{key}` names {str(path)!r}, which is no file.")
+        raise ConfigError(f"`{key}` names {str(path)!r}, which is not a file.")
     if reason := _unreadable(path):
         raise ConfigError(f"`{key}` names {str(path)!r}, which cannot be read: {reason}.")
 
 
 def _check_folder(path: Path, key: str) -> None:
     if not _is(path, key, stat.S_ISDIR):
-        raise ConfigError(f"`{key}` names {str(path)!r}, which is no folder.")
+        raise ConfigError(f"`{key}` names {str(path)!r}, which is not a folder.")
     try:
         with os.scandir(path) as entries:
             first = next((Path(e.path) for e in entries if e.is_file()), None)

@@ -172,7 +172,7 @@ def on_tokens(
 
 
 def bleu_4(predictions: list[Tokens], references: list[list[Tokens]]) -> Score:
-    """Return BLEU-4 of the corpus, and of each prediction by itself, in [0, 1].
+    """Return BLEU-4 of the corpus, and of each prediction, in [0, 1].
 
     ``BP · (prod_n p_n)^(1/4)``, n = 1..4, with the clipped precision p_n of n-grams and the
     brevity penalty ``BP = exp(1 - r/c)`` if the length c is below r. The reference length r of a

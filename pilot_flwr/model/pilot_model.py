@@ -42,7 +42,7 @@ RESIDUAL = "residual"
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
-    """Add Θ_l to the language model in place; `ModelError` if a target is no linear layer."""
+    """Add Θ_l to the language model in place; `ModelError` if a target is not a linear layer."""
     linear = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
     check_targets(linear, lora.targets)
     config = peft.LoraConfig(
@@ -67,7 +67,7 @@ def set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> N
     Raises
     ------
     ModelError
-        A factor is no matrix, or of rank 0.
+        A factor is not a matrix, or has rank 0.
     """
     trainable = {name for name, p in language_model.named_parameters() if p.requires_grad}
     for name, layer in language_model.named_modules():

@@ -142,7 +142,7 @@ def read_run(folder: Path) -> RunData:
     Raises
     ------
     RunError
-        It is no run folder.
+        It is not a run folder.
     ConfigError
         Its configuration is none.
     StateError
@@ -151,7 +151,7 @@ def read_run(folder: Path) -> RunData:
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, ValueError):
-        raise RunError(f"{folder} is no run folder: it has no readable config.yaml.") from None
+        raise RunError(f"{folder} is not a run folder: it has no readable config.yaml.") from None
     try:
         config = from_yaml(text)
     except ConfigError as error:

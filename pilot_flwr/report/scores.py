@@ -30,7 +30,7 @@ from pilot_flwr.report.style import (
 from pilot_flwr.run.events import Trained, select
 
 _MOST_COLOURED = 8
-"""Clients of a task that have a colour of their own; more are drawn in grey."""
+"""Number of clients of a task drawn in separate colours; further ones are grey."""
 
 
 def learning_curves(run: RunData) -> Figure:

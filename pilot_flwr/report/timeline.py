@@ -1,6 +1,6 @@
 """The time line as a diagram, and bytes and seconds of every exchange.
 
-The diagram has one panel per exchange with server, clients, and what travelled between them.
+The diagram has one panel per exchange: server, clients, and the messages between them.
 """
 
 import math
@@ -61,7 +61,7 @@ _TOP, _BOTTOM = 0.82, 0.50
 
 
 def time_line(run: RunData) -> Figure:
-    """Return one panel per exchange: stages, what trained, what travelled, how much."""
+    """Return one panel per exchange: stages, trained groups, messages and their bytes."""
     title = "Time line"
     if not run.exchanges:
         return Figure("timeline", title, "No exchange has been completed.")

@@ -232,7 +232,7 @@ def latest_checkpoint(
 
 def _check_texts(names: Sequence[object]) -> None:
     if not all(isinstance(name, str) for name in names):
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not text")
 
 
 def _whole_number(content: Mapping[str, Any], key: str) -> int:

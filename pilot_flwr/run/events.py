@@ -489,7 +489,7 @@ def parse_event(line: str | bytes) -> Event:
     Raises
     ------
     ValueError
-        The line is no event, or lacks a key of its kind, or has a value of another type.
+        The line is not an event, or lacks a key of its kind, or has a value of another type.
     """
     try:
         values = json.loads(line)
@@ -516,14 +516,14 @@ def parse_events(lines: Iterable[bytes], path: Path) -> list[Event]:
     Raises
     ------
     StateError
-        A line is no event of a run.
+        A line is not an event of a run.
     """
     events = []
     for number, line in enumerate(lines, start=1):
         try:
             events.append(parse_event(line))
         except ValueError as error:
-            raise StateError(f"{path}, line {number}, is no event of a run: {error}.") from None
+            raise StateError(f"{path}, line {number}, is not an event of a run: {error}.") from None
     return events
 
 

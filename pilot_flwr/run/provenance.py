@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Return git's answer, None without git or where `root` itself is no checkout."""
+    """Return git's answer, None without git or where `root` itself is not a checkout."""
     if not (root / ".git").exists():
         return None
     try:

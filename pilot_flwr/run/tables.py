@@ -138,7 +138,7 @@ def summary_notes(events: Sequence[Event]) -> list[str]:
         return ["No evaluation."]
     notes = []
     if len({METRICS[event.metric].maximum for event in evaluated}) > 1:
-        notes.append("The metrics have different ranges: their mean is no figure to compare.")
+        notes.append("The metrics have different ranges: their mean is not comparable.")
     last = max(event.exchange for event in evaluated)
     if cut := sum(event.cut for event in evaluated if event.exchange == last):
         notes.append(f"Of the last answers {cut} were cut off at `evaluation.max_new_tokens`.")

@@ -179,7 +179,7 @@ def test_a_real_sites_base_model_is_a_name_or_its_own_folder(tmp_path, monkeypat
         assert repr(name) not in str(error.value)
     for name, message in (
         ("local", "names .*absolute path"),
-        (str(tmp_path / "no"), "names .*is no folder"),
+        (str(tmp_path / "no"), "names .*is not a folder"),
         ("~no-such-user/x", "begins with '~' and the name of no user"),
     ):
         with pytest.raises(ConfigError, match=f"`model-path` {message}"):

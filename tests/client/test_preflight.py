@@ -97,12 +97,12 @@ def file_for_images(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (gone, "`train-file` names '{0}/b.json', which is no file"),
-        (is_folder, "`train-file` names '{0}/b.json', which is no file"),
+        (gone, "`train-file` names '{0}/b.json', which is not a file"),
+        (is_folder, "`train-file` names '{0}/b.json', which is not a file"),
         (locked("a.json"), "`train-file` names '{0}/a.json', which cannot be read: Permission den"),
         (locked("t.json"), "`test-file` names '{0}/t.json', which cannot be read: Permission den"),
-        (no_images, "`image-folder` names '{0}/images', which is no folder"),
-        (file_for_images, "`image-folder` names '{0}/images', which is no folder"),
+        (no_images, "`image-folder` names '{0}/images', which is not a folder"),
+        (file_for_images, "`image-folder` names '{0}/images', which is not a folder"),
         (not_listed, "`image-folder` names '{0}/images', which cannot be listed: Permission"),
         (not_entered, "`image-folder` names '{0}/images', which cannot be entered (r and x)"),
         (

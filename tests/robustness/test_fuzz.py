@@ -93,7 +93,7 @@ def test_a_long_value_is_cut_in_the_error():
 @pytest.mark.parametrize("line", ["[" * 5000, "[1]", '{"event": 1}', '"event"'])
 def test_a_line_that_is_no_event(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
-    with pytest.raises(StateError, match="line 1, is no event"):
+    with pytest.raises(StateError, match="line 1, is not an event"):
         read_events(tmp_path)
 
 
@@ -102,7 +102,7 @@ def test_a_repeat_that_undoes_no_number_of_events(undone, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"event": "repeat", "undone": undone}) + "\n"
     )
-    with pytest.raises(StateError, match="line 1, is no event"):
+    with pytest.raises(StateError, match="line 1, is not an event"):
         read_events(tmp_path)
 
 

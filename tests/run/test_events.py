@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: what is written is read back, and what is no event is refused or counted."""
+"""``metrics.jsonl``: events are read back as written; other lines are refused or counted."""
 
 import json
 from dataclasses import replace
@@ -117,7 +117,7 @@ def test_an_odd_value_is_refused_with_its_key_or_read_as_absent(kind, value):
 def test_a_broken_line_is_refused_with_its_number_unless_it_is_the_last(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(CLOSED.to_dict()) + f"\n{line}\n")
-    with pytest.raises(StateError, match="line 2, is no event"):
+    with pytest.raises(StateError, match="line 2, is not an event"):
         read_events(tmp_path)
     path.write_text(json.dumps(CLOSED.to_dict()) + f"\n{line}")
     assert read_events(tmp_path) == [CLOSED]

@@ -164,7 +164,7 @@ def test_a_mean_over_metrics_of_different_ranges_says_so():
     events = [evaluated(client="a", task="captions", metric="cider_d", score=0.5)]
     assert "different ranges" not in summary(events)
     events.append(evaluated(score=0.5))
-    assert "different ranges: their mean is no figure to compare" in summary(events)
+    assert "different ranges: their mean is not comparable" in summary(events)
     assert "cut off" not in summary(events)
     events.append(evaluated(client="b", cut=3))
     assert "Of the last answers 3 were cut off at `evaluation.max_new_tokens`" in summary(events)

@@ -201,7 +201,7 @@ def test_a_site_that_is_mended_meanwhile_is_asked_again(federation, sites, data,
     late.unlink()
     assert len(trained(run, 1)) == 3
     assert failures(run) == [
-        (1, "node 1", "`train-file` names '<train-file>', which is no file."),
+        (1, "node 1", "`train-file` names '<train-file>', which is not a file."),
     ]
 
 
@@ -251,7 +251,7 @@ WRONG = {
     ),
     "unknown-key": ({"trainfile": "/x"}, "`trainfile` in the node config .* mean `train-file`"),
     "no-data": ({"train-file": ""}, "`train-file` is missing in the node config"),
-    "no-images": ({"image-folder": "/no/images"}, "'<image-folder>', which is no folder"),
+    "no-images": ({"image-folder": "/no/images"}, "'<image-folder>', which is not a folder"),
     "micro-batch": ({"micro-batch": 3}, "`micro-batch` is 3 but must divide the 2 .*: 1, 2"),
     "device": ({"device": "cuda:99"}, "`device` is 'cuda:99' but this machine has"),
     "model": ({"model-path": "/no/model"}, "`model-path` names '<model-path>', which is no fold"),

@@ -284,7 +284,7 @@ def test_a_damaged_event_is_named(interrupted, tmp_path):
     (folder / "result.json").unlink()
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_bytes(b"".join([lines[0], b"no event\n", *lines[2:]]))
-    with pytest.raises(StateError, match=r"metrics\.jsonl, line 2, is no event"):
+    with pytest.raises(StateError, match=r"metrics\.jsonl, line 2, is not an event"):
         go_on(folder)
 
 
