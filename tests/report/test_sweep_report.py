@@ -185,10 +185,10 @@ def test_a_report_that_cannot_be_written_is_told_and_no_more(tmp_path, capsys, m
         write_report(tmp_path / "run")
         err = capsys.readouterr().err
         assert "The report could not be written: " in err
-        assert f"To try again: pilot-flwr report {tmp_path / 'run'}" in err
+        assert f"To retry: pilot-flwr report {tmp_path / 'run'}" in err
         assert ("no memory" in err) == (program == python)
 
 
 def test_a_runs_report_has_no_baseline(finished, capsys):
     assert cli.main(["report", str(finished.folder.path), "--baseline", "fedit"]) == 2
-    assert "`--baseline` belongs to a sweep" in capsys.readouterr().err
+    assert "`--baseline` needs a sweep" in capsys.readouterr().err
