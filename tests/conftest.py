@@ -1,5 +1,6 @@
 import copy
 
+import hypothesis
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
@@ -9,6 +10,9 @@ from pilot_flwr.model.loading import load_base, load_processor
 from pilot_flwr.model.pilot_model import PilotModel
 
 transformers_logging.disable_progress_bar()
+# An example's time depends on what else the machine does; pytest-timeout bounds the whole test.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 

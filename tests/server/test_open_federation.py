@@ -254,7 +254,10 @@ WRONG = {
     "no-images": ({"image-folder": "/no/images"}, "'<image-folder>', which is not a folder"),
     "micro-batch": ({"micro-batch": 3}, "`micro-batch` is 3 but must divide the 2 .*: 1, 2"),
     "device": ({"device": "cuda:99"}, "`device` is 'cuda:99' but this machine has"),
-    "model": ({"model-path": "/no/model"}, "`model-path` names '<model-path>', which is not a fold"),
+    "model": (
+        {"model-path": "/no/model"},
+        "`model-path` names '<model-path>', which is not a fold",
+    ),
 }
 
 
