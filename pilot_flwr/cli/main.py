@@ -91,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except click.Abort:  # the input ended at a prompt
+        return FAILURE
     except (PilotError, OSError) as error:  # OSError: full disk, missing permission
         print(f"pilot-flwr: {error}", file=sys.stderr)
         return USAGE if isinstance(error, ConfigError) else FAILURE

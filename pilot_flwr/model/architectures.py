@@ -164,7 +164,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _TEXT
     | {"vocab_size": 32000, "intermediate_size": 11008}
     | {"attention_bias": False, "mlp_bias": False},
-    "qwen2": _TEXT | {"vocab_size": 151936, "intermediate_size": 22016},
+    "qwen2": _TEXT | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
 }
 """transformers' defaults, by ``model_type``, of the values that are used here."""
 

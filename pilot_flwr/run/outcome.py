@@ -86,6 +86,7 @@ def evaluate_outcome(status: RunStatus, folder: Path) -> Outcome:
     """Decide from Flower's last status and the run folder."""
     content, defect = _read(folder / "result.json")
     result = RunResult.of(folder, content)
+    explained = bool(result.failures or result.error or "exception" in status.details)
     if defect and not result.failures:  # those that were recorded as they happened
         failed = select(EventTail(folder / "metrics.jsonl").read(), ClientFailed)
         lines = tuple(event.line for event in failed[:SHOWN_FAILURES])
@@ -95,7 +96,7 @@ def evaluate_outcome(status: RunStatus, folder: Path) -> Outcome:
     if outcome.succeeded:
         return outcome
     explanation = outcome.explanation
-    if not (result.failures or result.error or "exception" in status.details):
+    if not explained:  # failures recorded before the end do not tell why a run died
         tail = _tail(log) or _tail(log.with_name("superlink.log"))
         explanation = (*explanation[:-1], *tail, explanation[-1])
     restartable = status.lost or content.get("restartable") is True

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pilot_flwr.run.events import ClientFailed
 from pilot_flwr.run.outcome import RunStatus, evaluate_outcome
 
 DONE = RunStatus("finished:completed", "N/A")
@@ -118,3 +119,13 @@ def test_a_run_may_go_on_by_itself_only_if_a_process_died(tmp_path, status, resu
         write(tmp_path, result)
     outcome = evaluate_outcome(status, tmp_path)
     assert (outcome.succeeded, outcome.restartable) == (False, restartable)
+
+
+def test_a_run_that_died_after_a_failure_still_shows_the_end_of_its_log(tmp_path):
+    event = ClientFailed(exchange=1, phase="train", client="a", reason="No reply.")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(event.to_dict()) + "\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "flower.log").write_text("OUT OF MEMORY\n")
+    outcome = evaluate_outcome(RunStatus("running", "It ended.", lost=True), tmp_path)
+    assert any("OUT OF MEMORY" in line for line in outcome.explanation)
+    assert any("No reply." in line for line in outcome.explanation)
