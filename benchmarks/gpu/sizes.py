@@ -15,8 +15,8 @@ from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.model.architectures import ImageShape, Visual, feature_size, known_config
-from pilot_flwr.model.loading import transformers_config
 from pilot_flwr.model.memory import MicroBatch
+from pilot_flwr.model.pilot_model import transformers_config
 
 TASKS = ("vqa", "ocr", "captions")
 """T = 3 as in the paper; the first is the client's own."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pilot_flwr.config.schema import SharingConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.protocol import GroupName, State
+from pilot_flwr.protocol import GroupName
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,24 +196,3 @@ def set_trainable(groups: Groups, *, stage: int, sharing: Sharing = WHOLE) -> No
             trained = stage in GROUPS[group].stages and sharing.trains(group, name)
             parameter.requires_grad_(trained)
             parameter.grad = None
-
-
-def read(parameters: dict[str, nn.Parameter]) -> State:
-    """Copy a group's tensors to the CPU."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-
-
-def write(parameters: dict[str, nn.Parameter], state: State, *, what: str) -> None:
-    """Copy `state` into a group's parameters; `what` names the group in errors.
-
-    Raises
-    ------
-    ModelError
-        Names or shapes of `state` are not exactly the group's.
-    """
-    from pilot_flwr.algorithm.arrays import layout_difference  # needs torch
-
-    if difference := layout_difference(state, parameters, dtypes=False):
-        raise ModelError(f"{what}: {difference}.")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(state[name])

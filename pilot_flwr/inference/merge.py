@@ -28,8 +28,7 @@ from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.inference.standalone import modeling_wide
 from pilot_flwr.model.checkpoints import checkpoint_path
-from pilot_flwr.model.loading import empty_base
-from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.pilot_model import PilotModel, empty_base
 from pilot_flwr.protocol import State
 
 _PROCESSOR_FILES = (

@@ -15,7 +15,7 @@ transformers, which takes seconds to import; all others by transformers' ``AutoC
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ Size = tuple[int, int]
 
 
 class ImageShape(NamedTuple):
-    """One image of a batch: how many rows it has, and its original size in pixels."""
+    """One image of a batch: its number of rows, and its original size in pixels."""
 
     rows: int
     height: int
@@ -50,38 +50,25 @@ class Visual(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What differs between architectures.
-
-    Attributes
-    ----------
-    model_class : str
-        Name of the class in transformers.
-    count_tokens : callable
-        From (model configuration, sizes of one example's images) to the number of tokens of each
-        image.
-    count_rows : callable
-        The same, to the number of rows of each image.
-    crops : callable
-        From (image processor, one example's images) to one tensor (rows, 3, height, width) for
-        each image.
-    pack : callable
-        From (model, connected rows (R, N, C), the batch's images) to the embeddings (S, C) that
-        replace those of the image tokens.
-    has_video : bool
-        Whether transformers' processor class also handles videos, for which it needs a library
-        that nothing here uses; its parts are then loaded one by one.
-    """
+    """The differences between architectures."""
 
     model_class: str
+    """Name of the class in transformers."""
     count_tokens: Callable[[Any, Sequence[Size]], list[int]]
+    """From configuration and image sizes of one example to the number of tokens of each image."""
     count_rows: Callable[[Any, Sequence[Size]], list[int]]
+    """The same for the number of rows."""
     crops: Callable[[Any, Sequence[Image.Image]], list[Tensor]]
+    """From image processor and images of one example to the rows (rows, 3, height, width)."""
     pack: Callable[[Any, Tensor, Sequence[ImageShape]], Tensor]
+    """From model, connected rows (R, N, C) and images of a batch to the image tokens (S, C)."""
     has_video: bool = False
+    """Whether transformers' processor class needs a video library, unused here: its parts are then
+    loaded one by one."""
 
 
 def spec_of(config: Any) -> ModelSpec:
-    """Return the row of a base model's configuration."""
+    """Return the `SPECS` row of a base model's configuration."""
     if config.model_type not in SPECS:
         raise ModelError(
             f"`model.path` is a model of type {config.model_type!r} but must be one of "
@@ -96,7 +83,7 @@ def spec_of(config: Any) -> ModelSpec:
 
 
 def read_config(config: ModelConfig) -> Any:
-    """Read a checkpoint's configuration: its attributes as in transformers' class."""
+    """Read a checkpoint's configuration; attributes are named as in transformers' class."""
     try:
         return _read(find_file(config, "config.json"))
     except (OSError, ValueError) as error:
@@ -166,16 +153,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"attention_bias": False, "mlp_bias": False},
     "qwen2": _TEXT | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
 }
-"""transformers' defaults, by ``model_type``, of the values that are used here."""
+"""transformers' defaults of the values used here, by ``model_type``."""
 
 
 def is_plain(config: Any) -> bool:
-    """Whether a configuration was read without transformers, so that its shapes are known."""
+    """Whether a configuration was read without transformers, so that `shapes` knows its parts."""
     return isinstance(config, SimpleNamespace)
 
 
 def _plain_config(values: Mapping[str, Any]) -> SimpleNamespace | None:
-    """Return a configuration of known parts; None for one that transformers has to read."""
+    """Build a configuration of known parts; None if transformers has to read it."""
     text = _plain_part(values.get("text_config"), ("llama", "qwen2"))
     vision = _plain_part(values.get("vision_config"), ("clip_vision_model", "siglip_vision_model"))
     if values.get("model_type") not in SPECS or text is None or vision is None:
@@ -195,19 +182,29 @@ def _plain_config(values: Mapping[str, Any]) -> SimpleNamespace | None:
 
 
 def _plain_part(values: Any, types: Sequence[str]) -> SimpleNamespace | None:
-    """Return one part with its defaults; None if its type is unknown or a size is no size."""
+    """Complete one part with its defaults; None for an unknown type or an invalid size."""
     if not isinstance(values, dict) or values.get("model_type") not in types:
         return None
     defaults = _DEFAULTS[values["model_type"]]
     part = {**defaults, **values}
     sizes = [part[name] for name, default in defaults.items() if type(default) is int]
     sizes += [part[name] for name in ("num_key_value_heads", "head_dim") if part.get(name)]
-    sound = all(type(size) is int and size > 0 for size in sizes)
-    return SimpleNamespace(**part) if sound else None
+    valid = all(type(size) is int and size > 0 for size in sizes)
+    return SimpleNamespace(**part) if valid else None
+
+
+def check_targets(linear: Iterable[str], targets: Iterable[str]) -> None:
+    """Raise `ModelError` for a LoRA target that matches no linear layer; peft would skip it."""
+    names = [f".{name}" for name in linear]
+    if unknown := [t for t in targets if not any(n.endswith(f".{t}") for n in names)]:
+        known = sorted({name.rpartition(".")[2] for name in names})
+        raise ModelError(
+            f"`model.lora.targets` names {unknown} but must name linear layers, of {known}."
+        )
 
 
 def feature_size(config: Any) -> tuple[int, int]:
-    """Return N and D: features of one row, and their channels."""
+    """Return N and D: the features of one row and their channels."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     # CLIP has a class token, which the strategy `default` drops and `full` keeps; SigLIP has none.
@@ -227,28 +224,13 @@ def select_features(config: Any, hidden_states: Sequence[Tensor]) -> Tensor:
     return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
 
-def _llava_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
-    return [feature_size(config)[0]] * len(sizes)
-
-
-def _llava_rows(config: Any, sizes: Sequence[Size]) -> list[int]:
-    return [1] * len(sizes)
-
-
 def _llava_crops(image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
     pixels = image_processor(images=list(images), return_tensors="pt")["pixel_values"]
     return list(pixels.split(1))
 
 
-def _llava_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> Tensor:
-    return rows.flatten(0, 1)
-
-
 def _onevision_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
-    """One image is cut into crops by its size; of several images each is one row.
-
-    What packing makes of the crops is counted by the model's own code, on tensors without content.
-    """
+    """Count the tokens that remain after packing, by the model's own code on meta tensors."""
     import torch
     from transformers.models.llava_onevision import modeling_llava_onevision as onevision
 
@@ -268,7 +250,7 @@ def _onevision_tokens(config: Any, sizes: Sequence[Size]) -> list[int]:
 
 
 def _onevision_rows(config: Any, sizes: Sequence[Size]) -> list[int]:
-    """Count the whole image, and its crops if it is the conversation's only one."""
+    """Count the whole image, and its crops if it is the example's only image."""
     if len(sizes) != 1:
         return [1] * len(sizes)
     from transformers.models.llava_onevision import modeling_llava_onevision as onevision
@@ -278,11 +260,8 @@ def _onevision_rows(config: Any, sizes: Sequence[Size]) -> list[int]:
 
 
 def _onevision_crops(image_processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
-    processed = image_processor(images=[list(images)], return_tensors="pt")
-    pixels = processed["pixel_values"]
-    if len(images) > 1:
-        return [crops[:1] for crops in pixels]
-    return list(pixels)
+    pixels = image_processor(images=[list(images)], return_tensors="pt")["pixel_values"]
+    return [crops[:1] for crops in pixels] if len(images) > 1 else list(pixels)
 
 
 def _onevision_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> Tensor:
@@ -300,7 +279,11 @@ def _onevision_pack(llava: Any, rows: Tensor, images: Sequence[ImageShape]) -> T
 
 SPECS: dict[str, ModelSpec] = {
     "llava": ModelSpec(
-        "LlavaForConditionalGeneration", _llava_tokens, _llava_rows, _llava_crops, _llava_pack
+        "LlavaForConditionalGeneration",
+        count_tokens=lambda config, sizes: [feature_size(config)[0]] * len(sizes),
+        count_rows=lambda config, sizes: [1] * len(sizes),
+        crops=_llava_crops,
+        pack=lambda llava, rows, images: rows.flatten(0, 1),
     ),
     "llava_onevision": ModelSpec(
         "LlavaOnevisionForConditionalGeneration",

@@ -1,9 +1,9 @@
 """Checkpoints on disk: the shipped ones, their files, and a hash of their weights.
 
-A checkpoint is a name that ships with the package, a local folder or a Hugging Face id. Shipped
-ones are plain Hugging Face folders under ``assets/``. Flower's app bundle carries text files only,
-so such a folder also holds `BUNDLE`, its other files in base64; where the package runs from an app
-bundle, the folder is assembled once in the user's cache.
+A checkpoint is the name of a shipped one, a local folder or a Hugging Face id. Shipped ones are
+plain Hugging Face folders under ``assets/``. Flower's app bundle carries text files only, so such a
+folder also holds `BUNDLE`, its other files in base64; a package installed from an app bundle
+assembles the folder once, in the user's cache.
 
 Nothing here needs torch or transformers, so that a client answers the roster query quickly.
 """
@@ -29,7 +29,7 @@ _BUNDLED = {".safetensors", ".jinja"}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 PROJECTOR = "multi_modal_projector."
-"""In the names of the projector's tensors, before their names in an adapter."""
+"""Prefix of the projector's tensors; the rest of their names is as in an adapter."""
 
 
 def checkpoint_path(path: str) -> str:
@@ -50,16 +50,13 @@ def locate(config: ModelConfig) -> str:
 
 
 def reference_config(path: str) -> Path | None:
-    """Return the shipped configuration of a well-known hub checkpoint.
-
-    It answers questions about the checkpoint's size on a machine that does not have it.
-    """
+    """Return the shipped configuration of a known hub checkpoint, to plan without a download."""
     file = ASSETS / "configs" / f"{path.replace('/', '--')}.json"
     return file if file.is_file() else None
 
 
 def find_file(config: ModelConfig, name: str, *, download: bool = True) -> str:
-    """Return the path of a checkpoint's file; OSError or ValueError if it cannot be had."""
+    """Return the path of a checkpoint's file; raise OSError or ValueError if there is none."""
     place = locate(config)
     if os.path.isdir(place):
         if not (file := Path(place, name)).is_file():
@@ -68,18 +65,19 @@ def find_file(config: ModelConfig, name: str, *, download: bool = True) -> str:
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    # Without an import of httpx:
     if not (download or Path(HF_HUB_CACHE, f"models--{place.replace('/', '--')}").is_dir()):
-        raise FileNotFoundError(f"{place} is not in {HF_HUB_CACHE}")  # without an import of httpx
+        raise FileNotFoundError(f"{place} is not in {HF_HUB_CACHE}")
     return huggingface_hub.hf_hub_download(
         place, name, revision=config.revision or None, local_files_only=not download
     )
 
 
 def projector_files(config: ModelConfig) -> list[str]:
-    """Return the safetensors files that hold the projector; downloads them if need be."""
+    """Return the safetensors files that hold the projector, downloaded if need be."""
     try:
         index = find_file(config, _INDEX)
-    except OSError:  # one file without an index, or no checkpoint: then the next line says so
+    except OSError:  # one file without an index; if it is missing too, the error follows below
         names = [_SINGLE]
     else:
         names = sorted({file for name, file in _weight_map(index).items() if PROJECTOR in name})
@@ -92,11 +90,11 @@ def projector_files(config: ModelConfig) -> list[str]:
 
 
 UNKNOWN = ""
-"""Hash of weights that are not, or not all, on this machine."""
+"""Hash of weights that are not completely on this machine."""
 
 
 class WeightsSample(NamedTuple):
-    """Hashes of the whole projector and of every tensor's first and last row, or `UNKNOWN`."""
+    """Hashes of the projector and of every tensor's first and last row; `UNKNOWN` if missing."""
 
     projector: str
     whole: str
@@ -105,11 +103,10 @@ class WeightsSample(NamedTuple):
 def weights_sample(config: ModelConfig) -> WeightsSample:
     """Hash a sample of a base model's weights, without reading gigabytes or downloading.
 
-    Of every tensor the first and the last row are read; of the projector, from which every task
-    adapter starts, all. Order, names and files of the tensors do not matter: versions of
-    transformers write them differently. Tensors that are not floating-point numbers, such as
-    position ids, are left out, as newer versions do not write them; equal tensors count once, as
-    tied ones are written once or twice. Other values or another precision are another base.
+    Reads the first and last row of every tensor, and the whole projector, from which every task
+    adapter starts. Other values or another precision give another hash. Versions of transformers
+    write the same model differently, so the hash ignores the tensors' order, names and files,
+    counts equal ones once (tied weights) and skips those of integers (position ids).
     """
     files, complete = _local_files(config)
     projector: dict[str, str] = {}
@@ -125,9 +122,9 @@ def weights_sample(config: ModelConfig) -> WeightsSample:
 
 
 def _tensors(file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
-    """Yield name, kind, first and last row, and (of the projector alone) all bytes of a tensor."""
+    """Yield every tensor's name, type, first and last row and, for the projector, all bytes."""
     with safe_open(file, framework="np"):
-        pass  # refuses a file that is cut short
+        pass  # raises for a truncated file
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -154,12 +151,10 @@ def _weight_map(index: str) -> dict[str, str]:
 
 
 def _local_files(config: ModelConfig) -> tuple[list[str], bool]:
-    """Return the safetensors files on this machine, and whether these are all."""
+    """Return the safetensors files on this machine, and whether they are complete."""
     index = _local(config, _INDEX)
-    if index is None:
-        single = _local(config, _SINGLE)
-        return ([single], True) if single else ([], False)
-    files = [_local(config, name) for name in sorted(set(_weight_map(index).values()))]
+    names = sorted(set(_weight_map(index).values())) if index else [_SINGLE]
+    files = [_local(config, name) for name in names]
     return [file for file in files if file], all(files)
 
 
@@ -171,7 +166,7 @@ def _local(config: ModelConfig, name: str) -> str | None:
 
 
 def write_bundle(folder: Path) -> None:
-    """Write `BUNDLE` of a checkpoint folder: the files that Flower's app bundle leaves out."""
+    """Write a checkpoint folder's `BUNDLE` of the files that Flower's app bundle leaves out."""
     bundle = {
         path.name: base64.b64encode(path.read_bytes()).decode("ascii")
         for path in sorted(folder.iterdir())

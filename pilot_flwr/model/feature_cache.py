@@ -1,11 +1,11 @@
 """Cache the visual features of the frozen vision tower.
 
 H_v of an image never changes within a run. Features are kept in memory (shared by all sessions of a
-process) or on the client's disk, up to a limit; the others are encoded again. Nothing is evicted:
-training visits all images in every epoch, for which keeping the first entries is the best fixed
-policy. Threads read and decode images while the model works on the previous batch.
+process) or on the client's disk, up to a limit; beyond it images are encoded again. Nothing is
+evicted: training visits all images in every epoch, for which keeping the first entries is the best
+fixed policy. Threads read and decode images while the model encodes the previous batch.
 
-A cache file can be recreated, so it is not flushed to disk as states are, and an unreadable one
+Cache files can be recreated, so they are not flushed to disk as states are, and an unreadable one
 counts as absent.
 """
 
@@ -36,7 +36,7 @@ _used_memory = 0
 
 
 class _Decoded(NamedTuple):
-    """One batch as a worker read it."""
+    """One batch as read by a worker."""
 
     images: list[tuple[str, int, int]]
     """Key, height and width of every image, in the batch's order."""
@@ -49,10 +49,9 @@ class _Decoded(NamedTuple):
 class FeatureCache:
     """H_v of one client's images.
 
-    `namespace` distinguishes these features from others in the same process or folder: it names
-    all that they depend on besides an example's id, which must be unique in it. `base` does the
-    same for images with an identity, which many examples may share, and so names the vision tower
-    alone; by default it is `namespace`.
+    `namespace` identifies everything that features depend on besides the example's id. `base`, by
+    default the same, identifies the vision tower alone, for images with an identity, which
+    examples may share.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class FeatureCache:
     def encode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
     ) -> Visual:
-        """Return H_v of the examples' images; encodes only what is not cached."""
+        """Return H_v of the examples' images; encode those that are not cached."""
         return self._encode(model, self._decode(model, image_processor, examples))
 
     def stream(
@@ -79,10 +78,9 @@ class FeatureCache:
         *,
         workers: int,
     ) -> Iterator[Visual]:
-        """Yield H_v of each batch in `parts`, which is read ahead.
+        """Yield H_v of each batch in `parts`, reading ahead.
 
-        `workers` threads decode images, one batch each; 0 decodes in the caller's thread, where
-        the model encodes in any case.
+        Each of `workers` threads decodes one batch; with 0 the caller's thread does.
         """
         if workers == 0:
             yield from (self.encode(model, image_processor, part) for part in parts)
@@ -102,18 +100,16 @@ class FeatureCache:
     def _decode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
     ) -> _Decoded:
-        """Read cached features, and the pixels of all other images, once each."""
+        """Read the cached features, and the pixels of all other images, once each."""
         decoded = _Decoded([], {}, {})
         for example in examples:
             keys = self._keys(example)
             for key, image in zip(keys, example.images, strict=True):
                 decoded.images.append((key, *image.size()))
-            absent = [key for key in keys if key not in decoded.kept and key not in decoded.pixels]
-            found = {key: self._get(key) for key in absent}
-            decoded.kept.update(
-                {k: features for k, features in found.items() if features is not None}
-            )
-            if any(features is None for features in found.values()):
+            new = [key for key in keys if key not in decoded.kept and key not in decoded.pixels]
+            found = {key: self._get(key) for key in new}
+            decoded.kept.update({k: cached for k, cached in found.items() if cached is not None})
+            if any(cached is None for cached in found.values()):
                 images = [image.read() for image in example.images]
                 crops = model.spec.crops(image_processor, images)
                 decoded.pixels.update(zip(keys, crops, strict=True))
@@ -122,8 +118,7 @@ class FeatureCache:
     def _encode(self, model: PilotModel, decoded: _Decoded) -> Visual:
         kept, fresh = dict(decoded.kept), {}
         for key, pixels in decoded.pixels.items():
-            # A previous batch may have encoded it meanwhile: the result must not depend on
-            # which worker was faster.
+            # A previous batch may have encoded it meanwhile; the workers' order must not matter.
             features = kept[key] if key in kept else self._get(key)
             if features is None:
                 fresh[key] = pixels
@@ -139,12 +134,12 @@ class FeatureCache:
                     self._put(key, features)
         if not decoded.images:
             return Visual(torch.empty(0, *feature_size(model.llava.config)), ())
-        features = _together([kept[key] for key, _, _ in decoded.images], model.device)
+        features = _concatenate([kept[key] for key, _, _ in decoded.images], model.device)
         shapes = (ImageShape(len(kept[key]), *size) for key, *size in decoded.images)
         return Visual(features, tuple(shapes))
 
     def _keys(self, example: Example) -> list[str]:
-        alone = len(example.images) == 1  # decides about an image's crops
+        alone = len(example.images) == 1  # then an image may be cropped
         identities = [image.identity() for image in example.images]
         return [
             f"{self.namespace}/{example.id}/{number}"
@@ -159,7 +154,7 @@ class FeatureCache:
         if self.config.where == "disk" and (path := self._path(key)).exists():
             try:
                 features: Tensor = load_file(path)["features"]
-            except SafetensorError:  # torn by a crash
+            except SafetensorError:  # truncated by a crash
                 return None
             return features
         return None
@@ -186,13 +181,13 @@ class FeatureCache:
 
 
 def forget_features() -> None:
-    """Free all features in this process's memory: no run needs those of another."""
+    """Free all features in this process's memory; runs do not share them."""
     global _used_memory
     _MEMORY.clear()
     _used_memory = 0
 
 
-def _together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def _concatenate(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Concatenate on `device`, with one copy if all tensors are on the host."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return torch.cat(list(tensors)).to(device)

@@ -1,8 +1,8 @@
-"""Load a base model: weights, processor, collator, and what a federation starts from.
+"""Load a base model: weights, processor, collator, and the initial state of a federation.
 
-The server needs the pretrained projector (every task adapter's start) and one LoRA that all
-clients share. Shapes come from the checkpoint's configuration, the projector's few tensors from its
-safetensors files; the base itself stays on disk. A client loads the base once per process.
+The server needs only the pretrained projector (every task adapter's start) and one initial LoRA.
+Shapes come from the checkpoint's configuration and the projector from its safetensors files; the
+rest of the base stays on disk. A client loads the base once per process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from pilot_flwr.algorithm.server_state import InitialState, draw_lora
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import is_plain, read_config, spec_of
+from pilot_flwr.model.architectures import read_config, spec_of
 from pilot_flwr.model.checkpoints import PROJECTOR, locate, projector_files
 from pilot_flwr.model.shapes import lora_shapes
 from pilot_flwr.protocol import State
@@ -33,25 +33,25 @@ _LOADED: dict[tuple[str, str, str], PilotModel] = {}
 
 
 def loaded_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
-    """Return this process's one model; it is loaded at the first call, then kept."""
+    """Return this process's only model, loaded by the first call."""
     from pilot_flwr.model.pilot_model import PilotModel
 
     key = (repr(config), reduction, str(device))
     if key not in _LOADED:
-        _LOADED.clear()  # one base at a time: two may not fit
+        _LOADED.clear()  # two bases may not fit into memory
         _LOADED[key] = PilotModel(load_base(config, device), config, reduction=reduction)
     return _LOADED[key]
 
 
 def load_base(config: ModelConfig, device: torch.device) -> Any:
-    """Load a base model with `from_pretrained` straight to `device`, every key checked."""
+    """Load a base model with `from_pretrained` straight to `device` and check every key."""
     import torch
     import transformers
 
     read = read_config(config)
     weights = getattr(read, "transformers_weights", None) or ".safetensors"
     if not weights.endswith((".safetensors", ".safetensors.index.json")):
-        # It would take precedence over `use_safetensors`.
+        # They would take precedence over `use_safetensors`.
         raise ModelError(
             f"`model.path` is {config.path!r}, whose config.json names {weights!r} as "
             "`transformers_weights`, but weights are read from safetensors files only."
@@ -79,42 +79,6 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     return model
 
 
-def transformers_config(base: Any) -> Any:
-    """Return a checkpoint's configuration as transformers' class, whichever way it was read."""
-    import transformers
-
-    if not is_plain(base):
-        return base
-    parts = {part: vars(getattr(base, part)) for part in ("text_config", "vision_config")}
-    return transformers.AutoConfig.for_model(**{**vars(base), **parts})
-
-
-def empty_base(base: Any) -> Any:
-    """Return the model of a configuration without weights, on the meta device."""
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        return getattr(transformers, spec_of(base).model_class)(transformers_config(base))
-
-
-def empty_model(
-    config: ModelConfig, base: Any, *, tasks: tuple[str, ...], stage: int
-) -> PilotModel:
-    """Return a model of a stage without weights, on the meta device; `tasks[0]` is its own."""
-    import torch
-
-    from pilot_flwr.model.pilot_model import PilotModel
-
-    llava = empty_base(base).to(getattr(torch, config.dtype))
-    with torch.device("meta"):
-        model = PilotModel(llava, config)
-        model.enter_stage1(tasks[0])
-        if stage == 2:
-            model.enter_stage2(tasks, torch.Generator("cpu"))
-    return model
-
-
 @functools.lru_cache(maxsize=1)
 def load_processor(path: str, revision: str = "") -> Any:
     """Load the checkpoint's processor: tokenizer, chat template, image processor."""
@@ -122,9 +86,9 @@ def load_processor(path: str, revision: str = "") -> Any:
 
     config = ModelConfig(path=path, revision=revision)
     try:
-        if spec_of(read_config(config)).has_video:
-            return _image_processor_parts(config)
         source = _source(config)
+        if spec_of(read_config(config)).has_video:
+            return _image_text_processor(source)
         return transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
     except (OSError, ValueError) as error:
         raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
@@ -146,17 +110,13 @@ class ImageTextProcessor:
         )
 
 
-def _image_processor_parts(config: ModelConfig) -> ImageTextProcessor:
+def _image_text_processor(source: dict[str, Any]) -> ImageTextProcessor:
     import transformers
 
-    source = _source(config)
-    path = source.pop("pretrained_model_name_or_path")
-    values, _ = transformers.ProcessorMixin.get_processor_dict(path, **source)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **source)  # nosec B615  # as above
-    images = transformers.AutoImageProcessor.from_pretrained(path, **source)  # nosec B615
+    values, _ = transformers.ProcessorMixin.get_processor_dict(**source)
     return ImageTextProcessor(
-        tokenizer=tokenizer,
-        image_processor=images,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(**source),  # nosec B615  # as above
+        image_processor=transformers.AutoImageProcessor.from_pretrained(**source),  # nosec B615
         image_token=values.get("image_token", "<image>"),
         chat_template=values["chat_template"],
     )
@@ -178,7 +138,7 @@ def make_collator(
 
 
 def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
-    """Read the projector and draw Θ_l, its A matrices from `seed`."""
+    """Read the projector, and draw the A matrices of Θ_l from `seed`."""
     import torch
 
     dtype = getattr(torch, config.wire_dtype)
@@ -199,18 +159,14 @@ def _read_projector(config: ModelConfig, dtype: torch.dtype) -> State:
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments with which `from_pretrained` finds a checkpoint and runs none of it.
-
-    Code in a checkpoint is refused without asking, and weights that are not safetensors
-    (`use_safetensors` in `load_base`) are not unpickled.
-    """
+    """Return arguments for `from_pretrained` that never run a checkpoint's code."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": locate(config)}
     source |= {"revision": config.revision} if config.revision else {}
     return source | {"trust_remote_code": False}
 
 
 def _four_bit(dtype: torch.dtype) -> Any:
-    """Return NF4 with double quantization for the language model's layers."""
+    """Return NF4 settings with double quantization for the language model's layers."""
     import transformers
 
     if importlib.util.find_spec("bitsandbytes") is None:

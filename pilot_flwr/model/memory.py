@@ -1,9 +1,9 @@
 """Estimate the GPU memory of a training step from shapes alone.
 
-One micro-batch runs through tensors without content, and what autograd keeps for the backward pass
-is added up; `RESERVE` is for allocator and kernels. Of the equal decoder layers one and two are
-run, in `_decoder_layer`, because transformers and peft take ten seconds to import; a base model of
-other parts runs as a whole (`_whole_model`). Tests compare the two.
+One micro-batch runs through tensors without content, and the bytes that autograd keeps for the
+backward pass are added up. Importing transformers and peft takes ten seconds, so known decoders run
+in `_decoder_layer`, and since all their layers are equal, with one layer and with two; any other
+base runs as a whole (`_whole_decoder`). Tests compare the two.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pilot_flwr.model.shapes import (
 from pilot_flwr.protocol import GroupName
 
 RESERVE = 0.1
-"""Share of the sum that is added for fragmentation and the kernels' own workspace."""
+"""Share added for the allocator's fragmentation and the kernels' workspace."""
 
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in NF4 with double quantization: 4 bits, and scales for blocks of 64."""
@@ -50,13 +50,13 @@ _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 Empty = Callable[..., Tensor]
 """From shape and `dtype` to a tensor without content."""
 
-Decoder = Callable[[Tensor], Tensor]
-"""From embeddings (B, L, C) to the last hidden states."""
+Decoder = tuple[Callable[[Tensor], Tensor], list[Tensor]]
+"""A function from embeddings (B, L, C) to the last hidden states, and its parameters."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch: examples of one image each, `answer_tokens` of the text being labelled."""
+    """A micro-batch of one image per example; `answer_tokens` of the text tokens are labelled."""
 
     examples: int
     rows: int
@@ -67,7 +67,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU at the peak of one training step, by use."""
+    """Bytes on the GPU at the peak of one training step."""
 
     base: int
     adapters: int
@@ -83,7 +83,7 @@ class Memory:
         return sum(asdict(self).values())
 
     def largest_micro_batch(self, size: int, batch: MicroBatch) -> int:
-        """Return how many examples fit into `size` bytes if `self` is what `batch` needs."""
+        """Return how many examples fit into `size` bytes, given that `batch` needs `self`."""
         each = (self.activations + self.logits) / batch.examples
         fixed = self.base + self.adapters + self.gradients + self.optimizer
         return max(0, int((size / (1 + RESERVE) - fixed) / each))
@@ -91,37 +91,28 @@ class Memory:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one client: its parameters' shapes, and which of them are trained and sent."""
+    """One stage of one client: its parameters' shapes, and which are trained and sent."""
 
     config: ModelConfig
     base: Any
     tasks: tuple[str, ...]
     number: int
-    sharing: Sharing
-    groups: dict[GroupName, Shapes]
+    sharing: Sharing = WHOLE
 
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        base: Any,
-        tasks: tuple[str, ...],
-        number: int,
-        sharing: Sharing = WHOLE,
-    ) -> Stage:
-        """Look up the shapes."""
-        groups = group_shapes(config, base, tasks=tasks, stage=number)
-        return cls(config, base, tasks, number, sharing, groups)
+    @functools.cached_property
+    def groups(self) -> dict[GroupName, Shapes]:
+        """Shapes by group; `residual` is empty until the caller fills it."""
+        return group_shapes(self.config, self.base, tasks=self.tasks, stage=self.number)
 
     def count(self, counts: Callable[[GroupName, str], bool]) -> dict[GroupName, int]:
-        """Return the number of parameters of each group that `counts` is true of."""
+        """Count each group's parameters in the tensors that `counts` selects."""
         return {
-            group: sum(math.prod(shape) for n, shape in shapes.items() if counts(group, n))
+            group: numel({n: shape for n, shape in shapes.items() if counts(group, n)})
             for group, shapes in self.groups.items()
         }
 
     def trains(self, group: GroupName, name: str) -> bool:
-        """Whether a tensor has a gradient."""
+        """Whether this stage trains a tensor."""
         return group in trained_groups(self.number) and self.sharing.trains(group, name)
 
 
@@ -148,52 +139,57 @@ def training_memory(stage: Stage, batch: MicroBatch) -> Memory:
 
 def _base_bytes(stage: Stage) -> int:
     width, shapes = DTYPE_BYTES[stage.config.dtype], stage.groups["base"]
-    if stage.config.quantization == "none":
-        return width * numel(shapes)
-    quantized = {
-        name
-        for name, shape in shapes.items()
-        if "language_model.layers" in name and len(shape) == 2
-    }
-    return int(
-        sum(
-            math.prod(shape) * (_NF4_BYTES if name in quantized else width)
-            for name, shape in shapes.items()
-        )
-    )
+
+    def bytes_each(name: str) -> float:
+        matrix = "language_model.layers" in name and len(shapes[name]) == 2
+        return _NF4_BYTES if matrix and stage.config.quantization != "none" else width
+
+    return int(sum(math.prod(shape) * bytes_each(name) for name, shape in shapes.items()))
 
 
 def _activation_bytes(stage: Stage, batch: MicroBatch) -> int:
-    """Bytes that autograd keeps; with checkpointing, one layer's own on top of the inputs."""
-    if is_plain(stage.base):
-        return _run(stage, batch, _connector(stage), None, _empty)
+    """Count what autograd keeps: with checkpointing, all layers' inputs and the rest of one."""
+    kept = _kept_by_plain_layers if is_plain(stage.base) else _kept_by_whole_model
+    everything = kept(stage, batch, checkpointing=False)
+    if not stage.config.gradient_checkpointing:
+        return everything
+    inputs = kept(stage, batch, checkpointing=True)
+    return inputs + (everything - inputs) // int(stage.base.text_config.num_hidden_layers)
+
+
+def _kept_by_plain_layers(stage: Stage, batch: MicroBatch, *, checkpointing: bool) -> int:
+    connector = _connector(stage)
+    _without_content(connector, _empty)
+    one, two = (
+        _kept(stage, batch, connector, _plain_decoder(stage, number, checkpointing), _empty)
+        for number in (1, 2)
+    )
+    return one + (int(stage.base.text_config.num_hidden_layers) - 1) * (two - one)
+
+
+def _kept_by_whole_model(stage: Stage, batch: MicroBatch, *, checkpointing: bool) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    connector, model = _connector(stage), _whole_model(stage)
+    from pilot_flwr.model.pilot_model import empty_model
+
+    model = empty_model(stage.config, stage.base, tasks=stage.tasks, stage=stage.number)
+    if residual := stage.groups["residual"]:
+        with torch.device("meta"):
+            model.set_residual({name: torch.empty(shape) for name, shape in residual.items()})
+    set_trainable(model.groups(), stage=stage.number, sharing=stage.sharing)
+    model.share_lora_inputs(True)  # as under the autocast of a GPU
+    decoder, connector = model.train().llava.model.language_model, _connector(stage)
+    if not checkpointing:
+        decoder.activation_checkpointing_disable()
+
+    def run(embeddings: Tensor) -> Tensor:
+        hidden: Tensor = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        return hidden
+
     with FakeTensorMode():
-        return _run(stage, batch, connector, model, torch.empty)
-
-
-def _run(stage: Stage, batch: MicroBatch, connector: nn.Module, model: Any, empty: Empty) -> int:
-    layers = int(stage.base.text_config.num_hidden_layers)
-    _without_content(connector, empty)
-    if model is not None:
-        _without_content(model, empty)
-
-    def kept(checkpointing: bool) -> int:
-        if model is not None:
-            decoder = _whole_decoder(model, checkpointing)
-            return _kept(stage, batch, connector, *decoder, empty)
-        one, two = (
-            _kept(stage, batch, connector, *_plain_decoder(stage, number, checkpointing), empty)
-            for number in (1, 2)
-        )
-        return one + (layers - 1) * (two - one)
-
-    if not stage.config.gradient_checkpointing:
-        return kept(False)
-    inputs = kept(True)
-    return inputs + (kept(False) - inputs) // layers
+        _without_content(connector, torch.empty)
+        _without_content(decoder, torch.empty)
+        return _kept(stage, batch, connector, (run, list(decoder.parameters())), torch.empty)
 
 
 def _kept(
@@ -201,24 +197,24 @@ def _kept(
     batch: MicroBatch,
     connector: nn.Module,
     decoder: Decoder,
-    own: list[Tensor],
     empty: Empty,
 ) -> int:
-    """Sum up what one micro-batch keeps besides parameters, `own` being the decoder's."""
+    """Sum up the bytes that autograd keeps of one micro-batch besides the parameters."""
+    run_decoder, parameters = decoder
     (tokens, channels), dtype = feature_size(stage.base), getattr(torch, stage.config.dtype)
     width, vocabulary = stage.base.text_config.hidden_size, stage.base.text_config.vocab_size
     head = empty((vocabulary, width), dtype=dtype)
-    with _saved([*connector.parameters(), head, *own]) as kept:
+    with _saved([*connector.parameters(), head, *parameters]) as kept:
         with torch.autocast("cpu", torch.bfloat16):
             rows = empty((batch.examples * batch.rows, tokens, channels), dtype=torch.float32)
             image = connector(rows).features.to(dtype).reshape(batch.examples, -1, width)
-            # What an architecture adds to its rows or takes from them when it packs them.
+            # Packing adds tokens to the rows or drops some.
             packed = (0, 0, 0, batch.image_tokens - image.shape[1])
             image = functional.pad(image, packed) if packed[-1] else image
             text = empty((batch.examples, batch.text_tokens, width), dtype=dtype)
-            with torch.autocast("cpu", enabled=False):  # which cannot join float16
+            with torch.autocast("cpu", enabled=False):  # autocast cannot concatenate float16
                 embeddings = torch.cat([image, text], 1)
-            hidden = decoder(embeddings)
+            hidden = run_decoder(embeddings)
             functional.linear(hidden[:, -batch.answer_tokens :], head)
     return sum(kept.values())
 
@@ -251,8 +247,8 @@ def _connector(stage: Stage) -> nn.Module:
     return connector
 
 
-def _plain_decoder(stage: Stage, layers: int, checkpointing: bool) -> tuple[Decoder, list[Tensor]]:
-    """Return `layers` decoder layers and the last norm, as transformers runs them."""
+def _plain_decoder(stage: Stage, layers: int, checkpointing: bool) -> Decoder:
+    """Build `layers` decoder layers and the last norm, as transformers runs them."""
     text, dtype = stage.base.text_config, getattr(torch, stage.config.dtype)
     weights = [
         {name: _empty(shape, dtype=dtype) for name, shape in decoder_shapes(text).items()}
@@ -275,9 +271,9 @@ def _plain_decoder(stage: Stage, layers: int, checkpointing: bool) -> tuple[Deco
     return decoder, [norm, *(tensor for layer in weights for tensor in layer.values())]
 
 
-def _checkpointed(run: Decoder, hidden: Tensor) -> Tensor:
-    """Run a layer of which the backward pass keeps the input alone."""
-    hidden.abs()  # an operator that keeps its input
+def _checkpointed(run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Run a layer and keep its input only."""
+    hidden.abs()  # this operator keeps its input
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda packed: packed):
         return run(hidden)
 
@@ -326,7 +322,7 @@ def _decoder_layer(
         rotate(query),
         _repeat_heads(rotate(key), repeats),
         _repeat_heads(value, repeats),
-        # transformers makes a mask where it cannot see values; a real run does without it.
+        # transformers builds a mask for tensors without values; a real run has none.
         attn_mask=_empty((len(hidden), 1, length, length), dtype=torch.bool),
     )
     attention = attention.transpose(1, 2).contiguous().flatten(2).contiguous()
@@ -346,43 +342,20 @@ def _rms_norm(weight: Tensor, hidden: Tensor) -> Tensor:
     return weight * x.to(hidden.dtype)
 
 
-def _whole_model(stage: Stage) -> Any:
-    """Return the model as transformers and peft build it, on the meta device."""
-    from pilot_flwr.model.loading import empty_model
-    from pilot_flwr.model.pilot_model import lora_layers, share_inputs
-
-    model = empty_model(stage.config, stage.base, tasks=stage.tasks, stage=stage.number)
-    if residual := stage.groups["residual"]:
-        with torch.device("meta"):
-            model.set_residual({name: torch.empty(shape) for name, shape in residual.items()})
-    set_trainable(model.groups(), stage=stage.number, sharing=stage.sharing)
-    share_inputs(lora_layers(model), True)  # as under the autocast of a GPU
-    return model.train().llava.model.language_model
-
-
-def _whole_decoder(model: Any, checkpointing: bool) -> tuple[Decoder, list[Tensor]]:
-    if not checkpointing:
-        model.activation_checkpointing_disable()
-    parameters = list(model.parameters())
-    return lambda x: model(inputs_embeds=x, use_cache=False).last_hidden_state, parameters
-
-
 def _without_content(module: nn.Module, empty: Empty) -> None:
-    """Replace meta tensors by CPU tensors without content, so that autocast acts on them."""
+    """Replace meta tensors by CPU tensors without content, for autocast to act on."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                tensor = empty(parameter.shape, dtype=parameter.dtype)
-                part._parameters[name] = nn.Parameter(tensor, parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in part.named_parameters(recurse=False):
+            tensor = empty(parameter.shape, dtype=parameter.dtype)
+            setattr(part, name, nn.Parameter(tensor, parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, empty(buffer.shape, dtype=buffer.dtype))
 
 
 class _Tensor(torch.Tensor):
-    """A CPU tensor without content, on which autocast acts; operators run on `meta`.
+    """A tensor without content that autocast takes for a CPU tensor; operators run on `meta`.
 
-    torch's own (`FakeTensorMode`, which runs whole models here) imports ``torch._dynamo``.
+    torch's own `FakeTensorMode` imports ``torch._dynamo``, which takes seconds.
     """
 
     meta: Tensor
@@ -426,7 +399,7 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))  # type: ignore[no-untyped-call]
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         like = max(tensors, key=Tensor.numel).expand(shape)
-        order = sorted(range(len(shape)), key=like.stride, reverse=True)  # as it lies there
+        order = sorted(range(len(shape)), key=like.stride, reverse=True)  # its memory order
         dense = torch.empty([shape[dim] for dim in order], dtype=dtype, device="meta")
         return dense.permute([order.index(dim) for dim in range(len(shape))])
     if name == "addmm":
@@ -448,10 +421,10 @@ def _empty(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _saved(parameters: list[Tensor]) -> Iterator[dict[int, int]]:
-    """Collect the storages that autograd keeps besides the parameters': address → bytes."""
+    """Collect the storages that autograd keeps, without the parameters': address → bytes."""
     own = {_storage(p)._cdata for p in parameters}
     kept: dict[int, int] = {}
-    alive = []  # so that no address is used twice
+    alive = []  # no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = _storage(tensor)

@@ -15,6 +15,7 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.algorithm.connector import (
     Adapter,
     ConnectorOutput,
@@ -23,22 +24,48 @@ from pilot_flwr.algorithm.connector import (
     stage1_connector,
     stage2_connector,
 )
-from pilot_flwr.algorithm.parameter_groups import (
-    Groups,
-    group_parameters,
-    read,
-    set_trainable,
-    write,
-)
+from pilot_flwr.algorithm.parameter_groups import Groups, group_parameters, set_trainable
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import Visual, select_features, spec_of
-from pilot_flwr.model.shapes import check_targets
+from pilot_flwr.model.architectures import (
+    Visual,
+    check_targets,
+    is_plain,
+    select_features,
+    spec_of,
+)
 from pilot_flwr.protocol import GroupName, State
 
 RESIDUAL = "residual"
 """peft's name of the second LoRA; Θ_l's is ``default``."""
+
+
+def transformers_config(base: Any) -> Any:
+    """Convert a checkpoint's configuration to transformers' class, however it was read."""
+    if not is_plain(base):
+        return base
+    parts = {part: vars(getattr(base, part)) for part in ("text_config", "vision_config")}
+    return transformers.AutoConfig.for_model(**{**vars(base), **parts})
+
+
+def empty_base(base: Any) -> Any:
+    """Build the base model of a configuration on the meta device."""
+    with torch.device("meta"):
+        return getattr(transformers, spec_of(base).model_class)(transformers_config(base))
+
+
+def empty_model(
+    config: ModelConfig, base: Any, *, tasks: tuple[str, ...], stage: int
+) -> "PilotModel":
+    """Build a model of a stage on the meta device; `tasks[0]` is the client's own task."""
+    llava = empty_base(base).to(getattr(torch, config.dtype))
+    with torch.device("meta"):
+        model = PilotModel(llava, config)
+        model.enter_stage1(tasks[0])
+        if stage == 2:
+            model.enter_stage2(tasks, torch.Generator("cpu"))
+    return model
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
@@ -57,17 +84,11 @@ def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype)
             parameter.data = parameter.data.to(dtype)
 
 
-def set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> None:
-    """Add the residual of exact aggregation to the frozen weights; replaces the previous one.
+def _set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> None:
+    """Put the residual of exact aggregation beside Θ_l, in place of the previous one.
 
-    It is a second, frozen LoRA of peft beside Θ_l in the layers of which `residual` has
-    ``<layer>.lora_A`` and ``<layer>.lora_B``: same scale, no dropout, float32. An empty `residual`
-    removes it.
-
-    Raises
-    ------
-    ModelError
-        A factor is not a matrix, or has rank 0.
+    Every layer with a ``<layer>.lora_A`` and ``<layer>.lora_B`` in `residual` gets a second,
+    frozen LoRA of peft: same scale, no dropout, float32.
     """
     trainable = {name for name, p in language_model.named_parameters() if p.requires_grad}
     for name, layer in language_model.named_modules():
@@ -90,34 +111,8 @@ def set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> N
         parameter.requires_grad_(name in trainable and f".{RESIDUAL}." not in name)
 
 
-def lora_layers(model: nn.Module) -> list[Any]:
-    """Return peft's layers in `model`."""
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def share_inputs(layers: Sequence[Any], shared: bool) -> None:
-    """Choose whether peft casts a layer's input to the LoRA's type, as it does by default.
-
-    Under autocast the cast changes no value, but each of a layer's LoRAs would keep its own copy
-    for the backward pass. The choice persists, because checkpointing runs layers again in the
-    backward pass.
-    """
-    for layer in layers:
-        layer.cast_input_dtype_enabled = not shared
-
-
 class ModelOutput(NamedTuple):
-    """Result of a training forward pass.
-
-    Attributes
-    ----------
-    logits : Tensor
-        Shape (M, V): one row for every answer token of the batch, M in all.
-    labels : Tensor
-        Shape (M,): those tokens.
-    connector : ConnectorOutput
-        Features and auxiliary losses.
-    """
+    """Logits (M, V) and labels (M,) of a batch's M answer tokens, and the connector's output."""
 
     logits: Tensor
     labels: Tensor
@@ -125,17 +120,7 @@ class ModelOutput(NamedTuple):
 
 
 class PilotModel(nn.Module):
-    """A frozen LLaVA with Θ_l and a connector.
-
-    Parameters
-    ----------
-    llava : LlavaForConditionalGeneration
-        The base model; its language model and projector are changed in place.
-    config : ModelConfig
-        What to add and how to initialise it.
-    reduction : str
-        Reduction of the difference loss.
-    """
+    """A frozen LLaVA with Θ_l and a connector; `llava` is changed in place."""
 
     def __init__(self, llava: Any, config: ModelConfig, *, reduction: str = "normalized") -> None:
         super().__init__()
@@ -151,9 +136,9 @@ class PilotModel(nn.Module):
         if config.compile:
             for layer in llava.model.language_model.layers:
                 layer.compile(dynamic=True)
-        self._own_task = ""
+        self.own_task = ""  # the task of the client whose session it is
         self._groups: Groups | None = None
-        self._lora_layers = lora_layers(llava)
+        self._lora_layers = [m for m in llava.modules() if isinstance(m, LoraLayer)]
         # In a tuple, so that torch does not register it: only new adapters start from it.
         self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
 
@@ -171,13 +156,8 @@ class PilotModel(nn.Module):
 
     @property
     def stage(self) -> int:
-        """1 or 2, by the connector that is in place."""
+        """1 or 2, by the connector in place."""
         return 2 if isinstance(self.connector, CrossTaskMoA) else 1
-
-    @property
-    def own_task(self) -> str:
-        """Task of the client whose session it is."""
-        return self._own_task
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but the vision tower: it is frozen and stays in evaluation."""
@@ -186,12 +166,12 @@ class PilotModel(nn.Module):
         return self
 
     def enter_stage1(self, own_task: str, *, initialisation: str | None = None) -> None:
-        """Begin a client's session with a new stage-1 connector from the pretrained projector.
+        """Start a client's session with a new stage-1 connector from the pretrained projector.
 
-        `initialisation` overrides the configured one; with ``identity`` the model is exactly
-        the base model until something is loaded or trained.
+        `initialisation` overrides the configured one; with ``identity`` the model equals the base
+        model until parameters are loaded or trained.
         """
-        self._own_task = own_task
+        self.own_task = own_task
         self._place(
             stage1_connector(
                 self._projector[0],
@@ -202,20 +182,7 @@ class PilotModel(nn.Module):
         )
 
     def enter_stage2(self, tasks: Sequence[str], generator: torch.Generator) -> None:
-        """Switch in place from stage 1 to CT-MoA: ψ_s is kept, ψ_c and φ are created.
-
-        Parameters
-        ----------
-        tasks : sequence of str
-            All T tasks in the federation's order; the own one is put first.
-        generator : torch.Generator
-            Draws the router.
-
-        Raises
-        ------
-        ModelError
-            The own task is not among `tasks`, or the model is not in stage 1.
-        """
+        """Replace the stage-1 connector by CT-MoA of all `tasks`: keep ψ_s, create ψ_c and φ."""
         stage1 = self.connector
         if not isinstance(stage1, TaskClientConnector):
             raise ModelError("Stage 2 can only be entered from stage 1.")
@@ -235,14 +202,18 @@ class PilotModel(nn.Module):
 
     def state(self, group: GroupName) -> State:
         """Copy a group's tensors to the CPU; see `pilot_flwr.algorithm.parameter_groups.GROUPS`."""
-        return read(self.groups()[group])
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.groups()[group].items()}
 
     def load(self, group: GroupName, state: State) -> None:
-        """Copy tensors into a group; names and shapes must be exactly the group's."""
-        write(self.groups()[group], state, what=f"Parameters of {group}")
+        """Copy tensors into a group; raise `ModelError` if names or shapes differ from its own."""
+        parameters = self.groups()[group]
+        if difference := layout_difference(state, parameters, dtypes=False):
+            raise ModelError(f"Parameters of {group}: {difference}.")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(state[name])
 
     def groups(self) -> Groups:
-        """Return every parameter, by group; grouped again only after the architecture changed."""
+        """Return every parameter by group; cached until the architecture changes."""
         if self._groups is None:
             self._groups = group_parameters(self.llava, own_task=self.own_task)
         return self._groups
@@ -251,7 +222,7 @@ class PilotModel(nn.Module):
         """Replace R, the frozen residual of exact aggregation beside Θ_l."""
         if residual or self.groups()["residual"]:
             self._groups = None
-            set_residual(self.llava.model.language_model, residual)
+            _set_residual(self.llava.model.language_model, residual)
         self.load("residual", residual)
 
     @torch.no_grad()
@@ -264,14 +235,9 @@ class PilotModel(nn.Module):
     def forward(self, batch: Batch, visual: Visual) -> ModelOutput:
         """Run connector and language model; the LM head sees answer positions only.
 
-        Parameters
-        ----------
-        batch : Batch
-            Token tensors, shape (B, L), on the model's device.
-        visual : Visual
-            H_v of the batch's images.
+        `batch` holds token tensors (B, L) on the model's device, `visual` H_v of its images.
         """
-        share_inputs(self._lora_layers, torch.is_autocast_enabled(self.device.type))
+        self.share_lora_inputs(torch.is_autocast_enabled(self.device.type))
         # Before anything large is queued, as the host waits for the result.
         rows, columns = (batch.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         connected = self._connect(visual)
@@ -285,6 +251,16 @@ class PilotModel(nn.Module):
         logits = self.llava.lm_head(hidden[rows, columns])
         return ModelOutput(logits, batch.labels[rows, columns + 1], connected)
 
+    def share_lora_inputs(self, shared: bool) -> None:
+        """Choose whether peft leaves a layer's input in its type instead of casting it.
+
+        Under autocast the cast changes no value, but each of a layer's LoRAs would keep its own
+        copy for the backward pass. The choice persists, because checkpointing runs layers again in
+        the backward pass.
+        """
+        for layer in self._lora_layers:
+            layer.cast_input_dtype_enabled = not shared
+
     @torch.no_grad()
     def generate(
         self,
@@ -295,10 +271,9 @@ class PilotModel(nn.Module):
         stop: int | None = None,
         streamer: Any = None,
     ) -> Tensor:
-        """Decode greedily; return the new tokens, shape (B, at most `max_new_tokens`).
+        """Decode greedily until `end_tokens`; return new tokens (B, at most `max_new_tokens`).
 
-        Generation ends at the checkpoint's own end tokens and at `stop`. `streamer`, of
-        transformers, receives each token when it is generated.
+        transformers' `streamer` receives each token as it is generated.
         """
         connected = self._connect(visual)
         ends = self.end_tokens(stop)
@@ -310,7 +285,7 @@ class PilotModel(nn.Module):
         )
         # The length grows with every token: compiled layers would be compiled again each time.
         eager = self.config.compile and torch.compiler.set_stance("force_eager")
-        with eager or contextlib.nullcontext(), self._own_generation_defaults_ignored():
+        with eager or contextlib.nullcontext(), self._without_generation_defaults():
             tokens: Tensor = self.llava.generate(
                 inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
                 attention_mask=batch.attention_mask,
@@ -320,23 +295,23 @@ class PilotModel(nn.Module):
         return tokens
 
     @contextlib.contextmanager
-    def _own_generation_defaults_ignored(self) -> Iterator[None]:
-        """Decode greedily whatever the checkpoint's generation config adds: penalties, beams."""
-        own = self.llava.generation_config
+    def _without_generation_defaults(self) -> Iterator[None]:
+        """Ignore the checkpoint's own generation settings, such as penalties and beams."""
+        defaults = self.llava.generation_config
         self.llava.generation_config = transformers.GenerationConfig()
         try:
             yield
         finally:
-            self.llava.generation_config = own
+            self.llava.generation_config = defaults
 
     def end_tokens(self, stop: int | None) -> list[int]:
-        """Return the ids that end an answer: the checkpoint's own, and `stop`."""
+        """Return the ids that end an answer: the checkpoint's and `stop`."""
         ends = self.llava.generation_config.eos_token_id
-        own = {ends} if isinstance(ends, int) else set(ends or ())
-        return sorted(own if stop is None else own | {stop})
+        ids = {ends} if isinstance(ends, int) else set(ends or ())
+        return sorted(ids if stop is None else ids | {stop})
 
     def _connect(self, visual: Visual) -> ConnectorOutput:
-        """Run the connector; a batch without images has neither features nor losses."""
+        """Run the connector; a batch without images gives no features and zero losses."""
         adapter = self._projector[0]
         if not visual.images:
             empty = adapter.linear_2.weight.new_zeros(0, 0, adapter.linear_2.out_features)

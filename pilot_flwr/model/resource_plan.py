@@ -1,12 +1,12 @@
-"""Plan a run from shapes alone: what it trains, sends, stores and needs in GPU memory.
+"""Plan a run from shapes alone: parameters, traffic, storage and GPU memory.
 
-Nothing is loaded. Shapes and their groups are those that training uses
-(`pilot_flwr.algorithm.parameter_groups.GROUPS`), so that plan and run cannot differ.
+Nothing is loaded. Training uses the same parameter groups
+(`pilot_flwr.algorithm.parameter_groups.GROUPS`), so plan and run cannot differ.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +24,7 @@ from pilot_flwr.protocol import GroupName
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of one client.
-
-    Attributes
-    ----------
-    parameters, trained_of, sent_of, kept_of : dict
-        Group → number of its parameters: all; with gradients; uploaded; kept on the client.
-    trained, sent, private, frozen : int
-        Sums of parameters: with gradients; uploaded; kept on the client; not trained.
-    up_bytes, down_bytes : int
-        Tensors that one client sends and receives in one exchange.
-    residual_bytes : list of int
-        What of `down_bytes` is the residual of ``strategy.lora=exact``, at most: after each
-        exchange, and in the plan as it is after the last.
-    memory : Memory
-        Peak of one training step.
-    """
+    """One stage of one client. Numbers count parameters; `..._of` count them by group."""
 
     parameters: dict[GroupName, int]
     trained_of: dict[GroupName, int]
@@ -50,31 +35,18 @@ class StagePlan:
     private: int
     frozen: int
     up_bytes: int
+    """Tensors that one client sends in one exchange."""
     down_bytes: int
+    """Tensors that it receives, with the largest residual."""
     residual_bytes: list[int]
+    """Upper bound of the residual of ``strategy.lora=exact``, after each exchange."""
     memory: Memory
+    """Peak of one training step."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `pilot-flwr plan` shows.
-
-    Attributes
-    ----------
-    path, architecture : str
-        The base model.
-    visual_tokens, vision_channels, text_channels : int
-        N, D and C.
-    batch : MicroBatch
-        What the memory is for.
-    stages : dict
-        Stage → its plan, of the stages that the run has.
-    total_bytes : int
-        All tensors that travel in the run: all clients, all exchanges, both ways, and what the
-        closing evaluation sends down.
-    max_length : int
-        `train.max_length`: an example with more tokens is refused.
-    """
+    """The figures that `pilot-flwr plan` prints."""
 
     path: str
     architecture: str
@@ -82,9 +54,12 @@ class Plan:
     vision_channels: int
     text_channels: int
     batch: MicroBatch
+    """The micro-batch of the memory estimate."""
     stages: dict[int, StagePlan]
     total_bytes: int
+    """Tensors of the whole run, in both directions, with the closing evaluation."""
     max_length: int
+    """`train.max_length`: longer examples are rejected."""
 
     @property
     def tokens(self) -> int:
@@ -127,29 +102,29 @@ def make_plan(
 
 
 def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
-    """Return the bytes of a whole run; a client that only evaluates sends nothing."""
-    rounds, everyone = config.strategy.rounds, config.num_clients
-    trainers = sum(config.strategy.trains(first=client == 0) for client in range(everyone))
-    asked = everyone if config.evaluation.enabled else trainers
-    closing = everyone * last.down_bytes if config.evaluation.enabled else 0
+    """Return the bytes of a whole run; clients that only evaluate send nothing."""
+    rounds, clients = config.strategy.rounds, config.num_clients
+    trainers = sum(config.strategy.trains(first=client == 0) for client in range(clients))
+    evaluated = config.evaluation.enabled
+    receivers, closing = (clients, clients) if evaluated else (trainers, 0)
+    residual = last.residual_bytes[-1]
     up = trainers * (first.up_bytes + rounds * last.up_bytes)
-    down = asked * (first.down_bytes + rounds * last.down_bytes) + closing
-    # The residual grows from one exchange to the next, and there is none in the first.
-    sizes = last.residual_bytes
-    grown = asked * sum(sizes[:rounds]) + (everyone * sizes[rounds] if closing else 0)
-    as_if_full = asked * (1 + rounds) + (everyone if closing else 0)
-    return up + down - as_if_full * sizes[-1] + grown
+    down = receivers * (first.down_bytes + rounds * last.down_bytes - (1 + rounds) * residual)
+    down += closing * (last.down_bytes - residual)
+    # The first exchange has no residual; then it grows with each.
+    growing = last.residual_bytes
+    return up + down + receivers * sum(growing[:rounds]) + closing * growing[rounds]
 
 
 def _stage_plan(config: PilotConfig, base: Any, number: int, batch: MicroBatch) -> StagePlan:
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
-    stage = Stage.of(config.model, base, tuple(config.data.tasks), number, sharing)
+    stage = Stage(config.model, base, tuple(config.data.tasks), number, sharing)
     residuals = _residual_bytes(config, stage)
     width = DTYPE_BYTES[config.model.wire_dtype]
     numbers = stage.count(lambda group, name: True)
     trained, sent = stage.count(stage.trains), stage.count(sharing.sends)
     kept = stage.count(sharing.keeps)
-    if config.train.ditto.enabled:  # a second model of what is sent
+    if config.train.ditto.enabled:  # a second copy of the uploaded groups
         kept |= {g: kept[g] + numbers[g] for g, row in GROUPS.items() if row.sent}
     adapters = len(config.data.tasks) if number == 2 else 1
     return StagePlan(
@@ -169,7 +144,7 @@ def _stage_plan(config: PilotConfig, base: Any, number: int, batch: MicroBatch) 
 
 
 def _residual_bytes(config: PilotConfig, stage: Stage) -> list[int]:
-    """Return the most that exact aggregation leaves after each exchange; `stage` gets the last."""
+    """Bound the residual's size after each exchange; `stage` gets the shapes of the last one."""
     exchanges = range(1, config.strategy.rounds + 2)
     if config.strategy.lora != "exact":
         return [0 for _ in exchanges]
@@ -182,7 +157,7 @@ def _residual_bytes(config: PilotConfig, stage: Stage) -> list[int]:
 
 @contextmanager
 def out_of_memory_explained(config: PilotConfig, stage: int) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that says what to change."""
+    """Turn torch's out-of-memory error into one that proposes changes."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -190,25 +165,24 @@ def out_of_memory_explained(config: PilotConfig, stage: int) -> Iterator[None]:
 
 
 def _advice(config: PilotConfig, stage: int, reason: str) -> str:
-    remedies = []
-    if config.train.batch_size > 1:
-        remedies.append("lower `train.batch_size` and raise `train.accumulation_steps`")
-    if config.evaluation.enabled and config.evaluation.batch_size > 1:
-        remedies.append("lower `evaluation.batch_size` (if it happened in evaluation)")
-    if not config.model.gradient_checkpointing:
-        remedies.append("set `model.gradient_checkpointing=true`")
-    if config.model.quantization == "none":
-        remedies.append("set `model.quantization=4bit`")
-    remedies.append("let fewer clients share the GPU (`simulation.client_gpus`)")
+    batch_size, evaluation = config.train.batch_size, config.evaluation
+    remedies = {
+        "lower `train.batch_size` and raise `train.accumulation_steps`": batch_size > 1,
+        "lower `evaluation.batch_size` (if it happened in evaluation)": evaluation.enabled
+        and evaluation.batch_size > 1,
+        "set `model.gradient_checkpointing=true`": not config.model.gradient_checkpointing,
+        "set `model.quantization=4bit`": config.model.quantization == "none",
+        "let fewer clients share the GPU (`simulation.client_gpus`)": True,
+    }
     memory = make_plan(config).stages[stage].memory
     parts = ", ".join(
-        f"{name} {human_bytes(size)}"
-        for name, size in asdict(memory).items()
-        if name in ("base", "optimizer", "activations")
+        f"{name} {human_bytes(getattr(memory, name))}"
+        for name in ("base", "optimizer", "activations")
     )
     return (
         f"The device ran out of memory in stage {stage} with a micro-batch of "
-        f"{config.train.batch_size}. The plan expects {human_bytes(memory.total)} for training "
-        f"({parts}, …) on short examples with one image. To need less: {'; '.join(remedies)}. "
-        f"`pilot-flwr plan` shows what each changes. Torch said: {reason.splitlines()[0]}"
+        f"{batch_size}. The plan expects {human_bytes(memory.total)} for training "
+        f"({parts}, …) on short examples with one image. To need less: "
+        f"{'; '.join(remedy for remedy, helps in remedies.items() if helps)}. "
+        f"`pilot-flwr plan` shows the effect of each. Torch reported: {reason.splitlines()[0]}"
     )

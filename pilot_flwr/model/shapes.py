@@ -6,14 +6,14 @@ Tests compare the two. Shapes are by group as in `pilot_flwr.algorithm.parameter
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS, WHOLE, Sharing
 from pilot_flwr.config.model import ModelConfig
-from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import feature_size, is_plain, read_config
+from pilot_flwr.model.architectures import check_targets, feature_size, is_plain, read_config
+from pilot_flwr.model.checkpoints import PROJECTOR
 from pilot_flwr.protocol import GroupName
 
 Shape = tuple[int, ...]
@@ -21,38 +21,36 @@ Shapes = dict[str, Shape]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_KNOWN: dict[str, "Layout"] = {}
+_LAYOUTS: dict[str, "Layout"] = {}
 
 
 def group_shapes(
     config: ModelConfig, base: Any, *, tasks: tuple[str, ...], stage: int
 ) -> dict[GroupName, Shapes]:
-    """Return the shapes of a stage's parameters, `tasks[0]` being the client's own."""
+    """Return the shapes of a stage's parameters; `tasks[0]` is the client's own task."""
     if not is_plain(base):
-        from pilot_flwr.model.loading import empty_model
+        from pilot_flwr.model.pilot_model import empty_model
 
-        groups = empty_model(config, base, tasks=tasks, stage=stage).groups()
-        return {g: {n: tuple(p.shape) for n, p in named.items()} for g, named in groups.items()}
-    groups_: dict[GroupName, Shapes] = {group: {} for group in GROUPS}
+        model = empty_model(config, base, tasks=tasks, stage=stage)
+        return {g: {n: tuple(p.shape) for n, p in ps.items()} for g, ps in model.groups().items()}
     named = base_shapes(base)
-    adapter = {n.split(_PROJECTOR)[1]: s for n, s in named.items() if _PROJECTOR in n}
-    groups_["base"] = {n: s for n, s in named.items() if _PROJECTOR not in n}
-    groups_["lora"] = lora_shapes(config, base)
-    groups_["own_task_adapter"] = adapter
+    adapter = {n.split(PROJECTOR)[1]: s for n, s in named.items() if PROJECTOR in n}
+    groups: dict[GroupName, Shapes] = {group: {} for group in GROUPS}
+    groups["base"] = {n: s for n, s in named.items() if PROJECTOR not in n}
+    groups["lora"] = lora_shapes(config, base)
+    groups["own_task_adapter"] = adapter
     if config.client_adapter:
-        groups_["client_adapter"] = adapter
+        groups["client_adapter"] = adapter
     if stage == 2:
         foreign = {f"{task}/{name}": s for task in tasks[1:] for name, s in adapter.items()}
-        groups_["foreign_task_adapters"] = foreign
-        groups_["cross_task_adapters"] = foreign if config.cross_task_adapters else {}
-        groups_["router"] = {"weight": (len(tasks), feature_size(base)[1])}
-    return groups_
+        groups["foreign_task_adapters"] = foreign
+        groups["cross_task_adapters"] = foreign if config.cross_task_adapters else {}
+        groups["router"] = {"weight": (len(tasks), feature_size(base)[1])}
+    return groups
 
 
 def lora_shapes(config: ModelConfig, base: Any) -> Shapes:
-    """Return the shapes of Θ_l, in the order in which peft's model has its parameters."""
+    """Return the shapes of Θ_l, in the parameter order of peft's model."""
     if not is_plain(base):
         return group_shapes(config, base, tasks=("any",), stage=1)["lora"]
     text, rank = base.text_config, config.lora.rank
@@ -70,26 +68,18 @@ def lora_shapes(config: ModelConfig, base: Any) -> Shapes:
     return shapes
 
 
-def check_targets(linear: Iterable[str], targets: Iterable[str]) -> None:
-    """Raise `ModelError` for a target that no linear layer is called by; peft would skip it."""
-    names = [f".{name}" for name in linear]
-    if unknown := [t for t in targets if not any(n.endswith(f".{t}") for n in names)]:
-        there = sorted({name.rpartition(".")[2] for name in names})
-        raise ModelError(
-            f"`model.lora.targets` names {unknown} but must name linear layers, of {there}."
-        )
-
-
 def decoder_linears(text: Any) -> dict[str, tuple[int, int]]:
     """Return (outputs, inputs) of a decoder layer's linear layers."""
-    width, inner = text.hidden_size, text.intermediate_size
-    head = head_size(text)
+    width, inner, head = text.hidden_size, text.intermediate_size, head_size(text)
     query, key = text.num_attention_heads * head, text.num_key_value_heads * head
-    attention = [(query, width), (key, width), (key, width), (width, query)]
-    mlp = [(inner, width), (inner, width), (width, inner)]
     return {
-        **{f"self_attn.{n}": s for n, s in zip(_ATTENTION, attention, strict=True)},
-        **{f"mlp.{n}": s for n, s in zip(_MLP, mlp, strict=True)},
+        "self_attn.q_proj": (query, width),
+        "self_attn.k_proj": (key, width),
+        "self_attn.v_proj": (key, width),
+        "self_attn.o_proj": (width, query),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
     }
 
 
@@ -102,22 +92,17 @@ def decoder_shapes(text: Any) -> Shapes:
     """Return the shapes of one decoder layer."""
     shapes: Shapes = {}
     for name, (outputs, inputs) in decoder_linears(text).items():
-        shapes[f"{name}.weight"] = (outputs, inputs)
         if text.model_type == "qwen2":
-            biased = name.startswith("self_attn") and not name.endswith("o_proj")
+            bias = name.startswith("self_attn") and not name.endswith("o_proj")
         else:
-            biased = text.attention_bias if name.startswith("self_attn") else text.mlp_bias
-        if biased:
-            shapes[f"{name}.bias"] = (outputs,)
+            bias = text.attention_bias if name.startswith("self_attn") else text.mlp_bias
+        shapes |= _linear(name, inputs, outputs, bias=bias)
     norms = ("input_layernorm", "post_attention_layernorm")
     return shapes | {f"{name}.weight": (text.hidden_size,) for name in norms}
 
 
-_PROJECTOR = "model.multi_modal_projector."
-
-
 def base_shapes(base: Any) -> Shapes:
-    """Return the shapes of a known base model by the names of its parameters in transformers."""
+    """Return the shapes of a known base model's parameters, by their names in transformers."""
     text, vision = base.text_config, base.vision_config
     width, channels = text.hidden_size, feature_size(base)[1]
     decoder, layer = "model.language_model.", decoder_shapes(text)
@@ -125,8 +110,8 @@ def base_shapes(base: Any) -> Shapes:
     if base.model_type == "llava_onevision":
         shapes["model.image_newline"] = (width,)
     biased = base.multimodal_projector_bias
-    shapes |= _linear(f"{_PROJECTOR}linear_1", channels, width, bias=biased)
-    shapes |= _linear(f"{_PROJECTOR}linear_2", width, width, bias=biased)
+    shapes |= _linear(f"model.{PROJECTOR}linear_1", channels, width, bias=biased)
+    shapes |= _linear(f"model.{PROJECTOR}linear_2", width, width, bias=biased)
     shapes[f"{decoder}embed_tokens.weight"] = (text.vocab_size, width)
     for number in range(text.num_hidden_layers):
         shapes |= {f"{decoder}layers.{number}.{name}": shape for name, shape in layer.items()}
@@ -183,49 +168,35 @@ def numel(shapes: Mapping[str, Shape]) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of one client's parameters.
-
-    Attributes
-    ----------
-    sent : dict
-        Group → tensor → shape, of Θ_a and Θ_l; all of type `model.sent_dtype`.
-    private_bytes : int
-        Size of the private state after the last stage: ψ_s, T − 1 ψ_c, φ, and what is not shared.
-    personal_bytes : int
-        Size of a personal model of all that is sent or could be (`train.ditto`).
-    """
+    """Shapes and sizes of one client's parameters."""
 
     sent: dict[str, dict[str, list[int]]]
+    """Group → tensor → shape of the shared parts of Θ_a and Θ_l, in `model.sent_dtype`."""
     private_bytes: int
+    """Size of the private state after the last stage: ψ_s, T − 1 ψ_c, φ, and unshared tensors."""
     personal_bytes: int
+    """Size of Ditto's second copy of Θ_a and Θ_l (`train.ditto`)."""
 
 
 def layout_of(
     config: ModelConfig, tasks: tuple[str, ...], sharing: Sharing = WHOLE, *, stages: int = 2
 ) -> Layout:
-    """Return the shapes of a federation's parameters; the last result is kept.
-
-    What is private is counted after the last of `stages` (`strategy.stages`).
-    """
+    """Return a client's layout in a run of `stages` stages; only the last result is cached."""
     key = f"{config}/{len(tasks)}/{sharing}/{stages}"
-    if key not in _KNOWN:
-        _KNOWN.clear()  # one run, one layout
-        # In the last stage, as nothing is private or sent in stage 1 that is not there in stage 2.
+    if key not in _LAYOUTS:
+        _LAYOUTS.clear()  # one run, one layout
+        # The last stage has every private and every sent tensor of the first.
         groups = group_shapes(config, read_config(config), tasks=tasks, stage=stages)
         width = DTYPE_BYTES[config.adapter_dtype]
-        sent: list[GroupName] = [group for group, row in GROUPS.items() if row.sent]
-        _KNOWN[key] = Layout(
-            sent={
-                group: {n: list(s) for n, s in groups[group].items() if sharing.sends(group, n)}
-                for group in sent
-            },
-            private_bytes=width
-            * sum(
-                math.prod(shape)
-                for group, shapes in groups.items()
-                for name, shape in shapes.items()
-                if sharing.keeps(group, name)
-            ),
-            personal_bytes=width * sum(numel(groups[group]) for group in sent),
+        uploaded: list[GroupName] = [group for group, row in GROUPS.items() if row.sent]
+        sent: dict[str, dict[str, list[int]]] = {
+            group: {n: list(s) for n, s in groups[group].items() if sharing.sends(group, n)}
+            for group in uploaded
+        }
+        private = sum(
+            numel({n: s for n, s in shapes.items() if sharing.keeps(group, n)})
+            for group, shapes in groups.items()
         )
-    return _KNOWN[key]
+        personal = sum(numel(groups[group]) for group in uploaded)
+        _LAYOUTS[key] = Layout(sent, width * private, width * personal)
+    return _LAYOUTS[key]

@@ -5,9 +5,7 @@ from torch import nn
 from pilot_flwr.algorithm.parameter_groups import (
     GROUPS,
     group_parameters,
-    read,
     trained_groups,
-    write,
 )
 from pilot_flwr.errors import ModelError
 
@@ -130,16 +128,20 @@ def test_a_task_name_is_matched_whole(make_model, generator):
     assert {n.split("/")[0] for n in model.state("foreign_task_adapters")} == {"vqa"}
 
 
-def test_write_wants_exactly_the_groups_names_and_shapes():
-    parameters = {"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.zeros(3))}
-    write(parameters, {"a": torch.ones(2), "b": torch.ones(3)}, what="Test")
-    assert torch.equal(read(parameters)["b"], torch.ones(3))
-    with pytest.raises(ModelError, match=r"Test: missing tensors \['b'\], unexpected ones \['c'\]"):
-        write(parameters, {"a": torch.ones(2), "c": torch.ones(3)}, what="Test")
-    with pytest.raises(
-        ModelError, match=r"`b` is torch float32 \(4,\) but must be torch float32 \(3,\)"
-    ):
-        write(parameters, {"a": torch.ones(2), "b": torch.ones(4)}, what="Test")
+def test_load_wants_exactly_the_groups_names_and_shapes(make_model):
+    model = make_model()
+    state = model.state("client_adapter")
+    ones = {name: torch.ones_like(tensor) for name, tensor in state.items()}
+    model.load("client_adapter", ones)
+    assert all(torch.equal(t, ones[n]) for n, t in model.state("client_adapter").items())
+    bias = ones.pop("linear_2.bias")
+    missing = r"client_adapter: missing tensors \['linear_2.bias'\], unexpected ones \['c'\]"
+    with pytest.raises(ModelError, match=missing):
+        model.load("client_adapter", {**ones, "c": bias})
+    size = len(bias)
+    shapes = rf"torch float32 \({size + 1},\) but must be torch float32 \({size},\)"
+    with pytest.raises(ModelError, match=f"`linear_2.bias` is {shapes}"):
+        model.load("client_adapter", {**ones, "linear_2.bias": torch.ones(size + 1)})
 
 
 def test_read_copies(make_model):

@@ -71,7 +71,7 @@ def test_attention_implementations_agree(processor, examples):
 
 def test_loras_share_their_inputs_under_autocast_without_a_change(processor, examples, monkeypatch):
     shared = outcome(build(), processor, examples, autocast=True)
-    monkeypatch.setattr("pilot_flwr.model.pilot_model.share_inputs", lambda layers, shared: None)
+    monkeypatch.setattr(PilotModel, "share_lora_inputs", lambda self, shared: None)
     assert_same(shared, outcome(build(), processor, examples, autocast=True), rtol=0, atol=0)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from checkpoints import WRITERS
-from transformers import AutoConfig
+from transformers import AutoConfig, LlavaForConditionalGeneration
 from visuals import visual
 
 from pilot_flwr.algorithm.parameter_groups import Sharing, group_parameters
@@ -19,11 +19,11 @@ from pilot_flwr.flower.compatibility import essential
 from pilot_flwr.model import architectures
 from pilot_flwr.model.architectures import feature_size, is_plain, known_config
 from pilot_flwr.model.checkpoints import ASSETS, checkpoint_path
-from pilot_flwr.model.loading import empty_base, empty_model, load_base, make_collator
+from pilot_flwr.model.loading import load_base, make_collator
 from pilot_flwr.model.memory import MicroBatch, Stage, training_memory
-from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.pilot_model import PilotModel, empty_base, empty_model
 from pilot_flwr.model.resource_plan import make_plan
-from pilot_flwr.model.shapes import group_shapes
+from pilot_flwr.model.shapes import group_shapes, numel
 
 # (D, C, intermediate, layers, key and value width, vision tower's and language model's
 # parameters without the projector), from the published dimensions.
@@ -199,6 +199,23 @@ def test_what_a_configuration_leaves_out_is_transformers_default(
     check_config(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+def test_an_unset_number_of_key_value_heads_has_transformers_default(text, tmp_path):
+    """Llama takes one for each attention head, Qwen2 takes 32."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 64, "num_hidden_layers": 1}
+    parts = {"text_config": {"model_type": text, **sizes, "intermediate_size": 8}}
+    parts["vision_config"] = {"model_type": "clip_vision_model", "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", **parts}))
+    config = ModelConfig(path=str(tmp_path))
+    base = known_config(config)
+    assert is_plain(base)
+    counted = numel(group_shapes(config, base, tasks=("a",), stage=1)["base"])
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(config.path))
+    projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    assert counted == model.num_parameters() - projector
+
+
 def check_config(file):
     read, theirs = architectures._read(file), AutoConfig.from_pretrained(str(file))
     assert is_plain(read)
@@ -250,7 +267,7 @@ def test_memory_is_that_of_the_model_as_transformers_and_peft_run_it(overrides, 
     whole = AutoConfig.from_pretrained(checkpoint_path(config.model.path))
     ours, theirs = (
         training_memory(
-            Stage.of(config.model, read, ("vqa", "counting"), stage, sharing),
+            Stage(config.model, read, ("vqa", "counting"), stage, sharing),
             MicroBatch(3, 1, 16, 20, 5),
         )
         for read in (base, whole)
@@ -262,7 +279,7 @@ def test_memory_with_grouped_heads_packing_and_a_residual(tmp_path):
     config = ModelConfig(path=WRITERS["onevision"](tmp_path), dtype="bfloat16")
     found = []
     for read in (known_config(config), AutoConfig.from_pretrained(config.path)):
-        stage = Stage.of(config, read, ("a",), 1)
+        stage = Stage(config, read, ("a",), 1)
         for name, (rows, columns) in stage.groups["lora"].items():
             more = (rows + 5, columns) if name.endswith("A") else (rows, columns + 5)
             stage.groups["residual"][name] = more
@@ -304,7 +321,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(processor):
     with hooks, torch.autocast("cpu", torch.bfloat16):
         model(batch, features)
     measured = sum(size for size, _ in kept.values())
-    stage = Stage.of(config, known_config(config), ("vqa",), 1)
+    stage = Stage(config, known_config(config), ("vqa",), 1)
     planned = training_memory(stage, MicroBatch(4, 1, 16, text, answers)).activations
     assert planned == pytest.approx(measured, rel=0.1)
 
