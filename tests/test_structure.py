@@ -1,6 +1,7 @@
 """Habits of the code base that import-linter (pyproject.toml) does not check."""
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,3 +38,9 @@ def test_no_pickle_and_no_unsafe_load():
     for path in FILES:
         assert not {"pickle", "dill", "cloudpickle"} & imports(path), path
         assert "torch.load" not in path.read_text(), path
+
+
+def test_the_mathematics_imports_torch_and_numpy_alone():
+    allowed = {"numpy", "pilot_flwr", "torch", *sys.stdlib_module_names}
+    for path in sorted((ROOT / "pilot_flwr" / "algorithm").glob("*.py")):
+        assert {name.partition(".")[0] for name in imports(path)} <= allowed, path
