@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_quick_run_writes_a_full_record(tmp_path: Path) -> None:
     output = tmp_path / "new" / "aggregation.json"
     script = ["benchmarks/aggregation.py", "--quick", "--output", str(output)]

@@ -31,6 +31,7 @@ def rows(monkeypatch):
     return importlib.import_module("_rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_tiny_size_measures_all_there_is(gpu, rows, tmp_path, device, capsys):
     out = tmp_path / "new.json"

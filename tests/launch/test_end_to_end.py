@@ -31,6 +31,7 @@ def pilot_flwr(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_pilot_flwr_run_goes_through_both_stages(tmp_path, monkeypatch):
     quick = ("evaluation.max_new_tokens=2", "simulation.cpus=1", "run.report=false", "--verbose")

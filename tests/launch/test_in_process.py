@@ -82,6 +82,8 @@ def test_results_are_those_of_ray_bit_for_bit(tmp_path, strategy):
     assert_same(tmp_path / "ray", tmp_path / "here")
 
 
+# A signal between `open` and `with` leaves a file for the garbage collector to close.
+@pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")
 def test_a_stopped_run_is_resumed_to_the_same_end(tmp_path, capsys):
     few = [*SMALL, "data.tasks=[vqa]", "strategy.rounds=1", IN_PROCESS]
     assert cli.main(["run", *few, f"run.folder={tmp_path / 'whole'}"]) == 0

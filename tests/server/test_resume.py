@@ -137,19 +137,20 @@ def test_a_run_that_died_at_any_point_at_all_ends_as_one_that_did_not(interrupte
     compare_all(interrupted, lambda taken: taken, differences)
 
 
-@pytest.mark.slow
 def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "train", training.train)
+
+    short = TWO.replace("rounds=2", "rounds=1") + " data.train_examples=4 data.test_examples=1"
 
     def die(message, reply):
         if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
             raise KeyboardInterrupt
         return reply
 
-    fresh(tmp_path / "whole")
+    fresh(tmp_path / "whole", short)
     with pytest.raises(KeyboardInterrupt):
-        fresh(tmp_path / "run", on_reply=die)
-    go_on(tmp_path / "run")
+        fresh(tmp_path / "run", short, on_reply=die)
+    go_on(tmp_path / "run", short)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
