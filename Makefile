@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-slow test-deployment test-extras robustness lint security check docs dist \
+.PHONY: help demo test test-slow test-deployment test-payload test-extras robustness lint security check docs dist \
 	bench tables rates clean
 
 help: ## list the targets
@@ -17,11 +17,13 @@ demo: $(STAMP) ## run the demo federation
 test: $(STAMP) ## run the tests, but for those marked slow
 	$(BIN)/pytest -n auto --maxprocesses 4
 
-test-slow: $(STAMP) ## run the tests marked slow
-	$(BIN)/pytest -m slow
+test-slow: $(STAMP) ## run the tests marked slow, but for the deployment
+	$(BIN)/pytest -m slow --ignore tests/deployment
 
-# docs/how-to/deployment.md command by command. The payload of a 7B model needs 16 GiB of memory and is left
-# to `make test-slow`.
+test-payload: $(STAMP) ## send what a 7B model exchanges (16 GiB of memory)
+	$(BIN)/pytest -m slow tests/deployment/test_payload.py
+
+# docs/how-to/deployment.md command by command.
 test-deployment: $(STAMP) ## deploy a server and three sites over TLS on this machine
 	$(BIN)/pytest -m slow tests/deployment --ignore tests/deployment/test_payload.py
 
