@@ -1,8 +1,7 @@
 """Server aggregation: task-aware adapter averaging and adaptive text-adapter aggregation (ATA).
 
 Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). Results have
-the container type and the dtype of their inputs, which are never changed. One exchange of the
-server (docs/explanation/method.md, section 4)::
+the container type and the dtype of the inputs. One exchange of the server::
 
     weights = adaptive_weights(pairwise_distances(loras), num_examples, num_neighbors)
     personal_loras = mix(loras, weights)
@@ -12,7 +11,9 @@ To add a rule for the LoRAs, write one pure function that returns a row-stochast
 and add a row to `LORA_RULES`; :func:`mix` does the passes over the parameters.
 docs/how-to/add-aggregation-rule.md has the steps.
 
-Source: Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), "Adaptive Text-Adapter Aggregation".
+Source: Pilot (Xiong et al., AAAI 2025, arXiv 2501.13985), "Adaptive Text-Adapter Aggregation";
+docs/explanation/method.md, section 4. Averages by examples: McMahan et al.,
+"Communication-Efficient Learning of Deep Networks from Decentralized Data".
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,6 @@ from numpy.typing import NDArray
 
 from pilot_flwr.algorithm.arrays import (
     Array,
-    ClientUpdateError,
     Matrix,
     NamedArrays,
     centred_gram,
@@ -33,8 +33,11 @@ from pilot_flwr.algorithm.arrays import (
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import ConfigError, UpdateError
 
+EVERYONE = "all-tasks"
+"""Name of the group of all clients."""
+
 _CANCELLATION = 1e-6
-"""Below this share of G_kk + G_jj, G_kk + G_jj - 2 G_kj has lost too many of its 16 digits."""
+"""Below this share of G_kk + G_jj, too few of the 16 digits of G_kk + G_jj - 2 G_kj are left."""
 
 _ROW_SUM_TOLERANCE = 1e-6
 
@@ -49,7 +52,7 @@ def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
     Parameters
     ----------
     states : sequence of state
-        One state per client, K in all, with the same names, shapes and dtypes.
+        One per client, with the same names, shapes and dtypes.
 
     Returns
     -------
@@ -59,17 +62,16 @@ def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
     Raises
     ------
     UpdateError
-        If there is no client, the tensors do not match, or one of them holds NaN or Inf.
+        No client, tensors that do not match, NaN or Inf.
 
     Notes
     -----
-    Differences and products are float64. Where pairs lie so close together, and so far from client
-    0, that G cancels, they are computed again relative to one of themselves: one more pass per
-    such cluster. docs/explanation/method.md, section 4.
+    Differences and products are float64. Pairs so close together, and so far from client 0, that
+    G cancels are computed again relative to one of them: one more pass per such cluster.
     """
     check_states(states, range(len(states)))
     distances = np.sqrt(_squared_distances(states))
-    # Copies of one client share one row, so that rounding cannot decide ties between them.
+    # Identical clients share one row, so that rounding cannot decide ties between them.
     original = (distances == 0).argmax(axis=1)
     unified: Matrix = distances[np.ix_(original, original)]
     return unified
@@ -90,38 +92,31 @@ def adaptive_weights(
         w_kj = (1 / d_kj) / sum_{m in N(k)} (1 / d_km)
         W_kk = n_k / Z_k,   W_kj = n_j w_kj / Z_k,   Z_k = n_k + sum_{j in N(k)} n_j w_kj
 
-    Where neighbours lie at distance 0, the limit is taken: they share all of the w_kj equally.
+    At distance 0 the limit is taken: neighbours there share all of the w_kj equally. Ties go to
+    the lower index, so callers sort clients by id to make runs comparable.
 
     Parameters
     ----------
     distances : ndarray, shape (K, K)
-        Distances between clients, finite and not negative; the diagonal is ignored.
+        Finite and not negative; the diagonal is ignored.
     num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
+        n_k, positive and finite.
     num_neighbors : int
-        The number of neighbours M, at least 1; K or more means all other clients.
+        M, at least 1; K or more means all other clients.
     self_weight : bool
         Whether a client's own LoRA counts; without it W_kk = 0, an ablation.
 
     Returns
     -------
     ndarray of float64, shape (K, K)
-        Row k holds the weights of client k's mixture; rows sum to 1. K = 1 gives [[1]], as there
-        is nothing else to mix.
+        Row-stochastic; row k mixes client k's LoRA. [[1]] for K = 1.
 
     Raises
     ------
     ConfigError
-        If `num_neighbors` is below 1.
+        `num_neighbors` is below 1.
     UpdateError
-        If the distances are not a square matrix of finite values that are not negative, or the
-        examples are not K positive finite numbers.
-
-    Notes
-    -----
-    Ties go to the lower index: callers sort clients by id to make runs comparable.
-    Source: Pilot (arXiv 2501.13985), adaptive text-adapter aggregation;
-    docs/explanation/method.md, section 4.
+        `distances` or `num_examples` are not as above.
     """
     if num_neighbors < 1:
         raise ConfigError(f"`strategy.num_neighbors` is {num_neighbors} but must be at least 1.")
@@ -155,30 +150,25 @@ def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]
 
         S'_k = sum_j W_kj S_j
 
+    A client's values affect only the rows that give it weight, however far away it lies.
+
     Parameters
     ----------
     states : sequence of state
-        One state per client, K in all, with the same names, shapes and dtypes.
+        One per client, with the same names, shapes and dtypes.
     weights : ndarray, shape (K, K)
-        Row-stochastic weights: not negative, rows summing to 1.
+        Row-stochastic.
 
     Returns
     -------
     list of state
         K new states; clients with the same row of weights share one. Summed in float64 and
-        rounded to a narrower dtype once, so that a common offset costs no accuracy; where all
-        clients hold the same bits, so does the result.
+        rounded to the dtype once; identical bits of all clients are kept.
 
     Raises
     ------
     UpdateError
-        If there is no client, the tensors do not match, one of them holds NaN or Inf, or the
-        weights are not row-stochastic.
-
-    Notes
-    -----
-    A client's values affect only the rows that give it weight, however far away it lies.
-    docs/explanation/method.md, section 4.
+        No client, tensors that do not match, NaN or Inf, or weights that are not row-stochastic.
     """
     clients = range(len(states))
     check_states(states, clients)
@@ -206,28 +196,22 @@ def task_aware_average(
     Parameters
     ----------
     adapters : sequence of state
-        The task adapter of each of the K clients; shapes must agree within a task.
+        One per client; tensors must match within a task.
     tasks : sequence of str
         The task of each client.
     num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
+        n_k, positive and finite.
 
     Returns
     -------
     dict of str to state
-        One average per task that occurs in `tasks`, in the order of first occurrence. A task
-        without a client has no entry: the caller keeps its last value.
+        Task → average, in order of first occurrence. Callers keep the last adapter of a task
+        without clients.
 
     Raises
     ------
     UpdateError
-        If there is no client, the lengths differ, a count is not positive and finite, the tensors
-        of a task's clients do not match, or one of them holds NaN or Inf.
-
-    Notes
-    -----
-    docs/explanation/method.md, section 4; Pilot (arXiv 2501.13985), task-specific adapter
-    aggregation.
+        No client, lengths that differ, tensors that do not match, NaN or Inf, or a wrong count.
     """
     counts = _check_examples(num_examples, len(adapters))
     if len(tasks) != len(adapters):
@@ -235,10 +219,13 @@ def task_aware_average(
     members: dict[str, list[int]] = {}
     for client, task in enumerate(tasks):
         members.setdefault(task, []).append(client)
-    return {
-        task: _average([adapters[k] for k in clients], counts[clients], clients)
-        for task, clients in members.items()
-    }
+    averages = {}
+    for task, clients in members.items():
+        states, shares = [adapters[k] for k in clients], counts[clients]
+        check_states(states, clients)
+        shares /= shares.max()
+        (averages[task],) = combine(states, (shares / shares.sum())[None, :], clients)
+    return averages
 
 
 def weighted_average(
@@ -253,26 +240,21 @@ def weighted_average(
     Parameters
     ----------
     states : sequence of state
-        One state per client, K in all, with the same names, shapes and dtypes.
+        One per client, with the same names, shapes and dtypes.
     num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
+        n_k, positive and finite.
 
     Returns
     -------
     state
-        The average, summed in float64 and rounded to a narrower dtype once.
+        Summed in float64 and rounded to the dtype once.
 
     Raises
     ------
     UpdateError
         As in :func:`task_aware_average`.
-
-    Notes
-    -----
-    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data".
     """
-    counts = _check_examples(num_examples, len(states))
-    return _average(states, counts, range(len(states)))
+    return task_aware_average(states, [EVERYONE] * len(states), num_examples)[EVERYONE]
 
 
 def group_weights(groups: Sequence[str], num_examples: Sequence[float]) -> Matrix:
@@ -287,21 +269,17 @@ def group_weights(groups: Sequence[str], num_examples: Sequence[float]) -> Matri
     groups : sequence of str
         The group of each client: its task, or the same for all (FedAvg over all).
     num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
+        n_k, positive and finite.
 
     Returns
     -------
     ndarray of float64, shape (K, K)
-        Equal rows within a group; rows sum to 1.
+        Row-stochastic; rows of one group are equal.
 
     Raises
     ------
     UpdateError
-        If there is no client, or the examples are not K positive finite numbers.
-
-    Notes
-    -----
-    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data".
+        No client, or `num_examples` are not as above.
     """
     counts = _check_examples(num_examples, len(groups))
     names = np.array(groups)
@@ -310,14 +288,11 @@ def group_weights(groups: Sequence[str], num_examples: Sequence[float]) -> Matri
     return weights
 
 
-EVERYONE = "all-tasks"
-"""Name of the group that all clients are in."""
-
 GroupOf = Callable[[str], str]
-"""Maps a client's task to the group that the client is averaged with."""
+"""Maps a client's task to its averaging group."""
 
 ADAPTER_GROUPS: dict[str, GroupOf] = {"task": lambda task: task, "global": lambda task: EVERYONE}
-"""Which task adapters are averaged together, by `strategy.adapters`."""
+"""Averaging groups of task adapters, by `strategy.adapters`."""
 
 
 class LoraRule(NamedTuple):
@@ -326,11 +301,10 @@ class LoraRule(NamedTuple):
     Attributes
     ----------
     weights : callable
-        Maps distances (K, K), tasks (K,), examples (K,) and the settings to row-stochastic mixing
-        weights (K, K).
+        Maps distances (K, K), tasks, examples and settings to row-stochastic weights (K, K).
     owner : callable
-        Maps a client and its task to the owner of its LoRA: the client itself, or its group. All
-        clients of a group share one LoRA, including those that did not reply.
+        Maps a client and its task to the owner of its LoRA: the client, or a group, whose clients
+        share one LoRA even if they did not reply.
     exact : bool
         Whether the residual of :mod:`pilot_flwr.algorithm.fedex_lora` is added to the frozen base.
     """
@@ -367,7 +341,7 @@ LORA_RULES: dict[str, LoraRule] = {
 
 
 def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
-    """Return the squared distances, exact to about 1e-9 relative wherever they are not 0."""
+    """Return the squared distances, with a relative error of about 1e-9."""
     gram = centred_gram(states)
     norms = gram.diagonal()
     scale = norms[:, None] + norms[None, :]
@@ -375,7 +349,7 @@ def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
     np.fill_diagonal(squared, 0)
     cancelled = squared < _CANCELLATION * scale
     np.fill_diagonal(cancelled, False)
-    # Client 0 is the origin and never among the cancelled, so that the recursion ends.
+    # Client 0 is the origin and never cancels, so the recursion ends.
     for cluster in _components(cancelled):
         squared[np.ix_(cluster, cluster)] = _squared_distances([states[k] for k in cluster])
     return squared
@@ -390,14 +364,6 @@ def _components(linked: NDArray[np.bool_]) -> list[list[int]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _average(
-    states: Sequence[NamedArrays], counts: Matrix, clients: Sequence[int]
-) -> dict[str, Array]:
-    check_states(states, clients)
-    shares = counts / counts.max()
-    return combine(states, (shares / shares.sum())[None, :], clients)[0]
-
-
 def _check_examples(num_examples: Sequence[float], clients: int) -> Matrix:
     counts = np.array(num_examples, dtype=np.float64)
     if clients == 0:
@@ -406,6 +372,8 @@ def _check_examples(num_examples: Sequence[float], clients: int) -> Matrix:
         raise UpdateError(f"There are {clients} clients but {counts.size} numbers of examples.")
     for client, count in enumerate(counts):
         if not (np.isfinite(count) and count > 0):
-            reason = f"the number of examples is {count:g} but must be positive and finite."
-            raise ClientUpdateError(client, reason)
+            raise UpdateError(
+                f"client {client}: the number of examples is {count:g} but must be positive and "
+                "finite."
+            )
     return counts

@@ -1,13 +1,13 @@
 """Compare, check and reduce the named arrays of several clients.
 
 A *state* is a mapping from names to tensors, each a ``numpy.ndarray`` or a CPU ``torch.Tensor``
-of dtype float16, bfloat16 (torch only), float32 or float64. `layout_difference` compares the
-layouts of two states; `combine` and `centred_gram` are the two passes over the values of K
-states, on which the equations of :mod:`pilot_flwr.algorithm.aggregation` are built.
+of dtype float16, bfloat16 (torch only), float32 or float64. `combine` and `centred_gram` are the
+two passes over the values of K states; the equations of :mod:`pilot_flwr.algorithm.aggregation`
+are built on them.
 
-Accuracy: products and sums are float64. Weighted sums are rounded to the clients' dtype once.
-Clients that start from the same base differ by little beside their norms, so inner products are
-those of differences to the first client: a common offset cancels before it costs digits.
+Accuracy: products and sums are float64, and results are rounded to the clients' dtype once. Clients
+that start from the same base differ by little beside their norms, so inner products are those of
+differences to the first client: a common offset cancels before it costs digits.
 
 Memory: columns are staged in blocks that stay in cache, and results are written straight into
 their final arrays. NaN and Inf are found in the same pass.
@@ -36,24 +36,9 @@ _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_ELEMENTS = 1 << 17
 
 
-class ClientUpdateError(UpdateError):
-    """One client's update cannot enter the aggregation.
-
-    Attributes
-    ----------
-    client : int
-        Index of the client in the list given to the function that raised, so that a caller can
-        drop it and aggregate the others.
-    """
-
-    def __init__(self, client: int, reason: str) -> None:
-        super().__init__(f"client {client}: {reason}")
-        self.client = client
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: on busy cores, synchronising threads costs more than a block."""
+    """Limit torch to one thread: synchronising busy cores takes longer than a block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -68,14 +53,14 @@ def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool 
     Parameters
     ----------
     state, pattern : state
-        What is there and what is wanted.
+        The layout found, and the expected one.
     dtypes : bool
-        Whether containers and dtypes must agree too, not only names and shapes.
+        Whether containers and dtypes must agree too.
 
     Returns
     -------
     str
-        Missing and unexpected names, else the first tensor that differs; empty if none does.
+        Missing and unexpected names, or the first tensor that differs; empty if none does.
     """
     missing, unexpected = pattern.keys() - state.keys(), state.keys() - pattern.keys()
     if missing or unexpected:
@@ -91,34 +76,34 @@ def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool 
 
 
 def check_states(states: Sequence[NamedArrays], clients: Sequence[int]) -> None:
-    """Check that all states have one layout that can be aggregated, without reading the values.
+    """Check that all states share a layout that can be aggregated; values are not read.
 
     Parameters
     ----------
     states : sequence of state
-        The states of K clients.
+        One per client.
     clients : sequence of int
-        The index of each client, for the error.
+        The clients' indices in errors.
 
     Raises
     ------
     UpdateError
-        If there is no client.
-    ClientUpdateError
-        If a client has no tensor, another layout than the first client, or a tensor of a
-        container, dtype or device that is not supported.
+        No client, a state without tensors or of another layout than the first, or a tensor of an
+        unsupported container, dtype or device.
     """
     if not states:
         raise UpdateError("There is no client to aggregate.")
     for client, state in zip(clients, states, strict=True):
         if not state:
-            raise ClientUpdateError(client, "the update holds no tensor.")
+            raise UpdateError(f"client {client}: the update holds no tensor.")
         for name, value in state.items():
             if not _is_supported(value):
-                reason = f"tensor `{name}` is {_describe(value)}, which cannot be aggregated."
-                raise ClientUpdateError(client, reason)
+                raise UpdateError(
+                    f"client {client}: tensor `{name}` is {_describe(value)}, which cannot be "
+                    "aggregated."
+                )
         if difference := layout_difference(state, states[0]):
-            raise ClientUpdateError(client, f"{difference}, as client {clients[0]}'s.")
+            raise UpdateError(f"client {client}: {difference}, as client {clients[0]}'s.")
 
 
 def check_tensors(what: str, state: State, expected: State) -> None:
@@ -127,9 +112,9 @@ def check_tensors(what: str, state: State, expected: State) -> None:
     Parameters
     ----------
     what : str
-        Names the part in errors.
+        Name of the part in errors.
     state, expected : State
-        The part, and a state of the layout that it must have.
+        The part, and a state of the required layout.
 
     Raises
     ------
@@ -157,24 +142,21 @@ def combine(
     Parameters
     ----------
     states : sequence of state
-        The states of K clients, checked by :func:`check_states`.
+        One per client, checked by :func:`check_states`.
     weights : ndarray, shape (R, K)
-        R <= K row-stochastic rows of weights.
+        R <= K row-stochastic rows.
     clients : sequence of int
-        The index of each client, for the error.
+        The clients' indices in errors.
 
     Returns
     -------
     list of state
-        R new states with the container type and dtype of the inputs. Summed in float64, rounded to
-        a narrower dtype once. Where all clients hold the same bits, the result holds them too.
+        R new states of the inputs' containers and dtypes. Identical bits of all clients are kept.
 
     Raises
     ------
-    ClientUpdateError
-        If a tensor holds NaN or Inf.
     UpdateError
-        If the values of a tensor are so large that their sum overflows.
+        A tensor holds NaN or Inf, or its sum overflows.
     """
     rows = len(weights)
     factors = torch.from_numpy(weights)
@@ -213,19 +195,17 @@ def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
     Parameters
     ----------
     states : sequence of state
-        The states of K clients, checked by :func:`check_states`.
+        One per client, checked by :func:`check_states`.
 
     Returns
     -------
     ndarray of float64, shape (K, K)
-        G, from differences and products in float64.
+        G.
 
     Raises
     ------
-    ClientUpdateError
-        If a tensor holds NaN or Inf; clients are numbered as in `states`.
     UpdateError
-        If the values of a tensor are so large that their squares overflow.
+        A tensor holds NaN or Inf, or its squares overflow.
     """
     total = np.zeros((len(states), len(states)))
     staging = np.empty(_BLOCK_ELEMENTS)
@@ -241,7 +221,7 @@ def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
 
 
 def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, Matrix]]:
-    """Yield the columns of K vectors as float64 (K, width) blocks, all of them in `buffer`."""
+    """Yield the columns of K vectors as float64 (K, width) blocks, each staged in `buffer`."""
     size, clients = vectors[0].shape[0], len(vectors)
     width = buffer.size // clients
     for start in range(0, size, width):
@@ -298,9 +278,9 @@ def _empty_like(value: Array) -> Array:
 
 
 def _not_finite(name: str, vectors: Sequence[Array], clients: Sequence[int]) -> UpdateError:
-    """Return the error for a tensor whose sum was not finite, naming the client at fault."""
+    """Build the error for a tensor whose sum is not finite; name the client at fault."""
     for client, vector in zip(clients, vectors, strict=True):
         finite = vector.isfinite() if isinstance(vector, torch.Tensor) else np.isfinite(vector)
         if not finite.all():
-            return ClientUpdateError(client, f"tensor `{name}` holds NaN or Inf.")
+            return UpdateError(f"client {client}: tensor `{name}` holds NaN or Inf.")
     return UpdateError(f"The values of tensor `{name}` are too large to aggregate.")

@@ -34,7 +34,7 @@ class ConnectorOutput(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c (names as in transformers' projector).
+    """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c, named as in transformers' projector.
 
     Parameters
     ----------
@@ -73,9 +73,9 @@ class TaskClientConnector(nn.Module):
     task_adapter : Adapter
         ψ_t.
     client_adapter : Adapter or None
-        ψ_s; without it ``x_img = x_t`` and there is no difference loss.
+        ψ_s; without it ``x_img = x_t`` and L_d = 0.
     reduction : str
-        Reduction of the difference loss, see `pilot_flwr.algorithm.losses.difference_loss`.
+        Of L_d, see `pilot_flwr.algorithm.losses.difference_loss`.
     """
 
     def __init__(
@@ -97,10 +97,9 @@ class TaskClientConnector(nn.Module):
         if self.client_adapter is None:
             return ConnectorOutput(task, zero, zero, zero)
         client = self.client_adapter(features)
+        difference = zero
         if torch.is_grad_enabled():
             difference = difference_loss(task, client, reduction=self.reduction)
-        else:
-            difference = zero
         return ConnectorOutput(task + client, difference, zero, zero)
 
 
@@ -117,20 +116,20 @@ class CrossTaskMoA(nn.Module):
     Parameters
     ----------
     task_adapters : Mapping[str, Adapter]
-        ψ_t of all T tasks by name; the first is the client's own.
+        ψ_t of all T tasks; the first task is the client's own.
     cross_task_adapters : Mapping[str, Adapter] or None
         ψ_c of the T − 1 foreign tasks, in the same order; without them ``h_i = ψ_t^i(H_v)``.
     client_adapter : Adapter or None
-        ψ_s; None leaves it out of the sum.
+        ψ_s, if there is one.
     router : Linear
         φ, D → T, without bias.
     use_client_adapter : bool
-        Whether ψ_s is part of the sum; the official code leaves it out.
+        Whether ψ_s is added; the official code leaves it out.
 
     Raises
     ------
     ModelError
-        The tasks of the two mappings or the router's size do not match, or a name is reserved.
+        The tasks or the router's size do not match, or a task's name is reserved.
     """
 
     def __init__(
@@ -165,11 +164,6 @@ class CrossTaskMoA(nn.Module):
         self.router = router
         self.use_client_adapter = use_client_adapter
 
-    @property
-    def own_task(self) -> str:
-        """Name of the client's own task."""
-        return self.tasks[0]
-
     def forward(self, features: Tensor) -> ConnectorOutput:
         """Map H_v (B, N, D) to x_img (B, N, C), L_b and L_z."""
         logits = self.router_logits(features)
@@ -195,13 +189,7 @@ class CrossTaskMoA(nn.Module):
 
 
 def is_reserved(task: str) -> bool:
-    """Whether a torch module has an attribute of this name, so that no task can have it.
-
-    Parameters
-    ----------
-    task : str
-        Name of a task.
-    """
+    """Whether torch reserves a task's name: modules have an attribute of this name."""
     return hasattr(nn.ModuleDict(), task)
 
 
@@ -213,10 +201,10 @@ def stage1_connector(
     Parameters
     ----------
     projector : Adapter
-        The pretrained projector.
+        Copied to ψ_t.
     initialisation : {"identity", "official"}
-        ``identity``: ψ_t is the projector and the last layer of ψ_s is zero, so training starts
-        exactly at the base model. ``official``: ψ_t and ψ_s are both the projector.
+        ``identity``: the last layer of ψ_s is zero, so training starts exactly at the base model.
+        ``official``: ψ_s is a copy of the projector too.
     reduction : str
         Of the difference loss.
     client_adapter : bool
@@ -245,15 +233,13 @@ def stage2_connector(
     tasks : tuple of str
         The client's own task first.
     client_adapter : Adapter or None
-        ψ_s as trained in stage 1, if there is one.
+        ψ_s from stage 1.
     initialisation : {"identity", "official"}
         ``identity``: every ψ_c ends in zero. ``official``: every ψ_c is the projector.
-    use_client_adapter : bool
-        Whether ψ_s is added (`model.stage2_client_adapter`).
-    cross_task_adapters : bool
-        Whether there are ψ_c.
+    use_client_adapter, cross_task_adapters : bool
+        Whether ψ_s is added (`model.stage2_client_adapter`), and whether there are ψ_c.
     generator : torch.Generator
-        Draws the router, uniform in ±1/√D (torch's default for a linear layer), on the CPU.
+        Draws φ on the CPU, uniform in ±1/√D as torch does.
     """
     weight = projector.linear_1.weight
     router = nn.Linear(weight.shape[1], len(tasks), bias=False)

@@ -1,11 +1,10 @@
 """FedEx-LoRA: the residual between the mean of low-rank products and the product of their means.
 
-Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). The tensors
-of a LoRA are named ``<layer>.lora_A``, shape (r, inputs), and ``<layer>.lora_B``, shape
-(outputs, r).
+Pure functions over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`). A LoRA has
+tensors ``<layer>.lora_A``, shape (r, inputs), and ``<layer>.lora_B``, shape (outputs, r).
 
 Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
-Large Language Models", ACL 2025 (arXiv 2410.09432). The weights p_k are 1 / K there.
+Large Language Models", ACL 2025 (arXiv 2410.09432); p_k is 1 / K there.
 """
 
 from collections.abc import Sequence
@@ -32,14 +31,14 @@ def product_residual(
 
         R = R_prev + Σ_k p_k B_k A_k − B̄ Ā,    p_k = n_k / Σ_j n_j
 
-    With W + s R_prev + s B_k A_k the weights of client k, W + s R + s B̄ Ā is exactly their mean.
+    If client k's weights are W + s R_prev + s B_k A_k, W + s R + s B̄ Ā is exactly their mean.
 
     Parameters
     ----------
     states : sequence of state
-        The LoRA of each of K clients, with the same names, shapes and dtypes.
+        One LoRA per client, with the same names, shapes and dtypes.
     num_examples : sequence of float
-        The training examples n_k of each client, positive and finite.
+        n_k, positive and finite.
     mean : state
         Ā and B̄ as sent to the clients, including rounding.
     previous : state, optional
@@ -48,20 +47,19 @@ def product_residual(
     Returns
     -------
     state
-        ``<layer>.lora_A`` and ``<layer>.lora_B``, whose product is R. Their rank is the numerical
-        rank of R in float64: at most (K + 1) r above the previous one and never above the layer's
-        smaller side. A layer whose R is zero has no entry, so one client, or identical ones, leave
-        none. Float64 if the LoRAs are, else float32.
+        Factors of R in float64 if the LoRAs are, else float32. Their rank is R's numerical rank in
+        float64, at most (K + 1) r above the previous one. A layer whose R is zero has no entry, so
+        one client, or identical ones, leave none.
 
     Raises
     ------
     UpdateError
-        If there is no client, the tensors do not match, or the examples are not positive.
+        No client, tensors that do not match, or a wrong number of examples.
 
     Notes
     -----
-    The factors of all terms are concatenated, R = U V, and U V is decomposed by QR and SVD in
-    float64, without building the layer's full matrix.
+    The factors of all terms are concatenated and decomposed by QR and SVD in float64, without
+    building the layer's full matrix.
     """
     check_states(states, range(len(states)))
     shares = group_weights([""] * len(states), num_examples)[0]
@@ -87,14 +85,14 @@ def product_residual(
 
 
 def largest_residual(lora: NamedArrays, *, terms: int) -> dict[str, Tensor]:
-    """Return meta tensors of the shapes of the largest possible residual.
+    """Return meta tensors in the shapes of the largest possible residual.
 
     Parameters
     ----------
     lora : state
         One client's LoRA, for its shapes.
     terms : int
-        Number of products of two such factors in the residual: K + 1 for each exchange.
+        Number of low-rank products in the residual: K + 1 per exchange.
     """
     largest: dict[str, Tensor] = {}
     for name, a in lora.items():
@@ -108,7 +106,7 @@ def largest_residual(lora: NamedArrays, *, terms: int) -> dict[str, Tensor]:
 
 
 def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
-    """Return one LoRA whose products are the sums of those of two: their factors concatenated.
+    """Concatenate the factors of two LoRAs, so that their products add up.
 
     Every layer is padded with zeros to the same rank, the LoRA's plus the residual's largest.
 

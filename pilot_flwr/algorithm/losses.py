@@ -1,7 +1,6 @@
-"""The three auxiliary losses of Pilot as pure functions of tensors.
+"""The auxiliary losses of Pilot as pure functions (docs/explanation/method.md, section 2).
 
-The equations are in docs/explanation/method.md, section 2.
-A loss coefficient is never applied here: `pilot_flwr.client.training` does that, once.
+Coefficients are not applied here: `pilot_flwr.client.training` does that, once.
 """
 
 import torch
@@ -18,10 +17,10 @@ def difference_loss(task_features: Tensor, client_features: Tensor, *, reduction
     task_features, client_features : Tensor
         x_t and x_s, shape (B, N, C): images, visual tokens, channels.
     reduction : {"normalized", "frobenius", "official"}
-        ``normalized``: x_t and x_s of one image each scaled to unit Frobenius norm, mean over
-        images; in [0, 1] whatever N and C are. ``frobenius``: the paper's raw formula, mean
-        over images. ``official``: the official code's mean over all (N·C)² entries of the
-        product of the flattened batch, each image scaled to unit norm, the norm detached.
+        ``frobenius``: the paper's formula, mean over images. ``normalized``: the same with x_t and
+        x_s of each image scaled to unit Frobenius norm; in [0, 1] for any N and C. ``official``:
+        the official code's mean over all (N·C)² entries of the product of the flattened batch,
+        each image scaled to unit norm, the norm detached.
 
     Returns
     -------
@@ -35,8 +34,8 @@ def difference_loss(task_features: Tensor, client_features: Tensor, *, reduction
 
     Notes
     -----
-    ``‖AᵀB‖²_F = ⟨AAᵀ, BBᵀ⟩_F``: an N×N (for ``official`` a B×B) matrix takes the place of the
-    C×C (or (N·C)×(N·C)) one wherever it is smaller. Source: paper, eq. of L_d.
+    ``‖AᵀB‖²_F = ⟨AAᵀ, BBᵀ⟩_F``: an N×N (``official``: B×B) matrix replaces the C×C
+    ((N·C)×(N·C)) one where it is smaller. Source: paper, eq. of L_d.
     """
     if task_features.shape != client_features.shape or task_features.dim() != 3:
         raise ValueError(
@@ -61,14 +60,14 @@ def load_balancing_loss(router_probs: Tensor) -> Tensor:
     Parameters
     ----------
     router_probs : Tensor
-        P, shape (..., T): a distribution over the T experts for every token.
+        P, shape (..., T): every token's distribution over the T experts.
 
     Returns
     -------
     Tensor
-        Scalar; 1 for an even split and T for a collapse. f_i, the share of tokens whose
-        largest probability is expert i's, carries no gradient; P̄_i, the mean probability of
-        expert i, does. Source: paper, eq. of L_b (as in Switch Transformer).
+        Scalar: 1 for an even split, T for a collapse. f_i, the share of tokens whose most probable
+        expert is i, carries no gradient; the mean probability P̄_i does. Source: paper, eq. of L_b
+        (as in Switch Transformer).
     """
     num_experts = router_probs.shape[-1]
     probs = router_probs.reshape(-1, num_experts)

@@ -29,14 +29,12 @@ class ParameterGroup:
     symbol : str
         As in docs/explanation/method.md, section 1.
     pattern : str
-        Regular expression of the model's parameter names; ``{own}`` is the client's task. The
-        tensor is stored and sent under the match of ``key``, preceded by that of ``task``, if any.
+        Regular expression of the model's parameter names; ``{own}`` is the client's task. Tensors
+        are stored and sent as ``<task>/<key>``, or ``<key>`` without a group ``task``.
     stages : frozenset of int
-        Stages in which it is trained.
-    sent : bool
-        Whether the client uploads it.
-    private : bool
-        Whether it stays on the client's disk.
+        Stages that train it.
+    sent, private : bool
+        Whether the client uploads it, or keeps it on its disk.
     """
 
     symbol: str
@@ -47,7 +45,7 @@ class ParameterGroup:
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether a client may store tensors of it: `Sharing` may upload less than the group."""
+        """Whether a client may store some of it: `Sharing` may upload less than the group."""
         return self.private or self.sent
 
 
@@ -96,16 +94,16 @@ GROUPS: dict[GroupName, ParameterGroup] = {
 
 @dataclass(frozen=True)
 class Sharing:
-    """Restricts what a run trains, uploads and stores on the client.
+    """Selects the tensors that a run trains and uploads.
 
     Attributes
     ----------
     adapter : bool
         Whether the own task adapter is uploaded.
     lora : str
-        The LoRA matrices that are uploaded: ``AB``, ``A``, ``B`` or, if empty, none.
+        Uploaded LoRA matrices: ``AB``, ``A``, ``B`` or none (empty).
     trained_lora : str
-        Those that are trained: ``AB`` or ``B``.
+        Trained LoRA matrices: ``AB`` or ``B``.
     """
 
     adapter: bool = True
@@ -115,8 +113,7 @@ class Sharing:
     @classmethod
     def of(cls, sharing: SharingConfig, lora_matrices: str) -> Sharing:
         """Build it from `strategy.sharing` and `train.lora_matrices`."""
-        lora = "" if sharing.lora == "none" else sharing.lora
-        return cls(sharing.adapter, lora, lora_matrices)
+        return cls(sharing.adapter, sharing.lora.replace("none", ""), lora_matrices)
 
     def trains(self, group: GroupName, name: str) -> bool:
         """Whether a tensor is trained in the stages of its group."""
@@ -136,7 +133,7 @@ class Sharing:
 
 
 WHOLE = Sharing()
-"""The paper: everything is trained, and Θ_a and Θ_l are uploaded in full."""
+"""The paper's: all is trained, and Θ_a and Θ_l are uploaded in full."""
 
 Groups: TypeAlias = "dict[GroupName, dict[str, nn.Parameter]]"
 """Group → name within the group → parameter."""
@@ -150,13 +147,13 @@ def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
     model : Module
         In either stage.
     own_task : str
-        The client's task, which separates its own task adapter from the foreign ones.
+        The client's task; the other task adapters are foreign.
 
     Returns
     -------
     dict
-        Group → name within the group → parameter, in the model's order. Groups that the model
-        does not have (those of CT-MoA in stage 1) are empty.
+        Group → name within the group → parameter, in the model's order; empty for groups that
+        the model does not have.
 
     Raises
     ------

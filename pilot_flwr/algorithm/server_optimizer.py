@@ -1,11 +1,9 @@
 """FedAdam: apply an exchange's average as a step of Adam on the server.
 
-A pure function over named arrays (*states*, see :mod:`pilot_flwr.algorithm.arrays`) and explicit
-moments. To add another optimizer of Reddi et al., write a function like `adam_step` with its own
-second moment.
+To add another optimizer of Reddi et al., write a function like `adam_step` with its own second
+moment.
 
-Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295), Algorithm
-2.
+Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295), Algorithm 2.
 """
 
 from typing import NamedTuple
@@ -25,7 +23,7 @@ class Moments(NamedTuple):
     steps : int
         Steps taken.
     first, second : State
-        m and v, in float32 whatever the average's dtype.
+        m and v, in float32.
     """
 
     steps: int
@@ -42,7 +40,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def unpack(cls, tensors: State, pattern: State) -> "Moments":
-        """Return what was packed, its tensors in the order of `pattern`.
+        """Invert `pack`; tensors are in the order of `pattern`.
 
         Raises
         ------
@@ -73,7 +71,7 @@ def adam_step(
     beta_2: float,
     tau: float,
 ) -> tuple[dict[str, Tensor], Moments]:
-    """Step from the state that clients were sent towards the average of their uploads.
+    """Step from the state sent to clients towards the average of their uploads.
 
     ::
 
@@ -86,9 +84,9 @@ def adam_step(
     current : State
         Sent to the clients.
     average : State
-        Average of their uploads, of the same names, shapes and dtypes.
+        Of the same names, shapes and dtypes.
     moments : Moments or None
-        Those of the previous step; None at the first.
+        Of the previous step; None at the first.
     learning_rate, beta_1, beta_2, tau : float
         η, β1, β2 and τ.
 
@@ -99,10 +97,10 @@ def adam_step(
 
     Notes
     -----
-    Follows Flower's ``FedAdam``, so that figures are comparable, which differs from Algorithm 2 of
-    Reddi et al. in three points: η_t replaces a constant η (its exponent is t + 1, which makes it
-    0.74 η at the first step, with β1 = 0.9 and β2 = 0.99); v starts at 0, not at τ² or more; and
-    the average is weighted by examples.
+    Follows Flower's ``FedAdam``, for comparable figures. It differs from Algorithm 2 of Reddi et
+    al. in three points: η_t replaces a constant η (its exponent t + 1 makes it 0.74 η at the first
+    step, with β1 = 0.9 and β2 = 0.99), v starts at 0, not at τ² or more, and the average is
+    weighted by examples.
     """
     steps = 1 if moments is None else moments.steps + 1
     rate = learning_rate * (1 - beta_2 ** (steps + 1)) ** 0.5 / (1 - beta_1 ** (steps + 1))

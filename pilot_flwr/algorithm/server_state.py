@@ -1,7 +1,7 @@
-"""The server's state of a federation, and how an exchange changes it.
+"""The server's state of a federation, and its change by an exchange.
 
-The equations are in docs/explanation/method.md, section 4.
-`ServerState.check` validates an update, `ServerState.aggregate` aggregates those of an exchange.
+`ServerState.check` validates one update, `ServerState.aggregate` aggregates an exchange's
+(docs/explanation/method.md, section 4).
 """
 
 import math
@@ -20,7 +20,7 @@ from pilot_flwr.algorithm.aggregation import (
     task_aware_average,
     weighted_average,
 )
-from pilot_flwr.algorithm.arrays import Array, check_tensors
+from pilot_flwr.algorithm.arrays import Array, Matrix, check_tensors
 from pilot_flwr.algorithm.fedex_lora import product_residual
 from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.algorithm.server_optimizer import Moments, adam_step
@@ -37,14 +37,14 @@ class InitialState(NamedTuple):
     adapter : State
         The pretrained projector.
     lora : State
-        Θ_l: A uniform in ±1/√(inputs) as in peft, B zero.
+        Θ_l.
     """
 
     adapter: State
     lora: State
 
     def sent(self, sharing: Sharing) -> "InitialState":
-        """Return the shared part, which is all that the server holds."""
+        """Return the shared part; the server holds no more."""
         return InitialState(
             {n: t for n, t in self.adapter.items() if sharing.sends("own_task_adapter", n)},
             {n: t for n, t in self.lora.items() if sharing.sends("lora", n)},
@@ -52,21 +52,18 @@ class InitialState(NamedTuple):
 
 
 def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int) -> State:
-    """Draw the initial Θ_l, identical at the server and, for tensors never sent, at every client.
+    """Draw the initial Θ_l, as in peft: A uniform in ±1/√(inputs), B zero.
+
+    Clients draw the tensors that are never sent from the same seed as the server.
 
     Parameters
     ----------
     shapes : Mapping[str, Size]
-        Shapes of all its tensors, in the model's order.
+        Shapes of all tensors, in the model's order.
     dtype : torch.dtype
         `model.sent_dtype`.
     seed : int
-        The run's.
-
-    Returns
-    -------
-    State
-        A uniform in ±1/√(inputs), B zero.
+        The run's seed.
     """
     generator = torch.Generator().manual_seed(seed)
     lora: State = {}
@@ -88,10 +85,9 @@ class Aggregation:
     clients : list of str
         Clients whose updates were aggregated, sorted.
     tasks : dict
-        Group (a task, or `EVERYONE`) → clients whose adapters were averaged; a task without a
-        reply is missing.
+        Group (a task, or `EVERYONE`) with replies → clients whose adapters were averaged.
     neighbors : dict
-        Client → neighbour → its share in the client's Θ̄_l, including the client's own.
+        Client → neighbour, or the client itself → share in the client's Θ̄_l.
     distances : dict
         Client → client → ‖Θ_l,k − Θ_l,j‖₂.
     """
@@ -111,17 +107,15 @@ class ServerState:
     tasks : tuple of str
         The T tasks, in the federation's order.
     initial : InitialState
-        Where every client starts.
+        Every client's start.
     adapters : dict
         Task → ψ_t.
-    loras : dict
-        Client → Θ̄_l, for clients that have trained.
-    task_of : dict
-        Client → its task, for the same clients.
+    loras, task_of : dict
+        Client → Θ̄_l, and client → task, of clients that have trained.
     moments : dict
         Of the server optimizer, by ``adapter.<group>`` or ``lora.<group or client>``.
     residual : State
-        What ``strategy.lora=exact`` has added to the frozen base of every client, as a LoRA.
+        LoRA that ``strategy.lora=exact`` adds to the frozen base of every client.
     rounds : int
         Aggregated exchanges.
     """
@@ -140,7 +134,7 @@ class ServerState:
             self.adapters.setdefault(task, self.initial.adapter)
 
     def stage_for(self, member: Member, stages: int = 2) -> int:
-        """Return the stage that a client trains next.
+        """Return the stage that a client trains next: 2 once it and the server completed stage 1.
 
         Parameters
         ----------
@@ -148,11 +142,6 @@ class ServerState:
             The client.
         stages : int
             `strategy.stages`; with 1 there is no stage 2.
-
-        Returns
-        -------
-        int
-            2 once client and server have completed stage 1.
         """
         return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 
@@ -173,7 +162,7 @@ class ServerState:
             has tensors of another layout or values that are not finite.
         """
         if update.client != member.client:
-            raise UpdateError(f"it says that it is from {update.client!r}")
+            raise UpdateError(f"it claims to be from {update.client!r}")
         if update.server_round != server_round:
             raise UpdateError(f"it is for exchange {update.server_round}, not {server_round}")
         if update.task != member.task or update.task not in self.tasks:
@@ -199,11 +188,6 @@ class ServerState:
         config : StrategyConfig
             Aggregation rules.
 
-        Returns
-        -------
-        Aggregation
-            For the run's events.
-
         Raises
         ------
         UpdateError
@@ -221,7 +205,7 @@ class ServerState:
     def _average_adapters(
         self, updates: Sequence[Update], config: StrategyConfig
     ) -> dict[str, list[str]]:
-        """Average the task adapters of each group, in place; return the clients of each group."""
+        """Average the task adapters in place; return the clients of each group."""
         if not self.initial.adapter:
             return {}
         group_of = ADAPTER_GROUPS[config.adapters]
@@ -243,41 +227,36 @@ class ServerState:
     def _mix_loras(
         self, updates: Sequence[Update], config: StrategyConfig
     ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-        """Mix the LoRAs, in place; return weights and distances, empty if LoRAs are not shared."""
+        """Mix the LoRAs in place; return weights and distances, empty if LoRAs are not shared."""
         if not self.initial.lora:
             self.loras |= {update.client: {} for update in updates}
             return {}, {}
-        tasks = [update.task for update in updates]
-        loras = [update.lora for update in updates]
-        distances = pairwise_distances(loras)
-        rule = LORA_RULES[config.lora]
-        weights = rule.weights(distances, tasks, [u.num_examples for u in updates], config)
+        clients, tasks = [u.client for u in updates], [u.task for u in updates]
+        loras, examples = [u.lora for u in updates], [u.num_examples for u in updates]
+        rule, distances = LORA_RULES[config.lora], pairwise_distances(loras)
+        weights = rule.weights(distances, tasks, examples, config)
         new: dict[str, State] = {}
-        for update, lora in zip(updates, mix(loras, weights), strict=True):
-            owner = rule.owner(update.client, update.task)
+        for client, task, lora in zip(clients, tasks, mix(loras, weights), strict=True):
+            owner = rule.owner(client, task)
             if owner not in new:
-                start = self.lora_for(update.client, update.task)
+                start = self.lora_for(client, task)
                 new[owner] = self._stepped(f"lora.{owner}", start, lora, config)
         if rule.exact:
-            examples = [update.num_examples for update in updates]
             self.residual = _state(product_residual(loras, examples, new[EVERYONE], self.residual))
-        known = self.task_of | {update.client: update.task for update in updates}
-        owners = {client: rule.owner(client, task) for client, task in known.items()}
-        self.loras |= {client: new[owner] for client, owner in owners.items() if owner in new}
-        clients = [update.client for update in updates]
-        return (
-            _as_dict(clients, weights.tolist(), drop_zero=True),
-            _as_dict(clients, distances.tolist()),
-        )
+        for client, task in (self.task_of | dict(zip(clients, tasks, strict=True))).items():
+            if (owner := rule.owner(client, task)) in new:
+                self.loras[client] = new[owner]
+        return _as_dict(clients, weights, drop_zero=True), _as_dict(clients, distances)
 
     def _stepped(
         self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
     ) -> State:
         """Return the new state: the average, or the server optimizer's step towards it."""
-        state = _ordered(average, start)
-        if config.server_optimizer.name == "none":
-            return state
+        # In the server's order, so that sums do not depend on a client's.
+        state = _state({name: average[name] for name in start})
         optimizer = config.server_optimizer
+        if optimizer.name == "none":
+            return state
         new, self.moments[target] = adam_step(
             start,
             state,
@@ -310,21 +289,15 @@ def mean_lora(loras: Sequence[State]) -> State:
     return _state(weighted_average(loras, [1] * len(loras)))
 
 
-def _ordered(arrays: Mapping[str, Array], pattern: State) -> State:
-    """Return tensors in the server's order, so that sums do not depend on a client's order."""
-    state = _state(arrays)
-    return {name: state[name] for name in pattern}
-
-
 def _state(arrays: Mapping[str, Array]) -> State:
     """Narrow the type: aggregating tensors yields tensors."""
     return cast(State, arrays)
 
 
 def _as_dict(
-    clients: list[str], matrix: list[list[float]], *, drop_zero: bool = False
+    clients: list[str], matrix: Matrix, *, drop_zero: bool = False
 ) -> dict[str, dict[str, float]]:
     return {
-        row_client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
-        for row_client, row in zip(clients, matrix, strict=True)
+        client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
+        for client, row in zip(clients, matrix.tolist(), strict=True)
     }

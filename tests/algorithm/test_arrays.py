@@ -146,9 +146,8 @@ def test_infinities_that_cancel_are_found() -> None:
 def test_states_that_do_not_match(run: Callable, change: Callable, message: str) -> None:
     states = make_states(3)
     change(states[1])
-    with pytest.raises(UpdateError, match=f"client 1: .*{message}") as caught:
+    with pytest.raises(UpdateError, match=f"client 1: .*{message}"):
         run(states)
-    assert caught.value.client == 1
 
 
 def test_torch_states_that_do_not_match() -> None:
@@ -185,8 +184,7 @@ def test_values_too_large_for_float64_are_not_called_nan() -> None:
 def test_task_errors_name_the_client_in_the_whole_list() -> None:
     states = make_states(4)
     states[3]["scale"] = np.float32(np.nan).reshape(())
-    with pytest.raises(UpdateError, match="client 3: tensor `scale`") as caught:
+    with pytest.raises(UpdateError, match="client 3: tensor `scale`"):
         task_aware_average(states, ["a", "b", "a", "b"], [1] * 4)
-    assert caught.value.client == 3
     with pytest.raises(UpdateError, match="4 adapters but 3 tasks"):
         task_aware_average(states, ["a", "b", "a"], [1] * 4)

@@ -122,7 +122,7 @@ def test_another_clients_reply_is_refused(tmp_path, without):
     run.run()
     ((number, phase, client, reason),) = failures(run)
     assert (number, phase, client) == (2, "train", WRONG)
-    assert "it says that it is from 'counting-1'" in reason
+    assert "it claims to be from 'counting-1'" in reason
     same(run.strategy.state, without[2])
 
 

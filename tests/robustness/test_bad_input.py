@@ -153,7 +153,7 @@ BAD_UPDATES = [
     (corrupt_zero_examples, "metric `examples` is 0 but must be from 1"),
     (corrupt_too_many_examples, "counts 1000000000 examples"),
     (corrupt_round, "it is for exchange 7, not 1"),
-    (corrupt_client, "it says that it is from 'vqa-26'"),
+    (corrupt_client, "it claims to be from 'vqa-26'"),
     (corrupt_metrics, "metric `loss.total` is None"),
     (corrupt_bytes, "cannot be read"),
     (corrupt_examples_nan, "metric `examples` is nan but must be a finite number"),
