@@ -4,6 +4,7 @@
 ``--format json`` and its status is queried with ``flwr list``.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -96,23 +97,25 @@ class FlowerCLI:
             command = (*arguments, "--format", "json")
             self.wait(self.spawn("flwr", *command, stdout=stdout, stderr=stderr))
         texts = [p.read_text(encoding="utf-8", errors="replace").strip() for p in (output, errors)]
-        try:
-            parsed = json.loads(texts[0])
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
-            return parsed
+        with contextlib.suppress(ValueError):
+            if isinstance(answer := json.loads(texts[0]), dict):
+                return answer
         printed = "\n".join(filter(None, reversed(texts)))
         return {
-            "error": f"`flwr {arguments[0]}` returned no JSON"
-            + (f": {printed}" if printed else ".")
+            "error": f"`flwr {arguments[0]}` returned no JSON{f': {printed}' if printed else '.'}"
         }
 
 
-def flower_path(environment: Mapping[str, str]) -> str:
-    """Return ``PATH`` with Flower's programs first: Flower starts its helpers by name."""
-    programs = str(flower_program("flwr").parent)
-    return os.pathsep.join([programs, environment.get("PATH", os.defpath)])
+def flower_environment(base: Mapping[str, str], home: Path) -> dict[str, str]:
+    """Return the environment of Flower's programs, with their configuration in `home`."""
+    programs = str(flower_program("flwr").parent)  # first: Flower starts its helpers by name
+    return {
+        **base,
+        "PATH": os.pathsep.join([programs, base.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
 
 
 def flower_program(name: str) -> Path:
@@ -135,6 +138,13 @@ def is_healthy(port: int) -> bool:
         connection.close()
 
 
+def check_installation() -> None:
+    """Raise `RunError` unless Flower's programs and the app's pyproject.toml are installed."""
+    for name in ("flwr", "flower-superlink"):
+        flower_program(name)
+    _app_source()
+
+
 def app_folder(scratch: Path) -> Path:
     """Return the folder of the Flower app: the checkout, or one assembled from the package.
 
@@ -143,13 +153,8 @@ def app_folder(scratch: Path) -> Path:
     the same.
     """
     package = Path(__file__).resolve().parents[1]
-    if _is_app(package.parent):
+    if _app_source() != package:
         return package.parent
-    if not _is_app(package):
-        raise RunError(
-            f"Neither {package.parent} nor {package} contains a Flower app's pyproject.toml: "
-            "reinstall pilot-flwr, or clone its repository and run `pip install -e .` there."
-        )
     app = scratch / "pilot-flwr"  # Flower checks this name
     ignored = shutil.ignore_patterns("__pycache__", "conf", "pyproject.toml")
     shutil.copytree(package, app / package.name, ignore=ignored)
@@ -161,10 +166,16 @@ def app_folder(scratch: Path) -> Path:
     return app
 
 
-def _is_app(folder: Path) -> bool:
-    try:
-        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-        components = project["tool"]["flwr"]["app"]["components"]
-        return bool(components["serverapp"].startswith("pilot_flwr."))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+def _app_source() -> Path:
+    """Return the checkout or the installed package, whichever has the app's pyproject.toml."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent, package):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+            components = project["tool"]["flwr"]["app"]["components"]
+            if components["serverapp"].startswith("pilot_flwr."):
+                return folder
+    raise RunError(
+        f"Neither {package.parent} nor {package} contains a Flower app's pyproject.toml: "
+        "reinstall pilot-flwr, or clone its repository and run `pip install -e .` there."
+    )

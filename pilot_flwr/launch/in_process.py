@@ -37,25 +37,20 @@ def run_in_process(
     verbose: bool = False,
     resumed: bool = False,
 ) -> Outcome:
-    """Run the app to completion in this process; arguments as for `simulation.launch`.
+    """Make one attempt at a run in this process; arguments as for `simulation.launch`.
 
     `out` is called from another thread. A signal raises `Interrupted`; the run can be resumed.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     config, run_id = load_config(overrides), secrets.randbits(62)
-    printer = ProgressPrinter(
-        folder / "metrics.jsonl", logs / "flower.log" if verbose else None, out
-    )
+    log = logs / "flower.log"
+    printer = ProgressPrinter(folder / "metrics.jsonl", log if verbose else None, out)
     if resumed:
         printer.begin_with(str(run_id))
     details = ""
     try:
-        with (
-            StopSignals(at_once=True),
-            _log_file(logs / "flower.log"),
-            _printing(printer),
-        ):
+        with StopSignals(at_once=True), _log_file(log), _printing(printer):
             grid = InProcessGrid(
                 app,
                 node_configs=node_configs(config),

@@ -19,6 +19,7 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import check_simulated
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.launch.flower_cli import check_installation
 from pilot_flwr.launch.ray_cluster import address_of
 from pilot_flwr.model.checkpoints import checkpoint_path
 from pilot_flwr.server.resume import OVERRIDES, check_resumable, completed
@@ -122,8 +123,9 @@ def check_settings(
 
 
 def engine_options(config: PilotConfig, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return `Prepared.address` and `Prepared.federation`; reject unavailable resources."""
+    """Return `Prepared.address` and `Prepared.federation`; reject what is not available."""
     if config.simulation.engine != IN_PROCESS:
+        check_installation()
         address = address_of(config.simulation, environ)
         if address:
             return address, ""
@@ -137,11 +139,10 @@ def resolve_resume(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
     Returns the absolute folder that `resume` names, or None; and the overrides: the recorded ones,
     then the user's, with `resume` as an absolute path and without `run.folder`, which must agree.
     """
-    named = [override for override in overrides if _key(override) == "resume"]
-    if not named:
-        return None, list(overrides)
-    config = load_config(shlex.join(named[-1:]))
-    if not config.resume:
+    given = {_key(override): override for override in overrides}
+    places = [given[key] for key in ("resume", "run.folder") if key in given]
+    config = load_config(shlex.join(places)) if "resume" in given else None
+    if config is None or not config.resume:
         return None, list(overrides)
     folder = Path(os.path.abspath(expanded("resume", config.resume)))
     try:
@@ -151,17 +152,13 @@ def resolve_resume(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
             f"`resume` is {str(folder)!r}, which is not the folder of a run to resume: it "
             f"has no readable {OVERRIDES}."
         ) from None
-    given = {_key(override) for override in overrides}
-    kept = [old for old in recorded if _key(old) not in given | {"resume", "run.folder"}]
-    folders = [override for override in overrides if _key(override) == "run.folder"]
-    if folders:
-        named_folder = load_config(shlex.join(folders[-1:])).run.folder
-        if Path(os.path.abspath(expanded("run.folder", named_folder))) != folder:
-            raise ConfigError(
-                f"`run.folder` is {named_folder!r} but the resumed run is in {folder}."
-            )
-    new = [override for override in overrides if _key(override) not in ("resume", "run.folder")]
-    return folder, [*kept, *new, path_override("resume", folder)]
+    if "run.folder" in given:
+        named = config.run.folder
+        if Path(os.path.abspath(expanded("run.folder", named))) != folder:
+            raise ConfigError(f"`run.folder` is {named!r} but the resumed run is in {folder}.")
+    whole = [old for old in recorded if _key(old) not in given] + list(overrides)
+    whole = [override for override in whole if _key(override) not in ("resume", "run.folder")]
+    return folder, [*whole, path_override("resume", folder)]
 
 
 def _key(override: str) -> str:

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
@@ -110,12 +110,7 @@ class ProcessSandbox:
     def __enter__(self) -> "ProcessSandbox":
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         end_marked(self.mark, self.folder)
         deadline = time.monotonic() + 4 * GRACE_SECONDS
         for child in self._children:  # killed above; give up on one stuck in the kernel

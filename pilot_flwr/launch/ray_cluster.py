@@ -1,11 +1,11 @@
-"""Run the simulation on an existing Ray cluster: find it, check its machines, connect Flower to it.
+"""Run the simulation on an existing Ray cluster: check its machines and connect Flower to it.
 
 `simulation.address` names the cluster, else the environment variable ``RAY_ADDRESS``; without
-either, or with ``local``, a run starts its own Ray on this machine. Flower's engine connects by
-``RAY_ADDRESS`` and starts one actor per client that fits on each node, so a run uses the whole
-cluster; only one client's share is configurable. Before a run `pilot_flwr.launch.ray_preflight`
-checks the run folder, data and packages on every node, in a separate process with a time limit;
-missing ones are reported per node. User documentation: docs/how-to/cluster.md.
+either, or with ``local``, a run starts its own Ray on this machine. Flower's engine starts one
+actor per client that fits on each node, so a run uses the whole cluster; only one client's share
+is configurable. A preflight checks the run folder, data and packages on every node and reports
+what is missing, per node. It runs in its own process (`main`), because Ray can terminate the
+process that connects to it or block it for minutes. User documentation: docs/how-to/cluster.md.
 """
 
 import contextlib
@@ -13,12 +13,11 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -104,7 +103,7 @@ class Cluster:
         """
         gpus = self.client_gpus(simulation)
         if not self.clients_at_a_time(simulation):
-            offers = "; ".join(f"{node.name}: {_resources(node)}" for node in self.nodes)
+            offers = "; ".join(f"{n.name}: CPUs {n.cpus:g}, GPUs {n.gpus:g}" for n in self.nodes)
             raise ConfigError(
                 f"No machine of the Ray cluster has `simulation.client_cpus` = "
                 f"{simulation.client_cpus} and `simulation.client_gpus` = {gpus:g} for even one "
@@ -118,10 +117,13 @@ class Cluster:
 
     def describe(self, simulation: SimulationConfig) -> str:
         """Describe the cluster's resources, and their use by other jobs, in one or two lines."""
-        cpus, gpus = (sum(getattr(n, what) for n in self.nodes) for what in ("cpus", "gpus"))
-        fitting = count(self.clients_at_a_time(simulation), "client")
-        line = f"Ray cluster {self.address}: {count(len(self.nodes), 'machine')}, CPUs {cpus:g}, "
-        line += f"GPUs {gpus:g}; room for {fitting} at a time."
+        cpus = sum(node.cpus for node in self.nodes)
+        gpus = sum(node.gpus for node in self.nodes)
+        line = (
+            f"Ray cluster {self.address}: {count(len(self.nodes), 'machine')}, CPUs {cpus:g}, "
+            f"GPUs {gpus:g}; room for {count(self.clients_at_a_time(simulation), 'client')} at a "
+            "time."
+        )
         if self.free_cpus < cpus or self.free_gpus < gpus:
             line += (
                 f"\nOther jobs use the cluster: {self.free_cpus:g} of {cpus:g} CPUs and "
@@ -149,20 +151,10 @@ def address_of(simulation: SimulationConfig, environment: Mapping[str, str]) -> 
         if value != default:
             raise ConfigError(
                 f"`simulation.{setting}` is {value} but must be left at {default} with "
-                f"`{name}`={address}: a run uses the whole cluster. How many clients "
-                "train at a time follows from `simulation.client_cpus` and "
-                "`simulation.client_gpus`."
+                f"`{name}`={address}: a run uses the whole cluster. `simulation.client_cpus` and "
+                "`simulation.client_gpus` determine how many clients train at a time."
             )
     return address
-
-
-@contextmanager
-def flower_home(folder: Path) -> Iterator[None]:
-    """Remove Flower's folder from the run folder on exit."""
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder / HOME, ignore_errors=True)
 
 
 def ray_environment(
@@ -181,10 +173,6 @@ def ray_environment(
         "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job),  # merged with what Flower gives to Ray
         "FLWR_HOME": str(folder / HOME),
     }
-
-
-def _resources(node: Node) -> str:
-    return f"CPUs {node.cpus:g}, GPUs {node.gpus:g}"
 
 
 def check_cluster(config: PilotConfig, address: str, folder: Path) -> tuple[Cluster, str]:
@@ -219,20 +207,17 @@ def inspect_cluster(address: str, folder: Path, paths: Sequence[str] = ()) -> Cl
         "token": token,
         "paths": list(paths),
         "packages": PACKAGES,
-        "seconds": NODES_SECONDS,
-        "answer": ANSWER,
     }
     probe.write_text(token, encoding="utf-8")
     try:
         answer = _ask(address, request)
-        complaints = [line for row in answer["nodes"] for line in _missing(row, folder)]
     finally:
         for left in folder.glob(f"{probe.name}*"):
             left.unlink(missing_ok=True)
-    if complaints:
+    if problems := [line for row in answer["nodes"] for line in _problems(row, folder)]:
         raise RunError(
             "The Ray cluster cannot run this simulation:\n"
-            + "\n".join(f"- {line}" for line in complaints)
+            + "\n".join(f"- {line}" for line in problems)
             + "\nRequirements for every machine of a cluster: docs/how-to/cluster.md."
         )
     nodes = tuple(Node(row["name"], row["cpus"], row["gpus"]) for row in answer["nodes"])
@@ -265,7 +250,8 @@ def _check_reachable(address: str) -> None:
 
 
 def _ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    program = "from pilot_flwr.launch.ray_preflight import main; main()"
+    """Run the preflight in its own process."""
+    program = "from pilot_flwr.launch.ray_cluster import main; main()"
     environment = {k: v for k, v in os.environ.items() if k != ADDRESS_VARIABLE}
     try:
         done = subprocess.run(  # nosec B603  # no shell; this package's code
@@ -295,20 +281,124 @@ def _ask(address: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _missing(row: Mapping[str, Any], folder: Path) -> list[str]:
+def _problems(row: Mapping[str, Any], folder: Path) -> list[str]:
     """List what a node lacks."""
     name, answer = row["name"], row["answer"]
     if answer is None:
         reason = f" Ray reports: {headline(row['error'])}" if row["error"] else ""
         return [f"{name} did not answer within {NODES_SECONDS:.0f} s.{reason}"]
-    lines = []
-    for package, there in answer["versions"].items():
-        if there != (here := version(package)):
-            lines.append(f"{name} has {package} {there or 'not installed'}; here it is {here}.")
+    lines = [
+        f"{name} has {package} {there or 'not installed'}; here it is {here}."
+        for package, there in answer["versions"].items()
+        if there != (here := version(package))
+    ]
     if answer["folder"]:
         lines.append(
             f"{name} cannot use the run folder {str(folder)!r} ({answer['folder']}): `run.folder` "
             "must be on a file system that all machines share and may write to."
         )
-    lines += [f"{name} has no {path!r}." for path in answer["missing"]]
-    return lines
+    return lines + [f"{name} has no {path!r}." for path in answer["missing"]]
+
+
+def main() -> None:
+    """Run the preflight that the first argument requests; print its answer as a line of JSON."""
+    answer: dict[str, Any]
+    try:
+        answer = _preflight(json.loads(sys.argv[1]))
+    except Exception as error:  # Ray raises its own types and Python's
+        answer = {"error": str(error) or type(error).__name__}
+    print(ANSWER + json.dumps(answer), flush=True)
+
+
+def _preflight(request: Mapping[str, Any]) -> dict[str, Any]:
+    import ray
+
+    # The path that Flower's simulation engine will give to the clients' processes.
+    path = os.pathsep.join(filter(None, sys.path))
+    ray.init(
+        request["address"],
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    nodes = _ask_nodes(request)
+    free = ray.available_resources()
+    return {
+        "address": ray.get_runtime_context().gcs_address,
+        "nodes": nodes,
+        "free": {name: float(free.get(name, 0)) for name in ("CPU", "GPU")},
+    }
+
+
+def _ask_nodes(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Query every node, and wait for those that Ray considers alive.
+
+    Ray detects a dead node after about 30 seconds. Flower would wait for clients on it forever, so
+    this check waits longer than that.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    answers: dict[str, dict[str, Any]] = {}
+    errors: dict[str, str] = {}
+    pending: dict[str, Any] = {}
+    check = _remote_check()
+    deadline = time.monotonic() + NODES_SECONDS
+    while True:
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        for identity in nodes.keys() - answers.keys() - pending.keys():
+            placement = NodeAffinitySchedulingStrategy(identity, soft=False)
+            pending[identity] = check.options(scheduling_strategy=placement).remote(
+                request, identity
+            )
+        for identity in list(pending):
+            if not ray.wait([pending[identity]], timeout=0)[0]:
+                continue
+            try:
+                answers[identity] = ray.get(pending.pop(identity))
+            except ray.exceptions.RayError as error:  # retried while the node is alive
+                errors[identity] = str(error).strip()
+        if nodes.keys() <= answers.keys() or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return [
+        {
+            "name": f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
+            "cpus": float(node["Resources"].get("CPU", 0)),
+            "gpus": float(node["Resources"].get("GPU", 0)),
+            "answer": answers.get(identity),
+            "error": errors.get(identity, ""),
+        }
+        for identity, node in sorted(nodes.items())
+    ]
+
+
+def _remote_check() -> Any:
+    """Return the remote task, an inner function: Ray ships its code, so nodes do not need it."""
+    import ray
+
+    def check(request: dict[str, Any], identity: str) -> dict[str, Any]:
+        from importlib.metadata import PackageNotFoundError, version
+        from pathlib import Path
+
+        versions: dict[str, str] = {}
+        for package in request["packages"]:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                versions[package] = ""
+        folder = Path(request["folder"])
+        problem = ""
+        try:
+            if (folder / request["probe"]).read_text(encoding="utf-8") != request["token"]:
+                problem = "a different folder there"
+            else:
+                trial = folder / f"{request['probe']}-{identity}"
+                trial.write_text("", encoding="utf-8")
+                trial.unlink()
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        missing = [path for path in request["paths"] if not Path(path).exists()]
+        return {"versions": versions, "folder": problem, "missing": missing}
+
+    return ray.remote(num_cpus=0, max_retries=0)(check)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from psutil import Process  # type: ignore[import-untyped, unused-ignore]
@@ -21,7 +22,7 @@ from pilot_flwr.config.overrides import path_override
 from pilot_flwr.errors import RunError
 from pilot_flwr.formatting import count
 from pilot_flwr.launch import ray_cluster
-from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_path, is_healthy
+from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_environment, is_healthy
 from pilot_flwr.launch.prepare import Prepared
 from pilot_flwr.launch.processes import ProcessSandbox, StopSignals, free_port, is_alive, listens
 from pilot_flwr.run.atomic import hold, write_text
@@ -55,25 +56,15 @@ def run_prepared(prepared: Prepared, *, out: Out, verbose: bool = False) -> Outc
         found, federation = ray_cluster.check_cluster(config, address, folder)
         address = found.address
         out(found.describe(config.simulation))
-    if not prepared.in_process:
+    attempt: Callable[..., Outcome]
+    if prepared.in_process:
+        from pilot_flwr.launch.in_process import run_in_process
+
+        attempt = run_in_process
+    else:
         out("Starting Flower and Ray. First results appear after about 30 seconds.")
-
-    def attempt(overrides: str, resumed: bool) -> Outcome:
-        if prepared.in_process:
-            from pilot_flwr.launch.in_process import run_in_process
-
-            return run_in_process(overrides, folder, out=out, verbose=verbose, resumed=resumed)
-        return launch(
-            None,
-            overrides,
-            federation,
-            folder,
-            out=out,
-            verbose=verbose,
-            address=address,
-            resumed=resumed,
-        )
-
+        attempt = partial(launch, federation=federation, address=address)
+    attempt = partial(attempt, folder=folder, out=out, verbose=verbose)
     with hold(folder / LAUNCH_LOCK, f"The run folder {folder}"):
         if not prepared.resumed:  # recorded first: resuming needs both
             write_text(folder / OVERRIDES, prepared.overrides + "\n")
@@ -81,7 +72,7 @@ def run_prepared(prepared: Prepared, *, out: Out, verbose: bool = False) -> Outc
         return _run_attempts(attempt, prepared, out)
 
 
-def _run_attempts(attempt: Callable[[str, bool], Outcome], prepared: Prepared, out: Out) -> Outcome:
+def _run_attempts(attempt: Callable[..., Outcome], prepared: Prepared, out: Out) -> Outcome:
     """Run; if a process dies, resume from the last checkpoint, up to `run.restarts` times.
 
     Errors in the run itself, such as too few replies, are not retried.
@@ -90,16 +81,13 @@ def _run_attempts(attempt: Callable[[str, bool], Outcome], prepared: Prepared, o
     restarts = prepared.config.run.restarts
     for number in range(restarts + 1):
         archive_attempt(prepared.folder)
-        outcome = attempt(overrides, resumed)
+        outcome = attempt(overrides, resumed=resumed)
         if outcome.succeeded or not outcome.restartable or number == restarts:
             return outcome
-        out("\nA process of the simulation died:")
-        for line in outcome.explanation[:2]:
-            out(f"  {line}")
-        out(
-            f"Restart {number + 1} of at most {restarts} (`run.restarts`), "
-            "from the last checkpoint."
-        )
+        cause = "".join(f"\n  {line}" for line in outcome.explanation[:2])
+        out(f"\nA process of the simulation died:{cause}")
+        nth = f"Restart {number + 1} of at most {restarts}"
+        out(f"{nth} (`run.restarts`), from the last checkpoint.")
         if not resumed:
             overrides = f"{overrides} {shlex.join([path_override('resume', prepared.folder)])}"
         resumed = True
@@ -121,11 +109,10 @@ def archive_attempt(folder: Path) -> None:
 
 
 def launch(
-    app: Path | None,
     overrides: str,
-    federation: str,
     folder: Path,
     *,
+    federation: str,
     out: Out,
     verbose: bool = False,
     address: str = "",
@@ -133,49 +120,49 @@ def launch(
 ) -> Outcome:
     """Make one attempt at a run with Flower's simulation engine.
 
-    `app` is this package's by default; `address` names an existing Ray cluster. If `resumed`, the
-    events recorded before are not printed again.
+    `address` names an existing Ray cluster. If `resumed`, the events recorded before are not
+    printed again.
     """
     if address and resumed:  # a machine may have died: wait until Ray knows which remain
         found = ray_cluster.inspect_cluster(address, folder)
         out(f"The Ray cluster has {count(len(found.nodes), 'machine')} now.")
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    printer = ProgressPrinter(
-        folder / "metrics.jsonl", logs / "flower.log" if verbose else None, out
-    )
-    with ray_cluster.flower_home(folder), StopSignals() as signals, ProcessSandbox() as sandbox:
-        environment = flower_environment(sandbox.folder, os.environ)
-        if address:
-            environment |= ray_cluster.ray_environment(address, folder, sandbox.mark, os.environ)
-        flower = FlowerCLI(sandbox, signals, environment, CONNECTION)
-        superlink = _start_superlink(flower, Path(environment["FLWR_HOME"]), logs)
-        app = app or app_folder(sandbox.folder)
-        run = flower.submit(app, overrides, "--federation-config", federation)
-        if resumed:
-            printer.begin_with(run)
-        status = _Simulation(flower, superlink, run, folder).follow(printer)
-        printer.finish()
-        outcome = evaluate_outcome(status, folder)
-        if not outcome.succeeded:
-            _keep_ray_logs(sandbox.folder, logs / "ray")
-    return outcome
+    log = logs / "flower.log" if verbose else None
+    printer = ProgressPrinter(folder / "metrics.jsonl", log, out)
+    try:
+        with StopSignals() as signals, ProcessSandbox() as sandbox:
+            environment = simulation_environment(sandbox.folder, os.environ)
+            if address:
+                environment |= ray_cluster.ray_environment(
+                    address, folder, sandbox.mark, os.environ
+                )
+            flower = FlowerCLI(sandbox, signals, environment, CONNECTION)
+            superlink = _start_superlink(flower, Path(environment["FLWR_HOME"]), logs)
+            app = app_folder(sandbox.folder)
+            run = flower.submit(app, overrides, "--federation-config", federation)
+            if resumed:
+                printer.begin_with(run)
+            status = _Simulation(flower, superlink, run, folder).follow(printer)
+            printer.finish()
+            outcome = evaluate_outcome(status, folder)
+            if not outcome.succeeded:
+                _keep_ray_logs(sandbox.folder, logs / "ray")
+        return outcome
+    finally:
+        shutil.rmtree(folder / ray_cluster.HOME, ignore_errors=True)
 
 
-def flower_environment(scratch: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of Flower's processes: the user's, made safe and quiet."""
+def simulation_environment(scratch: Path, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the simulation's processes: the user's, made safe and quiet."""
     local = ",".join(filter(None, [base.get("NO_PROXY") or base.get("no_proxy"), "127.0.0.1"]))
     user = {name: value for name, value in base.items() if name != ray_cluster.ADDRESS_VARIABLE}
     return {
         "RAY_DEDUP_LOGS": "0",
-        **user,
-        "PATH": flower_path(base),
+        **flower_environment(user, scratch / "flwr"),
         "NO_PROXY": local,
         "no_proxy": local,
-        "PYTHONUNBUFFERED": "1",
-        "FLWR_HOME": str(scratch / "flwr"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_TMPDIR": str(scratch),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -188,14 +175,8 @@ def _start_superlink(flower: FlowerCLI, home: Path, logs: Path) -> "subprocess.P
     for _ in range(3):  # another process may take the port before the SuperLink does
         port = free_port()
         with (logs / "superlink.log").open("ab") as log:
-            superlink = flower.spawn(
-                "flower-superlink",
-                *options,
-                "--port",
-                str(port),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            arguments = ("flower-superlink", *options, "--port", str(port))
+            superlink = flower.spawn(*arguments, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + START_SECONDS
         while superlink.poll() is None and time.monotonic() < deadline:
             flower.pause()
@@ -227,32 +208,26 @@ class _Simulation:
         """
         started = asked = time.monotonic()
         result_seen: float | None = None
-        log: subprocess.Popen[bytes] | None = self._stream_log()
+        flower, path = self._flower, self._logs / "flower.log"
+        log: subprocess.Popen[bytes] | None = flower.stream_log(self._run, path)
         while True:
-            self._flower.pause()
+            flower.pause()
             printer.show()
             now = time.monotonic()
-            self._process = self._process or self._flower.sandbox.find("flwr-simulation")
+            self._process = self._process or flower.sandbox.find("flwr-simulation")
             if result_seen is None and self._result.exists():
                 result_seen = now
             problem = self._problem(now - started, now - (result_seen or now))
             log_ended = log is not None and log.poll() is not None
             if problem or log_ended or now - asked > QUERY_SECONDS:
-                status = self._status()
+                answers = self._superlink.poll() is None
+                status = flower.status(self._run) if answers else RunStatus("")
                 asked = now
                 if status.finished:
                     return status
                 if problem:
                     return RunStatus(status.status, problem, lost=self._lost())
-                log = None if log_ended else log or self._stream_log()
-
-    def _stream_log(self) -> "subprocess.Popen[bytes]":
-        return self._flower.stream_log(self._run, self._logs / "flower.log")
-
-    def _status(self) -> RunStatus:
-        if self._superlink.poll() is not None:
-            return RunStatus("")
-        return self._flower.status(self._run)
+                log = None if log_ended else log or flower.stream_log(self._run, path)
 
     def _lost(self) -> bool:
         """Return whether a process that the run needs has ended."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_seconds, plain
-from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_path
+from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_environment
 from pilot_flwr.launch.processes import Interrupted, ProcessSandbox, StopSignals
 from pilot_flwr.run.outcome import Outcome, RunResult, evaluate_result
 from pilot_flwr.run.progress import LineTail
@@ -93,13 +93,8 @@ def run_remotely(
     `Detached` and leaves the run going.
     """
     with StopSignals() as signals, ProcessSandbox() as sandbox:
-        environment = {
-            **os.environ,
-            "PATH": flower_path(os.environ),
-            "FLWR_HOME": os.path.abspath(_flower_home(os.environ)),
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
+        home = Path(os.path.abspath(_flower_home(os.environ)))
+        environment = flower_environment(os.environ, home)
         flower = FlowerCLI(sandbox, signals, environment, connection)
         run = RemoteRun(flower.submit(app_folder(sandbox.folder), overrides), connection)
         out(f"Run {run.id} on {connection}; `flwr stop {run.id} {connection}` stops it.")

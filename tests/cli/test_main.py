@@ -79,6 +79,7 @@ def test_the_version(capsys):
         (DataError("row 3"), 1),
         (OSError(28, "No space left on device"), 1),
         (KeyboardInterrupt(), 130),
+        (click.Abort(), 1),  # the input ended at a prompt
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code):
@@ -87,7 +88,7 @@ def test_an_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code)
 
     monkeypatch.setattr(loading, "load_config", fail)
     assert main(["plan"]) == code
-    said = "" if code == 130 else f"pilot-flwr: {error}\n"
+    said = f"pilot-flwr: {error}\n" if str(error) else ""
     assert capsys.readouterr().err == said
 
 

@@ -43,8 +43,8 @@ def launched(monkeypatch, tmp_path):
         outcome: Outcome | Exception = Outcome(succeeded=True)
         calls: list = []
 
-        def __call__(self, app, overrides, federation, folder, *, out, verbose, **more):
-            self.calls.append((app, overrides, federation, folder, verbose))
+        def __call__(self, overrides, folder, *, federation, out, verbose, **more):
+            self.calls.append((overrides, federation, folder, verbose))
             self.more.append(more)
             (folder / "config.yaml").write_text(to_yaml(load_config(overrides)))
             (folder / "summary.md").write_text("| vqa | 0.5 |\n")
@@ -62,8 +62,7 @@ def launched(monkeypatch, tmp_path):
 
 def test_success(launched, capsys, tmp_path):
     assert cli.main(["run", "name=trial", "--verbose", "strategy.rounds=1"]) == 0
-    ((app, overrides, federation, folder, verbose),) = launched.calls
-    assert app is None  # the package's own
+    ((overrides, federation, folder, verbose),) = launched.calls
     assert folder.parent == tmp_path / "outputs"
     assert folder.name.startswith("trial-")
     assert overrides == f"name=trial strategy.rounds=1 run.folder={folder}"
@@ -76,7 +75,7 @@ def test_success(launched, capsys, tmp_path):
 
 
 def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tmp_path):
-    def leave(app, overrides, federation, folder, *, out, **_):
+    def leave(overrides, folder, **_):
         (folder / "checkpoint" / "round-0002").mkdir(parents=True)
         rows = "| exchange | up |\n|---|---|\n| 1 of 2 | Θ_l 2 MB<br>ψ_t [1 kB] |\n"
         (folder / "timeline.md").write_text(f"# What happened\n\nText.\n\n{rows}")
@@ -95,20 +94,20 @@ def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tm
 
 def test_a_run_folder_with_blanks_and_quotes_is_carried(launched, tmp_path):
     assert cli.main(["run", "run.folder='it\\'s, mine=1'"]) == 0
-    assert launched.calls[0][3] == tmp_path / "it's, mine=1"
+    assert launched.calls[0][2] == tmp_path / "it's, mine=1"
 
 
 def test_a_relative_base_model_is_made_absolute(launched, tmp_path):
     (tmp_path / "my base").mkdir()
     assert cli.main(["run", "model.path='my base'"]) == 0
-    config = load_config(launched.calls[0][1])
+    config = load_config(launched.calls[0][0])
     assert config.model.path == str(tmp_path / "my base")
 
 
 def test_a_failed_run_is_exit_code_1(launched, capsys):
     launched.outcome = Outcome(False, ("Client c1 failed.", "Full log: x"))
     assert cli.main(["run", "run.folder=run"]) == 1
-    folder = launched.calls[0][3]
+    folder = launched.calls[0][2]
     assert capsys.readouterr().err == (
         "\nThe run failed.\nClient c1 failed.\nFull log: x\n"
         f"To resume: pilot-flwr run resume={folder}\n"
@@ -241,7 +240,7 @@ DIED = Outcome(False, ("Ray says: it died.", "Full log: x"), restartable=True)
 def test_a_run_whose_worker_died_goes_on_by_itself(launched, capsys, tmp_path):
     launched.outcomes = [DIED, DIED, Outcome(succeeded=True)]
     assert cli.main(["run", "run.folder=run", "seed=4"]) == 0
-    overrides = [call[1] for call in launched.calls]
+    overrides = [call[0] for call in launched.calls]
     assert [load_config(words).resume for words in overrides] == [
         "", str(tmp_path / "run"), str(tmp_path / "run")
     ]  # fmt: skip
@@ -267,7 +266,7 @@ def test_restarts_are_bounded_and_only_for_processes(launched, tmp_path, options
 
 
 def test_every_attempt_keeps_its_logs_and_its_result(launched, tmp_path):
-    def attempt(app, overrides, federation, folder, **_):
+    def attempt(overrides, folder, **_):
         (folder / "logs").mkdir(exist_ok=True)
         name = f"{len(launched.calls)}"
         launched.calls.append(name)
@@ -296,7 +295,7 @@ def stopped(launched, tmp_path):
 
 def test_resume_alone_fills_in_the_runs_own_words(launched, stopped, capsys):
     assert cli.main(["run", "resume=old"]) == 0
-    ((_, overrides, _, folder, _),) = launched.calls
+    ((overrides, _, folder, _),) = launched.calls
     config = load_config(overrides)
     assert (config.seed, config.data.tasks, config.resume) == (5, ["vqa"], str(stopped))
     assert folder == stopped and config.run.folder == str(stopped)
@@ -314,7 +313,7 @@ def test_resume_alone_fills_in_the_runs_own_words(launched, stopped, capsys):
 )
 def test_resume_with_words_that_fit(launched, stopped, words, more):
     assert cli.main(["run", *words, "resume=old"]) == 0
-    config = load_config(launched.calls[0][1])
+    config = load_config(launched.calls[0][0])
     assert (config.seed, config.data.tasks) == (5, ["vqa"])
     assert {key: getattr(config.strategy, key) for key in more} == more
 
@@ -352,7 +351,7 @@ def test_a_completed_run_shows_its_results_and_keeps_its_exit_code(
 
 
 def test_a_run_at_its_end_has_nothing_to_go_on_with(launched, capsys):
-    def end(app, overrides, federation, folder, **_):
+    def end(overrides, folder, **_):
         result = {"status": "completed", "error": None, "failures": [{"client": "c"}]}
         (folder / "config.yaml").write_text(to_yaml(load_config(overrides)))
         (folder / "result.json").write_text(json.dumps(result))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from pilot_flwr.cli.main import main
 from pilot_flwr.errors import RunError
 from pilot_flwr.flower import compatibility
 from pilot_flwr.launch import flower_cli
@@ -70,6 +71,24 @@ def test_a_package_without_pyproject_toml_is_an_error(installed, tmp_path):
     (installed.parent / "pyproject.toml").write_text("[tool.flwr.app.components]\n")
     with pytest.raises(RunError, match="contains a Flower app.s pyproject.toml"):
         app_folder(tmp_path / "scratch")
+
+
+def test_a_broken_installation_leaves_no_run_folder(installed, tmp_path, monkeypatch, capsys):
+    where = tmp_path / "here"
+    where.mkdir()
+    monkeypatch.chdir(where)
+    (installed / "pyproject.toml").unlink()
+    assert main(["run", "run.folder=run"]) == 1
+    assert "reinstall pilot-flwr" in capsys.readouterr().err
+    assert main(["sweep", "seed=0,1", "--out", "sweep"]) == 2
+    assert "reinstall pilot-flwr" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(where)
+    monkeypatch.setattr(flower_cli.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(flower_cli.sys, "executable", str(tmp_path / "python"))
+    assert main(["run", "run.folder=run"]) == 1
+    assert "`flwr` is not installed" in capsys.readouterr().err
+    assert list(where.iterdir()) == []
 
 
 def test_a_missing_program_is_named():

@@ -21,7 +21,7 @@ from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import SimulationConfig
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.launch import ray_cluster, ray_preflight
+from pilot_flwr.launch import ray_cluster
 from pilot_flwr.launch.processes import free_port
 from pilot_flwr.launch.ray_cluster import Cluster, Node, address_of, ray_environment
 
@@ -156,7 +156,7 @@ def check(folder, **changes):
         "paths": [],
         "packages": [],
     }
-    return ray_preflight._remote_check()._function({**request, **changes}, "node")
+    return ray_cluster._remote_check()._function({**request, **changes}, "node")
 
 
 def test_a_machine_reports_what_it_has(tmp_path):

@@ -16,7 +16,7 @@ from flowerlab import leftovers, nothing_left, pretend_flower, write_app
 from pilot_flwr.errors import RunError
 from pilot_flwr.launch import simulation
 from pilot_flwr.launch.processes import Interrupted, ProcessSandbox, StopSignals, marked_processes
-from pilot_flwr.launch.simulation import flower_environment, launch
+from pilot_flwr.launch.simulation import launch, simulation_environment
 
 FEDERATION = (
     "num-supernodes=2 client-resources-num-cpus=1 client-resources-num-gpus=0.0 "
@@ -26,14 +26,29 @@ GOOD = {"status": "completed", "error": None, "failures": [], "scores": {}}
 FINISHED = '{"success": true, "runs": [{"status": "finished:completed"}]}'
 
 
-def run(app: Path, folder: Path, **options):
-    out: list[str] = []
-    outcome = launch(app, f"run.folder={folder}", FEDERATION, folder, out=out.append, **options)
-    return outcome, out
+@pytest.fixture
+def start(monkeypatch):
+    """Launch an app instead of this package's."""
+
+    def start(app: Path, folder: Path, out, **options):
+        monkeypatch.setattr(simulation, "app_folder", lambda scratch: app)
+        overrides = f"run.folder={folder}"
+        return launch(overrides, folder, federation=FEDERATION, out=out, **options)
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    def run(app: Path, folder: Path, **options):
+        out: list[str] = []
+        return start(app, folder, out.append, **options), out
+
+    return run
 
 
 @pytest.mark.slow  # its faster sibling is test_end_to_end.py's first test
-def test_a_run_with_ray_succeeds_and_leaves_nothing(tmp_path: Path, monkeypatch):
+def test_a_run_with_ray_succeeds_and_leaves_nothing(run, tmp_path: Path, monkeypatch):
     folder = tmp_path / "run"
     with nothing_left(monkeypatch):
         outcome, out = run(write_app(tmp_path / "app", "works"), folder, verbose=True)
@@ -55,7 +70,7 @@ def test_a_run_with_ray_succeeds_and_leaves_nothing(tmp_path: Path, monkeypatch)
         ("server exits", "The simulation's process ended without reporting"),
     ],
 )
-def test_a_run_with_ray_that_fails_says_why(tmp_path: Path, monkeypatch, mode, words):
+def test_a_run_with_ray_that_fails_says_why(run, tmp_path: Path, monkeypatch, mode, words):
     with nothing_left(monkeypatch):
         outcome, _ = run(write_app(tmp_path / "app", mode), tmp_path / "run")
     assert not outcome.succeeded
@@ -71,7 +86,7 @@ def test_a_run_with_ray_that_fails_says_why(tmp_path: Path, monkeypatch, mode, w
         ("raylet", "Client c1 failed in exchange 1 (train): The actor died unexpectedly"),
     ],
 )
-def test_a_part_of_flower_that_is_killed_ends_the_run(tmp_path, monkeypatch, program, words):
+def test_a_part_of_flower_that_is_killed_ends_the_run(start, tmp_path, monkeypatch, program, words):
     def kill(line: str) -> None:
         if line.startswith("Exchange 1"):
             deadline = time.monotonic() + 60
@@ -81,7 +96,7 @@ def test_a_part_of_flower_that_is_killed_ends_the_run(tmp_path, monkeypatch, pro
 
     app, folder = write_app(tmp_path / "app", "slow"), tmp_path / "run"
     with nothing_left(monkeypatch) as base:
-        outcome = launch(app, f"run.folder={folder}", FEDERATION, folder, out=kill)
+        outcome = start(app, folder, kill)
     assert not outcome.succeeded
     assert words in "\n".join(outcome.explanation)
 
@@ -106,7 +121,7 @@ def _find(program: str, base: Path) -> list[psutil.Process]:
         ({"log_seconds": 0, "list": FINISHED}, "The ServerApp wrote no result.json"),
     ],
 )
-def test_a_run_that_cannot_finish_is_noticed(tmp_path: Path, monkeypatch, kinds, words):
+def test_a_run_that_cannot_finish_is_noticed(run, tmp_path: Path, monkeypatch, kinds, words):
     """It may restart automatically only if a process has died."""
     pretend_flower(tmp_path, monkeypatch, **kinds)
     with nothing_left(monkeypatch):
@@ -117,7 +132,7 @@ def test_a_run_that_cannot_finish_is_noticed(tmp_path: Path, monkeypatch, kinds,
     assert outcome.restartable == ("ended" in words)
 
 
-def test_a_simulation_that_never_starts_is_noticed(tmp_path: Path, monkeypatch):
+def test_a_simulation_that_never_starts_is_noticed(run, tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch, simulation_seconds=None)
     monkeypatch.setattr(simulation, "START_SECONDS", 3.0)
     with nothing_left(monkeypatch):
@@ -125,7 +140,7 @@ def test_a_simulation_that_never_starts_is_noticed(tmp_path: Path, monkeypatch):
     assert "did not start the simulation within 3 s" in outcome.explanation[0]
 
 
-def test_a_run_that_hangs_after_its_result_is_ended(tmp_path: Path, monkeypatch):
+def test_a_run_that_hangs_after_its_result_is_ended(run, tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch)
     monkeypatch.setattr(simulation, "FINISH_SECONDS", 1.0)
     folder = tmp_path / "run"
@@ -136,7 +151,7 @@ def test_a_run_that_hangs_after_its_result_is_ended(tmp_path: Path, monkeypatch)
     assert "did not end the run within 1 s of its result" in outcome.explanation[0]
 
 
-def test_the_status_is_polled_while_the_log_is_silent(tmp_path: Path, monkeypatch):
+def test_the_status_is_polled_while_the_log_is_silent(run, tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch, list=FINISHED)
     monkeypatch.setattr(simulation, "QUERY_SECONDS", 1.0)
     folder = tmp_path / "run"
@@ -155,13 +170,13 @@ def test_the_status_is_polled_while_the_log_is_silent(tmp_path: Path, monkeypatc
         ("[]", "`flwr run` returned no JSON"),
     ],
 )
-def test_a_refused_app_is_an_error(tmp_path: Path, monkeypatch, answer, words):
+def test_a_refused_app_is_an_error(run, tmp_path: Path, monkeypatch, answer, words):
     pretend_flower(tmp_path, monkeypatch, run=answer)
     with nothing_left(monkeypatch), pytest.raises(RunError, match=words):
         run(tmp_path, tmp_path / "run")
 
 
-def test_a_superlink_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch):
+def test_a_superlink_that_does_not_start_is_an_error(run, tmp_path: Path, monkeypatch):
     pretend_flower(tmp_path, monkeypatch, simulation="sys.exit('no disk')")
     with nothing_left(monkeypatch), pytest.raises(RunError, match="SuperLink did not start"):
         run(tmp_path, tmp_path / "run")
@@ -169,7 +184,7 @@ def test_a_superlink_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run(tmp_path: Path, monkeypatch, number):
+def test_a_signal_ends_the_run(run, tmp_path: Path, monkeypatch, number):
     pretend_flower(tmp_path, monkeypatch)
     timer = threading.Timer(3.0, os.kill, (os.getpid(), number))
     timer.start()
@@ -198,13 +213,13 @@ def test_ignored_signals_stay_ignored_and_handlers_come_back():
 
 def test_flowers_environment_keeps_the_users_settings(tmp_path: Path):
     base = {"PATH": "/bin", "no_proxy": "a.b", "HF_HUB_OFFLINE": "1", "FLWR_HOME": "/home/u/.flwr"}
-    environment = flower_environment(tmp_path, base)
+    environment = simulation_environment(tmp_path, base)
     assert environment["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/bin"]
     assert environment["NO_PROXY"] == environment["no_proxy"] == "a.b,127.0.0.1"
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["FLWR_HOME"] == str(tmp_path / "flwr")
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert "HF_HUB_OFFLINE" not in flower_environment(tmp_path, {})
+    assert "HF_HUB_OFFLINE" not in simulation_environment(tmp_path, {})
 
 
 STUBBORN = """
