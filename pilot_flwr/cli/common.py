@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # heavy imports stay inside commands
     from rich.table import Table
 
     from pilot_flwr.inference.runs import Run, Selected
+    from pilot_flwr.model.pilot_model import PilotModel
 
 SUCCESS, FAILURE, USAGE = 0, 1, 2
 PIPE_WIDTH = 150
@@ -67,9 +68,16 @@ StateFolder = Annotated[
         help="Folder of the client's private state (default: clients/C in the run folder).",
     ),
 ]
+Images = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of the images that the file names.")
+]
 Plain = Annotated[
     bool,
     typer.Option("--plain", help="Do not append the prompt suffix of the task's questions."),
+]
+Baseline = Annotated[
+    str | None,
+    typer.Option(metavar="METHOD", help="Compare a sweep's methods with this one, paired by seed."),
 ]
 
 
@@ -101,30 +109,47 @@ def hide_progress_bars() -> None:
         logging.disable_progress_bar()
 
 
-def check_model(client: str | None, task: str | None, state: Path | None) -> None:
-    """Raise `ConfigError` unless the options name exactly one model."""
+def open_model(
+    folder: Path,
+    server_round: int | None,
+    overrides: Sequence[str] | None,
+    client: str | None,
+    task: str | None,
+    state: Path | None,
+) -> "tuple[Run, Selected]":
+    """Open a run and select the model of ``--client`` or ``--task``; exactly one must be given."""
     if (client is None) == (task is None):
         raise ConfigError("Give either `--client` or `--task` to select a model.")
     if task is not None and state is not None:
         raise ConfigError("`--state` needs `--client`: a consensus model has no private state.")
+    run = open_run(folder, server_round, overrides)
+    if client is not None:
+        return run, select_client(run, client, state)
+    from pilot_flwr.inference.runs import select_consensus
+
+    assert task is not None
+    return run, select_consensus(run, task)
 
 
-def select_model(
-    run: "Run", client: str | None, task: str | None, state: Path | None
-) -> "Selected":
-    """Return the model that ``--client``, ``--task`` and ``--state`` name."""
-    from pilot_flwr.inference.runs import select_client, select_consensus
+def select_client(run: "Run", client: str, state: Path | None) -> "Selected":
+    """Select a client's personalised model; print a note if the client has not trained."""
+    from pilot_flwr.inference import runs
 
-    if task is not None:
-        return select_consensus(run, task)
-    assert client is not None
-    selected = select_client(run, client, state=state)
+    selected = runs.select_client(run, client, state=state)
     if selected.private is None:
         say(
             f"{selected.name} has not trained: using the consensus model of its task, "
             f"{selected.task}."
         )
     return selected
+
+
+def load_model(run: "Run", selected: "Selected", device: str) -> "PilotModel":
+    """Load a selected model on the device of ``--device``."""
+    from pilot_flwr.client.node import find_device
+    from pilot_flwr.inference import runs
+
+    return runs.load_model(run, selected, device=find_device(device))
 
 
 @contextlib.contextmanager

@@ -13,17 +13,11 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from pilot_flwr.cli.common import (
-    FAILURE,
-    SUCCESS,
-    Overrides,
-    expand_overrides,
-    print_table,
-)
+from pilot_flwr.cli.common import FAILURE, SUCCESS, Overrides, expand_overrides, print_table
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:  # heavy imports stay inside commands
-    from pilot_flwr.client.data_check import OpenSplit, SharedRows
+    from pilot_flwr.client.data_check import SharedRows
     from pilot_flwr.config.schema import PilotConfig
     from pilot_flwr.data.validation import SplitStatistics
 
@@ -42,15 +36,14 @@ class SeveralValues(TyperCommand):
             for name in option.opts
         }
         repeated: list[str] = []
-        option, values = "", 0
+        option, previous = "", ""
         for argument in args:
             if argument.startswith("-"):
-                option, values = (argument if argument in repeatable else ""), 0
-            elif option:
-                if values:
-                    repeated.append(option)
-                values += 1
+                option = argument if argument in repeatable else ""
+            elif option and previous != option:
+                repeated.append(option)
             repeated.append(argument)
+            previous = argument
         return super().parse_args(ctx, repeated)
 
 
@@ -163,7 +156,11 @@ def check(
         raise ConfigError(f"`--json` is {str(json_file)!r}, but its folder does not exist.")
     node = None if node_config is None else parse_node_config(node_config)
     config, splits = open_splits(_file_config(overrides), node, tokens=not no_tokens)
-    _check_output(json_file, splits)
+    sources = {file.path.resolve() for _, rows in splits if rows is not None for file in rows.files}
+    if json_file is not None and json_file.resolve() in sources:
+        raise ConfigError(
+            f"`--json` is {str(json_file)!r} but must not be one of the data's files."
+        )
     shared = find_shared_rows(splits)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         rows = bars.add_task("rows", total=sum(len(e) for _, e in splits if e is not None))
@@ -215,13 +212,6 @@ def parse_node_config(text: str) -> dict[str, Any]:
             ) from None
         rest = rest[pair.end() :].strip()
     return values
-
-
-def _check_output(output: Path | None, splits: "list[OpenSplit]") -> None:
-    """Refuse to overwrite the data with the figures."""
-    files = {file.path.resolve() for _, rows in splits if rows is not None for file in rows.files}
-    if output is not None and output.resolve() in files:
-        raise ConfigError(f"`--json` is {str(output)!r} but must not be one of the data's files.")
 
 
 def _write_json(path: Path, splits: "list[SplitStatistics]", shared: "list[SharedRows]") -> None:

@@ -15,16 +15,18 @@ from pilot_flwr.cli.common import (
     ClientName,
     Device,
     Exchange,
+    Images,
     Plain,
     RunFolder,
     StateFolder,
     TaskName,
-    check_model,
+    load_model,
     new_file,
+    open_model,
     open_run,
     print_table,
     say,
-    select_model,
+    select_client,
 )
 from pilot_flwr.errors import ConfigError, DataError
 
@@ -60,9 +62,7 @@ def evaluate(
             metavar="F", help="Score on this LLaVA JSON or JSONL file instead of the client's data."
         ),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of that file's images.")
-    ] = None,
+    images: Images = None,
     metric: Annotated[
         str | None,
         typer.Option(metavar="M", help="Metric (default: the one of the client's task)."),
@@ -124,14 +124,16 @@ def _select_models(
     run: "Run", names: list[str], task: str | None, state: Path | None
 ) -> "list[tuple[Client, Selected]]":
     """Return pairs of a client and the model to score on its data."""
+    from pilot_flwr.inference.runs import select_consensus
+
     clients = [run.client(name) for name in names] or run.clients()
     if task is None:
-        return [(client, select_model(run, client.id, None, state)) for client in clients]
-    model = select_model(run, None, task, None)
-    clients = [client for client in clients if client.task == task]
-    if not clients:
+        return [(client, select_client(run, client.id, state)) for client in clients]
+    model = select_consensus(run, task)
+    pairs = [(client, model) for client in clients if client.task == task]
+    if not pairs:
         raise ConfigError(f"None of the clients of `--client` has task {task!r}.")
-    return [(client, model) for client in clients]
+    return pairs
 
 
 def _progress(client: str, total: int, done: int) -> None:
@@ -180,9 +182,7 @@ def predict(
     client: ClientName = None,
     task: TaskName = None,
     state: StateFolder = None,
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the images.")
-    ] = None,
+    images: Images = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="New JSONL file (default: standard output)."),
@@ -204,18 +204,13 @@ def predict(
 
     Example: `pilot-flwr predict RUN --client vqa-0 --data q.json --images images`
     """
-    from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import at_least
     from pilot_flwr.inference.generate import Answerer, Questions, check_all, open_file
-    from pilot_flwr.inference.runs import load_model
 
     at_least("--max-new-tokens", max_new_tokens, 0)
-    check_model(client, task, state)
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout if out is None else stack.enter_context(new_file("--out", out))
-        run = open_run(run_folder, server_round, changes)
-        selected = select_model(run, client, task, state)
-        answerer = Answerer(run.config, load_model(run, selected, device=find_device(device)))
+    with new_file("--out", out) if out else contextlib.nullcontext(sys.stdout) as file:
+        run, selected = open_model(run_folder, server_round, changes, client, task, state)
+        answerer = Answerer(run.config, load_model(run, selected, device))
         questions = Questions(open_file(run, selected.task, answerer, data, images, plain=plain))
         check_all(questions, answerer)
         _write_answers(questions, answerer, file, max_new_tokens)
@@ -269,19 +264,15 @@ def chat(
 ) -> int:
     """Talk to a personalised model, or to a task's consensus model.
 
-    Questions are read from the terminal or a pipe, one per line, with or without an image. Commands
-    in a conversation: /image FILE, /reset, /quit.
+    Reads questions from the terminal or a pipe, one per line. Commands in a conversation:
+    /image FILE, /reset, /quit.
     """
-    from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import at_least
     from pilot_flwr.inference.generate import Answerer, Conversation
-    from pilot_flwr.inference.runs import load_model
 
     at_least("--max-new-tokens", max_new_tokens, 1)
-    check_model(client, task, state)
-    run = open_run(run_folder, server_round, changes)
-    selected = select_model(run, client, task, state)
-    model = load_model(run, selected, device=find_device(device))
+    run, selected = open_model(run_folder, server_round, changes, client, task, state)
+    model = load_model(run, selected, device)
     conversation = Conversation(
         Answerer(run.config, model, keep="chat"),
         max_new_tokens=max_new_tokens,
@@ -374,31 +365,24 @@ def export(
         raise ConfigError(
             "`--dtype` needs `--merge`: other exports leave the base model unchanged."
         )
-    check_model(client, task, state)
-    from pilot_flwr.inference.export import new_folder
-    from pilot_flwr.inference.merge import check_mergeable
-
-    run = open_run(run_folder, server_round, changes)
-    selected = select_model(run, client, task, state)
+    run, selected = open_model(run_folder, server_round, changes, client, task, state)
     if merge:
-        check_mergeable(selected.private)
-    new_folder(folder)
-    if merge:
-        _export_merged(run, selected, folder, device, dtype or run.config.model.dtype)
+        card = _export_merged(run, selected, folder, device, dtype or run.config.model.dtype)
     else:
-        _export_adapters(run, selected, folder, device)
+        card = _export_adapters(run, selected, folder, device)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     _warn_of_private_parts(selected)
     print(folder, flush=True)
     return SUCCESS
 
 
-def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str) -> None:
-    from pilot_flwr.client.node import find_device
-    from pilot_flwr.inference.export import export_model, model_card
+def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str) -> str:
+    """Write LoRA and connector; return the model card."""
+    from pilot_flwr.inference.export import export_model, model_card, new_folder
     from pilot_flwr.inference.generate import Answerer
-    from pilot_flwr.inference.runs import load_model
 
-    model = load_model(run, selected, device=find_device(device))
+    new_folder(folder)  # fails before the model is loaded
+    model = load_model(run, selected, device)
     export_model(
         model,
         folder,
@@ -406,42 +390,43 @@ def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str
         end_token_ids=Answerer(run.config, model).end_token_ids(),
         image_aspect_ratio=run.config.data.image_aspect_ratio,
     )
-    card = model_card(run, selected, stage=model.stage)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    return model_card(run, selected, stage=model.stage)
 
 
-def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, dtype: str) -> None:
+def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, dtype: str) -> str:
+    """Write a merged checkpoint; return the model card."""
     from pilot_flwr.client.node import find_device
-    from pilot_flwr.inference.export import model_card
+    from pilot_flwr.inference.export import model_card, new_folder
     from pilot_flwr.inference.generate import Answerer
-    from pilot_flwr.inference.merge import merge_model
+    from pilot_flwr.inference.merge import check_mergeable, merge_model
     from pilot_flwr.inference.runs import load_adapters
     from pilot_flwr.model.loading import load_base
     from pilot_flwr.model.pilot_model import PilotModel
 
+    check_mergeable(selected.private)
+    new_folder(folder)
     config = replace(run.config.model, quantization="none", dtype=dtype)
     model = PilotModel(load_base(config, find_device(device)), config)  # merging consumes the model
     load_adapters(model, run, selected)
-    answerer = Answerer(run.config, model)
-    hidden = merge_model(model, folder, end_token_ids=answerer.end_token_ids())
+    end_token_ids = Answerer(run.config, model).end_token_ids()
+    hidden = merge_model(model, folder, end_token_ids=end_token_ids)
     wide = hidden != model.llava.config.text_config.hidden_size
     if wide:
         say(
             f"The projector needs a hidden layer of {hidden}, which the class of transformers "
             "does not support: load the model with the exported class in modeling_wide.py."
         )
-    card = model_card(run, selected, stage=1, merged="wide" if wide else "plain", dtype=dtype)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    return model_card(run, selected, stage=1, merged="wide" if wide else "plain", dtype=dtype)
 
 
 def _warn_of_private_parts(selected: "Selected") -> None:
     from pilot_flwr.algorithm.parameter_groups import GROUPS
 
-    if selected.private is None or selected.private.empty:
+    private = selected.private
+    if private is None or private.empty:
         return
-    own, second = selected.private.groups, selected.private.personal
-    parts = [GROUPS[group].symbol for group, named in own.items() if named]
-    parts += [f"{GROUPS[group].symbol} of its personal model" for group in second]
+    parts = [GROUPS[group].symbol for group, named in private.groups.items() if named]
+    parts += [f"{GROUPS[group].symbol} of its personal model" for group in private.personal]
     say(
         f"This folder holds adapters that never left client {selected.name} during the run "
         f"({', '.join(parts)}). Share it only with the client's consent."

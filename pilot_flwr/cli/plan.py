@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from pilot_flwr.model.resource_plan import Plan
 
 _GPU_BYTES = {f"{size} GiB": size * 2**30 for size in (16, 24, 40, 80)}
+_MEMORY = {
+    "base": "base model",
+    "adapters": "adapters and LoRA",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "activations": "activations",
+    "logits": "logits of the answers",
+    "reserve": "reserve",
+    "total": "in all",
+}
 
 
 def plan(
@@ -77,19 +87,28 @@ def _size(text: str) -> tuple[int, int]:
 
 def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
     from pilot_flwr.formatting import human_bytes
+    from pilot_flwr.run.tables import markdown
 
     print(f"{plan.path} ({plan.architecture})")
     print(
         f"N = {plan.visual_tokens} visual tokens, D = {plan.vision_channels}, "
         f"C = {plan.text_channels}\n"
     )
-    _print_table(["parameters", *_stage_titles(plan), "leaves the client"], _parameter_rows(plan))
-    _print_table(["one client, one exchange", *_stage_titles(plan)], _traffic_rows(plan))
+    stages = [f"stage {stage}" for stage in plan.stages]
+    parts = plan.stages.values()
+    print(markdown([["parameters", *stages, "leaves the client"], *_parameter_rows(plan)]))
+    up = ["sent up", *(human_bytes(part.up_bytes) for part in parts)]
+    down = ["received", *(human_bytes(part.down_bytes) for part in parts)]
+    print(markdown([["one client, one exchange", *stages], up, down]))
     print(
         f"The whole run, {num_clients} clients and {rounds + 1} exchanges: "
         f"{human_bytes(plan.total_bytes)} of tensors\n"
     )
-    _print_table(["GPU memory, estimated", *_stage_titles(plan)], _memory_rows(plan))
+    memory = [
+        [title, *(_gib(getattr(part.memory, name)) for part in parts)]
+        for name, title in _MEMORY.items()
+    ]
+    print(markdown([["GPU memory, estimated", *stages], *memory]))
     batch = plan.batch
     print(
         f"A micro-batch of {batch.examples} examples, each one image in "
@@ -101,36 +120,35 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
             f"Such an example has {plan.tokens} tokens and would be rejected: "
             f"`train.max_length` is {plan.max_length}."
         )
-    print(_largest(plan))
+    largest = {
+        name: min(part.memory.largest_micro_batch(size, batch) for part in parts)
+        for name, size in _GPU_BYTES.items()
+    }
+    fitting = ", ".join(f"{number or 'none'} with {name}" for name, number in largest.items())
+    print(f"Largest micro-batch: {fitting}.")
     print(_fit(plan))
-
-
-def _stage_titles(plan: "Plan") -> list[str]:
-    return [f"stage {stage}" for stage in plan.stages]
 
 
 def _parameter_rows(plan: "Plan") -> list[list[str]]:
     from pilot_flwr.algorithm.parameter_groups import GROUPS
 
+    parts = plan.stages.values()
     rows = []
     for group, row in GROUPS.items():
-        parts = plan.stages.values()
         cells = [
             f"{_millions(n)} {_extent(part.trained_of[group], n, 'trained') or 'frozen'}"
-            if n
+            if (n := part.parameters[group])
             else "–"
             for part in parts
-            for n in [part.parameters[group]]
         ]
-        whole, sent, kept = (
-            max(numbers[group] for numbers in column)
-            for column in zip(*((p.parameters, p.sent_of, p.kept_of) for p in parts), strict=True)
-        )
-        fate = _extent(sent, whole, "sent") or ("never" if kept else "–")
+        whole = max(part.parameters[group] for part in parts)
+        sent = max(part.sent_of[group] for part in parts)
+        never = "never" if any(part.kept_of[group] for part in parts) else "–"
+        fate = _extent(sent, whole, "sent") or never
         title = "base model" if group == "base" else f"{row.symbol}  {group.replace('_', ' ')}"
         rows.append([title, *cells, fate])
     for name in ("trained", "sent", "private", "frozen"):
-        sums = [_millions(getattr(part, name)) for part in plan.stages.values()]
+        sums = [_millions(getattr(part, name)) for part in parts]
         rows.append([f"{name}, in all", *sums, ""])
     return rows
 
@@ -138,42 +156,6 @@ def _parameter_rows(plan: "Plan") -> list[list[str]]:
 def _extent(some: int, whole: int, word: str) -> str:
     """Return `word`, prefixed by `partly` if `some` is less than `whole`; empty for 0."""
     return word if some == whole > 0 else f"partly {word}" if some else ""
-
-
-def _traffic_rows(plan: "Plan") -> list[list[str]]:
-    from pilot_flwr.formatting import human_bytes
-
-    parts = plan.stages.values()
-    return [
-        ["sent up", *(human_bytes(part.up_bytes) for part in parts)],
-        ["received", *(human_bytes(part.down_bytes) for part in parts)],
-    ]
-
-
-def _memory_rows(plan: "Plan") -> list[list[str]]:
-    names = {
-        "base": "base model",
-        "adapters": "adapters and LoRA",
-        "gradients": "gradients",
-        "optimizer": "AdamW's moments",
-        "activations": "activations",
-        "logits": "logits of the answers",
-        "reserve": "reserve",
-        "total": "in all",
-    }
-    return [
-        [title, *(_gib(getattr(part.memory, name)) for part in plan.stages.values())]
-        for name, title in names.items()
-    ]
-
-
-def _largest(plan: "Plan") -> str:
-    most = [
-        min(part.memory.largest_micro_batch(size, plan.batch) for part in plan.stages.values())
-        for size in _GPU_BYTES.values()
-    ]
-    parts = [f"{n or 'none'} with {name}" for name, n in zip(_GPU_BYTES, most, strict=True)]
-    return f"Largest micro-batch: {', '.join(parts)}."
 
 
 def _fit(plan: "Plan") -> str:
@@ -185,12 +167,6 @@ def _fit(plan: "Plan") -> str:
     device = torch.cuda.get_device_properties(0)
     result = "fits" if most <= device.total_memory else "does NOT fit"
     return f"This {result} into {device.name} with {_gib(device.total_memory)}."
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    from pilot_flwr.run.tables import markdown
-
-    print(markdown([header, *rows]))
 
 
 def _millions(number: int) -> str:

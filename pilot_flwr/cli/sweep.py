@@ -12,6 +12,7 @@ import typer
 from pilot_flwr.cli.common import (
     FAILURE,
     SUCCESS,
+    Baseline,
     Overrides,
     expand_overrides,
     hide_progress_bars,
@@ -23,10 +24,7 @@ from pilot_flwr.cli.run import write_report
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pilot_flwr.sweeps.jobs import Job, SweepFolder
-
-REPORT_FOLDER = "report"
-"""Name of the report's folder in a run's or sweep's folder."""
+    from pilot_flwr.sweeps.jobs import Manifest, SweepFolder
 
 
 def sweep(
@@ -42,10 +40,7 @@ def sweep(
             "with additional jobs if there are overrides.",
         ),
     ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="METHOD", help="Compare every method in the table with this one."),
-    ] = None,
+    baseline: Baseline = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the output of each job.")
     ] = False,
@@ -67,15 +62,13 @@ def sweep(
 
     name = out or Path("outputs") / f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     folder = SweepFolder(Path(os.path.abspath(name)))
-    commands = [tuple(expand_overrides(overrides))]
-    if not overrides:
-        manifest = read_manifest(folder) if out else None
-        if manifest is None:
-            raise ConfigError(
-                "A sweep needs overrides, for instance `strategy=pilot,fedit seed=0,1,2`; or "
-                "`--out FOLDER` of a sweep to resume."
-            )
-        commands = list(manifest.commands)
+    manifest = read_manifest(folder) if out and not overrides else None
+    if not overrides and manifest is None:
+        raise ConfigError(
+            "A sweep needs overrides, for instance `strategy=pilot,fedit seed=0,1,2`; or "
+            "`--out FOLDER` of a sweep to resume."
+        )
+    commands = manifest.commands if manifest else (tuple(expand_overrides(overrides)),)
     requested: set[str] = set()
     try:
         for command in commands:
@@ -87,18 +80,18 @@ def sweep(
         say(f"\npilot-flwr: {stop}")
         say(f"To resume: {_resume_command(folder)}")
         return 128 + stop.signum
-    return _finish(folder, rows, requested)
+    assert manifest is not None
+    return _finish(folder, manifest, rows, requested)
 
 
-def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], requested: set[str]) -> int:
+def _finish(
+    folder: "SweepFolder", manifest: "Manifest", rows: list[dict[str, Any]], requested: set[str]
+) -> int:
     """Write and print the table, list the `requested` jobs that failed, return the exit code."""
     from pilot_flwr.run.atomic import write_text
     from pilot_flwr.sweeps.compare import as_markdown, compare
-    from pilot_flwr.sweeps.jobs import read_manifest
     from pilot_flwr.sweeps.results import DONE, read_rows
 
-    manifest = read_manifest(folder)
-    assert manifest is not None
     baseline = manifest.baseline
     show(f"\nResults: {folder.results}")
     try:
@@ -109,7 +102,8 @@ def _finish(folder: "SweepFolder", rows: list[dict[str, Any]], requested: set[st
         text = "\n".join(as_markdown(comparison) for comparison in comparisons)
         write_text(folder.table, text)
         show(f"Table: {folder.table}\n\n{text}")
-        if not all(map(_unreported, manifest.current)):
+        overrides = [[text.lower() for text in job.overrides] for job in manifest.current]
+        if not all("run.report=false" in job for job in overrides):
             write_report(folder.path, *(["--baseline", baseline] if baseline else []))
     failed = [row for row in rows if row["job"] in requested and row["status"] != DONE]
     if not failed:
@@ -126,19 +120,12 @@ def _resume_command(folder: "SweepFolder") -> str:
     return f"pilot-flwr sweep --out {shlex.quote(str(folder.path))}"
 
 
-def _unreported(job: "Job") -> bool:
-    return any(override.lower() == "run.report=false" for override in job.overrides)
-
-
 def table(
     results: Annotated[
         list[Path],
         typer.Argument(metavar="RESULTS...", help="results.csv, or a sweep's folder."),
     ],
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="METHOD", help="Compare every method with this one, paired by seed."),
-    ] = None,
+    baseline: Baseline = None,
     format: Annotated[Literal["markdown", "latex"], typer.Option()] = "markdown",
     costs: Annotated[
         bool, typer.Option("--costs", help="Add bytes sent and run time, averaged over seeds.")
@@ -179,18 +166,15 @@ def report(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="A new or empty folder, or one with an earlier report, whose files are replaced "
-            f"(default: {REPORT_FOLDER} in the folder of the run or sweep).",
+            help="A new or empty folder, or one with an earlier report, which is replaced "
+            "(default: report in the folder of the run or sweep).",
         ),
     ] = None,
     no_router: Annotated[
         bool,
         typer.Option("--no-router", help="Omit the router's figures, which need the base model."),
     ] = False,
-    baseline: Annotated[
-        str | None,
-        typer.Option(metavar="METHOD", help="Compare a sweep's methods with this one."),
-    ] = None,
+    baseline: Baseline = None,
 ) -> int:
     """Write the report of a run or a sweep: one HTML page and PNG files.
 
@@ -204,7 +188,7 @@ def report(
     from pilot_flwr.report.sweep import is_sweep, write_sweep_report
 
     hide_progress_bars()
-    target = out or (folder if folder.is_dir() else folder.parent) / REPORT_FOLDER
+    target = out or (folder if folder.is_dir() else folder.parent) / "report"
     earlier_pictures(target)  # raises early if it cannot be replaced
     if is_sweep(folder):
         page = write_sweep_report(folder, target, baseline=baseline, say=_progress)

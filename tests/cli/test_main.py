@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -12,7 +13,7 @@ from pilot_flwr.cli import common
 from pilot_flwr.cli.data import SeveralValues
 from pilot_flwr.cli.main import click_command, main
 from pilot_flwr.config import loading
-from pilot_flwr.errors import ConfigError, DataError
+from pilot_flwr.errors import ConfigError, DataError, RunError
 
 HEAVY = {"torch", "transformers", "flwr", "hydra", "omegaconf", "numpy", "psutil", "yaml"}
 
@@ -124,9 +125,10 @@ def test_a_repeatable_option_takes_several_values():
 )
 def test_exactly_one_model_must_be_named(options, named):
     with pytest.raises(ConfigError, match=named):
-        common.check_model(*options)
-    common.check_model("a", None, "folder")
-    common.check_model(None, "b", None)
+        common.open_model(Path("run"), None, None, *options)
+    for accepted in (("a", None, "folder"), (None, "b", None)):
+        with pytest.raises(RunError, match="run is not a run folder"):
+            common.open_model(Path("run"), None, None, *accepted)
 
 
 def run_python(code, **options):
