@@ -81,12 +81,7 @@ def evaluate(
     """
     from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import one_of
-    from pilot_flwr.inference.evaluate import (
-        EvaluationSet,
-        evaluate_models,
-        mean_over_tasks,
-        task_scores,
-    )
+    from pilot_flwr.inference.evaluate import EvaluationSet, evaluate_models, mean_scores
     from pilot_flwr.metrics import METRICS
 
     if metric is not None:
@@ -108,13 +103,14 @@ def evaluate(
         )
         _print_scores(rows, run)
         if out is not None:
+            by_task, mean = mean_scores(rows)
             result = {
                 "run": str(run.folder),
                 "round": run.checkpoint.server_round,
                 "split": "data" if data else split,
                 "clients": [asdict(row) for row in rows],
-                "tasks": task_scores(rows),
-                "mean_over_tasks": mean_over_tasks(rows),
+                "tasks": by_task,
+                "mean_over_tasks": mean,
             }
             out.write(json.dumps(result, indent=2) + "\n")
     return SUCCESS
@@ -145,7 +141,7 @@ def _progress(client: str, total: int, done: int) -> None:
 def _print_scores(rows: "list[Scored]", run: "Run") -> None:
     from rich.table import Table
 
-    from pilot_flwr.inference.evaluate import mean_over_tasks, task_scores
+    from pilot_flwr.inference.evaluate import mean_scores
     from pilot_flwr.metrics import METRICS
 
     table = Table("client", "task", "model", "stage", "metric", "examples", "score", "in the run")
@@ -161,10 +157,11 @@ def _print_scores(rows: "list[Scored]", run: "Run") -> None:
             "–" if row.recorded is None else f"{row.recorded:.3f}",
         )
     table.add_section()
-    for task, score in task_scores(rows).items():
+    by_task, mean = mean_scores(rows)
+    for task, score in by_task.items():
         count = sum(row.examples for row in rows if row.task == task)
         table.add_row("all", task, "", "", "", str(count), f"{score:.3f}", "")
-    table.add_row("mean over tasks", "", "", "", "", "", f"{mean_over_tasks(rows):.3f}", "")
+    table.add_row("mean over tasks", "", "", "", "", "", f"{mean:.3f}", "")
     print(f"{run.folder}, exchange {run.checkpoint.server_round}", flush=True)
     print_table(table)
     if len({METRICS[row.metric].maximum for row in rows}) > 1:

@@ -17,8 +17,7 @@ from pilot_flwr.errors import DataError
 from pilot_flwr.inference.generate import Answerer, check_all, open_file
 from pilot_flwr.inference.runs import Run, Selected, last_scores, load_model
 from pilot_flwr.metrics import METRICS
-from pilot_flwr.run import events
-from pilot_flwr.run.events import Evaluated
+from pilot_flwr.run.events import Evaluated, mean_over_tasks, task_scores
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,11 @@ class Scored:
     Attributes
     ----------
     client, task : str
-        Whose examples they are.
+        The client whose examples were answered, and its task.
     model : str
-        Name of the model.
+        `Selected.name` of the model.
     stage : int
-        Its architecture.
+        The model's architecture.
     metric : str
         A key of `METRICS`.
     examples : int
@@ -42,7 +41,7 @@ class Scored:
     approximate : str
         Why the score is approximate; empty if it is exact.
     recorded : float or None
-        The run's own last score of this client, if it is comparable.
+        The run's last score of this client, if comparable.
     """
 
     client: str
@@ -58,18 +57,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The examples that models are scored on, and the metric.
+    """The examples to score on, and the metric.
 
     Attributes
     ----------
     split : {"test", "train"}
-        The client's split, as the run uses it.
-    file : Path, optional
-        A LLaVA JSON or JSONL file instead, all rows of it.
-    images : Path, optional
-        Folder of that file's images.
+        The client's split, as in the run.
+    file, images : Path, optional
+        A LLaVA JSON or JSONL file to use instead, with its image folder.
     metric : str
-        A key of `METRICS`; empty for that of the client's task.
+        A key of `METRICS`; empty for the metric of the client's task.
     """
 
     split: Split = "test"
@@ -85,24 +82,24 @@ def evaluate_models(
     *,
     device: torch.device,
     say: Callable[[str], None],
-    progress: Callable[[str, int, int], None] = lambda client, total, done: None,
+    progress: Callable[[str, int, int], None],
 ) -> list[Scored]:
     """Score models, each on the examples of a client.
 
     Parameters
     ----------
     run : Run
-        The run.
+        From `open_run`.
     models : sequence of (Client, Selected)
-        Whose examples, and the model that answers them.
+        The client whose examples to use, and the model.
     source : EvaluationSet
-        Which examples, and how they are scored.
+        Examples and metric.
     device : torch.device
-        Where to compute.
+        Device to compute on.
     say : callable
-        Gets lines for the user: rows left out, scores that are not comparable.
-    progress : callable, optional
-        Gets a client's id, the number of its examples and of its answers, after every batch.
+        Prints a line for the user: skipped rows, scores that are not comparable.
+    progress : callable
+        Called after every batch with client, number of examples and number of answers.
 
     Returns
     -------
@@ -112,26 +109,29 @@ def evaluate_models(
     Raises
     ------
     DataError
-        The examples cannot be read, or the metric cannot score against their references.
+        The examples cannot be read, there are none, or the metric cannot score their references.
     """
-    recorded = {event.client: event for event in last_scores(run)}
     same_settings = _deciding_settings(run.config) == _deciding_settings(run.recorded)
     if not same_settings:
         say("The settings have changed: the run's own scores are not shown beside these.")
+    comparable = same_settings and source.file is None and source.split == "test"
+    recorded = {event.client: event for event in last_scores(run)} if comparable else {}
     rows = []
     for client, selected in models:
         metric = source.metric or task_metric(run.config.data, client.task)
         answerer = Answerer(run.config, load_model(run, selected, device=device))
         examples = _examples(run, client, source, answerer, say)
+        if not examples:
+            raise DataError("There is no example to score.")
+        for example in examples:  # before the work, not after it
+            check_references(metric, example)
         total = len(examples)
-        answered = functools.partial(progress, client.id, total)
-        score = score_examples(answerer, examples, metric, progress=answered)
-        event = recorded.get(client.id) if same_settings and selected.client else None
-        if source.file is not None or source.split != "test" or (event and event.metric != metric):
-            event = None
-        if event and event.examples != total:
+        answers = answerer(examples, progress=functools.partial(progress, client.id, total))
+        score = METRICS[metric].score(answers, [example.answers for example in examples]).mean
+        event = recorded.get(client.id) if selected.client else None
+        if event and event.metric == metric and event.examples != total:
             say(f"{client.id}: the run scored {event.examples} examples, not {total}.")
-            event = None
+        same = event is not None and (event.metric, event.examples) == (metric, total)
         rows.append(
             Scored(
                 client.id,
@@ -142,52 +142,14 @@ def evaluate_models(
                 total,
                 score,
                 METRICS[metric].approximate(),
-                event.score if event else None,
+                event.score if event and same else None,
             )
         )
     return rows
 
 
-def score_examples(
-    answerer: Answerer,
-    examples: Sequence[Example],
-    metric: str,
-    *,
-    progress: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Answer the examples and return the metric's mean.
-
-    Parameters
-    ----------
-    answerer : Answerer
-        The model.
-    examples : sequence of Example
-        Their last turn is not read by the model.
-    metric : str
-        A key of `METRICS`.
-    progress : callable, optional
-        Gets the number of answers after every batch.
-
-    Returns
-    -------
-    float
-        From 0 to the metric's maximum.
-
-    Raises
-    ------
-    DataError
-        There is no example, or one whose references the metric cannot score against.
-    """
-    if not examples:
-        raise DataError("There is no example to score.")
-    for example in examples:  # before the work, not after it
-        check_references(metric, example)
-    answers = answerer(examples, progress=progress)
-    return METRICS[metric].score(answers, [example.answers for example in examples]).mean
-
-
-def task_scores(scored: Sequence[Scored]) -> dict[str, float]:
-    """Return the mean score of each task; every example counts the same."""
+def mean_scores(scored: Sequence[Scored]) -> tuple[dict[str, float], float]:
+    """Compute every task's mean over its examples, and the mean over tasks."""
     evaluated = [
         Evaluated(
             exchange=0,
@@ -200,19 +162,14 @@ def task_scores(scored: Sequence[Scored]) -> dict[str, float]:
         )
         for row in scored
     ]
-    return events.task_scores(evaluated, exchange=0)
-
-
-def mean_over_tasks(scored: Sequence[Scored]) -> float:
-    """Return the mean of the tasks' scores; every task counts the same."""
-    scores = task_scores(scored)
-    mean = events.mean_over_tasks(scores, scores)
+    by_task = task_scores(evaluated, exchange=0)
+    mean = mean_over_tasks(by_task, by_task)
     assert mean is not None, "nothing was scored"
-    return mean
+    return by_task, mean
 
 
 def _deciding_settings(config: PilotConfig) -> object:
-    """Return the settings that decide which examples there are and what counts as an answer."""
+    """Return the settings that select examples and answers."""
     return (
         replace(config.data, folder="", workers=0),
         replace(config.evaluation, batch_size=1),
@@ -228,7 +185,7 @@ def _examples(
     answerer: Answerer,
     say: Callable[[str], None],
 ) -> Sequence[Example]:
-    """Return all rows of the file, or the rows of the split that the run used."""
+    """Return all rows of the file, or the rows that the run used of the split."""
     if source.file is not None:
         examples = open_file(run, client.task, answerer, source.file, source.images)
         check_all(examples, answerer)

@@ -1,8 +1,8 @@
 """Export a personalised model as a folder that loads without this package.
 
 The folder holds the LoRA in peft's own format, the connector as safetensors, a description of
-its architecture, the file that loads both (`pilot_flwr.inference.standalone.modeling_pilot`, copied
-unchanged) and a model card. The base model is named, not copied, unless it ships with this package.
+its architecture, a copy of `pilot_flwr.inference.modeling_pilot`, which loads both, and a model
+card. It names the base model; only one that ships with this package is copied.
 """
 
 import json
@@ -18,16 +18,15 @@ import transformers
 from safetensors.torch import save_file
 
 from pilot_flwr import __version__
-from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.algorithm.fedex_lora import joined
 from pilot_flwr.config.loading import to_yaml
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import RunConfig
 from pilot_flwr.errors import ModelError, RunError
+from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.runs import Run, Selected, last_scores
-from pilot_flwr.inference.standalone import modeling_pilot
 from pilot_flwr.metrics import METRICS
-from pilot_flwr.model.checkpoints import checkpoint_path
+from pilot_flwr.model.checkpoints import BUNDLE, checkpoint_path
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import GroupName, State
 
@@ -41,7 +40,7 @@ _CONNECTOR_GROUPS: dict[GroupName, str] = {
 
 
 def new_folder(folder: Path) -> None:
-    """Create the folder of an export; raise `RunError` if it holds something or cannot be made."""
+    """Create an export's folder; raise `RunError` if that fails or it is not empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -76,19 +75,18 @@ def export_model(
     Raises
     ------
     ModelError
-        The model has parameters that the exported format has no place for.
+        The format does not cover all of the model's parameters.
     RunError
         The folder is not empty.
     """
     new_folder(folder)
     groups, connector = model.groups(), model.connector
     known = {"base", "lora", "residual", *_CONNECTOR_GROUPS}
-    if strange := [group for group, named in groups.items() if named and group not in known]:
-        raise ModelError(f"The export has no place for the parameters {', '.join(strange)}.")
-    moa = isinstance(connector, CrossTaskMoA)
+    if unknown := [group for group, named in groups.items() if named and group not in known]:
+        raise ModelError(f"The export format does not cover the parameters {', '.join(unknown)}.")
     used = getattr(connector, "use_client_adapter", True)
     client_adapter &= bool(groups["client_adapter"]) and used
-    first = model.state("own_task_adapter")
+    adapter = model.state("own_task_adapter")
     base = _base(model.config, folder)
     description = {
         "format": modeling_pilot.FORMAT,
@@ -98,15 +96,15 @@ def export_model(
             "tasks": list(getattr(connector, "tasks", (model.own_task,))),
             "client_adapter": client_adapter,
             "cross_task_adapters": bool(groups["cross_task_adapters"]),
-            "in_features": first["linear_1.weight"].shape[1],
-            "out_features": first["linear_1.weight"].shape[0],
-            "bias": "linear_1.bias" in first,
+            "in_features": adapter["linear_1.weight"].shape[1],
+            "out_features": adapter["linear_1.weight"].shape[0],
+            "bias": "linear_1.bias" in adapter,
             "dtype": model.config.adapter_dtype,
         },
         "end_token_ids": end_token_ids,
         "image_aspect_ratio": image_aspect_ratio,
     }
-    tensors = _connector_tensors(model, moa=moa, client_adapter=client_adapter)
+    tensors = _connector_tensors(model, client_adapter=client_adapter)
     save_file(tensors, folder / "connector.safetensors", metadata={"format": "pt"})
     text = json.dumps(description, indent=2, ensure_ascii=False)
     (folder / "connector.json").write_text(text + "\n", encoding="utf-8")
@@ -117,8 +115,7 @@ def export_model(
 def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
     """Write Θ_l in peft's format, for a `PeftModel` around the whole base model.
 
-    The residual of exact aggregation is appended to the factors: a LoRA of a higher rank and of
-    the same scale, α / r.
+    The residual of exact aggregation is appended to the factors, at the same scale α / r.
     """
     lora, state = model.config.lora, model.state("lora")
     if residual := model.state("residual"):
@@ -129,7 +126,7 @@ def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
         r=rank,
         lora_alpha=lora.alpha * (rank / lora.rank),
         lora_dropout=lora.dropout,
-        # By pattern: the vision tower has layers of the same names.
+        # A pattern, since the vision tower has layers of the same names.
         target_modules=rf"model\.language_model\..*\.({targets})",
         base_model_name_or_path=base,
         inference_mode=True,
@@ -141,16 +138,15 @@ def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _connector_tensors(model: PilotModel, *, moa: bool, client_adapter: bool) -> State:
-    """Return the connector's tensors, named as in the standalone `Connector`."""
-    own = f"task_adapters.{model.own_task}" if moa else "task_adapter"
-    tensors: State = {}
-    for group, prefix in _CONNECTOR_GROUPS.items():
-        if group == "client_adapter" and not client_adapter:
-            continue
-        for name, tensor in model.state(group).items():
-            tensors[f"{own if prefix == 'own' else prefix}.{name.replace('/', '.')}"] = tensor
-    return tensors
+def _connector_tensors(model: PilotModel, *, client_adapter: bool) -> State:
+    """Name the connector's tensors as in `modeling_pilot.Connector`."""
+    own = f"task_adapters.{model.own_task}" if model.stage == 2 else "task_adapter"
+    return {
+        f"{own if prefix == 'own' else prefix}.{name.replace('/', '.')}": tensor
+        for group, prefix in _CONNECTOR_GROUPS.items()
+        if group != "client_adapter" or client_adapter
+        for name, tensor in model.state(group).items()
+    }
 
 
 def _base(config: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -158,19 +154,13 @@ def _base(config: ModelConfig, folder: Path) -> dict[str, Any]:
     shipped = checkpoint_path(config.path)
     included = shipped != config.path
     if included:
-        ignored = shutil.ignore_patterns("bundle.json")
-        shutil.copytree(shipped, folder / "base", ignore=ignored)
-    return {
-        "path": config.path,
-        "revision": config.revision,
-        "dtype": config.dtype,
-        "included": included,
-        "quantization": config.quantization,
-    }
+        shutil.copytree(shipped, folder / "base", ignore=shutil.ignore_patterns(BUNDLE))
+    described = ("path", "revision", "dtype", "quantization")
+    return {name: getattr(config, name) for name in described} | {"included": included}
 
 
 Merged = Literal["", "plain", "wide"]
-"""How the model was merged: not at all, into transformers' class, or into a wider subclass."""
+"""Not merged, or merged into transformers' class or into a wider subclass of it."""
 
 _LOAD: dict[Merged, str] = {
     "": """In this folder, with torch, transformers and peft:
@@ -180,9 +170,9 @@ from modeling_pilot import load
 model, processor = load(".")
 ```
 
-`load(folder, base)` takes the base model from another place than `connector.json` names; further
-arguments go to its `from_pretrained` (`device_map`, `dtype`, `quantization_config`). Every key of
-every file is checked. `lora/` is in peft's own format. The connector replaces the base's
+`load(folder, base)` loads the base model from `base` instead of the path in `connector.json`;
+further arguments go to its `from_pretrained` (`device_map`, `dtype`, `quantization_config`). Every
+key of every file is checked. `lora/` is in peft's own format. The connector replaces the base's
 projector: use both parts together.""",
     "plain": """A plain Hugging Face checkpoint:
 
@@ -191,8 +181,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(".")
 processor = AutoProcessor.from_pretrained(".")
 ```""",
-    "wide": """The projector's hidden layer is twice as wide as transformers' own class allows
-(it ties that width to `text_config.hidden_size`), so this folder contains the class, in
+    "wide": """The projector's hidden layer is wider than transformers' own class allows (it ties
+the width to `text_config.hidden_size`), so this folder contains a class for it in
 `modeling_wide.py`; read it before you trust it:
 
 ```python
@@ -203,8 +193,8 @@ processor = AutoProcessor.from_pretrained(".")
 }
 
 _QUANTIZED = """The model was tuned on a 4-bit base (NF4, double quantization, without vision tower
-and projector); `load` takes the base as it is stored. To get the base that it was tuned on, pass
-`load` the same `quantization_config`."""
+and projector), but `load` does not quantize the base unless you pass the same
+`quantization_config`."""
 
 
 def model_card(
@@ -215,26 +205,21 @@ def model_card(
     Parameters
     ----------
     run : Run
-        The run.
+        From `open_run`.
     selected : Selected
         The model.
     stage : int
         Its architecture.
     merged : {"", "plain", "wide"}
-        How it was merged.
+        Not merged, or the class of the merged checkpoint.
     dtype : str
         Precision of a merged checkpoint.
-
-    Returns
-    -------
-    str
-        Markdown.
     """
     base, recorded = run.config.model, replace(run.recorded, run=RunConfig())
     parts = [
         _front_matter(base.path),
         f"# {run.config.name}: {selected.name}",
-        _what(run, selected, stage),
+        _origin(run, selected, stage),
         *([f"Merged from the unquantised base, in {dtype}."] if merged else []),
         "## Load",
         _LOAD[merged],
@@ -244,8 +229,8 @@ def model_card(
         "## Scores in the run",
         _scores(run, selected),
         "## Licence",
-        f"The base model `{base.path}` has its own licence, which covers derived models; the "
-        "training data may have one too. The code in this folder is under Apache 2.0.",
+        f"The licence of the base model `{base.path}` covers derived models, and that of the "
+        "training data may too. The code in this folder is under Apache 2.0.",
         "## Versions",
         f"pilot-flwr {__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__} at the time of this export.",
@@ -268,7 +253,7 @@ def _front_matter(base: str) -> str:
     return "\n".join(lines)
 
 
-def _what(run: Run, selected: Selected, stage: int) -> str:
+def _origin(run: Run, selected: Selected, stage: int) -> str:
     origin = (
         f"`{run.config.model.path}`, tuned by pilot-flwr (Pilot: Xiong et al., AAAI 2025, arXiv "
         f"2501.13985) with the method `{run.recorded.strategy.name}`"
@@ -277,7 +262,7 @@ def _what(run: Run, selected: Selected, stage: int) -> str:
     if selected.private is None:
         return (
             f"{origin}: the consensus model of {task} {after}. It has the task's averaged adapter "
-            "and the mean LoRA of the task's clients, and nothing private to a client."
+            "and the mean LoRA of the task's clients, and no private parameters."
         )
     first = "stage 1 (ψ_t + ψ_s)" if run.config.model.client_adapter else "stage 1 (ψ_t)"
     warning = (
@@ -294,7 +279,7 @@ def _what(run: Run, selected: Selected, stage: int) -> str:
 def _prompts(run: Run, selected: Selected) -> str:
     data, lines = run.config.data, ["The base model's own chat template."]
     if suffix := run.prompt_suffix(selected.task):
-        lines.append(f"Every question of the task ended with a line of its own: `{suffix}`.")
+        lines.append(f"Every question of the task ended with the line `{suffix}`.")
     if run.config.model.system_prompt:
         lines.append(
             f"Every conversation began with the system prompt `{run.config.model.system_prompt}`."
@@ -302,9 +287,9 @@ def _prompts(run: Run, selected: Selected) -> str:
     if data.image_aspect_ratio == "pad":
         lines.append("Images were padded to a square in the image processor's mean colour.")
     lines += [
-        "The run's scores are of greedy answers (`do_sample=False`).",
-        "In a conversation of several turns, every answer was followed by the tokenizer's end "
-        "token, even where the template leaves it out.",
+        "The run scored greedy answers (`do_sample=False`).",
+        "In conversations of several turns, the tokenizer's end token followed every answer, even "
+        "if the template omits it.",
     ]
     return " ".join(lines)
 
@@ -314,7 +299,7 @@ def _scores(run: Run, selected: Selected) -> str:
     if selected.client is not None:
         rows = [event for event in rows if event.client == selected.client.id]
     if not rows:
-        return "None were recorded."
+        return "The run recorded no scores."
     lines = ["| client | metric | test examples | score |", "|---|---|---|---|"]
     for event in rows:
         metric = METRICS[event.metric]

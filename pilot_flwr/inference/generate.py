@@ -1,4 +1,4 @@
-"""Ask a loaded model: single examples, conversations, and files of questions."""
+"""Answer questions with a loaded model: examples, conversations and files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from pilot_flwr.model.resource_plan import out_of_memory_explained
 
 
 class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
-    """Passes text on as soon as the next token cannot change it."""
+    """Streams text that the next tokens cannot change any more."""
 
     def __init__(self, tokenizer: Any, out: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -34,16 +34,16 @@ class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
 
 
 class Answerer:
-    """Answers as the run's evaluation does: greedily, in its precision.
+    """Generates answers as in the run's evaluation: greedily, in the same precision.
 
     Parameters
     ----------
     config : PilotConfig
-        The run's.
+        Of the run.
     model : PilotModel
-        Loaded, for instance by `pilot_flwr.inference.runs.load_model`.
+        For instance from `pilot_flwr.inference.runs.load_model`.
     keep : str
-        If not empty, features of images are kept in memory under this name, by example id.
+        Namespace under which image features are cached in memory by example id; empty for none.
     """
 
     def __init__(self, config: PilotConfig, model: PilotModel, *, keep: str = "") -> None:
@@ -63,23 +63,23 @@ class Answerer:
         progress: Callable[[int], None] = lambda done: None,
         piece: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """Return the answer to the last question of every example.
+        """Answer the last question of every example.
 
         Parameters
         ----------
         examples : sequence of Example
-            Their last turn is not read.
+            The model does not see their last turn.
         max_new_tokens : int
-            Longest answer in tokens; 0 takes `evaluation.max_new_tokens`.
+            Maximum length of an answer in tokens; 0 takes `evaluation.max_new_tokens`.
         progress : callable
-            Gets the number of answers after every batch.
+            Called with the number of answers after every batch.
         piece : callable, optional
-            Gets the text of a single example's answer in pieces, as it is generated.
+            Called with each piece of a single example's answer as it is generated.
 
         Returns
         -------
         list of str
-            One answer for each example.
+            One answer per example.
 
         Raises
         ------
@@ -107,23 +107,23 @@ class Answerer:
             ).texts
 
     def end_token_ids(self) -> list[int]:
-        """Return the tokens that end an answer: the chat template's and the checkpoint's own."""
+        """Return the tokens that end an answer, by the chat template or the checkpoint."""
         return self.model.end_tokens(self.collator.end_token_id())
 
 
 class Conversation:
-    """Questions and answers; the model sees the whole conversation each time.
+    """A conversation; the model sees all of it with every question.
 
     Parameters
     ----------
     answerer : Answerer
         The model.
     max_new_tokens : int
-        Longest answer in tokens.
+        Maximum length of an answer in tokens.
     suffix : str
-        Put after every question on a line of its own, if not empty.
+        Appended to every question on a new line, if not empty.
     pad : bool
-        Whether images are padded to a square, as in the run's data.
+        Whether to pad images to a square, as in the run's data.
     """
 
     def __init__(
@@ -145,18 +145,7 @@ class Conversation:
         self._number += 1
 
     def show(self, path: Path) -> None:
-        """Put an image before the next question.
-
-        Parameters
-        ----------
-        path : Path
-            The image; ``~`` is the user's home folder.
-
-        Raises
-        ------
-        DataError
-            It cannot be read.
-        """
+        """Attach an image to the next question; raise `DataError` if it cannot be read."""
         try:
             file = path.expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # no such user, a NUL in the name
@@ -166,25 +155,20 @@ class Conversation:
         self._shown += (image,)
 
     def ask(self, question: str, piece: Callable[[str], None] | None = None) -> str:
-        """Ask a question; it and the answer become part of the conversation.
+        """Add a question and its answer to the conversation; return the answer.
 
         Parameters
         ----------
         question : str
             Without image markers.
         piece : callable, optional
-            Gets the answer's text in pieces, as it is generated.
-
-        Returns
-        -------
-        str
-            The answer.
+            Called with each piece of the answer as it is generated.
 
         Raises
         ------
         DataError
-            The question is empty, holds an image marker or is not valid text, or the conversation
-            has become longer than `train.max_length`; it then stays as it was.
+            The question is empty, has an image marker or is not valid text, or the conversation
+            would exceed `train.max_length`. The conversation is then unchanged.
         """
         question = question.strip()
         if not question:
@@ -194,11 +178,11 @@ class Conversation:
         except UnicodeEncodeError:  # lone surrogates: the terminal's input was not UTF-8
             raise DataError("The question is not valid UTF-8.") from None
         if IMAGE_MARKER in question:
-            raise DataError(f"The question must not hold {IMAGE_MARKER}; show an image instead.")
+            raise DataError(f"The question must not contain {IMAGE_MARKER}; attach the image.")
         lines = [*[IMAGE_MARKER] * len(self._shown), question, *filter(None, [self.suffix])]
         asked = (*self.turns, Turn("user", "\n".join(lines)))
         images = self.images + self._shown
-        # The last turn is the one to generate: the model does not see its text.
+        # The model does not see the last turn, whose text is generated.
         example = Example(f"conversation {self._number}", images, (*asked, Turn("assistant", "?")))
         (reply,) = self.answerer([example], max_new_tokens=self.max_new_tokens, piece=piece)
         reply = reply.strip()
@@ -207,17 +191,11 @@ class Conversation:
         return reply
 
 
-_NO_ANSWER = {"from": "gpt", "value": "?"}  # generation starts from the turns before the last
+_PLACEHOLDER = {"from": "gpt", "value": "?"}  # generation ignores the last turn
 
 
 class Questions(Sequence[Example]):
-    """Rows of one file as examples, whether or not their last question has an answer.
-
-    Parameters
-    ----------
-    examples : LlavaExamples
-        The file's rows.
-    """
+    """Rows of one file as examples; the last question may lack an answer."""
 
     def __init__(self, examples: LlavaExamples) -> None:
         self.examples = examples
@@ -226,21 +204,21 @@ class Questions(Sequence[Example]):
         return len(self.examples)
 
     def __getitem__(self, position: Any) -> Any:
-        """Return one example, or those of a slice; a missing answer becomes a placeholder."""
+        """Return an example, or those of a slice; a placeholder replaces a missing answer."""
         if isinstance(position, slice):
             return [self[n] for n in range(*position.indices(len(self)))]
         row = dict(self.examples.row(position))
         if not _has_answer(row) and isinstance(row.get("conversations"), list):
-            row["conversations"] = [*row["conversations"], _NO_ANSWER]
+            row["conversations"] = [*row["conversations"], _PLACEHOLDER]
         origin = self.examples.origin(position)
         return to_example(row, f"{position + 1}:", origin, self.examples.reading)
 
     def question(self, position: int) -> str:
-        """Return the last question as the model gets it."""
+        """Return the last question as the model sees it."""
         return str(self[position].prompt[-1].text)
 
     def references(self, position: int) -> list[str]:
-        """Return what the last answer would be scored against; empty if the row has no answer."""
+        """Return the reference answers to the last question, if the row has any."""
         row = self.examples.row(position)
         if row.get("references") or _has_answer(row):
             return list(self[position].answers)
@@ -256,27 +234,22 @@ def _has_answer(row: Row) -> bool:
 def open_file(
     run: Run, task: str, answerer: Answerer, path: Path, images: Path | None, *, plain: bool = False
 ) -> LlavaExamples:
-    """Open a file of rows as the run reads its data: the task's prompt suffix, padding.
+    """Open a file of rows with the run's padding and prompt suffix.
 
     Parameters
     ----------
     run : Run
-        Its settings apply.
+        From `open_run`.
     task : str
-        The questions' task.
+        The task whose prompt suffix to append.
     answerer : Answerer
-        Its image processor knows the colour of the padding.
+        Its image processor defines the padding's colour.
     path : Path
         LLaVA JSON or JSONL.
     images : Path, optional
-        Folder that image names count from.
+        Folder of the images.
     plain : bool
-        Leave the prompt suffix out.
-
-    Returns
-    -------
-    LlavaExamples
-        The rows, read on access.
+        Omit the prompt suffix.
 
     Raises
     ------
@@ -298,9 +271,10 @@ def open_file(
 
 
 def check_all(examples: Sequence[Example], answerer: Answerer) -> None:
-    """Raise `DataError` unless every example can be answered, judging by rows and image headers.
+    """Check that all examples can be answered, so that no broken row stops the work half-way.
 
-    It names the first broken row and counts the others, so that none ends the work half-way.
+    Only rows and image headers are read. The `DataError` names the first broken row and counts
+    the others.
     """
     errors = []
     for position in range(len(examples)):

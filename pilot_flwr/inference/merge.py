@@ -1,16 +1,15 @@
-"""Merge a stage-1 model into one checkpoint: LoRA and both adapters go into the weights.
+"""Merge LoRA and adapters of a stage-1 model into one checkpoint.
 
-A LoRA is merged as peft does, ``W + α/r B A``. The sum of two adapters of one width C is one
-adapter with a hidden layer of width 2C, exactly::
+A LoRA is merged as in peft, ``W + α/r B A``. The sum of two adapters of width C is exactly one
+adapter with a hidden layer of width 2C::
 
     W_1 = [W_1t; W_1s]   b_1 = [b_1t; b_1s]   W_2 = [W_2t  W_2s]   b_2 = b_2t + b_2s
 
-transformers' `LlavaMultiModalProjector` (and LLaVA-OneVision's) ties the hidden width to
-``text_config.hidden_size``, that is C, in its ``__init__``; no setting changes it. So the sum
-is a plain checkpoint only where C hidden units are enough (`fold`), as for a consensus model,
-whose ψ_s is inert; else the checkpoint carries a subclass with the wider layer,
-`pilot_flwr.inference.standalone.modeling_wide`. CT-MoA of stage 2 weighs its experts by a router
-for every token: no single projector computes that.
+transformers' projector classes tie the hidden width to C, ``text_config.hidden_size``. If C hidden
+units are enough (`fold`), as for a consensus model with its inert ψ_s, the result is a plain
+checkpoint; else it carries a subclass with a wider layer (`pilot_flwr.inference.modeling_wide`).
+Stage 2 cannot be merged: its router weighs the experts for every token, which no single projector
+computes.
 """
 
 import json
@@ -19,14 +18,14 @@ from pathlib import Path
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import cached_file
 
 from pilot_flwr.algorithm.connector import Adapter, TaskClientConnector
 from pilot_flwr.client.private_state import PrivateState
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.inference.standalone import modeling_wide
+from pilot_flwr.inference import modeling_wide
 from pilot_flwr.model.checkpoints import checkpoint_path
 from pilot_flwr.model.pilot_model import PilotModel, empty_base
 from pilot_flwr.protocol import State
@@ -51,15 +50,15 @@ def check_mergeable(private: PrivateState | None) -> None:
     """Raise `ModelError` unless a model with this private state is of stage 1."""
     if private is not None and private.stage == 2:
         raise ModelError(
-            "`--merge` needs a model of stage 1, but this client's is of stage 2: CT-MoA mixes "
-            f"the adapters of {len(private.tasks)} tasks by a router, for every visual token "
-            "anew, and no single projector computes that. Use the export without `--merge`, or "
-            "`--task` for the consensus model, which merges into a plain checkpoint."
+            "`--merge` needs a model of stage 1, but this client's is of stage 2 (CT-MoA), whose "
+            f"router mixes the adapters of {len(private.tasks)} tasks for every visual token: no "
+            "single projector computes that. Export without `--merge`, or merge the consensus model "
+            "with `--task`."
         )
 
 
 def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) -> int:
-    """Write a Hugging Face checkpoint that computes what the model computes.
+    """Write an equivalent Hugging Face checkpoint.
 
     Parameters
     ----------
@@ -73,8 +72,8 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     Returns
     -------
     int
-        Width of the projector's hidden layer: C for a plain checkpoint; more if it needs the
-        class that is in the folder.
+        Width of the projector's hidden layer: C for a plain checkpoint, more if it needs
+        `modeling_wide`.
     """
     connector = model.connector
     assert isinstance(connector, TaskClientConnector), "see check_mergeable"
@@ -82,7 +81,9 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     llava = model.llava
     merge_lora(llava.model.language_model)
     width = llava.config.text_config.hidden_size
-    merged = fold(_as_one(connector), width)
+    first, second = connector.task_adapter, connector.client_adapter
+    whole = sum_of_adapters(first, second) if second else dict(first.state_dict())
+    merged = fold(whole, width)
     projector = empty_base(llava.config).model.multi_modal_projector.to_empty(device="cpu")
     hidden = merged["linear_1.weight"].shape[0]
     if hidden > width:
@@ -90,11 +91,11 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     projector.load_state_dict(merged)
     llava.model.multi_modal_projector = projector.to(llava.dtype)
     llava.generation_config.eos_token_id = end_token_ids
-    # transformers translates the parameter names of older versions for its own classes only.
+    # transformers restores the parameter names of older versions for its own classes only.
     llava.save_pretrained(folder, save_original_format=hidden == width)
     _copy_processor(model.config, folder)
     if hidden > width:
-        _name_the_class(folder, type(llava).__name__, hidden)
+        _add_class(folder, type(llava).__name__, hidden)
     return int(hidden)
 
 
@@ -105,12 +106,6 @@ def merge_lora(language_model: nn.Module) -> None:
             layer.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
-
-
-def _as_one(connector: TaskClientConnector) -> State:
-    if connector.client_adapter is None:
-        return dict(connector.task_adapter.state_dict())
-    return sum_of_adapters(connector.task_adapter, connector.client_adapter)
 
 
 @torch.no_grad()
@@ -128,10 +123,10 @@ def sum_of_adapters(first: Adapter, second: Adapter) -> State:
 
 
 def fold(adapter: State, width: int) -> State:
-    """Return an equal adapter with a hidden layer of `width` if that many units are enough.
+    """Return an equal adapter with a hidden layer of `width`, or `adapter` if that is too narrow.
 
-    Units with zero outgoing weights are dropped, units with equal incoming weights are joined,
-    and zeros fill up the rest. If more than `width` remain, `adapter` itself is returned.
+    Units with zero outgoing weights are dropped, units with equal incoming weights are joined, and
+    zeros fill up the rest.
     """
     inner, outer = adapter["linear_1.weight"], adapter["linear_2.weight"]
     bias = adapter.get("linear_1.bias")
@@ -140,24 +135,19 @@ def fold(adapter: State, width: int) -> State:
     kept, places = torch.unique(rows[used], dim=0, return_inverse=True)
     if len(kept) > width:
         return adapter
+    kept = nn.functional.pad(kept, (0, 0, 0, width - len(kept)))
     folded = {
-        "linear_1.weight": _fill(kept[:, : inner.shape[1]], width, 0),
+        "linear_1.weight": kept[:, : inner.shape[1]],
         "linear_2.weight": torch.zeros_like(outer[:, :width]).index_add_(1, places, outer[:, used]),
     }
     if bias is not None:
-        folded["linear_1.bias"] = _fill(kept[:, -1], width, 0)
+        folded["linear_1.bias"] = kept[:, -1]
         folded["linear_2.bias"] = adapter["linear_2.bias"]
     return folded
 
 
-def _fill(tensor: Tensor, length: int, dim: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = length - shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
-
-
 def _copy_processor(config: ModelConfig, folder: Path) -> None:
-    """Copy the files of the base's tokenizer, chat template and image processor unchanged."""
+    """Copy the base's tokenizer, chat template and image processor unchanged."""
     for name in _PROCESSOR_FILES:
         file = cached_file(
             checkpoint_path(config.path),
@@ -169,8 +159,8 @@ def _copy_processor(config: ModelConfig, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _name_the_class(folder: Path, architecture: str, hidden: int) -> None:
-    """Name the class with the wider projector in config.json, and copy its file."""
+def _add_class(folder: Path, architecture: str, hidden: int) -> None:
+    """Copy the class with the wider projector, and register it in config.json."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     name = modeling_wide.CLASSES[architecture]

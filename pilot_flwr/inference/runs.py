@@ -1,8 +1,8 @@
 """Open a finished run and load its models; nothing is written into the run folder.
 
-The server's share of a personalised model (task adapters, LoRAs) is in the run's checkpoint. A
-client's private state is in ``clients/<id>/`` after a simulation, and on the site's disk after a
-real run. For a client that was not in the run there is its task's consensus model.
+Task adapters and LoRAs are in the run's checkpoint. A client's private state is in
+``clients/<id>/`` after a simulation, and on the site's disk after a real run. A client that did not
+take part can use the consensus model of its task.
 """
 
 from collections.abc import Sequence
@@ -35,20 +35,20 @@ from pilot_flwr.run.events import Evaluated, Event, select
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended, or has written a checkpoint.
+    """A run with at least one checkpoint.
 
     Attributes
     ----------
     folder : Path
         The run folder.
     config, recorded : PilotConfig
-        The run's configuration with the user's overrides, and as it was.
+        The run's configuration with the user's overrides, and without.
     checkpoint : Checkpoint
         The server's state.
     events : list of Event
         The run's event log.
     notes : tuple of str
-        What the user should know, for instance that a torn checkpoint was skipped.
+        Messages for the user, for instance about a torn checkpoint that was skipped.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Run:
     notes: tuple[str, ...]
 
     def clients(self) -> list[Client]:
-        """Return the clients of the configured federation; of an open one, those that trained."""
+        """Return the clients of the federation; of an open one, those that trained."""
         configured = federation_clients(self.config.data)
         if not self.config.strategy.clients:
             return configured
@@ -68,17 +68,17 @@ class Run:
         return [known.get(name, Client(name, task)) for name, task in trained]
 
     def client(self, client_id: str) -> Client:
-        """Return a client by its id; raise `ConfigError` if there is none."""
+        """Return a client by its id; raise `ConfigError` for an unknown one."""
         clients = {client.id: client for client in self.clients()}
         if client_id not in clients:
             raise ConfigError(
-                f"`--client` is {client_id!r} but must be one of {', '.join(clients)}. A new site "
-                "has no adapters of its own: give it the consensus model of its task with `--task`."
+                f"`--client` is {client_id!r} but must be one of {', '.join(clients)}. For a new "
+                "site, take the consensus model of its task with `--task`."
             )
         return clients[client_id]
 
     def received(self, selected: "Selected") -> Received:
-        """Return what the server would send the client of a model."""
+        """Assemble the server's share of a model: adapters, LoRA and residual."""
         checkpoint, recorded, task = self.checkpoint, self.recorded, selected.task
         sharing = Sharing.of(recorded.strategy.sharing, recorded.train.lora_matrices)
         if selected.client is not None and selected.client.id in checkpoint.task_of:
@@ -99,7 +99,7 @@ class Run:
         )
 
     def prompt_suffix(self, task: str) -> str:
-        """Return the text that ends every question of a task in the run's data; may be empty."""
+        """Return the text appended to every question of a task; may be empty."""
         files = self.config.data.files
         return files[task].prompt_suffix if task in files else ""
 
@@ -113,9 +113,9 @@ class Selected:
     client : Client or None
         None for a consensus model.
     task : str
-        The task.
+        Its task.
     private : PrivateState or None
-        The client's private state; None if it has not trained, and for a consensus model.
+        None for a consensus model, and for a client that has not trained.
     """
 
     client: Client | None
@@ -124,7 +124,7 @@ class Selected:
 
     @property
     def name(self) -> str:
-        """The model's name in messages to the user."""
+        """Name of the model in messages."""
         return self.client.id if self.client else f"consensus of {self.task}"
 
 
@@ -138,24 +138,19 @@ def open_run(
     folder : Path
         The run folder.
     server_round : int, optional
-        Exchange whose checkpoint to use; by default the last whole one.
+        Exchange whose checkpoint to use; by default the last intact one.
     overrides : sequence of str
-        Each ``key=value``: settings that have changed since, for instance where the base model
-        is. A new `data.folder` counts from the working directory.
-
-    Returns
-    -------
-    Run
-        The run, without any model loaded.
+        Settings that have changed since, each ``key=value``, for instance the base model's path. A
+        relative `data.folder` is resolved against the working directory.
 
     Raises
     ------
     RunError
         The folder is not a run folder.
     ConfigError
-        Its configuration is invalid, or an override is.
+        The run's configuration or an override is invalid.
     StateError
-        It has no whole checkpoint, or not the requested one.
+        There is no intact checkpoint, or not the requested one.
     """
     path = folder / "config.yaml"
     try:
@@ -188,23 +183,23 @@ def select_client(run: Run, client_id: str, *, state: Path | None = None) -> Sel
     Parameters
     ----------
     run : Run
-        The run.
+        From `open_run`.
     client_id : str
-        A client of its federation.
+        A client of the federation.
     state : Path, optional
         Folder of the client's private state; by default ``clients/<id>/`` of the run folder.
 
     Returns
     -------
     Selected
-        The client, with the private state of the time of the checkpoint.
+        The client with its private state as of the checkpoint.
 
     Raises
     ------
     ConfigError
         The federation has no such client.
     StateError
-        The client took part, but its private state is missing, torn, foreign or another client's.
+        The client trained, but its private state is missing, torn or another client's or run's.
     """
     client = run.client(client_id)
     folder = state or run.folder / "clients" / client_id
@@ -213,35 +208,17 @@ def select_client(run: Run, client_id: str, *, state: Path | None = None) -> Sel
     if private is None and (state or client_id in run.checkpoint.task_of):
         raise StateError(
             f"{folder} has no private state of exchange {after} or before. "
-            f"Client {client_id!r} has trained, so its model needs it: give "
-            "the folder with `--state` where the client keeps it, or take the consensus model "
-            "of its task with `--task`."
+            f"Client {client_id!r} has trained, so its model needs it: pass the client's state "
+            "folder with `--state`, or take the consensus model of its task with `--task`."
         )
     return Selected(client, client.task, private)
 
 
 def select_consensus(run: Run, task: str) -> Selected:
-    """Select a task's consensus model: what the server sends to a client that joins late.
+    """Select a task's consensus model, which a client that joins late starts from.
 
-    It is the stage-1 architecture with the task's adapter ψ_t, an inert ψ_s and the mean LoRA
-    of the task's clients.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    task : str
-        One of its tasks.
-
-    Returns
-    -------
-    Selected
-        The consensus model.
-
-    Raises
-    ------
-    ConfigError
-        The run has no such task.
+    It is of stage 1, with the task's adapter ψ_t, an inert ψ_s and the mean LoRA of the task's
+    clients. Raises `ConfigError` for an unknown task.
     """
     tasks = run.checkpoint.tasks
     if task not in tasks:
@@ -250,16 +227,16 @@ def select_consensus(run: Run, task: str) -> Selected:
 
 
 def load_model(run: Run, selected: Selected, *, device: torch.device) -> PilotModel:
-    """Load a selected model into this process's one base model.
+    """Load a selected model into this process's only base model.
 
     Parameters
     ----------
     run : Run
-        The run.
+        From `open_run`.
     selected : Selected
-        Its client or consensus.
+        From `select_client` or `select_consensus`.
     device : torch.device
-        Where the base model is, or goes.
+        Device of the base model.
 
     Returns
     -------
@@ -285,7 +262,7 @@ def client_model(
 
 
 def load_adapters(model: PilotModel, run: Run, selected: Selected) -> None:
-    """Load the adapters of a selected model into a base model of the run."""
+    """Load a selected model's adapters into a base model of the run."""
     personalize_as_trained(model, selected.private, run.received(selected))
     model.eval()
 
@@ -297,23 +274,23 @@ def last_scores(run: Run) -> list[Evaluated]:
 
 
 def _override(recorded: PilotConfig, text: str, overrides: Sequence[str]) -> PilotConfig:
-    """Apply the overrides to the run's configuration `text`; `recorded` is the same, parsed."""
+    """Apply the overrides to the run's configuration `text`, parsed as `recorded`."""
     groups = [f.name for f in fields(PilotConfig) if is_dataclass(getattr(recorded, f.name))]
     for override in overrides:
         key = override.partition("=")[0]
         if key in [*groups, "experiment"] or not key[:1].isalpha():
             raise ConfigError(
-                f"{override!r} must be one setting, such as `data.folder=/new/place`: the groups "
-                "of a finished run's settings cannot be chosen again."
+                f"{override!r} must be one setting, such as `data.folder=/new/place`; a finished "
+                "run's groups of settings cannot be replaced."
             )
     try:
         config = from_yaml(text, overrides)
     except ConfigError as error:
-        for override in overrides:  # name the first that is wrong alone
+        for override in overrides:  # name the first one that fails alone
             try:
                 from_yaml(text, [override])
-            except ConfigError as own:
-                raise ConfigError(f"{override!r}: {own}") from None
+            except ConfigError as cause:
+                raise ConfigError(f"{override!r}: {cause}") from None
         raise error from None
     return with_folder(config, ())[0] if config.data.folder != recorded.data.folder else config
 
@@ -322,10 +299,10 @@ def _checkpoint(folder: Path, server_round: int | None) -> tuple[Checkpoint, lis
     if server_round is None:
         checkpoint, torn = latest_checkpoint(folder)
         if checkpoint is None:
-            raise StateError(" ".join([f"{folder} holds no whole checkpoint.", *torn]))
+            raise StateError(" ".join([f"{folder} has no intact checkpoint.", *torn]))
         notes = [f"Skipped a checkpoint: {reason}" for reason in torn]
         if torn:
-            notes.append(f"Using {checkpoint.folder.name} and the clients' states of that time.")
+            notes.append(f"Using {checkpoint.folder.name} and the clients' states as of then.")
         return checkpoint, notes
     wanted = folder / f"round-{server_round:04d}"
     if not wanted.is_dir():

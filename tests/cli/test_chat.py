@@ -53,7 +53,7 @@ def test_mistakes_do_not_end_it(chat):
     answers, said = chat(lines=["/image absent.png", "/help", "<image>", "Hello"])
     assert len(answers) == 1
     assert "absent.png cannot be opened" in said
-    assert "/reset" in said and "must not hold <image>" in said
+    assert "/reset" in said and "must not contain <image>" in said
 
 
 def test_what_is_no_file_and_no_text_does_not_end_it_either(chat):

@@ -9,8 +9,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pilot_flwr.cli import main as cli
 from pilot_flwr.client.private_state import PrivateStore
+from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.runs import client_model, open_run
-from pilot_flwr.inference.standalone import modeling_pilot
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_personal_model(finished, export):
     card = (folder / "README.md").read_text()
     (event,) = finished.events("evaluate", round=2, client="vqa-0")
     assert f"| vqa-0 | exact match | 6 | {event['score']:.3f} |" in card
-    assert "stage 2 (CT-MoA)" in card and "where: memory" in card and "own licence" in card
+    assert "stage 2 (CT-MoA)" in card and "where: memory" in card and "licence of the base" in card
     assert "never left the client" in card
 
 

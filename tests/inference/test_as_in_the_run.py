@@ -14,8 +14,8 @@ from PIL import Image
 from pilot_flwr.cli import main as cli
 from pilot_flwr.data.federation import client_examples
 from pilot_flwr.data.images import expand_to_square, mean_colour
+from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.generate import Answerer
-from pilot_flwr.inference.standalone import modeling_pilot
 from pilot_flwr.model.loading import load_processor
 
 

@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_leaves_the_conversation_as_it_was(conversation, im
     conversation.show(image)
     for question, words in [
         (" ", "empty"),
-        ("An <image> here", "must not hold"),
+        ("An <image> here", "must not contain"),
         ("long " * 3000, "`train.max_length`"),
     ]:
         with pytest.raises(DataError, match=words):

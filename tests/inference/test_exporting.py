@@ -24,8 +24,8 @@ from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.data.images import expand_to_square, mean_colour
 from pilot_flwr.errors import ModelError, RunError
+from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.export import export_model
-from pilot_flwr.inference.standalone import modeling_pilot
 from pilot_flwr.model.architectures import spec_of
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_base, load_processor, make_collator

@@ -173,5 +173,5 @@ def test_stage_2_is_refused(make_model, generator):
     check_mergeable(private_state(model))
     check_mergeable(None)
     model.enter_stage2(TASKS, generator)
-    with pytest.raises(ModelError, match="`--merge` needs a model of stage 1.*3 tasks by a router"):
+    with pytest.raises(ModelError, match="`--merge` needs a model of stage 1.*adapters of 3 tasks"):
         check_mergeable(private_state(model))

@@ -177,7 +177,7 @@ def test_a_foreign_folder_is_refused(copy, content, error, words):
 
 def test_a_run_without_a_checkpoint_is_refused(copy):
     shutil.rmtree(copy / "checkpoint")
-    with pytest.raises(StateError, match="no whole checkpoint"):
+    with pytest.raises(StateError, match="no intact checkpoint"):
         open_run(copy)
 
 

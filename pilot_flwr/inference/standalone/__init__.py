@@ -1,1 +1,0 @@
-"""Modules that are copied into exported models."""
