@@ -29,6 +29,7 @@ from pilot_flwr.algorithm.connector import (
     stage2_connector,
 )
 from pilot_flwr.algorithm.losses import difference_loss
+from pilot_flwr.config.model import ModelConfig
 
 TASKS = ("vqa", "counting", "captioning")
 RESULT = RESULTS / "connector.json"
@@ -65,16 +66,15 @@ class Case:
 
     def stage1(self) -> TaskClientConnector:
         """Build stage 1; both adapters are trained, and neither is inert."""
-        return stage1_connector(self.projector, initialisation="official", reduction="normalized")
+        return stage1_connector(self.projector, ModelConfig(initialisation="official"))
 
     def stage2(self) -> CrossTaskMoA:
         """Build CT-MoA; ψ_s and the foreign ψ_t are frozen, as in training."""
         connector = stage2_connector(
             self.projector,
+            ModelConfig(initialisation="official"),
             tasks=TASKS,
             client_adapter=self.projector.copy(),
-            initialisation="official",
-            use_client_adapter=True,
             generator=self.generator,
         )
         connector.client_adapter.requires_grad_(False)

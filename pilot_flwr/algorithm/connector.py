@@ -13,19 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pilot_flwr.algorithm.losses import difference_loss, load_balancing_loss, router_z_loss
+from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 
 
 class ConnectorOutput(NamedTuple):
-    """Output of a connector; a loss that its stage does not have is zero.
-
-    Attributes
-    ----------
-    features : Tensor
-        x_img, shape (B, N, C).
-    difference, balance, z : Tensor
-        L_d, L_b and L_z, scalars without coefficient.
-    """
+    """x_img (B, N, C), and L_d, L_b and L_z without coefficients; zero if the stage has none."""
 
     features: Tensor
     difference: Tensor
@@ -194,34 +187,32 @@ def is_reserved(task: str) -> bool:
 
 
 def stage1_connector(
-    projector: Adapter, *, initialisation: str, reduction: str, client_adapter: bool = True
+    projector: Adapter, config: ModelConfig, *, reduction: str = "normalized"
 ) -> TaskClientConnector:
-    """Build stage 1 from the base model's pretrained projector.
+    """Build stage 1 from the base model's pretrained projector, copied to ψ_t.
 
     Parameters
     ----------
     projector : Adapter
-        Copied to ψ_t.
-    initialisation : {"identity", "official"}
-        ``identity``: the last layer of ψ_s is zero, so training starts exactly at the base model.
-        ``official``: ψ_s is a copy of the projector too.
+        The pretrained projector.
+    config : ModelConfig
+        `initialisation` is ``identity`` (the last layer of ψ_s is zero, so training starts exactly
+        at the base model) or ``official`` (ψ_s is the projector too); `client_adapter` says
+        whether there is a ψ_s.
     reduction : str
         Of the difference loss.
-    client_adapter : bool
-        Whether there is a ψ_s.
     """
-    client = projector.copy(zero_output=initialisation == "identity") if client_adapter else None
+    identity = config.initialisation == "identity"
+    client = projector.copy(zero_output=identity) if config.client_adapter else None
     return TaskClientConnector(projector.copy(), client, reduction=reduction)
 
 
 def stage2_connector(
     projector: Adapter,
+    config: ModelConfig,
     *,
     tasks: tuple[str, ...],
     client_adapter: Adapter | None,
-    initialisation: str,
-    use_client_adapter: bool,
-    cross_task_adapters: bool = True,
     generator: torch.Generator,
 ) -> CrossTaskMoA:
     """Build stage 2: the client's ψ_s, new ψ_c and φ, and T task adapters to load into.
@@ -230,14 +221,14 @@ def stage2_connector(
     ----------
     projector : Adapter
         The base model's pretrained projector.
+    config : ModelConfig
+        With `initialisation` ``identity`` every ψ_c ends in zero, with ``official`` it is the
+        projector; `cross_task_adapters` says whether there are ψ_c, `stage2_client_adapter`
+        whether ψ_s is added.
     tasks : tuple of str
         The client's own task first.
     client_adapter : Adapter or None
         ψ_s from stage 1.
-    initialisation : {"identity", "official"}
-        ``identity``: every ψ_c ends in zero. ``official``: every ψ_c is the projector.
-    use_client_adapter, cross_task_adapters : bool
-        Whether ψ_s is added (`model.stage2_client_adapter`), and whether there are ψ_c.
     generator : torch.Generator
         Draws φ on the CPU, uniform in ±1/√D as torch does.
     """
@@ -247,11 +238,12 @@ def stage2_connector(
     drawn = torch.empty(router.weight.shape, device="cpu")
     with torch.no_grad():
         router.weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
-    cross = {task: projector.copy(zero_output=initialisation == "identity") for task in tasks[1:]}
+    identity = config.initialisation == "identity"
+    cross = {task: projector.copy(zero_output=identity) for task in tasks[1:]}
     return CrossTaskMoA(
         {task: projector.copy() for task in tasks},
-        cross if cross_task_adapters else None,
+        cross if config.cross_task_adapters else None,
         client_adapter,
         router.to(weight),
-        use_client_adapter=use_client_adapter,
+        use_client_adapter=config.stage2_client_adapter == "frozen",
     )

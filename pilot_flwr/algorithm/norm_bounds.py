@@ -173,22 +173,14 @@ def _excess(norms: Matrix, bounds: Matrix) -> Matrix:
 
 @dataclass(frozen=True)
 class NormCheck:
-    """Norms and bounds of one client's update, and the action taken.
-
-    Attributes
-    ----------
-    client : str
-        Its id.
-    norms, bounds : dict
-        Part → norm, and part → bound; no bounds if the exchange had too few updates.
-    action : str
-        ``accepted``, ``warned``, ``clipped``, ``rejected``, or ``unchecked`` without bounds.
-    """
+    """Norms and bounds of one client's update by part, and the action taken."""
 
     client: str
     norms: dict[str, float]
     bounds: dict[str, float]
+    """Empty if the exchange had too few updates."""
     action: str
+    """``accepted``, ``warned``, ``clipped``, ``rejected``, or ``unchecked`` without bounds."""
 
     @property
     def reason(self) -> str:

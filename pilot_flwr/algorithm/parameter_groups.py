@@ -22,26 +22,19 @@ _CONNECTOR = r"model\.multi_modal_projector\."
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One kind of parameter.
-
-    Attributes
-    ----------
-    symbol : str
-        As in docs/explanation/method.md, section 1.
-    pattern : str
-        Regular expression of the model's parameter names; ``{own}`` is the client's task. Tensors
-        are stored and sent as ``<task>/<key>``, or ``<key>`` without a group ``task``.
-    stages : frozenset of int
-        Stages that train it.
-    sent, private : bool
-        Whether the client uploads it, or keeps it on its disk.
-    """
+    """One kind of parameter."""
 
     symbol: str
+    """As in docs/explanation/method.md, section 1."""
     pattern: str
-    stages: frozenset[int]
+    """Regular expression of the model's parameter names; ``{own}`` is the client's task. Tensors
+    are stored and sent as ``<task>/<key>``, or ``<key>`` without a group ``task``."""
+    stages: tuple[int, ...]
+    """Stages that train it."""
     sent: bool = False
+    """Whether the client uploads it."""
     private: bool = False
+    """Whether the client keeps it on its disk."""
 
     @property
     def may_be_kept(self) -> bool:
@@ -49,66 +42,55 @@ class ParameterGroup:
         return self.private or self.sent
 
 
-_BOTH = frozenset({1, 2})
-
 GROUPS: dict[GroupName, ParameterGroup] = {
     "lora": ParameterGroup(
         "Θ_l",
         r"model\.language_model\.(?P<key>.+\.lora_[AB])\.default\.weight",
-        _BOTH,
+        (1, 2),
         sent=True,
     ),
     "residual": ParameterGroup(
-        "R", r"model\.language_model\.(?P<key>.+\.lora_[AB])\.residual\.weight", frozenset()
+        "R", r"model\.language_model\.(?P<key>.+\.lora_[AB])\.residual\.weight", ()
     ),
     "own_task_adapter": ParameterGroup(
         "ψ_t",
         _CONNECTOR + r"(?:task_adapter|task_adapters\.{own})\.(?P<key>.+)",
-        _BOTH,
+        (1, 2),
         sent=True,
     ),
     "foreign_task_adapters": ParameterGroup(
         "ψ_t^i",
         _CONNECTOR + r"task_adapters\.(?!{own}\.)(?P<task>[^.]+)\.(?P<key>.+)",
-        frozenset(),
+        (),
     ),
     "client_adapter": ParameterGroup(
-        "ψ_s", _CONNECTOR + r"client_adapter\.(?P<key>.+)", frozenset({1}), private=True
+        "ψ_s", _CONNECTOR + r"client_adapter\.(?P<key>.+)", (1,), private=True
     ),
     "cross_task_adapters": ParameterGroup(
         "ψ_c",
         _CONNECTOR + r"cross_task_adapters\.(?P<task>[^.]+)\.(?P<key>.+)",
-        frozenset({2}),
+        (2,),
         private=True,
     ),
-    "router": ParameterGroup(
-        "φ", _CONNECTOR + r"router\.(?P<key>.+)", frozenset({2}), private=True
-    ),
+    "router": ParameterGroup("φ", _CONNECTOR + r"router\.(?P<key>.+)", (2,), private=True),
     "base": ParameterGroup(
         "base",
         r"model\.image_newline|(?:model\.(?:vision_tower|language_model)|lm_head)\.(?!.*\blora_).+",
-        frozenset(),
+        (),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Selects the tensors that a run trains and uploads.
-
-    Attributes
-    ----------
-    adapter : bool
-        Whether the own task adapter is uploaded.
-    lora : str
-        Uploaded LoRA matrices: ``AB``, ``A``, ``B`` or none (empty).
-    trained_lora : str
-        Trained LoRA matrices: ``AB`` or ``B``.
-    """
+    """Selects the tensors that a run trains and uploads."""
 
     adapter: bool = True
+    """Whether the own task adapter is uploaded."""
     lora: str = "AB"
+    """Uploaded LoRA matrices: ``AB``, ``A``, ``B`` or none (empty)."""
     trained_lora: str = "AB"
+    """Trained LoRA matrices: ``AB`` or ``B``."""
 
     @classmethod
     def of(cls, sharing: SharingConfig, lora_matrices: str) -> Sharing:

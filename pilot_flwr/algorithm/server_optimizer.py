@@ -16,15 +16,7 @@ from pilot_flwr.protocol import State
 
 
 class Moments(NamedTuple):
-    """Adam's moments of one average.
-
-    Attributes
-    ----------
-    steps : int
-        Steps taken.
-    first, second : State
-        m and v, in float32.
-    """
+    """Adam's m and v of one average, in float32, after `steps` steps."""
 
     steps: int
     first: State

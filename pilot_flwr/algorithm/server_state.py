@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
@@ -30,15 +30,7 @@ from pilot_flwr.protocol import Member, State, Update
 
 
 class InitialState(NamedTuple):
-    """Initial state of a federation, in `model.sent_dtype`.
-
-    Attributes
-    ----------
-    adapter : State
-        The pretrained projector.
-    lora : State
-        Θ_l.
-    """
+    """Initial ψ_t (the pretrained projector) and Θ_l of a federation, in `model.sent_dtype`."""
 
     adapter: State
     lora: State
@@ -78,56 +70,35 @@ def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int
 
 @dataclass(frozen=True)
 class Aggregation:
-    """Record of an exchange's aggregation.
-
-    Attributes
-    ----------
-    clients : list of str
-        Clients whose updates were aggregated, sorted.
-    tasks : dict
-        Group (a task, or `EVERYONE`) with replies → clients whose adapters were averaged.
-    neighbors : dict
-        Client → neighbour, or the client itself → share in the client's Θ̄_l.
-    distances : dict
-        Client → client → ‖Θ_l,k − Θ_l,j‖₂.
-    """
+    """Record of an exchange's aggregation, over the sorted `clients` whose updates it has."""
 
     clients: list[str]
     tasks: dict[str, list[str]]
+    """Group (a task, or `EVERYONE`) → clients whose adapters were averaged."""
     neighbors: dict[str, dict[str, float]]
+    """Client → neighbour, or the client itself → share in the client's Θ̄_l."""
     distances: dict[str, dict[str, float]]
+    """Client → client → ‖Θ_l,k − Θ_l,j‖₂."""
 
 
 @dataclass
 class ServerState:
-    """Consensus task adapters and personalised LoRAs.
-
-    Parameters
-    ----------
-    tasks : tuple of str
-        The T tasks, in the federation's order.
-    initial : InitialState
-        Every client's start.
-    adapters : dict
-        Task → ψ_t.
-    loras, task_of : dict
-        Client → Θ̄_l, and client → task, of clients that have trained.
-    moments : dict
-        Of the server optimizer, by ``adapter.<group>`` or ``lora.<group or client>``.
-    residual : State
-        LoRA that ``strategy.lora=exact`` adds to the frozen base of every client.
-    rounds : int
-        Aggregated exchanges.
-    """
+    """Consensus task adapters and personalised LoRAs; `tasks` are in the federation's order."""
 
     tasks: tuple[str, ...]
     initial: InitialState
     adapters: dict[str, State] = field(default_factory=dict)
+    """Task → ψ_t."""
     loras: dict[str, State] = field(default_factory=dict)
+    """Client → Θ̄_l, of clients that have trained."""
     task_of: dict[str, str] = field(default_factory=dict)
+    """Client → task, of the same clients."""
     moments: dict[str, Moments] = field(default_factory=dict)
+    """Moments of the server optimizer, by ``adapter.<group>`` or ``lora.<group or client>``."""
     residual: State = field(default_factory=dict)
+    """LoRA that ``strategy.lora=exact`` adds to the frozen base of every client."""
     rounds: int = 0
+    """Aggregated exchanges."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -146,11 +117,9 @@ class ServerState:
         return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 
     def lora_for(self, client: str, task: str) -> State:
-        """Return Θ̄_l of a client: its own, else the mean of its peers (`lora_peers`), else Θ_l⁰."""
-        if client in self.loras:
-            return self.loras[client]
-        peers = lora_peers(self.task_of, task)
-        return mean_lora([self.loras[peer] for peer in peers]) if peers else self.initial.lora
+        """Return the `current_lora` of a client, or Θ_l⁰ before any client has trained."""
+        lora = current_lora(self.task_of, self.loras.__getitem__, task, client)
+        return self.initial.lora if lora is None else lora
 
     def check(self, update: Update, member: Member, server_round: int) -> None:
         """Validate an update.
@@ -269,24 +238,32 @@ class ServerState:
         return new
 
 
-def lora_peers(task_of: Mapping[str, str], task: str) -> list[str]:
-    """Return the clients whose LoRAs are averaged to initialise a newcomer: same task, else all.
+def current_lora(
+    task_of: Mapping[str, str], load: Callable[[str], State], task: str, client: str = ""
+) -> State | None:
+    """Return a client's Θ̄_l: its own, else the mean of its task's clients', else of all clients'.
 
     Parameters
     ----------
     task_of : Mapping[str, str]
         Task of every client that has a LoRA.
-    task : str
-        The newcomer's.
+    load : callable
+        Maps a client to its LoRA.
+    task, client : str
+        Task and id; without `client`, the mean of the task.
+
+    Returns
+    -------
+    State or None
+        Without tensors if LoRAs are not shared; None if no client has trained.
     """
-    return sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
-
-
-def mean_lora(loras: Sequence[State]) -> State:
-    """Return the unweighted mean of LoRAs; empty if LoRAs are not shared."""
-    if not any(loras):
-        return {}
-    return _state(weighted_average(loras, [1] * len(loras)))
+    if client in task_of:
+        return load(client)
+    peers = sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
+    if not peers:
+        return None
+    loras = [load(peer) for peer in peers]
+    return _state(weighted_average(loras, [1] * len(loras))) if any(loras) else {}
 
 
 def _state(arrays: Mapping[str, Array]) -> State:

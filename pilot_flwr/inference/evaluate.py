@@ -22,27 +22,7 @@ from pilot_flwr.run.events import Evaluated, mean_over_tasks, task_scores
 
 @dataclass(frozen=True)
 class Scored:
-    """One model's score on one client's examples.
-
-    Attributes
-    ----------
-    client, task : str
-        The client whose examples were answered, and its task.
-    model : str
-        `Selected.name` of the model.
-    stage : int
-        The model's architecture.
-    metric : str
-        A key of `METRICS`.
-    examples : int
-        Number of examples.
-    score : float
-        From 0 to the metric's maximum.
-    approximate : str
-        Why the score is approximate; empty if it is exact.
-    recorded : float or None
-        The run's last score of this client, if comparable.
-    """
+    """The score of a model (`Selected.name`) on a client's examples."""
 
     client: str
     task: str
@@ -52,27 +32,22 @@ class Scored:
     examples: int
     score: float
     approximate: str
+    """Why the score is approximate; empty if it is exact."""
     recorded: float | None = None
+    """The run's last score of this client, if comparable."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The examples to score on, and the metric.
-
-    Attributes
-    ----------
-    split : {"test", "train"}
-        The client's split, as in the run.
-    file, images : Path, optional
-        A LLaVA JSON or JSONL file to use instead, with its image folder.
-    metric : str
-        A key of `METRICS`; empty for the metric of the client's task.
-    """
+    """The examples to score on, and the metric."""
 
     split: Split = "test"
+    """The client's split, as in the run."""
     file: Path | None = None
+    """A LLaVA JSON or JSONL file to use instead, with its folder of `images`."""
     images: Path | None = None
     metric: str = ""
+    """Empty for the metric of the client's task."""
 
 
 def evaluate_models(

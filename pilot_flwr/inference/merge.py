@@ -52,8 +52,8 @@ def check_mergeable(private: PrivateState | None) -> None:
         raise ModelError(
             "`--merge` needs a model of stage 1, but this client's is of stage 2 (CT-MoA), whose "
             f"router mixes the adapters of {len(private.tasks)} tasks for every visual token: no "
-            "single projector computes that. Export without `--merge`, or merge the consensus model "
-            "with `--task`."
+            "single projector computes that. Export without `--merge`, or take the consensus "
+            "model with `--task`."
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
-from pilot_flwr.algorithm.server_state import lora_peers, mean_lora
+from pilot_flwr.algorithm.server_state import current_lora
 from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.config.federation_file import with_folder
@@ -35,28 +35,17 @@ from pilot_flwr.run.events import Evaluated, Event, select
 
 @dataclass(frozen=True)
 class Run:
-    """A run with at least one checkpoint.
-
-    Attributes
-    ----------
-    folder : Path
-        The run folder.
-    config, recorded : PilotConfig
-        The run's configuration with the user's overrides, and without.
-    checkpoint : Checkpoint
-        The server's state.
-    events : list of Event
-        The run's event log.
-    notes : tuple of str
-        Messages for the user, for instance about a torn checkpoint that was skipped.
-    """
+    """A run with at least one checkpoint."""
 
     folder: Path
     config: PilotConfig
+    """The run's configuration with the user's overrides."""
     recorded: PilotConfig
+    """The run's configuration without them."""
     checkpoint: Checkpoint
     events: list[Event]
     notes: tuple[str, ...]
+    """Messages for the user, for instance about a torn checkpoint that was skipped."""
 
     def clients(self) -> list[Client]:
         """Return the clients of the federation; of an open one, those that trained."""
@@ -81,11 +70,9 @@ class Run:
         """Assemble the server's share of a model: adapters, LoRA and residual."""
         checkpoint, recorded, task = self.checkpoint, self.recorded, selected.task
         sharing = Sharing.of(recorded.strategy.sharing, recorded.train.lora_matrices)
-        if selected.client is not None and selected.client.id in checkpoint.task_of:
-            lora = checkpoint.lora(selected.client.id)
-        elif peers := lora_peers(checkpoint.task_of, task):
-            lora = mean_lora([checkpoint.lora(peer) for peer in peers])
-        else:  # no client has trained
+        client = selected.client.id if selected.client else ""
+        lora = current_lora(checkpoint.task_of, checkpoint.lora, task, client)
+        if lora is None:
             lora = initial_state(self.config.model, seed=self.config.seed).sent(sharing).lora
         moa = selected.private is not None and selected.private.stage == 2
         return Received(
@@ -106,21 +93,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Selected:
-    """One model of a run: a client's personalised model, or a task's consensus model.
-
-    Attributes
-    ----------
-    client : Client or None
-        None for a consensus model.
-    task : str
-        Its task.
-    private : PrivateState or None
-        None for a consensus model, and for a client that has not trained.
-    """
+    """One model of a run: a client's personalised model, or a task's consensus model."""
 
     client: Client | None
+    """None for a consensus model."""
     task: str
     private: PrivateState | None
+    """None for a consensus model, and for a client that has not trained."""
 
     @property
     def name(self) -> str:

@@ -225,20 +225,13 @@ def _connector(stage: Stage) -> nn.Module:
     with torch.device("meta"):
         projector = Adapter(channels, width, bias="linear_1.bias" in shapes)
         projector.to(getattr(torch, config.adapter_dtype))
-        connector: nn.Module = stage1_connector(
-            projector,
-            initialisation=config.initialisation,
-            reduction="normalized",
-            client_adapter=config.client_adapter,
-        )
+        connector: nn.Module = stage1_connector(projector, config)
         if stage.number == 2:
             connector = stage2_connector(
                 projector,
+                config,
                 tasks=stage.tasks,
                 client_adapter=connector.client_adapter,  # type: ignore[arg-type]
-                initialisation=config.initialisation,
-                use_client_adapter=config.stage2_client_adapter == "frozen",
-                cross_task_adapters=config.cross_task_adapters,
                 generator=torch.Generator(),
             )
     named = nn.ModuleDict({"model": nn.ModuleDict({"multi_modal_projector": connector})})

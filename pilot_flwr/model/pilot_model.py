@@ -7,6 +7,7 @@ process: each session swaps adapters in and out, and the base is never loaded ag
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import peft
@@ -172,14 +173,8 @@ class PilotModel(nn.Module):
         model until parameters are loaded or trained.
         """
         self.own_task = own_task
-        self._place(
-            stage1_connector(
-                self._projector[0],
-                initialisation=initialisation or self.config.initialisation,
-                reduction=self.reduction,
-                client_adapter=self.config.client_adapter,
-            )
-        )
+        config = replace(self.config, initialisation=initialisation or self.config.initialisation)
+        self._place(stage1_connector(self._projector[0], config, reduction=self.reduction))
 
     def enter_stage2(self, tasks: Sequence[str], generator: torch.Generator) -> None:
         """Replace the stage-1 connector by CT-MoA of all `tasks`: keep ψ_s, create ψ_c and φ."""
@@ -191,11 +186,9 @@ class PilotModel(nn.Module):
         self._place(
             stage2_connector(
                 self._projector[0],
+                self.config,
                 tasks=(self.own_task, *(task for task in tasks if task != self.own_task)),
                 client_adapter=stage1.client_adapter,
-                initialisation=self.config.initialisation,
-                use_client_adapter=self.config.stage2_client_adapter == "frozen",
-                cross_task_adapters=self.config.cross_task_adapters,
                 generator=generator,
             )
         )

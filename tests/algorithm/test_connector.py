@@ -14,6 +14,7 @@ from pilot_flwr.algorithm.connector import (
     stage2_connector,
 )
 from pilot_flwr.algorithm.losses import difference_loss, load_balancing_loss, router_z_loss
+from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 
 B, N, D, C = 2, 3, 4, 6
@@ -119,7 +120,7 @@ def test_connector_gradients(visual):
 
 def test_identity_initialisation_starts_at_the_projector(visual):
     projector = adapter(3)
-    connector = stage1_connector(projector, initialisation="identity", reduction="normalized")
+    connector = stage1_connector(projector, ModelConfig(initialisation="identity"))
     assert torch.equal(connector(visual).features, projector(visual))
     # Only the last layer of ψ_s is zero, so that it can learn.
     assert connector.client_adapter.linear_1.weight.abs().sum() > 0
@@ -127,14 +128,13 @@ def test_identity_initialisation_starts_at_the_projector(visual):
 
 def test_official_initialisation_copies_the_projector_everywhere(visual):
     projector = adapter(3)
-    stage1 = stage1_connector(projector, initialisation="official", reduction="normalized")
+    stage1 = stage1_connector(projector, ModelConfig(initialisation="official"))
     torch.testing.assert_close(stage1(visual).features, 2 * projector(visual))
     stage2 = stage2_connector(
         projector,
+        ModelConfig(initialisation="official", stage2_client_adapter="off"),
         tasks=TASKS,
         client_adapter=stage1.client_adapter,
-        initialisation="official",
-        use_client_adapter=False,
         generator=torch.Generator().manual_seed(0),
     )
     for cross in stage2.cross_task_adapters.values():
@@ -146,10 +146,9 @@ def test_inert_stage2_with_equal_task_adapters_is_the_projector(visual):
     projector = adapter(3)
     connector = stage2_connector(
         projector,
+        ModelConfig(initialisation="identity"),
         tasks=TASKS,
         client_adapter=projector.copy(zero_output=True),
-        initialisation="identity",
-        use_client_adapter=True,
         generator=torch.Generator().manual_seed(0),
     )
     torch.testing.assert_close(connector(visual).features, projector(visual))
@@ -165,7 +164,7 @@ def test_one_task_needs_no_cross_task_adapter(visual):
 def test_without_a_client_adapter_stage_1_is_the_task_adapter(visual):
     projector = adapter(3)
     connector = stage1_connector(
-        projector, initialisation="official", reduction="normalized", client_adapter=False
+        projector, ModelConfig(initialisation="official", client_adapter=False)
     )
     output = connector(visual)
     assert torch.equal(output.features, projector(visual))
@@ -186,11 +185,9 @@ def test_ct_moa_without_some_of_its_parts_is_as_if_they_were_zero(visual, client
         torch.nn.init.zeros_(parameter)
     part = stage2_connector(
         adapter(5),
+        ModelConfig(initialisation="official", cross_task_adapters=crossed),
         tasks=TASKS,
         client_adapter=whole.client_adapter if client else None,
-        initialisation="official",
-        use_client_adapter=True,
-        cross_task_adapters=crossed,
         generator=torch.Generator().manual_seed(0),
     )
     missing, unexpected = part.load_state_dict(whole.state_dict(), strict=False)
@@ -203,7 +200,7 @@ def test_ct_moa_without_some_of_its_parts_is_as_if_they_were_zero(visual, client
 
 def test_adapters_without_bias(visual):
     plain = adapter(1, bias=False)
-    connector = stage1_connector(plain, initialisation="identity", reduction="normalized")
+    connector = stage1_connector(plain, ModelConfig(initialisation="identity"))
     assert torch.equal(connector(visual).features, plain(visual))
 
 
@@ -226,10 +223,9 @@ def test_router_is_drawn_from_the_generator_alone():
     def router_weight(seed: int) -> torch.Tensor:
         return stage2_connector(
             adapter(1),
+            ModelConfig(initialisation="identity"),
             tasks=TASKS,
             client_adapter=adapter(2),
-            initialisation="identity",
-            use_client_adapter=True,
             generator=torch.Generator().manual_seed(seed),
         ).router.weight
 
