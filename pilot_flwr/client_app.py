@@ -19,7 +19,7 @@ from pilot_flwr.client.node import (
 from pilot_flwr.client.preflight import check_readiness
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.data.federation import count_examples, federation_clients, is_pooling
+from pilot_flwr.data.federation import count_examples, federation_clients, trains_pooled
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
 from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.messages import (
@@ -73,7 +73,7 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     if trains:
         site.check_budget(config.privacy)
     client, data = site.client, config.data
-    pooled = federation_clients(data) if is_pooling(config.strategy, client) else [client]
+    pooled = federation_clients(data) if trains_pooled(config.strategy, client) else [client]
     examples = sum(
         count_examples(data, one, "train", seed=config.seed, files=site.files) for one in pooled
     )

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pilot_flwr.data.demo.questions import ask_count
+from pilot_flwr.data.demo import ask_count
 from pilot_flwr.data.examples import IMAGE_MARKER
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pilot_flwr.data.demo.digits import client_style, load_scans
-from pilot_flwr.data.demo.questions import (
+from pilot_flwr.data.demo import (
     PLAIN,
     POSITIONS,
     WORDS,
@@ -21,7 +20,9 @@ from pilot_flwr.data.demo.questions import (
     ask_numeral,
     ask_position,
     ask_row,
+    client_style,
     draw_style,
+    load_scans,
     render,
 )
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn

@@ -31,8 +31,7 @@ from base_tasks import (
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pilot_flwr.data.collator import Collator, same_for_all
-from pilot_flwr.data.demo.digits import scan_indices
-from pilot_flwr.data.demo.questions import ask_caption, ask_count, ask_position
+from pilot_flwr.data.demo import ask_caption, ask_count, ask_position, scan_indices
 from pilot_flwr.data.examples import Example
 from pilot_flwr.model.checkpoints import write_bundle
 

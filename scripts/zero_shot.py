@@ -16,7 +16,7 @@ from make_base import DEFAULT_OUT, exact_match
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from pilot_flwr.data.collator import Collator, same_for_all
-from pilot_flwr.data.demo.digits import TASKS, client_examples
+from pilot_flwr.data.demo import TASKS, client_examples
 
 CLIENTS_PER_TASK = 3
 

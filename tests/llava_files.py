@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from pilot_flwr.config.federation_file import expand
-from pilot_flwr.data.demo import digits
+from pilot_flwr.config.overrides import expand
+from pilot_flwr.data import demo
 
 SUFFIX = "Answer with one word."
 
@@ -74,7 +74,7 @@ def make_rows(folder: Path, task: str, split: str, count: int) -> list[dict]:
     images.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, example in enumerate(
-        digits.client_examples(
+        demo.client_examples(
             task, client_index=0, num_clients=9, split=split, num_examples=count, seed=0
         )
     ):

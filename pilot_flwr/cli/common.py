@@ -85,7 +85,7 @@ def expand_overrides(overrides: Sequence[str] | None) -> list[str]:
     """Replace a ``data=FILE.yaml`` override by the file's settings."""
     if not any(override.startswith("data=") for override in overrides or ()):
         return list(overrides or ())
-    from pilot_flwr.config.federation_file import expand
+    from pilot_flwr.config.overrides import expand
 
     return expand(overrides or ())
 

@@ -180,8 +180,8 @@ def check(
 
 
 def _file_config(overrides: list[str] | None) -> "PilotConfig":
-    from pilot_flwr.config.federation_file import with_folder
     from pilot_flwr.config.loading import load_config
+    from pilot_flwr.config.overrides import with_folder
 
     expanded = expand_overrides(overrides)
     config, _ = with_folder(load_config(shlex.join(expanded)), expanded)

@@ -13,9 +13,9 @@ from pilot_flwr.data.federation import (
     check_references,
     client_examples,
     federation_clients,
-    is_pooling,
     padding_colour,
     task_metric,
+    trains_pooled,
 )
 from pilot_flwr.data.validation import WholeImages, usable
 from pilot_flwr.model.feature_cache import FeatureCache
@@ -53,7 +53,7 @@ class ClientData:
 
         A pooled run's training split, at the client that trains, is that of all clients.
         """
-        if split == "train" and is_pooling(self.config.strategy, self.client):
+        if split == "train" and trains_pooled(self.config.strategy, self.client):
             clients = federation_clients(self.config.data)
             return PooledExamples({c.id: self._examples(c, split) for c in clients})
         return self._examples(self.client, split)

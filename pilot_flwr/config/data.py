@@ -5,9 +5,10 @@ from typing import Annotated
 
 from pilot_flwr.config.rules import (
     FRACTION,
+    NOT_EMPTY,
     POSITIVE,
+    Section,
     at_least,
-    check_limits,
     check_name,
     choice,
     maximum,
@@ -34,17 +35,17 @@ class TaskFiles:
     """Test files; every client of the task gets all of them, unless there is one per client or
     `split_test` is set."""
     images: str = ""
-    """Folder that image names are relative to; empty: `data.folder`."""
+    """Folder of the images; empty: `data.folder`."""
     prompt_suffix: str = ""
     """Line appended to every question."""
     metric: str = "exact_match"
     """Metric that scores the answers; see the table of metrics."""
     split_test: bool = False
-    """Partition the test rows among the clients as the training rows are."""
+    """Partition the test rows among the clients like the training rows."""
 
 
 @dataclass(frozen=True)
-class PartitionConfig:
+class PartitionConfig(Section, prefix="data.partition"):
     """How a task's training rows are divided among its clients, with Flower's partitioners."""
 
     kind: Annotated[str, choice("iid", "dirichlet", "files")] = "iid"
@@ -56,17 +57,15 @@ class PartitionConfig:
     """Field of the rows whose values are divided unevenly (label skew); empty: the clients' sizes
     are uneven instead."""
     min_examples: Annotated[int, minimum(1)] = 10
-    """Least training examples per client; a Dirichlet partition with fewer is drawn again."""
-
-    def __post_init__(self) -> None:
-        check_limits(self, "data.partition")
+    """Minimum number of training examples per client; a Dirichlet partition with fewer is
+    redrawn."""
 
 
 @dataclass(frozen=True)
-class ShiftConfig:
-    """Shift of the demo's digits away from those the shipped base was trained on.
+class ShiftConfig(Section, prefix="data.shift"):
+    """Distribution shift of the demo's digits from the training data of the shipped base.
 
-    Applies to `data.source=digits` only, to every client, on top of the client's own style.
+    Applies to all clients of `data.source=digits`, on top of each client's style.
     """
 
     rotation: Annotated[float, minimum(-180), maximum(180)] = 0.0
@@ -74,26 +73,24 @@ class ShiftConfig:
     mirrored: bool = False
     """Mirror every digit left to right."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "data.shift")
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, prefix="data"):
     """The federation's tasks, clients and examples."""
 
     source: Annotated[str, choice("digits", "llava")] = "digits"
     """`digits`: the demo's generated pages; `llava`: the files of `data.files`."""
-    tasks: list[str] = field(default_factory=lambda: ["vqa", "counting", "captioning"])
-    """Names of the tasks, each once; at least one."""
+    tasks: Annotated[list[str], NOT_EMPTY] = field(
+        default_factory=lambda: ["vqa", "counting", "captioning"]
+    )
+    """Names of the tasks, each once."""
     clients_per_task: Annotated[int, minimum(1)] = 3
     """Clients of every task."""
     train_examples: Annotated[int, minimum(ALL)] = 200
-    """`digits`: mean training examples per client, at least 1 (clients differ). `llava`: most
-    training examples per client, drawn at random; 0 uses all."""
+    """`digits`: mean training examples per client, at least 1 (clients differ). `llava`: maximum
+    per client, drawn at random; 0 uses all."""
     test_examples: Annotated[int, minimum(ALL)] = 60
-    """`digits`: test examples per client, at least 1. `llava`: most test examples per client;
-    0 uses all."""
+    """`digits`: test examples per client, at least 1. `llava`: maximum per client; 0 uses all."""
     folder: str = ""
     """Folder that the paths in `data.files` are relative to."""
     files: dict[str, TaskFiles] = field(default_factory=dict)
@@ -103,11 +100,11 @@ class DataConfig:
     """`pad` images to squares in the image processor's mean colour, as LLaVA-1.5 does, or `keep`
     them as the image processor treats them."""
     check_images: Annotated[str, choice("header", "decode")] = "decode"
-    """Image check before training: `decode` every image once, or read only each `header`, so that
-    an image broken behind its header stops training when it is used."""
+    """Image check before training: `decode` every image once, or read each `header` only; an
+    image broken behind its header then stops training when it is used."""
     allowed_broken: Annotated[float, FRACTION] = 0.0
     """Share of a client's rows that may be broken or too long; they are skipped and counted. With
-    0 one such row stops the client before it trains."""
+    0 a single one stops the client before it trains."""
     workers: Annotated[int, minimum(0)] = 0
     """Threads that decode images ahead of the model; 0 decodes between batches."""
     evaluate_on: Annotated[str, choice("test", "validation")] = "test"
@@ -116,9 +113,7 @@ class DataConfig:
     shift: ShiftConfig = field(default_factory=ShiftConfig)
 
     def __post_init__(self) -> None:
-        check_limits(self, "data")
-        if not self.tasks:
-            raise ConfigError("`data.tasks` is empty but must name at least one task.")
+        super().__post_init__()
         for task in self.tasks:
             check_name("data.tasks", task)
         if len(set(self.tasks)) != len(self.tasks):

@@ -1,13 +1,12 @@
 """Compose the configuration from ``conf/`` and a string of overrides; write and read it as YAML.
 
-ServerApp, ClientApp, command line and tests all call `load_config` with the same string.
-Types, defaults and ranges are in `pilot_flwr.config.schema`; to add a choice, add a YAML file
-under ``conf/<group>/``.
+ServerApp, ClientApp and command line all call `load_config` with the same string. Types, defaults
+and ranges are in `pilot_flwr.config.schema`; to add a choice, add a file ``conf/<group>/*.yaml``.
 
 A client gets that string from the server, so it is checked before Hydra composes anything: an
-override sets settings to plain values or chooses a file of ``conf/``. Hydra's means of reading
-environment variables or other files are refused, on the command line as well, so that every
-client accepts whatever the user's machine accepts.
+override sets a setting to a plain value or chooses a file of ``conf/``. Hydra's ways to read
+environment variables or other files are refused. The command line refuses them too, so that
+clients accept every configuration that it accepts.
 """
 
 import copy
@@ -29,14 +28,16 @@ if TYPE_CHECKING:  # importing Hydra and OmegaConf takes half a second
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 _INTERPOLATION = re.compile(r"(?<!\\)(\\\\)*\$\{")
-r"""What OmegaConf evaluates; after an odd number of backslashes ``${`` is plain text to it."""
+r"""OmegaConf evaluates ``${``, except after an odd number of backslashes."""
 
-_MISSING = "???"
+MISSING = "???"
+"""OmegaConf's mark of a missing value: it would leave the setting at its default."""
+
 _LONGEST_YAML, _DEEPEST_YAML = 2**18, 20
 
 
 def config_folder() -> Path:
-    """Folder of the Hydra groups: beside the package in a checkout, inside it in a wheel."""
+    """Return ``conf/``: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -51,11 +52,6 @@ def load_config(overrides: str = "") -> PilotConfig:
         Hydra overrides separated by blanks, quoted as in a shell, for instance
         ``"experiment=demo strategy.rounds=1"``.
 
-    Returns
-    -------
-    PilotConfig
-        Typed and validated.
-
     Raises
     ------
     ConfigError
@@ -64,12 +60,16 @@ def load_config(overrides: str = "") -> PilotConfig:
 
     Notes
     -----
-    Safe for a string from outside: only the files of ``conf/`` are opened, no environment
-    variable is read, and an error quotes only the string and the package. Refused are
-    interpolations (``${...}``), packages (``group@package``), keys of Hydra itself, deletions
-    (``~key``), sweeps, and a choice that its group does not have.
+    Safe for an untrusted string: only files of ``conf/`` are opened, no environment variable is
+    read, and an error quotes only the string and the package. It refuses interpolations
+    (``${...}``), packages (``group@package``), keys of Hydra itself, deletions (``~key``), sweeps,
+    and choices that do not exist.
     """
-    _store_schema()  # a sweep's worker starts every job without it
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:  # as at the start of every job of a sweep
+        store.store(name="schema", node=_schema())
     return copy.deepcopy(_compose(overrides))
 
 
@@ -102,7 +102,7 @@ def _compose(overrides: str) -> PilotConfig:
 
 
 def _check_override(override: "Override") -> None:
-    """Refuse what could read anything but ``conf/``, before it is composed."""
+    """Raise unless an override sets a plain value or chooses a file of ``conf/``."""
     word, key, value = override.input_line, override.key_or_group, override.value()
     if override.is_delete() or override.package is not None or not _KEY.fullmatch(key):
         raise ConfigError(f"The override {word!r} must be `key=value` or `+key=value`.")
@@ -120,7 +120,7 @@ def _check_override(override: "Override") -> None:
             raise ConfigError(
                 f"`{key}` has {text!r} but must be a plain value: `${{...}}` is not evaluated."
             )
-        if text == _MISSING:  # OmegaConf would treat it as a missing value
+        if text == MISSING:
             raise ConfigError(f"`{key}` has {text!r} but must be another text.")
 
 
@@ -156,14 +156,9 @@ def to_dict(config: PilotConfig) -> dict[str, Any]:
 
 
 def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
-    """Read the YAML that `to_yaml` wrote; a setting that it lacks gets its default.
+    """Read the YAML that `to_yaml` wrote, then apply overrides ``key=value``.
 
-    Parameters
-    ----------
-    text : str
-        YAML.
-    overrides : sequence of str
-        Each ``key=value``, applied on top.
+    A setting that the YAML lacks gets its default.
 
     Raises
     ------
@@ -189,7 +184,7 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
 
 
 def _check_plain(text: str) -> None:
-    """Refuse YAML of which a few lines could fill the memory: no configuration needs it."""
+    """Refuse YAML that could fill the memory: long, deeply nested, or with aliases."""
     import yaml
 
     if len(text) > _LONGEST_YAML:
@@ -204,17 +199,9 @@ def _check_plain(text: str) -> None:
             raise ConfigError("It has aliases (`*name`), which a configuration must not have.")
 
 
-def _store_schema() -> None:
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    if "schema.yaml" not in store.repo:
-        store.store(name="schema", node=_schema())
-
-
 @functools.cache
 def _schema() -> "DictConfig":
-    """Return the defaults as OmegaConf nodes that can be merged with, not into.
+    """Return the defaults as OmegaConf nodes.
 
     OmegaConf makes the nodes of frozen dataclasses read-only, which Hydra cannot merge.
     """
@@ -233,14 +220,11 @@ def _schema() -> "DictConfig":
 
 
 def _readable(error: Exception) -> str:
-    """Reduce Hydra's message to what the user can act on: the key, the value, what is allowed."""
+    """Reduce Hydra's message to key, value and what is allowed."""
     causes = [error]
     while isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
-    lines: list[str] = []
-    for cause in causes:
-        for line in str(cause).splitlines():
-            text = line.strip()
-            if text and not text.startswith(("object_type", "reference_type", "To append")):
-                lines.append(text.replace("full_key: ", "Key: "))
-    return "\n".join(dict.fromkeys(lines))
+    lines = (line.strip() for cause in causes for line in str(cause).splitlines())
+    noise = ("object_type", "reference_type", "To append")
+    kept = (line.replace("full_key: ", "Key: ") for line in lines if not line.startswith(noise))
+    return "\n".join(dict.fromkeys(filter(None, kept)))

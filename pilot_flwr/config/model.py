@@ -1,10 +1,10 @@
-"""Settings of the base model and of the adapters added to it: ``model.*``."""
+"""Settings of the base model and its adapters: ``model.*``."""
 
 import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pilot_flwr.config.rules import FRACTION, POSITIVE, check_limits, choice, minimum
+from pilot_flwr.config.rules import FRACTION, NOT_EMPTY, POSITIVE, Section, choice, minimum
 from pilot_flwr.errors import ConfigError
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")  # it is part of a path in the hub's cache
@@ -12,7 +12,7 @@ _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Section, prefix="model.lora"):
     """The text adapter Θ_l: a LoRA in the frozen language model."""
 
     rank: Annotated[int, minimum(1)] = 8
@@ -21,17 +21,12 @@ class LoraConfig:
     """Scale α; the LoRA's output is multiplied by α / r."""
     dropout: Annotated[float, FRACTION] = 0.0
     """Dropout on the LoRA's input in training."""
-    targets: list[str] = field(default_factory=lambda: list(_LORA_TARGETS))
-    """Linear layers of a decoder layer that get a LoRA; at least one."""
-
-    def __post_init__(self) -> None:
-        check_limits(self, "model.lora")
-        if not self.targets:
-            raise ConfigError("`model.lora.targets` is empty but must name at least one layer.")
+    targets: Annotated[list[str], NOT_EMPTY] = field(default_factory=lambda: list(_LORA_TARGETS))
+    """Linear layers of a decoder layer that get a LoRA."""
 
 
 @dataclass(frozen=True)
-class FeatureCacheConfig:
+class FeatureCacheConfig(Section, prefix="model.feature_cache"):
     """Cache of the frozen vision tower's features."""
 
     where: Annotated[str, choice("memory", "disk", "off")] = "memory"
@@ -40,12 +35,9 @@ class FeatureCacheConfig:
     """Size limit in GiB, per process in memory and per client on disk; further images are
     encoded each time they are used."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "model.feature_cache")
-
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, prefix="model"):
     """The base model and the adapters added to it.
 
     `initialisation` and `stage2_client_adapter` settle points that the paper leaves open.
@@ -53,7 +45,7 @@ class ModelConfig:
     loses small updates; `sent_dtype` rounds once, when parameters are sent.
     """
 
-    path: str = "tiny-llava"
+    path: Annotated[str, NOT_EMPTY] = "tiny-llava"
     """Base model: a shipped name (tiny-llava), a local folder or a Hugging Face id."""
     revision: str = ""
     """Branch, tag or commit of a Hugging Face model; empty: its default branch."""
@@ -87,11 +79,7 @@ class ModelConfig:
     feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
 
     def __post_init__(self) -> None:
-        check_limits(self, "model")
-        if not self.path:
-            raise ConfigError(
-                "`model.path` is empty but must be a shipped name, a folder or a hub id."
-            )
+        super().__post_init__()
         if self.revision and (not _REVISION.fullmatch(self.revision) or ".." in self.revision):
             raise ConfigError(
                 f"`model.revision` is {self.revision!r} but must be a branch, a tag or a commit: "

@@ -1,44 +1,166 @@
-"""Write what Flower is given: the configuration as text, the run folder, the simulation's size.
+"""Write overrides of the configuration, and the texts that Flower's command line takes.
 
 Three syntaxes are nested: Hydra's overrides, shell quoting (the app splits the overrides with
-`shlex`) and TOML as Flower's command line reads it. Each function here writes one of them.
+`shlex`) and TOML as Flower's command line reads it.
+
+Flower carries the configuration as one string of overrides, and a client must not read the
+server's files; so `expand` converts a user's own federation, ``data=my-federation.yaml``, into
+overrides. Its keys are those of `pilot_flwr.config.data.DataConfig`.
 """
 
 import json
+import math
 import os
 import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from pilot_flwr.config.data import ALL, DataConfig
+from pilot_flwr.config.loading import MISSING, load_config
 from pilot_flwr.config.rules import expanded
-from pilot_flwr.config.schema import SimulationConfig
+from pilot_flwr.config.schema import PilotConfig, SimulationConfig
 from pilot_flwr.errors import ConfigError
 
-
-def default_run_folder(name: str, now: datetime) -> Path:
-    """Return the run folder of a run that names none: ``outputs/<name>-<YYYYmmdd-HHMMSS>``.
-
-    It is relative to the working directory of the command or the ServerApp.
-    """
-    return Path("outputs") / f"{name}-{now:%Y%m%d-%H%M%S}"
+MOST_VALUES = 100_000
+"""Values of a file, aliases expanded: a few lines of nested aliases would take hours."""
 
 
-def run_folder(configured: str, name: str, now: datetime) -> Path:
-    """Return the absolute run folder, which is new or empty.
+def expand(overrides: Sequence[str]) -> list[str]:
+    """Replace every ``data=FILE.yaml`` among Hydra overrides by the file's settings.
 
-    Parameters
-    ----------
-    configured : str
-        `run.folder`; empty means `default_run_folder`. Relative to the working directory.
-    name : str
-        The run's `name`.
-    now : datetime
-        Names the default folder.
+    Other overrides keep their place, so that a later one still changes a setting of the file. By
+    default the source is ``llava`` and clients use all of their examples. The file's `folder` is
+    relative to the file.
 
     Raises
     ------
     ConfigError
-        It is not empty.
+        A file cannot be read or does not describe a federation; names the file and the key.
+    """
+    result: list[str] = []
+    for override in overrides:
+        value = override.removeprefix("data=").strip("'\"")
+        is_file = "/" in value or value.endswith((".yaml", ".yml"))
+        from_file = override.startswith("data=") and is_file
+        result += _file_overrides(value) if from_file else [override]
+    return result
+
+
+def _file_overrides(name: str) -> list[str]:
+    path = Path(os.path.abspath(expanded("data", name)))
+    settings = _read_settings(path, name)
+    try:
+        folder = settings.pop("folder", ".")
+        if not isinstance(folder, str) or not folder.strip():
+            found = "empty" if folder in (None, "") else repr(folder)
+            raise ConfigError(f"`folder` is {found} but must be a folder; `.` is the file's own.")
+        folder = Path(os.path.abspath(path.parent / expanded("folder", folder)))
+        overrides = ["data=digits"]  # Hydra needs a choice; the file's settings replace it
+        for key, value in settings.items():
+            # `+`, as Hydra otherwise refuses a task's name as an unknown key.
+            add = "+" if key == "files" else ""
+            overrides.append(f"{add}data.{key}={_hydra_value(value, key)}")
+        overrides.append(path_override("data.folder", folder))
+        load_config(shlex.join(overrides))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return overrides
+
+
+def _read_settings(path: Path, name: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(yaml.compose(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: the 31st of June
+        raise ConfigError(f"`data` is {name!r}, which is not YAML: {error}") from None
+    if not isinstance(content, dict) or "tasks" not in content:
+        raise ConfigError(
+            f"{name} must be settings with `tasks` at least; see docs/reference/data.md."
+        )
+    keys = [field.name for field in fields(DataConfig)]
+    for key in content:
+        if key not in keys:
+            raise ConfigError(f"{name}: `{key}` must be one of {', '.join(keys)}.")
+    return {"source": "llava", "train_examples": ALL, "test_examples": ALL} | content
+
+
+def _check_yaml(root: Any) -> None:
+    """Raise for a duplicate key, of which YAML takes the last, and for too many values."""
+    waiting, count = [root], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, aliases expanded")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                waiting.append(value)
+
+
+def _hydra_value(value: Any, key: str) -> str:
+    """Return a YAML value in Hydra's override grammar."""
+    if isinstance(value, dict):
+        for inner in value:
+            if not isinstance(inner, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", inner):
+                raise ConfigError(
+                    f"{inner!r} in `{key}` must be letters, digits, '_' and '-' only."
+                )
+        pairs = [f"{k}:{_hydra_value(v, f'{key}.{k}')}" for k, v in value.items()]
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_hydra_value(item, key) for item in value) + "]"
+    if value is None:
+        raise ConfigError(f"`{key}` is empty; give it a value, or leave it out.")
+    if value == MISSING:
+        raise ConfigError(f"`{key}` is {value!r}, which stands for a missing value here.")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value)
+    return hydra_text(str(value))
+
+
+def with_folder(config: PilotConfig, overrides: Sequence[str]) -> tuple[PilotConfig, list[str]]:
+    """Return configuration and overrides with `data.folder` made absolute.
+
+    Clients run in other working directories, where a relative folder would be another one.
+    """
+    data = config.data
+    if data.source != "llava":
+        return config, list(overrides)
+    folder = os.path.abspath(expanded("data.folder", data.folder))
+    changed = [*overrides, path_override("data.folder", Path(folder))]
+    return replace(config, data=replace(data, folder=folder)), changed
+
+
+def default_run_folder(name: str, now: datetime) -> Path:
+    """Return ``outputs/<name>-<YYYYmmdd-HHMMSS>``, relative to the working directory."""
+    return Path("outputs") / f"{name}-{now:%Y%m%d-%H%M%S}"
+
+
+def run_folder(configured: str, name: str, now: datetime) -> Path:
+    """Return the absolute path of `run.folder`, or of the default folder if it is empty.
+
+    Raises
+    ------
+    ConfigError
+        The folder is not empty.
     """
     path = expanded("run.folder", configured) if configured else default_run_folder(name, now)
     folder = Path(os.path.abspath(path))
@@ -77,13 +199,8 @@ def toml_string(text: str) -> str:
 def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     """Return the value of ``flwr run --federation-config``.
 
-    Parameters
-    ----------
-    num_clients : int
-        SuperNodes to simulate.
-    simulation : SimulationConfig
-        Resources. `cpus` = 0 means all that this process may use, `gpus` = -1 all that torch sees
-        here, `client_gpus` = -1 one per client if there is any.
+    By default all CPU cores that this process may use, all GPUs that torch sees, and one GPU per
+    client if there is any.
 
     Raises
     ------
@@ -93,16 +210,15 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     cpus = simulation.cpus or len(os.sched_getaffinity(0))
     gpus = _visible_gpus() if simulation.gpus == -1 else simulation.gpus
     client_gpus = min(gpus, 1) if simulation.client_gpus == -1 else simulation.client_gpus
-    if simulation.client_cpus > cpus:
-        raise ConfigError(
-            f"`simulation.client_cpus` is {simulation.client_cpus} but must be at most "
-            f"`simulation.cpus`, here {cpus}."
-        )
-    if client_gpus > gpus:
-        raise ConfigError(
-            f"`simulation.client_gpus` is {client_gpus:g} but must be at most "
-            f"`simulation.gpus`, here {gpus}."
-        )
+    for name, each, all_of in (
+        ("cpus", simulation.client_cpus, cpus),
+        ("gpus", client_gpus, gpus),
+    ):
+        if each > all_of:
+            raise ConfigError(
+                f"`simulation.client_{name}` is {each:g} but must be at most "
+                f"`simulation.{name}`, here {all_of}."
+            )
     values = {
         "num-supernodes": num_clients,
         "client-resources-num-cpus": simulation.client_cpus,
@@ -114,14 +230,9 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
 
 
 def check_gpus(simulation: SimulationConfig) -> None:
-    """Refuse more GPUs than this machine has; their clients would run on the CPU.
+    """Raise `ConfigError` for more GPUs than torch sees; their clients would run on the CPU.
 
     Not part of `federation_config`, which a client also calls: Ray may hide the GPUs from it.
-
-    Raises
-    ------
-    ConfigError
-        `simulation.gpus` is above what torch sees.
     """
     if simulation.gpus > 0 and simulation.gpus > (seen := _visible_gpus()):
         raise ConfigError(

@@ -1,23 +1,24 @@
 """Range checks of single settings, and cross-field validation rules.
 
 Each check raises `ConfigError` with the setting as the user typed it (`key`), the value received
-and what is allowed. A dataclass of settings declares its ranges once, as `Limit` annotations,
-which `check_limits` enforces and the settings reference prints. To add a range, write a check and
-a `Limit` for it; to forbid a combination of settings, add a row to `RULES`.
+and what is allowed. A `Section` of the configuration declares its ranges once, as `Limit`
+annotations, which it enforces and the settings reference prints. To add a range, write a check
+and a `Limit` for it; to forbid a combination of settings, add a row to `RULES`.
 """
 
 import functools
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 from pilot_flwr.errors import ConfigError
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-"""Names that become file names, record keys and module names: run, task and client names."""
+"""Run, task and client names, which become file names, record keys and module names."""
 
 LONGEST_NAME = 64
 """Characters of such a name: short enough for a file name after a suffix is added."""
@@ -56,6 +57,12 @@ def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(allowed)}.")
 
 
+def not_empty(key: str, value: str | list[str]) -> None:
+    """Raise if a text or a list is empty."""
+    if not value:
+        raise ConfigError(f"`{key}` is empty but must have a value.")
+
+
 def check_name(key: str, value: str, *, longest: int = LONGEST_NAME) -> None:
     """Raise unless `value` can serve as a file name, a record key and a module name."""
     if len(value) > longest:
@@ -78,7 +85,7 @@ def expanded(key: str, path: str) -> Path:
 
 
 class Limit(NamedTuple):
-    """What a setting allows, as text for the reference and as a check of (key, value)."""
+    """The allowed values of a setting: text for the reference, and a check of (key, value)."""
 
     allowed: str
     check: Callable[[str, Any], None]
@@ -87,51 +94,57 @@ class Limit(NamedTuple):
 POSITIVE = Limit("above 0", positive)
 FRACTION = Limit("at least 0, below 1", share)
 NAME = Limit(f"letters, digits, '_', '-'; at most {LONGEST_NAME} characters", check_name)
+NOT_EMPTY = Limit("not empty", not_empty)
 
 
 def minimum(value: float) -> Limit:
-    """Return the limit that a setting is at least `value`."""
+    """Limit a setting to at least `value`."""
     return Limit(f"at least {value}", functools.partial(at_least, minimum=value))
 
 
 def maximum(value: float) -> Limit:
-    """Return the limit that a setting is at most `value`."""
+    """Limit a setting to at most `value`."""
     return Limit(f"at most {value}", functools.partial(at_most, maximum=value))
 
 
 def choice(*values: str) -> Limit:
-    """Return the limit that a setting is one of `values`."""
+    """Limit a setting to one of `values`."""
     return Limit(", ".join(values), functools.partial(one_of, allowed=values))
 
 
 def limits(settings: type) -> dict[str, tuple[Limit, ...]]:
     """Return the limits of every field of a dataclass of settings, in declaration order."""
     hints = get_type_hints(settings, include_extras=True)
-    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(settings)}
 
 
 def check_limits(settings: object, section: str) -> None:
-    """Raise unless every field keeps to its limits.
+    """Raise `ConfigError` unless every field of a dataclass keeps to its limits.
 
-    Parameters
-    ----------
-    settings : dataclass
-        One section of the configuration.
-    section : str
-        Its dotted name, such as ``train.stage1``; empty for the configuration itself.
-
-    Raises
-    ------
-    ConfigError
-        Names the setting, its value and what is allowed.
+    `section` is its dotted name, such as ``train.stage1``; empty for the configuration itself.
     """
     for name, declared in limits(type(settings)).items():
         for limit in declared:
             limit.check(f"{section}.{name}" if section else name, getattr(settings, name))
 
 
+class Section:
+    """Base of the dataclasses of settings: checks the limits of an instance when it is made.
+
+    `prefix` is the section's dotted name: ``class DittoConfig(Section, prefix="train.ditto")``.
+    """
+
+    _prefix: ClassVar[str]
+
+    def __init_subclass__(cls, prefix: str) -> None:
+        cls._prefix = prefix
+
+    def __post_init__(self) -> None:
+        check_limits(self, self._prefix)
+
+
 class Rule(NamedTuple):
-    """Values that other settings need if the given ones hold."""
+    """Values that other settings must have if the given ones hold."""
 
     given: dict[str, object]
     needed: dict[str, object]
@@ -154,7 +167,7 @@ RULES = (
             "privacy.enabled": False,
         },
     ),
-    # The personal model is a second copy of what is shared, so all that is trained must be shared.
+    # The personal model is a second copy of the shared one, so all trained parameters are shared.
     Rule(
         {"train.ditto.enabled": True},
         {**_ONE_CONNECTOR, **_ALL_SHARED, "strategy.trained_by": "clients"},
@@ -177,13 +190,7 @@ RULES = (
 
 
 def check_combinations(config: object) -> None:
-    """Raise unless a configuration satisfies `RULES`.
-
-    Raises
-    ------
-    ConfigError
-        Names the setting, its value, the value it needs, and the settings that require it.
-    """
+    """Raise `ConfigError` unless a configuration satisfies `RULES`."""
     for given, needed in RULES:
         if any(attrgetter(name)(config) != value for name, value in given.items()):
             continue

@@ -1,9 +1,9 @@
-"""Typed, frozen, validated settings: every default and every range of the configuration.
+"""Typed, frozen, validated settings with their defaults and ranges.
 
-Each field has its default, its limits and a docstring, from which the settings reference is
-generated. To add a setting, add such a field; a check of several fields belongs in
-``__post_init__``, one across sections into `pilot_flwr.config.rules`. Model and data settings are
-in `pilot_flwr.config.model` and `pilot_flwr.config.data`, named choices in ``conf/``.
+The settings reference is generated from the fields. To add a setting, add a field with a default,
+limits and a docstring; check several fields in ``__post_init__``, several sections in
+`pilot_flwr.config.rules`. Model and data settings are in `pilot_flwr.config.model` and
+`pilot_flwr.config.data`, named choices in ``conf/``.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from pilot_flwr.config.rules import (
     FRACTION,
     NAME,
     POSITIVE,
+    Section,
     at_least,
     check_combinations,
     check_limits,
@@ -25,22 +26,22 @@ from pilot_flwr.config.rules import (
 from pilot_flwr.errors import ConfigError
 
 LEAST_NOISE, MOST_NOISE = 1e-6, 1e6
-"""Range of `privacy.noise_multiplier`: at either end one upload's ε, at δ = 1e-5, is 2e12 or 0."""
+"""Range of `privacy.noise_multiplier`; at its ends one upload has ε = 2e12 and 0 (δ = 1e-5)."""
 
 ACTIONS = ("off", "warn", "clip", "reject")
-"""What can be done about an update whose norm is above the exchange's bound."""
+"""Treatments of an update whose norm exceeds the exchange's bound."""
 
 LARGEST_SEED = 2**63 - 1
 """The largest seed that both torch's and numpy's generators take."""
 
 
 @dataclass(frozen=True)
-class PrivacyConfig:
+class PrivacyConfig(Section, prefix="privacy"):
     """Client-level differential privacy: each client clips its upload and adds Gaussian noise.
 
-    The change of Θ_a and Θ_l that a client uploads is clipped, as one vector, and every number
-    of it gets noise. Losses and scores are exact functions of the client's data, outside that
-    guarantee; by default they are not sent. See docs/how-to/privacy.md.
+    The uploaded change of Θ_a and Θ_l is clipped as one vector, and noise is added to it. Losses
+    and scores are exact, so the guarantee does not cover them; by default they are not sent. See
+    docs/how-to/privacy.md.
     """
 
     enabled: bool = False
@@ -54,9 +55,6 @@ class PrivacyConfig:
     send_metrics: bool = False
     """Send losses and scores although privacy is enabled."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "privacy")
-
     @property
     def withholds_metrics(self) -> bool:
         """Whether losses and scores stay at the client."""
@@ -64,7 +62,7 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
-class UpdateNormConfig:
+class UpdateNormConfig(Section, prefix="strategy.update_norm"):
     """Bound on the norms of an exchange's updates: `factor` times their median."""
 
     action: Annotated[str, choice(*ACTIONS)] = "warn"
@@ -73,12 +71,9 @@ class UpdateNormConfig:
     factor: Annotated[float, minimum(1)] = 3.0
     """Bound as a multiple of the median norm."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "strategy.update_norm")
-
 
 @dataclass(frozen=True)
-class ServerOptimizerConfig:
+class ServerOptimizerConfig(Section, prefix="strategy.server_optimizer"):
     """Server optimiser; FedAdam (Reddi et al., ICLR 2021) treats the change as a gradient."""
 
     name: Annotated[str, choice("none", "adam")] = "none"
@@ -92,26 +87,20 @@ class ServerOptimizerConfig:
     tau: Annotated[float, POSITIVE] = 1e-3
     """Degree of adaptivity τ, added to the root of the second moment."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "strategy.server_optimizer")
-
 
 @dataclass(frozen=True)
-class SharingConfig:
-    """Which trained parameters a client uploads; the rest stays on its disk."""
+class SharingConfig(Section, prefix="strategy.sharing"):
+    """Trained parameters that a client uploads; the others stay on its disk."""
 
     adapter: bool = True
-    """Upload the own task adapter Θ_a."""
+    """Upload the task adapter Θ_a."""
     lora: Annotated[str, choice("AB", "A", "B", "none")] = "AB"
     """Matrices of the text adapter Θ_l to upload: both, `A` (FedSA-LoRA), `B` (FFA-LoRA) or
     none."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "strategy.sharing")
-
 
 @dataclass(frozen=True)
-class StrategyConfig:
+class StrategyConfig(Section, prefix="strategy"):
     """The server: exchanges, aggregation, and how long it waits.
 
     A method is a set of these settings; conf/strategy/ has one file per method and
@@ -139,15 +128,15 @@ class StrategyConfig:
     sharing: SharingConfig = field(default_factory=SharingConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     min_replies: Annotated[int, minimum(1)] = 1
-    """Least usable replies of an exchange; at most the number of clients."""
+    """Minimum number of usable replies per exchange; at most the number of clients."""
     below_minimum: Annotated[str, choice("stop", "wait")] = "stop"
     """With fewer replies, `stop` the run, or `wait` for clients and repeat the exchange."""
     clients: Annotated[int, minimum(0)] = 0
-    """Number of real sites, of any names, that the first exchange waits for; 0: the clients
+    """Number of real sites, with any names, that the first exchange waits for; 0: the clients
     `<task>-<n>` of the configured tasks, as in a simulation."""
     max_examples: Annotated[int, minimum(0)] = 0
-    """Refuse a client that declares more training examples, as they weigh its update and the
-    server cannot count them; 0: no limit."""
+    """Refuse a client that reports more training examples: they weight its update, and the
+    server cannot verify them; 0: no limit."""
     wait_seconds: Annotated[float, POSITIVE] = 300.0
     """Seconds to wait for clients to connect."""
     round_timeout_seconds: Annotated[float, POSITIVE] = 86400.0
@@ -155,7 +144,7 @@ class StrategyConfig:
     update_norm: UpdateNormConfig = field(default_factory=UpdateNormConfig)
 
     def __post_init__(self) -> None:
-        check_limits(self, "strategy")
+        super().__post_init__()
         if self.stages == 2 and not self.sharing.adapter:
             raise ConfigError(
                 "`strategy.stages` is 2 but must be 1 with `strategy.sharing.adapter=false`: "
@@ -163,7 +152,7 @@ class StrategyConfig:
             )
 
     def trains(self, *, first: bool) -> bool:
-        """Return whether a client trains; `first` says that it is the federation's first."""
+        """Return whether a client trains; `first` marks the federation's first client."""
         return {"clients": True, "pooled": first, "nobody": False}[self.trained_by]
 
 
@@ -178,7 +167,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class DifferenceLossConfig:
+class DifferenceLossConfig(Section, prefix="train.difference_loss"):
     """The difference loss between task and client features in stage 1."""
 
     weight: Annotated[float, minimum(0)] = 0.1
@@ -187,12 +176,9 @@ class DifferenceLossConfig:
     """`normalized` features (loss in [0, 1]), the paper's `frobenius` norm, or the `official`
     code's mean over all entries."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "train.difference_loss")
-
 
 @dataclass(frozen=True)
-class DittoConfig:
+class DittoConfig(Section, prefix="train.ditto"):
     """A personal model beside the shared one (Ditto: Li et al., ICML 2021).
 
     A client trains both in an exchange, for half of the epochs each. The personal model v is
@@ -205,12 +191,9 @@ class DittoConfig:
     weight: Annotated[float, minimum(0)] = 0.1
     """Weight of the pull towards the shared model."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "train.ditto")
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section, prefix="train"):
     """Local training on a client."""
 
     epochs: Annotated[int, minimum(1)] = 1
@@ -248,7 +231,7 @@ class TrainConfig:
     ditto: DittoConfig = field(default_factory=DittoConfig)
 
     def __post_init__(self) -> None:
-        check_limits(self, "train")
+        super().__post_init__()
         check_limits(self.stage1, "train.stage1")
         check_limits(self.stage2, "train.stage2")
         if self.ditto.enabled and self.epochs % 2:
@@ -263,7 +246,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Section, prefix="evaluation"):
     """Federated evaluation of the personalised models by greedy generation."""
 
     enabled: bool = True
@@ -273,12 +256,9 @@ class EvaluationConfig:
     max_new_tokens: Annotated[int, minimum(1)] = 16
     """Longest answer in tokens."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "evaluation")
-
 
 @dataclass(frozen=True)
-class SimulationConfig:
+class SimulationConfig(Section, prefix="simulation"):
     """Resources of the simulation engine, divided among the clients.
 
     On an existing Ray cluster (`address`) the whole cluster is used: `cpus` and `gpus` keep their
@@ -302,7 +282,7 @@ class SimulationConfig:
     -1: one if the simulation has any; 0: clients use the CPU."""
 
     def __post_init__(self) -> None:
-        check_limits(self, "simulation")
+        super().__post_init__()
         if self.client_gpus != -1:
             at_least("simulation.client_gpus", self.client_gpus, 0)
         if self.client_gpus > 1 and self.client_gpus != int(self.client_gpus):
@@ -313,13 +293,14 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section, prefix="run"):
     """The run folder, restarts, and reports."""
 
     folder: str = ""
     """Run folder, new or empty; empty: `outputs/<name>-<time>` in the working directory."""
     restarts: Annotated[int, minimum(0)] = 3
-    """Most automatic restarts from the last checkpoint after a simulation process dies."""
+    """Maximum number of automatic restarts from the last checkpoint after a simulation process
+    dies."""
     report: bool = True
     """Write the HTML report at the end of `pilot-flwr run`."""
     tensorboard: bool = True
@@ -329,13 +310,10 @@ class RunConfig:
     wandb_project: Annotated[str, NAME] = "pilot-flwr"
     """Project in Weights & Biases."""
 
-    def __post_init__(self) -> None:
-        check_limits(self, "run")
-
 
 @dataclass(frozen=True)
-class PilotConfig:
-    """Everything that a run depends on, except what belongs to one client's own site."""
+class PilotConfig(Section, prefix=""):
+    """All settings of a run, except those of a single site (its node config)."""
 
     name: Annotated[str, NAME] = "demo"
     """Name of the run."""
@@ -353,7 +331,7 @@ class PilotConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        check_limits(self, "")
+        super().__post_init__()
         if self.strategy.min_replies > self.num_clients:
             raise ConfigError(
                 f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "
@@ -363,5 +341,5 @@ class PilotConfig:
 
     @property
     def num_clients(self) -> int:
-        """Clients of the federation: `strategy.clients`, or tasks × clients per task."""
+        """Number of clients: `strategy.clients`, or tasks × clients per task."""
         return self.strategy.clients or len(self.data.tasks) * self.data.clients_per_task

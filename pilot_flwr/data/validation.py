@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pilot_flwr.data.client_files import Split
+from pilot_flwr.data.client_files import Rows, Split
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.images import ImageError, ImageFile
 from pilot_flwr.data.llava import LlavaExamples
-from pilot_flwr.data.partition import Rows
 from pilot_flwr.errors import DataError
 
 Check = Callable[[Example], object]

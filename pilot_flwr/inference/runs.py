@@ -15,9 +15,9 @@ from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.algorithm.server_state import current_lora
 from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
-from pilot_flwr.config.federation_file import with_folder
 from pilot_flwr.config.loading import from_yaml
 from pilot_flwr.config.model import FeatureCacheConfig
+from pilot_flwr.config.overrides import with_folder
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pilot_flwr.config.federation_file import with_folder
 from pilot_flwr.config.loading import load_config
-from pilot_flwr.config.overrides import check_gpus, federation_config, path_override, run_folder
+from pilot_flwr.config.overrides import (
+    check_gpus,
+    federation_config,
+    path_override,
+    run_folder,
+    with_folder,
+)
 from pilot_flwr.config.rules import expanded
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.data.client_files import check_simulated
+from pilot_flwr.data.client_files import simulated_paths
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.launch.flower_cli import check_installation
@@ -115,7 +120,7 @@ def check_settings(
     config, whole = with_folder(config, list(overrides))
     if simulated and config.data.source == "llava":
         evaluated = config.evaluation.enabled
-        check_simulated(config.data, ["train", "test"] if evaluated else ["train"])
+        simulated_paths(config.data, ["train", "test"] if evaluated else ["train"])
     base = config.model.path
     if checkpoint_path(base) == base and os.path.isdir(base):
         whole.append(path_override("model.path", Path(os.path.abspath(base))))

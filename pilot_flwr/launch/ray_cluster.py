@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.config.schema import PilotConfig, SimulationConfig
-from pilot_flwr.data.client_files import simulated_path, simulated_paths
+from pilot_flwr.data.client_files import simulated_paths
 from pilot_flwr.errors import ConfigError, PilotError, RunError
 from pilot_flwr.formatting import count, headline
 from pilot_flwr.launch.processes import MARK_VARIABLE
@@ -228,12 +228,8 @@ def needed_paths(config: PilotConfig) -> list[str]:
     """Return the absolute paths in the configuration that clients read."""
     paths = [Path(config.model.path)] if os.path.isabs(config.model.path) else []
     if config.data.source == "llava":
-        for task in config.data.tasks:
-            paths += simulated_paths(config.data, task, "train")
-            if config.evaluation.enabled:
-                paths += simulated_paths(config.data, task, "test")
-            key = f"data.files.{task}.images"
-            paths.append(simulated_path(config.data, config.data.files[task].images, key))
+        evaluated = config.evaluation.enabled
+        paths += simulated_paths(config.data, ["train", "test"] if evaluated else ["train"])
     return sorted({str(path) for path in paths})
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pilot_flwr.cli.data import parse_node_config
 from pilot_flwr.cli.main import main
-from pilot_flwr.data.demo import digits
+from pilot_flwr.data import demo
 from pilot_flwr.data.images import ImageFile
 from pilot_flwr.model.checkpoints import checkpoint_path
 
@@ -54,7 +54,7 @@ def test_the_figures_of_the_answers(federation, tmp_path, processor):
     """Counted anew from the demo's own examples: four out of five counts are not the commonest."""
     _, found = check(federation, "data.clients_per_task=1", tmp_path=tmp_path)
     entry = by_split(found)["counting-0 train"]
-    examples = digits.client_examples(
+    examples = demo.client_examples(
         "counting", client_index=0, num_clients=9, split="train", num_examples=12, seed=0
     )
     answers = ["0 1", *(example.turns[1].text for example in examples[1:])]

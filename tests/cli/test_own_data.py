@@ -11,9 +11,9 @@ from PIL import Image
 
 from pilot_flwr.cli.main import main
 from pilot_flwr.client import client_data, session
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
-from pilot_flwr.data.client_files import check_simulated
+from pilot_flwr.config.overrides import expand
+from pilot_flwr.data.client_files import simulated_paths
 from pilot_flwr.data.examples import KeptImage
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.model.checkpoints import checkpoint_path
@@ -166,8 +166,8 @@ def test_the_command_line_refuses_files_that_are_not_there(federation, capsys):
     assert main(["run", f"data={federation}"]) == 2
     assert "`data.files.counting.test` names" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="`data.files.counting.test` names"):
-        check_simulated(load_config(overrides(federation)).data, ["train", "test"])
-    check_simulated(load_config(overrides(federation)).data, ["train"])
+        simulated_paths(load_config(overrides(federation)).data, ["train", "test"])
+    simulated_paths(load_config(overrides(federation)).data, ["train"])
 
 
 @pytest.mark.parametrize("key", ["train-file", "model-path"])

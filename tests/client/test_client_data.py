@@ -8,8 +8,8 @@ import torch
 from llava_files import write_federation
 
 from pilot_flwr.client.client_data import ClientData
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import DataError
 from pilot_flwr.model.loading import loaded_model

@@ -121,7 +121,8 @@ def outside(limit):
         return float(bound) - 1
     if kind == "at most":
         return float(bound) * 2
-    return {"above 0": 0, "at least 0, below 1": 1}.get(limit.allowed, "no such/choice")
+    forbidden = {"above 0": 0, "at least 0, below 1": 1, "not empty": ""}
+    return forbidden.get(limit.allowed, "no such/choice")
 
 
 @pytest.mark.parametrize(

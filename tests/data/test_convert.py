@@ -447,7 +447,7 @@ BAD_ENTRIES = [
     ("gqa", GQA, ("02930152", "question"), " ", "`question` is missing, empty or not text"),
     ("gqa", GQA, ("02930152", "imageId"), ["7"], "`imageId` is missing, empty or not text"),
     ("gqa", GQA, ("02930152", "question"), "An <image>?", "The question holds '<image>'"),
-    ("gqa", GQA, ("02930152",), 3, "`answer` is missing"),
+    ("gqa", GQA, ("02930152",), 3, "is missing, empty or not text"),
     ("ocr_vqa", OCR_VQA, ("761183272", "answers", 0), "", "question 1: `answer` is missing"),
     (
         "coco_captions",

@@ -8,9 +8,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from pilot_flwr.config.data import DataConfig
-from pilot_flwr.data.demo import digits
-from pilot_flwr.data.demo.digits import TASKS, client_examples, client_sizes
-from pilot_flwr.data.demo.questions import PLAIN, Style, render
+from pilot_flwr.data import demo
+from pilot_flwr.data.demo import PLAIN, TASKS, Style, client_examples, client_sizes, render
 from pilot_flwr.data.federation import client_examples as federation_examples
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
@@ -89,7 +88,7 @@ def test_images_are_small_rgb_and_ids_unique(task):
 
 
 def test_a_plain_mosaic_shows_its_scans_in_reading_order():
-    scans = digits.load_scans()
+    scans = demo.load_scans()
     page = np.asarray(render(scans.ink[[3, 5, 8, 13]], PLAIN, np.random.default_rng(0)))
     for place, scan in enumerate([3, 5, 8, 13]):
         row, column = divmod(place, 2)
@@ -100,7 +99,7 @@ def test_a_plain_mosaic_shows_its_scans_in_reading_order():
 
 def test_enlarged_scans_keep_the_originals_mean_ink():
     original = load_digits().images.mean(axis=(1, 2)) / 16
-    np.testing.assert_allclose(digits.load_scans().ink.mean(axis=(1, 2)), original, atol=0.02)
+    np.testing.assert_allclose(demo.load_scans().ink.mean(axis=(1, 2)), original, atol=0.02)
 
 
 def same(one, other):
@@ -127,10 +126,10 @@ def test_no_global_random_state_is_read_or_changed():
 
 def test_subsets_are_disjoint_cover_everything_and_hold_every_digit_in_proportion():
     labels = load_digits().target
-    subsets = {name: digits.scan_indices(name) for name in digits.SPLIT_SHARES}
+    subsets = {name: demo.scan_indices(name) for name in demo.SPLIT_SHARES}
     together = np.concatenate(list(subsets.values()))
     assert sorted(together) == list(range(1797))
-    for name, share in digits.SPLIT_SHARES.items():
+    for name, share in demo.SPLIT_SHARES.items():
         counts = np.bincount(labels[subsets[name]], minlength=10)
         assert np.abs(counts - share * np.bincount(labels)).max() <= 1
 
@@ -139,26 +138,26 @@ def test_subsets_are_disjoint_cover_everything_and_hold_every_digit_in_proportio
 def test_training_scans_are_dealt_out_without_overlap(num_clients):
     labels = load_digits().target
     shares = [
-        set(digits.client_scan_indices(k, num_clients=num_clients).tolist())
+        set(demo.client_scan_indices(k, num_clients=num_clients).tolist())
         for k in range(num_clients)
     ]
     assert all(a.isdisjoint(b) for a, b in combinations(shares, 2))
-    assert set.union(*shares) == set(digits.scan_indices("train").tolist())
+    assert set.union(*shares) == set(demo.scan_indices("train").tolist())
     assert all({labels[scan] for scan in share} == set(range(10)) for share in shares)
 
 
 def test_past_the_disjoint_limit_clients_take_the_shares_in_turn():
-    limit = digits.max_disjoint_clients()
+    limit = demo.max_disjoint_clients()
     assert limit == 52
-    first, last = (digits.client_scan_indices(k, num_clients=limit + 1) for k in (0, limit))
+    first, last = (demo.client_scan_indices(k, num_clients=limit + 1) for k in (0, limit))
     assert (first == last).all()
 
 
 def test_examples_use_their_own_subset_only():
     for split in ("train", "test", "validation"):
         used = {scan for e in examples(split=split) for scan in source_scans(e)}
-        assert used <= set(digits.scan_indices(split).tolist())
-    own = set(digits.client_scan_indices(4, num_clients=9).tolist())
+        assert used <= set(demo.scan_indices(split).tolist())
+    own = set(demo.client_scan_indices(4, num_clients=9).tolist())
     used = {scan for e in examples(client_index=4) for scan in source_scans(e)}
     assert used <= own
 
@@ -171,15 +170,15 @@ def test_every_count_is_about_equally_frequent():
 
 
 def test_styles_differ_by_client_and_depend_on_seed_and_index_alone():
-    styles = [digits.client_style(k, seed=0) for k in range(9)]
+    styles = [demo.client_style(k, seed=0) for k in range(9)]
     assert len(set(styles)) == 9
     assert {np.mean(s.ink) > np.mean(s.paper) for s in styles} == {True, False}
-    assert digits.client_style(3, seed=0) == styles[3]
-    assert digits.client_style(3, seed=1) != styles[3]
+    assert demo.client_style(3, seed=0) == styles[3]
+    assert demo.client_style(3, seed=1) != styles[3]
 
 
 def test_one_page_looks_different_in_each_trait():
-    tiles = digits.load_scans().ink[:4]
+    tiles = demo.load_scans().ink[:4]
     traits = [
         Style(),
         Style(ink=(0, 0, 0), paper=(1, 1, 1)),
@@ -232,17 +231,17 @@ def test_bad_sizes_are_named():
 def page(**shift):
     """Ink of the first example's page of a client without a style of its own."""
     drawn = np.random.default_rng(0)
-    return np.asarray(render(digits.load_scans().ink[[3, 5, 8, 13]], Style(**shift), drawn))
+    return np.asarray(render(demo.load_scans().ink[[3, 5, 8, 13]], Style(**shift), drawn))
 
 
 def test_a_mirrored_digit_is_the_scan_from_right_to_left():
-    scans = digits.load_scans()
+    scans = demo.load_scans()
     top_left = page(mirrored=True)[:16, :16, 0] / 255
     np.testing.assert_allclose(top_left, scans.ink[3][:, ::-1], atol=1 / 255)
 
 
 def test_a_quarter_turn_is_numpys():
-    scans = digits.load_scans()
+    scans = demo.load_scans()
     top_left = page(rotation=90.0)[:16, :16, 0] / 255
     np.testing.assert_allclose(top_left, np.rot90(scans.ink[3]), atol=1 / 255)
 
@@ -261,7 +260,7 @@ def test_the_shift_is_the_same_for_all_clients_and_leaves_questions_as_they_were
 
 
 def test_a_run_evaluates_on_the_split_that_it_names():
-    scans = {name: set(digits.scan_indices(name).tolist()) for name in ("test", "validation")}
+    scans = {name: set(demo.scan_indices(name).tolist()) for name in ("test", "validation")}
     for name, allowed in scans.items():
         data = DataConfig(evaluate_on=name, test_examples=30)
         client = federation_clients(data)[1]

@@ -12,8 +12,8 @@ from flwr.common.config import parse_config_args
 from llava_files import SUFFIX, write_federation
 
 from pilot_flwr.config.data import DataConfig, TaskFiles
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import (
     client_examples,

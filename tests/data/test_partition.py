@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pilot_flwr.config.data import PartitionConfig
+from pilot_flwr.data.client_files import column_codes, partition_rows, subsample
 from pilot_flwr.data.json_rows import RowFile
-from pilot_flwr.data.partition import column_codes, partition_rows, subsample
 from pilot_flwr.errors import ConfigError, DataError
 
 KINDS = [
@@ -145,7 +145,7 @@ def test_dealing_is_quiet_and_uses_no_network(files, capfd, monkeypatch):
 def test_another_process_deals_the_same(files):
     code = (
         "import sys; from pathlib import Path\n"
-        "from pilot_flwr.data.partition import partition_rows\n"
+        "from pilot_flwr.data.client_files import partition_rows\n"
         "from pilot_flwr.data.json_rows import RowFile\n"
         "from pilot_flwr.config.data import PartitionConfig\n"
         "files = [RowFile(Path(name)) for name in sys.argv[1:]]\n"

@@ -9,8 +9,8 @@ import tomllib
 import pytest
 from guide import BIN, GUIDE, blocks
 
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.overrides import expand
 
 UNIT = re.compile(r"```ini\n# /etc/systemd/system/(\S+), (.*?)\n(.*?)```", re.DOTALL)
 VALUES = {

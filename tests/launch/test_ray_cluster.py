@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_files import write_federation
 
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.config.schema import SimulationConfig
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.launch import ray_cluster

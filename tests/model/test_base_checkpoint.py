@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import pilot_flwr
-from pilot_flwr.data.demo.digits import client_examples
+from pilot_flwr.data.demo import client_examples
 
 FOLDER = Path(pilot_flwr.__file__).parent / "assets" / "tiny-llava"
 DIALOGUE = [

@@ -16,8 +16,8 @@ from quick_training import quick_training
 from pilot_flwr import server_app
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.client_app import app
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import Trained, select

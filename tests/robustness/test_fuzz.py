@@ -12,8 +12,8 @@ from fuzz.targets import Target
 from hypothesis.strategies import none
 
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import from_yaml
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.errors import ConfigError, StateError, UpdateError
 from pilot_flwr.flower.codec import decode_state, number_of
 from pilot_flwr.run.atomic import save_tensors

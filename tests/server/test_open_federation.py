@@ -13,8 +13,8 @@ from quick_training import quick_training
 
 from pilot_flwr import server_app
 from pilot_flwr.cli.main import main
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import load_config, to_yaml
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.data.federation import count_examples
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.inference.runs import open_run

@@ -1,8 +1,8 @@
-"""Convert data sets' own annotation files to LLaVA JSONL.
+"""Convert the annotation files of data sets to LLaVA JSONL.
 
 To add a data set, write a function that yields its entries and one that turns an entry into a
-row, and add both to `CONVERTERS`. Rows keep the files' order and have unique ids; prompt suffixes
-are set in `data.files.<task>.prompt_suffix` instead.
+row, and add both to `CONVERTERS`. Rows keep the files' order and have unique ids. They have no
+prompt suffix, which `data.files.<task>.prompt_suffix` sets.
 """
 
 import json
@@ -21,7 +21,7 @@ from pilot_flwr.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Converter:
-    """How a data set's entries are read, and how one becomes a row."""
+    """Functions that read a data set's entries and convert one to a row, and its files."""
 
     entries: Callable[[Sources], Iterator[Entry]]
     row: Callable[[Entry, Sources], Row]
@@ -65,12 +65,12 @@ class ConversionResult:
 def convert(
     name: str, sources: Sources, out: Path, *, skip_unusable: bool = False
 ) -> ConversionResult:
-    """Write a data set's split as JSONL.
+    """Write a data set's split as JSONL; `out` appears only when it is complete.
 
-    An entry that cannot become a row raises `Unusable`, or is counted with `skip_unusable`. `out`
-    appears only when it is complete.
+    An entry that cannot become a row raises `Unusable`, or is counted with `skip_unusable`.
     """
     converter = _checked(name, sources, out)
+    prefix = sources.image_prefix and f"{sources.image_prefix.rstrip('/')}/"
     part = out.with_name(f".{out.name}.part")
     ids: set[str] = set()
     images: set[str] = set()
@@ -89,7 +89,7 @@ def convert(
                     raise DataError(f"{entry.origin}: the id {entry.id!r} came before.")
                 ids.add(entry.id)
                 if "image" in row:
-                    row["image"] = _placed(sources.image_prefix, row["image"])
+                    row["image"] = prefix + row["image"]
                     images.add(row["image"])
                 # An unpaired surrogate becomes "?", as in the parser.
                 file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
@@ -101,10 +101,6 @@ def convert(
     finally:
         part.unlink(missing_ok=True)
     return ConversionResult(len(ids), len(images), dict(skipped))
-
-
-def _placed(prefix: str, image: str) -> str:
-    return f"{prefix.rstrip('/')}/{image}" if prefix else image
 
 
 def _checked(name: str, sources: Sources, out: Path) -> Converter:

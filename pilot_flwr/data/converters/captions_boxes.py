@@ -1,11 +1,11 @@
 """Converters of captions (COCO, Karpathy) and boxes with an expression (RefCOCO and the like).
 
 For training each caption is a row; at test each image is a row with all captions as references.
-The request is LLaVA-1.5's own for short captions.
+The request is LLaVA-1.5's for short captions.
 
 A boxes file is a list of objects: `image` (file name), `width` and `height` in pixels,
 `expression`, and `bbox` = [x, y, w, h] in pixels. LLaVA's boxes are ``[x1, y1, x2, y2]`` as shares
-of width and height with two decimals; in its own data, of the square that an image is padded to.
+of width and height with two decimals; in LLaVA's data, of the square that an image is padded to.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,8 @@ from pilot_flwr.data.converters.common import (
     Row,
     Sources,
     Unusable,
-    as_fields,
     elements,
     field,
-    optional,
     texts,
     to_row,
 )
@@ -28,16 +26,16 @@ from pilot_flwr.errors import DataError
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 
 KARPATHY_SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
-"""Names in the file; ``restval`` is what the field trains on besides ``train``."""
+"""Names in the file; ``restval`` usually belongs to the training split."""
 
 
 def coco_entries(sources: Sources) -> Iterator[Entry]:
-    """Yield captions, or images with theirs, of COCO's ``captions_*.json``."""
+    """Yield the captions, at test by image, of COCO's ``captions_*.json``."""
     for path in sources.annotations:
-        images = map(as_fields, elements(path, "images"))
+        images = elements(path, "images")
         names = {str(image.get("id")): image.get("file_name") for image in images}
         captions: dict[str, list[Any]] = {}
-        for item in map(as_fields, elements(path, "annotations")):
+        for item in elements(path, "annotations"):
             image, key = str(item.get("image_id")), item.get("id")
             origin = f"{path}, annotation {key}"
             if image not in names:
@@ -53,18 +51,18 @@ def coco_entries(sources: Sources) -> Iterator[Entry]:
 
 
 def karpathy_entries(sources: Sources) -> Iterator[Entry]:
-    """Yield captions, or images with theirs, of Karpathy's ``dataset_coco.json``."""
+    """Yield the captions, at test by image, of Karpathy's ``dataset_coco.json``."""
     for path in sources.annotations:
-        for image in map(as_fields, elements(path, "images")):
+        for image in elements(path, "images"):
             if image.get("split") not in KARPATHY_SPLITS[sources.split]:
                 continue
             key = str(image.get("cocoid"))
             origin = f"{path}, image {key}"
-            whole = Entry(origin, key, image)
-            name = field(whole, "filename")
+            entry = Entry(origin, key, image)
+            name = field(entry, "filename")
             if image.get("filepath"):
-                name = f"{field(whole, 'filepath')}/{name}"
-            captions = texts(whole, "sentences", "raw")
+                name = f"{field(entry, 'filepath')}/{name}"
+            captions = texts(entry, "sentences", "raw")
             if sources.scored:
                 yield from _of_image(origin, key, name, captions)
                 continue
@@ -86,8 +84,10 @@ def _of_image(origin: str, key: str, name: Any, captions: list[Any]) -> Iterator
 def caption_row(entry: Entry, sources: Sources) -> Row:
     """Return the row of a caption, or of an image with all of its captions."""
     captions = texts(entry, "captions")
-    references = captions if sources.scored else None
-    return to_row(entry, field(entry, "file_name"), CAPTION_REQUEST, captions[0], references)
+    image, answer = field(entry, "file_name"), captions[0]
+    return to_row(
+        entry, sources, image, question=CAPTION_REQUEST, answer=answer, references=captions
+    )
 
 
 BOX_REQUEST = "Please provide the bounding box coordinate of the region this sentence describes:"
@@ -97,17 +97,16 @@ TOLERANCE = 1.0
 
 
 def box_entries(sources: Sources) -> Iterator[Entry]:
-    """Yield the expressions of the files."""
+    """Yield the expressions; one without an id is numbered."""
     for number, path in enumerate(sources.annotations):
-        for place, item in enumerate(elements(path), start=1):
-            fields = as_fields(item)
-            own = fields.get("id")
-            key = f"{number}-{place}" if own is None else str(own)
+        for place, fields in enumerate(elements(path), start=1):
+            key = fields.get("id")
+            key = f"{number}-{place}" if key is None else str(key)
             yield Entry(f"{path}, entry {place}", key, fields)
 
 
 def box_row(entry: Entry, sources: Sources) -> Row:
-    """Return an expression's row; the reference has six decimals where the answer has two.
+    """Return an expression's row; the reference has six decimals, the answer two.
 
     A box without area at two decimals cannot be trained on.
     """
@@ -124,11 +123,12 @@ def box_row(entry: Entry, sources: Sources) -> Row:
         raise Unusable(entry.origin, "`bbox` has no area at two decimals.")
     return to_row(
         entry,
+        sources,
         field(entry, "image"),
-        f"{BOX_REQUEST} {field(entry, 'expression')}",
-        _box(shares, 2),
-        [_box(shares, 6)] if sources.scored else None,
-        optional(entry, category=("category",)),
+        question=f"{BOX_REQUEST} {field(entry, 'expression')}",
+        answer=_box(shares, 2),
+        references=[_box(shares, 6)],
+        columns=("category",),
     )
 
 
@@ -145,12 +145,11 @@ def _positive(entry: Entry, name: str) -> int:
 
 def _edges(entry: Entry, width: int, height: int) -> list[float]:
     """Return left, upper, right and lower edge in pixels, inside the image."""
-    box = entry.fields.get("bbox")
-    numbers = isinstance(box, list) and len(box) == 4
-    if not numbers or not all(type(edge) in (int, float) for edge in box or []):
-        raise Unusable(entry.origin, "`bbox` must be [x, y, width, height] in pixels.")
-    assert box is not None
-    x, y, w, h = box
+    match entry.fields.get("bbox"):
+        case [x, y, w, h] if all(type(edge) in (int, float) for edge in (x, y, w, h)):
+            pass
+        case _:
+            raise Unusable(entry.origin, "`bbox` must be [x, y, width, height] in pixels.")
     edges = [x, y, x + w, y + h]
     limits = [width, height] * 2
     inside = [min(max(edge, 0.0), float(limit)) for edge, limit in zip(edges, limits, strict=True)]

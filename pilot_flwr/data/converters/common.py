@@ -1,10 +1,9 @@
-"""Annotation files read entry by entry, and rows in LLaVA's form.
+"""Read annotation files entry by entry, and write rows in LLaVA's form.
 
-Files are parsed incrementally, so that memory does not grow with them; what a data set keeps in two
-places (a question and its answers, an image and its captions) is joined by id.
+Files are parsed incrementally, so that memory does not grow with them; what a data set stores in
+two places (a question and its answers, an image and its captions) is joined by id.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Unusable(DataError):
-    """An entry cannot become a row; `reason` is why, without saying which entry."""
+    """An entry cannot become a row; `reason` does not name the entry."""
 
     def __init__(self, origin: str, reason: str) -> None:
         super().__init__(f"{origin}: {reason}")
@@ -28,7 +27,7 @@ class Unusable(DataError):
 
 @dataclass(frozen=True)
 class Sources:
-    """What is converted."""
+    """The files to convert, and how."""
 
     annotations: tuple[Path, ...]
     questions: tuple[Path, ...] = ()
@@ -43,7 +42,7 @@ class Sources:
 
 
 class Entry(NamedTuple):
-    """One question, caption or box: where it stands, its unique id, and its fields."""
+    """One question, caption or box: its place in a file, its unique id, and its fields."""
 
     origin: str
     id: str
@@ -54,20 +53,24 @@ Row = dict[str, Any]
 
 
 def members(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield key and value of each member of the object that a file holds."""
+    """Yield key and value of each member of a file's object."""
     return _parsed(path, "an object", "start_map", lambda file: ijson.kvitems(file, "", **_FLOATS))
 
 
-def elements(path: Path, *where: str) -> Iterator[Any]:
-    """Yield the elements of the list at the member `where` of a file, or of its outermost list."""
-    place = ".".join((*where, "item"))
-    kind = f"an object with the list `{'.'.join(where)}`" if where else "a list"
-    first = "start_map" if where else "start_array"
-    return _parsed(path, kind, first, lambda file: ijson.items(file, place, **_FLOATS))
+def elements(path: Path, where: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file's list, or of the list at its member `where`.
+
+    An element that is not an object is an empty one.
+    """
+    place, kind, first = "item", "a list", "start_array"
+    if where:
+        place, kind, first = f"{where}.item", f"an object with the list `{where}`", "start_map"
+    found = _parsed(path, kind, first, lambda file: ijson.items(file, place, **_FLOATS))
+    return map(as_fields, found)
 
 
 def member(path: Path, name: str) -> Any:
-    """Return one member of the object that a file holds, without keeping the others."""
+    """Return one member of a file's object, without keeping the others."""
     kind = f"an object with `{name}`"
     return next(_parsed(path, kind, "start_map", lambda file: ijson.items(file, name, **_FLOATS)))
 
@@ -98,29 +101,29 @@ def _parsed(path: Path, kind: str, first: str, parse: Any) -> Iterator[Any]:
         raise DataError(f"{path} holds no entry; it must hold {kind} with entries.")
 
 
-def field(entry: Entry, *where: str) -> str:
-    """Return a text or whole number among an entry's fields, as text without blanks around."""
+def field(entry: Entry, path: str) -> str:
+    """Return the text or whole number at a dotted path in an entry, as stripped text."""
     value: Any = entry.fields
-    for name in where:
+    for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise Unusable(entry.origin, f"`{'.'.join(where)}` is missing, empty or not text.")
+        raise Unusable(entry.origin, f"`{path}` is missing, empty or not text.")
     return str(value).strip()
 
 
-def optional(entry: Entry, **columns: tuple[str, ...]) -> dict[str, str]:
-    """Return those columns, each from a field, that the entry has."""
+def optional(entry: Entry, *paths: str) -> dict[str, str]:
+    """Return the fields at those paths that the entry has, by the last name of each path."""
     found = {}
-    for name, where in columns.items():
+    for path in paths:
         try:
-            found[name] = field(entry, *where)
+            found[path.rpartition(".")[2]] = field(entry, path)
         except Unusable:
             continue
     return found
 
 
 def texts(entry: Entry, name: str, key: str = "") -> list[str]:
-    """Return a list of texts among an entry's fields, or of objects' `key`."""
+    """Return a list of texts in an entry, or the texts at `key` in a list of objects."""
     value = entry.fields.get(name)
     if key and isinstance(value, list):
         value = [item.get(key) if isinstance(item, dict) else None for item in value]
@@ -129,33 +132,36 @@ def texts(entry: Entry, name: str, key: str = "") -> list[str]:
     return [text.strip() for text in value]
 
 
-def most_common(answers: Sequence[str]) -> str:
-    """Return the answer that most annotators gave; of several, the one that came first."""
-    return Counter(answers).most_common(1)[0][0]
-
-
 def to_row(
     entry: Entry,
+    sources: Sources,
     image: str | None,
-    question: str,
-    answer: str,
-    references: Sequence[str] | None = None,
-    columns: dict[str, str] | None = None,
+    *,
+    question: str | None = None,
+    answer: str | None = None,
+    references: Sequence[str] = (),
+    columns: Sequence[str] = (),
 ) -> Row:
-    """Return a row of LLaVA's form: one question and its answer."""
+    """Return a row of LLaVA's form: one question and its answer, by default the entry's fields.
+
+    At test it has references, by default the answer alone. `columns` are paths of further fields,
+    left out where the entry lacks them.
+    """
+    answer = field(entry, "answer") if answer is None else answer
+    question = field(entry, "question") if question is None else question
     for name, text in (("question", question), ("answer", answer)):
         if not text:
             raise Unusable(entry.origin, f"The {name} is empty.")
         if IMAGE_MARKER in text:
             raise Unusable(entry.origin, f"The {name} holds {IMAGE_MARKER!r}.")
-    human = f"{IMAGE_MARKER}\n{question}" if image else question
     row: Row = {"id": entry.id}
     if image:
         row["image"] = image
+        question = f"{IMAGE_MARKER}\n{question}"
     row["conversations"] = [
-        {"from": "human", "value": human},
+        {"from": "human", "value": question},
         {"from": "gpt", "value": answer},
     ]
-    if references is not None:
-        row["references"] = list(references)
-    return row | (columns or {})
+    if sources.scored:
+        row["references"] = list(references or [answer])
+    return row | optional(entry, *columns)

@@ -1,9 +1,10 @@
 """Converters of questions with short answers: GQA, OCR-VQA, VQAv2, TextVQA, ScienceQA.
 
-Each data set is a function that yields its entries, and one that makes a row of an entry. Rows
+Each data set has a function that yields its entries, and one that makes a row of an entry. Rows
 of a test split have `references`: one answer, or the ten of VQAv2 and TextVQA.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,7 +20,6 @@ from pilot_flwr.data.converters.common import (
     field,
     member,
     members,
-    most_common,
     optional,
     texts,
     to_row,
@@ -40,15 +40,8 @@ def gqa_entries(sources: Sources) -> Iterator[Entry]:
 
 def gqa_row(entry: Entry, sources: Sources) -> Row:
     """Return a GQA question's row; its columns are the question's types."""
-    answer = field(entry, "answer")
-    columns = optional(
-        entry,
-        semantic=("types", "semantic"),
-        structural=("types", "structural"),
-        detailed=("types", "detailed"),
-    )
-    image = f"{field(entry, 'imageId')}.jpg"
-    return to_row(entry, image, field(entry, "question"), answer, _one(answer, sources), columns)
+    columns = ("types.semantic", "types.structural", "types.detailed")
+    return to_row(entry, sources, f"{field(entry, 'imageId')}.jpg", columns=columns)
 
 
 def ocr_vqa_entries(sources: Sources) -> Iterator[Entry]:
@@ -76,27 +69,22 @@ def ocr_vqa_entries(sources: Sources) -> Iterator[Entry]:
 def ocr_vqa_row(entry: Entry, sources: Sources) -> Row:
     """Return an OCR-VQA question's row; its column is the book's genre.
 
-    The image is named as the data set's own script saves it: by the book, with the ending of
+    The image has the name that the data set's own script gives it: the book, with the suffix of
     its address.
     """
-    ending = PurePosixPath(urlsplit(field(entry, "imageURL")).path).suffix or ".jpg"
-    answer = field(entry, "answer")
-    columns = optional(entry, genre=("genre",))
-    image = field(entry, "book") + ending
-    return to_row(entry, image, field(entry, "question"), answer, _one(answer, sources), columns)
+    suffix = PurePosixPath(urlsplit(field(entry, "imageURL")).path).suffix or ".jpg"
+    return to_row(entry, sources, field(entry, "book") + suffix, columns=("genre",))
 
 
 def vqav2_entries(sources: Sources) -> Iterator[Entry]:
     """Yield VQAv2's annotations, each with the text of its question."""
     asked: dict[str, Any] = {}
     for path in sources.questions:
-        for item in elements(path, "questions"):
-            fields = as_fields(item)
+        for fields in elements(path, "questions"):
             asked[str(fields.get("question_id"))] = fields.get("question")
     for path in sources.annotations:
         subtype = member(path, "data_subtype")
-        for item in elements(path, "annotations"):
-            fields = as_fields(item)
+        for fields in elements(path, "annotations"):
             key = str(fields.get("question_id"))
             fields |= {"question": asked.get(key), "subtype": subtype}
             yield Entry(f"{path}, question {key}", key, fields)
@@ -105,21 +93,23 @@ def vqav2_entries(sources: Sources) -> Iterator[Entry]:
 def vqav2_row(entry: Entry, sources: Sources) -> Row:
     """Return a VQAv2 question's row: the most common answer, and at test all ten.
 
-    The image is in the folder that COCO has for the subtype, such as ``val2014``.
+    The image is in COCO's folder of the subtype, such as ``val2014``.
     """
     number, subtype = field(entry, "image_id"), field(entry, "subtype")
-    image = f"{subtype}/COCO_{subtype}_{number.zfill(12)}.jpg"
-    columns = optional(entry, question_type=("question_type",), answer_type=("answer_type",))
-    references = texts(entry, "answers", "answer") if sources.scored else None
-    answer = field(entry, "multiple_choice_answer")
-    return to_row(entry, image, field(entry, "question"), answer, references, columns)
+    return to_row(
+        entry,
+        sources,
+        f"{subtype}/COCO_{subtype}_{number.zfill(12)}.jpg",
+        answer=field(entry, "multiple_choice_answer"),
+        references=texts(entry, "answers", "answer") if sources.scored else (),
+        columns=("question_type", "answer_type"),
+    )
 
 
 def textvqa_entries(sources: Sources) -> Iterator[Entry]:
     """Yield the questions of ``TextVQA_*.json``: the list `data`."""
     for path in sources.annotations:
-        for item in elements(path, "data"):
-            fields = as_fields(item)
+        for fields in elements(path, "data"):
             key = str(fields.get("question_id"))
             yield Entry(f"{path}, question {key}", key, fields)
 
@@ -127,9 +117,9 @@ def textvqa_entries(sources: Sources) -> Iterator[Entry]:
 def textvqa_row(entry: Entry, sources: Sources) -> Row:
     """Return a TextVQA question's row: the most common answer, and at test all ten."""
     answers = texts(entry, "answers")
+    answer = Counter(answers).most_common(1)[0][0]  # of several, the first
     image = f"{field(entry, 'image_id')}.jpg"
-    references = answers if sources.scored else None
-    return to_row(entry, image, field(entry, "question"), most_common(answers), references)
+    return to_row(entry, sources, image, answer=answer, references=answers)
 
 
 def scienceqa_entries(sources: Sources) -> Iterator[Entry]:
@@ -150,25 +140,23 @@ def scienceqa_entries(sources: Sources) -> Iterator[Entry]:
 def scienceqa_row(entry: Entry, sources: Sources) -> Row:
     """Return a ScienceQA problem's row; the answer is the option's letter.
 
-    Context, question and options are put together as LLaVA's ``CQM`` form has them. The image is
-    where the data set has it: in a folder per split and problem.
+    Context, question and options are joined as in LLaVA's ``CQM`` form. The image is in the data
+    set's folder for the split and the problem.
     """
     choices = texts(entry, "choices")
     right = entry.fields.get("answer")
     if not isinstance(right, int) or not 0 <= right < len(choices) <= len(LETTERS):
         raise Unusable(entry.origin, "`answer` must be the number of one of at most 5 choices.")
     options = " ".join(f"({LETTERS[n]}) {choice}" for n, choice in enumerate(choices))
-    context = optional(entry, hint=("hint",)).get("hint", NO_CONTEXT)
-    question = f"Context: {context}\nQuestion: {field(entry, 'question')}\nOptions: {options}"
+    context = optional(entry, "hint").get("hint", NO_CONTEXT)
     image = None
     if entry.fields.get("image") is not None:
         image = f"{sources.split}/{entry.id}/{field(entry, 'image')}"
-    columns = optional(
-        entry, subject=("subject",), topic=("topic",), category=("category",), grade=("grade",)
+    return to_row(
+        entry,
+        sources,
+        image,
+        question=f"Context: {context}\nQuestion: {field(entry, 'question')}\nOptions: {options}",
+        answer=LETTERS[right],
+        columns=("subject", "topic", "category", "grade"),
     )
-    answer = LETTERS[right]
-    return to_row(entry, image, question, answer, _one(answer, sources), columns)
-
-
-def _one(answer: str, sources: Sources) -> list[str] | None:
-    return [answer] if sources.scored else None

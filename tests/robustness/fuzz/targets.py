@@ -22,8 +22,8 @@ from fuzz.inputs import ODD_VALUES, files, json_bytes, mutated_tree, texts
 from pilot_flwr.client.node import find_site, private_paths, read_node_config, site_config
 from pilot_flwr.client.privacy_accountant import PrivacyAccount
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
-from pilot_flwr.config.federation_file import expand
 from pilot_flwr.config.loading import from_yaml, load_config, to_yaml
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
 from pilot_flwr.data.images import ImageFile
 from pilot_flwr.data.json_rows import RowFile

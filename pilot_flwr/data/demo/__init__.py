@@ -1,1 +1,0 @@
-"""The demo: tasks over mosaics of scanned handwritten digits."""
