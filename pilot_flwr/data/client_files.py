@@ -11,7 +11,7 @@ so that rows are never loaded. The same seed gives the same partition in every p
 import functools
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +90,9 @@ def simulated_paths(data: DataConfig, splits: Sequence[Split]) -> list[Path]:
             paths += _split_paths(data, task, split)
         key = f"data.files.{task}.images"
         folder = _simulated_path(data, data.files[task].images, key)
-        paths.append(_existing(folder, key, Path.is_dir))
+        if not folder.is_dir():
+            raise ConfigError(f"`{key}` names {str(folder)!r}, which is not a folder.")
+        paths.append(folder)
     return paths
 
 
@@ -101,7 +103,11 @@ def _split_paths(data: DataConfig, task: str, split: Split) -> list[Path]:
         raise ConfigError(
             f"`{key}` is empty but must name a file; only real sites bring their own files."
         )
-    return [_existing(_simulated_path(data, name, key), key, Path.is_file) for name in names]
+    paths = [_simulated_path(data, name, key) for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"`{key}` names {str(path)!r}, which is not a file.")
+    return paths
 
 
 def _simulated_path(data: DataConfig, name: str, key: str) -> Path:
@@ -111,13 +117,6 @@ def _simulated_path(data: DataConfig, name: str, key: str) -> Path:
             f"`{key}` is {name!r} and `data.folder` {data.folder!r}, but one of them must be an "
             "absolute path."
         )
-    return path
-
-
-def _existing(path: Path, key: str, test: Callable[[Path], bool]) -> Path:
-    if not test(path):
-        kind = "folder" if test is Path.is_dir else "file"
-        raise ConfigError(f"`{key}` names {str(path)!r}, which is not a {kind}.")
     return path
 
 

@@ -1,28 +1,27 @@
-"""From examples to token tensors, with labels on the assistant's tokens alone.
+"""Tokenize examples, with labels on the assistant's tokens alone.
 
-A conversation is rendered by the processor's own chat template; no template is hard-coded. Where an
-answer ends is read off the rendered text. If no special token follows it there, the tokenizer's end
-token is appended, as in LLaVA's own training format. The tokenizer's offsets then tell which tokens
-belong to answers.
+The processor's chat template renders a conversation; no template is hard-coded. The rendered text
+shows where an answer ends. If no special token follows it there, the tokenizer's end token is
+appended, as in LLaVA's training format. The tokenizer's offsets then give the tokens of answers.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
 from pilot_flwr.errors import DataError
 
 _PROBE = (Turn("user", "a"), Turn("assistant", "b"))
-"""A conversation that probes how a template renders turns."""
+"""A conversation that shows how a template renders turns."""
 
 CACHED_RENDERINGS = 1 << 14
-"""Renderings cached per processor: conversations come back every epoch."""
+"""Renderings cached per processor: conversations recur every epoch."""
 
 _CACHE: WeakKeyDictionary[Any, dict[tuple[str, tuple[Turn, ...], bool], "Rendered"]] = (
     WeakKeyDictionary()
@@ -42,15 +41,11 @@ class ChatTemplate:
     def __init__(self, processor: Any, *, system_prompt: str = "") -> None:
         self.processor = processor
         self.system_prompt = system_prompt
-        special = _special_tokens(processor.tokenizer)
-        self._special = sorted(special - {processor.image_token})
+        tokenizer = processor.tokenizer
+        added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special = added | set(map(str, tokenizer.all_special_tokens))
+        self.special = sorted(special - {processor.image_token})
         self._cache = _CACHE.setdefault(processor, {})
-
-    def end_token_id(self) -> int:
-        """Return the id of the token that ends every answer and stops generation."""
-        text, ((_, end),) = self.render(_PROBE)
-        ends = [token for token in self._special if text[:end].endswith(token)]
-        return int(self.processor.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
 
     def render(self, turns: Sequence[Turn], *, generate: bool = False) -> Rendered:
         """Render turns, one image token for each image, an end token after each answer."""
@@ -84,7 +79,7 @@ class ChatTemplate:
     def _answer_span(
         self, turns: Sequence[Turn], index: int, whole: str
     ) -> tuple[int, int, int | None]:
-        """Return where an answer begins and ends, and where the end token after it ends."""
+        """Return where an answer starts and ends, and where the end token after it ends."""
         through = self._apply(turns[: index + 1])
         end, after = self._before_end_tokens(through)
         answer = turns[index].text.strip()
@@ -98,26 +93,26 @@ class ChatTemplate:
         return end - len(answer), end, after
 
     def _before_end_tokens(self, text: str) -> tuple[int, int | None]:
-        """Return the end of `text` without white space and special tokens, and of the first one."""
+        """Return where `text` ends without its final special tokens, and where the first ends."""
         end, after = len(text.rstrip()), None
-        while token := next((t for t in self._special if text[:end].endswith(t)), None):
+        while token := next((t for t in self.special if text[:end].endswith(t)), None):
             after = end
             end = len(text[: end - len(token)].rstrip())
         return end, after
 
     @functools.cached_property
     def _prompts_are_beginnings(self) -> bool:
-        """Whether an answered turn begins with the generation prompt, and not in white space.
+        """Whether an answered turn begins with the generation prompt, which ends in no white space.
 
-        LLaVA-OneVision's prompt ends in ``assistant`` and a newline, where an answer has a blank
-        between the two; LLaVA-Interleave's answers have one newline more, and tokenizers make one
-        token of both.
+        LLaVA-OneVision's prompt ends in ``assistant`` and a newline, but before an answer there is
+        a blank between the two; LLaVA-Interleave has one newline more before an answer, and
+        tokenizers merge both into one token.
         """
         prompt = self._apply(_PROBE[:1], generate=True)
         return self._apply(_PROBE).startswith(prompt) and not prompt[-1:].isspace()
 
     def _prompt(self, turns: Sequence[Turn]) -> str:
-        """Render the prompt of a generation: exactly what precedes an answer in training."""
+        """Render a generation's prompt: exactly the text that precedes an answer in training."""
         if self._prompts_are_beginnings:
             return self._apply(turns, generate=True)
         answered = self._apply([*turns, _PROBE[1]])
@@ -132,11 +127,6 @@ class ChatTemplate:
             messages, tokenize=False, add_generation_prompt=generate
         )
         return text
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(map(str, tokenizer.all_special_tokens))
 
 
 def _content(text: str, image_token: str) -> list[dict[str, str]]:
@@ -160,18 +150,13 @@ IGNORE_INDEX = -100
 """Label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
 
 TokenCounter = Callable[[Sequence[tuple[int, int]]], list[int]]
-"""From the sizes (height, width) of one example's images to the tokens that each takes."""
+"""Return the number of tokens of each of an example's images from their (height, width)."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Token tensors of B examples, padded to one length L.
+class Batch(NamedTuple):
+    """Token tensors of B examples, padded to one length L: int64, shape (B, L).
 
-    Attributes
-    ----------
-    input_ids, attention_mask, labels : Tensor
-        int64, shape (B, L). A label is the token itself where the loss counts, else
-        `IGNORE_INDEX`.
+    A label is the token itself where the loss counts, else `IGNORE_INDEX`.
     """
 
     input_ids: Tensor
@@ -180,9 +165,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`."""
-        return Batch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
-        )
+        return Batch(*(tensor.to(device) for tensor in self))
 
 
 def same_for_all(tokens: int) -> TokenCounter:
@@ -214,7 +197,9 @@ class Collator:
 
     def end_token_id(self) -> int:
         """Return the id of the token that ends every answer and stops generation."""
-        return self.template.end_token_id()
+        text, ((_, end),) = self.template.render(_PROBE)
+        ends = [token for token in self.template.special if text[:end].endswith(token)]
+        return int(self.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
 
     def prompt_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize all turns but the last, ready to generate, padded on the left."""
@@ -226,14 +211,6 @@ class Collator:
         text = self._conversation(example, example.prompt, generate=True).text
         ids: list[int] = self._encode(text, example)["input_ids"]
         return ids
-
-    def length(self, example: Example) -> int:
-        """Return the number of tokens of the whole conversation, however long it is.
-
-        Only the headers of the images are read.
-        """
-        text = self._conversation(example, example.turns).text
-        return len(self._tokens(text)["input_ids"])
 
     def tokenize(self, example: Example) -> tuple[list[int], list[int]]:
         """Return token ids and labels of one example, each a list of L integers."""
@@ -258,15 +235,11 @@ class Collator:
     def _conversation(
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
     ) -> Rendered:
-        """Render turns of an example, with as many image tokens as its images take."""
+        """Render turns of an example, each image token repeated once per feature."""
         try:
             rendered = self.template.render(turns, generate=generate)
         except DataError as error:
             raise DataError(f"{example.name}: {error}") from None
-        return self._with_image_tokens(example, rendered)
-
-    def _with_image_tokens(self, example: Example, rendered: Rendered) -> Rendered:
-        """Repeat each image token as often as its image has features."""
         image_token = self.processor.image_token
         pieces = rendered.text.split(image_token)
         if len(pieces) - 1 != len(example.images):
@@ -275,23 +248,21 @@ class Collator:
                 f"{len(example.images)} images."
             )
         counts = self.count_tokens([image.size() for image in example.images])
-        text, moved = pieces[0], []
+        text, answers = pieces[0], rendered.answers
         for piece, count in zip(pieces[1:], counts, strict=True):
-            moved.append((len(text), (count - 1) * len(image_token)))
+            place, added = len(text), (count - 1) * len(image_token)
             text += image_token * count + piece
-        return Rendered(text, [_shift(span, moved) for span in rendered.answers])
+            answers = [(a + added, b + added) if a > place else (a, b) for a, b in answers]
+        return Rendered(text, answers)
 
-    def _tokens(self, text: str) -> Any:
+    def _encode(self, text: str, example: Example) -> Any:
         bos = self.tokenizer.bos_token
-        return self.tokenizer(
+        encoded = self.tokenizer(
             text,
             return_offsets_mapping=True,
             add_special_tokens=not (bos and text.startswith(bos)),
-            verbose=False,  # an error names what is too long
+            verbose=False,  # the error below names the example
         )
-
-    def _encode(self, text: str, example: Example) -> Any:
-        encoded = self._tokens(text)
         length = len(encoded["input_ids"])
         if length > self.max_length:
             raise DataError(
@@ -300,24 +271,11 @@ class Collator:
         return encoded
 
     def _pad(self, ids: list[list[int]], labels: list[list[int]], *, side: str) -> Batch:
-        longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
 
         def stack(rows: list[list[int]], value: int) -> Tensor:
-            fill = [[value] * (longest - len(row)) for row in rows]
-            if side == "right":
-                return torch.tensor([row + more for row, more in zip(rows, fill, strict=True)])
-            return torch.tensor([more + row for row, more in zip(rows, fill, strict=True)])
+            return pad_sequence(list(map(torch.tensor, rows)), True, value, side)
 
         mask = stack([[1] * len(row) for row in ids], 0)
         return Batch(stack(ids, pad), mask, stack(labels, IGNORE_INDEX))
-
-
-def _shift(span: tuple[int, int], moved: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Move a span behind the insertions before it, each given by its new place and length."""
-    start, end = span
-    for place, length in moved:
-        if place < start:
-            start, end = start + length, end + length
-    return start, end

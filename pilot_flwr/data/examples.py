@@ -1,4 +1,4 @@
-"""The common form of an instruction-tuning example, whatever file or generator it comes from.
+"""The common form of instruction-tuning examples from files and generators.
 
 To add a data source, return a sequence of `Example` and add a row to `federation.SOURCES`.
 """
@@ -33,7 +33,7 @@ class ImageSource(Protocol):
         ...
 
     def identity(self) -> str | None:
-        """Return a key that is unique on this machine, None if there is none."""
+        """Return a key that is unique on this machine, or None."""
         ...
 
 
@@ -67,16 +67,13 @@ class Example:
     def __post_init__(self) -> None:
         for number, turn in enumerate(self.turns, start=1):
             role = "user" if number % 2 else "assistant"
+            where = f"{self.name}: turn {number}"
             if turn.role != role:
-                raise DataError(
-                    f"{self.name}: turn {number} is {turn.role!r} but must be {role!r}."
-                )
+                raise DataError(f"{where} is {turn.role!r} but must be {role!r}.")
             if not turn.text.strip():
-                raise DataError(f"{self.name}: turn {number} is empty.")
+                raise DataError(f"{where} is empty.")
             if role == "assistant" and IMAGE_MARKER in turn.text:
-                raise DataError(
-                    f"{self.name}: turn {number} is an answer but holds an image marker."
-                )
+                raise DataError(f"{where} is an answer but holds an image marker.")
         if len(self.turns) < 2 or len(self.turns) % 2:
             raise DataError(f"{self.name} must end with an assistant turn.")
         markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)

@@ -1,15 +1,14 @@
-"""Images in a client's folder: which file a row may name, and how its pixels are read.
+"""Open the images in a client's folder that its rows name, and read their pixels.
 
-A name in a row is untrusted. It is relative to the image folder and must stay inside it, links
-resolved, and must name a plain file in one of `FORMATS`. Errors name the row and never the image,
-whose name may identify a person; `ImageError.path` has it, for the owner's own screen.
+A name in a row is untrusted. It must be relative to the image folder, stay inside it with all links
+resolved, and belong to a plain file in one of `FORMATS`. Errors name the row and never the image,
+whose name may identify a person; `ImageError.path` has it, to show to the owner of the data.
 
 Pixels are read as LLaVA reads them: converted to RGB, transparency dropped, and an EXIF
 orientation *not* applied.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -27,18 +26,14 @@ MOST_PIXELS = 89_478_485
 MOST_STRETCHED = 100
 """Largest aspect ratio: processors that resize the shorter side make a thin image huge."""
 
+_TOO_LARGE = f"has more than {MOST_PIXELS:,} pixels"
+
 Colour = tuple[int, int, int]
 """RGB, each from 0 to 255."""
 
 
 class ImageError(DataError):
-    """An image cannot be used.
-
-    Attributes
-    ----------
-    path : str
-        The image's name in the row; not part of the message.
-    """
+    """An image cannot be used; its name in the row is in `path` and not in the message."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
@@ -107,15 +102,17 @@ class ImageFile:
         """Return the file, all links resolved."""
         if not self.name or "\0" in self.name:
             raise self._error("is empty or has a NUL in its name")
-        if ".." in _parts(self.name) or _is_absolute(self.name):
+        windows = PureWindowsPath(self.name)  # knows both separators
+        absolute = PurePosixPath(self.name).is_absolute() or windows.drive or windows.root
+        if ".." in windows.parts or absolute:
             raise self._error("must be relative to the image folder and must not go up ('..')")
         try:
             folder = self.folder.resolve(strict=True)
             found = (folder / self.name).resolve(strict=True)
             plain = found.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
-            what = getattr(error, "strerror", None) or "not a valid file name"
-            raise self._error(f"cannot be opened ({what})") from None
+            reason = getattr(error, "strerror", None) or "not a valid file name"
+            raise self._error(f"cannot be opened ({reason})") from None
         if not found.is_relative_to(folder):
             raise self._error("is a link that leads out of the image folder")
         if not plain:
@@ -127,39 +124,22 @@ class ImageFile:
         try:
             image = Image.open(path, formats=FORMATS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise self._too_large() from None
+            raise self._error(_TOO_LARGE) from None
         except Exception as error:  # as in `read`; Pillow's texts have the file's path
             raise self._error(f"cannot be read as an image ({type(error).__name__})") from None
-        if wrong := self._wrong_size(*image.size):
-            image.close()
-            raise wrong
-        return image
-
-    def _wrong_size(self, width: int, height: int) -> ImageError | None:
-        longer, shorter = max(width, height), min(width, height)
+        shorter, longer = sorted(image.size)
         if longer * shorter > MOST_PIXELS:
-            return self._too_large()
-        if not shorter:
-            return self._error("has no pixels")
-        if self.background is not None and longer**2 > MOST_PIXELS:
-            return self._error(f"has more than {MOST_PIXELS:,} pixels when padded to a square")
-        if longer > MOST_STRETCHED * shorter:
-            return self._error(
-                f"has one side more than {MOST_STRETCHED} times as long as the other"
-            )
-        return None
+            defect = _TOO_LARGE
+        elif not shorter:
+            defect = "has no pixels"
+        elif self.background is not None and longer**2 > MOST_PIXELS:
+            defect = f"{_TOO_LARGE} when padded to a square"
+        elif longer > MOST_STRETCHED * shorter:
+            defect = f"has one side more than {MOST_STRETCHED} times as long as the other"
+        else:
+            return image
+        image.close()
+        raise self._error(defect)
 
-    def _too_large(self) -> ImageError:
-        return self._error(f"has more than {MOST_PIXELS:,} pixels")
-
-    def _error(self, what: str) -> ImageError:
-        return ImageError(f"{self.origin} {what}.", self.name)
-
-
-def _parts(name: str) -> Sequence[str]:
-    return PureWindowsPath(name).parts  # of both separators
-
-
-def _is_absolute(name: str) -> bool:
-    windows = PureWindowsPath(name)
-    return PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root)
+    def _error(self, defect: str) -> ImageError:
+        return ImageError(f"{self.origin} {defect}.", self.name)

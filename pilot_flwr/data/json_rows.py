@@ -1,7 +1,7 @@
-"""Rows of a JSON array or a JSONL file, read one at a time in constant memory.
+"""Read the rows of a JSON array or a JSONL file one at a time, in constant memory.
 
-One pass finds where each row begins; eight bytes a row are kept, and a row is read on demand. Rows
-count from 1 in every error, as lines do in an editor.
+One pass indexes the file, at eight bytes a row; a row is read on demand. Rows count from 1 in every
+error, like lines in an editor.
 
 The pass decodes the file as Latin-1, where a character is a byte, so that offsets in the text are
 offsets in the file: JSON's structure is ASCII, and UTF-8 has no ASCII byte inside a character. Rows
@@ -40,7 +40,7 @@ class RowFile(Sequence[Row]):
     name : str
         The file's base name, used in errors: they may leave this machine.
     is_array : bool
-        Whether it is one JSON array.
+        True for a JSON array, false for JSONL.
     stamp : tuple of int
         Size and modification time; a file whose stamp has changed is refused.
     """
@@ -48,6 +48,7 @@ class RowFile(Sequence[Row]):
     def __init__(self, path: Path, *, chunk: int = _CHUNK) -> None:
         self.path = path
         self.name = path.name
+        self.stamp: tuple[int, int] | None = None
         with self._open() as file:
             self.stamp = _stamp(file)
             first = _first_byte(file)
@@ -70,10 +71,8 @@ class RowFile(Sequence[Row]):
             return [self[n] for n in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
             raise IndexError(f"{self.name} has {len(self)} rows, so none at {number}.")
-        number %= len(self)
         with self._open() as file:
-            self._check_unchanged(file)
-            return self._read(file, number)
+            return self._read(file, number % len(self))
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over all rows in one pass; raise at a broken one."""
@@ -85,7 +84,6 @@ class RowFile(Sequence[Row]):
     def scan(self) -> Iterator[Row | DataError]:
         """Iterate over all rows in one pass, yielding the error of a broken one."""
         with self._open() as file:
-            self._check_unchanged(file)
             for number in range(len(self)):
                 try:
                     row: Row | DataError = self._read(file, number)
@@ -117,33 +115,33 @@ class RowFile(Sequence[Row]):
 
     def _open(self) -> BinaryIO:
         try:
-            return self.path.open("rb")
+            file = self.path.open("rb")
         except OSError as error:
             raise DataError(f"{self.name} cannot be opened ({error.strerror}).") from None
-
-    def _check_unchanged(self, file: BinaryIO) -> None:
-        if _stamp(file) != self.stamp:
+        if self.stamp not in (None, _stamp(file)):
+            file.close()
             raise DataError(f"{self.name} has changed since it was opened; restart the run.")
+        return file
 
     def _scan_array(self, file: BinaryIO, chunk: int) -> "array[int]":
         cursor = _Cursor(file, chunk)
         cursor.next_character()
-        cursor.step(1)  # the bracket
+        cursor.at += 1  # the bracket
         starts, end = array("q"), cursor.offset
         following = cursor.next_character()
         while following != "]":
             starts.append(cursor.offset)
-            cursor.step(self._row_length(cursor, len(starts)))
+            cursor.at = self._row_end(cursor, len(starts))
             end, following = cursor.offset, cursor.next_character()
             if following == ",":
-                cursor.step(1)
+                cursor.at += 1
                 following = cursor.next_character()
                 if following == "]":
                     raise self._broken(len(starts) + 1, cursor.offset, "a comma, but no row")
             elif following != "]":
-                what = "no comma before it" if following else "the file ends without a ']'"
-                raise self._broken(len(starts) + 1, cursor.offset, what)
-        cursor.step(1)
+                reason = "no comma before it" if following else "the file ends without a ']'"
+                raise self._broken(len(starts) + 1, cursor.offset, reason)
+        cursor.at += 1
         if cursor.next_character():
             raise DataError(
                 f"{self.name} has more after the end of its array, at byte {cursor.offset}."
@@ -151,8 +149,8 @@ class RowFile(Sequence[Row]):
         starts.append(end)
         return starts
 
-    def _row_length(self, cursor: "_Cursor", row: int) -> int:
-        """Return the length of the value at the cursor, reading more as needed."""
+    def _row_end(self, cursor: "_Cursor", row: int) -> int:
+        """Return the end in the window of the value at the cursor, reading more as needed."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(cursor.text, cursor.at)
@@ -167,11 +165,11 @@ class RowFile(Sequence[Row]):
                 raise self._broken(row, cursor.offset, _reason(error)) from None
             if not isinstance(value, dict):
                 raise self._broken(row, cursor.offset, "not a JSON object")
-            return end - cursor.at
+            return end
 
-    def _broken(self, row: int, offset: int, what: str) -> DataError:
+    def _broken(self, row: int, offset: int, reason: str) -> DataError:
         return DataError(
-            f"{self.name}, row {row} is broken JSON at byte {offset} ({what}), so that the rest "
+            f"{self.name}, row {row} is broken JSON at byte {offset} ({reason}), so that the rest "
             "of the array cannot be read."
         )
 
@@ -193,15 +191,7 @@ def open_rows(path: Path) -> RowFile:
 
 
 class _Cursor:
-    """A cursor over a file's characters, of which a window is in memory.
-
-    Attributes
-    ----------
-    text : str
-        The window, which begins at byte `base` of the file.
-    at : int
-        Position of the cursor in it.
-    """
+    """A cursor at position `at` of a window in memory, `text`, which begins at byte `base`."""
 
     def __init__(self, file: BinaryIO, chunk: int) -> None:
         self.file, self.chunk = file, chunk
@@ -212,12 +202,8 @@ class _Cursor:
         """Byte offset of the cursor in the file."""
         return self.base + self.at
 
-    def step(self, length: int) -> None:
-        """Advance by some characters of the window."""
-        self.at += length
-
     def read(self) -> bool:
-        """Read more and drop what was consumed; return whether there was more.
+        """Drop the text before the cursor and read more; return false at the end of the file.
 
         The window at least doubles, so that a long row is scanned few times.
         """
@@ -239,7 +225,7 @@ class _Cursor:
 
 
 def _scan_lines(file: BinaryIO) -> "array[int]":
-    """Return the offsets of the lines without blank ones at the end; read in bounded pieces."""
+    """Return the offsets of the lines, without trailing blank ones; read in bounded pieces."""
     offsets = array("q", [file.tell()])
     last, ended = 0, True  # last: lines up to the last one that is not blank
     while piece := file.readline(LARGEST_ROW):

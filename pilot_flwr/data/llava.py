@@ -5,11 +5,11 @@ A row is an object with
 - ``id``: text or a number; need not be unique, as in LLaVA's own files,
 - ``image``: a file in the image folder, or a list of them; absent for a row without images,
 - ``conversations``: turns ``{"from": "human" | "gpt", "value": text}``, human first, gpt last,
-- ``references``: optional list of answers that the last one is scored against.
+- ``references``: optional list of reference answers for scoring.
 
 Other fields are ignored, except that a partition may use one. Image markers (``<image>`` in a human
-turn) are treated as in LLaVA-1.5's training: a turn's only marker moves to its front, on a line of
-its own. A row with one image and no marker gets the marker before its first question; LLaVA would
+turn) are treated as in LLaVA-1.5's training: a turn's only marker moves to its front, on a separate
+line. A row with one image and no marker gets the marker before its first question; LLaVA would
 train on it without the image.
 """
 
@@ -46,8 +46,8 @@ class Reading:
 class LlavaExamples(Sequence[Example]):
     """Rows of one file or several as examples.
 
-    An example's id is its row number, from 1, a colon and the row's id, with the file's number
-    before it if there are several: ``2/17:000000033471``. Ids are thus always unique.
+    An example's id is unique: its row number, from 1, a colon and the row's id, with the file's
+    number in front if there are several: ``2/17:000000033471``.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LlavaExamples(Sequence[Example]):
         """Return one example, or those of a slice."""
         if isinstance(position, slice):
             return [self[n] for n in range(*position.indices(len(self)))]
-        index, number = self._place(position)
+        index, number = self.place(position)
         file = self.files[index]
         label = f"{number + 1}:" if len(self.files) == 1 else f"{index + 1}/{number + 1}:"
         return to_example(file[number], label, file.origin(number), self.reading)
@@ -81,21 +81,17 @@ class LlavaExamples(Sequence[Example]):
 
     def row(self, position: int) -> Row:
         """Return the raw row of an example."""
-        file, number = self.place(position)
-        found: Row = file[number]
+        index, number = self.place(position)
+        found: Row = self.files[index][number]
         return found
 
     def origin(self, position: int) -> str:
         """Return file and row of an example as errors name them."""
-        file, number = self.place(position)
-        return file.origin(number)
+        index, number = self.place(position)
+        return self.files[index].origin(number)
 
-    def place(self, position: int) -> tuple[RowFile, int]:
-        """Return the file of an example and its row number there, from 0."""
-        index, number = self._place(position)
-        return self.files[index], number
-
-    def _place(self, position: int) -> tuple[int, int]:
+    def place(self, position: int) -> tuple[int, int]:
+        """Return the index of an example's file and its row number there, both from 0."""
         row = int(self.rows[position])
         index = int(np.searchsorted(self._ends, row, side="right"))
         return index, row - (int(self._ends[index - 1]) if index else 0)
@@ -160,7 +156,7 @@ def _turns(row: Row, origin: str) -> list[Turn]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a tokenizer accepts the value: JSON can escape an unpaired surrogate."""
+    """Return whether a tokenizer accepts a value: JSON can escape an unpaired surrogate."""
     return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 

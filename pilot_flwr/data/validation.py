@@ -2,25 +2,27 @@
 
 `usable` checks a whole split once: structure, images (present, inside the folder, with a valid
 header; with `WholeImages`, decodable) and length in tokens. The result is cached on the client's
-disk while the files and the settings that it depends on are unchanged, so that later messages of a
-run do not check again.
+disk until the files or the relevant settings change, so that later messages of a run skip the
+check.
 
-`check_split` takes a row through all that training does with it and collects figures. It decodes
+`check_split` takes each row through the same steps as training and collects figures. It decodes
 images even where `data.check_images=header` lets a run read headers only.
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pilot_flwr.data.client_files import Rows, Split
+from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.images import ImageError, ImageFile
@@ -28,48 +30,63 @@ from pilot_flwr.data.llava import LlavaExamples
 from pilot_flwr.errors import DataError
 
 Check = Callable[[Example], object]
-"""Raises `DataError` for an example that cannot be used, for instance `Collator.tokenize`."""
+"""Raises `DataError` for an unusable example, for instance `Collator.tokenize`."""
+
+Tokenize = Callable[[Example], tuple[list[int], list[int]]]
+"""Token ids and labels (or none) of an example; raises `DataError`."""
 
 _CHUNK = 256
+_LONGEST_ANSWER = 60
 
 
 class WholeImages:
     """Decode images, each file once however many rows share it."""
 
     def __init__(self, workers: int = 0) -> None:
-        self._workers = workers
+        self._workers = max(workers, 1)
         self._whole: set[tuple[Path, str]] = set()
 
     def decode(self, examples: Iterable[Example]) -> None:
         """Decode the images of some examples that were not decoded before."""
-        new: dict[tuple[Path, str], ImageFile] = {}
-        for example in examples:
-            for image in example.images:
-                if isinstance(image, ImageFile) and (key := _file(image)) not in self._whole:
-                    new.setdefault(key, image)
-        if self._workers:
-            with ThreadPoolExecutor(self._workers) as pool:
-                self._whole.update(filter(None, pool.map(_whole, new.values())))
-        else:
-            self._whole.update(filter(None, map(_whole, new.values())))
+        images = (image for example in examples for image in example.images)
+        files = {_key(image): image for image in images if isinstance(image, ImageFile)}
+        new = {key: image for key, image in files.items() if key not in self._whole}
+        with ThreadPoolExecutor(self._workers) as pool:
+            decodes = pool.map(_decodes, new.values())
+            self._whole.update(key for key, whole in zip(new, decodes, strict=True) if whole)
 
     def check(self, example: Example) -> None:
         """Raise `ImageError`, which names the row, unless all images of an example decode."""
         for image in example.images:
-            if not isinstance(image, ImageFile) or _file(image) not in self._whole:
+            if not isinstance(image, ImageFile) or _key(image) not in self._whole:
                 image.read()
 
 
-def _file(image: ImageFile) -> tuple[Path, str]:
+def _key(image: ImageFile) -> tuple[Path, str]:
     return image.folder, image.name
 
 
-def _whole(image: ImageFile) -> tuple[Path, str] | None:
+def _decodes(image: ImageFile) -> bool:
     try:
         image.read()
     except ImageError:
-        return None  # `check` reads it again, for each row that has it
-    return _file(image)
+        return False  # `check` reads it again, for each of its rows
+    return True
+
+
+def _rows(
+    examples: LlavaExamples,
+    read: Callable[[int], Any],
+    images: WholeImages | None,
+    apply: Callable[..., Iterable[Any]] = map,
+) -> Iterator[tuple[int, Any]]:
+    """Yield each position with the result of `read`, decoding a chunk's images together."""
+    for start in range(0, len(examples), _CHUNK):
+        positions = range(start, min(start + _CHUNK, len(examples)))
+        found = list(apply(read, positions))
+        if images is not None:
+            images.decode(row for row in found if isinstance(row, Example))
+        yield from zip(positions, found, strict=True)
 
 
 def usable(
@@ -85,19 +102,19 @@ def usable(
 ) -> Sequence[Example]:
     """Return the usable examples; raise `DataError` if more than a share `allowed` are broken.
 
-    Of examples in memory, which are not rows of a file, only the ids are checked.
+    Examples in memory, which are not rows of a file, are only checked for unique ids.
     """
     if not isinstance(examples, LlavaExamples):
         _check_ids(examples, name)
         return examples
-    verdict = folder / f"{_key(examples, settings)}.json"
-    broken = _cached(verdict)
+    cache = folder / f"{_digest(examples, settings)}.json"
+    broken = _cached(cache)
     if broken is None:
         broken, first = _find_broken(examples, check, images)
         if len(broken) > allowed * len(examples):
             raise _refusal(len(broken), len(examples), first, name, allowed)
         folder.mkdir(parents=True, exist_ok=True)
-        verdict.write_text(json.dumps(broken), encoding="utf-8")
+        cache.write_text(json.dumps(broken), encoding="utf-8")
         progress(f"{name}: {len(examples)} rows checked, {len(broken)} left out as broken")
     return examples.select(np.setdiff1d(np.arange(len(examples)), broken)) if broken else examples
 
@@ -106,31 +123,26 @@ def _find_broken(
     examples: LlavaExamples, check: Check, images: WholeImages | None
 ) -> tuple[list[int], str]:
     """Return the positions of the broken rows, and the first one's error."""
+
+    def read(position: int) -> Example | DataError:
+        try:
+            example: Example = examples[position]
+        except DataError as error:
+            return error
+        return example
+
     broken, first = [], ""
-    for start in range(0, len(examples), _CHUNK):
-        positions = range(start, min(start + _CHUNK, len(examples)))
-        found = [_read(examples, position) for position in positions]
-        if images is not None:
-            images.decode(row for row in found if isinstance(row, Example))
-        for position, row in zip(positions, found, strict=True):
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                check(row)
-                if images is not None:
-                    images.check(row)
-            except DataError as error:
-                broken.append(position)
-                first = first or str(error)
+    for position, row in _rows(examples, read, images):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            check(row)
+            if images is not None:
+                images.check(row)
+        except DataError as error:
+            broken.append(position)
+            first = first or str(error)
     return broken, first
-
-
-def _read(examples: LlavaExamples, position: int) -> Example | DataError:
-    try:
-        example: Example = examples[position]
-    except DataError as error:
-        return error
-    return example
 
 
 def _refusal(broken: int, total: int, first: str, name: str, allowed: float) -> DataError:
@@ -145,7 +157,7 @@ def _refusal(broken: int, total: int, first: str, name: str, allowed: float) -> 
 
 
 def _check_ids(examples: Sequence[Example], name: str) -> None:
-    """Raise unless ids are unique: they are the feature cache's keys."""
+    """Raise unless ids, the keys of the feature cache, are unique."""
     counts = Counter(example.id for example in examples)
     if twice := [repr(name) for name, count in counts.items() if count > 1]:
         raise DataError(
@@ -154,7 +166,7 @@ def _check_ids(examples: Sequence[Example], name: str) -> None:
         )
 
 
-def _key(examples: LlavaExamples, settings: str) -> str:
+def _digest(examples: LlavaExamples, settings: str) -> str:
     files = [(str(file.path), file.stamp) for file in examples.files]
     text = f"{files}/{examples.reading}/{settings}/".encode()
     return hashlib.sha256(text + examples.rows.tobytes()).hexdigest()
@@ -169,21 +181,12 @@ def _cached(path: Path) -> list[int] | None:
     return found if isinstance(found, list) else None
 
 
-Tokenize = Callable[[Example], tuple[list[int], list[int]]]
-"""Token ids and labels (or none) of an example; raises `DataError`."""
-
-Unscored = Callable[[Example], object]
-"""Raises `DataError` for references that a metric cannot score against."""
-
-_LONGEST_ANSWER = 60
-
-
 @dataclass(frozen=True)
 class Problem:
     """A defect of a row; `kind` is row, image, pixels, tokens or references.
 
-    ``pixels`` is an image with a valid header that does not decode. `image` is its name in the row,
-    for the owner's screen.
+    ``pixels`` is an image with a valid header that does not decode. `image` is the image's name,
+    shown only to the owner of the data.
     """
 
     origin: str
@@ -196,8 +199,8 @@ class Problem:
 class SplitStatistics:
     """Figures of a client's split; lists have one per usable row.
 
-    `decodes` is whether the run itself decodes images before training
-    (``data.check_images=decode``), and so skips undecodable ones like other broken rows.
+    If `decodes` (``data.check_images=decode``), the run decodes images before training and skips
+    undecodable ones like other broken rows.
     """
 
     client: str
@@ -228,18 +231,11 @@ class SplitStatistics:
 
     def summary(self) -> dict[str, object]:
         """Return all figures as JSON types."""
+        names = ("client", "task", "split", "rows", "usable", "stops", "error", "images")
         common, times = self.answers.most_common(1)[0] if self.answers else ("", 0)
-        kinds = Counter(problem.kind for problem in self.problems)
         return {
-            "client": self.client,
-            "task": self.task,
-            "split": self.split,
-            "rows": self.rows,
-            "usable": self.usable,
-            "problems": dict(kinds),
-            "stops": self.stops,
-            "error": self.error,
-            "images": self.images,
+            **{name: getattr(self, name) for name in names},
+            "problems": dict(Counter(problem.kind for problem in self.problems)),
             "turns_mean": _mean(self.turns),
             "tokens_median": statistics.median(self.tokens) if self.tokens else None,
             "tokens_max": max(self.tokens, default=None),
@@ -253,106 +249,86 @@ class SplitStatistics:
         }
 
 
+def _mean(values: Sequence[int]) -> float | None:
+    return round(statistics.fmean(values), 2) if values else None
+
+
 def check_split(
     examples: LlavaExamples,
-    report: SplitStatistics,
+    figures: SplitStatistics,
     *,
     tokenize: Tokenize | None,
     images: WholeImages | None,
     workers: int,
-    references: Unscored | None = None,
+    references: Check | None = None,
 ) -> SplitStatistics:
-    """Check every row of a split and fill in its report."""
-    report.rows = len(examples)
+    """Check every row of a split and fill in its figures.
+
+    `references` raises `DataError` for references that the task's metric cannot score against.
+    """
+
+    def read(position: int) -> Example | Problem:
+        origin = examples.origin(position)
+        try:
+            example: Example = examples[position]
+        except DataError as error:
+            return Problem(origin, "row", str(error))
+        return _find_problem(example, origin, {"image": _read_headers}) or example
+
+    def count(example: Example) -> None:
+        if tokenize is not None:
+            ids, labels = tokenize(example)
+            figures.tokens.append(len(ids))
+            if labels:
+                figures.labelled.append(sum(label != IGNORE_INDEX for label in labels))
+        figures.images += len(example.images)
+        figures.turns.append(len(example.turns))
+        figures.answers[example.answers[0][:_LONGEST_ANSWER]] += 1
+
+    checks: dict[str, Check | None] = {
+        "pixels": images.check if images is not None else None,
+        "references": references,
+        "tokens": count,  # the last one, so that it counts usable rows
+    }
+    figures.rows = len(examples)
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(examples), _CHUNK):
-            positions = range(start, min(start + _CHUNK, len(examples)))
-            found = list(pool.map(lambda position: _read_example(examples, position), positions))
-            if images is not None:
-                images.decode(row for row in found if isinstance(row, Example))
-            for position, row in zip(positions, found, strict=True):
-                if isinstance(row, Example):
-                    origin = examples.origin(position)
-                    problem = _decode_and_score(row, origin, images, references)
-                    problem = problem or _count(row, origin, report, tokenize)
-                else:
-                    problem = row
-                if problem is not None:
-                    report.problems.append(problem)
-    return report
+        for position, row in _rows(examples, read, images, pool.map):
+            if isinstance(row, Example):
+                row = _find_problem(row, examples.origin(position), checks)
+            if row is not None:
+                figures.problems.append(row)
+    return figures
+
+
+def _read_headers(example: Example) -> None:
+    for image in example.images:
+        image.size()
+
+
+def _find_problem(
+    example: Example, origin: str, checks: Mapping[str, Check | None]
+) -> Problem | None:
+    for kind, check in checks.items():
+        try:
+            if check is not None:
+                check(example)
+        except DataError as error:
+            return Problem(origin, kind, str(error), getattr(error, "path", ""))
+    return None
 
 
 def shared_rows(splits: Sequence[tuple[str, LlavaExamples]]) -> Iterator[tuple[str, str, int]]:
-    """Yield pairs of splits that share rows, by name, and the number of rows."""
-    places = [(name, _places(examples)) for name, examples in splits]
-    for index, (name, mine) in enumerate(places):
-        for other, theirs in places[index + 1 :]:
-            common = sum(
-                len(np.intersect1d(rows, theirs[path]))
-                for path, rows in mine.items()
-                if path in theirs
-            )
-            if common:
-                yield name, other, common
+    """Yield the names of each pair of splits that share rows, and the number of shared rows."""
+    rows = [(name, _rows_by_file(examples)) for name, examples in splits]
+    for (name, mine), (other, theirs) in itertools.combinations(rows, 2):
+        common = sum(len(mine[path] & theirs[path]) for path in mine.keys() & theirs.keys())
+        if common:
+            yield name, other, common
 
 
-def _places(examples: LlavaExamples) -> dict[str, Rows]:
-    """Return the row numbers by file."""
-    places: dict[str, list[int]] = {}
+def _rows_by_file(examples: LlavaExamples) -> dict[Path, set[int]]:
+    found: dict[Path, set[int]] = {}
     for position in range(len(examples)):
         file, number = examples.place(position)
-        places.setdefault(str(file.path), []).append(number)
-    return {path: np.asarray(rows, np.int64) for path, rows in places.items()}
-
-
-def _read_example(examples: LlavaExamples, position: int) -> Example | Problem:
-    """Read a row and its images' headers."""
-    origin = examples.origin(position)
-    try:
-        example: Example = examples[position]
-    except DataError as error:
-        return Problem(origin, "row", str(error))
-    for image in example.images:
-        try:
-            image.size()
-        except ImageError as error:
-            return Problem(origin, "image", str(error), error.path)
-    return example
-
-
-def _decode_and_score(
-    example: Example, origin: str, images: WholeImages | None, references: Unscored | None
-) -> Problem | None:
-    """Decode a row's images and check its references."""
-    try:
-        if images is not None:
-            images.check(example)
-    except ImageError as error:
-        return Problem(origin, "pixels", str(error), error.path)
-    try:
-        if references is not None:
-            references(example)
-    except DataError as error:
-        return Problem(origin, "references", str(error))
-    return None
-
-
-def _count(
-    example: Example, origin: str, report: SplitStatistics, tokenize: Tokenize | None
-) -> Problem | None:
-    if tokenize is not None:
-        try:
-            ids, labels = tokenize(example)
-        except DataError as error:
-            return Problem(origin, "tokens", str(error))
-        report.tokens.append(len(ids))
-        if labels:
-            report.labelled.append(sum(label != IGNORE_INDEX for label in labels))
-    report.images += len(example.images)
-    report.turns.append(len(example.turns))
-    report.answers[example.answers[0][:_LONGEST_ANSWER]] += 1
-    return None
-
-
-def _mean(values: Sequence[int]) -> float | None:
-    return round(statistics.fmean(values), 2) if values else None
+        found.setdefault(examples.files[file].path, set()).add(number)
+    return found

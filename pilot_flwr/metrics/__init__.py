@@ -1,12 +1,18 @@
-"""The table of metrics: what `data.files.<task>.metric` may name.
+"""The table of metrics, from which `data.files.<task>.metric` selects.
 
 To add a metric, write a function in the module of its family and add its row to `METRICS`.
 """
+
+from functools import partial
 
 from pilot_flwr.metrics import captions, grounding, text
 from pilot_flwr.metrics.score import Metric, Score, per_prediction
 
 __all__ = ["METRICS", "Metric", "Score"]
+
+_quarters = partial(grounding.grounding, form=grounding.QUARTERS)
+_check_quarters = partial(grounding.check_boxes, form=grounding.QUARTERS)
+_caption_metric = partial(Metric, approximate=captions.why_approximate)
 
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("exact match", per_prediction(text.exact_match)),
@@ -22,22 +28,9 @@ METRICS: dict[str, Metric] = {
     "grounding": Metric(
         "IoU > 0.5", per_prediction(grounding.grounding), check=grounding.check_boxes
     ),
-    "grounding_quarters": Metric(
-        "IoU > 0.5",
-        per_prediction(grounding.grounding_quarters),
-        check=grounding.check_quarters,
-    ),
-    "cider_d": Metric(
-        "CIDEr-D",
-        captions.on_tokens(captions.cider_d),
-        maximum=10.0,
-        approximate=captions.why_approximate,
-    ),
-    "bleu_4": Metric(
-        "BLEU-4", captions.on_tokens(captions.bleu_4), approximate=captions.why_approximate
-    ),
-    "rouge_l": Metric(
-        "ROUGE-L", captions.on_tokens(captions.rouge_l), approximate=captions.why_approximate
-    ),
+    "grounding_quarters": Metric("IoU > 0.5", per_prediction(_quarters), check=_check_quarters),
+    "cider_d": _caption_metric("CIDEr-D", captions.on_tokens(captions.cider_d), maximum=10.0),
+    "bleu_4": _caption_metric("BLEU-4", captions.on_tokens(captions.bleu_4)),
+    "rouge_l": _caption_metric("ROUGE-L", captions.on_tokens(captions.rouge_l)),
 }
-"""Metric by the name under which a task asks for it."""
+"""Metric by the value of `data.files.<task>.metric`."""

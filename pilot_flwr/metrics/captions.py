@@ -1,13 +1,13 @@
 """Metrics of captions: CIDEr-D, BLEU-4 and ROUGE-L on Penn Treebank tokens.
 
-The formulas, constants included, are those of the COCO caption evaluation (pycocoevalcap), and
-tests hold these functions to its figures. They are written anew because that package is 100 MB
-of Java programs, writes into its own folder and prints as it scores. To add a caption metric,
-write a function of tokens and wrap it in `on_tokens`.
+Formulas and constants are those of the COCO caption evaluation (pycocoevalcap), and tests compare
+these functions with its figures. They are reimplemented because that package is 100 MB of Java
+programs, writes into its own folder and prints while scoring. To add a caption metric, write a
+function of tokens and wrap it in `on_tokens`.
 
-The standard tokenizer is that of Stanford CoreNLP 3.4.1, a Java program in pycocoevalcap
+The standard tokenizer is Stanford CoreNLP 3.4.1's, a Java program in pycocoevalcap
 (``pip install 'pilot-flwr[captions]'``). Without it or without Java, `approximate_tokens` replaces
-it, and `why_approximate` says so.
+it, and `why_approximate` reports that.
 """
 
 import importlib.util
@@ -28,19 +28,16 @@ from pilot_flwr.metrics.score import References, Score, check_pairs
 JAR = "stanford-corenlp-3.4.1.jar"
 
 REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-"""Tokens that are left out. Brackets stay: the official list has them in capitals, but the
-tokenizer writes small letters."""
+"""Tokens to drop. Brackets stay: the official list has them in upper case, but the tokenizer
+writes lower case."""
 
 PROBE_SECONDS, ALL_SECONDS = 60.0, 1800.0
-"""Time limits of the Java program, to show that it runs and for a split's captions."""
+"""Time limits of the Java program: to test that it runs, and for a split's captions."""
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
 
-_SPLIT = {
-    **{f"{a}{b}": f"{a} {b}" for a, b in [("can", "not"), ("gon", "na"), ("wan", "na")]},
-    **{f"{a}{b}": f"{a} {b}" for a, b in [("got", "ta"), ("gim", "me"), ("lem", "me")]},
-}
-
+_CONTRACTED = ("can not", "gon na", "wan na", "got ta", "gim me", "lem me")
+_SPLIT = {text.replace(" ", ""): text for text in _CONTRACTED}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SUFFIX = r"'(?:s|m|d|ll|re|ve)\b"
 
@@ -61,17 +58,16 @@ _TOKEN = re.compile(
 
 
 def tokenize(captions: Sequence[str]) -> list[list[str]]:
-    """Return the tokens of each caption, by the standard tokenizer where it is available.
+    """Return the tokens of each caption, from the standard tokenizer where it is available.
 
     Raises
     ------
     DataError
         The Java program failed, or did not answer line by line.
     """
-    if why_approximate():
-        return [approximate_tokens(caption) for caption in captions]
     jar = _jar()
-    assert jar is not None
+    if jar is None or why_approximate():
+        return list(map(approximate_tokens, captions))
     return _java_tokens(captions, jar, ALL_SECONDS)
 
 
@@ -86,11 +82,11 @@ def why_approximate() -> str:
 
 
 def approximate_tokens(caption: str) -> list[str]:
-    """Return the tokens that the standard tokenizer would give most captions.
+    """Approximate the standard tokenizer, with the same tokens for most captions.
 
     Words with hyphens, slashes and inner apostrophes, numbers and common abbreviations are one
-    token; ``n't`` and ``'s`` and the like are tokens of their own. Web addresses, currencies in
-    words and rarer abbreviations are not known to it.
+    token; suffixes such as ``n't`` and ``'s`` are separate tokens. Web addresses, currencies in
+    words and rarer abbreviations are not recognised.
     """
     text = caption.lower().translate(_PLAIN)
     tokens = []
@@ -103,16 +99,14 @@ def approximate_tokens(caption: str) -> list[str]:
 
 def _jar() -> Path | None:
     found = importlib.util.find_spec("pycocoevalcap")
-    for folder in (found.submodule_search_locations or []) if found else []:
-        jar = Path(folder) / "tokenizer" / JAR
-        if jar.is_file():
-            return jar
-    return None
+    folders = (found and found.submodule_search_locations) or []
+    jars = (Path(folder) / "tokenizer" / JAR for folder in folders)
+    return next(filter(Path.is_file, jars), None)
 
 
 @lru_cache(maxsize=1)
 def _trouble_with(jar: Path) -> str:
-    """Return why the program does not run, found out once per process."""
+    """Return why the program does not run; tested once per process."""
     try:
         worked = _java_tokens(["A man's hat."], jar, PROBE_SECONDS) == [["a", "man", "'s", "hat"]]
     except (DataError, OSError):
@@ -123,7 +117,7 @@ def _trouble_with(jar: Path) -> str:
 def _java_tokens(captions: Sequence[str], jar: Path, seconds: float) -> list[list[str]]:
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-preserveLines", "-lowerCase", "-encoding", "utf-8"]
-    # The program answers line by line, and for it other characters than "\n" end a line as well.
+    # The program answers line by line; characters other than "\n" also end a line for it.
     lines = [" ".join(caption.split()) for caption in captions]
     text = "".join(f"{line}\n" for line in lines)
     try:
@@ -159,14 +153,14 @@ _TINY, _SMALL = 1e-15, 1e-9  # pycocoevalcap's, against logarithms and divisions
 def on_tokens(
     function: Callable[[list[Tokens], list[list[Tokens]]], Score],
 ) -> Callable[[Sequence[str], References], Score]:
-    """Return the scorer that gives `function` the tokens of predictions and references."""
+    """Return a scorer that calls `function` with the tokens of predictions and references."""
 
     def score(predictions: Sequence[str], references: References) -> Score:
         check_pairs(predictions, references)
         texts = [*predictions, *(text for group in references for text in group)]
         tokens = iter(tokenize(texts))
-        said = [next(tokens) for _ in predictions]
-        return function(said, [[next(tokens) for _ in group] for group in references])
+        predicted = [next(tokens) for _ in predictions]
+        return function(predicted, [[next(tokens) for _ in group] for group in references])
 
     return score
 
@@ -178,7 +172,7 @@ def bleu_4(predictions: list[Tokens], references: list[list[Tokens]]) -> Score:
     brevity penalty ``BP = exp(1 - r/c)`` if the length c is below r. The reference length r of a
     prediction is that of the reference closest in length, the shorter of two.
     """
-    counts = [_bleu_counts(*pair) for pair in zip(predictions, references, strict=True)]
+    counts = list(map(_bleu_counts, predictions, references))
     corpus = [sum(column) for column in zip(*counts, strict=True)]
     return Score(_bleu(corpus), [_bleu(count) for count in counts])
 
@@ -189,7 +183,7 @@ def rouge_l(predictions: list[Tokens], references: list[list[Tokens]]) -> Score:
     ``(1 + β²) P R / (R + β² P)``, β = 1.2, with the precision P = max_r lcs/|p| and the recall
     R = max_r lcs/|r| of the longest common subsequence, each the best over the references.
     """
-    each = [_rouge(*pair) for pair in zip(predictions, references, strict=True)]
+    each = list(map(_rouge, predictions, references))
     return Score(sum(each) / len(each), each)
 
 
@@ -198,9 +192,9 @@ def cider_d(predictions: list[Tokens], references: list[list[Tokens]]) -> Score:
 
     The mean over n = 1..4 and over the references r of
     ``10 exp(-(l_p - l_r)²/2σ²) · min(g_p, g_r)·g_r / (|g_p| |g_r|)`` with the TF-IDF vectors g of
-    n-grams, σ = 6 and the lengths l (counted in bigrams, as the reference does). The document
-    frequency is the number of images, of those scored together, with the n-gram in a reference;
-    so the figure depends on the whole split, and one image alone always scores 0.
+    n-grams, σ = 6 and the lengths l (counted in bigrams, as in pycocoevalcap). The document
+    frequency of an n-gram is the number of images scored together that have it in a reference; so
+    the figure depends on the whole split, and a single image always scores 0.
     """
     counted = [[_ngrams(tokens) for tokens in group] for group in references]
     frequency: Counter[NGram] = Counter()
@@ -217,9 +211,9 @@ def cider_d(predictions: list[Tokens], references: list[list[Tokens]]) -> Score:
 
     each = []
     for tokens, answers, counts in zip(predictions, references, counted, strict=True):
-        said = vectors(_ngrams(tokens))
+        predicted = vectors(_ngrams(tokens))
         similarities = [
-            _cider_similarity(said, vectors(ngrams)) * _length_penalty(tokens, answer)
+            _cider_similarity(predicted, vectors(ngrams)) * _length_penalty(tokens, answer)
             for answer, ngrams in zip(answers, counts, strict=True)
         ]
         each.append(10.0 * sum(similarities) / len(similarities))
@@ -272,11 +266,12 @@ def _cider_similarity(
 ) -> float:
     """Return the mean over n of the clipped cosine of two TF-IDF vectors."""
     total = 0.0
-    for said, expected in zip(prediction, reference, strict=True):
+    for predicted, expected in zip(prediction, reference, strict=True):
         product = sum(
-            min(v, expected.get(ngram, 0.0)) * expected.get(ngram, 0.0) for ngram, v in said.items()
+            min(weight, expected.get(ngram, 0.0)) * expected.get(ngram, 0.0)
+            for ngram, weight in predicted.items()
         )
-        norms = math.hypot(*said.values()) * math.hypot(*expected.values())
+        norms = math.hypot(*predicted.values()) * math.hypot(*expected.values())
         total += product / norms if norms else 0.0
     return total / ORDER
 

@@ -1,24 +1,17 @@
-"""Grounding: whether the predicted box is the reference's, by intersection over union.
+"""Score predicted boxes against reference boxes by intersection over union (IoU).
 
-Boxes are text in LLaVA's form, ``[x1, y1, x2, y2]``: the left, upper, right and lower edge as
-shares of the image's width and height. Numbers are compared as exact fractions, so that rounding
-does not move a box across the threshold.
-
-`grounding_quarters` is the same for boxes on a coarse grid, ``x1 y1 x2 y2`` in quarters of the
-width and height, for a model whose tokens are too few to write fractions.
+Numbers are compared as exact fractions, so that rounding does not move a box across the threshold.
+To add a way of writing boxes, add a `BoxForm` and a row of `METRICS`.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 from pilot_flwr.errors import DataError
 
 THRESHOLD = Fraction(1, 2)
-_NUMBER = r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*"
-_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-_QUARTERS = re.compile(r"([0-4]) ([0-4]) ([0-4]) ([0-4])")
 
 
 class Box(NamedTuple):
@@ -31,86 +24,68 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> Fraction:
-        """Share of the image that is inside; 0 if an edge is beyond its opposite."""
+        """Share of the image inside the box; 0 if opposite edges are in the wrong order."""
         return max(self.right - self.left, Fraction(0)) * max(self.lower - self.upper, Fraction(0))
 
 
-def grounding(prediction: str, references: Sequence[str]) -> float:
+class BoxForm(NamedTuple):
+    """A way to write a box: its pattern, the numbers in one image side, and a description."""
+
+    pattern: re.Pattern[str]
+    side: int
+    description: str
+
+    def parse(self, text: str) -> Box | None:
+        """Return the first box in `text`, None unless it has an area and is inside the image."""
+        found = self.pattern.search(text)
+        if not found:
+            return None
+        box = Box(*(Fraction(number.rstrip(".")) / self.side for number in found.groups()))
+        return box if box.area > 0 and max(box) <= 1 else None
+
+
+_NUMBER = r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*"
+
+LLAVA = BoxForm(
+    re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"),
+    1,
+    "'[x1, y1, x2, y2]' with edges from 0 to 1 and x1 < x2, y1 < y2",
+)
+"""LLaVA's form: left, upper, right and lower edge as shares of the image's width and height."""
+
+QUARTERS = BoxForm(
+    re.compile(r"\A\s*([0-4]) ([0-4]) ([0-4]) ([0-4])\s*\Z"),
+    4,
+    "'x1 y1 x2 y2' in quarters, whole numbers from 0 to 4 with x1 < x2, y1 < y2",
+)
+"""The whole text in quarters of width and height, for models with few tokens: ``0 0 2 4``."""
+
+
+def grounding(prediction: str, references: Sequence[str], form: BoxForm = LLAVA) -> float:
     """Return 1 if the predicted box overlaps a reference with IoU > 0.5, else 0.
 
-    A prediction without a box, or whose first box is not one, is wrong.
-
-    Raises
-    ------
-    DataError
-        As `check_boxes`.
+    A prediction is wrong if it has no box, or if its first box is not valid.
     """
-    return _hit(parse_box(prediction), check_boxes(references))
+    boxes = check_boxes(references, form)
+    predicted = form.parse(prediction)
+    return float(predicted is not None and any(iou(predicted, box) > THRESHOLD for box in boxes))
 
 
-def grounding_quarters(prediction: str, references: Sequence[str]) -> float:
-    """Return what `grounding` does, for boxes in quarters of the page: ``0 0 2 4``.
-
-    A prediction that is anything but four such numbers of a box with an area is wrong.
-
-    Raises
-    ------
-    DataError
-        As `check_quarters`.
-    """
-    return _hit(parse_quarters(prediction), check_quarters(references))
-
-
-def check_boxes(references: Sequence[str]) -> list[Box]:
+def check_boxes(references: Sequence[str], form: BoxForm = LLAVA) -> list[Box]:
     """Return the references as boxes.
 
     Raises
     ------
     DataError
-        One is not a box of LLaVA's form with an area; the message does not have its text.
+        A reference is not a box of this form with an area; the message does not quote it.
     """
-    form = "'[x1, y1, x2, y2]' with edges from 0 to 1 and x1 < x2, y1 < y2"
-    return _boxes(references, parse_box, form)
-
-
-def check_quarters(references: Sequence[str]) -> list[Box]:
-    """Return the references, in quarters of the page, as boxes.
-
-    Raises
-    ------
-    DataError
-        One is not four numbers from 0 to 4 with an area; the message does not have its text.
-    """
-    form = "'x1 y1 x2 y2' in quarters, whole numbers from 0 to 4 with x1 < x2, y1 < y2"
-    return _boxes(references, parse_quarters, form)
-
-
-def _boxes(references: Sequence[str], parse: Callable[[str], Box | None], form: str) -> list[Box]:
     boxes = []
     for number, text in enumerate(references, start=1):
-        box = parse(text)
+        box = form.parse(text)
         if box is None:
-            raise DataError(f"Reference {number} is not a box; it must be {form}.")
+            raise DataError(f"Reference {number} is not a box; it must be {form.description}.")
         boxes.append(box)
     return boxes
-
-
-def parse_quarters(text: str) -> Box | None:
-    """Return `text` as a box in quarters of the page, or None if it is not one with an area."""
-    found = _QUARTERS.fullmatch(text.strip())
-    if not found:
-        return None
-    box = Box(*(Fraction(int(number), 4) for number in found.groups()))
-    return box if box.area > 0 else None
-
-
-def parse_box(text: str) -> Box | None:
-    """Return the first box in `text`, or None if there is none with an area inside the image."""
-    found = _BOX.search(text)
-    if not found:
-        return None
-    box = Box(*(Fraction(number.rstrip(".")) for number in found.groups()))
-    return box if box.area > 0 and max(box) <= 1 else None
 
 
 def iou(first: Box, second: Box) -> Fraction:
@@ -122,7 +97,3 @@ def iou(first: Box, second: Box) -> Fraction:
         min(first.lower, second.lower),
     ).area
     return common / (first.area + second.area - common)
-
-
-def _hit(said: Box | None, expected: Sequence[Box]) -> float:
-    return float(said is not None and any(iou(said, box) > THRESHOLD for box in expected))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from pilot_flwr.errors import DataError
 
 References = Sequence[Sequence[str]]
-"""Per prediction, the answers that it is scored against."""
+"""The reference answers of each prediction."""
 
 
 class Score(NamedTuple):
-    """A metric's figure for a test split: `mean`, and `each` prediction's own figure.
+    """A metric's figure for a test split, `mean`, and for `each` prediction.
 
     For BLEU, which is defined on a corpus, `mean` is the corpus' figure and not the mean of `each`.
     """
@@ -22,23 +22,22 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by which a task can be scored.
+    """A metric of a task's answers.
 
     Parameters
     ----------
     title : str
-        Its name in tables.
+        The name in tables.
     score : callable
-        Takes the predictions, and the references of each; returns their `Score`. Raises
-        `DataError` if there is no prediction, if some prediction has no reference, or if there
-        are not as many lists of references as predictions.
+        Return the `Score` of predictions and their references. Raises `DataError` as
+        `check_pairs` does.
     maximum : float
         The largest possible figure; the smallest is 0.
     approximate : callable
-        Returns why figures taken now are approximate, or an empty text if they are not.
+        Return why figures are approximate on this machine, or an empty text if they are exact.
     check : callable
-        Raises `DataError`, without quoting them, if one prediction's references cannot be scored
-        against; called before anything is predicted.
+        Raise `DataError`, without quoting them, for one example's references that the metric
+        cannot use; called before anything is predicted.
     """
 
     title: str
@@ -51,21 +50,18 @@ class Metric:
 def per_prediction(
     function: Callable[[str, Sequence[str]], float],
 ) -> Callable[[Sequence[str], References], Score]:
-    """Return the scorer whose figure is the mean of `function` over the predictions."""
+    """Return a scorer that averages `function` over the predictions."""
 
     def score(predictions: Sequence[str], references: References) -> Score:
         check_pairs(predictions, references)
-        each = [
-            function(prediction, answers)
-            for prediction, answers in zip(predictions, references, strict=True)
-        ]
+        each = list(map(function, predictions, references))
         return Score(sum(each) / len(each), each)
 
     return score
 
 
 def check_pairs(predictions: Sequence[str], references: References) -> None:
-    """Raise `DataError` unless every prediction has references, and there is a prediction."""
+    """Raise `DataError` unless there are predictions, each with a list of references."""
     if not predictions:
         raise DataError("There is no prediction to score.")
     if len(predictions) != len(references):

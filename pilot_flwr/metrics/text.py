@@ -4,9 +4,9 @@ To add one, write a function of a prediction and its references, and add its row
 `pilot_flwr.metrics`. Sources and formulas: docs/reference/metrics.md.
 
 VQAv2 and TextVQA score against ten annotators: an answer counts in full if at least three gave it.
-To be comparable with a human's accuracy, each annotator is left out in turn, and the ten figures
-are averaged. Texts are normalised as by the official VQA script, which TextVQA's (M4C's) extends.
-For another data set of this kind, combine `soft_accuracy` with the normalisation of its script.
+For comparison with human accuracy, each annotator is left out in turn, and the ten figures are
+averaged. Texts are normalised as in the official VQA script, which TextVQA's (M4C's) extends. For
+another data set of this kind, combine `soft_accuracy` with the normalisation of its script.
 """
 
 import re
@@ -17,12 +17,12 @@ from rapidfuzz.distance import Levenshtein
 from pilot_flwr.errors import DataError
 
 ANLS_THRESHOLD = 0.5
-"""The least similarity that counts, of the benchmarks' own evaluation."""
+"""Minimum similarity that counts, as in the benchmarks' evaluation."""
 
 OPTIONS = "ABCDE"
 """The letters of ScienceQA's options."""
 
-_ANSWER_IS = re.compile("The answer is ([A-Z]).")  # LLaVA's own: any character may end it
+_ANSWER_IS = re.compile("The answer is ([A-Z]).")  # as in LLaVA: any character may end it
 
 ANNOTATORS = 10
 
@@ -31,18 +31,14 @@ ENOUGH = 3
 
 ARTICLES = frozenset(("a", "an", "the"))
 
-NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten".split(), start=0
-    )
-} | {"none": "0"}
+_WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)} | {"none": "0"}
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 
-# Without "I'm" and the like: texts are in lower case when they are looked up.
+# Without capitals such as "I'm", as texts are in lower case when they are looked up.
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
@@ -61,20 +57,19 @@ CONTRACTIONS = {
     for word in _CONTRACTED
     for place, letter in enumerate(word)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # so in both official scripts
+} | {"somebody'd": "somebodyd"}  # as in both official scripts
 """Form with one apostrophe missing → contraction."""
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if a reference is the prediction but for case and white space, else 0."""
+    """Return 1 if a reference equals the prediction up to case and white space, else 0."""
     return float(_plain(prediction) in map(_plain, references))
 
 
 def gqa(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if a reference is the prediction but for case and periods at its end, else 0.
+    """Return 1 if a reference equals the prediction up to case and final periods, else 0.
 
-    GQA's own script compares strings; LLaVA lower-cases an answer and takes periods off its end
-    before it hands it to that script.
+    GQA's script compares strings; LLaVA lower-cases an answer and strips its final periods first.
     """
     return float(_gqa_form(prediction) in map(_gqa_form, references))
 
@@ -85,31 +80,19 @@ def anls(prediction: str, references: Sequence[str]) -> float:
     ``s = 1 - d(p, r) / max(|p|, |r|)`` with the edit distance d, both texts in lower case and
     with single blanks; the score is ``max_r s`` if that is at least 0.5.
     """
-    said = _lowered(prediction)
-    best = max(Levenshtein.normalized_similarity(said, _lowered(r)) for r in references)
+    text = _lowered(prediction)
+    best = max(Levenshtein.normalized_similarity(text, _lowered(r)) for r in references)
     return float(best) if best >= ANLS_THRESHOLD else 0.0
 
 
 def scienceqa(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if the option's letter in the prediction is that of a reference, else 0.
-
-    Raises
-    ------
-    DataError
-        As `check_letters`.
-    """
+    """Return 1 if prediction and a reference name the same option's letter, else 0."""
     check_letters(references)
     return float(option_letter(prediction) in map(option_letter, references))
 
 
 def check_letters(references: Sequence[str]) -> None:
-    """Raise unless every reference names an option, as `scienceqa` needs it.
-
-    Raises
-    ------
-    DataError
-        One does not; the message does not have its text.
-    """
+    """Raise `DataError`, without quoting it, for a reference that names no option."""
     for number, reference in enumerate(references, start=1):
         if option_letter(reference) is None:
             raise DataError(
@@ -121,9 +104,9 @@ def check_letters(references: Sequence[str]) -> None:
 def option_letter(answer: str) -> str | None:
     """Return the letter that a ScienceQA answer names, or None.
 
-    In this order, as in LLaVA's script: the answer is a letter and nothing else; it begins with
-    a letter, a period and a blank; it has ``The answer is``, a capital and one more character
-    somewhere, exactly once. White space around the answer does not count.
+    In this order, as in LLaVA's script: the answer is just a letter; it begins with a letter, a
+    period and a blank; it contains ``The answer is``, a capital and one more character exactly
+    once. White space around the answer is ignored.
     """
     text = answer.strip()
     if text in set(OPTIONS):
@@ -149,40 +132,22 @@ def _gqa_form(text: str) -> str:
 def vqav2(prediction: str, references: Sequence[str]) -> float:
     """Return the VQAv2 accuracy of a prediction, in [0, 1].
 
-    As in the official script, the annotators' answers, which the data set holds in normalised
-    form, only have their punctuation treated, and only if they are not all the same.
-
-    Raises
-    ------
-    DataError
-        There are not ten references.
+    The data set's answers are normalised already. As in the official script, only their
+    punctuation is stripped, and only if they differ.
     """
     answers = list(references)
     if len(set(answers)) > 1:
         answers = [strip_punctuation(answer) for answer in answers]
-    said = prediction.replace("\n", " ").replace("\t", " ").strip()
-    return soft_accuracy(replace_words(strip_punctuation(said)), answers)
+    return soft_accuracy(_vqa_form(prediction), answers)
 
 
 def textvqa(prediction: str, references: Sequence[str]) -> float:
-    """Return the TextVQA accuracy of a prediction, in [0, 1].
-
-    Raises
-    ------
-    DataError
-        There are not ten references.
-    """
+    """Return the TextVQA accuracy of a prediction, in [0, 1]."""
     return soft_accuracy(textvqa_form(prediction), [textvqa_form(r) for r in references])
 
 
 def soft_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Return the mean over the annotators i of ``min(1, #{j != i: reference_j = answer} / 3)``.
-
-    Raises
-    ------
-    DataError
-        As `check_annotators`.
-    """
+    """Return the mean over the annotators i of ``min(1, #{j != i: reference_j = answer} / 3)``."""
     check_annotators(references)
     matches = [reference == answer for reference in references]
     left_out = [min(1.0, (sum(matches) - match) / ENOUGH) for match in matches]
@@ -199,10 +164,10 @@ def check_annotators(references: Sequence[str]) -> None:
 
 
 def strip_punctuation(text: str) -> str:
-    """Return `text` without punctuation, as the VQA script removes it.
+    """Return `text` without punctuation, like the VQA script.
 
-    A mark is removed if anywhere in the text it stands beside a blank, or if the text has a
-    number with a comma; otherwise a blank takes its place. A period goes unless a digit follows.
+    A mark is removed if it is next to a blank anywhere in the text, or if the text has a number
+    with a comma; otherwise a blank replaces it. A period is removed unless a digit follows.
     """
     joined = _DIGITS_WITH_COMMA.search(text) is not None
     result = text
@@ -213,12 +178,16 @@ def strip_punctuation(text: str) -> str:
 
 
 def replace_words(text: str) -> str:
-    """Return `text` in lower case, numbers to ten as digits, articles gone, apostrophes back."""
+    """Lower-case, write numbers to ten as digits, drop articles and restore apostrophes."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def textvqa_form(text: str) -> str:
-    """Return `text` as TextVQA's answer processor normalises it."""
-    words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return replace_words(strip_punctuation(words.replace("\n", " ").replace("\t", " ").strip()))
+    """Normalise `text` like TextVQA's answer processor."""
+    return _vqa_form(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+
+
+def _vqa_form(text: str) -> str:
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    return replace_words(strip_punctuation(text))
