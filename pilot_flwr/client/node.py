@@ -370,7 +370,7 @@ def _demands(values: NodeConfig) -> PrivacyDemands:
         key: _positive(values, key)
         for key in ("min-noise-multiplier", "max-clip-norm", "max-epsilon", "privacy-delta")
     }
-    rules.share("privacy-delta", limits["privacy-delta"] or 0)
+    rules.FRACTION.check("privacy-delta", limits["privacy-delta"] or 0)
     allow = values.get("allow-metrics", False)
     if not isinstance(allow, bool):
         raise ConfigError(f"`allow-metrics` is {allow!r} but must be true or false.")
@@ -393,7 +393,7 @@ def _positive(values: NodeConfig, key: str) -> float | None:
         number = math.nan
     if math.isnan(number):
         raise ConfigError(f"`{key}` is {values[key]!r} but must be a number: {KEYS[key]}.")
-    rules.positive(key, number)
+    rules.POSITIVE.check(key, number)
     return number
 
 

@@ -18,6 +18,7 @@ from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pilot_flwr.config.rules import one_of
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError
 
@@ -46,11 +47,7 @@ def config_folder() -> Path:
 def load_config(overrides: str = "") -> PilotConfig:
     """Compose the configuration from ``conf/`` and Hydra overrides.
 
-    Parameters
-    ----------
-    overrides : str
-        Hydra overrides separated by blanks, quoted as in a shell, for instance
-        ``"experiment=demo strategy.rounds=1"``.
+    Overrides are separated by blanks and quoted as in a shell: ``experiment=demo seed=1``.
 
     Raises
     ------
@@ -84,9 +81,7 @@ def _compose(overrides: str) -> PilotConfig:
     try:
         arguments = shlex.split(overrides)
     except ValueError as error:
-        raise ConfigError(
-            f"The overrides {overrides!r} cannot be split into words: {error}."
-        ) from None
+        raise ConfigError(f"The overrides {overrides!r} cannot be split: {error}.") from None
     try:
         for override in OverridesParser.create().parse_overrides(arguments):
             _check_override(override)
@@ -110,9 +105,7 @@ def _check_override(override: "Override") -> None:
         raise ConfigError(f"The override {word!r} must give one value.")
     groups = {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
     if key in groups and not isinstance(value, dict):
-        choices = sorted(file.stem for file in (config_folder() / key).glob("*.yaml"))
-        if value not in choices:
-            raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(choices)}.")
+        one_of(key, value, sorted(file.stem for file in (config_folder() / key).glob("*.yaml")))
     elif key.split(".")[0] not in {field.name for field in fields(PilotConfig)}:
         raise ConfigError(f"Unknown key in {word!r}: there is no setting `{key}`.")
     for text in _texts(value):

@@ -33,34 +33,10 @@ def at_least(key: str, value: float, minimum: float) -> None:
         raise ConfigError(f"`{key}` is {value} but must be at least {minimum}{finite}.")
 
 
-def at_most(key: str, value: float, maximum: float) -> None:
-    """Raise unless `value` is finite and not above `maximum`."""
-    if not -_INFINITY < value <= maximum:
-        raise ConfigError(f"`{key}` is {value} but must be at most {maximum}.")
-
-
-def positive(key: str, value: float) -> None:
-    """Raise unless `value` is finite and above zero."""
-    if not 0 < value < _INFINITY:
-        raise ConfigError(f"`{key}` is {value} but must be above 0 and finite.")
-
-
-def share(key: str, value: float) -> None:
-    """Raise unless `value` is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ConfigError(f"`{key}` is {value} but must be at least 0 and below 1.")
-
-
-def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+def one_of(key: str, value: object, allowed: Sequence[str]) -> None:
     """Raise unless `value` is among `allowed`."""
     if value not in allowed:
         raise ConfigError(f"`{key}` is {value!r} but must be one of {', '.join(allowed)}.")
-
-
-def not_empty(key: str, value: str | list[str]) -> None:
-    """Raise if a text or a list is empty."""
-    if not value:
-        raise ConfigError(f"`{key}` is empty but must have a value.")
 
 
 def check_name(key: str, value: str, *, longest: int = LONGEST_NAME) -> None:
@@ -91,10 +67,18 @@ class Limit(NamedTuple):
     check: Callable[[str, Any], None]
 
 
-POSITIVE = Limit("above 0", positive)
-FRACTION = Limit("at least 0, below 1", share)
+def _limit(allowed: str, holds: Callable[[Any], bool]) -> Limit:
+    def check(key: str, value: Any) -> None:
+        if not holds(value):
+            raise ConfigError(f"`{key}` is {value!r} but must be {allowed}.")
+
+    return Limit(allowed, check)
+
+
+POSITIVE = _limit("above 0 and finite", lambda value: 0 < value < _INFINITY)
+FRACTION = _limit("at least 0 and below 1", lambda value: 0 <= value < 1)
+NOT_EMPTY = _limit("non-empty", bool)
 NAME = Limit(f"letters, digits, '_', '-'; at most {LONGEST_NAME} characters", check_name)
-NOT_EMPTY = Limit("not empty", not_empty)
 
 
 def minimum(value: float) -> Limit:
@@ -104,7 +88,7 @@ def minimum(value: float) -> Limit:
 
 def maximum(value: float) -> Limit:
     """Limit a setting to at most `value`."""
-    return Limit(f"at most {value}", functools.partial(at_most, maximum=value))
+    return _limit(f"at most {value}", lambda found: -_INFINITY < found <= value)
 
 
 def choice(*values: str) -> Limit:

@@ -35,14 +35,8 @@ _DECODER = json.JSONDecoder()
 class RowFile(Sequence[Row]):
     """The rows of one file, by number from 0.
 
-    Attributes
-    ----------
-    name : str
-        The file's base name, used in errors: they may leave this machine.
-    is_array : bool
-        True for a JSON array, false for JSONL.
-    stamp : tuple of int
-        Size and modification time; a file whose stamp has changed is refused.
+    Errors have only the file's base name, as they may leave this machine. A file that has changed
+    since it was opened is refused.
     """
 
     def __init__(self, path: Path, *, chunk: int = _CHUNK) -> None:
@@ -73,13 +67,6 @@ class RowFile(Sequence[Row]):
             raise IndexError(f"{self.name} has {len(self)} rows, so none at {number}.")
         with self._open() as file:
             return self._read(file, number % len(self))
-
-    def __iter__(self) -> Iterator[Row]:
-        """Iterate over all rows in one pass; raise at a broken one."""
-        for row in self.scan():
-            if isinstance(row, DataError):
-                raise row
-            yield row
 
     def scan(self) -> Iterator[Row | DataError]:
         """Iterate over all rows in one pass, yielding the error of a broken one."""

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,9 @@ from pilot_flwr.errors import DataError
 
 Check = Callable[[Example], object]
 """Raises `DataError` for an unusable example, for instance `Collator.tokenize`."""
+
+Checks = Mapping[str, Check]
+"""Checks by the kind of problem that they find."""
 
 Tokenize = Callable[[Example], tuple[list[int], list[int]]]
 """Token ids and labels (or none) of an example; raises `DataError`."""
@@ -74,21 +76,6 @@ def _decodes(image: ImageFile) -> bool:
     return True
 
 
-def _rows(
-    examples: LlavaExamples,
-    read: Callable[[int], Any],
-    images: WholeImages | None,
-    apply: Callable[..., Iterable[Any]] = map,
-) -> Iterator[tuple[int, Any]]:
-    """Yield each position with the result of `read`, decoding a chunk's images together."""
-    for start in range(0, len(examples), _CHUNK):
-        positions = range(start, min(start + _CHUNK, len(examples)))
-        found = list(apply(read, positions))
-        if images is not None:
-            images.decode(row for row in found if isinstance(row, Example))
-        yield from zip(positions, found, strict=True)
-
-
 def usable(
     examples: Sequence[Example],
     *,
@@ -110,39 +97,14 @@ def usable(
     cache = folder / f"{_digest(examples, settings)}.json"
     broken = _cached(cache)
     if broken is None:
-        broken, first = _find_broken(examples, check, images)
+        problems = list(_problems(examples, {}, {"tokens": check}, images))
+        broken = [position for position, _ in problems]
         if len(broken) > allowed * len(examples):
-            raise _refusal(len(broken), len(examples), first, name, allowed)
+            raise _refusal(len(broken), len(examples), problems[0][1].message, name, allowed)
         folder.mkdir(parents=True, exist_ok=True)
         cache.write_text(json.dumps(broken), encoding="utf-8")
         progress(f"{name}: {len(examples)} rows checked, {len(broken)} left out as broken")
     return examples.select(np.setdiff1d(np.arange(len(examples)), broken)) if broken else examples
-
-
-def _find_broken(
-    examples: LlavaExamples, check: Check, images: WholeImages | None
-) -> tuple[list[int], str]:
-    """Return the positions of the broken rows, and the first one's error."""
-
-    def read(position: int) -> Example | DataError:
-        try:
-            example: Example = examples[position]
-        except DataError as error:
-            return error
-        return example
-
-    broken, first = [], ""
-    for position, row in _rows(examples, read, images):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            check(row)
-            if images is not None:
-                images.check(row)
-        except DataError as error:
-            broken.append(position)
-            first = first or str(error)
-    return broken, first
 
 
 def _refusal(broken: int, total: int, first: str, name: str, allowed: float) -> DataError:
@@ -267,14 +229,6 @@ def check_split(
     `references` raises `DataError` for references that the task's metric cannot score against.
     """
 
-    def read(position: int) -> Example | Problem:
-        origin = examples.origin(position)
-        try:
-            example: Example = examples[position]
-        except DataError as error:
-            return Problem(origin, "row", str(error))
-        return _find_problem(example, origin, {"image": _read_headers}) or example
-
     def count(example: Example) -> None:
         if tokenize is not None:
             ids, labels = tokenize(example)
@@ -285,18 +239,13 @@ def check_split(
         figures.turns.append(len(example.turns))
         figures.answers[example.answers[0][:_LONGEST_ANSWER]] += 1
 
-    checks: dict[str, Check | None] = {
-        "pixels": images.check if images is not None else None,
-        "references": references,
-        "tokens": count,  # the last one, so that it counts usable rows
-    }
+    checks: Checks = {"tokens": count}  # the last one, so that it counts usable rows
+    if references is not None:
+        checks = {"references": references, **checks}
     figures.rows = len(examples)
     with ThreadPoolExecutor(workers) as pool:
-        for position, row in _rows(examples, read, images, pool.map):
-            if isinstance(row, Example):
-                row = _find_problem(row, examples.origin(position), checks)
-            if row is not None:
-                figures.problems.append(row)
+        found = _problems(examples, {"image": _read_headers}, checks, images, pool.map)
+        figures.problems += [problem for _, problem in found]
     return figures
 
 
@@ -305,13 +254,41 @@ def _read_headers(example: Example) -> None:
         image.size()
 
 
-def _find_problem(
-    example: Example, origin: str, checks: Mapping[str, Check | None]
-) -> Problem | None:
+def _problems(
+    examples: LlavaExamples,
+    header_checks: Checks,
+    checks: Checks,
+    images: WholeImages | None,
+    apply: Callable[..., Iterable[Example | Problem]] = map,
+) -> Iterator[tuple[int, Problem]]:
+    """Yield position and first problem of each broken row; `apply` reads rows and headers."""
+
+    def read(position: int) -> Example | Problem:
+        origin = examples.origin(position)
+        try:
+            example: Example = examples[position]
+        except DataError as error:
+            return Problem(origin, "row", str(error))
+        return _find_problem(example, origin, header_checks) or example
+
+    if images is not None:
+        checks = {"pixels": images.check, **checks}
+    for start in range(0, len(examples), _CHUNK):
+        positions = range(start, min(start + _CHUNK, len(examples)))
+        rows = list(apply(read, positions))
+        if images is not None:
+            images.decode(row for row in rows if isinstance(row, Example))
+        for position, row in zip(positions, rows, strict=True):
+            if isinstance(row, Problem):
+                yield position, row
+            elif problem := _find_problem(row, examples.origin(position), checks):
+                yield position, problem
+
+
+def _find_problem(example: Example, origin: str, checks: Checks) -> Problem | None:
     for kind, check in checks.items():
         try:
-            if check is not None:
-                check(example)
+            check(example)
         except DataError as error:
             return Problem(origin, kind, str(error), getattr(error, "path", ""))
     return None

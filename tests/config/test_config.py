@@ -86,8 +86,8 @@ def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
         (DifferenceLossConfig, {"weight": inf}, "`train.difference_loss.weight` is inf .* fin"),
         (ModelConfig, {"initialisation": "random"}, "one of identity, official"),
         (LoraConfig, {"rank": 0}, "`model.lora.rank` is 0 but must be at least 1"),
-        (LoraConfig, {"targets": []}, "`model.lora.targets` is empty"),
-        (DataConfig, {"tasks": []}, "`data.tasks` is empty"),
+        (LoraConfig, {"targets": []}, r"`model.lora.targets` is \[\] but must be non-empty"),
+        (DataConfig, {"tasks": []}, r"`data.tasks` is \[\] but must be non-empty"),
         (DataConfig, {"tasks": ["vqa", "vqa"]}, "must not name a task twice"),
         (DataConfig, {"tasks": ["a.b"]}, "`data.tasks` is 'a.b' but must be letters, digits"),
         (DataConfig, {"train_examples": 0}, "`data.train_examples` is 0 but must be at least 1"),
@@ -121,7 +121,7 @@ def outside(limit):
         return float(bound) - 1
     if kind == "at most":
         return float(bound) * 2
-    forbidden = {"above 0": 0, "at least 0, below 1": 1, "not empty": ""}
+    forbidden = {"above 0 and finite": 0, "at least 0 and below 1": 1, "non-empty": ""}
     return forbidden.get(limit.allowed, "no such/choice")
 
 
