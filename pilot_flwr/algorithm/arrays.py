@@ -48,19 +48,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool = True) -> str:
-    """Describe the first difference between the layouts of two states; values are not read.
+    """Describe the first difference between the layouts of two states; empty if there is none.
 
-    Parameters
-    ----------
-    state, pattern : state
-        The layout found, and the expected one.
-    dtypes : bool
-        Whether containers and dtypes must agree too.
-
-    Returns
-    -------
-    str
-        Missing and unexpected names, or the first tensor that differs; empty if none does.
+    Values are not read. Without `dtypes`, only names and shapes must agree.
     """
     missing, unexpected = pattern.keys() - state.keys(), state.keys() - pattern.keys()
     if missing or unexpected:
@@ -78,18 +68,11 @@ def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool 
 def check_states(states: Sequence[NamedArrays], clients: Sequence[int]) -> None:
     """Check that all states share a layout that can be aggregated; values are not read.
 
-    Parameters
-    ----------
-    states : sequence of state
-        One per client.
-    clients : sequence of int
-        The clients' indices in errors.
-
     Raises
     ------
     UpdateError
         No client, a state without tensors or of another layout than the first, or a tensor of an
-        unsupported container, dtype or device.
+        unsupported container, dtype or device. `clients` are the clients' indices in errors.
     """
     if not states:
         raise UpdateError("There is no client to aggregate.")
@@ -107,20 +90,7 @@ def check_states(states: Sequence[NamedArrays], clients: Sequence[int]) -> None:
 
 
 def check_tensors(what: str, state: State, expected: State) -> None:
-    """Check layout and values of one part of an upload.
-
-    Parameters
-    ----------
-    what : str
-        Name of the part in errors.
-    state, expected : State
-        The part, and a state of the required layout.
-
-    Raises
-    ------
-    UpdateError
-        The layouts differ, or a value is not finite.
-    """
+    """Raise `UpdateError` unless a part of an upload has `expected`'s layout and finite values."""
     if difference := layout_difference(state, expected):
         raise UpdateError(f"its {what} does not fit: {difference}")
     for name, tensor in state.items():

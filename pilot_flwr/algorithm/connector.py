@@ -27,15 +27,7 @@ class ConnectorOutput(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c, named as in transformers' projector.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-        D and C.
-    bias : bool
-        Whether both layers have a bias.
-    """
+    """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c, named as in transformers' projector."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__()

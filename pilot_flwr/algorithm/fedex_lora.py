@@ -7,7 +7,7 @@ Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficie
 Large Language Models", ACL 2025 (arXiv 2410.09432); p_k is 1 / K there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -84,36 +84,28 @@ def product_residual(
     return residual
 
 
-def largest_residual(lora: NamedArrays, *, terms: int) -> dict[str, Tensor]:
-    """Return meta tensors in the shapes of the largest possible residual.
+def largest_residual(
+    lora: Mapping[str, tuple[int, ...]], *, terms: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the largest residual, from those of one client's LoRA.
 
-    Parameters
-    ----------
-    lora : state
-        One client's LoRA, for its shapes.
-    terms : int
-        Number of low-rank products in the residual: K + 1 per exchange.
+    `terms` is the number of low-rank products in the residual: K + 1 per exchange.
     """
-    largest: dict[str, Tensor] = {}
-    for name, a in lora.items():
+    largest: dict[str, tuple[int, ...]] = {}
+    for name, (rank, inputs) in lora.items():
         if name.endswith(A):
-            layer = name.removesuffix(A)
-            outputs, inputs = lora[layer + B].shape[0], a.shape[1]
-            rank = min(terms * a.shape[0], outputs, inputs)
-            largest[name] = torch.empty(rank, inputs, device="meta")
-            largest[layer + B] = torch.empty(outputs, rank, device="meta")
+            factor = name.removesuffix(A) + B
+            outputs = lora[factor][0]
+            rank = min(terms * rank, outputs, inputs)
+            largest[name], largest[factor] = (rank, inputs), (outputs, rank)
     return largest
 
 
 def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
     """Concatenate the factors of two LoRAs, so that their products add up.
 
-    Every layer is padded with zeros to the same rank, the LoRA's plus the residual's largest.
-
-    Parameters
-    ----------
-    lora, residual : state
-        The residual may lack layers.
+    `residual` may lack layers. Every layer is padded with zeros to the same rank, the LoRA's plus
+    the residual's largest.
     """
     extra = max((len(tensor) for name, tensor in residual.items() if name.endswith(A)), default=0)
     whole: dict[str, Tensor] = {}

@@ -212,8 +212,8 @@ def check_norms(
     Returns
     -------
     list of Update, list of NormCheck
-        The updates to aggregate, and a check per client (none if the action is ``off``), both
-        sorted by client.
+        The updates to aggregate, and a check per client unless the action is ``off``; sorted by
+        client.
     """
     updates = sorted(updates, key=lambda update: update.client)
     if config.action == "off" or not updates:

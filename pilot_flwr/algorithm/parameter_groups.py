@@ -124,18 +124,8 @@ Groups: TypeAlias = "dict[GroupName, dict[str, nn.Parameter]]"
 def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
     """Assign every parameter of a LLaVA model with a Pilot connector to its group.
 
-    Parameters
-    ----------
-    model : Module
-        In either stage.
-    own_task : str
-        The client's task; the other task adapters are foreign.
-
-    Returns
-    -------
-    dict
-        Group → name within the group → parameter, in the model's order; empty for groups that
-        the model does not have.
+    `own_task` is the client's; the other task adapters are foreign. Parameters keep the model's
+    order; groups that the model does not have are empty.
 
     Raises
     ------

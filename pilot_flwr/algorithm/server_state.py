@@ -1,7 +1,7 @@
 """The server's state of a federation, and its change by an exchange.
 
-`ServerState.check` validates one update, `ServerState.aggregate` aggregates an exchange's
-(docs/explanation/method.md, section 4).
+`ServerState.check` validates one update, `ServerState.aggregate` aggregates an exchange's, and
+`adam_step` is the optional server optimizer (docs/explanation/method.md, section 4).
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from pilot_flwr.algorithm.aggregation import (
     ADAPTER_GROUPS,
@@ -20,10 +21,9 @@ from pilot_flwr.algorithm.aggregation import (
     task_aware_average,
     weighted_average,
 )
-from pilot_flwr.algorithm.arrays import Array, Matrix, check_tensors
+from pilot_flwr.algorithm.arrays import Array, Matrix, check_tensors, layout_difference
 from pilot_flwr.algorithm.fedex_lora import product_residual
 from pilot_flwr.algorithm.parameter_groups import Sharing
-from pilot_flwr.algorithm.server_optimizer import Moments, adam_step
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import Member, State, Update
@@ -46,16 +46,8 @@ class InitialState(NamedTuple):
 def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int) -> State:
     """Draw the initial Θ_l, as in peft: A uniform in ±1/√(inputs), B zero.
 
-    Clients draw the tensors that are never sent from the same seed as the server.
-
-    Parameters
-    ----------
-    shapes : Mapping[str, Size]
-        Shapes of all tensors, in the model's order.
-    dtype : torch.dtype
-        `model.sent_dtype`.
-    seed : int
-        The run's seed.
+    `shapes` has all tensors in the model's order, and `seed` is the run's: clients draw the tensors
+    that are never sent as the server does.
     """
     generator = torch.Generator().manual_seed(seed)
     lora: State = {}
@@ -66,6 +58,102 @@ def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             lora[name] = drawn.to(dtype)
     return lora
+
+
+class Moments(NamedTuple):
+    """Adam's m and v of one average, in float32, after `steps` steps."""
+
+    steps: int
+    first: State
+    second: State
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return all moments as named tensors."""
+        return {
+            "steps": torch.tensor(self.steps),
+            **{f"first/{name}": tensor for name, tensor in self.first.items()},
+            **{f"second/{name}": tensor for name, tensor in self.second.items()},
+        }
+
+    @classmethod
+    def unpack(cls, tensors: State, pattern: State) -> "Moments":
+        """Invert `pack`; tensors are in the order of `pattern`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            The tensors do not fit a state like `pattern`.
+        """
+        expected = {
+            f"{kind}/{name}": tensor.new_empty(tensor.shape, dtype=torch.float32, device="meta")
+            for kind in ("first", "second")
+            for name, tensor in pattern.items()
+        }
+        found = {name: tensor for name, tensor in tensors.items() if name != "steps"}
+        if difference := layout_difference(found, expected):
+            raise ValueError(f"they do not fit the configured model: {difference}")
+        first, second = (
+            {n: tensors[f"{kind}/{n}"] for n in pattern} for kind in ("first", "second")
+        )
+        return cls(int(tensors["steps"]), first, second)
+
+
+def adam_step(
+    current: State,
+    average: State,
+    moments: Moments | None,
+    *,
+    learning_rate: float,
+    beta_1: float,
+    beta_2: float,
+    tau: float,
+) -> tuple[dict[str, Tensor], Moments]:
+    """FedAdam: step from the state sent to clients towards the average of their uploads.
+
+    ::
+
+        Δ = average − current
+        m ← β1 m + (1 − β1) Δ          v ← β2 v + (1 − β2) Δ²          both start at 0
+        new = current + η_t m / (√v + τ),    η_t = η √(1 − β2^(t+1)) / (1 − β1^(t+1))
+
+    Parameters
+    ----------
+    current : State
+        Sent to the clients.
+    average : State
+        Of the same names, shapes and dtypes.
+    moments : Moments or None
+        Of the previous step; None at the first.
+    learning_rate, beta_1, beta_2, tau : float
+        η, β1, β2 and τ.
+
+    Returns
+    -------
+    State, Moments
+        The state to send next, in the dtype of `current`; computed in float64.
+
+    Notes
+    -----
+    Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295). Follows
+    Flower's ``FedAdam``, for comparable figures, which differs from their Algorithm 2 in three
+    points: η_t replaces a constant η (its exponent t + 1 makes it 0.74 η at the first step, with
+    β1 = 0.9 and β2 = 0.99), v starts at 0, not at τ² or more, and the average is weighted by
+    examples. For another optimizer of the paper, write such a function with its own second moment.
+    """
+    steps = 1 if moments is None else moments.steps + 1
+    rate = learning_rate * (1 - beta_2 ** (steps + 1)) ** 0.5 / (1 - beta_1 ** (steps + 1))
+    new: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    for name, tensor in current.items():
+        start = tensor.double()
+        delta = average[name].double() - start
+        zero = torch.zeros_like(delta)
+        m = beta_1 * (moments.first[name].double() if moments else zero) + (1 - beta_1) * delta
+        v = beta_2 * (moments.second[name].double() if moments else zero) + (1 - beta_2) * delta**2
+        new[name] = (start + rate * m / (v.sqrt() + tau)).to(tensor.dtype)
+        first[name], second[name] = m.float(), v.float()
+    return new, Moments(steps, first, second)
 
 
 @dataclass(frozen=True)
@@ -105,14 +193,9 @@ class ServerState:
             self.adapters.setdefault(task, self.initial.adapter)
 
     def stage_for(self, member: Member, stages: int = 2) -> int:
-        """Return the stage that a client trains next: 2 once it and the server completed stage 1.
+        """Return the stage that a client trains next, at most `stages` (`strategy.stages`).
 
-        Parameters
-        ----------
-        member : Member
-            The client.
-        stages : int
-            `strategy.stages`; with 1 there is no stage 2.
+        It is 2 once both client and server have completed stage 1.
         """
         return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 

@@ -29,6 +29,7 @@ from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.checkpoints import BUNDLE, checkpoint_path
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import GroupName, State
+from pilot_flwr.run.tables import markdown
 
 _CONNECTOR_GROUPS: dict[GroupName, str] = {
     "own_task_adapter": "own",
@@ -74,10 +75,8 @@ def export_model(
 
     Raises
     ------
-    ModelError
-        The format does not cover all of the model's parameters.
-    RunError
-        The folder is not empty.
+    ModelError, RunError
+        The format does not cover all parameters of the model, or the folder is not empty.
     """
     new_folder(folder)
     groups, connector = model.groups(), model.connector
@@ -200,20 +199,10 @@ and projector), but `load` does not quantize the base unless you pass the same
 def model_card(
     run: Run, selected: Selected, *, stage: int, merged: Merged = "", dtype: str = ""
 ) -> str:
-    """Return the model card: origin, how to load and prompt the model, its scores.
+    """Return the model card in Markdown: origin, how to load and prompt the model, its scores.
 
-    Parameters
-    ----------
-    run : Run
-        From `open_run`.
-    selected : Selected
-        The model.
-    stage : int
-        Its architecture.
-    merged : {"", "plain", "wide"}
-        Not merged, or the class of the merged checkpoint.
-    dtype : str
-        Precision of a merged checkpoint.
+    `stage` is the model's architecture, `merged` the class of a merged checkpoint and `dtype` its
+    precision.
     """
     base, recorded = run.config.model, replace(run.recorded, run=RunConfig())
     parts = [
@@ -300,11 +289,12 @@ def _scores(run: Run, selected: Selected) -> str:
         rows = [event for event in rows if event.client == selected.client.id]
     if not rows:
         return "The run recorded no scores."
-    lines = ["| client | metric | test examples | score |", "|---|---|---|---|"]
+    table = [["client", "metric", "test examples", "score"]]
     for event in rows:
         metric = METRICS[event.metric]
         title = metric.title + (" (approximate)" if metric.approximate() else "")
-        lines.append(f"| {event.client} | {title} | {event.examples} | {event.score:.3f} |")
+        table.append([event.client, title, str(event.examples), f"{event.score:.3f}"])
     if selected.private is None:
-        lines += ["", "Scores of the clients' personalised models, not of this consensus model."]
-    return "\n".join(lines)
+        note = "Scores of the clients' personalised models, not of this consensus model."
+        return f"{markdown(table)}\n{note}"
+    return markdown(table).strip()

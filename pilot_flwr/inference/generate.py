@@ -36,14 +36,7 @@ class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
 class Answerer:
     """Generates answers as in the run's evaluation: greedily, in the same precision.
 
-    Parameters
-    ----------
-    config : PilotConfig
-        Of the run.
-    model : PilotModel
-        For instance from `pilot_flwr.inference.runs.load_model`.
-    keep : str
-        Namespace under which image features are cached in memory by example id; empty for none.
+    With `keep`, image features are cached in memory by example id, under this name.
     """
 
     def __init__(self, config: PilotConfig, model: PilotModel, *, keep: str = "") -> None:
@@ -75,11 +68,6 @@ class Answerer:
             Called with the number of answers after every batch.
         piece : callable, optional
             Called with each piece of a single example's answer as it is generated.
-
-        Returns
-        -------
-        list of str
-            One answer per example.
 
         Raises
         ------
@@ -114,16 +102,8 @@ class Answerer:
 class Conversation:
     """A conversation; the model sees all of it with every question.
 
-    Parameters
-    ----------
-    answerer : Answerer
-        The model.
-    max_new_tokens : int
-        Maximum length of an answer in tokens.
-    suffix : str
-        Appended to every question on a new line, if not empty.
-    pad : bool
-        Whether to pad images to a square, as in the run's data.
+    `suffix` is appended to every question on a new line; `pad` pads images to a square, as in the
+    run's data.
     """
 
     def __init__(
@@ -234,20 +214,14 @@ def _has_answer(row: Row) -> bool:
 def open_file(
     run: Run, task: str, answerer: Answerer, path: Path, images: Path | None, *, plain: bool = False
 ) -> LlavaExamples:
-    """Open a file of rows with the run's padding and prompt suffix.
+    """Open a LLaVA JSON or JSONL file with the run's padding and the task's prompt suffix.
 
     Parameters
     ----------
-    run : Run
-        From `open_run`.
-    task : str
-        The task whose prompt suffix to append.
-    answerer : Answerer
-        Its image processor defines the padding's colour.
-    path : Path
-        LLaVA JSON or JSONL.
-    images : Path, optional
-        Folder of the images.
+    run, task, answerer : Run, str, Answerer
+        Their settings, prompt suffix and padding colour apply.
+    path, images : Path
+        The file, and the folder of its images.
     plain : bool
         Omit the prompt suffix.
 

@@ -58,22 +58,10 @@ def check_mergeable(private: PrivateState | None) -> None:
 
 
 def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) -> int:
-    """Write an equivalent Hugging Face checkpoint.
+    """Write an equivalent Hugging Face checkpoint; return the width of its hidden projector layer.
 
-    Parameters
-    ----------
-    model : PilotModel
-        In stage 1; it is modified and must not be used again.
-    folder : Path
-        New or empty.
-    end_token_ids : list of int
-        Tokens that end an answer.
-
-    Returns
-    -------
-    int
-        Width of the projector's hidden layer: C for a plain checkpoint, more if it needs
-        `modeling_wide`.
+    The width is C for a plain checkpoint, and more for one that needs `modeling_wide`. The stage-1
+    model is modified and must not be used again.
     """
     connector = model.connector
     assert isinstance(connector, TaskClientConnector), "see check_mergeable"

@@ -7,8 +7,8 @@ Pillow::
 
     model, processor = load(".")
 
-`model` is a `peft.PeftModel` around the base model: LoRA in the language model and Pilot's
-connector in place of the projector. It generates as the base model does. The folder holds
+`model` is a `peft.PeftModel` around the base model: LoRA in the language model, Pilot's connector
+in place of the projector. It generates as the base model does. The folder contains
 
     connector.json           architecture of the connector, and the base model
     connector.safetensors    its weights
@@ -52,13 +52,8 @@ class Connector(nn.Module):
     """Maps visual features (..., D) to the language model's (..., C).
 
     Stage 1 is ``ψ_t(H) + ψ_s(H)``. Stage 2 is ``ψ_s(H) + Σ_i P_i h_i`` with ``P = softmax(H W_φ)``,
-    ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the others. ψ_s and
-    all ψ_c are left out where the description says so.
-
-    Parameters
-    ----------
-    description : dict
-        The entry `connector` of ``connector.json``.
+    ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the others.
+    `description`, the entry `connector` of ``connector.json``, may omit ψ_s and all ψ_c.
     """
 
     def __init__(self, description: dict[str, Any]) -> None:
@@ -97,16 +92,14 @@ class Connector(nn.Module):
             wide = torch.promote_types(inputs.dtype, torch.float32)
             logits = nn.functional.linear(inputs.to(wide), self.router.weight.to(wide))
         probs = logits.softmax(-1)
-        mixed: Tensor | None = None
-        if self.client_adapter is not None:
-            mixed = self.client_adapter(inputs)
+        mixed = None if self.client_adapter is None else self.client_adapter(inputs)
         for index, task in enumerate(self.tasks):
             expert = self.task_adapters[task](inputs)
             if task in self.cross_task_adapters:
                 expert = expert + self.cross_task_adapters[task](inputs)
             weight = probs[..., index, None].to(expert.dtype)
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
-        assert mixed is not None
+        assert isinstance(mixed, Tensor)
         return mixed
 
 
@@ -123,7 +116,7 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
     folder : str or Path
         The exported folder.
     base : str or Path, optional
-        Where the base model is, if not where ``connector.json`` says.
+        The base model, if not as in ``connector.json``.
     **options
         For the base model's `from_pretrained`, for instance ``device_map="auto"``,
         ``dtype=torch.bfloat16`` or a `quantization_config`.
@@ -131,7 +124,7 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
     Raises
     ------
     ValueError
-        A file is of another format, or any key is missing, unexpected or of another shape.
+        A file is of another format, or a key is missing, unexpected or of another shape.
     """
     folder = Path(folder)
     description = _describe(folder)
@@ -154,7 +147,7 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
 
 
 def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> Any:
-    """Return the base model's processor, set to pad on the left, and images as in the tuning.
+    """Return the base model's processor, set to pad text on the left, and images as in the tuning.
 
     The processor of LLaVA-OneVision needs torchvision.
     """
@@ -169,7 +162,7 @@ def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> 
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Return the image in RGB in the middle of a square, as LLaVA-1.5 does."""
+    """Centre the image, in RGB, on a square, as LLaVA-1.5 does."""
     image = image.convert("RGB")
     width, height = image.size
     if width == height:
@@ -181,7 +174,7 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
 
 
 def _pad_images(image_processor: Any) -> None:
-    """Make the image processor pad first, in its mean colour, as in the tuning."""
+    """Let the image processor pad first, in its mean colour, as in the tuning."""
     colour = tuple(math.floor(255 * mean) for mean in image_processor.image_mean)
     kind = type(image_processor)
 
@@ -200,8 +193,7 @@ def _pad_images(image_processor: Any) -> None:
 
 def _describe(folder: Path) -> dict[str, Any]:
     description: dict[str, Any] = json.loads((folder / "connector.json").read_text("utf-8"))
-    if description.get("format") != FORMAT:
-        found = description.get("format")
+    if (found := description.get("format")) != FORMAT:
         raise ValueError(f"connector.json has format {found!r} but must have {FORMAT!r}.")
     return description
 
@@ -216,7 +208,7 @@ def _source(folder: Path, description: dict[str, Any], base: str | Path | None) 
 
 
 def _load_lora(model: Any, file: Path) -> None:
-    """Check that the file has exactly the model's LoRA; take its values and dtype.
+    """Take the LoRA's values and dtype from a file, which must have exactly its keys.
 
     `PeftModel.from_pretrained` only warns of a missing key and ignores an unexpected one.
     """
@@ -226,9 +218,9 @@ def _load_lora(model: Any, file: Path) -> None:
         if ".lora_" in name
     }
     state = load_file(file)
-    for parameter, tensor in zip(own.values(), (state.get(name) for name in own), strict=True):
-        if tensor is not None and tensor.shape == parameter.shape:
-            parameter.data = parameter.data.to(tensor.dtype)
+    for name, parameter in own.items():
+        if name in state and state[name].shape == parameter.shape:
+            parameter.data = parameter.data.to(state[name].dtype)
     _fill(own, file)
 
 

@@ -1,12 +1,12 @@
 """LLaVA with a wider hidden layer in its projector, for checkpoints that Pilot has merged.
 
-transformers ties that width to ``text_config.hidden_size``. This file, part of the checkpoint's
-folder, is the only difference from the model in transformers::
+transformers ties that width to ``text_config.hidden_size``; here it is `projector_hidden_size`.
+This file is part of the checkpoint::
 
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
 or, without remote code, ``from modeling_wide import WideLlava`` and
-``WideLlava.from_pretrained(folder)``. The configuration's `projector_hidden_size` is the width.
+``WideLlava.from_pretrained(folder)``.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ CLASSES = {
 
 
 def widen(projector: Any, hidden: int) -> None:
-    """Give the projector new layers with a hidden layer of width `hidden`, in place."""
+    """Replace the projector's layers by new ones with a hidden layer of width `hidden`."""
     first, second = projector.linear_1, projector.linear_2
     bias = first.bias is not None
     projector.linear_1 = nn.Linear(first.in_features, hidden, bias=bias)

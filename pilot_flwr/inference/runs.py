@@ -157,21 +157,14 @@ def open_run(
 
 
 def select_client(run: Run, client_id: str, *, state: Path | None = None) -> Selected:
-    """Select a client's personalised model.
+    """Select a client's personalised model, with its private state as of the checkpoint.
 
     Parameters
     ----------
-    run : Run
-        From `open_run`.
-    client_id : str
-        A client of the federation.
+    run, client_id : Run, str
+        The run, and a client of its federation.
     state : Path, optional
         Folder of the client's private state; by default ``clients/<id>/`` of the run folder.
-
-    Returns
-    -------
-    Selected
-        The client with its private state as of the checkpoint.
 
     Raises
     ------
@@ -206,26 +199,10 @@ def select_consensus(run: Run, task: str) -> Selected:
 
 
 def load_model(run: Run, selected: Selected, *, device: torch.device) -> PilotModel:
-    """Load a selected model into this process's only base model.
+    """Load a selected model into this process's only base model, in evaluation mode.
 
-    Parameters
-    ----------
-    run : Run
-        From `open_run`.
-    selected : Selected
-        From `select_client` or `select_consensus`.
-    device : torch.device
-        Device of the base model.
-
-    Returns
-    -------
-    PilotModel
-        In evaluation mode; the next call replaces its adapters.
-
-    Raises
-    ------
-    PilotError
-        The base model cannot be loaded, or the adapters do not fit it.
+    The next call replaces its adapters. Raises `PilotError` if the base model cannot be loaded or
+    the adapters do not fit it.
     """
     reduction = run.config.train.difference_loss.reduction
     model = loaded_model(run.config.model, reduction=reduction, device=device)

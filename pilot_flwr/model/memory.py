@@ -1,9 +1,9 @@
 """Estimate the GPU memory of a training step from shapes alone.
 
 One micro-batch runs through tensors without content, and the bytes that autograd keeps for the
-backward pass are added up. Importing transformers and peft takes ten seconds, so known decoders run
-in `_decoder_layer`, and since all their layers are equal, with one layer and with two; any other
-base runs as a whole (`_whole_decoder`). Tests compare the two.
+backward pass are added up. Importing transformers and peft takes ten seconds, so decoders of known
+parts run here (`_decoder_layer`), with one and with two of their equal layers; any other base runs
+as a whole. Tests compare the two.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pilot_flwr.errors import TrainingError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.model.architectures import Size, feature_size, known_config, spec_of
 from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
-from pilot_flwr.model.shapes import DTYPE_BYTES
+from pilot_flwr.model.shapes import DTYPE_BYTES, numel
 from pilot_flwr.protocol import GroupName
 
 
@@ -148,11 +148,10 @@ def _residual_bytes(config: PilotConfig, stage: Stage) -> list[int]:
     exchanges = range(1, config.strategy.rounds + 2)
     if config.strategy.lora != "exact":
         return [0 for _ in exchanges]
-    lora = {n: torch.empty(s, device="meta") for n, s in stage.groups["lora"].items()}
-    terms = config.num_clients + 1
+    lora, terms = stage.groups["lora"], config.num_clients + 1
     residuals = [largest_residual(lora, terms=terms * n) for n in exchanges]
-    stage.groups["residual"] = {n: tuple(t.shape) for n, t in residuals[-1].items()}
-    return [sum(tensor.nbytes for tensor in residual.values()) for residual in residuals]
+    stage.groups["residual"] = residuals[-1]
+    return [DTYPE_BYTES["float32"] * numel(residual) for residual in residuals]
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from flwr.serverapp.strategy import FedAdam
 from flwr.supercore.task_identity import TaskIdentity
 
 from pilot_flwr.algorithm.aggregation import weighted_average
-from pilot_flwr.algorithm.server_optimizer import Moments, adam_step
-from pilot_flwr.algorithm.server_state import InitialState, ServerState
+from pilot_flwr.algorithm.server_state import InitialState, Moments, ServerState, adam_step
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.protocol import Update
 from pilot_flwr.run.checkpoint import load_checkpoint, save_checkpoint
