@@ -314,14 +314,6 @@ class LoraRule(NamedTuple):
     exact: bool = False
 
 
-def _adaptive(
-    distances: Matrix, tasks: Sequence[str], examples: Sequence[float], config: StrategyConfig
-) -> Matrix:
-    return adaptive_weights(
-        distances, examples, config.num_neighbors, self_weight=config.self_weight
-    )
-
-
 def _mean_over(group_of: GroupOf) -> LoraRule:
     return LoraRule(
         lambda distances, tasks, examples, config: group_weights(
@@ -332,7 +324,12 @@ def _mean_over(group_of: GroupOf) -> LoraRule:
 
 
 LORA_RULES: dict[str, LoraRule] = {
-    "adaptive": LoraRule(_adaptive, lambda client, task: client),
+    "adaptive": LoraRule(
+        lambda distances, tasks, examples, config: adaptive_weights(
+            distances, examples, config.num_neighbors, self_weight=config.self_weight
+        ),
+        lambda client, task: client,
+    ),
     "task": _mean_over(ADAPTER_GROUPS["task"]),
     "global": _mean_over(ADAPTER_GROUPS["global"]),
     "exact": _mean_over(ADAPTER_GROUPS["global"])._replace(exact=True),

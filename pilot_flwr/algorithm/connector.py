@@ -53,14 +53,8 @@ class Adapter(nn.Module):
 class TaskClientConnector(nn.Module):
     """Stage 1: ``x_t = ψ_t(H_v)``, ``x_s = ψ_s(H_v)``, ``x_img = x_t + x_s``.
 
-    Parameters
-    ----------
-    task_adapter : Adapter
-        ψ_t.
-    client_adapter : Adapter or None
-        ψ_s; without it ``x_img = x_t`` and L_d = 0.
-    reduction : str
-        Of L_d, see `pilot_flwr.algorithm.losses.difference_loss`.
+    Without ψ_s, the `client_adapter`, ``x_img = x_t`` and L_d = 0. `reduction` is that of L_d, see
+    `pilot_flwr.algorithm.losses.difference_loss`.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ outlier, so below `FEWEST` there is no bound.
 Task adapter and LoRA have separate bounds: they differ in size and learning rate, so a common norm
 would hide a large change of the smaller one. All clients share these bounds, whatever their task,
 stage and steps: within a group, a few clients are easily outnumbered, and a client could choose its
-group by what it reports.
+group by its reports.
 
 To add an action, add it to `ACTIONS` of `pilot_flwr.config.schema` and implement it in
 `check_norms`.
@@ -55,7 +55,7 @@ _ACTIONS_TAKEN = {"warn": "warned", "clip": "clipped", "reject": "rejected"}
 
 
 def update_norm(state: NamedArrays, start: NamedArrays) -> float:
-    """Compute the Euclidean norm of an update, all tensors as one vector.
+    """Compute the Euclidean norm of an update in float64, all tensors as one vector.
 
     ::
 
@@ -65,11 +65,6 @@ def update_norm(state: NamedArrays, start: NamedArrays) -> float:
     ----------
     state, start : state
         End and start of the update, of the same names, shapes and dtypes.
-
-    Returns
-    -------
-    float
-        From differences and squares in float64.
 
     Raises
     ------
@@ -146,17 +141,14 @@ def shortened(state: NamedArrays, start: NamedArrays, factor: float) -> dict[str
 
         S' = S^0 + factor * (S - S^0)
 
+    Computed in float64 and rounded to the dtype once, by which the norm may exceed the bound.
+
     Parameters
     ----------
     state, start : state
         End and start of the update, of the same names, shapes and dtypes.
     factor : float
         In [0, 1]: the bound over the update's norm.
-
-    Returns
-    -------
-    state
-        Computed in float64 and rounded to the dtype once, by which its norm may exceed the bound.
     """
     check_states([start, state], (0, 1))
     return combine([start, state], np.array([[1 - factor, factor]]), (0, 1))[0]

@@ -158,7 +158,7 @@ def adam_step(
 
 @dataclass(frozen=True)
 class Aggregation:
-    """Record of an exchange's aggregation, over the sorted `clients` whose updates it has."""
+    """Record of an exchange's aggregation; `clients` are the senders of its updates, sorted."""
 
     clients: list[str]
     tasks: dict[str, list[str]]

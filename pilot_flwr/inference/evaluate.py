@@ -59,27 +59,18 @@ def evaluate_models(
     say: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> list[Scored]:
-    """Score models, each on the examples of a client.
+    """Score models in their order, each on the examples of a client.
 
     Parameters
     ----------
-    run : Run
-        From `open_run`.
+    run, source, device : Run, EvaluationSet, torch.device
+        The run, the examples and metric, and the device to compute on.
     models : sequence of (Client, Selected)
         The client whose examples to use, and the model.
-    source : EvaluationSet
-        Examples and metric.
-    device : torch.device
-        Device to compute on.
     say : callable
         Prints a line for the user: skipped rows, scores that are not comparable.
     progress : callable
         Called after every batch with client, number of examples and number of answers.
-
-    Returns
-    -------
-    list of Scored
-        In the order of `models`.
 
     Raises
     ------

@@ -255,7 +255,7 @@ def _origin(run: Run, selected: Selected, stage: int) -> str:
         )
     first = "stage 1 (ψ_t + ψ_s)" if run.config.model.client_adapter else "stage 1 (ψ_t)"
     warning = (
-        " **It holds adapters that never left the client during the run; adapters can leak "
+        " **It contains adapters that never left the client during the run; adapters can leak "
         "information about the data they were trained on.**"
     )
     return (

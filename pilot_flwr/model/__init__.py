@@ -1,1 +1,1 @@
-"""The base model with Pilot's adapters, and what is known of it from shapes."""
+"""The base model with Pilot's adapters, and plans from its shapes."""

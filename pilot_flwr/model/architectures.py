@@ -1,9 +1,8 @@
 """The base architectures: their configuration, and how images become rows of features and tokens.
 
 An image is one or more *rows*: crops of equal size that the vision tower sees, each giving N
-features of D channels. The connector maps rows to rows; what an architecture does between the
-connector and the language model (LLaVA-OneVision reassembles its crops) has no trained parameters
-and is its `ModelSpec.pack`.
+features of D channels. The connector maps rows to rows, and `ModelSpec.pack`, without trained
+parameters, turns these into image tokens: LLaVA-OneVision reassembles its crops.
 
 To add an architecture, add a row to `SPECS` under its ``model_type``. It has to be a Hugging Face
 model with ``model.vision_tower``, ``model.multi_modal_projector`` (two linear layers with a GELU

@@ -143,19 +143,15 @@ def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
 
     dtype = getattr(torch, config.wire_dtype)
     shapes = {n: torch.Size(s) for n, s in lora_shapes(config, read_config(config)).items()}
-    return InitialState(_read_projector(config, dtype), draw_lora(shapes, dtype, seed=seed))
-
-
-def _read_projector(config: ModelConfig, dtype: torch.dtype) -> State:
-    state: State = {}
+    projector: State = {}
     for file in projector_files(config):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 if PROJECTOR in name:
-                    state[name.split(PROJECTOR)[1]] = tensors.get_tensor(name).to(dtype)
-    if not state:
+                    projector[name.split(PROJECTOR)[1]] = tensors.get_tensor(name).to(dtype)
+    if not projector:
         raise ModelError(f"`model.path` is {config.path!r}, which has no tensor `{PROJECTOR}*`.")
-    return state
+    return InitialState(projector, draw_lora(shapes, dtype, seed=seed))
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def test_the_pinned_revision_is_the_one_that_the_projector_comes_from(monkeypatc
 
     found = checkpoints.find_file
     monkeypatch.setattr(checkpoints, "find_file", find_file)
-    loading._read_projector(ModelConfig(revision="v1.5"), torch.float32)
+    loading.initial_state(ModelConfig(revision="v1.5"), seed=0)
     assert set(asked) == {"v1.5"}
 
 
