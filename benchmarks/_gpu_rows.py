@@ -6,11 +6,11 @@ from pilot_flwr.formatting import human_bytes
 
 Results = dict[str, Any]
 Rows = list[list[str]]
-"""What was measured, the figure, the goal."""
+"""Cells: title, figure, goal."""
 
 
 def gpu_rows(results: Results) -> Rows:
-    """Rows of ``gpu.json``; what a run that was stopped did not come to has none."""
+    """Rows of ``gpu.json``; parts that a stopped run did not reach have none."""
     goals = results["goals"]
     rows = [row for best in results.get("best", []) for row in best_rows(best, results)]
     for stage in (1, 2):

@@ -1,15 +1,15 @@
-"""Tables made of one result file each, and what is said below every table."""
+"""Tables of single result files, and the note below every table."""
 
 from collections.abc import Callable
 
-from _rows import Results, epsilon_words
+from _rows import Results, epsilon_text
 
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.run.tables import markdown
 
 
 def privacy_table(record: Results) -> str:
-    """Return the table of ``privacy.json``: a row per size of the noise."""
+    """Return the table of ``privacy.json``: a row per noise multiplier."""
     results = record["results"]
     tasks = list(results["untrained"]["score_per_task"])
     several = len(results["run"]["seeds"]) > 1
@@ -26,8 +26,8 @@ def privacy_table(record: Results) -> str:
         low, high = measured.get("score_range_over_seeds", [measured["score_mean_over_tasks"]] * 2)
         rows.append(
             [
-                upload_words(measured, results["clip_norm"]),
-                epsilon_words(measured),
+                upload_text(measured, results["clip_norm"]),
+                epsilon_text(measured),
                 *(f"{measured['score_per_task'][task]:.3f}" for task in tasks),
                 f"{measured['score_mean_over_tasks']:.3f}",
                 *[f"{low:.3f} to {high:.3f}"] * several,
@@ -36,8 +36,8 @@ def privacy_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
-def upload_words(measured: Results, clip_norm: float) -> str:
-    """Return what was uploaded in a row of ``privacy.json``."""
+def upload_text(measured: Results, clip_norm: float) -> str:
+    """Describe the uploads of a row of ``privacy.json``."""
     if "noise_multiplier" not in measured:
         return "none: the base model"
     if measured["noise_multiplier"] is None:
@@ -45,24 +45,24 @@ def upload_words(measured: Results, clip_norm: float) -> str:
     return f"clipped to {clip_norm:g}, noise multiplier {measured['noise_multiplier']:g}"
 
 
-PART_WORDS = {
-    "roster": "asking who is there, answered by a fresh process",
-    "dispatch": "the order on its way",
-    "start": "a fresh process: Python, imports, fetching the order",
-    "base": "the base model, data, private state",
+PARTS = {
+    "roster": "roster query, answered by a fresh process",
+    "dispatch": "delivering the instruction",
+    "start": "a fresh process: Python, imports, fetching the instruction",
+    "base": "loading base model, data, private state",
     "reply": "packing, sending, fetching the update",
     "server": "aggregation",
     "checkpoint": "the server's checkpoint",
 }
-"""Parts of an exchange of ``deployment.json`` that are not work."""
+"""Parts of an exchange in ``deployment.json`` other than training and evaluation."""
 
 
 def deployment_table(record: Results) -> str:
     """Return the table of ``deployment.json``: a row per part of an exchange."""
     measured = record["results"]
     rows = [["seconds of an exchange, mean after the first", *measured]]
-    for part, words in PART_WORDS.items():
-        rows.append([words, *(f"{m['parts_seconds'][part]:.1f}" for m in measured.values())])
+    for part, title in PARTS.items():
+        rows.append([title, *(f"{m['parts_seconds'][part]:.1f}" for m in measured.values())])
     without = [f"**{m['without_work_seconds']:.1f}**" for m in measured.values()]
     work = [f"{m['parts_seconds']['work']:.1f}" for m in measured.values()]
     rows += [["**without training or evaluation**", *without], ["training and evaluation", *work]]
@@ -73,13 +73,13 @@ def payload_table(record: Results) -> str:
     """Return the table of ``payload.json``: seconds of its exchanges, then memory."""
     results = record["results"]
     rows = [["", *(f"stage {e['stage']}" for e in results["exchanges"])]]
-    for words, value in (
+    for title, value in (
         ("the client receives", lambda e: human_bytes(e["down_bytes"])),
         ("the client sends", lambda e: human_bytes(e["up_bytes"])),
         ("seconds without training or evaluation", lambda e: f"{e['without_work_seconds']:.0f}"),
     ):
-        rows.append([words, *(value(e) for e in results["exchanges"])])
-    memory = [["peak resident memory", "all together", "its programs, each by itself"]]
+        rows.append([title, *(value(e) for e in results["exchanges"])])
+    memory = [["peak resident memory", "in all", "per program"]]
     for machine, peak in results["peak_bytes"].items():
         programs = results["peak_bytes_by_program"][machine].items()
         each = ", ".join(f"{name} {human_bytes(size)}" for name, size in programs)
@@ -119,7 +119,10 @@ def plan_table(record: Results) -> str:
 
 
 def note(record: Results) -> str:
-    """Return how, on what and when a result file was measured."""
+    """Return command, machine, versions and date of a result file; scripts by their present path."""
+    command = record["command"]
+    for old, new in MOVED.items():
+        command = command.replace(old, new)
     machine, versions = record["machine"], record["versions"]
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     changed = ", with uncommitted changes" if record["commit"]["dirty"] else ""
@@ -127,11 +130,18 @@ def note(record: Results) -> str:
     gpu = record["results"].get("device")
     where = f"{gpu['name']}, " if isinstance(gpu, dict) and "name" in gpu else ""
     return (
-        f"`{record['command']}`: {where}{machine['cores']} cores of {machine['cpu']}, load "
+        f"`{command}`: {where}{machine['cores']} cores of {machine['cpu']}, load "
         f"{machine['load_average'][0]:.1f}, {packages}, {record['date'][:10]}, "
         f"commit {commit}{changed}"
     )
 
+
+MOVED = {
+    "benchmarks/faults/": "tests/robustness/faults/",
+    "benchmarks/fuzz/": "tests/robustness/fuzz/",
+    "client_turn.py": "client_session.py",
+}
+"""Former → present path of scripts that have moved since a result was recorded."""
 
 OWN_TABLES: dict[str, Callable[[Results], str]] = {
     "plan": plan_table,
@@ -139,4 +149,4 @@ OWN_TABLES: dict[str, Callable[[Results], str]] = {
     "deployment": deployment_table,
     "payload": payload_table,
 }
-"""Tables made of one result file, by its name."""
+"""Tables of single result files, by the file's name."""

@@ -1,4 +1,4 @@
-"""Write a benchmark's result file: figures, and what somebody needs to judge or repeat them.
+"""Write a benchmark's result file: figures, command, machine, versions, commit.
 
 Usage, from ``benchmarks/<name>.py`` (scripts of this folder import each other by plain name)::
 
@@ -32,7 +32,7 @@ def write_record(path: Path, results: Mapping[str, Any], *, packages: Sequence[s
     results : mapping
         The figures, in JSON types, with units in the names.
     packages : sequence of str
-        The distributions whose versions the figures depend on.
+        Distributions whose versions affect the figures.
     """
     record = {
         "command": command(),

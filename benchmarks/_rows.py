@@ -1,6 +1,6 @@
-"""Rows of the benchmark table: for each result file a function that words its figures.
+"""Rows of the benchmark table: one function per result file.
 
-To add a benchmark, write its function and name it in `ROWS`.
+To add a benchmark, write its function and add it to `ROWS`.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def connector_rows(results: Results) -> Rows:
             for name in ("normalized", "official")
         ),
         [
-            "that matrix alone at LLaVA-1.5-7B's N·C (computed)",
+            "size of that matrix at LLaVA-1.5-7B's N·C (computed)",
             f"{loss['literal_matrix_bytes_at_llava_size'] / 1e12:.1f} TB",
             "",
         ],
@@ -69,8 +69,8 @@ def aggregation_rows(results: Results) -> Rows:
             "",
         ],
         [
-            "the same, if decoding the records, which Flower's function does, is added to ours; "
-            "to the bare arithmetic of Flower's",
+            "the same, including the decoding of records as in Flower's function; compared with the "
+            "arithmetic of Flower's function alone",
             f"{ratio['with_decoding_to_flower']:.2f} x; "
             f"{ratio['to_flower_arithmetic_alone']:.2f} x",
             "",
@@ -94,8 +94,8 @@ def aggregation_rows(results: Results) -> Rows:
     ]
 
 
-def client_turn_rows(results: Results) -> Rows:
-    """Rows of ``client_turn.json``."""
+def client_session_rows(results: Results) -> Rows:
+    """Rows of ``client_session.json``."""
     rows = []
     for name in ("tiny-llava", "random"):
         measured = results[name]
@@ -104,7 +104,7 @@ def client_turn_rows(results: Results) -> Rows:
         title = name if name != "random" else "random checkpoint"
         rows.append(
             [
-                f"a client's turn with the base warm, against loading it, {title} "
+                f"a client's session on a warm base, against loading it first, {title} "
                 f"({millions:,.1f} M), one example, one step",
                 f"{seconds['warm_turn']:#.3g} s against {seconds['cold_turn']:#.3g} s "
                 f"({measured['wall']['ratio']['cold_to_warm']:.1f} x); of it "
@@ -122,7 +122,7 @@ def demo_rows(results: Results) -> Rows:
     goal = results["goals"]["idle_share_after_first"]
     return [
         [
-            "demo: share of an exchange in which no client trains or evaluates, after the first",
+            "demo: share of an exchange without any client training or evaluating, after the first",
             f"{later['overall']:.1%} (worst exchange {later['largest']:.1%})",
             f"<= {goal:.0%}",
         ],
@@ -139,8 +139,8 @@ def rows_rows(results: Results) -> Rows:
     names = {"array": "LLaVA JSON", "lines": "JSONL"}
     return [
         [
-            f"finding {measured['rows']:,} rows in {measured['file_mb'] / 1000:.1f} GB of "
-            f"{names[kind]}; reading one of them; extra peak memory",
+            f"indexing {measured['rows']:,} rows of {measured['file_mb'] / 1000:.1f} GB of "
+            f"{names[kind]}; reading one row; extra peak memory",
             f"{measured['walk_seconds']:.1f} s; {measured['random_row_microseconds']:.0f} µs; "
             f"{measured['extra_peak_mb']:.0f} MB",
             "",
@@ -150,7 +150,7 @@ def rows_rows(results: Results) -> Rows:
 
 
 def plan_rows(results: Results) -> Rows:
-    """``plan.json`` has a table of its own, see `plan_table`; nothing in it is measured."""
+    """``plan.json`` has its own table, `plan_table`: nothing in it is measured."""
     return []
 
 
@@ -160,7 +160,7 @@ def faults_rows(results: Results) -> Rows:
     return [
         [
             f"runs killed {results['kills']} times in all ({phases}) and resumed, bit-identical to "
-            "one that was left alone",
+            "an uninterrupted one",
             f"{results['identical']} of {results['runs']}",
             f"{results['runs']} of {results['runs']}",
         ]
@@ -168,15 +168,15 @@ def faults_rows(results: Results) -> Rows:
 
 
 def privacy_rows(results: Results) -> Rows:
-    """Rows of ``privacy.json``, which has a table of its own as well, see `privacy_table`."""
+    """Rows of ``privacy.json``, which also has its own table, `privacy_table`."""
     measured = [results["untrained"], *results["settings"]]
-    told = [f"{epsilon_words(one)}: {one['score_mean_over_tasks']:.3f}" for one in measured]
-    what = f"the demo's mean score by ε, clipped to {results['clip_norm']:g}; 0 is the base model"
-    return [[what, "; ".join(told), ""]]
+    scores = [f"{epsilon_text(one)}: {one['score_mean_over_tasks']:.3f}" for one in measured]
+    title = f"the demo's mean score by ε, clipped to {results['clip_norm']:g}; 0 is the base model"
+    return [[title, "; ".join(scores), ""]]
 
 
-def epsilon_words(measured: Results) -> str:
-    """Return ε of a row of ``privacy.json``, three digits of it."""
+def epsilon_text(measured: Results) -> str:
+    """Return ε of a row of ``privacy.json`` with three digits."""
     if "noise_multiplier" not in measured:
         return "0"
     value = measured["epsilon_after_all_exchanges"]
@@ -193,8 +193,8 @@ def fuzz_rows(results: Results) -> Rows:
     slowest = max(target["slowest_input_milliseconds"] for target in found)
     return [
         [
-            f"odd inputs for {len(found)} readers of messages, files and settings; of them taken; "
-            "errors that are not the reader's own; slowest input",
+            f"malformed inputs to {len(found)} readers of messages, files and settings; accepted; "
+            "errors other than the reader's own; slowest input",
             f"{results['inputs_in_all']:,}; {accepted:,}; none; {slowest / 1000:.1f} s",
             "none",
         ]
@@ -227,7 +227,7 @@ def deployment_rows(results: Results) -> Rows:
     """Rows of ``deployment.json``."""
     return [
         [
-            "seconds of a deployed exchange in which no client trains or evaluates, after the "
+            "seconds of a deployed exchange without any client training or evaluating, after the "
             f"first, {name}",
             f"{measured['without_work_seconds']:.1f} s: "
             + ", ".join(f"{part} {s:.1f}" for part, s in shown_parts(measured).items()),
@@ -238,16 +238,19 @@ def deployment_rows(results: Results) -> Rows:
 
 
 def shown_parts(measured: Results) -> dict[str, float]:
-    """Return the parts of an exchange without work, by the words of ``deployment.json``."""
+    """Return the parts of an exchange other than work, by their names in ``deployment.json``."""
     return {n: s for n, s in measured["parts_seconds"].items() if n != "work"}
 
 
 def import_time_rows(results: Results) -> Rows:
     """Rows of ``import_time.json``."""
-    what = {"client_app": "importing the ClientApp", "server_app": "importing the ServerApp"}
-    what["plan"] = "`pilot-flwr plan experiment=paper`"
+    titles = {
+        "client_app": "importing the ClientApp",
+        "server_app": "importing the ServerApp",
+        "plan": "`pilot-flwr plan experiment=paper`",
+    }
     return [
-        [f"{what[name]}, to `import {ratio['to']}`, CPU time", f"{ratio['cpu']:.2f} x", "<= 2 x"]
+        [f"{titles[name]}, to `import {ratio['to']}`, CPU time", f"{ratio['cpu']:.2f} x", "<= 2 x"]
         for name, ratio in results["ratio"].items()
     ]
 
@@ -274,7 +277,7 @@ def milliseconds(seconds: float) -> str:
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
-    "client_turn": client_turn_rows,
+    "client_session": client_session_rows,
     "demo": demo_rows,
     "rows": rows_rows,
     "gpu": gpu_rows,

@@ -1,4 +1,4 @@
-"""Times taken in turn, so that whatever else the machine does falls on all parts alike."""
+"""Time parts alternately, so that other load on the machine affects all alike."""
 
 import statistics
 import time
@@ -15,16 +15,16 @@ def take_turns(
     repeats: int,
     synchronize: Callable[[], None] = lambda: None,
 ) -> Times:
-    """Run all parts one after the other, `repeats` times over, after one round to warm up.
+    """Run all parts one after the other, `repeats` times over, after one warm-up round.
 
     Parameters
     ----------
     parts : mapping
-        Name → what to run.
+        Functions to time, by name.
     repeats : int
-        Runs of each part that count.
+        Timed runs of each part.
     synchronize : callable
-        Waits for the device; called before each look at the clock.
+        Waits for the device; called before the clock is read.
     """
     times: Times = {clock: {name: [] for name in parts} for clock in ("wall", "cpu")}
     for repeat in range(repeats + 1):
@@ -46,9 +46,9 @@ def summarize(times: Times, ratios: Mapping[str, tuple[str, str]]) -> dict[str, 
     Parameters
     ----------
     times : Times
-        Of `take_turns`.
+        From `take_turns`.
     ratios : mapping
-        Name of a ratio → the part above and the part below the line.
+        Name of a ratio → its numerator and denominator.
     """
     summary = {}
     for clock, seconds in times.items():

@@ -5,7 +5,7 @@ memory of at most the output plus one stacked tensor; distances within 1e-6 rela
 reference when all clients share an offset 1,000 times their differences.
 
 Run ``python benchmarks/aggregation.py`` (some minutes, 6 GiB) to renew
-``benchmarks/results/aggregation.json``, or ``--quick`` to see that it works.
+``benchmarks/results/aggregation.json``, or ``--quick`` for a smoke test.
 """
 
 import argparse
@@ -66,12 +66,12 @@ def flower_records(states: list[State]) -> list[RecordDict]:
 
 
 def decode(records: list[RecordDict]) -> list[State]:
-    """Unpack the arrays of all replies, as Flower's function does on its way."""
+    """Unpack the arrays of all replies, as Flower's function does."""
     return [{n: a.numpy() for n, a in record["arrays"].items()} for record in records]
 
 
 def flower_arithmetic(states: list[State], factors: list[float]) -> State:
-    """Repeat the loop of Flower's function on arrays that are decoded already."""
+    """Repeat the loop of Flower's function on decoded arrays."""
     total: State = {}
     for state, factor in zip(states, factors, strict=True):
         for name, value in state.items():
@@ -89,7 +89,7 @@ def aggregate(states: list[State]) -> list[dict[str, Any]]:
 
 
 def measure_times(states: list[State], repeats: int) -> dict[str, Any]:
-    """Time each part in turn, `repeats` times over: medians, and ratios within each turn."""
+    """Time the parts alternately, `repeats` times: medians, and ratios within each turn."""
     records = flower_records(states)
     counts = [100 + k for k in range(len(states))]
     weights = adaptive_weights(pairwise_distances(states), counts, NEIGHBORS)
@@ -137,7 +137,7 @@ def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def measure_memory(states: list[State]) -> dict[str, Any]:
-    """Return the growth of the resident set at its highest, over distances and mixtures.
+    """Return the peak growth of the resident set during distances and mixing.
 
     Free heap is given back to the system first, and the kernel's high-water mark is reset.
     """
@@ -214,7 +214,7 @@ def measure_accuracy(states: list[State]) -> dict[str, Any]:
 
 
 def measure(clients: int, layers: int, rank: int, repeats: int) -> dict[str, Any]:
-    """Make one set of states and measure times and memory on it."""
+    """Draw one set of states and measure time and memory on it."""
     states = make_states(clients, layers, rank)
     parameters = sum(value.size for value in states[0].values())
     size = {"clients": clients, "parameters": parameters, "tensors": len(states[0]), "rank": rank}
@@ -225,8 +225,8 @@ def measure(clients: int, layers: int, rank: int, repeats: int) -> dict[str, Any
 def main(arguments: list[str] | None = None) -> None:
     """Run all measurements, print them, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes; writes no file")
-    parser.add_argument("--output", type=Path, help="where to write the result instead")
+    parser.add_argument("--quick", action="store_true", help="small sizes, write nothing")
+    parser.add_argument("--output", type=Path, help="another result file")
     options = parser.parse_args(arguments)
     quick = options.quick
     layers, repeats = (1, 2) if quick else (32, 9)

@@ -6,8 +6,8 @@ the difference loss at most 15 % of stage 1's forward and backward. Also, at N·
 peak memory of the loss against the official code's formula, which builds an (N·C)² matrix.
 
 Run ``python benchmarks/connector.py`` (about 2 minutes, 2 GiB) to renew
-``benchmarks/results/connector.json``, or ``--quick`` to see that it works. Times are of one
-thread unless ``--threads`` says otherwise, so that CPU time means something.
+``benchmarks/results/connector.json``, or ``--quick`` for a smoke test. It uses one thread unless
+``--threads`` is given, so that CPU time is meaningful.
 """
 
 import argparse
@@ -49,7 +49,7 @@ FLAT, TINY_FLAT = (8, 16, 256), (4, 4, 8)
 
 
 class Case:
-    """Both connectors on one device, and what comes in from both sides: H_v and dL/dx_img."""
+    """Both connectors on one device, with their inputs H_v and output gradients dL/dx_img."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ class Case:
         return torch.randn(*shape, generator=self.generator).to(self.device)
 
     def stage1(self) -> TaskClientConnector:
-        """Build stage 1; both adapters are trained, and neither is inert."""
+        """Build stage 1 with two trained adapters, neither inert."""
         return stage1_connector(self.projector, ModelConfig(initialisation="official"))
 
     def stage2(self) -> CrossTaskMoA:
@@ -83,7 +83,7 @@ class Case:
         return connector
 
     def products(self, *, trained: int, frozen: int, experts: int) -> Callable[[], None]:
-        """Return the matrix products alone, into memory that is there already.
+        """Return the matrix products alone, into preallocated memory.
 
         Of each adapter two forward, and if it is trained, three backward: the gradients of both
         weights and of the hidden layer (H_v needs none). Of the router, if there are `experts`,
@@ -111,7 +111,7 @@ class Case:
 
 
 def training_pass(connector: CrossTaskMoA, case: Case) -> Callable[[], None]:
-    """Return CT-MoA's forward and backward, its two losses included."""
+    """Return CT-MoA's forward and backward with its two losses."""
 
     def run() -> None:
         connector.zero_grad(set_to_none=True)
@@ -157,7 +157,7 @@ def literal_official(task: Tensor, client: Tensor) -> Tensor:
 
 
 def reductions() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Return the loss by name: as it is in the package, and literally."""
+    """Return the losses by name: the package's, and the literal formula."""
     return {
         "official": lambda a, b: difference_loss(a, b, reduction="official"),
         "normalized": lambda a, b: difference_loss(a, b, reduction="normalized"),
@@ -166,7 +166,7 @@ def reductions() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return how far the allocated tensor memory rises above where it was, in bytes.
+    """Return the rise of allocated tensor memory at its peak, in bytes.
 
     On a CPU, from the profiler's list of every allocation and release; on a GPU, from the
     allocator's own statistics.
@@ -240,7 +240,7 @@ def measure_reductions(
 
 
 def timed(parts: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> Times:
-    """Time the parts in turn on `device`."""
+    """Time the parts alternately on `device`."""
     if device.type == "cuda":
         return take_turns(parts, repeats=repeats, synchronize=torch.cuda.synchronize)
     return take_turns(parts, repeats=repeats)
@@ -250,9 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless this is a quick run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--repeats", type=int, default=9, help="runs of each part that count")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each part")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, write nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

@@ -1,12 +1,12 @@
-"""Record a demo run's scores and timeline, and what share of its time no client was at work.
+"""Record a demo run's scores, timeline, and share of time without any client at work.
 
 Goal: at most 15 % of every exchange after the first one, which also starts Ray and loads torch and
 the base in every worker. The rest is roster, messages, Flower's scheduling, the swap of adapters,
 the clients' files, aggregation and checkpoint.
 
 Run ``python benchmarks/demo.py RUN_FOLDER`` on the folder of a finished run to renew
-``benchmarks/results/demo.json``, or ``--quick`` instead of the folder to see that it
-works. The last evaluation, after the last exchange, belongs to no exchange and is not counted.
+``benchmarks/results/demo.json``, or ``--quick`` without a folder for a smoke test. The closing
+evaluation belongs to no exchange and is not counted.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RESULT = RESULTS / "demo.json"
 
 
 def read_events(folder: Path) -> list[Event]:
-    """Read the events of a run that has finished.
+    """Read the events of a finished run.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def union_seconds(intervals: Sequence[Interval]) -> float:
-    """Return how long at least one of the intervals runs."""
+    """Return the length of the intervals' union."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(intervals):
         total += max(0.0, last - max(first, end))
@@ -49,7 +49,7 @@ def union_seconds(intervals: Sequence[Interval]) -> float:
 
 
 def busy_intervals(turn: Event, evaluation: Event | None) -> list[Interval]:
-    """Return when a client evaluated and trained in its turn, in seconds since 1970.
+    """Return when a client evaluated and trained in its session, in seconds since 1970.
 
     The events say how long; a turn is loading, evaluation, swap, training, saving, in this order.
     Evaluation is set at the turn's beginning and training at its end: the time between them is
@@ -65,18 +65,18 @@ def busy_intervals(turn: Event, evaluation: Event | None) -> list[Interval]:
 def measure_exchange(events: Sequence[Event], number: int) -> dict[str, Any]:
     """Compare one exchange's wall time with the clients' busy times."""
     (closed,) = (e for e in events if e["event"] == "round" and e["round"] == number)
-    turns = [e for e in events if e["event"] == "train" and e["round"] == number]
-    # What a client evaluates in an exchange is the model after the one before it.
+    sessions = [e for e in events if e["event"] == "train" and e["round"] == number]
+    # In an exchange a client evaluates the model of the previous one.
     scores = {
         e["client"]: e for e in events if e["event"] == "evaluate" and e["round"] == number - 1
     }
-    busy = [i for turn in turns for i in busy_intervals(turn, scores.get(turn["client"]))]
-    inside = [(turn["started"], turn["started"] + turn["turn_seconds"]) for turn in turns]
+    busy = [i for e in sessions for i in busy_intervals(e, scores.get(e["client"]))]
+    inside = [(e["started"], e["started"] + e["turn_seconds"]) for e in sessions]
     wall = closed["seconds"]
     (aggregation,) = (e for e in events if e["event"] == "aggregate" and e["round"] == number)
     return {
         "exchange": number,
-        "clients": len(turns),
+        "clients": len(sessions),
         "wall_seconds": round(wall, 3),
         "idle_share": round(1 - union_seconds(busy) / wall, 4),
         "outside_turns_share": round(1 - union_seconds(inside) / wall, 4),
@@ -139,8 +139,8 @@ def make_example(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless this is a quick run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", help="of a finished run")
-    parser.add_argument("--quick", action="store_true", help="a made-up run, nothing written")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of a finished run")
+    parser.add_argument("--quick", action="store_true", help="a made-up run, write nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     if options.quick:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             make_example(Path(name))
             results = measure(Path(name))
     elif options.folder is None:
-        parser.error("say which run's folder to read, or --quick")
+        parser.error("give the folder of a finished run, or --quick")
     else:
         results = measure(options.folder)
     print(json.dumps(results, indent=2))

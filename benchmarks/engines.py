@@ -1,9 +1,9 @@
 """Time the same run under Flower's simulation with Ray and in-process, and jobs of a sweep.
 
 Run ``python benchmarks/engines.py`` (about 6 minutes on 2 cores) to renew
-``benchmarks/results/engines.json``, or ``--quick`` to see that it works: a tiny run, in-process
-alone. A run's time is that of its whole command, from start to exit, without the report. A
-further job's is the difference between sweeps of three jobs and of one, by two.
+``benchmarks/results/engines.json``, or ``--quick`` for a tiny in-process run only.
+A run's time is that of its whole command, without the report. The time of a further job is half the
+difference between sweeps of three jobs and of one.
 """
 
 import argparse
@@ -25,7 +25,7 @@ QUICK = (*DEMO, "data.train_examples=8", "data.test_examples=2", "data.clients_p
 
 
 def seconds_of(*words: str) -> float:
-    """Return how long a command of ``pilot-flwr`` takes."""
+    """Return the seconds that a ``pilot-flwr`` command takes."""
     program = Path(sys.executable).parent / "pilot-flwr"
     started = time.perf_counter()
     subprocess.run(  # nosec B603  # no shell, our own program
@@ -35,7 +35,7 @@ def seconds_of(*words: str) -> float:
 
 
 def measure(settings: Sequence[str], engines: Sequence[str]) -> dict[str, Any]:
-    """Measure a run under every engine, and a sweep's further job in-process."""
+    """Time a run under every engine, and a further job of an in-process sweep."""
     results: dict[str, Any] = {"overrides": list(settings)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -58,7 +58,7 @@ def measure(settings: Sequence[str], engines: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless ``--quick``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny, and no result file")
+    parser.add_argument("--quick", action="store_true", help="tiny, write nothing")
     options = parser.parse_args(arguments)
     if options.quick:
         results = measure(QUICK, ["in-process"])

@@ -1,9 +1,9 @@
-"""Time what every message of a deployment pays first: importing the apps, and `pilot-flwr plan`.
+"""Time the imports of the apps, which every message of a deployment repeats, and of the plan.
 
 Run ``python benchmarks/import_time.py`` (about 3 minutes) to renew
 ``benchmarks/results/import_time.json``, or ``--quick`` for one round that writes nothing. Every
 program is a fresh process; the programs alternate, and figures are medians of their CPU and wall
-seconds, less those of an empty program.
+seconds, minus those of an empty program.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PROGRAMS = {
     "plan": ("-m", "pilot_flwr.cli.main", "plan", "experiment=paper"),
 }
 GOALS = {"client_app": "flwr.clientapp", "server_app": "flwr.clientapp", "plan": "torch"}
-"""Each takes at most twice as long as the other."""
+"""Each program may take at most twice as long as the second."""
 
 
 def seconds_of(arguments: Sequence[str]) -> tuple[float, float]:
@@ -43,7 +43,7 @@ def seconds_of(arguments: Sequence[str]) -> tuple[float, float]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Measure all programs in turn, and what each goal compares."""
+    """Time all programs alternately, and compute the ratio of each goal."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in PROGRAMS}
     for _ in range(rounds):
         for name, arguments in PROGRAMS.items():
@@ -73,7 +73,7 @@ def measure(rounds: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless ``--quick``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round, and no result file")
+    parser.add_argument("--quick", action="store_true", help="one round, write nothing")
     options = parser.parse_args(arguments)
     results = measure(1 if options.quick else 7)
     print(json.dumps(results, indent=2))

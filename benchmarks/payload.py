@@ -1,15 +1,14 @@
 """Send the payload of LLaVA-1.5-7B's clients through a deployment, and measure memory.
 
 The base model here is a random one of 0.4 B parameters whose layers are as wide as those of the 7B
-model (4,096, images 1,024) and as many (32), but thin inside. With a LoRA of rank 160 the
-projector's adapter and the LoRA have, to the number, as many parameters in as many tensors as those
-of LLaVA-1.5-7B at the paper's rank 64: 180,887,552 in 452, sent as bfloat16. One federation over
-TLS with node keys is started on this machine by the commands of the deployment guide; its one
-site trains both stages, so its second exchange also receives the other tasks' adapters. The app
-itself does it all: codec, strategy, aggregation, checkpoint, private state.
+model (4,096, images 1,024) and as many (32), but thin inside. With a LoRA of rank 160, adapter and
+LoRA have exactly the parameters and tensors of LLaVA-1.5-7B at the paper's rank 64: 180,887,552 in
+452, sent as bfloat16. The commands of the deployment guide start one federation over TLS with node
+keys on this machine; its one site trains both stages, so its second exchange also receives the
+other tasks' adapters. Codec, strategy, aggregation, checkpoint and private state are the app's own.
 
-Memory is resident memory, the highest of five samples a second: of each machine's processes
-together, and of each program.
+Memory is the peak of resident memory, sampled five times a second, of each machine's processes
+together and of each program.
 
 Run ``python benchmarks/payload.py`` (about 6 minutes, 10 GiB, 6 GB of disk) to renew
 ``benchmarks/results/payload.json``, or ``--quick`` to send a small payload and write nothing.
@@ -34,7 +33,7 @@ WIDE = Size(
 )
 RANK = 160
 SENT_BY_7B = 180_887_552
-"""Parameters that a client of LLaVA-1.5-7B sends, by ``benchmarks/plan.py``."""
+"""Parameters that a client of LLaVA-1.5-7B sends, from ``benchmarks/plan.py``."""
 
 SETTINGS = (
     "train.epochs=1 train.batch_size=2 evaluation.max_new_tokens=2 strategy.num_neighbors=1 "
@@ -43,7 +42,7 @@ SETTINGS = (
 
 
 def measure(folder: Path, size: Size, rank: int) -> dict[str, Any]:
-    """Run two exchanges with a base of a size and a LoRA of a rank, and return the figures."""
+    """Run two exchanges with a base of this size and a LoRA of this rank; return the figures."""
     base = folder / "base"
     parameters = write_random_base(base, size)
     words = f"{SETTINGS} model.path={base} model.lora.rank={rank}"
@@ -85,7 +84,7 @@ def measure(folder: Path, size: Size, rank: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless this is a quick run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny base, nothing written")
+    parser.add_argument("--quick", action="store_true", help="a tiny base, write nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     size, rank = (TINY, 8) if options.quick else (WIDE, RANK)

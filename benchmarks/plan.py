@@ -1,8 +1,8 @@
-"""Record the plan of each base model: what is counted and estimated before anything is loaded.
+"""Record the plan of each base model: parameters counted and memory estimated from shapes.
 
-Nothing is measured here; the figures are those of ``pilot-flwr plan``, kept so that the README's
-table is made from a file. Run ``python benchmarks/plan.py`` (about a minute) to renew
-``benchmarks/results/plan.json``, or ``--quick`` to see that it works.
+Nothing is measured: the figures are those of ``pilot-flwr plan``, kept so that the documentation's
+table comes from a file. Run ``python benchmarks/plan.py`` (about a minute) to renew
+``benchmarks/results/plan.json``, or ``--quick`` for a smoke test.
 """
 
 import argparse
@@ -25,13 +25,13 @@ CASES = {
     "LLaVA-Interleave-0.5B": f"{PAPER} model=llava-interleave-0.5b",
     "LLaVA-OneVision-0.5B": f"{PAPER} model=llava-onevision-0.5b train.max_length=8192",
 }
-"""Overrides by title; rank, tasks and clients are the paper's in all."""
+"""Overrides by title; rank, tasks and clients are always the paper's."""
 
 GPU_GIB = (24, 80)
 
 
 def figures(overrides: str) -> dict[str, Any]:
-    """Return one plan's figures, parameters in numbers and memory in bytes."""
+    """Return one plan's figures: parameter counts, and memory in bytes."""
     plan = make_plan(load_config(overrides))
     memory = [stage.memory for stage in plan.stages.values()]
     batch = plan.batch
@@ -55,7 +55,7 @@ def figures(overrides: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the result file, or print one case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the tiny base alone, written nowhere")
+    parser.add_argument("--quick", action="store_true", help="only the tiny base, write nothing")
     if parser.parse_args(arguments).quick:
         print(json.dumps(figures("experiment=demo"), indent=2))
         return

@@ -1,13 +1,13 @@
 """Measure what client-level differential privacy costs the demo: scores against ε.
 
-The demo's federation (nine clients, three tasks, four exchanges) is run in this process by the
-code that a run uses, `run_session` and `ServerState`, once as it is and then with uploads that are
-clipped and noisy, for noise from next to nothing up to what gives a small ε. Clients evaluate here
+The demo's federation (nine clients, three tasks, four exchanges) runs in this process with
+a run's own code, `run_session` and `ServerState`: once without privacy, then with clipped and noisy
+uploads, from almost no noise to enough for a small ε. Clients evaluate here
 (`privacy.send_metrics=true`), because the demo's data is public. Noise cannot be repeated: with
-several `SEEDS` the range over them shows how much of a score is chance.
+several `SEEDS`, the range over them shows how much of a score is chance.
 
 Run ``python benchmarks/privacy.py`` (about 10 minutes) to renew
-``benchmarks/results/privacy.json``, or ``--quick`` to see that it works.
+``benchmarks/results/privacy.json``, or ``--quick`` for a smoke test.
 """
 
 import argparse
@@ -43,7 +43,7 @@ QUICK = (
 
 
 class DemoFederation:
-    """The demo's clients and its server, in this process.
+    """The demo's clients and server in this process.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def measure(config: PilotConfig, privacy: PrivacyConfig, seeds: Sequence[int]) -
 
 
 def untrained(config: PilotConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the scores of the base model, which costs no privacy at all."""
+    """Return the scores of the base model, at ε = 0."""
     per_task: dict[str, list[float]] = {task: [] for task in config.data.tasks}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as name:
@@ -144,7 +144,7 @@ def untrained(config: PilotConfig, seeds: Sequence[int]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless this is a quick run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny demo, nothing written")
+    parser.add_argument("--quick", action="store_true", help="a tiny demo, write nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     config = load_config(QUICK if options.quick else "experiment=demo")

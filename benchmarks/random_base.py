@@ -1,4 +1,4 @@
-"""Write a random LLaVA checkpoint: no behaviour, but a real checkpoint's size and format.
+"""Write a random LLaVA checkpoint of a real one's size and format.
 
 Run ``python benchmarks/random_base.py FOLDER`` for one of 0.5 B parameters (1.1 GB), and use it
 with ``pilot-flwr run model.path=FOLDER model.dtype=bfloat16``: how long loading, switching and
@@ -77,10 +77,10 @@ def write_random_base(folder: Path, size: Size) -> int:
 
 
 def main() -> None:
-    """Write the checkpoint that the arguments describe."""
+    """Write the checkpoint of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="gets the checkpoint")
-    parser.add_argument("--tiny", action="store_true", help="some 0.3 M parameters instead")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--tiny", action="store_true", help="about 0.3 M parameters")
     options = parser.parse_args()
     number = write_random_base(options.folder, TINY if options.tiny else HALF_BILLION)
     print(f"{number:,} parameters in {options.folder}")

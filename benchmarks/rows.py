@@ -1,10 +1,10 @@
-"""Benchmark reading rows of a LLaVA JSON file of 665,000 rows: the time of the walk, and memory.
+"""Benchmark indexing and reading a LLaVA JSON file of 665,000 rows: time and memory.
 
 The file is synthetic: as many rows as ``llava_v1_5_mix665k.json`` and about as large, with
 conversations of the same shape and random words.
 
 Run ``python benchmarks/rows.py`` (about a minute, 1.2 GB of disk for a temporary file) to renew
-``benchmarks/results/rows.json``, or ``--quick`` to see that it works.
+``benchmarks/results/rows.json``, or ``--quick`` for a smoke test.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def make_file(path: Path, rows: int, *, lines: bool) -> None:
 
 
 def measure(rows: int) -> dict[str, Any]:
-    """Measure both formats, each in a process of its own."""
+    """Measure both formats, each in its own process."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("array", "lines"):
@@ -91,7 +91,7 @@ def measure(rows: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless ``--quick``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1,000 rows, and no result file")
+    parser.add_argument("--quick", action="store_true", help="1,000 rows, write nothing")
     options = parser.parse_args(arguments)
     results = measure(1000 if options.quick else ROWS)
     print(json.dumps(results, indent=2))

@@ -1,9 +1,9 @@
-"""Run every benchmark, one after the other, each in a process of its own.
+"""Run every benchmark, one after the other, each in its own process.
 
-Run ``python benchmarks/run_all.py`` (about 45 minutes, 7 GiB) on a machine that does nothing else
-to renew ``benchmarks/results``, or ``--quick`` to see that all of them work. To add a benchmark,
-add its file (or a folder with a ``run.py``) to this folder and a row to `BENCHMARKS`, and its rows
-to ``_rows.py``. What needs a GPU is left out where there is none, and says so.
+Run ``python benchmarks/run_all.py`` (about 45 minutes, 7 GiB) on an idle machine to update
+``benchmarks/results``, or ``--quick`` for a smoke test of all. To add a benchmark, add its file (or
+a folder with a ``run.py``) to this folder, its name to `BENCHMARKS` and its rows to ``_rows.py``.
+Without a GPU the GPU benchmark is skipped, with a message.
 """
 
 import argparse
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 BENCHMARKS = (
     "connector",
     "aggregation",
-    "client_turn",
+    "client_session",
     "demo",
     "rows",
     "plan",
@@ -39,7 +39,7 @@ def script(benchmark: str) -> Path:
 
 
 def run_demo(folder: Path) -> None:
-    """Run the demo into `folder`; its events are what ``demo.py`` reads."""
+    """Run the demo in `folder`; ``demo.py`` reads its events."""
     program = Path(sys.executable).parent / "pilot-flwr"
     command = [str(program), "run", "experiment=demo", f"run.folder={folder}"]
     subprocess.run(command, check=True)  # nosec B603  # no shell, our own program
@@ -48,14 +48,14 @@ def run_demo(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all benchmarks; stop at the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, write nothing")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         demo = Path(name) / "demo"
         for benchmark in BENCHMARKS:
             print(f"== {benchmark}", flush=True)
             if benchmark == "gpu" and not options.quick and not torch.cuda.is_available():
-                print("left out: there is no GPU here", flush=True)
+                print("skipped: no GPU", flush=True)
                 continue
             extra = ["--quick"] if options.quick else []
             if benchmark == "demo" and not options.quick:

@@ -25,11 +25,11 @@ PAGES = {
     "docs/explanation/scenarios.md": ("rates",),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan"),
 }
-"""Page → the tables that it has, in their order."""
+"""Page → its tables, in order."""
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Return the table of all result files that there are, and what they were measured on."""
+    """Return the table of all result files present, with a note on each measurement."""
     rows = [["measured", "figure", "goal"]]
     notes = []
     for name, rows_of in ROWS.items():

@@ -41,7 +41,7 @@ def softmax_weights(
 
 RULE = LoraRule(
     weights=lambda distances, tasks, examples, config: softmax_weights(distances, examples),
-    owner=lambda client, task: client,  # every client has a LoRA of its own
+    owner=lambda client, task: client,  # every client has its own LoRA
 )
 """The row of the table."""
 

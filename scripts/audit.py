@@ -1,11 +1,10 @@
-"""Look every installed package up among the known vulnerabilities, by pip-audit.
+"""Check every installed package for known vulnerabilities with pip-audit.
 
-``python scripts/audit.py`` (``make security``) exits 1 if one is found. Without the network
-nothing can be looked up: that is said, and is no failure. That silence means something is made
-sure of by a question first, about a version that is known to be vulnerable: a service, or what
-stands in its place, that knows nothing of it has audited nothing.
+``python scripts/audit.py`` (``make security``) exits with 1 if it finds one. If the service cannot
+be reached, it prints NOT AUDITED and exits with 0. A control query about a version known to be
+vulnerable comes first: a service, or a proxy in its place, without an answer to it audits nothing.
 
-The service is OSV, which PyPI's own advisories come from.
+The service is OSV, the source of PyPI's advisories.
 """
 
 import argparse
@@ -21,7 +20,7 @@ SECONDS = 20
 
 
 class NothingAudited(Exception):
-    """The service cannot be reached, or does not answer as it must."""
+    """The service cannot be reached, or fails the control query."""
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def main() -> int:
     for package, vulnerability in found:
         fixed = ", ".join(vulnerability["fix_versions"]) or "no version yet"
         name, version = package["name"], package["version"]
-        print(f"{name} {version}: {vulnerability['id']}, mended in {fixed}")
+        print(f"{name} {version}: {vulnerability['id']}, fixed in {fixed}")
     for name, reason in skipped.items():
         print(f"not audited: {name}: {reason}")
     print(f"{len(packages) - len(skipped)} packages audited, known vulnerabilities: {len(found)}")
@@ -48,14 +47,14 @@ def main() -> int:
 
 
 def ask_control(service: str) -> None:
-    """Ask for a version that is known to be vulnerable.
+    """Query a version that is known to be vulnerable.
 
     Raises
     ------
     NothingAudited
-        The service cannot be reached or knows of no vulnerability.
+        The service cannot be reached, or knows no vulnerability of it.
     SystemExit
-        Its address is not allowed.
+        The service's address is not allowed.
     """
     if not service.startswith(("https://", "http://127.0.0.1:")):
         raise SystemExit(f"`--service` is {service!r} but must begin with https://.")
@@ -67,7 +66,7 @@ def ask_control(service: str) -> None:
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # nosec B310
             known = json.load(answer).get("vulns")
     except (OSError, ValueError, AttributeError) as error:
-        raise NothingAudited(f"{service} cannot be asked ({error}).") from error
+        raise NothingAudited(f"{service} cannot be reached ({error}).") from error
     if not known:
         raise NothingAudited(f"{service} knows nothing of a version known to be vulnerable.")
 

@@ -68,7 +68,7 @@ def make_processor(rng: np.random.Generator) -> LlavaProcessor:
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token="<s>",  # nosec B106  # a token of text, no secret
+        bos_token="<s>",  # nosec B106  # a text token, not a secret
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens={"image_token": IMAGE_MARKER},
@@ -123,7 +123,7 @@ def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         **ids,
     )
     model = LlavaForConditionalGeneration(config)
-    # CLIP's default of 0.02 drowns the place of a patch in its content: reading takes off late.
+    # With CLIP's default of 0.02 a patch's content drowns its position: reading is learned late.
     positions = model.model.vision_tower.embeddings.position_embedding.weight
     torch.nn.init.normal_(positions, std=0.3)
     model.generation_config = GenerationConfig(do_sample=False, **ids)

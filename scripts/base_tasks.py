@@ -1,8 +1,8 @@
-"""What the demo's base model is pretrained on: mosaics, questions and styles.
+"""Pretraining data of the demo's base model: mosaics, questions and styles.
 
-Reading and captioning as in the federation, and auxiliary tasks that bring numerals and parity
-into the base's vocabulary. Counting is not among them: it is left for the federation to learn.
-To add a task, write it as one function of four digits and a generator, and give it a weight.
+The tasks are reading and captioning as in the federation, and auxiliary ones that teach the base
+numerals and parity. Counting is left for the federation to learn. To add a task, write a function
+of four digits and a generator, and give it a weight.
 """
 
 from collections.abc import Callable
@@ -67,17 +67,17 @@ def plain(rng: np.random.Generator) -> Style:
 
 
 def mild(rng: np.random.Generator) -> Style:
-    """Half of the clients' ranges, and neither slant nor stroke."""
+    """Half of the clients' ranges, without slant and stroke."""
     return draw_style(rng, strength=0.5)
 
 
 def like_a_client(rng: np.random.Generator) -> Style:
-    """Draw the style of a client of some other federation, for the held-out figures alone."""
+    """Draw the style of a client of another federation, for the held-out figures only."""
     return client_style(int(rng.integers(2**31)), seed=int(rng.integers(1000, 2**31)))
 
 
 def jitter(tiles: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Shift each tile by up to one pixel each way, so that 800 scans go further."""
+    """Shift each tile by up to one pixel in each direction, to augment 800 scans."""
     padded = np.pad(tiles, ((0, 0), (1, 1), (1, 1)))
     shifts = rng.integers(0, 3, (len(tiles), 2))
     return np.stack([p[y : y + 16, x : x + 16] for p, (y, x) in zip(padded, shifts, strict=True)])

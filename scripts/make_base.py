@@ -3,8 +3,8 @@
     python scripts/make_base.py                        # rewrites pilot_flwr/assets/tiny-llava
     python scripts/make_base.py --out /tmp/base --seed 1
 
-Two phases: plain pages until reading takes off, then mild random styles and auxiliary tasks.
-Only the pretraining scans are shown, and counting is never asked.
+Two phases: plain pages until reading is learned, then mild random styles and auxiliary tasks.
+Only pretraining scans are used, and counting is never asked for.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from pilot_flwr.model.checkpoints import write_bundle
 
 DEFAULT_OUT = Path(__file__).parents[1] / "pilot_flwr" / "assets" / "tiny-llava"
 PLAIN_STEPS, STYLED_STEPS, BATCH_SIZE = 2000, 1100, 64
-TAKEN_OFF = 0.15  # loss that ends the plain phase; when it comes varies, hence no fixed step
+TAKEN_OFF = 0.15  # loss that ends the plain phase; its step varies, so none is fixed
 LEARNING_RATE = 2e-3
 
 
@@ -138,7 +138,7 @@ def save_half(model: LlavaForConditionalGeneration, out: Path) -> None:
 def make_base(seed: int, plain_steps: int, styled_steps: int, out: Path) -> dict[str, Any]:
     """Train and write the folder; return what `training.json` records."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # more only wait for each other at this size
+    torch.set_num_threads(1)  # more threads only wait for each other at this size
     rng = np.random.default_rng([seed, 1])
     processor = make_processor(np.random.default_rng([seed, 0]))
     model = make_model(processor)

@@ -1,4 +1,4 @@
-"""Measure what the demo's base model can do before any federation, on the federated test split.
+"""Score the demo's base model zero-shot on the federated test split.
 
     python scripts/zero_shot.py                # seed 0, nine clients, 60 test examples each
     python scripts/zero_shot.py --seed 1 --examples 200

@@ -1,1 +1,1 @@
-"""A deployment on this machine, measured: what an exchange costs besides training."""
+"""Measure a deployment on this machine: the cost of an exchange besides training."""

@@ -1,18 +1,18 @@
-"""Split the time of a deployed exchange into parts, by the run's events and its processes' lives.
+"""Split the time of a deployed exchange into parts, from the run's events and processes.
 
 The parts of an exchange with one client, in order::
 
     roster      the server queries the clients: a fresh process at the site answers
     dispatch    the instruction travels until the site's next process begins
     start       that process: Python, imports, fetching the instruction, reading the settings
-    base        its session without work: the base model, data, private state
+    base        the rest of its session: base model, data, private state
     work        evaluation and training
     reply       the result is packed, sent and fetched; the server polls for it
     server      aggregation and events
     checkpoint  written before the next exchange begins
 
-With several clients each part is their mean. The seconds without work of an exchange are its wall
-time less the time in which at least one client worked.
+With several clients each part is their mean. The seconds without work are an exchange's wall time
+minus the time in which at least one client worked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from typing import Any
 
 Event = dict[str, Any]
 Lives = Mapping[str, Sequence[float]]
-"""Client → when each of its processes began, in seconds since 1970."""
+"""Client → start of each of its processes, in seconds since 1970."""
 
 PARTS = ("roster", "dispatch", "start", "base", "work", "reply", "server", "checkpoint")
 

@@ -1,4 +1,4 @@
-"""Run a federation on loopback by the commands of the deployment guide, and watch it.
+"""Run a federation on loopback with the commands of the deployment guide, and watch it.
 
 ``tests/deployment`` executes the guide's blocks: a server with TLS, node keys and, where nginx is
 installed, the gateway; and sites with their own data.
@@ -27,7 +27,7 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its events, when it began (seconds since 1970), its processes."""
+    """A finished run: its events, start (seconds since 1970) and processes."""
 
     events: list[dict[str, Any]]
     began: float
@@ -44,7 +44,7 @@ def run_federation(
     test: int = 4,
     site_config: str = "",
 ) -> Measured:
-    """Start a server and sites, run a federation over them, stop all.
+    """Start a server and sites, run a federation on them, stop everything.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""Measure what an exchange of a deployment costs besides training and evaluation.
+"""Measure the cost of a deployed exchange besides training and evaluation.
 
 Flower starts a fresh process for every message, so each exchange loads Python, torch and the base
-model again. A federation over TLS with node keys is started on this machine by the commands of the
-deployment guide, and the time of its exchanges is split into parts (`deployment.exchanges`). It has
-one site: several would share this machine's cores, which real ones do not. The base models are the
+model again. The commands of the deployment guide start a federation over TLS with node keys on this
+machine, and the time of its exchanges is split into parts (`deployment.exchanges`). It has one
+site: several would share this machine's cores, unlike real ones. The base models are the
 shipped ``tiny-llava`` and a random checkpoint of 0.5 B parameters in Hugging Face format, read from
 the operating system's file cache, the best case.
 
@@ -86,7 +86,7 @@ def make_example() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless this is a quick run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a made-up run, nothing written")
+    parser.add_argument("--quick", action="store_true", help="a made-up run, write nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     if options.quick:

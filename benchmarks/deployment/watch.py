@@ -1,4 +1,4 @@
-"""Observe a deployment's processes while it runs: how long each lives, how much memory it takes.
+"""Observe a deployment's processes while it runs: lifetime and memory of each.
 
 All processes are sampled several times a second from outside; nothing is added to the programs.
 Memory is a process's resident memory as the operating system counts it, so memory that several
@@ -28,7 +28,7 @@ PROGRAMS = (
 
 @dataclass
 class Seen:
-    """One process: when it began and was last seen (seconds since 1970), its peak in bytes."""
+    """One process: start and last sample (seconds since 1970), peak memory in bytes."""
 
     machine: str
     program: str
@@ -72,7 +72,7 @@ class Watch:
         return sorted(found, key=lambda process: process.began)
 
     def peak_by_program(self, machine: str) -> dict[str, int]:
-        """Return the most bytes that one process of each program had on a machine."""
+        """Return the peak bytes of a single process, by program, on a machine."""
         peaks: dict[str, int] = defaultdict(int)
         for process in self.seen.values():
             if process.machine == machine:

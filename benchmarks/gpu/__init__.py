@@ -1,1 +1,1 @@
-"""Local training on a GPU against a plain loop and against the arithmetic; see ``run.py``."""
+"""Local training on a GPU against a plain loop and the required arithmetic; see ``run.py``."""

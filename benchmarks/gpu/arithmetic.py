@@ -1,9 +1,8 @@
-"""Floating point operations that a training step cannot do without, counted by hand.
+"""Floating point operations that a training step needs, counted by hand.
 
 A multiplication with an addition is two operations. A frozen matrix costs 2 per parameter and
 token forward and 2 backward (the gradient of its input alone), a trained one 2 more for its own
-gradient; nothing is spent on gradients that nobody needs: those of frozen parameters and of
-H_v. Attention is counted as causal: half of the square. Element-wise work counts as nothing.
+gradient; gradients of frozen parameters and of H_v cost nothing. Attention is counted as causal: half of the square. Element-wise work counts as nothing.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from pilot_flwr.model.memory import MicroBatch
 
 
 class Operations(NamedTuple):
-    """Of one training step on one micro-batch, by what they are for."""
+    """Operations of one training step on one micro-batch, by purpose."""
 
     frozen: int
     lora: int
@@ -24,12 +23,12 @@ class Operations(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All that is needed."""
+        """Operations in all."""
         return sum(self)
 
     @property
     def recomputed(self) -> int:
-        """What gradient checkpointing adds: the decoder layers forward once more."""
+        """Operations that gradient checkpointing adds: the decoder layers' second forward pass."""
         return self.frozen // 2 + self.lora // 3 + self.attention // 3
 
 

@@ -1,6 +1,6 @@
-"""What follows from the measured cases: throughput, utilisation, ratios, the best of each loop.
+"""Derive figures from the measured cases: throughput, utilisation, ratios, best of each loop.
 
-Pure functions of figures; nothing is measured here.
+Pure functions; nothing is measured here.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from pilot_flwr.model.architectures import feature_size
 Figures = dict[str, Any]
 
 GOALS = {"time_to_plain": 1.0, "peak_to_plain": 0.5, "utilisation": 0.5, "switch_seconds": 1.0}
-"""The most of the first two and of the last, the least of the third."""
+"""Goals: maxima for the first two and the last, a minimum for the third."""
 
 TIMES = {
     "seconds",
@@ -26,7 +26,7 @@ TIMES = {
     "utilisation",
     "hardware_utilisation",
 }
-"""What says nothing about a GPU if it was measured on a CPU."""
+"""Figures that mean nothing for a GPU if measured on a CPU."""
 
 
 def merged(rounds: Sequence[Sequence[Figures]]) -> list[Figures]:
@@ -80,7 +80,7 @@ def complete(case: Figures, planned: Planned, matrix_flops: float) -> Figures:
 
 
 def comparisons(cases: Sequence[Figures]) -> list[Figures]:
-    """Return ratios to the plain loop at every micro-batch that both could do."""
+    """Return ratios to the plain loop at every micro-batch that both could run."""
     done = [case for case in cases if not case["out_of_memory"]]
     found = []
     for own in done:
@@ -104,7 +104,7 @@ def comparisons(cases: Sequence[Figures]) -> list[Figures]:
 
 
 def best(cases: Sequence[Figures]) -> list[Figures]:
-    """Return for each stage and setting of checkpointing the fastest case against the plain best.
+    """Compare the fastest case of each stage and checkpointing setting with the plain best.
 
     Time is that of an example; a micro-batch that did not fit counts for nobody.
     """
@@ -136,7 +136,7 @@ def best(cases: Sequence[Figures]) -> list[Figures]:
 
 
 def without_times(results: Any) -> Any:
-    """Drop `TIMES` and the seconds of rounds, at every depth."""
+    """Drop `TIMES` and the seconds of rounds at every depth."""
     if isinstance(results, list):
         return [without_times(item) for item in results]
     if isinstance(results, dict):

@@ -1,7 +1,7 @@
-"""The two training loops that are compared: the package's own, and a plain one.
+"""The two training loops to compare: the package's own, and a plain one.
 
-Both give seconds per optimizer step, one micro-batch each, read off a clock at the same place of
-every step, where the host has just waited for the device.
+Both return seconds per optimizer step of one micro-batch, measured at the same point of every step,
+right after the host has waited for the device.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from pilot_flwr.config.schema import TrainConfig
 from pilot_flwr.model.pilot_model import PilotModel
 
 WARM_UP = 2
-"""Steps before those that count: allocation, the optimizer's state, compilation."""
+"""Warm-up steps: allocation, the optimizer's state, compilation."""
 
 
 class PilotLoop:
-    """`pilot_flwr.client.training.train` on features that are kept.
+    """`pilot_flwr.client.training.train` on cached features.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class PilotLoop:
         self.data = FixedData(size, self.model.llava.config)
 
     def seconds(self, micro_batch: int, steps: int) -> list[float]:
-        """Train for `steps` steps after the warm-up; return the time of each."""
+        """Train for `steps` steps after the warm-up; return the seconds of each."""
         stamps: list[float] = []
         train(
             self.model,
@@ -67,12 +67,12 @@ class PilotLoop:
         return [b - a for a, b in itertools.pairwise(stamps[WARM_UP - 1 :])]
 
     def release(self) -> None:
-        """Let go of what a step that failed has left."""
+        """Release what a failed step has left."""
         self.model.zero_grad(set_to_none=True)
 
 
 class PlainLoop:
-    """What one writes with transformers and peft alone.
+    """A loop written with transformers and peft alone.
 
     LoRA on the same layers and the projector are trained; images go through the vision tower;
     the loss is the model's own, over the logits of all positions. Precision, checkpointing,
@@ -99,7 +99,7 @@ class PlainLoop:
         self.data = FixedData(size, base.config)
 
     def seconds(self, micro_batch: int, steps: int) -> list[float]:
-        """Train for `steps` steps after the warm-up; return the time of each."""
+        """Train for `steps` steps after the warm-up; return the seconds of each."""
         fused = True if self.device.type == "cuda" else None
         optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.0, fused=fused)
         self.model.train()
@@ -129,5 +129,5 @@ class PlainLoop:
         return loss
 
     def release(self) -> None:
-        """Let go of what a step that failed has left."""
+        """Release what a failed step has left."""
         self.model.zero_grad(set_to_none=True)

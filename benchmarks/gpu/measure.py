@@ -1,4 +1,4 @@
-"""What is measured of the loops, and of the package around them."""
+"""Measure the loops, and the package around them."""
 
 import gc
 import statistics
@@ -29,13 +29,13 @@ class Variant(NamedTuple):
     checkpointing: bool
 
     def build(self, size: Size, device: torch.device) -> PilotLoop | PlainLoop:
-        """Make it anew, with a base of its own."""
+        """Build the loop with its own base."""
         if self.stage == 0:
             return PlainLoop(size, device, checkpointing=self.checkpointing)
         return PilotLoop(size, device, stage=self.stage, checkpointing=self.checkpointing)
 
     def named(self) -> Figures:
-        """Return it as a result file has it."""
+        """Return the case as in a result file."""
         return {
             "loop": "pilot" if self.stage else "plain",
             "stage": self.stage or None,
@@ -47,7 +47,7 @@ VARIANTS = [Variant(stage, checkpointing) for checkpointing in (False, True) for
 
 
 class Planned:
-    """What `pilot-flwr plan` expects of a size.
+    """The estimates of `pilot-flwr plan` for a size.
 
     Parameters
     ----------
@@ -60,19 +60,19 @@ class Planned:
         self.config = known_config(size.config())
 
     def memory(self, variant: Variant, micro_batch: int) -> Any:
-        """Return the estimate for one of the package's own loops; the plain one has none."""
+        """Return the estimate for one of the package's loops; the plain one has none."""
         config = self.size.config(checkpointing=variant.checkpointing)
         stage = Stage(config, self.config, TASKS, variant.stage)
         return training_memory(stage, self.size.batch(micro_batch))
 
     def largest(self, variant: Variant, device_bytes: int) -> int:
-        """Return the largest micro-batch that fits by the plan; for the plain loop, stage 1's."""
+        """Return the largest micro-batch that fits by the plan (plain loop: that of stage 1)."""
         estimate = self.memory(Variant(variant.stage or 1, variant.checkpointing), 8)
         return int(estimate.largest_micro_batch(device_bytes, self.size.batch(8)))
 
 
 def ladder(largest: int, most: int) -> list[int]:
-    """Return 1, 2, 4 … up to `largest`, itself included, but nothing above `most`."""
+    """Return 1, 2, 4 … and `largest`, but none above `most`."""
     end = max(1, min(largest, most))
     return sorted({2**i for i in range(end.bit_length())} | {end})
 
@@ -98,7 +98,7 @@ def measure_variant(
     micro_batches: Sequence[int],
     steps: int,
 ) -> list[Figures]:
-    """Measure one loop at every micro-batch; after the first that does not fit, none is tried."""
+    """Measure one loop at every micro-batch, up to the first that does not fit."""
     loop = variant.build(size, device)
     cases: list[Figures] = []
     for micro_batch in micro_batches:
@@ -114,7 +114,7 @@ def measure_variant(
 def measure_case(
     loop: PilotLoop | PlainLoop, micro_batch: int, steps: int, device: torch.device
 ) -> Figures:
-    """Return the median seconds of a step and the peak memory, or that it did not fit."""
+    """Return median seconds of a step and peak memory, or a note that it did not fit."""
     clean(device)
     seconds: list[float] = []
 
@@ -124,10 +124,10 @@ def measure_case(
     fits = True
     try:
         peak = resident_bytes(loop.model, device) + peak_bytes(run, device)
-        if device.type == "cpu":  # there, memory is counted by a profiler, which takes time
+        if device.type == "cpu":  # a profiler counts memory there, which takes time
             run()
     except torch.OutOfMemoryError:
-        fits = False  # cleaned up below, when the error holds no tensors any more
+        fits = False  # cleaned up below, once the error holds no tensors
     loop.release()
     clean(device)
     if not fits:
@@ -140,7 +140,7 @@ def measure_case(
 
 
 def resident_bytes(model: torch.nn.Module, device: torch.device) -> int:
-    """Return what is there before a step: on a GPU all that is allocated, else the model."""
+    """Return the bytes before a step: on a GPU all that is allocated, otherwise the model."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     tensors = {t.untyped_storage().data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
@@ -190,7 +190,7 @@ def measure_compile(size: Size, device: torch.device, *, micro_batch: int, steps
 
 
 def clean(device: torch.device) -> None:
-    """Give back GPU memory that nobody holds any more."""
+    """Release unreferenced GPU memory."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -6,17 +6,17 @@ adapters, AdamW. Measured are
 
 - time and peak memory of a step of `pilot_flwr.client.training.train`, in stage 1 and stage 2 (T =
   3), with and without gradient checkpointing, by micro-batch, features of the vision tower kept;
-- the same of a plain loop with transformers and peft: vision tower, LoRA, trained projector, the
+- the same for a plain loop with transformers and peft: vision tower, LoRA, trained projector, the
   model's own loss over all positions;
-- the share of the device's own bfloat16 matrix rate that the operations a step needs make up
-  (``arithmetic.py``);
+- utilisation: the operations that a step needs (``arithmetic.py``), as a share of the device's own
+  bfloat16 matrix rate;
 - a client switch on a warm base, `model.compile` on and off, and the plan's memory estimate
   against the measured peak.
 
 Run ``python benchmarks/gpu/run.py`` (about 10 minutes on a GPU of 80 GB) to renew
-``benchmarks/results/gpu.json``; it is written after every part, so that one that is stopped
-leaves what it has. Without a GPU the tiny model is measured, which shows that everything works;
-of that only ratios are written, to ``gpu_tiny_cpu.json``. ``--quick`` writes nothing.
+``benchmarks/results/gpu.json``; it is written after every part, so a stopped run keeps its results.
+Without a GPU the tiny model is measured as a smoke test, and only ratios are written, to
+``gpu_tiny_cpu.json``. ``--quick`` writes nothing.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def measure(
     most: int,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure all there is.
+    """Measure everything.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def measure(
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return what the device is."""
+    """Describe the device."""
     if device.type == "cpu":
         return {"type": "cpu", "note": "tiny model on a CPU: shows that it works, not how fast"}
     properties = torch.cuda.get_device_properties(device)
@@ -129,10 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=SIZES, help="default: 7b on a GPU, tiny on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="result file")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each case that count")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each case")
     parser.add_argument("--rounds", type=int, help="default: 1 on a GPU, 3 on a CPU")
     parser.add_argument("--most", type=int, help="largest micro-batch; default: 64, on a CPU 2")
-    parser.add_argument("--quick", action="store_true", help="tiny on a CPU, nothing written")
+    parser.add_argument("--quick", action="store_true", help="tiny on a CPU, write nothing")
     options = parser.parse_args(arguments)
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device("cpu" if options.quick else kind)
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def default_file(name: str, device: torch.device) -> str:
-    """Return the result file's name: ``gpu.json`` for what the README shows."""
+    """Return the result file's name: ``gpu.json`` for the documentation's figures."""
     if device.type == "cuda" and name == "llava-1.5-7b":
         return "gpu.json"
     return f"gpu_{name}_{device.type}.json"
@@ -177,14 +177,14 @@ def _size(name: str) -> dict[str, Any]:
 
 
 def _largest(planned: Planned, variant: Any, device: torch.device) -> int:
-    """Return the largest micro-batch by the plan; without a GPU there is no limit to plan for."""
+    """Return the largest micro-batch by the plan; without a GPU there is no limit."""
     if device.type == "cpu":
         return 2**30
     return planned.largest(variant, torch.cuda.get_device_properties(device).total_memory)
 
 
 def _middle(cases: Sequence[dict[str, Any]]) -> int:
-    """Return half the largest micro-batch that stage 1 could do without checkpointing."""
+    """Return half the largest micro-batch of stage 1 without checkpointing."""
     done = [
         case["micro_batch"]
         for case in cases

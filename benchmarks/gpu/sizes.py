@@ -1,6 +1,6 @@
-"""The models that are measured, with random weights made on the device, and their batches.
+"""The models to measure, with random weights made on the device, and their batches.
 
-To add a size, add a row to `SIZES`; its configuration has to be one that the package ships.
+To add a size, add a row to `SIZES` with a configuration that the package ships.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ TASKS = ("vqa", "ocr", "captions")
 """T = 3 as in the paper; the first is the client's own."""
 
 EXAMPLE = Example("fixed", (), (Turn("user", "a"), Turn("assistant", "b")))
-"""Stands for any; `FixedData` looks at how many there are."""
+"""A placeholder: `FixedData` only counts examples."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ SIZES = {
 
 
 def make_base(size: Size, device: torch.device) -> Any:
-    """Return the base in bfloat16 with random weights, made where they are to be."""
+    """Return the base in bfloat16 with random weights, made on the device."""
     config = transformers_config(known_config(size.config()))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
@@ -77,7 +77,7 @@ def make_base(size: Size, device: torch.device) -> Any:
 
 
 class FixedData:
-    """The same micro-batch again and again, on the host as data are.
+    """The same micro-batch for every step, on the host like real data.
 
     Stands for both the collator and the features kept in memory; what reading rows and images
     takes is not measured.

@@ -1,9 +1,10 @@
 """Compare all methods, and Pilot's ablations, on the two scenarios: five seeds, test split.
 
-Every method has the rate that ``search.py`` chose for it on validation scans (``rates.json``),
-every ablation that of Pilot. Run ``make tables`` (about an hour on 2 cores; stopped, it goes on),
-or ``python benchmarks/scenarios/compare.py``, to renew ``benchmarks/results/scenarios/*.csv``;
-``--quick`` runs a tiny run of two methods and writes nothing.
+Every method uses the learning rate that ``search.py`` chose for it on validation scans
+(``rates.json``); ablations use Pilot's. Run ``make tables`` or
+``python benchmarks/scenarios/compare.py`` (about an hour on 2 cores; repeat it to resume) to update
+``benchmarks/results/scenarios/*.csv``. ``--quick`` runs two methods at a tiny size and writes
+nothing.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def compare(
     jobs: int,
     seeds: Sequence[int] = SEEDS,
 ) -> None:
-    """Run methods on a scenario, each with its rate."""
+    """Run methods on a scenario, each with its learning rate."""
     rates = read_rates()[scenario]
     rates |= {ablation: rates["pilot"] for ablation in ABLATIONS}
     for override, group in by_rate(rates, methods).items():
@@ -56,11 +57,11 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare, and copy the results to where the tables are made from."""
+    """Compare, and copy the results into ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
-    parser.add_argument("--quick", action="store_true", help="tiny, and no results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
+    parser.add_argument("--quick", action="store_true", help="tiny, write nothing")
     options = parser.parse_args(arguments)
     if options.quick:
         with tempfile.TemporaryDirectory() as name:

@@ -1,14 +1,14 @@
 """Search every method's learning rate on the validation split, with the same budget for each.
 
-Every method that trains has five candidates, a factor of two apart: `train.lr_scale`, which
-multiplies all its rates. FedAdam, which has a rate of the server as well, has five candidates of
-that, at `train.lr_scale` 1. All are run with one seed, and a method's best two with a second one;
-the higher mean of both seeds is chosen. A candidate whose training diverges comes last. Scored are
-validation scans, which are in neither the training nor the test split; the seeds, and with them
-styles, questions and orders, are others than the comparison's, and the training scans are the same.
+Every method that trains has five candidates of `train.lr_scale`, a factor of two apart, which
+multiplies all its rates. For FedAdam the candidates are five server rates, at `train.lr_scale` 1.
+All candidates run with one seed, and a method's best two with a second; the higher mean of both
+seeds wins. A candidate whose training diverges ranks last. Scores are on validation scans, which
+are in neither the training nor the test split. The training scans are those of the comparison; the
+seeds, and so styles, questions and orders, are not.
 
-Run ``python benchmarks/scenarios/search.py`` (47 minutes on 2 cores, beside other work; stopped, it
-goes on) to renew ``benchmarks/scenarios/rates.json`` and the results that it was chosen from.
+Run ``python benchmarks/scenarios/search.py`` (47 minutes on 2 cores with other load; repeat it to
+resume) to update ``benchmarks/scenarios/rates.json`` and the results behind it.
 """
 
 import argparse
@@ -42,17 +42,17 @@ from scenarios.sweeps import (
 SCALE, SERVER_RATE = "train.lr_scale", "strategy.server_optimizer.learning_rate"
 CANDIDATES = {SCALE: (0.25, 0.5, 1, 2, 4), SERVER_RATE: (0.001, 0.003, 0.01, 0.03, 0.1)}
 FIRST, SECOND = 100, 101
-"""Seeds."""
+"""Seeds of all candidates, and of the finalists."""
 FINALISTS = 2
 
 
 def searched(method: str) -> str:
-    """Return the setting that is searched for a method."""
+    """Return the setting to search for a method."""
     return SERVER_RATE if method == "fedadam" else SCALE
 
 
 def trained_methods() -> list[str]:
-    """Return the methods that have a rate."""
+    """Return the methods that have a learning rate."""
     return [method for method in METHODS if method != "zero_shot"]
 
 
@@ -81,7 +81,7 @@ Scores = dict[str, dict[str, dict[int, float]]]
 
 
 def read_scores(results: Path) -> Scores:
-    """Return the scores of a search's ``results.csv``: of what failed the lowest there can be."""
+    """Return the scores of a search's ``results.csv``; a failed job scores minus infinity."""
     scores: Scores = {}
     for row in read_rows(results):
         if row["status"] != OPEN:
@@ -91,12 +91,12 @@ def read_scores(results: Path) -> Scores:
 
 
 def ranking(candidates: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Return the overrides, best score with the first seed first; of equal ones the lower rate."""
+    """Return the overrides by score with the first seed, best first; ties by lower rate."""
     return sorted(candidates, key=lambda c: (-candidates[c][FIRST], rate_of(c)))
 
 
 def chosen(candidates: Mapping[str, Mapping[int, float]]) -> str:
-    """Return the finalist with the best mean of both seeds; of equal ones the lower rate."""
+    """Return the finalist with the best mean of both seeds; ties by lower rate."""
     finalists = ranking(candidates)[:FINALISTS]
     return min(finalists, key=lambda c: (-sum(candidates[c].values()), rate_of(c)))
 
@@ -107,10 +107,10 @@ def rate_of(override: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Search, print what is chosen, and write it down with the results."""
+    """Search, and write the chosen rates with their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
     options = parser.parse_args(arguments)
     rates: Rates = {}
     new = not any((options.out / f"search-{scenario}").exists() for scenario in SCENARIOS)

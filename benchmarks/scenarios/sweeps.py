@@ -1,4 +1,4 @@
-"""What is compared on the scenarios, and its sweeps: ``pilot-flwr sweep`` as one would type it."""
+"""The methods compared on the scenarios, and their sweeps with ``pilot-flwr sweep``."""
 
 import json
 import shlex
@@ -39,24 +39,24 @@ ABLATIONS = (
     "pilot_no_self_weight",
 )
 SEEDS = (0, 1, 2, 3, 4)
-"""Of the test split; the search has others."""
+"""Seeds of the comparison; the search has its own."""
 FOLDER = RESULTS / "scenarios"
 PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 RATES = ROOT / "benchmarks" / "scenarios" / "rates.json"
 """Scenario → method → the override that the search chose."""
 FAILED = 1
-"""Exit code of a sweep of which a job failed."""
+"""Exit code of a sweep with a failed job."""
 
 Rates = dict[str, dict[str, str]]
 
 
 def sweep(folder: Path, scenario: str, *words: str, jobs: int, may_fail: bool = False) -> None:
-    """Run, or go on with, a sweep of `jobs` jobs side by side.
+    """Run or resume a sweep, `jobs` of its jobs in parallel.
 
     Raises
     ------
     CalledProcessError
-        A job failed, and none `may_fail`: the sweep has said which, and where its log is.
+        A job failed and `may_fail` is false; the sweep has printed which, and its log.
     """
     program = Path(sys.executable).parent / "pilot-flwr"
     command = ["sweep", "-m", f"experiment={scenario}", *words, "simulation.engine=in-process"]
@@ -72,18 +72,18 @@ def sweep(folder: Path, scenario: str, *words: str, jobs: int, may_fail: bool = 
 
 
 def choice(key: str, values: Sequence[object]) -> str:
-    """Return an override that is swept over, be it one value: it is then part of a job's name."""
+    """Return a sweep over `values`; even a single value becomes part of a job's name."""
     return f"{key}=choice({','.join(map(str, values))})"
 
 
 def read_rates() -> Rates:
-    """Return what the search chose."""
+    """Return the rates that the search chose."""
     rates: Rates = json.loads(RATES.read_text())
     return rates
 
 
 def by_rate(rates: Mapping[str, str], methods: Sequence[str]) -> dict[str, list[str]]:
-    """Return override → the methods that are run with it, so that each is one sweep."""
+    """Group methods by their override, one sweep for each."""
     groups: dict[str, list[str]] = {}
     for method in methods:
         groups.setdefault(rates.get(method, ""), []).append(method)

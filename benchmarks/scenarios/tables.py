@@ -1,4 +1,4 @@
-"""The tables of the two scenarios, of Pilot's ablations and of the search, from their results."""
+"""Tables of the two scenarios, of Pilot's ablations and of the search."""
 
 import json
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def methods_table(results: Path) -> str:
 
 
 def comparison(results: Path, methods: Sequence[str]) -> Comparison:
-    """Return a scenario's methods, compared with Pilot, in the order given."""
+    """Return a scenario's methods in the given order, compared with Pilot."""
     rows = [row for row in read_rows(results) if row["method"] in methods]
     rows.sort(key=lambda row: methods.index(row["method"]))
     (found,) = compare(rows, PILOT)
@@ -53,7 +53,7 @@ def comparison(results: Path, methods: Sequence[str]) -> Comparison:
 
 
 def overview_table(folder: Path) -> str:
-    """Return the README's table: the mean over tasks of a few methods on both scenarios."""
+    """Return the README's table: the mean over tasks of some methods on both scenarios."""
     found = [comparison(folder / f"{name}.csv", METHODS) for name in SCENARIOS]
     means = [{m.label: interval_text(m.interval()) for m in one.methods} for one in found]
     rows = [["method", "tasks of one kind", "tasks of different kinds"]]
@@ -91,7 +91,7 @@ def cells(method: MethodScores) -> list[str]:
 
 
 def rates_table(folder: Path) -> str:
-    """Return what the search found: a row per method and scenario."""
+    """Return the search's table: a row per method and scenario."""
     rows = [["method", "setting", "scenario", "candidates: score with the first seed", "chosen"]]
     for method in trained_methods():
         for scenario in SCENARIOS:
@@ -111,19 +111,19 @@ def rates_table(folder: Path) -> str:
 
 
 def score_of(score: float) -> str:
-    """Return a score, or that there is none as training diverged."""
+    """Format a score, or ``diverged``."""
     return f"{score:.3f}" if score >= 0 else "diverged"
 
 
 def effort(folder: Path, scenario: str, methods: Sequence[str]) -> str:
-    """Return how many runs a table is of, how long they took, of which code, on what."""
+    """Return the number of a table's runs, their time, code and machine."""
     rows = [row for row in read_rows(folder / f"{scenario}.csv") if row["method"] in methods]
     machine = machine_of(folder / "compare.json", "both tables and the ablations")
     return f"`{scenario}.csv`: {code_of(rows)}{machine}"
 
 
 def code_of(rows: Sequence[CsvRow]) -> str:
-    """Return of what code rows are, and what their runs took."""
+    """Return commits and versions of rows, and the time of their runs."""
     commits = sorted({row["commit"][:12] + "+" * (row["changed"] == "true") for row in rows})
     versions = sorted({row["versions"] for row in rows})
     minutes = sum(float(row["seconds"]) for row in rows if row["seconds"]) / 60
@@ -134,7 +134,7 @@ def code_of(rows: Sequence[CsvRow]) -> str:
 
 
 def machine_of(path: Path, what: str) -> str:
-    """Return what a record says of machine and time."""
+    """Return the machine and time of a record."""
     if not path.exists():
         return ""
     record: dict[str, Any] = json.loads(path.read_text())

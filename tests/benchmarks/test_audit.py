@@ -69,7 +69,7 @@ def test_a_known_vulnerability_fails_the_check(service):
     service.vulnerable.add(("numpy", None))
     done = audit(service)
     assert done.returncode == 1
-    assert "GHSA-of-a-test, mended in 99.1" in done.stdout and "numpy" in done.stdout
+    assert "GHSA-of-a-test, fixed in 99.1" in done.stdout and "numpy" in done.stdout
 
 
 def test_a_service_out_of_reach_is_said_and_fails_nothing():

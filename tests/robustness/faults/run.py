@@ -1,9 +1,9 @@
-"""Kill whole runs at random points, resume them, and compare with a run that was left alone.
+"""Kill whole runs at random points, resume them, and compare with an uninterrupted run.
 
 A run is ``pilot-flwr run`` with Flower and Ray as users start it, small but complete: two tasks,
 two clients, seven exchanges, both stages, evaluation. A kill is SIGKILL to the launcher and to
-every process that came from it, at once, so that nothing can clean up. The points are drawn at
-random from a seed, in turn
+all its descendants at once, so that nothing can clean up. The points are drawn at random from a
+seed, in turn
 
 - while programs start, before the first event;
 - while clients train, at any time after an exchange's instructions were sent;
@@ -12,11 +12,11 @@ random from a seed, in turn
 - during the closing evaluation.
 
 After each kill the run is resumed with ``pilot-flwr run resume=RUN``, or started again if it was
-killed before it had a folder. At its end its checkpoints, its clients' private states, its events
-without times, its scores and its tables must be those of the run that was left alone, bit by bit.
+killed before it had a folder. At the end its checkpoints, private states, events without times,
+scores and tables must equal those of the uninterrupted run, bit by bit.
 
 Run ``python tests/robustness/faults/run.py`` (about 25 minutes) to renew
-``benchmarks/results/faults.json``; ``--quick`` compares two runs that are only made up and writes
+``benchmarks/results/faults.json``; ``--quick`` compares two made-up runs and writes
 nothing. Progress goes to standard output, each launcher's output to ``--folder``.
 """
 
@@ -57,18 +57,18 @@ LIMIT_SECONDS = 900.0
 
 
 def measure(folder: Path, *, kills: int, kills_a_run: int, seed: int) -> dict[str, Any]:
-    """Make a reference run, then runs with kills until there were enough.
+    """Make a reference run, then runs with kills until there are enough.
 
     Parameters
     ----------
     folder : Path
-        For the runs; it must be empty.
+        Empty folder for the runs.
     kills : int
-        At least so many in all.
+        Minimum number in all.
     kills_a_run : int
-        After so many, a run is left to its end.
+        Kills of a run before it may finish.
     seed : int
-        Of the points.
+        Seed of the points.
     """
     draw = random.Random(seed)
     began = time.monotonic()

@@ -1,13 +1,13 @@
-"""Benchmark a client's turn in a warm process against one that loads the base model first.
+"""Benchmark a client's session on a warm base model against one that loads the base first.
 
-Flower's LLM example loads the base in every turn of every client; here a process loads it once
-and a turn only swaps adapters. Two clients take CT-MoA turns alternately, with one example and one
-step each, so that what a turn costs apart from training shows. Measured on the shipped
-``tiny-llava`` and on a random checkpoint of 0.5 B parameters in Hugging Face format.
+Flower's LLM example loads the base in every session of every client; here a process loads it once
+and a session only swaps adapters. Two clients alternate with CT-MoA sessions of one example and one
+step, so that the cost apart from training shows. Measured on the shipped ``tiny-llava`` and on a
+random checkpoint of 0.5 B parameters in Hugging Face format.
 
-Run ``python benchmarks/client_turn.py`` (about 2 minutes, 4 GiB, 1.1 GB of disk for a temporary
-folder) to renew ``benchmarks/results/client_turn.json``, or ``--quick`` to see that it works.
-The base that is loaded anew comes from the operating system's file cache, the best case.
+Run ``python benchmarks/client_session.py`` (about 2 minutes, 4 GiB, 1.1 GB of disk for a temporary
+folder) to update ``benchmarks/results/client_session.json``, or ``--quick`` for a smoke test. The
+reloaded base comes from the operating system's file cache, the best case.
 """
 
 import argparse
@@ -37,18 +37,18 @@ from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.model.loading import initial_state, load_processor, loaded_model
 from pilot_flwr.protocol import Instruction, SessionResult
 
-RESULT = RESULTS / "client_turn.json"
+RESULT = RESULTS / "client_session.json"
 
 
 class Rotation:
-    """Two clients that take turns on one base.
+    """Two clients whose sessions alternate on one base.
 
     Parameters
     ----------
     path : str
         The base model.
     folder : Path
-        Gets the clients' private states.
+        Holds the clients' private states.
     """
 
     def __init__(self, path: str, folder: Path) -> None:
@@ -63,37 +63,37 @@ class Rotation:
             for client in federation_clients(self.config.data)[:2]
         ]
         for site in self.sites:
-            self._take(site, stage=1)
-        self.turn = itertools.cycle(self.sites)
+            self._run(site, stage=1)
+        self.next_site = itertools.cycle(self.sites)
         self.bases = itertools.count(2)
         self.training: list[float] = []
 
     def warm(self) -> None:
-        """Take the next client's turn on the base that is there."""
-        result = self._take(next(self.turn), stage=2)
+        """Run the next client's session on the loaded base."""
+        result = self._run(next(self.next_site), stage=2)
         assert result.training is not None
         self.training.append(result.training.seconds)
 
     def cold(self) -> None:
-        """Take the next client's turn after loading the base.
+        """Run the next client's session after loading the base.
 
-        A process keeps one base, by its configuration; so one that differs in a bound that
-        nothing here reaches makes `loaded_model` load it anew.
+        A process caches one base by its configuration, so a change of the feature cache's size
+        limit, which nothing here reaches, makes `loaded_model` load it again.
         """
         cache = replace(self.config.model.feature_cache, max_gib=float(next(self.bases)))
         self.config = replace(self.config, model=replace(self.config.model, feature_cache=cache))
         self.warm()
 
     def swap_in(self) -> None:
-        """Do of a turn only what makes the base the next client's CT-MoA model."""
-        site = next(self.turn)
-        private, order = site.private_store.load(), self._order(site, stage=2)
-        received = Received(site.client.task, order.tasks, order.adapters, order.lora)
+        """Turn the base into the next client's CT-MoA model, and nothing else."""
+        site = next(self.next_site)
+        private, sent = site.private_store.load(), self._instruction(site, stage=2)
+        received = Received(site.client.task, sent.tasks, sent.adapters, sent.lora)
         generator = session_generator(0, site.client.id, 2)
         personalize(self.base(), private, received, stage=2, generator=generator)
 
     def swap_out(self) -> None:
-        """Do of a turn only what takes the trained parameters out of the base again."""
+        """Read the trained parameters from the base, and nothing else."""
         model = self.base()
         model.state("own_task_adapter")
         model.state("lora")
@@ -101,14 +101,14 @@ class Rotation:
         site.private_store.save(extract_private_state(model, WHOLE), server_round=2)
 
     def base(self) -> Any:
-        """Return the base that is there."""
+        """Return the loaded base."""
         reduction = self.config.train.difference_loss.reduction
         return loaded_model(self.config.model, reduction=reduction, device=torch.device("cpu"))
 
-    def _take(self, site: Site, *, stage: int) -> SessionResult:
-        return run_session(site, self.config, self._order(site, stage), progress=print)
+    def _run(self, site: Site, *, stage: int) -> SessionResult:
+        return run_session(site, self.config, self._instruction(site, stage), progress=print)
 
-    def _order(self, site: Site, stage: int) -> Instruction:
+    def _instruction(self, site: Site, stage: int) -> Instruction:
         tasks = tuple(self.config.data.tasks)
         known = tasks if stage == 2 else (site.client.task,)
         adapters = dict.fromkeys(known, self.initial.adapter)
@@ -116,7 +116,7 @@ class Rotation:
 
 
 def measure(path: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """Time warm and cold turns and the swaps in turn."""
+    """Time warm and cold sessions and the swaps alternately."""
     load_processor(path)
     rotation = Rotation(path, folder)
     parts = {
@@ -141,9 +141,9 @@ def measure(path: str, folder: Path, repeats: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print, and write the result file unless this is a quick run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each part that count")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each part")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, write nothing")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()
