@@ -1,4 +1,4 @@
-# Every target makes its own virtual environment in .venv (or in VENV=...); Python 3.11 is all it needs.
+# Every target creates its virtual environment in .venv (or in VENV=...) and needs only Python 3.11.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ help: ## list the targets
 demo: $(STAMP) ## run the demo federation
 	$(BIN)/pilot-flwr run experiment=demo
 
-test: $(STAMP) ## run the tests, but for those marked slow
+test: $(STAMP) ## run the tests, except those marked slow
 	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-slow: $(STAMP) ## run the tests marked slow, but for the deployment
@@ -41,10 +41,11 @@ lint: $(STAMP) ## check format, lint, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Without network the list of vulnerabilities is out of reach: that is reported, and no failure.
+# Without network the packages are not audited: that is reported, but not a failure.
 security: $(STAMP) ## check the code with bandit and the installed packages for vulnerabilities
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive pilot_flwr scripts
-	$(BIN)/bandit --quiet --skip B101,B311,B404 --recursive benchmarks # random inputs, no secrets
+	$(BIN)/bandit --quiet --skip B101,B311,B404 --recursive benchmarks \
+		tests/robustness/faults tests/robustness/fuzz # random inputs, no secrets
 	$(BIN)/python scripts/audit.py
 
 check: lint security test ## lint, security and test
@@ -59,16 +60,16 @@ dist: $(STAMP) ## build and check the wheel, the source archive and Flower's app
 	$(BIN)/twine check --strict dist/*
 	cd dist && $(abspath $(BIN))/flwr build --app ..
 
-bench: $(STAMP) ## renew benchmarks/results (45 minutes)
+bench: $(STAMP) ## update benchmarks/results (45 minutes)
 	$(BIN)/python benchmarks/run_all.py
 
-# From the committed settings and rates; a stopped run is resumed when it is called again.
-tables: $(STAMP) ## renew the README's tables of the scenarios and ablations (230 runs)
+# Uses the committed settings and rates; repeat it to resume.
+tables: $(STAMP) ## repeat the scenarios and ablations (230 runs), update every table of the documents
 	$(BIN)/pip install --quiet --editable ".[sweep]"
 	$(BIN)/python benchmarks/scenarios/compare.py
 	$(BIN)/python benchmarks/tables.py --readme
 
-rates: $(STAMP) ## search every method's rate, on validation scans and other seeds
+rates: $(STAMP) ## search every method's learning rate on validation scans
 	$(BIN)/pip install --quiet --editable ".[sweep]"
 	$(BIN)/python benchmarks/scenarios/search.py
 

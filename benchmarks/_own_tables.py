@@ -119,7 +119,7 @@ def plan_table(record: Results) -> str:
 
 
 def note(record: Results) -> str:
-    """Return command, machine, versions and date of a result file; scripts by their present path."""
+    """Return command (with the script's present path), machine, versions and date of a result."""
     command = record["command"]
     for old, new in MOVED.items():
         command = command.replace(old, new)

@@ -69,8 +69,8 @@ def aggregation_rows(results: Results) -> Rows:
             "",
         ],
         [
-            "the same, including the decoding of records as in Flower's function; compared with the "
-            "arithmetic of Flower's function alone",
+            "the same, including the decoding of records as in Flower's function; compared with "
+            "the arithmetic of Flower's function alone",
             f"{ratio['with_decoding_to_flower']:.2f} x; "
             f"{ratio['to_flower_arithmetic_alone']:.2f} x",
             "",

@@ -1,12 +1,12 @@
 """A new way of aggregating LoRAs, from one pure function to a federated run.
 
 Pilot mixes each client's LoRA with those of its M nearest neighbours. The rule below uses all
-clients and lets a temperature decide how fast their weight falls with distance::
+clients, with weights that fall with distance at a rate set by a temperature::
 
     w_kj = n_j exp(-d_kj / (temperature * mean distance)),   each row scaled to sum to 1
 
-Run ``python examples/add_an_aggregation_rule.py``: a small federation in this process, about a
-minute. To keep a rule, see docs/how-to/add-aggregation-rule.md.
+Run ``python examples/add_an_aggregation_rule.py``: a small federation in this process takes about
+a minute. To keep a rule, see docs/how-to/add-aggregation-rule.md.
 """
 
 import sys
@@ -32,7 +32,7 @@ SMALL = (
 def softmax_weights(
     distances: NDArray[np.float64], num_examples: Sequence[float], *, temperature: float = 0.5
 ) -> NDArray[np.float64]:
-    """Return the (K, K) mixing weights: row k is what goes into client k's next LoRA."""
+    """Return the (K, K) mixing weights: row k gives the shares of client k's next LoRA."""
     others = distances[~np.eye(len(distances), dtype=bool)]
     scale = temperature * (others.mean() if others.any() else 1.0)
     weights = np.asarray(num_examples) * np.exp(-distances / scale)
@@ -43,7 +43,7 @@ RULE = LoraRule(
     weights=lambda distances, tasks, examples, config: softmax_weights(distances, examples),
     owner=lambda client, task: client,  # every client has its own LoRA
 )
-"""The row of the table."""
+"""The rule, as a row of `LORA_RULES`."""
 
 
 def main(folder: Path) -> dict[str, dict[str, float]]:

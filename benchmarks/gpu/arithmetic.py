@@ -2,7 +2,8 @@
 
 A multiplication with an addition is two operations. A frozen matrix costs 2 per parameter and
 token forward and 2 backward (the gradient of its input alone), a trained one 2 more for its own
-gradient; gradients of frozen parameters and of H_v cost nothing. Attention is counted as causal: half of the square. Element-wise work counts as nothing.
+gradient; gradients of frozen parameters and of H_v cost nothing. Attention is counted as causal:
+half of the square. Element-wise work counts as nothing.
 """
 
 from typing import Any, NamedTuple
