@@ -123,23 +123,19 @@ class DataConfig(Section, prefix="data"):
             at_least("data.test_examples", self.test_examples, 1)
         elif self.evaluate_on == "validation":
             raise ConfigError(
-                "`data.evaluate_on` is 'validation' but must be 'test' unless "
-                "`data.source=digits`: give validation files as `data.files.<task>.test`."
+                "`data.evaluate_on` is 'validation' but must be 'test' with `data.source=llava`: "
+                "give validation files as `data.files.<task>.test`."
             )
         elif self.shift != ShiftConfig():
-            raise ConfigError(
-                "`data.shift` is set but must be left out unless `data.source=digits`."
-            )
+            raise ConfigError("`data.shift` is set but must be left out with `data.source=llava`.")
         else:
             self._check_files()
 
     def _check_files(self) -> None:
         for task in self.tasks:
             if task not in self.files:
-                described = ", ".join(self.files) or "none"
-                raise ConfigError(
-                    f"`data.tasks` names {task!r} but `data.files` describes {described}."
-                )
+                known = ", ".join(self.files) or "none"
+                raise ConfigError(f"`data.tasks` names {task!r} but `data.files` has {known}.")
             if self.partition.kind != "files":
                 continue
             for split in ("train", "test"):

@@ -83,9 +83,7 @@ def _read_settings(path: Path, name: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: the 31st of June
         raise ConfigError(f"`data` is {name!r}, which is not YAML: {error}") from None
     if not isinstance(content, dict) or "tasks" not in content:
-        raise ConfigError(
-            f"{name} must be settings with `tasks` at least; see docs/reference/data.md."
-        )
+        raise ConfigError(f"{name} must have at least `tasks`; see docs/reference/data.md.")
     keys = [field.name for field in fields(DataConfig)]
     for key in content:
         if key not in keys:
@@ -236,8 +234,7 @@ def check_gpus(simulation: SimulationConfig) -> None:
     """
     if simulation.gpus > 0 and simulation.gpus > (seen := _visible_gpus()):
         raise ConfigError(
-            f"`simulation.gpus` is {simulation.gpus} but must be at most {seen}, the number of "
-            "GPUs that torch sees here."
+            f"`simulation.gpus` is {simulation.gpus} but must be at most {seen}, what torch sees."
         )
 
 

@@ -287,8 +287,7 @@ class SimulationConfig(Section, prefix="simulation"):
             at_least("simulation.client_gpus", self.client_gpus, 0)
         if self.client_gpus > 1 and self.client_gpus != int(self.client_gpus):
             raise ConfigError(
-                f"`simulation.client_gpus` is {self.client_gpus} but must be a whole number if "
-                "above 1."
+                f"`simulation.client_gpus` is {self.client_gpus} but must be whole if above 1."
             )
 
 

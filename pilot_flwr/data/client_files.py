@@ -49,9 +49,7 @@ def read_site(
     """Return the examples of a real site, at most `data.train_examples` or `data.test_examples`."""
     paths = getattr(site, split)
     if not paths:
-        raise ConfigError(
-            f"`{split}-file` is missing in the node config; the run uses the {split} split."
-        )
+        raise ConfigError(f"`{split}-file` is missing in the node config, but the run needs it.")
     reading = Reading(site.images, data.files[task].prompt_suffix, background)
     examples = LlavaExamples([open_rows(path) for path in paths], reading)
     return _limited(examples, data, split, _seeds(seed, task, split))
@@ -100,9 +98,7 @@ def _split_paths(data: DataConfig, task: str, split: Split) -> list[Path]:
     key = f"data.files.{task}.{split}"
     names = getattr(data.files[task], split)
     if not names:
-        raise ConfigError(
-            f"`{key}` is empty but must name a file; only real sites bring their own files."
-        )
+        raise ConfigError(f"`{key}` is empty but must name a file, except for real sites.")
     paths = [_simulated_path(data, name, key) for name in names]
     for path in paths:
         if not path.is_file():
@@ -113,10 +109,7 @@ def _split_paths(data: DataConfig, task: str, split: Split) -> list[Path]:
 def _simulated_path(data: DataConfig, name: str, key: str) -> Path:
     path = expanded("data.folder", data.folder) / expanded(key, name)
     if not path.is_absolute():
-        raise ConfigError(
-            f"`{key}` is {name!r} and `data.folder` {data.folder!r}, but one of them must be an "
-            "absolute path."
-        )
+        raise ConfigError(f"`{key}` is {str(path)!r}, but it or `data.folder` must be absolute.")
     return path
 
 
@@ -157,9 +150,7 @@ def partition_rows(
 
     total = sum(map(len, files))
     if total < num_clients:
-        raise ConfigError(
-            f"`data.clients_per_task` is {num_clients} but the task has {total} rows to divide."
-        )
+        raise ConfigError(f"`data.clients_per_task` is {num_clients} but a task has {total} rows.")
     rng = np.random.default_rng(seed)
     partitioner: Any
     try:
@@ -220,8 +211,8 @@ def column_codes(files: Sequence[RowFile], column: str, *, allow_broken: bool) -
                 value = None
             elif not isinstance(value := row.get(column), str | int | float):
                 raise DataError(
-                    f"{file.origin(number)} has no text or number in `{column}`, by which "
-                    "`data.partition.column` divides the rows."
+                    f"{file.origin(number)} has no text or number in `{column}`, the "
+                    "`data.partition.column`."
                 )
             found.append(codes.setdefault((type(value).__name__, value), len(codes)))
     return np.array(found, np.int64)

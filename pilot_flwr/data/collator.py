@@ -225,9 +225,8 @@ class Collator:
             if overlaps and not inside:
                 # By position alone: errors go to the server, and the text is the client's.
                 raise DataError(
-                    f"{example.name}: the token at characters {start} to {end} of the "
-                    "rendered conversation straddles the edge of an answer, so its label is "
-                    "undefined."
+                    f"{example.name}: the token at characters {start} to {end} of the rendered "
+                    "conversation straddles the edge of an answer, so its label is undefined."
                 )
             labels.append(token if inside and end > start else IGNORE_INDEX)
         return encoded["input_ids"], labels

@@ -55,12 +55,11 @@ def federation_clients(data: DataConfig) -> list[Client]:
     metrics = SOURCES[data.source].metrics(data)
     for task in data.tasks:
         if task in RESERVED:
-            raise ConfigError(
-                f"`data.tasks` names {task!r} but must not use a name that torch reserves."
-            )
+            raise ConfigError(f"`data.tasks` names {task!r}, which torch reserves.")
         if task not in metrics:
+            known = ", ".join(metrics)
             raise ConfigError(
-                f"`data.tasks` names {task!r} but source {data.source!r} has {', '.join(metrics)}."
+                f"`data.tasks` names {task!r} but source {data.source!r} has {known}."
             )
         one_of(f"data.files.{task}.metric", metrics[task], tuple(METRICS))
     names = [(task, number) for task in data.tasks for number in range(data.clients_per_task)]
@@ -162,9 +161,8 @@ def _digits(
     if client.index is None:
         names = ", ".join(known.id for known in federation_clients(data))
         raise ConfigError(
-            f"`data.source` is digits, the demo's, which has data for {names} only; "
-            f"`client-id` is {client.id!r}. A site that brings its own data needs a run with "
-            "`data.source=llava`."
+            f"`client-id` is {client.id!r}, but the demo's `data.source=digits` has data for "
+            f"{names} only. Real sites need a run with `data.source=llava`."
         )
     num_clients = len(data.tasks) * data.clients_per_task
     training = split == "train"
@@ -192,9 +190,7 @@ def _llava(
     if files is not None:
         return read_site(data, files, client.task, split, seed, background)
     if client.index is None:
-        raise ConfigError(
-            f"Client {client.id!r} is a real site, whose data are named only in its node config."
-        )
+        raise ConfigError(f"Client {client.id!r} is a real site but its data files are unknown.")
     number = client.index % data.clients_per_task
     return read_simulated(data, number, client.task, split, seed, background)
 

@@ -50,8 +50,7 @@ class RowFile(Sequence[Row]):
             if first not in (b"[", b"{"):
                 found = "begins with something else" if first else "is empty"
                 raise DataError(
-                    f"{self.name} {found} but must be a JSON array of rows, which begins with "
-                    "'[', or JSONL with an object a line, which begins with '{'."
+                    f"{self.name} {found} but must be a JSON array, '[...]', or JSONL, '{{...}}'."
                 )
             # Offsets of the rows, then the end of the last one.
             self._offsets = self._scan_array(file, chunk) if self.is_array else _scan_lines(file)
@@ -130,9 +129,7 @@ class RowFile(Sequence[Row]):
                 raise self._broken(len(starts) + 1, cursor.offset, reason)
         cursor.at += 1
         if cursor.next_character():
-            raise DataError(
-                f"{self.name} has more after the end of its array, at byte {cursor.offset}."
-            )
+            raise DataError(f"{self.name} continues after its array, at byte {cursor.offset}.")
         starts.append(end)
         return starts
 

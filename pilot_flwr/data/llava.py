@@ -142,15 +142,11 @@ def _turns(row: Row, origin: str) -> list[Turn]:
         raise DataError(f"{origin}: `conversations` is missing or not a list of turns.")
     turns = []
     for number, turn in enumerate(found, start=1):
+        where = f"{origin}: turn {number} of `conversations`"
         if not isinstance(turn, dict) or not _is_text(turn.get("value")):
-            raise DataError(
-                f"{origin}: turn {number} of `conversations` must be an object with a text in "
-                "`value`."
-            )
-        if turn.get("from") not in ("human", "gpt"):
-            raise DataError(
-                f"{origin}: `from` of turn {number} of `conversations` must be human or gpt."
-            )
+            raise DataError(f"{where} must be an object with a text in `value`.")
+        if turn.get("from") not in _ROLES:
+            raise DataError(f"{where}: `from` must be human or gpt.")
         turns.append(Turn(_ROLES[turn["from"]], turn["value"]))
     return turns
 

@@ -70,8 +70,6 @@ def check_pairs(predictions: Sequence[str], references: References) -> None:
         )
     for number, answers in enumerate(references, start=1):
         if isinstance(answers, str):
-            raise DataError(
-                f"The references of prediction {number} are one text but must be a list of texts."
-            )
+            raise DataError(f"The references of prediction {number} must be a list of texts.")
         if not answers:
             raise DataError(f"Prediction {number} has no reference to be scored against.")

@@ -158,8 +158,8 @@ def check_annotators(references: Sequence[str]) -> None:
     """Raise `DataError` unless there are ten references."""
     if len(references) != ANNOTATORS:
         raise DataError(
-            f"A question has {len(references)} reference answers but must have {ANNOTATORS} to "
-            "be scored by VQA accuracy, one per annotator."
+            f"A question has {len(references)} reference answers but must have {ANNOTATORS} for "
+            "VQA accuracy, one per annotator."
         )
 
 

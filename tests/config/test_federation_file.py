@@ -90,10 +90,10 @@ def test_later_words_change_the_file_and_others_stay(tmp_path):
     ("content", "message"),
     [
         ("tasks: [a", "is not YAML"),
-        ("[1]", "must be settings with `tasks`"),
-        ("folder: x", "must be settings with `tasks`"),
+        ("[1]", "must have at least `tasks`"),
+        ("folder: x", "must have at least `tasks`"),
         ("tasks: [a]\ntask: b", "f.yaml: `task` must be one of source, tasks"),
-        ("tasks: [a]", "f.yaml: `data.tasks` names 'a' but `data.files` describes none"),
+        ("tasks: [a]", "f.yaml: `data.tasks` names 'a' but `data.files` has none"),
         ("tasks: [a]\nfiles: {a: {trian: [x]}}", "(?s)f.yaml: .*trian.*"),
         ("tasks: [a]\nfiles: {a: {train: x}}", "(?s)f.yaml: .*data.files.a.train"),
         ("tasks: [a]\nfiles: {a: {}}\npartition: {kind: odd}", "f.yaml: `data.partition.kind`"),

@@ -64,7 +64,7 @@ def test_hard_characters_and_a_byte_order_mark(tmp_path, chunk):
         ('[{"a": 1}', r"row 2 .* at byte 9 \(the file ends without a '\]'\)"),
         ('[{"a": 1}, {"a": "tex', r"row 2 .* at byte 17 \(Unterminated string"),
         ("[", r"row 1 .* at byte 1 "),
-        ('[{"a": 1}] x', "has more after the end of its array, at byte 11"),
+        ('[{"a": 1}] x', "continues after its array, at byte 11"),
         ("[" + '{"a":' * 100_000, r"row 1 .* \(too deeply nested\)"),
         ('[{"a": ' + "1" * 5000 + "}]", r"row 1 .* \(a number too long\)"),
         ("", "is empty but must be a JSON array"),

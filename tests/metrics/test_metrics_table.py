@@ -38,7 +38,7 @@ def test_a_reference_scores_the_maximum(name):
         (["a"], [], "There are 1 predictions but references for 0"),
         (["a"], [["a"], ["b"]], "There are 1 predictions but references for 2"),
         (["a", "b"], [["a"], []], "Prediction 2 has no reference"),
-        (["a"], ["a"], "The references of prediction 1 are one text but must be a list"),
+        (["a"], ["a"], "The references of prediction 1 must be a list of texts"),
     ],
 )
 def test_predictions_and_references_must_fit(name, predictions, references, message):

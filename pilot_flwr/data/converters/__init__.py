@@ -115,10 +115,7 @@ def _checked(name: str, sources: Sources, out: Path) -> Converter:
         raise ConfigError(f"`--questions` is given, but {name!r} has only `--annotations`.")
     prefix = sources.image_prefix
     if prefix and (prefix.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", prefix)):
-        raise ConfigError(
-            f"`--image-prefix` is {prefix!r} but must be a folder inside the image folder: not "
-            "absolute, and without '..'."
-        )
+        raise ConfigError(f"`--image-prefix` is {prefix!r} but must be relative and without '..'.")
     if out.exists():
         raise ConfigError(f"`--out` is {str(out)!r} but must be a new file: this one exists.")
     return converter
