@@ -57,10 +57,8 @@ def federation_clients(data: DataConfig) -> list[Client]:
         if task in RESERVED:
             raise ConfigError(f"`data.tasks` names {task!r}, which torch reserves.")
         if task not in metrics:
-            known = ", ".join(metrics)
-            raise ConfigError(
-                f"`data.tasks` names {task!r} but source {data.source!r} has {known}."
-            )
+            have = ", ".join(metrics)
+            raise ConfigError(f"`data.tasks` names {task!r} but source {data.source!r} has {have}.")
         one_of(f"data.files.{task}.metric", metrics[task], tuple(METRICS))
     names = [(task, number) for task in data.tasks for number in range(data.clients_per_task)]
     return [Client(f"{task}-{n}", task, index) for index, (task, n) in enumerate(names)]

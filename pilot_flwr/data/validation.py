@@ -122,10 +122,8 @@ def _check_ids(examples: Sequence[Example], name: str) -> None:
     """Raise unless ids, the keys of the feature cache, are unique."""
     counts = Counter(example.id for example in examples)
     if twice := [repr(name) for name, count in counts.items() if count > 1]:
-        first = ", ".join(twice[:3])
-        raise DataError(
-            f"In the {name}, {len(twice)} ids belong to more than one example: {first}."
-        )
+        some = ", ".join(twice[:3])
+        raise DataError(f"In the {name}, {len(twice)} ids belong to more than one example: {some}.")
 
 
 def _digest(examples: LlavaExamples, settings: str) -> str:

@@ -100,7 +100,7 @@ def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
         (
             SimulationConfig,
             {"client_gpus": 1.5},
-            "`simulation.client_gpus` is 1.5 .* whole if above 1",
+            "`simulation.client_gpus` is 1.5 .* be whole if",
         ),
     ],
 )
