@@ -30,7 +30,7 @@ class FeatureCacheConfig(Section, prefix="model.feature_cache"):
     """Cache of the frozen vision tower's features."""
 
     where: Annotated[str, choice("memory", "disk", "off")] = "memory"
-    """Where features are kept."""
+    """Location of the cached features."""
     max_gib: Annotated[float, POSITIVE] = 1.0
     """Size limit in GiB, per process in memory and per client on disk; further images are
     encoded each time they are used."""

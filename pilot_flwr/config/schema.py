@@ -66,7 +66,7 @@ class UpdateNormConfig(Section, prefix="strategy.update_norm"):
     """Bound on the norms of an exchange's updates: `factor` times their median."""
 
     action: Annotated[str, choice(*ACTIONS)] = "warn"
-    """What happens to an update above the bound: `warn` records it and changes nothing, `clip`
+    """Treatment of an update above the bound: `warn` records it and changes nothing, `clip`
     scales it down to the bound, `reject` excludes it, `off` computes no norms."""
     factor: Annotated[float, minimum(1)] = 3.0
     """Bound as a multiple of the median norm."""
@@ -101,7 +101,7 @@ class SharingConfig(Section, prefix="strategy.sharing"):
 
 @dataclass(frozen=True)
 class StrategyConfig(Section, prefix="strategy"):
-    """The server: exchanges, aggregation, and how long it waits.
+    """The server: exchanges, aggregation and timeouts.
 
     A method is a set of these settings; conf/strategy/ has one file per method and
     docs/reference/methods.md a table of them.

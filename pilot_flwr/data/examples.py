@@ -26,15 +26,12 @@ class ImageSource(Protocol):
 
     def read(self) -> Image.Image:
         """Return the decoded RGB image as the model sees it."""
-        ...
 
     def size(self) -> tuple[int, int]:
         """Return (height, width) of what `read` returns, without decoding the image."""
-        ...
 
     def identity(self) -> str | None:
         """Return a key that is unique on this machine, or None."""
-        ...
 
 
 class KeptImage(NamedTuple):

@@ -57,8 +57,9 @@ def federation_clients(data: DataConfig) -> list[Client]:
         if task in RESERVED:
             raise ConfigError(f"`data.tasks` names {task!r}, which torch reserves.")
         if task not in metrics:
-            have = ", ".join(metrics)
-            raise ConfigError(f"`data.tasks` names {task!r} but source {data.source!r} has {have}.")
+            raise ConfigError(
+                f"`data.tasks` names {task!r} but source {data.source!r} has {', '.join(metrics)}."
+            )
         one_of(f"data.files.{task}.metric", metrics[task], tuple(METRICS))
     names = [(task, number) for task in data.tasks for number in range(data.clients_per_task)]
     return [Client(f"{task}-{n}", task, index) for index, (task, n) in enumerate(names)]
@@ -188,7 +189,9 @@ def _llava(
     if files is not None:
         return read_site(data, files, client.task, split, seed, background)
     if client.index is None:
-        raise ConfigError(f"Client {client.id!r} is a real site but its data files are unknown.")
+        raise ConfigError(
+            f"Client {client.id!r} is a real site: only its node config can name its data."
+        )
     number = client.index % data.clients_per_task
     return read_simulated(data, number, client.task, split, seed, background)
 

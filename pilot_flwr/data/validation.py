@@ -27,6 +27,7 @@ from pilot_flwr.data.examples import Example
 from pilot_flwr.data.images import ImageError, ImageFile
 from pilot_flwr.data.llava import LlavaExamples
 from pilot_flwr.errors import DataError
+from pilot_flwr.formatting import count
 
 Check = Callable[[Example], object]
 """Raises `DataError` for an unusable example, for instance `Collator.tokenize`."""
@@ -109,9 +110,8 @@ def usable(
 
 def _refusal(broken: int, total: int, first: str, name: str, allowed: float) -> DataError:
     if allowed == 0:
-        others = f" {broken - 1} further rows" if broken > 2 else " One further row"
-        more = f"{others} of the {name} cannot be used either." if broken > 1 else ""
-        return DataError(first + more)
+        others = f" {count(broken - 1, 'further row')} of the {name} cannot be used either."
+        return DataError(first + others if broken > 1 else first)
     return DataError(
         f"{broken} of {total} rows of the {name} cannot be used, but `data.allowed_broken` is "
         f"{allowed}. The first: {first}"
@@ -122,8 +122,8 @@ def _check_ids(examples: Sequence[Example], name: str) -> None:
     """Raise unless ids, the keys of the feature cache, are unique."""
     counts = Counter(example.id for example in examples)
     if twice := [repr(name) for name, count in counts.items() if count > 1]:
-        some = ", ".join(twice[:3])
-        raise DataError(f"In the {name}, {len(twice)} ids belong to more than one example: {some}.")
+        ids = ", ".join(twice[:3])
+        raise DataError(f"In the {name}, {len(twice)} ids belong to more than one example: {ids}.")
 
 
 def _digest(examples: LlavaExamples, settings: str) -> str:
@@ -227,7 +227,7 @@ def check_split(
     `references` raises `DataError` for references that the task's metric cannot score against.
     """
 
-    def count(example: Example) -> None:
+    def add(example: Example) -> None:
         if tokenize is not None:
             ids, labels = tokenize(example)
             figures.tokens.append(len(ids))
@@ -237,7 +237,7 @@ def check_split(
         figures.turns.append(len(example.turns))
         figures.answers[example.answers[0][:_LONGEST_ANSWER]] += 1
 
-    checks: Checks = {"tokens": count}  # the last one, so that it counts usable rows
+    checks: Checks = {"tokens": add}  # the last one, so that it counts usable rows
     if references is not None:
         checks = {"references": references, **checks}
     figures.rows = len(examples)

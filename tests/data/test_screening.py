@@ -69,7 +69,7 @@ def test_good_rows_are_all_used(make, screen):
     ("broken", "message"),
     [
         ([3], r"^train.jsonl, row 4 is broken JSON \(.*\)\.$"),
-        ([3, 5], r"row 4 .* One further row of the train split of client 'gqa-0' cannot be used"),
+        ([3, 5], r"row 4 .* 1 further row of the train split of client 'gqa-0' cannot be used"),
         ([3, 5, 7], r"row 4 .* 2 further rows of the train split of client 'gqa-0' cannot"),
         ([0], "^train.jsonl, row 1: `conversations` is missing"),
     ],
