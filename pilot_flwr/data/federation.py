@@ -189,9 +189,7 @@ def _llava(
     if files is not None:
         return read_site(data, files, client.task, split, seed, background)
     if client.index is None:
-        raise ConfigError(
-            f"Client {client.id!r} is a real site: only its node config can name its data."
-        )
+        raise ConfigError(f"Client {client.id!r} is a site: its node config must name its data.")
     number = client.index % data.clients_per_task
     return read_simulated(data, number, client.task, split, seed, background)
 

@@ -145,7 +145,7 @@ def _turns(row: Row, origin: str) -> list[Turn]:
         where = f"{origin}: turn {number} of `conversations`"
         if not isinstance(turn, dict) or not _is_text(turn.get("value")):
             raise DataError(f"{where} must be an object with a text in `value`.")
-        if turn.get("from") not in _ROLES:
+        if turn.get("from") not in ("human", "gpt"):
             raise DataError(f"{where}: `from` must be human or gpt.")
         turns.append(Turn(_ROLES[turn["from"]], turn["value"]))
     return turns
