@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilot_flwr.data.demo import (
-    PLAIN,
     POSITIONS,
     WORDS,
     Style,
@@ -63,7 +62,7 @@ STYLED_TASKS: Tasks = {
 
 def plain(rng: np.random.Generator) -> Style:
     """White on black, always."""
-    return PLAIN
+    return Style()
 
 
 def mild(rng: np.random.Generator) -> Style:

@@ -14,7 +14,7 @@ import functools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,7 @@ def to_yaml(config: PilotConfig) -> str:
 
 def to_dict(config: PilotConfig) -> dict[str, Any]:
     """Return `config` as nested plain dicts and lists."""
-    from omegaconf import OmegaConf
-
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return asdict(config)
 
 
 def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:

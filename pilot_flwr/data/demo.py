@@ -134,7 +134,7 @@ TASKS: tuple[str, ...] = tuple(WRITERS)
 
 @dataclass(frozen=True)
 class Style:
-    """A client's acquisition style."""
+    """A client's acquisition style; by default white ink on black paper, like the scans."""
 
     ink: tuple[float, float, float] = (1.0, 1.0, 1.0)
     paper: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -146,10 +146,6 @@ class Style:
     noise: float = 0.0
     rotation: float = 0.0
     mirrored: bool = False
-
-
-PLAIN = Style()
-"""White ink on black paper, like the scans."""
 
 
 def draw_style(rng: np.random.Generator, strength: float) -> Style:

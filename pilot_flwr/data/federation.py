@@ -4,10 +4,8 @@ To add a data source, add a row to `SOURCES`.
 """
 
 import functools
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from pilot_flwr.config.data import DataConfig
@@ -77,20 +75,17 @@ class PooledExamples(Sequence[Example]):
     """
 
     def __init__(self, parts: Mapping[str, Sequence[Example]]) -> None:
-        self._parts = list(parts.items())
-        self._ends = list(accumulate(len(examples) for _, examples in self._parts))
+        self._places = [(name, rows, n) for name, rows in parts.items() for n in range(len(rows))]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._places)
 
     def __getitem__(self, index: Any) -> Any:
         """Return one example, or those of a slice."""
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        part = bisect_right(self._ends, position)
-        client, examples = self._parts[part]
-        example = examples[position - (self._ends[part] - len(examples))]
+        client, examples, number = self._places[index]
+        example = examples[number]
         return replace(example, id=f"{client}/{example.id}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from pilot_flwr.config import data, model, schema
 from pilot_flwr.config.data import DataConfig
@@ -188,7 +189,7 @@ def test_yaml_and_dict_hold_every_value():
     config = load_config("strategy.rounds=7")
     assert to_dict(config)["strategy"]["rounds"] == 7
     assert "rounds: 7" in to_yaml(config)
-    assert dataclasses.asdict(config) == to_dict(config)
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == to_dict(config)
 
 
 def test_yaml_is_read_back():

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.data import demo
-from pilot_flwr.data.demo import PLAIN, TASKS, Style, client_examples, client_sizes, render
+from pilot_flwr.data.demo import TASKS, Style, client_examples, client_sizes, render
 from pilot_flwr.data.federation import client_examples as federation_examples
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
@@ -89,7 +89,7 @@ def test_images_are_small_rgb_and_ids_unique(task):
 
 def test_a_plain_mosaic_shows_its_scans_in_reading_order():
     scans = demo.load_scans()
-    page = np.asarray(render(scans.ink[[3, 5, 8, 13]], PLAIN, np.random.default_rng(0)))
+    page = np.asarray(render(scans.ink[[3, 5, 8, 13]], Style(), np.random.default_rng(0)))
     for place, scan in enumerate([3, 5, 8, 13]):
         row, column = divmod(place, 2)
         tile = page[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]

@@ -99,8 +99,14 @@ def test_references_are_the_answers():
         ({"conversations": []}, "`conversations` is missing or not a list"),
         ({"conversations": [SECRET]}, "turn 1 of `conversations` must be an object"),
         ({"conversations": [{"from": "human"}]}, "turn 1 of .* a text in `value`"),
-        ({"conversations": [{"from": SECRET, "value": "x"}]}, "turn 1 of `conversations`: `from` must"),
-        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1 of `conversations`: `from` must"),
+        (
+            {"conversations": [{"from": SECRET, "value": "x"}]},
+            "turn 1 of `conversations`: `from` must",
+        ),
+        (
+            {"conversations": [{"from": ["human"], "value": "x"}]},
+            "turn 1 of `conversations`: `from` must",
+        ),
         ({"conversations": [{"from": "system", "value": SECRET}]}, "must be human or gpt"),
         ({"conversations": turns(SECRET)}, "must end with an assistant turn"),
         ({"conversations": turns(SECRET, "  ")}, "turn 2 is empty"),
