@@ -110,7 +110,7 @@ def _check_override(override: "Override") -> None:
         raise ConfigError(f"Unknown key in {word!r}: there is no setting `{key}`.")
     for text in _texts(value):
         if _INTERPOLATION.search(text):
-            raise ConfigError(f"`{key}` has {text!r} but must be plain, without `${{...}}`.")
+            raise ConfigError(f"`{key}` has {text!r} but must be a plain value, not `${{...}}`.")
         if text == MISSING:
             raise ConfigError(f"`{key}` has {text!r} but must be another text.")
 

@@ -234,7 +234,8 @@ def check_gpus(simulation: SimulationConfig) -> None:
     """
     if simulation.gpus > 0 and simulation.gpus > (seen := _visible_gpus()):
         raise ConfigError(
-            f"`simulation.gpus` is {simulation.gpus} but must be at most {seen}, what torch sees."
+            f"`simulation.gpus` is {simulation.gpus} but must be at most {seen}, the number of "
+            "GPUs that torch sees."
         )
 
 

@@ -53,7 +53,7 @@ def federation_clients(data: DataConfig) -> list[Client]:
     metrics = SOURCES[data.source].metrics(data)
     for task in data.tasks:
         if task in RESERVED:
-            raise ConfigError(f"`data.tasks` names {task!r}, which torch reserves.")
+            raise ConfigError(f"`data.tasks` names {task!r} but must not: torch reserves it.")
         if task not in metrics:
             raise ConfigError(
                 f"`data.tasks` names {task!r} but source {data.source!r} has {', '.join(metrics)}."
@@ -155,8 +155,8 @@ def _digits(
     if client.index is None:
         names = ", ".join(known.id for known in federation_clients(data))
         raise ConfigError(
-            f"`client-id` is {client.id!r}, but the demo's `data.source=digits` has data for "
-            f"{names} only. Real sites need a run with `data.source=llava`."
+            f"`data.source` is digits, the demo's, with data for {names} only, but `client-id` is "
+            f"{client.id!r}. Real sites need a run with `data.source=llava`."
         )
     num_clients = len(data.tasks) * data.clients_per_task
     training = split == "train"

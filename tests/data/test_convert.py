@@ -309,7 +309,7 @@ def test_a_prefix_comes_before_every_image(run, prefix):
 
 @pytest.mark.parametrize("prefix", ["/data", "..", "a/../..", "a\\..\\..", "\\a"])
 def test_a_prefix_stays_in_the_image_folder(run, prefix):
-    with pytest.raises(ConfigError, match="`--image-prefix` is .* but must be a folder inside"):
+    with pytest.raises(ConfigError, match="`--image-prefix` is .* but must be relative"):
         run("coco_captions", "test", image_prefix=prefix)
 
 

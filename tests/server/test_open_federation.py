@@ -94,9 +94,7 @@ def test_sites_of_any_names_train_through_both_stages(federation, sites, tmp_pat
     assert opened.client("clinic-7").task == "counting"
     mine, state = opened.checkpoint.lora("St_Mary"), run.strategy.state.loras["St_Mary"]
     assert all(torch.equal(tensor, state[name]) for name, tensor in mine.items())
-    with pytest.raises(
-        ConfigError, match="'clinic-7' is a real site, whose data are named only in"
-    ):
+    with pytest.raises(ConfigError, match="'clinic-7' is a site: its node config must name"):
         count_examples(opened.config.data, opened.client("clinic-7"), "test", seed=0)
 
 
