@@ -81,15 +81,6 @@ Baseline = Annotated[
 ]
 
 
-def expand_overrides(overrides: Sequence[str] | None) -> list[str]:
-    """Replace a ``data=FILE.yaml`` override by the file's settings."""
-    if not any(override.startswith("data=") for override in overrides or ()):
-        return list(overrides or ())
-    from pilot_flwr.config.overrides import expand
-
-    return expand(overrides or ())
-
-
 def open_run(folder: Path, server_round: int | None, overrides: Sequence[str] | None) -> "Run":
     """Open a run folder and print its notes."""
     from pilot_flwr.inference import runs

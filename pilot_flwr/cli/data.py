@@ -13,12 +13,11 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from pilot_flwr.cli.common import FAILURE, SUCCESS, Overrides, expand_overrides, print_table
+from pilot_flwr.cli.common import FAILURE, SUCCESS, Overrides, print_table
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:  # heavy imports stay inside commands
     from pilot_flwr.client.data_check import SharedRows
-    from pilot_flwr.config.schema import PilotConfig
     from pilot_flwr.data.validation import SplitStatistics
 
 _NODE_SETTING = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
@@ -148,6 +147,8 @@ def check(
     from rich.progress import Progress
 
     from pilot_flwr.client.data_check import check_splits, find_shared_rows, open_splits
+    from pilot_flwr.config.loading import load_config
+    from pilot_flwr.config.overrides import expand, with_folder
     from pilot_flwr.config.rules import at_least
 
     at_least("--show", show, 0)
@@ -155,7 +156,11 @@ def check(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"`--json` is {str(json_file)!r}, but its folder does not exist.")
     node = None if node_config is None else parse_node_config(node_config)
-    config, splits = open_splits(_file_config(overrides), node, tokens=not no_tokens)
+    expanded = expand(overrides or ())
+    config, _ = with_folder(load_config(shlex.join(expanded)), expanded)
+    if config.data.source != "llava":
+        raise ConfigError("`data.source` must be llava: only files can be checked.")
+    config, splits = open_splits(config, node, tokens=not no_tokens)
     sources = {file.path.resolve() for _, rows in splits if rows is not None for file in rows.files}
     if json_file is not None and json_file.resolve() in sources:
         raise ConfigError(
@@ -177,17 +182,6 @@ def check(
     if json_file is not None:
         _write_json(json_file, figures, shared)
     return FAILURE if any(split.stops for split in figures) else SUCCESS
-
-
-def _file_config(overrides: list[str] | None) -> "PilotConfig":
-    from pilot_flwr.config.loading import load_config
-    from pilot_flwr.config.overrides import with_folder
-
-    expanded = expand_overrides(overrides)
-    config, _ = with_folder(load_config(shlex.join(expanded)), expanded)
-    if config.data.source != "llava":
-        raise ConfigError("`data.source` must be llava: only files can be checked.")
-    return config
 
 
 def parse_node_config(text: str) -> dict[str, Any]:

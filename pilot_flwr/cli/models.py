@@ -132,10 +132,10 @@ def _select_models(
     return pairs
 
 
-def _progress(client: str, total: int, done: int) -> None:
+def _progress(title: str, total: int, done: int) -> None:
     if sys.stderr.isatty():
         end = "" if done < total else "\n"
-        print(f"\r{client}: {done} of {total}", end=end, file=sys.stderr)
+        print(f"\r{title}: {done} of {total}", end=end, file=sys.stderr)
 
 
 def _print_scores(rows: "list[Scored]", run: "Run") -> None:
@@ -221,7 +221,6 @@ def _write_answers(
 ) -> None:
     """Answer in batches, and write each batch immediately."""
     size = answerer.config.evaluation.batch_size
-    show = out is not sys.stdout and sys.stderr.isatty()
     for start in range(0, len(questions), size):
         batch = questions[start : start + size]
         answers = answerer(batch, max_new_tokens=max_new_tokens)
@@ -236,10 +235,8 @@ def _write_answers(
                 row["references"] = references
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
         out.flush()
-        if show:
-            print(f"\r{start + len(batch)} of {len(questions)}", end="", file=sys.stderr)
-    if show:
-        print(file=sys.stderr)
+        if out is not sys.stdout:
+            _progress("questions", len(questions), start + len(batch))
 
 
 def chat(

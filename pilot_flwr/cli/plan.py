@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pilot_flwr.cli.common import SUCCESS, Overrides, expand_overrides
+from pilot_flwr.cli.common import SUCCESS, Overrides
 from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,13 +54,14 @@ def plan(
     Example: `pilot-flwr plan experiment=paper`
     """
     from pilot_flwr.config.loading import load_config
+    from pilot_flwr.config.overrides import expand
     from pilot_flwr.config.rules import at_least
     from pilot_flwr.model.resource_plan import make_plan
 
     at_least("--text-tokens", text_tokens, 1)
     at_least("--micro-batch", micro_batch, 0)
     at_least("--answer-tokens", answer_tokens, 1)
-    config = load_config(shlex.join(expand_overrides(overrides)))
+    config = load_config(shlex.join(expand(overrides or ())))
     figures = make_plan(
         config,
         image_size=_size(image_size),

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pilot_flwr.cli.common import (
-    FAILURE,
-    SUCCESS,
-    Overrides,
-    expand_overrides,
-    print_table,
-    say,
-    show,
-)
+from pilot_flwr.cli.common import FAILURE, SUCCESS, Overrides, print_table, say, show
 
 if TYPE_CHECKING:
     from pilot_flwr.run.outcome import Outcome
@@ -49,7 +41,9 @@ def run(
 
     Example: `pilot-flwr run experiment=demo strategy.rounds=1 train.epochs=1`
     """
-    expanded = expand_overrides(overrides)
+    from pilot_flwr.config.overrides import expand
+
+    expanded = expand(overrides or ())
     if superlink is not None:
         return _run_on_superlink(expanded, superlink, verbose=verbose)
     from pilot_flwr.launch.prepare import prepare
@@ -135,8 +129,7 @@ def _show_results(folder: Path) -> None:
         _show_timeline(timeline.read_text(encoding="utf-8"))
     if summary.is_file():
         show("\n" + summary.read_text(encoding="utf-8").strip())
-    checkpoints = checkpoint_folders(folder / "checkpoint")
-    if checkpoints:
+    if checkpoints := checkpoint_folders(folder / "checkpoint"):
         show(f"\nAdapters: {checkpoints[-1]}")
     show(f"\nRun folder: {folder}")
 

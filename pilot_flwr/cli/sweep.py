@@ -14,7 +14,6 @@ from pilot_flwr.cli.common import (
     SUCCESS,
     Baseline,
     Overrides,
-    expand_overrides,
     hide_progress_bars,
     new_file,
     say,
@@ -56,6 +55,7 @@ def sweep(
 
     Example: `pilot-flwr sweep -m strategy=pilot,fedit,local seed=0,1,2`
     """
+    from pilot_flwr.config.overrides import expand
     from pilot_flwr.launch.processes import Interrupted
     from pilot_flwr.sweeps import runner
     from pilot_flwr.sweeps.jobs import SweepFolder, read_manifest
@@ -68,7 +68,7 @@ def sweep(
             "A sweep needs overrides, for instance `strategy=pilot,fedit seed=0,1,2`; or "
             "`--out FOLDER` of a sweep to resume."
         )
-    commands = manifest.commands if manifest else (tuple(expand_overrides(overrides)),)
+    commands = manifest.commands if manifest else (tuple(expand(overrides or ())),)
     requested: set[str] = set()
     try:
         for command in commands:

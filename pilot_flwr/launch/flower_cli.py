@@ -128,14 +128,12 @@ def flower_program(name: str) -> Path:
 
 def is_healthy(port: int) -> bool:
     """Return whether the SuperLink on a local port reports that it is healthy."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=2)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
+    with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=2)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False
 
 
 def check_installation() -> None:

@@ -52,11 +52,6 @@ class Prepared:
     federation: str
 
     @property
-    def in_process(self) -> bool:
-        """Whether the simulation runs in this process."""
-        return self.config.simulation.engine == IN_PROCESS
-
-    @property
     def resume_command(self) -> str:
         """The command that resumes the run."""
         return f"pilot-flwr run resume={shlex.quote(str(self.folder))}"

@@ -23,7 +23,7 @@ from pilot_flwr.errors import RunError
 from pilot_flwr.formatting import count
 from pilot_flwr.launch import ray_cluster
 from pilot_flwr.launch.flower_cli import FlowerCLI, app_folder, flower_environment, is_healthy
-from pilot_flwr.launch.prepare import Prepared
+from pilot_flwr.launch.prepare import IN_PROCESS, Prepared
 from pilot_flwr.launch.processes import ProcessSandbox, StopSignals, free_port, is_alive, listens
 from pilot_flwr.run.atomic import hold, write_text
 from pilot_flwr.run.outcome import Outcome, RunStatus, evaluate_outcome
@@ -57,7 +57,7 @@ def run_prepared(prepared: Prepared, *, out: Out, verbose: bool = False) -> Outc
         address = found.address
         out(found.describe(config.simulation))
     attempt: Callable[..., Outcome]
-    if prepared.in_process:
+    if config.simulation.engine == IN_PROCESS:
         from pilot_flwr.launch.in_process import run_in_process
 
         attempt = run_in_process
@@ -143,7 +143,7 @@ def launch(
             run = flower.submit(app, overrides, "--federation-config", federation)
             if resumed:
                 printer.begin_with(run)
-            status = _Simulation(flower, superlink, run, folder).follow(printer)
+            status = _follow(flower, superlink, run, folder, printer)
             printer.finish()
             outcome = evaluate_outcome(status, folder)
             if not outcome.succeeded:
@@ -190,67 +190,56 @@ def _start_superlink(flower: FlowerCLI, home: Path, logs: Path) -> "subprocess.P
     raise RunError(f"Flower's SuperLink did not start; its log is {logs / 'superlink.log'}.")
 
 
-class _Simulation:
-    """A submitted run and its processes."""
+def _follow(
+    flower: FlowerCLI,
+    superlink: "subprocess.Popen[bytes]",
+    run: str,
+    folder: Path,
+    printer: ProgressPrinter,
+) -> RunStatus:
+    """Print the run's progress until it has finished or can no longer finish.
 
-    def __init__(
-        self, flower: FlowerCLI, superlink: "subprocess.Popen[bytes]", run: str, folder: Path
-    ) -> None:
-        self._flower, self._superlink, self._run = flower, superlink, run
-        self._logs, self._result = folder / "logs", folder / "result.json"
-        self._process: Process | None = None
-
-    def follow(self, printer: ProgressPrinter) -> RunStatus:
-        """Print the run's progress until it has finished or can no longer finish.
-
-        A status query costs a second of CPU, so it is made only when the log has ended, a process
-        has died, or `QUERY_SECONDS` have passed.
-        """
-        started = asked = time.monotonic()
-        result_seen: float | None = None
-        flower, path = self._flower, self._logs / "flower.log"
-        log: subprocess.Popen[bytes] | None = flower.stream_log(self._run, path)
-        while True:
-            flower.pause()
-            printer.show()
-            now = time.monotonic()
-            self._process = self._process or flower.sandbox.find("flwr-simulation")
-            if result_seen is None and self._result.exists():
-                result_seen = now
-            problem = self._problem(now - started, now - (result_seen or now))
-            log_ended = log is not None and log.poll() is not None
-            if problem or log_ended or now - asked > QUERY_SECONDS:
-                answers = self._superlink.poll() is None
-                status = flower.status(self._run) if answers else RunStatus("")
-                asked = now
-                if status.finished:
-                    return status
-                if problem:
-                    return RunStatus(status.status, problem, lost=self._lost())
-                log = None if log_ended else log or flower.stream_log(self._run, path)
-
-    def _lost(self) -> bool:
-        """Return whether a process that the run needs has ended."""
-        gone = self._process is not None and not is_alive(self._process)
-        return gone or self._superlink.poll() is not None
-
-    def _problem(self, running: float, since_result: float) -> str:
-        """Return why the run will not finish, or an empty string."""
-        if self._superlink.poll() is not None:
-            return (
-                f"Flower's SuperLink ended with code {self._superlink.returncode} during the run; "
-                f"its log is {self._logs / 'superlink.log'}."
+    A status query costs a second of CPU, so it is made only when the log has ended, a process has
+    died, or `QUERY_SECONDS` have passed.
+    """
+    logs, result = folder / "logs", folder / "result.json"
+    process: Process | None = None
+    result_seen: float | None = None
+    started = asked = time.monotonic()
+    log: subprocess.Popen[bytes] | None = flower.stream_log(run, logs / "flower.log")
+    while True:
+        flower.pause()
+        printer.show()
+        now = time.monotonic()
+        process = process or flower.sandbox.find("flwr-simulation")
+        if result_seen is None and result.exists():
+            result_seen = now
+        problem, lost = "", False
+        if superlink.poll() is not None:
+            lost = True
+            problem = (
+                f"Flower's SuperLink ended with code {superlink.returncode} during the run; its "
+                f"log is {logs / 'superlink.log'}."
             )
-        if self._process is None and running > START_SECONDS:
-            return f"Flower did not start the simulation within {START_SECONDS:.0f} s."
-        if self._lost():
-            return (
-                "The simulation's process ended without reporting to Flower: it was killed "
-                "(out of memory?), crashed, or called os._exit."
+        elif process is not None and not is_alive(process):
+            lost = True
+            problem = (
+                "The simulation's process ended without reporting to Flower: it was killed (out of "
+                "memory?), crashed, or called os._exit."
             )
-        if since_result > FINISH_SECONDS:
-            return f"Flower did not end the run within {FINISH_SECONDS:.0f} s of its result."
-        return ""
+        elif process is None and now - started > START_SECONDS:
+            problem = f"Flower did not start the simulation within {START_SECONDS:.0f} s."
+        elif result_seen is not None and now - result_seen > FINISH_SECONDS:
+            problem = f"Flower did not end the run within {FINISH_SECONDS:.0f} s of its result."
+        log_ended = log is not None and log.poll() is not None
+        if problem or log_ended or now - asked > QUERY_SECONDS:
+            status = flower.status(run) if superlink.poll() is None else RunStatus("")
+            asked = now
+            if status.finished:
+                return status
+            if problem:
+                return RunStatus(status.status, problem, lost)
+            log = None if log_ended else log or flower.stream_log(run, logs / "flower.log")
 
 
 def _keep_ray_logs(scratch: Path, target: Path) -> None:

@@ -112,7 +112,7 @@ def evaluate_result(
     """
     if result is None:
         result = RunResult("", "", "", 0, (), 0.0)
-        defect = defect or "The ServerApp's log has no verdict: it did not reach its end."
+        defect = defect or "The ServerApp's log has no result: it did not reach its end."
     error = _reason(result.error)
     reasons = [error] if error else []
     details = _reason(status.details).removeprefix("Simulation failed with exception: ")

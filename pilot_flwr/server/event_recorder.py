@@ -3,7 +3,7 @@
 `EventRecorder` turns what the strategy sees into events, one per fact, as it happens, and writes
 the tables after every exchange. `Announcer` words the events for whoever follows the run from
 another machine: Flower brings a ServerApp's log to its command line and nothing else, so progress
-travels as lines behind `MARK` and the result, as the last such line, as JSON behind `VERDICT`.
+travels as lines behind `MARK` and the result, as the last such line, as JSON behind `RESULT`.
 `read_announcement` reads them there.
 """
 
@@ -49,7 +49,7 @@ from pilot_flwr.run.tables import summary, timeline
 logger = logging.getLogger("flwr")
 
 MARK = "| "
-VERDICT = "Verdict: "
+RESULT = "Verdict: "
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {3,}")
 
 
@@ -262,7 +262,7 @@ class Announcer:
         table = folder / "summary.md"
         if table.is_file():
             self._say(["", *table.read_text(encoding="utf-8").strip().splitlines()])
-        self._log(VERDICT + json.dumps(asdict(RunResult.of(folder, result))))
+        self._log(RESULT + json.dumps(asdict(RunResult.of(folder, result))))
 
     def _say(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -278,10 +278,10 @@ def read_announcement(line: str) -> str | RunResult | None:
     text = _LEVEL.sub("", plain(line), count=1)
     if text.startswith(MARK) or text == MARK.rstrip():
         return text[len(MARK) :]
-    if not text.startswith(VERDICT):
+    if not text.startswith(RESULT):
         return None
     try:
-        values = json.loads(text.removeprefix(VERDICT))
+        values = json.loads(text.removeprefix(RESULT))
         values["reasons"] = tuple(map(str, values["reasons"]))
         found = RunResult(**values)
     except (ValueError, KeyError, TypeError, RecursionError):

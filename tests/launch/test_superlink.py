@@ -1,4 +1,4 @@
-"""Runs on a SuperLink: connection, announcements, verdict, and a Ctrl-C that stops nothing."""
+"""Runs on a SuperLink: connection, announcements, result, and a Ctrl-C that stops nothing."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_what_is_announced_is_read_back(tmp_path):
     assert evaluate_result(RunStatus(COMPLETED), said[-1], "").succeeded
 
 
-def test_failures_travel_with_the_verdict(tmp_path):
+def test_failures_travel_with_the_result(tmp_path):
     result = RESULT | {"failures": [FAILURE] * 9}
     said = read_announcement(announced(tmp_path, result)[-1])
     assert not evaluate_result(RunStatus(COMPLETED), said, "").succeeded
@@ -88,15 +88,15 @@ def test_other_lines_announce_nothing(line):
         ("finished:completed", {}, ""),
         ("finished:completed", {"failures": 1, "reasons": ("Client c1 failed",)}, "Client c1"),
         ("finished:completed", {"status": "failed", "error": "RunError: no"}, "RunError: no"),
-        ("finished:completed", None, "no verdict"),
+        ("finished:completed", None, "no result"),
         ("finished:failed", {}, "finished:failed"),
         ("finished:stopped", None, "finished:stopped"),
     ],
 )
 def test_a_run_succeeds_if_flower_and_the_serverapp_say_so(status, change, words):
-    verdict = RunResult("/run", "completed", "", 0, (), 1.0)
-    verdict = None if change is None else replace(verdict, **change)
-    outcome = evaluate_result(RunStatus(status), verdict, "Full log: flwr log 7")
+    result = RunResult("/run", "completed", "", 0, (), 1.0)
+    result = None if change is None else replace(result, **change)
+    outcome = evaluate_result(RunStatus(status), result, "Full log: flwr log 7")
     assert outcome.succeeded is (words == "")
     assert words in "\n".join(outcome.explanation)
 
@@ -154,7 +154,7 @@ def flower(tmp_path, monkeypatch):
     return pretend
 
 
-def test_a_run_on_a_superlink_ends_as_its_verdict_says(flower, tmp_path, capsys):
+def test_a_run_on_a_superlink_ends_as_its_result_says(flower, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     flower(announced(folder, RESULT))

@@ -19,7 +19,7 @@ from pilot_flwr.flower.codec import decode_state, number_of
 from pilot_flwr.run.atomic import save_tensors
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import parse_event
-from pilot_flwr.server.event_recorder import VERDICT, read_announcement
+from pilot_flwr.server.event_recorder import RESULT, read_announcement
 
 NAMES = (
     *("array", "order", "run", "query", "member", "identity", "update", "report"),
@@ -156,8 +156,8 @@ def test_a_federation_file_that_yaml_stumbles_over(text, reason, tmp_path):
 
 
 @pytest.mark.parametrize("deep", ['{"a":' * 5000, "[" * 5000])
-def test_a_verdict_too_deep_to_be_one(deep):
-    assert read_announcement(f"INFO :      {VERDICT}{deep}") is None
+def test_a_result_too_deep_to_be_one(deep):
+    assert read_announcement(f"INFO :      {RESULT}{deep}") is None
 
 
 @pytest.mark.parametrize("key", ["round", "seconds"])
