@@ -46,7 +46,7 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class PartitionConfig(Section, prefix="data.partition"):
-    """How a task's training rows are divided among its clients, with Flower's partitioners."""
+    """Partition of a task's training rows among its clients, by Flower's partitioners."""
 
     kind: Annotated[str, choice("iid", "dirichlet", "files")] = "iid"
     """`iid`: disjoint random shares of equal size; `dirichlet`: shares drawn from Dirichlet(α);
@@ -54,11 +54,9 @@ class PartitionConfig(Section, prefix="data.partition"):
     alpha: Annotated[float, POSITIVE] = 0.5
     """Dirichlet concentration α; smaller is more uneven."""
     column: str = ""
-    """Field of the rows whose values are divided unevenly (label skew); empty: the clients' sizes
-    are uneven instead."""
+    """Field whose values are divided unevenly (label skew); empty: client sizes are uneven."""
     min_examples: Annotated[int, minimum(1)] = 10
-    """Minimum number of training examples per client; a Dirichlet partition with fewer is
-    redrawn."""
+    """Minimum training examples per client; a Dirichlet partition with fewer is redrawn."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ class DataConfig(Section, prefix="data"):
     workers: Annotated[int, minimum(0)] = 0
     """Threads that decode images ahead of the model; 0 decodes between batches."""
     evaluate_on: Annotated[str, choice("test", "validation")] = "test"
-    """Split that is evaluated; `validation` (`digits` only) has its own scans, for choosing
-    settings without the test split."""
+    """Split to evaluate; `validation` (`digits` only) has separate scans, for tuning."""
     shift: ShiftConfig = field(default_factory=ShiftConfig)
 
     def __post_init__(self) -> None:

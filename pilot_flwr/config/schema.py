@@ -95,8 +95,7 @@ class SharingConfig(Section, prefix="strategy.sharing"):
     adapter: bool = True
     """Upload the task adapter Θ_a."""
     lora: Annotated[str, choice("AB", "A", "B", "none")] = "AB"
-    """Matrices of the text adapter Θ_l to upload: both, `A` (FedSA-LoRA), `B` (FFA-LoRA) or
-    none."""
+    """Matrices of Θ_l to upload: both, `A` (FedSA-LoRA), `B` (FFA-LoRA) or none."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,7 @@ class TrainConfig(Section, prefix="train"):
     lora_matrices: Annotated[str, choice("AB", "B")] = "AB"
     """LoRA matrices to train; `B` keeps A as initialised (FFA-LoRA)."""
     proximal_weight: Annotated[float, minimum(0)] = 0.0
-    """FedProx's μ: adds μ / 2 · ‖w − w_received‖² over the trained parameters that the client
-    received; 0: off."""
+    """FedProx's μ: adds μ / 2 · ‖w − w_received‖² over received, trained parameters; 0: off."""
     ditto: DittoConfig = field(default_factory=DittoConfig)
 
     def __post_init__(self) -> None:
@@ -298,8 +296,7 @@ class RunConfig(Section, prefix="run"):
     folder: str = ""
     """Run folder, new or empty; empty: `outputs/<name>-<time>` in the working directory."""
     restarts: Annotated[int, minimum(0)] = 3
-    """Maximum number of automatic restarts from the last checkpoint after a simulation process
-    dies."""
+    """Maximum number of restarts from the last checkpoint after a simulation process dies."""
     report: bool = True
     """Write the HTML report at the end of `pilot-flwr run`."""
     tensorboard: bool = True

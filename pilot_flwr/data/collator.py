@@ -17,6 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
 from pilot_flwr.errors import DataError
 
+IGNORE_INDEX = -100
+"""Label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
+
+TokenCounter = Callable[[Sequence[tuple[int, int]]], list[int]]
+"""Return the number of tokens of each of an example's images from their (height, width)."""
+
 _PROBE = (Turn("user", "a"), Turn("assistant", "b"))
 """A conversation that shows how a template renders turns."""
 
@@ -33,124 +39,6 @@ class Rendered(NamedTuple):
 
     text: str
     answers: list[tuple[int, int]]
-
-
-class ChatTemplate:
-    """Render conversations with a processor's chat template."""
-
-    def __init__(self, processor: Any, *, system_prompt: str = "") -> None:
-        self.processor = processor
-        self.system_prompt = system_prompt
-        tokenizer = processor.tokenizer
-        added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special = added | set(map(str, tokenizer.all_special_tokens))
-        self.special = sorted(special - {processor.image_token})
-        self._cache = _CACHE.setdefault(processor, {})
-
-    def render(self, turns: Sequence[Turn], *, generate: bool = False) -> Rendered:
-        """Render turns, one image token for each image, an end token after each answer."""
-        key = (self.system_prompt, tuple(turns), generate)
-        rendered = self._cache.get(key)
-        if rendered is None:
-            rendered = self._render(turns, generate=generate)
-            if len(self._cache) < CACHED_RENDERINGS:
-                self._cache[key] = rendered
-        return rendered
-
-    def _render(self, turns: Sequence[Turn], *, generate: bool) -> Rendered:
-        whole = self._prompt(turns) if generate else self._apply(turns)
-        text, answers, done = "", [], 0
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            start, end, after = self._answer_span(turns, index, whole)
-            text += whole[done:start]
-            begin = len(text)
-            text += whole[start:end]
-            if after is None:  # the template has no end token; white space would follow
-                text += str(self.processor.tokenizer.eos_token)
-                done = end + len(whole[end:]) - len(whole[end:].lstrip())
-            else:
-                text += whole[end:after]
-                done = after
-            answers.append((begin, len(text)))
-        return Rendered(text + whole[done:], answers)
-
-    def _answer_span(
-        self, turns: Sequence[Turn], index: int, whole: str
-    ) -> tuple[int, int, int | None]:
-        """Return where an answer starts and ends, and where the end token after it ends."""
-        through = self._apply(turns[: index + 1])
-        end, after = self._before_end_tokens(through)
-        answer = turns[index].text.strip()
-        if not whole.startswith(through) or not through[:end].endswith(answer):
-            raise DataError(
-                f"the chat template renders turn {index + 1} differently on its own, so the "
-                "answer cannot be located."
-            )
-        if self._prompts_are_beginnings:
-            return len(self._apply(turns[:index], generate=True)), end, after
-        return end - len(answer), end, after
-
-    def _before_end_tokens(self, text: str) -> tuple[int, int | None]:
-        """Return where `text` ends without its final special tokens, and where the first ends."""
-        end, after = len(text.rstrip()), None
-        while token := next((t for t in self.special if text[:end].endswith(t)), None):
-            after = end
-            end = len(text[: end - len(token)].rstrip())
-        return end, after
-
-    @functools.cached_property
-    def _prompts_are_beginnings(self) -> bool:
-        """Whether an answered turn begins with the generation prompt, which ends in no white space.
-
-        LLaVA-OneVision's prompt ends in ``assistant`` and a newline, but before an answer there is
-        a blank between the two; LLaVA-Interleave has one newline more before an answer, and
-        tokenizers merge both into one token.
-        """
-        prompt = self._apply(_PROBE[:1], generate=True)
-        return self._apply(_PROBE).startswith(prompt) and not prompt[-1:].isspace()
-
-    def _prompt(self, turns: Sequence[Turn]) -> str:
-        """Render a generation's prompt: exactly the text that precedes an answer in training."""
-        if self._prompts_are_beginnings:
-            return self._apply(turns, generate=True)
-        answered = self._apply([*turns, _PROBE[1]])
-        return answered[: self._before_end_tokens(answered)[0] - len(_PROBE[1].text)]
-
-    def _apply(self, turns: Sequence[Turn], *, generate: bool = False) -> str:
-        texts = [("system", self.system_prompt)] if self.system_prompt else []
-        texts += [(turn.role, turn.text) for turn in turns]
-        image = self.processor.image_token
-        messages = [{"role": role, "content": _content(text, image)} for role, text in texts]
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
-        return text
-
-
-def _content(text: str, image_token: str) -> list[dict[str, str]]:
-    """Return LLaVA's text with image markers as the parts of a chat message.
-
-    Templates put images first: markers at the front become image parts. Text with a marker in the
-    middle stays one part, with the image token in place of the marker.
-    """
-    rest, markers = text, 0
-    while rest.lstrip().startswith(IMAGE_MARKER):
-        rest = rest.lstrip().removeprefix(IMAGE_MARKER)
-        markers += 1
-    if IMAGE_MARKER in rest:
-        rest, markers = text, 0
-    parts = [{"type": "image"}] * markers
-    plain = rest.strip().replace(IMAGE_MARKER, image_token)
-    return [*parts, {"type": "text", "text": plain}] if plain else parts
-
-
-IGNORE_INDEX = -100
-"""Label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
-
-TokenCounter = Callable[[Sequence[tuple[int, int]]], list[int]]
-"""Return the number of tokens of each of an example's images from their (height, width)."""
 
 
 class Batch(NamedTuple):
@@ -174,7 +62,7 @@ def same_for_all(tokens: int) -> TokenCounter:
 
 
 class Collator:
-    """Tokenizes and pads examples."""
+    """Renders examples with the processor's chat template, tokenizes and pads them."""
 
     def __init__(
         self,
@@ -188,18 +76,16 @@ class Collator:
         self.tokenizer = processor.tokenizer
         self.count_tokens = count_tokens
         self.max_length = max_length
-        self.template = ChatTemplate(processor, system_prompt=system_prompt)
+        self.system_prompt = system_prompt
+        added = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        special = added | set(map(str, self.tokenizer.all_special_tokens))
+        self._special = sorted(special - {processor.image_token})
+        self._cache = _CACHE.setdefault(processor, {})
 
     def train_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize whole conversations, padded on the right."""
         rows = [self.tokenize(example) for example in examples]
         return self._pad([ids for ids, _ in rows], [labels for _, labels in rows], side="right")
-
-    def end_token_id(self) -> int:
-        """Return the id of the token that ends every answer and stops generation."""
-        text, ((_, end),) = self.template.render(_PROBE)
-        ends = [token for token in self.template.special if text[:end].endswith(token)]
-        return int(self.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
 
     def prompt_batch(self, examples: Sequence[Example]) -> Batch:
         """Tokenize all turns but the last, ready to generate, padded on the left."""
@@ -231,12 +117,18 @@ class Collator:
             labels.append(token if inside and end > start else IGNORE_INDEX)
         return encoded["input_ids"], labels
 
+    def end_token_id(self) -> int:
+        """Return the id of the token that ends every answer and stops generation."""
+        text, ((_, end),) = self._render(_PROBE)
+        ends = [token for token in self._special if text[:end].endswith(token)]
+        return int(self.tokenizer.convert_tokens_to_ids(max(ends, key=len)))
+
     def _conversation(
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
     ) -> Rendered:
         """Render turns of an example, each image token repeated once per feature."""
         try:
-            rendered = self.template.render(turns, generate=generate)
+            rendered = self._render(turns, generate=generate)
         except DataError as error:
             raise DataError(f"{example.name}: {error}") from None
         image_token = self.processor.image_token
@@ -278,3 +170,98 @@ class Collator:
 
         mask = stack([[1] * len(row) for row in ids], 0)
         return Batch(stack(ids, pad), mask, stack(labels, IGNORE_INDEX))
+
+    def _render(self, turns: Sequence[Turn], *, generate: bool = False) -> Rendered:
+        """Render turns, one image token for each image, an end token after each answer."""
+        key = (self.system_prompt, tuple(turns), generate)
+        if (cached := self._cache.get(key)) is not None:
+            return cached
+        whole = self._prompt_text(turns) if generate else self._apply(turns)
+        text, answers, done = "", [], 0
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            start, end, after = self._answer_span(turns, index, whole)
+            text += whole[done:start]
+            begin = len(text)
+            text += whole[start:end]
+            if after is None:  # the template has no end token; white space would follow
+                text += str(self.tokenizer.eos_token)
+                done = end + len(whole[end:]) - len(whole[end:].lstrip())
+            else:
+                text += whole[end:after]
+                done = after
+            answers.append((begin, len(text)))
+        rendered = Rendered(text + whole[done:], answers)
+        if len(self._cache) < CACHED_RENDERINGS:
+            self._cache[key] = rendered
+        return rendered
+
+    def _answer_span(
+        self, turns: Sequence[Turn], index: int, whole: str
+    ) -> tuple[int, int, int | None]:
+        """Return where an answer starts and ends, and where the end token after it ends."""
+        through = self._apply(turns[: index + 1])
+        end, after = self._before_end_tokens(through)
+        answer = turns[index].text.strip()
+        if not whole.startswith(through) or not through[:end].endswith(answer):
+            raise DataError(
+                f"the chat template renders turn {index + 1} differently on its own, so the "
+                "answer cannot be located."
+            )
+        if self._prompts_are_beginnings:
+            return len(self._apply(turns[:index], generate=True)), end, after
+        return end - len(answer), end, after
+
+    def _before_end_tokens(self, text: str) -> tuple[int, int | None]:
+        """Return where `text` ends without its final special tokens, and where the first ends."""
+        end, after = len(text.rstrip()), None
+        while token := next((t for t in self._special if text[:end].endswith(t)), None):
+            after = end
+            end = len(text[: end - len(token)].rstrip())
+        return end, after
+
+    @functools.cached_property
+    def _prompts_are_beginnings(self) -> bool:
+        """Whether an answered turn begins with the generation prompt, which ends in no white space.
+
+        LLaVA-OneVision's prompt ends in ``assistant`` and a newline, but before an answer there is
+        a blank between the two; LLaVA-Interleave has one newline more before an answer, and
+        tokenizers merge both into one token.
+        """
+        prompt = self._apply(_PROBE[:1], generate=True)
+        return self._apply(_PROBE).startswith(prompt) and not prompt[-1:].isspace()
+
+    def _prompt_text(self, turns: Sequence[Turn]) -> str:
+        """Render a generation's prompt: exactly the text that precedes an answer in training."""
+        if self._prompts_are_beginnings:
+            return self._apply(turns, generate=True)
+        answered = self._apply([*turns, _PROBE[1]])
+        return answered[: self._before_end_tokens(answered)[0] - len(_PROBE[1].text)]
+
+    def _apply(self, turns: Sequence[Turn], *, generate: bool = False) -> str:
+        texts = [("system", self.system_prompt)] if self.system_prompt else []
+        texts += [(turn.role, turn.text) for turn in turns]
+        image = self.processor.image_token
+        messages = [{"role": role, "content": _content(text, image)} for role, text in texts]
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+        return text
+
+
+def _content(text: str, image_token: str) -> list[dict[str, str]]:
+    """Return LLaVA's text with image markers as the parts of a chat message.
+
+    Templates put images first: markers at the front become image parts. Text with a marker in the
+    middle stays one part, with the image token in place of the marker.
+    """
+    rest, markers = text, 0
+    while rest.lstrip().startswith(IMAGE_MARKER):
+        rest = rest.lstrip().removeprefix(IMAGE_MARKER)
+        markers += 1
+    if IMAGE_MARKER in rest:
+        rest, markers = text, 0
+    parts = [{"type": "image"}] * markers
+    plain = rest.strip().replace(IMAGE_MARKER, image_token)
+    return [*parts, {"type": "text", "text": plain}] if plain else parts

@@ -4,10 +4,11 @@ To add a data source, return a sequence of `Example` and add a row to `federatio
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from pilot_flwr.data.images import ImageFile
 from pilot_flwr.errors import DataError
 
 IMAGE_MARKER = "<image>"
@@ -21,34 +22,24 @@ class Turn(NamedTuple):
     text: str
 
 
-class ImageSource(Protocol):
-    """An image that is read on demand."""
-
-    def read(self) -> Image.Image:
-        """Return the decoded RGB image as the model sees it."""
-
-    def size(self) -> tuple[int, int]:
-        """Return (height, width) of what `read` returns, without decoding the image."""
-
-    def identity(self) -> str | None:
-        """Return a key that is unique on this machine, or None."""
-
-
 class KeptImage(NamedTuple):
     """An image in memory."""
 
     image: Image.Image
 
     def read(self) -> Image.Image:
-        """Return the image in RGB."""
+        """Return the image in RGB, as the model sees it."""
         return self.image.convert("RGB")
 
     def size(self) -> tuple[int, int]:
-        """Return (height, width)."""
+        """Return (height, width) of what `read` returns."""
         return self.image.height, self.image.width
 
     def identity(self) -> None:
-        """Return None: an image in memory has no key."""
+        """Return None in place of a key that is unique on this machine."""
+
+
+ImageSource = KeptImage | ImageFile
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,9 @@ class RowFile(Sequence[Row]):
         """Return one row, or the rows of a slice."""
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"{self.name} has {len(self)} rows, so none at {number}.")
+        number = range(len(self))[number]
         with self._open() as file:
-            return self._read(file, number % len(self))
+            return self._read(file, number)
 
     def scan(self) -> Iterator[Row | DataError]:
         """Iterate over all rows in one pass, yielding the error of a broken one."""

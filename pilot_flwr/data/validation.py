@@ -242,14 +242,10 @@ def check_split(
         checks = {"references": references, **checks}
     figures.rows = len(examples)
     with ThreadPoolExecutor(workers) as pool:
-        found = _problems(examples, {"image": _read_headers}, checks, images, pool.map)
+        headers: Checks = {"image": lambda example: [image.size() for image in example.images]}
+        found = _problems(examples, headers, checks, images, pool.map)
         figures.problems += [problem for _, problem in found]
     return figures
-
-
-def _read_headers(example: Example) -> None:
-    for image in example.images:
-        image.size()
 
 
 def _problems(

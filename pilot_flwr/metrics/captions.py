@@ -78,7 +78,7 @@ def why_approximate() -> str:
         return "PTB tokenizer not installed: pip install 'pilot-flwr[captions]'"
     if shutil.which("java") is None:
         return "PTB tokenizer needs Java"
-    return _trouble_with(jar)
+    return "" if _java_works(jar) else "PTB tokenizer needs a Java that runs"
 
 
 def approximate_tokens(caption: str) -> list[str]:
@@ -105,13 +105,11 @@ def _jar() -> Path | None:
 
 
 @lru_cache(maxsize=1)
-def _trouble_with(jar: Path) -> str:
-    """Return why the program does not run; tested once per process."""
+def _java_works(jar: Path) -> bool:
     try:
-        worked = _java_tokens(["A man's hat."], jar, PROBE_SECONDS) == [["a", "man", "'s", "hat"]]
+        return _java_tokens(["A man's hat."], jar, PROBE_SECONDS) == [["a", "man", "'s", "hat"]]
     except (DataError, OSError):
-        worked = False
-    return "" if worked else "PTB tokenizer needs a Java that runs"
+        return False
 
 
 def _java_tokens(captions: Sequence[str], jar: Path, seconds: float) -> list[list[str]]:
