@@ -120,9 +120,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
+        yield from _texts([*value, *value.values()])
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)

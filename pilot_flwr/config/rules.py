@@ -8,6 +8,7 @@ and a `Limit` for it; to forbid a combination of settings, add a row to `RULES`.
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -23,12 +24,10 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 LONGEST_NAME = 64
 """Characters of such a name: short enough for a file name after a suffix is added."""
 
-_INFINITY = float("inf")
-
 
 def at_least(key: str, value: float, minimum: float) -> None:
     """Raise unless `value` is finite and not below `minimum`."""
-    if not minimum <= value < _INFINITY:
+    if not minimum <= value < math.inf:
         finite = "" if value < minimum else " and finite"
         raise ConfigError(f"`{key}` is {value} but must be at least {minimum}{finite}.")
 
@@ -75,7 +74,7 @@ def _limit(allowed: str, holds: Callable[[Any], bool]) -> Limit:
     return Limit(allowed, check)
 
 
-POSITIVE = _limit("above 0 and finite", lambda value: 0 < value < _INFINITY)
+POSITIVE = _limit("above 0 and finite", lambda value: 0 < value < math.inf)
 FRACTION = _limit("at least 0 and below 1", lambda value: 0 <= value < 1)
 NOT_EMPTY = _limit("non-empty", bool)
 NAME = Limit(f"letters, digits, '_', '-'; at most {LONGEST_NAME} characters", check_name)
@@ -88,7 +87,7 @@ def minimum(value: float) -> Limit:
 
 def maximum(value: float) -> Limit:
     """Limit a setting to at most `value`."""
-    return _limit(f"at most {value}", lambda found: -_INFINITY < found <= value)
+    return _limit(f"at most {value}", lambda found: -math.inf < found <= value)
 
 
 def choice(*values: str) -> Limit:

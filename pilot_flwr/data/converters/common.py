@@ -5,6 +5,7 @@ two places (a question and its answers, an image and its captions) is joined by 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,10 +116,8 @@ def optional(entry: Entry, *paths: str) -> dict[str, str]:
     """Return the fields at those paths that the entry has, by the last name of each path."""
     found = {}
     for path in paths:
-        try:
+        with suppress(Unusable):
             found[path.rpartition(".")[2]] = field(entry, path)
-        except Unusable:
-            continue
     return found
 
 
