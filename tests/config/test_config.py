@@ -120,7 +120,7 @@ def sections(settings=None, prefix=""):
 
 
 def outside(limit):
-    """Return a value that a limit forbids, by its text."""
+    """Return a value that a limit forbids, derived from its text."""
     kind, _, bound = limit.allowed.rpartition(" ")
     if kind == "at least":
         return float(bound) - 1
@@ -142,7 +142,7 @@ def test_every_limit_holds_for_its_default_and_is_enforced(settings, prefix):
 
 
 def test_every_setting_is_documented():
-    """By a docstring under the field, from which the settings reference is generated."""
+    """The settings reference is generated from the docstrings under the fields."""
     seen = set()
     for module in (schema, data, model):
         for kind in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:

@@ -1,4 +1,4 @@
-"""A federation's YAML, written out into overrides that Hydra reads back as what YAML says."""
+"""A federation file becomes overrides that Hydra reads back with the YAML's values."""
 
 import shlex
 from pathlib import Path

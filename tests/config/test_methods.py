@@ -1,4 +1,4 @@
-"""Every method that ships, as a whole run: conf/strategy/*.yaml, and the page about them."""
+"""Every shipped method (conf/strategy/*.yaml) as a whole run, and its documentation page."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is handed to Flower arrives unchanged, through Hydra's, the shell's and TOML's quoting."""
+"""Overrides pass through Hydra's, the shell's and TOML's quoting unchanged."""
 
 import shlex
 import warnings

@@ -1,4 +1,4 @@
-"""The paper's scenario: its settings, and its way from annotation files to clients."""
+"""The paper's scenario: settings, and conversion from annotation files to clients."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_the_metrics_of_every_shipped_scenario_exist(path):
 
 @pytest.fixture
 def downloads(tmp_path):
-    """A small data folder, as docs/how-to/paper.md describes it, in the data sets' own formats."""
+    """A small data folder, as docs/how-to/paper.md describes it, in the data sets' formats."""
     gqa = {
         str(n): {"imageId": str(n), "question": f"Is it {n}?", "answer": "yes"}
         for n in range(PER_TASK)

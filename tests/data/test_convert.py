@@ -1,4 +1,4 @@
-"""Small annotation files in the data sets' own formats, and the rows that they must become."""
+"""Small annotation files in each data set's format, and the expected rows."""
 
 import json
 import tracemalloc
@@ -181,7 +181,7 @@ def write(folder, contents, kind):
 
 @pytest.fixture
 def run(tmp_path):
-    """Convert data of the tables above, or others, and return the rows."""
+    """Convert the tables above, or other data, and return the rows."""
 
     def run(name, split, *, annotations=None, questions=None, **options):
         first, second = FILES[name]
@@ -275,7 +275,7 @@ def test_coco_images_are_a_row_each_at_test(run):
 
 
 def test_an_empty_caption_is_no_reference_and_costs_no_image(run):
-    """It is an entry that cannot be used, like any other; the image keeps its other captions."""
+    """It counts as an unusable entry; the image keeps its other captions."""
     blank = changed(COCO, "annotations", 0, "caption", value=" ")
     with pytest.raises(DataError, match="image 7: The answer is empty"):
         run("coco_captions", "test", annotations=[blank])

@@ -1,4 +1,4 @@
-"""The demo's data, checked against scikit-learn's own labels."""
+"""The demo's data, checked against scikit-learn's labels."""
 
 import functools
 from itertools import combinations
@@ -229,7 +229,7 @@ def test_bad_sizes_are_named():
 
 
 def page(**shift):
-    """Ink of the first example's page of a client without a style of its own."""
+    """Return the ink of a client's first page, without a client style."""
     drawn = np.random.default_rng(0)
     return np.asarray(render(demo.load_scans().ink[[3, 5, 8, 13]], Style(**shift), drawn))
 

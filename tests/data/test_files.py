@@ -1,4 +1,4 @@
-"""Which rows a client has: of the run's files in a simulation, of its own at a real site."""
+"""A client's rows: from the run's files in a simulation, from the site's files otherwise."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_a_test_file_is_dealt_out_where_that_is_asked_for(make):
 
 
 def test_a_file_that_was_changed_is_dealt_out_anew(make, tmp_path):
-    """In the same process, which keeps the shares of a file as it was."""
+    """In the same process, which caches the partition of the old file."""
     data = replace(make(), tasks=["counting"])
     ids(data)
     path = tmp_path / "counting/train.json"
@@ -132,7 +132,7 @@ def test_dirichlet_over_a_column(make):
 
 
 def test_what_an_example_is(make):
-    """Read from PNG and JSON, it is what the demo's generator gave, with the suffix."""
+    """Examples read from PNG and JSON equal the demo's, with the suffix added."""
     data = make(clients=1)
     client = federation_clients(data)[0]
     examples = client_examples(data, client, "train", seed=0)
@@ -210,7 +210,7 @@ def test_an_unknown_metric_names_those_that_there_are(make):
 
 
 def test_the_documents_examples_are_valid(tmp_path):
-    """The row and the federation of docs/reference/data.md, read as a user's own would be."""
+    """Read the row and the federation file of docs/reference/data.md."""
     blocks = re.findall(r"```(\w+)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     (row,) = [json.loads(text) for kind, text in blocks if kind == "json"]
     example = to_example(row, "1:", "a.json, row 1", Reading(tmp_path))

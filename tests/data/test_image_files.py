@@ -1,4 +1,4 @@
-"""Which file a row may name, and what is read of it."""
+"""Files that a row may name, and the pixels read from them."""
 
 import os
 import pickle
@@ -144,7 +144,7 @@ def test_the_largest_square_that_padding_may_make(folder):
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 1), (1, 101), (201, 2)])
 def test_a_thread_of_pixels_is_refused_by_its_header(folder, width, height):
-    """An image processor would bring its short side, and so its long one, to some 300 times."""
+    """An image processor that resizes the short side would enlarge the long one 300 times."""
     (folder / "thin.png").write_bytes(png_header(width, height))
     refused(folder, "thin.png", "has one side more than 100 times as long as the other")
     (folder / "thin.png").write_bytes(png_header(100, 1))

@@ -1,4 +1,4 @@
-"""LLaVA rows as examples: ids, turns, markers, suffixes, and errors that keep the row's text."""
+"""LLaVA rows as examples: ids, turns, markers, suffixes, and errors that do not quote the row."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def texts(found):
 
 
 def test_a_row_of_llavas_own_file_is_what_llava_makes_of_it():
-    """The first row of LLaVA-Instruct: its marker is behind the question and moves to the front."""
+    """The first row of LLaVA-Instruct: its marker follows the question and moves to the front."""
     found = example(
         {
             "id": "000000033471",

@@ -1,4 +1,4 @@
-"""Shares of rows: disjoint, complete, the same in every process, and as uneven as asked for."""
+"""Partitions are disjoint, complete, equal in every process, and as uneven as configured."""
 
 import json
 import socket

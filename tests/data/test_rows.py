@@ -1,4 +1,4 @@
-"""Rows read by number, against `json.load` of the whole file; and where broken ones are."""
+"""Rows read by number equal `json.load` of the whole file; broken rows are located."""
 
 import io
 import json
@@ -132,7 +132,7 @@ def test_a_row_longer_than_the_bound_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n \n"])
 def test_a_line_is_read_in_pieces_and_is_one_row(tmp_path, monkeypatch, end):
-    """Lines longer than a piece, as long as one, one byte more; none is ever read whole."""
+    """Lines longer than a piece, equal to one, and one byte longer; none is read at once."""
     monkeypatch.setattr(rows, "LARGEST_ROW", 20)
     lines = [json.dumps({"a": "x" * n}) for n in (1, 11, 12, 13, 32, 100)]
     assert [len(line) for line in lines] == [10, 20, 21, 22, 41, 109]

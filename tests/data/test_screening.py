@@ -1,4 +1,4 @@
-"""Which rows can be used, what becomes of the others, and that nobody looks twice."""
+"""Usable rows are selected, broken ones counted or refused, and results cached."""
 
 import json
 
@@ -108,7 +108,7 @@ def test_the_verdict_is_kept_until_something_changes(make, screen):
 
 
 def test_a_refusal_is_not_kept(make, screen):
-    """The owner may mend what is wrong without touching the file of rows: an image, say."""
+    """The owner may fix the defect, such as an image, without changing the file of rows."""
     examples = make()
     with pytest.raises(DataError):
         screen(examples, Checks(["8:7"]))

@@ -111,7 +111,7 @@ def test_generation_stops_where_labels_end(tmp_path, name, token):
 
 
 def test_a_hand_made_vector_of_llamas_tokens(tmp_path):
-    """Vicuna-v1 as Llama's tokenizer has it: a first token, blanks before words, bytes."""
+    """Vicuna-v1 with Llama's tokenizer: a first token, blanks before words, bytes."""
     ids, labels = (collator := make("llava-1.5", tmp_path)).tokenize(conversation(*ONE))
     tokens = collator.tokenizer.convert_ids_to_tokens(ids)
     question = ["<0x0A>", *"What", "▁is", "▁in", "▁t", *"he", "▁i", *"mage", "?"]
@@ -165,7 +165,7 @@ def test_the_system_prompt_begins_the_conversation_and_is_not_learnt(tmp_path):
 
 
 def test_the_processors_own_encoding_is_the_same(tmp_path):
-    """With the template's own rendering, the number of image tokens aside, ids are equal."""
+    """Ids equal those of the template's rendering, except for the number of image tokens."""
     collator = make("interleave", tmp_path)
     example = conversation(*TWO)
     messages = [

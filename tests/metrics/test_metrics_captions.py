@@ -1,4 +1,4 @@
-"""Against pycocoevalcap's own figures and tokens (pycocoevalcap.json)."""
+"""Compare with pycocoevalcap's figures and tokens (pycocoevalcap.json)."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Answers of the official scripts (official_vqa.json), and accuracies derived by hand."""
+"""Compare with the official scripts (official_vqa.json) and accuracies derived by hand."""
 
 import json
 from pathlib import Path
