@@ -88,5 +88,5 @@ class ModelConfig(Section, prefix="model"):
 
     @property
     def wire_dtype(self) -> str:
-        """Data type of what is sent, aggregated and checkpointed."""
+        """Data type of parameters that are sent, aggregated and checkpointed."""
         return self.adapter_dtype if self.sent_dtype == "same" else self.sent_dtype

@@ -57,7 +57,7 @@ class PrivacyConfig(Section, prefix="privacy"):
 
     @property
     def withholds_metrics(self) -> bool:
-        """Whether losses and scores stay at the client."""
+        """True if losses and scores stay at the client."""
         return self.enabled and not self.send_metrics
 
 

@@ -223,7 +223,7 @@ class Collator:
 
     @functools.cached_property
     def _prompts_are_beginnings(self) -> bool:
-        """Whether an answered turn begins with the generation prompt, which ends in no white space.
+        """True if an answered turn begins with the generation prompt, without final white space.
 
         LLaVA-OneVision's prompt ends in ``assistant`` and a newline, but before an answer there is
         a blank between the two; LLaVA-Interleave has one newline more before an answer, and

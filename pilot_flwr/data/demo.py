@@ -94,7 +94,7 @@ def ask_columns(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
 def ask_box(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
     """Ask where a digit is; the answer is its box in quarters of the page: x1 y1 x2 y2.
 
-    Places may be `BLANK`; at least one digit must occur exactly once.
+    Positions may be `BLANK`; at least one digit must occur exactly once.
     """
     places = [p for p in range(4) if labels[p] != BLANK and (labels == labels[p]).sum() == 1]
     place = places[int(rng.integers(len(places)))]

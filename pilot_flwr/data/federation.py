@@ -37,10 +37,9 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Client:
-    """A client, which has one task.
+    """A client and its task.
 
-    `index` is its position among the configured clients, task by task; None for a real site with
-    another name.
+    `index` counts the configured clients, task by task; None for a real site with another name.
     """
 
     id: str

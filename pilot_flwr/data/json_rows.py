@@ -27,7 +27,7 @@ LARGEST_ROW = 2**24
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK = 2**22
-_MARGIN = 16  # an error this close to the end of what was read may be a token that was cut
+_MARGIN = 16  # an error this close to the window's end may be a truncated token
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 

@@ -184,9 +184,8 @@ class SplitStatistics:
 
     @property
     def stops(self) -> bool:
-        """Whether a run would fail at this split."""
-        pixels = any(problem.kind == "pixels" for problem in self.problems)
-        late = pixels and not self.decodes
+        """True if a run would fail at this split."""
+        late = not self.decodes and any(problem.kind == "pixels" for problem in self.problems)
         return bool(self.error) or late or len(self.problems) > self.allowed * self.rows
 
     def summary(self) -> dict[str, object]:

@@ -38,7 +38,7 @@ class Sources:
 
     @property
     def scored(self) -> bool:
-        """Whether rows have references."""
+        """True if rows have references."""
         return self.split != "train"
 
 
