@@ -4,7 +4,7 @@ Goals: at most 4 times the time of ``flwr...strategy_utils.aggregate_arrayrecord
 memory of at most the output plus one stacked tensor; distances within 1e-6 relative of a float64
 reference when all clients share an offset 1,000 times their differences.
 
-Run ``python benchmarks/aggregation.py`` (some minutes, 6 GiB) to renew
+Run ``python benchmarks/aggregation.py`` (several minutes, 6 GiB) to update
 ``benchmarks/results/aggregation.json``, or ``--quick`` for a smoke test.
 """
 
@@ -83,7 +83,7 @@ def flower_arithmetic(states: list[State], factors: list[float]) -> State:
 
 
 def aggregate(states: list[State]) -> list[dict[str, Any]]:
-    """Run what the server runs: distances, weights, mixtures."""
+    """Do the server's work: distances, weights, mixtures."""
     counts = [100 + k for k in range(len(states))]
     return mix(states, adaptive_weights(pairwise_distances(states), counts, NEIGHBORS))
 

@@ -5,7 +5,7 @@ CT-MoA's forward and backward take at most 1.2 times the time of the matrix prod
 the difference loss at most 15 % of stage 1's forward and backward. Also, at N·C = 4,096, time and
 peak memory of the loss against the official code's formula, which builds an (N·C)² matrix.
 
-Run ``python benchmarks/connector.py`` (about 2 minutes, 2 GiB) to renew
+Run ``python benchmarks/connector.py`` (about 2 minutes, 2 GiB) to update
 ``benchmarks/results/connector.json``, or ``--quick`` for a smoke test. It uses one thread unless
 ``--threads`` is given, so that CPU time is meaningful.
 """

@@ -4,7 +4,7 @@ Goal: at most 15 % of every exchange after the first one, which also starts Ray 
 the base in every worker. The rest is roster, messages, Flower's scheduling, the swap of adapters,
 the clients' files, aggregation and checkpoint.
 
-Run ``python benchmarks/demo.py RUN_FOLDER`` on the folder of a finished run to renew
+Run ``python benchmarks/demo.py RUN_FOLDER`` on the folder of a finished run to update
 ``benchmarks/results/demo.json``, or ``--quick`` without a folder for a smoke test. The closing
 evaluation belongs to no exchange and is not counted.
 """

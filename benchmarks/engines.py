@@ -1,6 +1,6 @@
 """Time the same run under Flower's simulation with Ray and in-process, and jobs of a sweep.
 
-Run ``python benchmarks/engines.py`` (about 6 minutes on 2 cores) to renew
+Run ``python benchmarks/engines.py`` (about 6 minutes on 2 cores) to update
 ``benchmarks/results/engines.json``, or ``--quick`` for a tiny in-process run only.
 A run's time is that of its whole command, without the report. The time of a further job is half the
 difference between sweeps of three jobs and of one.
@@ -28,7 +28,7 @@ def seconds_of(*words: str) -> float:
     """Return the seconds that a ``pilot-flwr`` command takes."""
     program = Path(sys.executable).parent / "pilot-flwr"
     started = time.perf_counter()
-    subprocess.run(  # nosec B603  # no shell, our own program
+    subprocess.run(  # nosec B603  # no shell, this package's program
         [str(program), *words], check=True, stdout=subprocess.DEVNULL
     )
     return round(time.perf_counter() - started, 1)

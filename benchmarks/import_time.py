@@ -1,6 +1,6 @@
 """Time the imports of the apps, which every message of a deployment repeats, and of the plan.
 
-Run ``python benchmarks/import_time.py`` (about 3 minutes) to renew
+Run ``python benchmarks/import_time.py`` (about 3 minutes) to update
 ``benchmarks/results/import_time.json``, or ``--quick`` for one round that writes nothing. Every
 program is a fresh process; the programs alternate, and figures are medians of their CPU and wall
 seconds, minus those of an empty program.

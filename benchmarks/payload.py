@@ -10,7 +10,7 @@ other tasks' adapters. Codec, strategy, aggregation, checkpoint and private stat
 Memory is the peak of resident memory, sampled five times a second, of each machine's processes
 together and of each program.
 
-Run ``python benchmarks/payload.py`` (about 6 minutes, 10 GiB, 6 GB of disk) to renew
+Run ``python benchmarks/payload.py`` (about 6 minutes, 10 GiB, 6 GB of disk) to update
 ``benchmarks/results/payload.json``, or ``--quick`` to send a small payload and write nothing.
 """
 

@@ -1,7 +1,7 @@
 """Record the plan of each base model: parameters counted and memory estimated from shapes.
 
 Nothing is measured: the figures are those of ``pilot-flwr plan``, kept so that the documentation's
-table comes from a file. Run ``python benchmarks/plan.py`` (about a minute) to renew
+table comes from a file. Run ``python benchmarks/plan.py`` (about a minute) to update
 ``benchmarks/results/plan.json``, or ``--quick`` for a smoke test.
 """
 

@@ -6,7 +6,7 @@ uploads, from almost no noise to enough for a small ε. Clients evaluate here
 (`privacy.send_metrics=true`), because the demo's data is public. Noise cannot be repeated: with
 several `SEEDS`, the range over them shows how much of a score is chance.
 
-Run ``python benchmarks/privacy.py`` (about 10 minutes) to renew
+Run ``python benchmarks/privacy.py`` (about 10 minutes) to update
 ``benchmarks/results/privacy.json``, or ``--quick`` for a smoke test.
 """
 

@@ -3,7 +3,7 @@
 The file is synthetic: as many rows as ``llava_v1_5_mix665k.json`` and about as large, with
 conversations of the same shape and random words.
 
-Run ``python benchmarks/rows.py`` (about a minute, 1.2 GB of disk for a temporary file) to renew
+Run ``python benchmarks/rows.py`` (about a minute, 1.2 GB of disk for a temporary file) to update
 ``benchmarks/results/rows.json``, or ``--quick`` for a smoke test.
 """
 
@@ -79,7 +79,7 @@ def measure(rows: int) -> dict[str, Any]:
             path = Path(folder) / f"{kind}.json"
             make_file(path, rows, lines=kind == "lines")
             command = [sys.executable, "-c", MEASURE, str(path)]
-            done = subprocess.run(  # nosec B603  # no shell, our own program
+            done = subprocess.run(  # nosec B603  # no shell, this package's program
                 command, capture_output=True, text=True, check=True
             )
             size = {"file_mb": round(path.stat().st_size / 1e6, 1)}

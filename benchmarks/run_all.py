@@ -42,7 +42,7 @@ def run_demo(folder: Path) -> None:
     """Run the demo in `folder`; ``demo.py`` reads its events."""
     program = Path(sys.executable).parent / "pilot-flwr"
     command = [str(program), "run", "experiment=demo", f"run.folder={folder}"]
-    subprocess.run(command, check=True)  # nosec B603  # no shell, our own program
+    subprocess.run(command, check=True)  # nosec B603  # no shell, this package's program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run_demo(demo)
                 extra = [str(demo)]
             command = [sys.executable, str(script(benchmark)), *extra]
-            subprocess.run(command, check=True)  # nosec B603  # no shell, our own program
+            subprocess.run(command, check=True)  # nosec B603  # no shell, this package's program
 
 
 if __name__ == "__main__":

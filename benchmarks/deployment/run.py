@@ -7,7 +7,7 @@ site: several would share this machine's cores, unlike real ones. The base model
 shipped ``tiny-llava`` and a random checkpoint of 0.5 B parameters in Hugging Face format, read from
 the operating system's file cache, the best case.
 
-Run ``python benchmarks/deployment/run.py`` (about 6 minutes, 6 GiB, 2 GB of disk) to renew
+Run ``python benchmarks/deployment/run.py`` (about 6 minutes, 6 GiB, 2 GB of disk) to update
 ``benchmarks/results/deployment.json``; ``--quick`` splits a made-up run and writes nothing.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-if not __package__:  # a script finds what is in its own folder, this one needs the one above
+if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _record import RESULTS, write_record

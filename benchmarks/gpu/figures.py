@@ -106,7 +106,7 @@ def comparisons(cases: Sequence[Figures]) -> list[Figures]:
 def best(cases: Sequence[Figures]) -> list[Figures]:
     """Compare the fastest case of each stage and checkpointing setting with the plain best.
 
-    Time is that of an example; a micro-batch that did not fit counts for nobody.
+    Times are per example; a micro-batch that did not fit is ignored.
     """
     found = []
     for checkpointing in (False, True):

@@ -13,7 +13,7 @@ adapters, AdamW. Measured are
 - a client switch on a warm base, `model.compile` on and off, and the plan's memory estimate
   against the measured peak.
 
-Run ``python benchmarks/gpu/run.py`` (about 10 minutes on a GPU of 80 GB) to renew
+Run ``python benchmarks/gpu/run.py`` (about 10 minutes on a GPU of 80 GB) to update
 ``benchmarks/results/gpu.json``; it is written after every part, so a stopped run keeps its results.
 Without a GPU the tiny model is measured as a smoke test, and only ratios are written, to
 ``gpu_tiny_cpu.json``. ``--quick`` writes nothing.
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-if not __package__:  # a script finds what is in its own folder, this one needs the one above
+if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _record import RESULTS, write_record

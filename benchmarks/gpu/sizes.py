@@ -32,7 +32,7 @@ class Size:
     Attributes
     ----------
     path : str
-        Checkpoint whose configuration it has.
+        Checkpoint with the model's configuration.
     lora : LoraConfig
         Θ_l.
     text_tokens, answer_tokens : int

@@ -64,7 +64,7 @@ def sweep(folder: Path, scenario: str, *words: str, jobs: int, may_fail: bool = 
     if jobs > 1:
         command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
     print(f"\n$ pilot-flwr {shlex.join(command)}", flush=True)
-    ended = subprocess.run(  # nosec B603  # no shell, our own program
+    ended = subprocess.run(  # nosec B603  # no shell, this package's program
         [str(program), *command, "--out", str(folder)], check=False
     )
     if not (may_fail and ended.returncode == FAILED):

@@ -90,8 +90,7 @@ def evaluate(
         raise ConfigError("`--state` is the folder of one client: give exactly one `--client`.")
     if images is not None and data is None:
         raise ConfigError("`--images` needs `--data`.")
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(new_file("--json", json_file)) if json_file else None
+    with new_file("--json", json_file) if json_file else contextlib.nullcontext() as out:
         run = open_run(run_folder, server_round, changes)
         rows = evaluate_models(
             run,

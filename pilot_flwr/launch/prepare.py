@@ -60,7 +60,7 @@ class Prepared:
 def prepare(overrides: Sequence[str], environ: Mapping[str, str], now: datetime) -> Prepared:
     """Check a simulation and choose its run folder, by default named after `now`.
 
-    Raises `ConfigError` for every problem that can be detected before the start.
+    Raises `PilotError` for every problem that can be detected before the start.
     """
     resumed, given = resolve_resume(overrides)
     config, whole = check_settings(given)
@@ -123,7 +123,7 @@ def check_settings(
 
 
 def engine_options(config: PilotConfig, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return `Prepared.address` and `Prepared.federation`; reject what is not available."""
+    """Return `Prepared.address` and `Prepared.federation`; reject unavailable resources."""
     if config.simulation.engine != IN_PROCESS:
         check_installation()
         address = address_of(config.simulation, environ)

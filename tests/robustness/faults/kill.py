@@ -145,7 +145,7 @@ def attempt(
     news: float | None = None
     try:
         with log.open("wb") as output:
-            launcher = subprocess.Popen(  # nosec B603  # no shell, our own program
+            launcher = subprocess.Popen(  # nosec B603  # no shell, this package's program
                 [str(program), "run", *words],
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ After each kill the run is resumed with ``pilot-flwr run resume=RUN``, or starte
 killed before it had a folder. At the end its checkpoints, private states, events without times,
 scores and tables must equal those of the uninterrupted run, bit by bit.
 
-Run ``python tests/robustness/faults/run.py`` (about 25 minutes) to renew
+Run ``python tests/robustness/faults/run.py`` (about 25 minutes) to update
 ``benchmarks/results/faults.json``; ``--quick`` compares two made-up runs and writes
 nothing. Progress goes to standard output, each launcher's output to ``--folder``.
 """
@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # a script finds what is in its own folder, this one needs the one above
+if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from faults.kill import PHASES, Attempt, Plan, attempt

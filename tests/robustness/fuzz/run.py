@@ -4,7 +4,7 @@ Every reader of `fuzz.targets` gets random inputs and valid ones with a defect. 
 not one of the reader's own ends the run with the smallest input that causes it, and so does an
 input that takes too long. Memory is limited, so that a header claiming a huge array fails.
 
-Run ``python tests/robustness/fuzz/run.py`` (about 10 minutes) to renew
+Run ``python tests/robustness/fuzz/run.py`` (about 10 minutes) to update
 ``benchmarks/results/fuzz.json``, which is written after every target, or ``--quick`` to see
 that it works. ``tests/robustness/test_fuzz.py`` tries a few of the same inputs.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, seed, settings
 
-if not __package__:  # a script finds what is in its own folder, this one needs the one above
+if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fuzz.targets import Target, targets
