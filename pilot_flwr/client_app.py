@@ -38,7 +38,7 @@ Handler = Callable[[Message, PilotConfig, Site], RecordDict]
 
 
 def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Reply with the handler's result, or with an error stripped of what the server may not see."""
+    """Reply with the handler's result, or with an error that discloses nothing private."""
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
@@ -56,9 +56,8 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
             config = site_config(node, config, simulated=simulated)
             return Message(handler(message, config, site), reply_to=message)
         except Exception as error:
-            explained = isinstance(error, PilotError) and private is None
-            explained |= isinstance(error, ConfigError)  # it names the setting to change
-            logger.error("%s", error, exc_info=not explained)
+            expected = PilotError if private is None else ConfigError  # needs no traceback
+            logger.error("%s", error, exc_info=not isinstance(error, expected))
             return Message(encode_error(error, private), reply_to=message)
 
     return handle
@@ -77,10 +76,8 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     examples = sum(
         count_examples(data, one, "train", seed=config.seed, files=site.files) for one in pooled
     )
-    stage_trained = site.private_store.stage(before=server_round)
-    return encode_member(
-        Member(client.id, client.task, examples, stage_trained), identity_of(config)
-    )
+    stage = site.private_store.stage(before=server_round)
+    return encode_member(Member(client.id, client.task, examples, stage), identity_of(config))
 
 
 @app.train()
@@ -98,7 +95,7 @@ def evaluate(message: Message, config: PilotConfig, site: Site) -> RecordDict:
 
 
 def _run(message: Message, config: PilotConfig, site: Site) -> RecordDict:
-    from pilot_flwr.client.session import run_session  # torch, which a query does without
+    from pilot_flwr.client.session import run_session  # imports torch
 
     instruction, addressee = decode_instruction(message.content)
     if addressee != site.client.id:
@@ -106,9 +103,8 @@ def _run(message: Message, config: PilotConfig, site: Site) -> RecordDict:
             f"The instruction is for {addressee!r} but this client is {site.client.id!r}."
         )
 
-    def progress(line: str) -> None:
-        logger.info("%s, exchange %d: %s", site.client.id, instruction.server_round, line)
-
+    number = instruction.server_round
+    progress = functools.partial(logger.info, "%s, exchange %d: %s", site.client.id, number)
     result = run_session(site, config, instruction, progress=progress)
     return encode_result(result, instruction, site.client.id, site.client.task)
 
@@ -117,5 +113,5 @@ def _run(message: Message, config: PilotConfig, site: Site) -> RecordDict:
 def _config(overrides: str) -> PilotConfig:
     try:
         return load_config(overrides)
-    except ConfigError as error:  # often the server has another version
+    except ConfigError as error:  # often because of another version
         raise ConfigError(f"{error} (pilot-flwr {__version__} at this client)") from None

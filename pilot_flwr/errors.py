@@ -30,7 +30,7 @@ class UpdateError(PilotError):
 
 
 class StateError(PilotError):
-    """A client's private state or a checkpoint is missing, corrupt or from another run."""
+    """A client's private state or a checkpoint is missing, corrupt or of another run."""
 
 
 class RunError(PilotError):

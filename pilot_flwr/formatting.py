@@ -3,21 +3,21 @@
 import re
 
 LONGEST_REASON = 2000
-"""Maximum length of an error's reason, in characters."""
+"""In characters."""
 
 _TERMINAL = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor, erasing
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI, 7-bit and 8-bit: colours, cursor
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # OSC, DCS …
-    r"|\x1b[ -/]+[0-~]|\x1b[0-Z\\^-~]"  # two or more characters, such as charset selection
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # every other control character but tab and newline
+    r"|\x1b[ -/]+[0-~]|\x1b[0-Z\\^-~]"  # other escape sequences, such as charset selection
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # the rest, but tab and newline
 )
 
 
 def headline(reason: str) -> str:
     """Return the decisive line of an error reply.
 
-    In a traceback this is the last exception other than Flower's and Ray's wrappers; in other text
-    it is the first line.
+    This is a traceback's last exception other than Flower's and Ray's wrappers, or the first line
+    of any other text.
     """
     text = plain(reason).strip()
     if text.startswith("<class '") and ">:<" in text:  # Flower's `<class 'E'>:<'message'>`
@@ -30,20 +30,12 @@ def headline(reason: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return `text` without terminal control sequences; keep tabs and newlines.
-
-    Whole escape sequences are removed, in their 7-bit and 8-bit forms: CSI (colours, cursor,
-    erasing) and the strings OSC, DCS, SOS, PM and APC (window title, clipboard). Of a truncated
-    sequence only the control characters are removed.
-    """
+    """Remove terminal control sequences, and all control characters but tab and newline."""
     return _TERMINAL.sub("", text)
 
 
 def one_line(text: str) -> str:
-    """Return untrusted text as one printable line of about `LONGEST_REASON` characters.
-
-    Longer text keeps its beginning and end.
-    """
+    """Return untrusted text as one printable line, shortened to about `LONGEST_REASON`."""
     half = LONGEST_REASON // 2
     line = " ".join(plain(bounded(text)).split())
     line = "".join(character for character in line if character.isprintable())
@@ -54,8 +46,8 @@ def one_line(text: str) -> str:
 
 def bounded(text: str) -> str:
     """Return `text`, shortened to its beginning and end if it is very long."""
-    most = 5 * LONGEST_REASON
-    return text if len(text) <= 2 * most else f"{text[:most]}\n{text[-most:]}"
+    half = 5 * LONGEST_REASON
+    return text if len(text) <= 2 * half else f"{text[:half]}\n{text[-half:]}"
 
 
 def human_seconds(seconds: float) -> str:

@@ -1,9 +1,8 @@
 """Every message and record that server and clients exchange, declared once.
 
-Records are plain, frozen dataclasses without Flower types: `pilot_flwr.flower.messages` encodes and
-decodes them, `pilot_flwr.client.session` and `pilot_flwr.algorithm.server_state` compute with them.
-Symbols are those of docs/explanation/method.md, section 1. Importing this module does not import
-torch.
+Records are frozen dataclasses without Flower types; `pilot_flwr.flower.messages` encodes and
+decodes them. Symbols are those of docs/explanation/method.md, section 1. Importing this module does
+not import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ GroupName = Literal[
 """Parameter groups; `pilot_flwr.algorithm.parameter_groups.GROUPS` defines each."""
 
 LOSSES = ("total", "ce", "difference", "balance", "z", "proximal")
-"""Names of the losses: the total with its coefficients, then its terms without."""
+"""The total loss, with coefficients, then its terms without."""
 
 Losses: TypeAlias = dict[str, float]
 """Mean over the optimizer steps, by name."""
@@ -47,7 +46,7 @@ class RunInfo:
     name : str
         Separates this run's private states from those of other runs.
     folder : str
-        The run folder on the server; only clients simulated on the same machine use it.
+        Run folder on the server; used only by clients simulated on the same machine.
     token : str
         Content of a file in `folder`, which proves that client and server see the same folder.
     """
@@ -59,7 +58,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Member:
-    """A client as it introduces itself in reply to the roster query.
+    """A client's reply to the roster query.
 
     Attributes
     ----------
@@ -86,12 +85,12 @@ class Instruction:
     server_round : int
         Exchange, from 1.
     stage : int
-        Architecture to train. This per-client flag alone decides it.
+        Architecture to train; this flag alone decides it.
     tasks : tuple of str
         All T tasks in the federation's order.
     adapters : dict
-        Task → ψ_t: all T in stage 2, only the client's own in stage 1; states without
-        tensors if task adapters are not shared.
+        Task → ψ_t: all T in stage 2, only the client's own in stage 1; empty states if task
+        adapters are not shared.
     lora : State
         The shared tensors of this client's Θ̄_l.
     train, evaluate : bool
@@ -119,7 +118,7 @@ class TrainingResult:
     losses : Losses
         All of `LOSSES`; empty if the client withholds its metrics.
     steps, examples : int
-        Optimizer steps taken; examples in the data set (not multiplied by epochs).
+        Optimizer steps; examples in the data set (not multiplied by epochs).
     seconds : float
         Wall time.
     gradients : dict
@@ -163,25 +162,19 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class Spent:
-    """Privacy budget spent by a client, including the release in progress.
+    """Privacy budget spent by a client, in one run or in all.
 
     Attributes
     ----------
-    epsilon : float
-        ε of this run's releases.
-    total_epsilon : float
-        ε of all releases in the account, including those of earlier runs.
-    delta : float
-        δ of both.
-    releases, total_releases : int
-        Number of releases in this run and in the account.
+    epsilon, delta : float
+        (ε, δ) of the releases, including the one in progress.
+    releases : int
+        Their number.
     """
 
     epsilon: float
-    total_epsilon: float
     delta: float
     releases: int
-    total_releases: int
 
 
 @dataclass(frozen=True)
@@ -191,14 +184,13 @@ class SessionResult:
     Attributes
     ----------
     adapter, lora : State
-        The tensors of Θ_a and Θ_l that `strategy.sharing` names, perhaps none. No other
-        parameter leaves the client.
+        Uploaded tensors of Θ_a and Θ_l (`strategy.sharing`); no other parameter leaves the client.
     training : TrainingResult or None
         If the client trained.
     evaluation : EvaluationResult or None
         Of the incoming model, if it was evaluated.
     spent : Spent or None
-        If `adapter` and `lora` are clipped and noised.
+        In this run, if the upload is clipped and noised.
     started : float
         Seconds since 1970.
     seconds : float
@@ -221,7 +213,7 @@ class Update:
     Attributes
     ----------
     client, task : str
-        Who sent it.
+        Sender.
     server_round : int
         Exchange.
     num_examples : int
@@ -236,32 +228,3 @@ class Update:
     num_examples: int
     adapter: State
     lora: State
-
-
-@dataclass(frozen=True)
-class Report:
-    """A reply without its tensors; every number is finite and in range.
-
-    Attributes
-    ----------
-    training : dict or None
-        ``steps``, ``seconds`` and ``loss.<name>``, if the client trained. A client with a
-        privatised upload may withhold the losses: all of them, or none.
-    gradients : dict
-        Group → number of its parameters that received a gradient.
-    evaluation : EvaluationResult or None
-        Score of the incoming model, if it was evaluated.
-    times : dict
-        ``started`` (seconds since 1970) and ``turn_seconds`` of the session.
-    sizes : dict
-        Bytes of the reply's arrays, see `pilot_flwr.flower.codec.num_bytes`.
-    privacy : dict or None
-        ``epsilon``, ``delta`` and ``releases`` of the run so far, if the upload is privatised.
-    """
-
-    training: dict[str, float] | None
-    gradients: dict[str, int]
-    evaluation: EvaluationResult | None
-    times: dict[str, float]
-    sizes: dict[str, int]
-    privacy: dict[str, float] | None = None

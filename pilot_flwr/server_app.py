@@ -29,7 +29,7 @@ logger = logging.getLogger("flwr")
 SERVER_LOCK = ".server.lock"
 
 PATIENCE_SECONDS = 60.0
-"""How long to wait for the lock, as the ServerApp of a killed run may exit late."""
+"""How long to wait for the lock: the ServerApp of a killed run may exit late."""
 
 
 @app.main()
@@ -42,26 +42,29 @@ def main(grid: Grid, context: Context) -> None:
 def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> None:
     """Start or resume a run under the lock of its folder, and write its result.
 
-    `overrides` is what the configuration was composed from, `flower_run` is Flower's id of the run.
+    `overrides` is the source of the configuration, `flower_run` is Flower's id of the run.
     """
     from pilot_flwr.run.loggers import live_logs
+    from pilot_flwr.server import resume
     from pilot_flwr.server.event_recorder import Announcer
-    from pilot_flwr.server.resume import check_resumable, completed, resume_run, start_run
 
-    path = run_path(config)
+    path = _run_path(config)
+    # Before the lock creates a file in a folder that the run cannot use.
     if config.resume:
-        check_resumable(path, config)  # before a lock file is created where there is no run
+        resume.check_resumable(path, config)
+    else:
+        resume.check_unused(path)
     announcer = Announcer(logger.info)
     with hold(path / SERVER_LOCK, f"The run folder {path}", patience=PATIENCE_SECONDS):
-        if config.resume and (result := completed(path, config)):
+        if config.resume and (result := resume.completed(path, config)):
             logger.info("The run in %s is complete; there is nothing left to do.", path)
             announcer.end(path, result)
             return
         name = f"{config.name}-{flower_run}"
         if config.resume:
-            opened = resume_run(path, config, overrides, name=name, flower_run=flower_run)
+            opened = resume.resume_run(path, config, overrides, name=name, flower_run=flower_run)
         else:
-            opened = start_run(path, config, overrides, name=name)
+            opened = resume.start_run(path, config, overrides, name=name)
         logger.info("Run folder: %s", path)
         try:
             with live_logs(
@@ -100,11 +103,10 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     initial = initial_state(config.model, seed=config.seed).sent(sharing)
     tasks, folder, identity = tuple(config.data.tasks), opened.folder, opened.identity
-    state = (
-        restored(opened.checkpoint, tasks, initial)
-        if opened.checkpoint
-        else ServerState(tasks, initial)
-    )
+    if opened.checkpoint:
+        state = restored(opened.checkpoint, tasks, initial)
+    else:
+        state = ServerState(tasks, initial)
     strategy = PilotStrategy(
         config.strategy,
         state,
@@ -125,25 +127,15 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     return strategy
 
 
-def run_path(config: PilotConfig) -> Path:
-    """Return the absolute run folder: that of `resume`, the configured one, or the default.
-
-    Raises
-    ------
-    RunError
-        A new run's folder holds a run, or `run.folder` and `resume` differ.
-    """
-    if config.resume:
-        path = expanded("resume", config.resume).absolute()
-        named = expanded("run.folder", config.run.folder).absolute()
-        if config.run.folder and named != path:
-            raise RunError(f"`run.folder` is {named} but the resumed run is in {path}.")
-        return path
+def _run_path(config: PilotConfig) -> Path:
+    """Return the absolute run folder; raise `RunError` if `run.folder` and `resume` differ."""
     if config.run.folder:
-        path = expanded("run.folder", config.run.folder).absolute()
+        folder = expanded("run.folder", config.run.folder).absolute()
     else:
-        path = default_run_folder(config.name, datetime.now()).absolute()
-    from pilot_flwr.server.resume import check_unused
-
-    check_unused(path)
+        folder = default_run_folder(config.name, datetime.now()).absolute()
+    if not config.resume:
+        return folder
+    path = expanded("resume", config.resume).absolute()
+    if config.run.folder and folder != path:
+        raise RunError(f"`run.folder` is {folder} but the resumed run is in {path}.")
     return path

@@ -1,13 +1,9 @@
 """Pilot as a Flower strategy: task-aware adapter averaging and adaptive LoRA aggregation.
 
 The handlers decode, call `pilot_flwr.algorithm.server_state`, record and encode. One exchange is
-one train phase: every client evaluates the personalised model that it is sent, then trains it.
-After the last exchange, one evaluate phase scores the final models.
-
-Flower's own loop counts from 1 and ignores failures. `PilotStrategy.start` begins after the
-exchanges that a checkpoint holds, and repeats an exchange with too few clients if
-`strategy.below_minimum` asks for it. `strategy.trained_by` sets who trains
-(`StrategyConfig.trains`); all others evaluate only.
+one train phase: every client evaluates the incoming personalised model, then trains it. After the
+last exchange, one evaluate phase scores the final models. `strategy.trained_by` sets who trains
+(`StrategyConfig.trains`); all others only evaluate.
 """
 
 import logging
@@ -27,7 +23,7 @@ from pilot_flwr.flower.codec import encode_state
 from pilot_flwr.flower.grid import match
 from pilot_flwr.flower.messages import (
     decode_error,
-    decode_report,
+    decode_result,
     decode_update,
     encode_instruction,
     refuse_unusable,
@@ -43,7 +39,7 @@ from pilot_flwr.server.roster import Present, Roster
 logger = logging.getLogger("flwr")
 
 LONGEST_PAUSE_SECONDS = 30.0
-"""Pause before an exchange with too few clients is repeated, at most."""
+"""Longest pause before an exchange with too few clients is repeated."""
 
 Aggregated = TypeVar("Aggregated")
 
@@ -51,26 +47,11 @@ Aggregated = TypeVar("Aggregated")
 class PilotStrategy(Strategy):
     """Pilot as a Flower strategy; `server_round` counts exchanges, R + 1 in all.
 
-    Parameters
-    ----------
-    config : StrategyConfig
-        Rounds, aggregation rules, times.
-    state : ServerState
-        Task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its `Result`.
-    run : RunInfo
-        Part of every message.
-    folder : RunFolder
-        Receives events, timeline, summary and checkpoints.
-    expected : Mapping[str, str]
-        Task of every client of the federation, by client id.
-    identity : Mapping[str, str]
-        Hashes that clients must share, see `pilot_flwr.flower.compatibility`.
-    settings : str
-        Hash of the run's settings, for its checkpoints.
-    simulated : bool
-        Whether all clients exist from the start, and error replies may come from Ray.
-    evaluate : bool
-        Whether clients evaluate the incoming models.
+    `state` has the task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its
+    `Result`. `expected` maps the federation's clients to their tasks, `identity` has the hashes
+    that clients must share (`pilot_flwr.flower.compatibility`), `settings` is the hash of the
+    run's settings, for its checkpoints. If `simulated`, all clients exist from the start and error
+    replies may come from Ray.
     """
 
     def __init__(
@@ -122,15 +103,11 @@ class PilotStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the remaining exchanges, then the closing evaluation.
+        """Run the remaining exchanges, then the closing evaluation; see Flower's `Strategy.start`.
 
-        Parameters and result are those of `flwr.serverapp.strategy.Strategy.start`. If all
-        `num_rounds` are done, only the closing evaluation is run.
-
-        Raises
-        ------
-        RunError
-            The run cannot continue.
+        Flower's own loop counts from 1 and ignores failures. This one begins after the last
+        exchange of the checkpoint, repeats an exchange with too few clients if
+        `strategy.below_minimum` says so, and raises `RunError` if the run cannot continue.
         """
         logger.info("Starting %s strategy:", type(self).__name__)
         self.summary()
@@ -202,21 +179,17 @@ class PilotStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate the usable updates of an exchange; record events and a checkpoint.
 
-        Raises
-        ------
-        BelowMinimum
-            Fewer than `strategy.min_replies` updates are usable.
-        WorkerDied
-            A Ray worker process died.
+        Raises `BelowMinimum` if fewer than `strategy.min_replies` updates are usable, `WorkerDied`
+        if a Ray worker process died.
         """
         updates = []
-        for member, reply in self._successful(server_round, "train", replies):
+        for member, content in self._successful(server_round, "train", replies):
             try:
-                updates += self._receive(server_round, member, reply.content)
+                updates += self._receive(server_round, member, content)
             except UpdateError as error:
                 reason = f"Rejected: {error}."
                 self.recorder.failure(
-                    server_round, "train", member.client, reason, received=reply.content
+                    server_round, "train", member.client, reason, received=content
                 )
         updates, checks = check_norms(updates, self.state, self.config.update_norm)
         self.recorder.update_norms(server_round, checks)
@@ -243,8 +216,8 @@ class PilotStrategy(Strategy):
             return []
         if not self._present:  # the run was resumed after its last exchange
             self._present = self.roster.call(grid, server_round + 1, train=False)
-        # A client whose reply was lost may have trained a later stage than the server knows, and
-        # evaluates the architecture that it last trained: so every client gets all task adapters.
+        # A client evaluates the architecture that it last trained. If its reply was lost, the
+        # server does not know that stage: so every client gets all task adapters.
         self._stages = {p.member.client: self.config.stages for p in self._present}
         self._started = time.perf_counter()
         return self._instruct(server_round + 1, train=False)
@@ -255,15 +228,15 @@ class PilotStrategy(Strategy):
         """Record the closing scores; return their mean over tasks."""
         if not self._sent:
             return None
-        for member, reply in self._successful(server_round, "evaluate", replies):
+        for member, content in self._successful(server_round, "evaluate", replies):
             try:
                 with refuse_unusable():
-                    report = decode_report(reply.content)
+                    result = decode_result(content)
             except UpdateError as error:
                 reason = f"Rejected: {error}."
                 self.recorder.failure(server_round, "evaluate", member.client, reason)
                 continue
-            self.recorder.evaluation(server_round, member, report)
+            self.recorder.evaluation(server_round, member, result.evaluation)
         score = self.recorder.close_evaluation(server_round, time.perf_counter() - self._started)
         return None if score is None else MetricRecord({"score": score})
 
@@ -308,57 +281,61 @@ class PilotStrategy(Strategy):
                 ttl=self.config.round_timeout_seconds,
                 group_id=str(server_round),
             )
-            self.recorder.order(server_round, phase, member, stage, message.content)
+            self.recorder.instruction(server_round, phase, member, stage, message.content)
             self._sent.append((message, present))
         return [message for message, _ in self._sent]
 
     def _successful(
         self, server_round: int, phase: str, replies: Iterable[Message]
-    ) -> Iterator[tuple[Member, Message]]:
-        """Yield client and reply as replies arrive; record errors and silence as failures."""
+    ) -> Iterator[tuple[Member, RecordDict]]:
+        """Yield client and content as replies arrive; record errors and silence as failures."""
         for index, reply in match([message for message, _ in self._sent], replies):
             member = self._sent[index][1].member
-            if reply is None:
-                reason = f"No reply within {self.config.round_timeout_seconds:g} s."
-            elif reply.has_error():
-                try:
-                    reason = decode_error(reply.error, simulated=self.simulated)
-                except RunError as error:
-                    self.recorder.failure(server_round, phase, member.client, str(error))
-                    raise
-            else:
-                yield member, reply
+            if reply is not None and not reply.has_error():
+                yield member, reply.content
                 continue
+            try:
+                if reply is None:
+                    reason = f"No reply within {self.config.round_timeout_seconds:g} s."
+                else:
+                    reason = decode_error(reply.error, simulated=self.simulated)
+            except RunError as error:
+                self.recorder.failure(server_round, phase, member.client, str(error))
+                raise
             self.recorder.failure(server_round, phase, member.client, reason)
 
     def _receive(self, server_round: int, member: Member, content: RecordDict) -> list[Update]:
         """Decode and check all of a reply before any of it is recorded; return its update."""
         with refuse_unusable():
-            report = decode_report(content)
+            result = decode_result(content)
             updates = [decode_update(content)] if self._trains(member.client) else []
             for update in updates:
                 self.state.check(update, member, server_round)
-        self.recorder.evaluation(server_round - 1, member, report)
-        for update in updates:
-            self.recorder.update(server_round, self._stages[member.client], update, report)
+        self.recorder.evaluation(server_round - 1, member, result.evaluation)
+        if updates:
+            self.recorder.training(
+                server_round, member, self._stages[member.client], result, content
+            )
         return updates
 
     def _check_enough(self, server_round: int, updates: int) -> None:
-        """Raise `BelowMinimum` unless an exchange has as many usable updates as it needs."""
-        first = f"First reason: {[*self.recorder.reasons(server_round), 'none'][0]}"
+        problem = ""
         if self.config.trained_by == "pooled" and not updates:
-            raise BelowMinimum(
-                f"Exchange {server_round}: client {self.first_client!r}, which trains on the "
-                f"pooled data, delivered no usable update. {first}"
+            problem = (
+                f"client {self.first_client!r}, which trains on the pooled data, delivered no "
+                "usable update."
             )
-        if self.config.trained_by == "clients" and updates < self.config.min_replies:
-            raise BelowMinimum(
-                f"Exchange {server_round}: {updates} of {len(self._present)} clients delivered a "
-                f"usable update but `strategy.min_replies` is {self.config.min_replies}. {first}"
+        elif self.config.trained_by == "clients" and updates < self.config.min_replies:
+            problem = (
+                f"{updates} of {len(self._present)} clients delivered a usable update but "
+                f"`strategy.min_replies` is {self.config.min_replies}."
             )
+        if problem:
+            first = self.recorder.first_reason(server_round)
+            raise BelowMinimum(f"Exchange {server_round}: {problem} First reason: {first}")
 
     def _save(self, server_round: int) -> None:
-        """Write the checkpoint, which refers to the events that are on disk by then."""
+        """Write the checkpoint; the events that it counts are on disk before it."""
         self.folder.flush()
         save_checkpoint(
             self.folder.checkpoints,

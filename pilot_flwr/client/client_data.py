@@ -1,4 +1,4 @@
-"""One client's data as training and evaluation take it: examples, collator, feature encoder."""
+"""One client's data for training and evaluation: examples, collator, feature encoder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,10 +24,10 @@ from pilot_flwr.model.pilot_model import PilotModel
 
 
 class ClientData:
-    """One client's data for one model; made once per session.
+    """One client's data for one model, in one session.
 
-    `folder` keeps what is expensive to find again: which rows are usable, and visual features.
-    `files` are a real site's own; a simulated client reads what the run's configuration names.
+    `folder` caches visual features and the numbers of the usable rows. `files` are a real site's;
+    a simulated client reads the files that the run's configuration names.
     """
 
     def __init__(
@@ -49,17 +49,14 @@ class ClientData:
         )
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Return the usable examples of a split (`pilot_flwr.data.validation`).
-
-        A pooled run's training split, at the client that trains, is that of all clients.
-        """
+        """Return the usable examples of a split; a pooled run trains on those of all clients."""
         if split == "train" and trains_pooled(self.config.strategy, self.client):
             clients = federation_clients(self.config.data)
             return PooledExamples({c.id: self._examples(c, split) for c in clients})
         return self._examples(self.client, split)
 
     def encoder(self, split: Split) -> Encoder:
-        """Return the function from batches of examples to their visual features, with a cache."""
+        """Return a cached function from batches of examples to their visual features."""
         model, data = self.config.model, (self.config.seed, self.config.data)
         base = f"{model.path}/{model.revision}/{model.dtype}"
         cache = FeatureCache(

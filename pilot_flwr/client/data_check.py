@@ -1,7 +1,7 @@
-"""Check all data of a federation, or of one site, as training would use it, before a run.
+"""Check all data of a federation or of one site, as training would use it, before a run.
 
-`open_splits` opens the files, `check_splits` looks at every row; figures and faults are in the
-`SplitStatistics` of each split. ``pilot-flwr data check`` prints them.
+`open_splits` opens the files, `check_splits` reads every row; both report in the `SplitStatistics`
+of each split. ``pilot-flwr data check`` prints them.
 """
 
 import functools
@@ -20,7 +20,6 @@ from pilot_flwr.data.federation import (
     padding_colour,
     task_metric,
 )
-from pilot_flwr.data.images import Colour
 from pilot_flwr.data.llava import LlavaExamples
 from pilot_flwr.data.validation import (
     SplitStatistics,
@@ -34,11 +33,11 @@ from pilot_flwr.model.architectures import known_config
 from pilot_flwr.model.loading import load_processor, make_collator
 
 OpenSplit = tuple[SplitStatistics, LlavaExamples | None]
-"""A split's figures and its rows; None if they cannot be read."""
+"""A split's figures, and its rows unless they cannot be read."""
 
 
 class SharedRows(NamedTuple):
-    """Two splits of which at least one is for training, and how many rows they have in common."""
+    """Number of rows that two splits have in common, at least one of them a training split."""
 
     first: str
     second: str
@@ -50,20 +49,21 @@ def open_splits(
 ) -> tuple[PilotConfig, list[OpenSplit]]:
     """Open every split of all simulated clients, or of the site that has a node config.
 
-    Return them with the configuration that holds there. A split that cannot be read has the
-    reason in its figures. Without `tokens` no processor of the base model is loaded.
+    Return them with the configuration that applies there. If a split cannot be read, its figures
+    have the reason. Without `tokens`, the base model's processor is not loaded.
     """
-    files = None
-    clients = []
-    if node_config is None:
-        clients = federation_clients(config.data)
-    else:
+    files, clients = None, federation_clients(config.data)
+    if node_config is not None:
         node = read_node_config(node_config)
         clients = [site_client(node, config)]
         files = site_files(node, clients[0])
         check_files(files, evaluated=config.evaluation.enabled)
         config = site_config(node, config, simulated=False)
-    data, background = config.data, _background(config, tokens=tokens)
+    data = config.data
+    background = (0, 0, 0) if data.image_aspect_ratio == "pad" else None  # for checks, any colour
+    if tokens:
+        processor = load_processor(config.model.path, config.model.revision)
+        background = padding_colour(data, processor.image_processor)
     splits: list[OpenSplit] = []
     for client in clients:
         for split in ("train", "test") if config.evaluation.enabled else ("train",):
@@ -87,15 +87,8 @@ def open_splits(
     return config, splits
 
 
-def _background(config: PilotConfig, *, tokens: bool) -> Colour | None:
-    if not tokens:  # any colour serves to check images
-        return (0, 0, 0) if config.data.image_aspect_ratio == "pad" else None
-    processor = load_processor(config.model.path, config.model.revision)
-    return padding_colour(config.data, processor.image_processor)
-
-
 def find_shared_rows(splits: list[OpenSplit]) -> list[SharedRows]:
-    """Return the pairs of splits with common rows; two test splits may share theirs."""
+    """Return the pairs of splits with common rows, except pairs of test splits."""
     named = [
         (f"{figures.client} {figures.split}", rows) for figures, rows in splits if rows is not None
     ]
@@ -112,14 +105,23 @@ def check_splits(
     workers: int,
     progress: Callable[[str, int], None],
 ) -> list[SplitStatistics]:
-    """Look at every row and return the figures of all splits.
+    """Read every row and return the figures of all splits.
 
-    Rows that several clients share, as those of a test file, are looked at once. `decode` reads
-    whole images with `workers` threads, `tokens` counts tokens; `progress` gets the split's name
-    and its number of rows when it is done.
+    Rows that several clients share, as those of a test file, are read once. `decode` reads whole
+    images with `workers` threads, `tokens` counts tokens; `progress` gets the name of each finished
+    split and its number of rows.
     """
     images = WholeImages(workers) if decode else None
-    tokenize = _tokenizers(config) if tokens else {}
+    tokenize: dict[Split, Tokenize] = {}
+    if tokens:
+        model = config.model
+        collator = make_collator(
+            model,
+            load_processor(model.path, model.revision),
+            known_config(model),
+            max_length=config.train.max_length,
+        )
+        tokenize = {"train": collator.tokenize, "test": lambda e: (collator.prompt(e), [])}
     seen: dict[object, SplitStatistics] = {}
     checked = []
     for figures, examples in splits:
@@ -141,15 +143,3 @@ def check_splits(
             progress(f"{figures.client} {figures.split}", len(examples))
         checked.append(figures)
     return checked
-
-
-def _tokenizers(config: PilotConfig) -> dict[Split, Tokenize]:
-    """Return how a run tokenizes the rows of each split."""
-    model = config.model
-    collator = make_collator(
-        model,
-        load_processor(model.path, model.revision),
-        known_config(model),
-        max_length=config.train.max_length,
-    )
-    return {"train": collator.tokenize, "test": lambda example: (collator.prompt(example), [])}

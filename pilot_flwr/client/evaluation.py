@@ -17,7 +17,7 @@ from pilot_flwr.protocol import EvaluationResult
 
 
 class Answers(NamedTuple):
-    """Texts of the answers, and how many were ended by the length limit, not by the model."""
+    """Texts of the answers, and how many the length limit truncated."""
 
     texts: list[str]
     cut: int
@@ -33,10 +33,7 @@ def evaluate(
     config: EvaluationConfig,
     autocast_choice: str,
 ) -> EvaluationResult:
-    """Answer every example in the precision of training (`train.autocast`) and score the answers.
-
-    `metric` is a key of `METRICS`. Raises `DataError` if there is no example.
-    """
+    """Answer all examples in the precision of training; score the answers by a key of `METRICS`."""
     if not examples:
         raise DataError("There is no test example.")
     started = time.perf_counter()
@@ -70,10 +67,10 @@ def answer(
     progress: Callable[[int], None] = lambda done: None,
     streamer: Any = None,
 ) -> Answers:
-    """Return the model's greedy answer to the last question of every example.
+    """Answer the last question of every example, greedily.
 
-    `progress` gets the number of answers after each batch; `streamer`, of transformers, gets the
-    tokens of a single example's answer.
+    `progress` gets the number of answers after each batch, transformers' `streamer` the tokens of a
+    single example's answer.
     """
     model.eval()
     answers: list[str] = []

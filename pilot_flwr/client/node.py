@@ -1,8 +1,7 @@
 """Resolve identity, data and device from the node's own config, never from server input.
 
-A real site's ``--node-config`` gives ``client-id`` and ``state-folder``, the site's data as
-``train-file``, ``test-file`` and ``image-folder``, and the other keys of `KEYS`. No path of the
-run's configuration is ever opened there. A simulated node has Flower's ``partition-id`` and
+A real site's ``--node-config`` has the keys of `KEYS`: its id, its state folder, its data. No path
+of the run's configuration is ever opened there. A simulated node has Flower's ``partition-id`` and
 ``num-partitions``: it is the client with that number, keeps its private state in the run folder
 and reads the files that the run's configuration names.
 
@@ -21,11 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot_flwr.client.privacy_accountant import (
-    PrivacyAccount,
-    PrivacyDemands,
-    require_accounting,
-)
+from pilot_flwr.client.privacy_accountant import PrivacyAccount, PrivacyDemands, require_accounting
 from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.config import rules
 from pilot_flwr.config.model import ModelConfig
@@ -49,28 +44,28 @@ KEYS = {
     "train-file": "training data, LLaVA JSON or JSONL",
     "test-file": "test data, LLaVA JSON or JSONL",
     "image-folder": "folder of the images",
-    "state-folder": "folder for what never leaves the site",
+    "state-folder": "folder of the private adapters",
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
     "micro-batch": "examples at once in memory",
     "min-noise-multiplier": "least `privacy.noise_multiplier` of a run",
     "max-clip-norm": "largest `privacy.clip_norm` of a run",
-    "max-epsilon": "largest ε of all that this site ever uploads",
+    "max-epsilon": "largest ε of all uploads of this site, over all runs",
     "privacy-delta": "the δ of `max-epsilon`",
     "allow-metrics": "true if losses and scores may leave beside private uploads",
 }
 """Every key of a real site's node config, and its meaning."""
 
 _FLOWER_KEYS = ("partition-id", "num-partitions")
-"""Flower's simulation engine writes these into every node config; a real site may have them."""
+"""Written by Flower's simulation engine into every node config; a real site may have them."""
 
 FILE_SEPARATOR = ";"
-"""Between the files of ``train-file`` and of ``test-file``."""
+"""Separates the files of ``train-file`` and of ``test-file``."""
 
 _UNSHARED = (
-    " If this is a simulation, its clients use the run folder, and the one that the server wrote "
-    "cannot be read here: on a Ray cluster of several machines `run.folder` must be on a file "
-    "system that all of them share."
+    " If this is a simulation, its clients keep their state in the run folder, which cannot be "
+    "read here: on a Ray cluster of several machines, `run.folder` must be on a file system that "
+    "all of them share."
 )
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -78,10 +73,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Site:
-    """What belongs to the client alone and never comes from the server.
+    """A client's identity and resources on its own machine, none of them set by the server.
 
-    `state_folder` is the client's own for this run, with private state and kept features;
-    `device` is a name for `find_device`; `files` is None for a simulated client.
+    `state_folder` holds its private state and cached features of this run, `device` is a name for
+    `find_device`, `files` is None for a simulated client.
     """
 
     client: Client
@@ -111,7 +106,7 @@ class Site:
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A node config, read; paths are absolute, absent keys are empty, None or 0."""
+    """A parsed node config; paths are absolute, absent keys are empty, None or 0."""
 
     client_id: str = ""
     task: str = ""
@@ -128,13 +123,15 @@ class NodeSettings:
 
 
 def read_node_config(values: NodeConfig) -> NodeSettings:
-    """Read a node config without touching the disk.
-
-    Raises `ConfigError` for an unknown key or a value of the wrong kind.
-    """
+    """Parse a node config without touching the disk."""
     for key in values:
         if key not in KEYS and key not in _FLOWER_KEYS:
-            raise _unknown(key)
+            near = difflib.get_close_matches(key.lower().replace("_", "-"), KEYS, n=1, cutoff=0.75)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(
+                f"`{key}` in the node config is not a key of a site.{hint} Keys are "
+                f"{', '.join(KEYS)}."
+            )
     settings = NodeSettings(
         client_id=_text(values, "client-id"),
         task=_text(values, "task"),
@@ -157,28 +154,26 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
 
 
 def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bool:
-    """Return whether the run's configuration may name files here.
+    """Return whether this node is simulated, so that the run's configuration may name files here.
 
-    That takes a node made by Flower's simulation engine, without a ``client-id``, that can read
-    the run folder's token: only then server and client run on one machine, started together. No
-    other node even looks for the token.
+    It must come from Flower's simulation engine, have no ``client-id`` and read the run folder's
+    token, as only a node on the server's machine can. No other node looks for the token.
     """
-    engines = set(_FLOWER_KEYS) <= node_config.keys() and "client-id" not in node_config
-    return engines and holds_token(Path(run_folder), run_token)
+    from_engine = set(_FLOWER_KEYS) <= node_config.keys() and "client-id" not in node_config
+    return from_engine and holds_token(Path(run_folder), run_token)
 
 
 def find_site(
     node: NodeSettings, config: PilotConfig, *, run_name: str, run_folder: str, simulated: bool
 ) -> Site:
-    """Resolve who and where this client is; no file is opened.
+    """Resolve this client's identity, folder, files and device; open no file.
 
-    `run_name` comes from the server and names a folder inside ``state-folder``; only simulated
-    clients use `run_folder`. Raises `ConfigError` if the node config is incomplete or contradicts
-    itself, the run's configuration or the number of simulated nodes.
+    `run_name` comes from the server and names a folder in ``state-folder``; only simulated clients
+    use `run_folder`. Raises `ConfigError` if the node config is incomplete or contradicts itself or
+    the run.
     """
-    rules.check_name(
-        "run name", run_name, longest=2 * rules.LONGEST_NAME
-    )  # with Flower's own id of the run
+    longest = 2 * rules.LONGEST_NAME  # it ends with Flower's id of the run
+    rules.check_name("run name", run_name, longest=longest)
     check_device(node.device)
     client = site_client(node, config)
     if node.state_folder is not None:
@@ -186,10 +181,10 @@ def find_site(
     elif simulated:
         folder = Path(run_folder) / "clients" / client.id
     else:
-        engines = node.num_partitions is not None and not node.client_id
+        from_engine = node.num_partitions is not None and not node.client_id
         raise ConfigError(
             f"`state-folder` is missing in the node config of client {client.id!r}; it must be "
-            "a folder of this site for its private adapters." + (_UNSHARED if engines else "")
+            "a folder of this site for its private adapters." + (_UNSHARED if from_engine else "")
         )
     files = None
     if config.data.source == "llava" and not simulated:
@@ -221,11 +216,7 @@ def check_device(name: str) -> None:
 
 
 def site_client(node: NodeSettings, config: PilotConfig) -> Client:
-    """Return which client of the run this node is.
-
-    Raises `ConfigError` if the node config says too little, or ``client-id`` and ``task`` fit
-    neither each other nor the run.
-    """
+    """Return the run's client that this node is; raise `ConfigError` if they do not match."""
     if node.client_id:
         return _named_client(node, config)
     if node.partition_id is None:
@@ -266,15 +257,12 @@ def site_files(node: NodeSettings, client: Client) -> SiteFiles:
 
 
 def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
-    """Return the run's configuration as it applies at this client.
-
-    Raises `ConfigError` if the node config does not allow it; see also `site_model`.
-    """
+    """Apply the node config to the run's; raise `ConfigError` if it forbids or contradicts it."""
     node.demands.check(config.privacy)
     if config.strategy.trained_by == "pooled" and not simulated:
         raise ConfigError(
             "`strategy.trained_by` is 'pooled', which takes the data of all clients to one place: "
-            "only a simulation can do that, no real site."
+            "only a simulation can do that."
         )
     config = replace(config, model=site_model(node, config.model, simulated=simulated))
     if not node.micro_batch:
@@ -295,15 +283,11 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
 
 
 def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> ModelConfig:
-    """Return the base model's settings as they apply at this client.
+    """Replace `model.path` by a real site's ``model-path``, or refuse any path of the server's.
 
-    Raises `ConfigError` if a real site's ``model-path`` is not a folder, or without one if
-    `model.path` is neither a shipped name nor a hub id.
-
-    What `model.path` names is decided by its letters. The disk is consulted once: transformers
-    prefers a folder ``organisation/name`` in the working directory to a hub id, so the id is
-    refused if there is one. The error does not repeat `model.path`, which would tell the server
-    whether it has guessed a path of this site.
+    `model.path` is a shipped name or a hub id by its spelling. A hub id is refused if a folder of
+    this name exists in the working directory, which transformers would prefer. The error does not
+    repeat `model.path`: it would tell the server whether it has guessed a path of this site.
     """
     if simulated:
         return model
@@ -324,9 +308,9 @@ def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> Mo
 
 
 def private_paths(values: NodeConfig) -> dict[str, str]:
-    """Return the paths that no error may tell the server, each with its substitute.
+    """Return the paths that no error may disclose to the server, each with its replacement.
 
-    They are every path in a node config, valid or not, as written, with ``~`` expanded and with
+    These are every path in a node config, valid or not, as written, with ``~`` expanded and with
     links resolved; the folders of the files; and the home folder.
     """
     named: dict[str, str] = {}
@@ -339,14 +323,6 @@ def private_paths(values: NodeConfig) -> dict[str, str]:
     for form in _forms("~"):
         named.setdefault(form, "<home>")
     return {path: key for path, key in named.items() if len(path) > 1}
-
-
-def _unknown(key: str) -> ConfigError:
-    near = difflib.get_close_matches(key.lower().replace("_", "-"), KEYS, n=1, cutoff=0.75)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
-    return ConfigError(
-        f"`{key}` in the node config is not a key of a site.{hint} Keys are {', '.join(KEYS)}."
-    )
 
 
 def _text(values: NodeConfig, key: str) -> str:
@@ -366,27 +342,21 @@ def _whole(values: NodeConfig, key: str) -> int | None:
 
 
 def _demands(values: NodeConfig) -> PrivacyDemands:
-    limits = {
-        key: _positive(values, key)
-        for key in ("min-noise-multiplier", "max-clip-norm", "max-epsilon", "privacy-delta")
+    fields = {
+        "min-noise-multiplier": "min_noise_multiplier",
+        "max-clip-norm": "max_clip_norm",
+        "max-epsilon": "max_epsilon",
+        "privacy-delta": "delta",
     }
-    rules.FRACTION.check("privacy-delta", limits["privacy-delta"] or 0)
+    limits = {field: _positive(values, key) for key, field in fields.items() if key in values}
+    rules.FRACTION.check("privacy-delta", limits.get("delta", 0))
     allow = values.get("allow-metrics", False)
     if not isinstance(allow, bool):
         raise ConfigError(f"`allow-metrics` is {allow!r} but must be true or false.")
-    return PrivacyDemands(
-        min_noise_multiplier=limits["min-noise-multiplier"] or 0.0,
-        max_clip_norm=limits["max-clip-norm"] or math.inf,
-        max_epsilon=limits["max-epsilon"] or math.inf,
-        delta=limits["privacy-delta"] or PrivacyDemands.delta,
-        allow_metrics=allow,
-    )
+    return PrivacyDemands(**limits, allow_metrics=allow)
 
 
-def _positive(values: NodeConfig, key: str) -> float | None:
-    """Return a number above zero, None if the key is absent."""
-    if key not in values:
-        return None
+def _positive(values: NodeConfig, key: str) -> float:
     try:
         number = math.nan if isinstance(values[key], bool) else float(values[key])
     except (ValueError, OverflowError):
@@ -398,7 +368,6 @@ def _positive(values: NodeConfig, key: str) -> float | None:
 
 
 def _paths(values: NodeConfig, key: str) -> tuple[Path, ...]:
-    """Return the absolute paths of a key that may name several."""
     names = [name.strip() for name in _text(values, key).split(FILE_SEPARATOR)]
     return tuple(_absolute(key, name) for name in names if name)
 
@@ -416,7 +385,7 @@ def _absolute(key: str, name: str) -> Path:
 
 
 def _forms(name: str) -> set[str]:
-    """Return the spellings of a path; none for a text that is not one."""
+    """Return the spellings of a path; none for other text."""
     if "/" not in name and not name.startswith("~"):
         return set()
     forms = {name}

@@ -1,8 +1,7 @@
-"""Build a client's personalised model: its private state and the server's share in one base model.
+"""Build a client's personalised model: the base model, the private state and the server's share.
 
-The server holds the task adapters ψ_t and the client's LoRA Θ̄_l. The client holds ψ_s, after
-stage 2 ψ_c and φ, and whatever of ψ_t and Θ_l the run does not send (`strategy.sharing`).
-Training starts from the model built here, evaluation scores it, an export contains it.
+The server holds the task adapters ψ_t and the client's LoRA Θ̄_l. The client holds ψ_s, after stage
+2 ψ_c and φ, and the parts of ψ_t and Θ_l that the run does not send (`strategy.sharing`).
 """
 
 from collections.abc import Mapping
@@ -22,22 +21,9 @@ from pilot_flwr.protocol import GroupName, State
 class Received:
     """The server's share of one client's model.
 
-    Attributes
-    ----------
-    task : str
-        The client's task.
-    tasks : tuple of str
-        All T tasks in the federation's order.
-    adapters : Mapping[str, State]
-        Task → ψ_t: all T in stage 2, at least the client's own in stage 1.
-    lora : State
-        Θ̄_l.
-    residual : State
-        R, which exact aggregation adds to the frozen base.
-    sharing : Sharing
-        Which tensors of ψ_t and Θ_l the run sends.
-    seed : int
-        Seed of the run, which draws the LoRA matrices that are never sent.
+    `adapters` has ψ_t of all T tasks in stage 2, at least the client's own in stage 1; `lora` is
+    Θ̄_l; `residual` is R, which exact aggregation adds to the frozen base. `seed` draws the LoRA
+    matrices that are never sent.
     """
 
     task: str
@@ -60,10 +46,9 @@ def personalize(
 ) -> None:
     """Load the client's adapters into `model`, in the architecture of `stage`.
 
-    `generator` draws φ when stage 2 begins. `initialisation` overrides the model's own for a
-    client without private state.
-
-    Raises `StateError` if the private state is for other tasks or another `strategy.sharing`.
+    `generator` draws φ when stage 2 begins. `initialisation` overrides the model's own for a client
+    without private state. Raises `StateError` if the private state is for other tasks or another
+    `strategy.sharing`.
     """
     if private is None:
         model.enter_stage1(received.task, initialisation=initialisation)
@@ -78,13 +63,12 @@ def personalize(
 def personalize_as_trained(
     model: PilotModel, private: PrivateState | None, received: Received
 ) -> None:
-    """Load the client's adapters as it last trained them: to evaluate, use or export the model.
+    """Load the client's adapters as it last trained them, to evaluate, use or export the model.
 
-    Without private state this is stage 1 with an inert ψ_s, the base model with the received
-    adapter and LoRA; it is also the consensus model of a task. Ditto's personal model, if there
-    is one, replaces the shared one.
+    Without private state this is stage 1 with an inert ψ_s, also the consensus model of a task.
+    Ditto's personal model, if any, replaces the shared one.
     """
-    # The generator draws nothing that lasts: a private state of stage 2 holds φ.
+    # A private state of stage 2 holds φ, which replaces the one that the generator draws.
     personalize(
         model,
         private,
@@ -98,7 +82,7 @@ def personalize_as_trained(
 
 
 def extract_private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
-    """Copy what the client stores after training."""
+    """Copy the tensors that the client stores after training."""
     groups: dict[GroupName, State] = {}
     for group, row in GROUPS.items():
         kept = {n: t for n, t in model.state(group).items() if sharing.keeps(group, n)}
@@ -110,7 +94,7 @@ def extract_private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
 def _enter_stage2(
     model: PilotModel, private: PrivateState, tasks: tuple[str, ...], generator: torch.Generator
 ) -> None:
-    """Switch to CT-MoA: ψ_c and φ are new the first time, then those of the private state."""
+    """Switch to CT-MoA; load ψ_c and φ unless this is the first time."""
     model.enter_stage2(tasks, generator)
     if private.stage == 2:
         present = (model.own_task, *(t for t in tasks if t != model.own_task))
@@ -124,10 +108,10 @@ def _enter_stage2(
 
 
 def _load_received(model: PilotModel, private: PrivateState | None, received: Received) -> None:
-    """Load the server's share, and from the private state what it leaves out of ψ_t and Θ_l.
+    """Load the server's share, and the rest of ψ_t and Θ_l from the private state.
 
-    What is neither sent nor trained yet is the same at every client: the adapter is the pretrained
-    projector, already in place, and the LoRA is drawn from the run's seed.
+    Tensors neither sent nor trained yet are the same at every client: the pretrained projector,
+    which the model already holds, and a LoRA drawn from the run's seed.
     """
     sharing, adapters = received.sharing, received.adapters
     model.set_residual(received.residual)

@@ -1,15 +1,14 @@
-"""What a site can know to be wrong before any training: files, folders, room on its disk.
+"""Preflight checks of a client: files, permissions, disk space.
 
-Everything that a node config names is tried when the server asks who the node is, so that a site
-that cannot train says so then, and not hours into a round. The errors have paths, which the site's
-log shows and `pilot_flwr.flower.messages` takes out of what the server gets. To have more tried,
-add a function and call it in `check_readiness`.
+They run when the server asks who the node is, so that a site that cannot train says so then, and
+not hours later. Their errors name paths, which the site's log shows and
+`pilot_flwr.flower.messages` withholds from the server. To add a check, call it in
+`check_readiness`.
 """
 
 import os
 import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
@@ -20,8 +19,6 @@ from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.model.shapes import layout_of
-
-_PROBE = ".probe"
 
 
 def check_readiness(site: Site, config: PilotConfig) -> None:
@@ -37,25 +34,24 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
 
 
 def check_files(files: SiteFiles, *, evaluated: bool) -> None:
-    """Raise `ConfigError` unless all files and the image folder are readable.
-
-    A run that evaluates also needs a test file.
-    """
+    """Raise `ConfigError` unless all files that a run needs are readable."""
     if evaluated and not files.test:
         raise ConfigError(
-            "`test-file` is missing in the node config; the run evaluates. A run with "
-            "`evaluation.enabled=false` needs none."
+            "`test-file` is missing in the node config but the run evaluates; with "
+            "`evaluation.enabled=false` it would need none."
         )
-    for key, paths in (("train-file", files.train), ("test-file", files.test)):
-        for path in paths:
-            _check_file(path, key)
+    named = {"train-file": files.train, "test-file": files.test}
+    problems = [(key, path, _file_problem(path)) for key in named for path in named[key]]
     if files.images is not None:
-        _check_folder(files.images, "image-folder")
+        problems.append(("image-folder", files.images, _folder_problem(files.images)))
+    for key, path, problem in problems:
+        if problem:
+            raise ConfigError(f"`{key}` names {str(path)!r}, {problem}.")
 
 
 def check_writable(folder: Path) -> None:
     """Raise `ConfigError` unless a client's folder exists or can be created, and is writable."""
-    probe = folder / f"{_PROBE}-{os.getpid()}"
+    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"pilot-flwr")
@@ -75,8 +71,8 @@ def check_room(folder: Path, size: int) -> None:
     if free < needed:
         raise ConfigError(
             f"{_named(folder)} has {human_bytes(free)} ({free} bytes) free but needs "
-            f"{human_bytes(needed)} ({needed} bytes): the private adapters of this client take "
-            f"{human_bytes(size)}, {KEPT_STATES} versions are kept and one more is being written."
+            f"{human_bytes(needed)} ({needed} bytes), for {KEPT_STATES} versions of the client's "
+            f"private adapters ({human_bytes(size)} each) and one that is being written."
         )
 
 
@@ -84,40 +80,37 @@ def _named(folder: Path) -> str:
     return f"The client's own folder {str(folder)!r} (`state-folder`; in a simulation `run.folder`)"
 
 
-def _check_file(path: Path, key: str) -> None:
-    if not _is(path, key, stat.S_ISREG):
-        raise ConfigError(f"`{key}` names {str(path)!r}, which is not a file.")
-    if reason := _unreadable(path):
-        raise ConfigError(f"`{key}` names {str(path)!r}, which cannot be read: {reason}.")
+def _file_problem(path: Path) -> str:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "which is not a file"
+    except (FileNotFoundError, NotADirectoryError):
+        return "which is not a file"
+    except OSError as error:
+        return f"which cannot be reached: {error.strerror}"
+    reason = _unreadable(path)
+    return f"which cannot be read: {reason}" if reason else ""
 
 
-def _check_folder(path: Path, key: str) -> None:
-    if not _is(path, key, stat.S_ISDIR):
-        raise ConfigError(f"`{key}` names {str(path)!r}, which is not a folder.")
+def _folder_problem(path: Path) -> str:
+    """Return why an image folder or its files cannot be read, without the name of an image."""
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return "which is not a folder"
+    except (FileNotFoundError, NotADirectoryError):
+        return "which is not a folder"
+    except OSError as error:
+        return f"which cannot be reached: {error.strerror}"
     try:
         with os.scandir(path) as entries:
             first = next((Path(e.path) for e in entries if e.is_file()), None)
     except OSError as error:
-        raise ConfigError(
-            f"`{key}` names {str(path)!r}, which cannot be listed: {error.strerror}."
-        ) from None
-    # Neither error quotes the name of an image.
+        return f"which cannot be listed: {error.strerror}"
     effective = os.access in os.supports_effective_ids
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=effective):
-        raise ConfigError(f"`{key}` names {str(path)!r}, which cannot be entered (r and x).")
-    if first is not None and (reason := _unreadable(first)):
-        raise ConfigError(f"`{key}` names {str(path)!r}, whose files cannot be read: {reason}.")
-
-
-def _is(path: Path, key: str, kind: Callable[[int], bool]) -> bool:
-    try:
-        return kind(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise ConfigError(
-            f"`{key}` names {str(path)!r}, which cannot be reached: {error.strerror}."
-        ) from None
+        return "which cannot be entered (r and x)"
+    reason = _unreadable(first) if first else None
+    return f"whose files cannot be read: {reason}" if reason else ""
 
 
 def _unreadable(path: Path) -> str | None:

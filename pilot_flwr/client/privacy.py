@@ -6,21 +6,19 @@ The release is the change Δ of Θ_a and Θ_l in one exchange, all their tensors
     Δ̄       = Δ · min(1, C / ‖Δ‖₂)                      C: `privacy.clip_norm`
     release = sent + (Δ̄ + N(0, (z C)² I))               z: `privacy.noise_multiplier`
 
-Two data sets of the client give two Δ̄ of norm C at most, which therefore differ by 2 C at most:
-relative to that sensitivity the noise has the multiplier z / 2.
-`pilot_flwr.client.privacy_accountant` adds releases up to (ε, δ); docs/how-to/privacy.md says what
-this protects.
+Both Δ̄ of two data sets have a norm of at most C, so they differ by at most 2 C: relative to that
+sensitivity, the noise multiplier is z / 2. `pilot_flwr.client.privacy_accountant` adds releases up
+to (ε, δ); docs/how-to/privacy.md explains what this protects.
 
-The noise is made only of the operating system's random bytes. A seed of the run would be no
-secret: the server knows it and could subtract the noise. There is no generator whose state could
-be inferred, either. So a private run cannot be repeated bit for bit.
+The noise comes from the operating system's random bytes alone. The server knows the run's seed and
+could subtract noise drawn from it, and the state of a generator might be inferred. So a private run
+cannot be repeated bit for bit.
 """
 
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,20 +37,18 @@ _ROUNDING = 1 - 1e-12
 """Factor on C when clipping, so that float64 rounding does not exceed C."""
 
 
-@dataclass(frozen=True)
-class Clipping:
-    """How an upload was clipped: ‖Δ‖₂ before, known only to the client, and the factor."""
+class Clipping(NamedTuple):
+    """‖Δ‖₂ before clipping, which only the client knows, and the factor applied."""
 
     norm: float
     factor: float
 
 
 def system_normal(count: int) -> NDArray[np.float64]:
-    """Return standard normal numbers made of the operating system's random bytes (Box–Muller).
+    """Return standard normal numbers, from the operating system's random bytes (Box–Muller).
 
-    Every pair takes two uniform numbers of 53 random bits. No number exceeds 8.7; of true
-    normal ones, 4e-18 do. Like every sampler in floating point it does not have all real
-    numbers as values, see docs/how-to/privacy.md.
+    Every pair takes two uniform numbers of 53 random bits, so none exceeds 8.7; of true normal
+    numbers, 4e-18 do. Limits of sampling in floating point: docs/how-to/privacy.md.
     """
     numbers = np.empty(count)
     for start in range(0, count, _CHUNK):
@@ -75,14 +71,13 @@ def release(
     noise_multiplier: float,
     normal: Normal = system_normal,
 ) -> tuple[dict[_Group, State], Clipping]:
-    """Return what may leave a client instead of what it has trained, in the types of `sent`.
+    """Clip and noise the upload of a client; return it in the types of `sent`.
 
-    `trained` and `sent` map groups to tensors, of the same names and shapes; all of them together
-    are the one vector that is clipped. Raises `TrainingError` if the change is not finite.
+    `trained` and `sent` map groups to tensors of the same names and shapes, clipped together as one
+    vector. Raises `TrainingError` if the change is not finite.
 
-    Computed in float64. Clipped change and noise are added to each other first: everything after
-    that, what the server sent and rounding to the wire's type included, is post-processing of a
-    noisy vector.
+    Computed in float64. The noise is added to the clipped change before anything else, so all later
+    steps, including rounding to the wire's type, only post-process a noisy vector.
     """
     norm = change_norm(trained, sent)
     if not math.isfinite(norm):

@@ -1,16 +1,15 @@
-"""A site's privacy budget: what it demands of a run, and the (ε, δ) account of its releases.
+"""A site's privacy budget: its demands of a run, and the (ε, δ) account of its releases.
 
 The server is not trusted to keep differential privacy on. A site's demands come from its node
 config (`pilot_flwr.client.node`); a run that offers less is refused at the roster query and again
 at every instruction.
 
-The account's unit and relation: the whole data set of one client, replaced by any other one. Every
-release is a Gaussian mechanism of multiplier z / 2 (see `pilot_flwr.client.privacy`), chosen by a
-server that has seen all earlier releases; that is adaptive composition, which Rényi differential
-privacy adds up (Mironov 2017, "Rényi differential privacy", proposition 1). The sums and their
-conversion to (ε, δ) are those of Google's ``dp-accounting``; nothing is sampled, so nothing is
-amplified. Every release is counted on the client's disk before it leaves: a repeated exchange
-counts again, and so does a release that was counted but never sent.
+Unit and relation: the whole data set of one client, replaced by any other one. Every release is a
+Gaussian mechanism of multiplier z / 2 (`pilot_flwr.client.privacy`), chosen by a server that has
+seen all earlier releases: adaptive composition, which Rényi differential privacy adds up (Mironov
+2017, "Rényi differential privacy", proposition 1). ``dp-accounting`` computes the sums and their
+conversion to (ε, δ). There is no sampling, hence no amplification. Every release is counted on the
+client's disk before it leaves, also if the exchange is repeated or the upload fails.
 """
 
 import json
@@ -30,24 +29,16 @@ FORMAT = "pilot-flwr-privacy-1"
 """Version of the account's file."""
 
 PATIENCE_SECONDS = 60.0
-"""How long to wait for another process that counts a release: that takes milliseconds."""
+"""How long to wait for another process that counts a release, which takes milliseconds."""
 
 
 @dataclass(frozen=True)
 class PrivacyDemands:
-    """A site's own limits; without any, it accepts the run's settings.
+    """A site's own limits; the defaults accept every run.
 
-    Attributes
-    ----------
-    min_noise_multiplier : float
-        Least `privacy.noise_multiplier`; 0 for no demand.
-    max_clip_norm : float
-        Largest `privacy.clip_norm`. Useless alone: noise has the size z C, so a run with z
-        close to 0 would be almost exact.
-    max_epsilon, delta : float
-        Largest ε, at this δ, of everything the client ever released, over all runs.
-    allow_metrics : bool
-        Whether losses and scores, which the guarantee does not cover, may leave.
+    They bound a run's `privacy.noise_multiplier` and `privacy.clip_norm`, and ε (at `delta`) of all
+    releases over all runs. The guarantee does not cover losses and scores, so a private run gets
+    them only with `allow_metrics`.
     """
 
     min_noise_multiplier: float = 0.0
@@ -57,6 +48,7 @@ class PrivacyDemands:
     allow_metrics: bool = False
 
     def __post_init__(self) -> None:
+        # Noise has the size z C: with z close to 0 a run would be almost exact.
         bounds_noise = self.min_noise_multiplier > 0 or self.max_epsilon < math.inf
         if self.max_clip_norm < math.inf and not bounds_noise:
             raise ConfigError(
@@ -122,18 +114,14 @@ def require_accounting() -> Any:
         import dp_accounting
     except ImportError:
         raise ConfigError(
-            "`privacy.enabled` is true but the package that keeps the account is not installed "
-            'here: pip install "pilot-flwr[privacy]", or dp-accounting.'
+            "`privacy.enabled` is true but dp-accounting is not installed here: "
+            'pip install "pilot-flwr[privacy]".'
         ) from None
     return dp_accounting
 
 
 class PrivacyAccount:
-    """All releases of one client, over all its runs, in one file.
-
-    The first release creates the file; deleting it forgets what was spent. Another client's file
-    is refused.
-    """
+    """All releases of one client, over all its runs, in one file; deleting it loses the account."""
 
     def __init__(self, path: Path, client: str) -> None:
         self.path, self.client = path, client
@@ -141,7 +129,7 @@ class PrivacyAccount:
     def releases(self) -> list[dict[str, Any]]:
         """Return every release so far: ``run``, ``round``, ``noise_multiplier``, ``clip_norm``.
 
-        Raises `StateError` if the file is torn, foreign or another client's; it is never replaced.
+        Raises `StateError` if the file is corrupt or another client's; it is never replaced.
         """
         if not self.path.exists():
             return []
@@ -153,7 +141,7 @@ class PrivacyAccount:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StateError(
                 f"{self.path} is not a privacy account: {type(error).__name__}: {error}. Without "
-                "it this client cannot say what it has spent, so it releases nothing."
+                "its account this client releases nothing."
             ) from None
         if (version, client) != (FORMAT, self.client):
             raise StateError(
@@ -169,15 +157,14 @@ class PrivacyAccount:
         run: str,
         server_round: int,
         check: Callable[[], None] = lambda: None,
-    ) -> Spent:
-        """Count one release and flush it to disk; call this before anything is sent.
+    ) -> tuple[Spent, Spent]:
+        """Count one release on disk, before anything is sent; return the run's sum and the total.
 
-        Concurrent runs at one site share the account: each release is counted. `check` raises if
-        the site does not allow one more; nobody else counts between the check and the release,
-        and nothing is counted if it raises.
+        `check` raises if the site does not allow one more. It runs under the account's lock, which
+        concurrent runs at one site share; nothing is counted if it raises.
 
-        Raises `StateError` if the account cannot be read, `RunError` if another process has held
-        it for `PATIENCE_SECONDS`.
+        Raises `StateError` if the account cannot be read, `RunError` if another process holds its
+        lock for `PATIENCE_SECONDS`.
         """
         require_accounting()
         release = {
@@ -192,24 +179,18 @@ class PrivacyAccount:
             releases = [*self.releases(), release]
             content = {"format": FORMAT, "client": self.client, "releases": releases}
             write_text(self.path, json.dumps(content, indent=1) + "\n")
-        return _spent(releases, run, config.delta)
+        of_run = [release for release in releases if release["run"] == run]
+        return _spent(of_run, config.delta), _spent(releases, config.delta)
 
     def epsilon_after(self, config: PrivacyConfig, delta: float) -> float:
-        """Return ε of all releases and one more, over all runs; count nothing."""
-        kept = [entry["noise_multiplier"] for entry in self.releases()]
-        return epsilon([*kept, config.noise_multiplier], delta)
+        """Return ε of all releases and one more, without counting it."""
+        one_more = {"noise_multiplier": config.noise_multiplier}
+        return _spent([*self.releases(), one_more], delta).epsilon
 
 
-def _spent(releases: list[dict[str, Any]], run: str, delta: float) -> Spent:
-    every = [entry["noise_multiplier"] for entry in releases]
-    of_run = [entry["noise_multiplier"] for entry in releases if entry["run"] == run]
-    return Spent(
-        epsilon=epsilon(of_run, delta),
-        total_epsilon=epsilon(every, delta),
-        delta=delta,
-        releases=len(of_run),
-        total_releases=len(every),
-    )
+def _spent(releases: list[dict[str, Any]], delta: float) -> Spent:
+    multipliers = [release["noise_multiplier"] for release in releases]
+    return Spent(epsilon(multipliers, delta), delta, len(releases))
 
 
 def _check_release(entry: Any) -> None:

@@ -1,8 +1,7 @@
-"""A client's private state on disk: what never leaves it, one file per exchange.
+"""A client's private state on disk, one file per exchange.
 
-An exchange starts from the newest state of an earlier exchange. So a repeated exchange, after the
-run was killed during it, starts from exactly the same state as the first attempt, whether or not
-that attempt had saved its own.
+An exchange starts from the newest state of an earlier exchange. So a repeated exchange starts from
+the same state as the interrupted attempt, whether or not that attempt had saved its own.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from pilot_flwr.protocol import GroupName, State
 from pilot_flwr.run.atomic import flush, load_tensors, read_metadata, remove_leftovers, save_tensors
 
 KEPT_STATES = 3
-"""Files kept. The server goes back by two exchanges at most, and a third may be unfinished."""
+"""Files kept: the server goes back by at most two exchanges, and a third may be unfinished."""
 
 ADVICE = (
     "Nothing has been overwritten. Restore the file from a copy, or move it away: then this client "
@@ -26,25 +25,18 @@ ADVICE = (
 """How to recover from a file that cannot be used."""
 
 _PERSONAL = "personal/"
-"""Prefix of the names of a personal model's tensors."""
+"""Prefix of the tensor names of Ditto's personal model."""
 
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
 
 @dataclass(frozen=True)
 class PrivateState:
-    """What never leaves a client: ψ_s, after stage 2 ψ_c and φ, and what a run does not share.
+    """The tensors that never leave a client: ψ_s, after stage 2 ψ_c and φ, and unshared ones.
 
-    Attributes
-    ----------
-    stage : int
-        Last stage trained.
-    tasks : tuple of str
-        After stage 2, the T tasks in the router's order; else empty.
-    groups : dict
-        Group → tensors: the private groups, and the tensors of other groups that are not sent.
-    personal : dict
-        Group → tensors of Ditto's personal model, all of them; empty without Ditto.
+    `stage` is the last one trained; after stage 2, `tasks` has the T tasks in the router's order.
+    `groups` has the private groups and the unsent tensors of the others, `personal` all tensors of
+    Ditto's personal model.
     """
 
     stage: int
@@ -61,8 +53,7 @@ class PrivateState:
 class PrivateStore:
     """The private states of one client in one run.
 
-    The folder is created by the first save. Every file names its client and task: another
-    client's is refused, because its tensors would fit.
+    Every file names its client and task: another client's tensors would fit, so they are refused.
     """
 
     def __init__(self, folder: Path, client: str, task: str) -> None:
@@ -79,14 +70,14 @@ class PrivateStore:
         return sorted(int(name[1]) for name in names if name)
 
     def newest(self, *, before: int | None = None) -> Path | None:
-        """Return the file of the newest exchange, or of the newest one before another."""
+        """Return the file of the newest exchange (before another)."""
         rounds = [number for number in self.rounds() if before is None or number < before]
         return self.path(rounds[-1]) if rounds else None
 
     def stage(self, *, before: int | None = None) -> int:
         """Return the last stage trained (before an exchange), 0 if none, without reading tensors.
 
-        Raises `StateError` if the file is torn, foreign or another client's.
+        Raises `StateError` if the file is corrupt or another client's.
         """
         path = self.newest(before=before)
         with _advised():
@@ -104,14 +95,12 @@ class PrivateStore:
     def save(self, state: PrivateState, *, server_round: int) -> None:
         """Save the state after exchange `server_round`, atomically; keep the last `KEPT_STATES`.
 
-        States of later exchanges belong to abandoned attempts. They are removed first, because a
-        client that misses an exchange would start from one. Whatever dies in between, the newest
-        state before `server_round` is still there.
-
         Raises `StateError` if the folder holds another client's states, `OSError` if it cannot be
-        written, for instance because the disk is full.
+        written.
         """
         self._check_owners()
+        # States of later exchanges are of abandoned attempts; a client that misses an exchange
+        # would start from one. If the process dies here, the state before `server_round` is left.
         for number in self.rounds():
             if number > server_round:
                 self.path(number).unlink(missing_ok=True)
@@ -130,19 +119,16 @@ class PrivateStore:
             self.path(number).unlink(missing_ok=True)
 
     def _check_owners(self) -> None:
-        """Refuse a folder shared with another client: each would remove the other's states.
-
-        Unreadable files are ignored here; loading one raises.
-        """
+        """Refuse a folder shared with another client: each would remove the other's states."""
         for number in self.rounds():
             try:
                 owner = read_metadata(self.path(number)).get("client", self.owner["client"])
-            except StateError:
+            except StateError:  # loading it raises
                 continue
             if owner != self.owner["client"]:
                 raise StateError(
                     f"{self.folder} holds private states of client {owner!r}, but this is client "
-                    f"{self.owner['client']!r}: every client needs a `state-folder` of its own."
+                    f"{self.owner['client']!r}: no two clients may share a `state-folder`."
                 )
 
     def _header(self, path: Path) -> tuple[int, tuple[str, ...]]:
@@ -163,7 +149,7 @@ class PrivateStore:
 
 
 def _read_groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State]]:
-    """Read a file's tensors: the private groups, and Ditto's personal model."""
+    """Read the tensors of `PrivateState.groups` and of `PrivateState.personal`."""
     from pilot_flwr.algorithm.parameter_groups import GROUPS  # the roster query needs no torch
 
     groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}

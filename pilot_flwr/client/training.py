@@ -5,12 +5,9 @@ The loss of a step is ``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b
 step is split into micro-batches, its gradient is that of one batch, up to rounding (`accumulate`).
 Gradients are clipped group by group (`_clip`).
 
-`Proximal` adds a pull towards the parameters that the server sent::
-
-    μ / 2 · ‖w − w_sent‖²
-
-to the shared model in FedProx (Li et al., "Federated Optimization in Heterogeneous Networks",
-MLSys 2020, equation 2), to the personal one in Ditto (Li et al., "Ditto: Fair and Robust Federated
+`Proximal` adds ``μ / 2 · ‖w − w_sent‖²``, a pull towards the parameters that the server sent: for
+the shared model in FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys
+2020, equation 2), for the personal one in Ditto (Li et al., "Ditto: Fair and Robust Federated
 Learning Through Personalization", ICML 2021, algorithm 1).
 """
 
@@ -35,7 +32,7 @@ from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import LOSSES, GroupName, Losses, TrainingResult
 
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
-"""From batches of examples to H_v of each batch's images, one batch after the other."""
+"""Maps batches of examples to H_v of each batch's images, batch by batch."""
 
 
 def train(
@@ -49,10 +46,10 @@ def train(
     progress: Callable[[str], None],
     proximal: "Proximal | None" = None,
 ) -> TrainingResult:
-    """Train what the model's stage trains, in place; of the LoRA, `config.lora_matrices`.
+    """Train the groups of the model's stage in place; of the LoRA, `config.lora_matrices`.
 
-    `generator`, on the CPU, decides the order of examples and dropout. `progress` gets a line at
-    most every `config.log_every_seconds`. `proximal` is added to the loss of every step.
+    `generator`, on the CPU, draws the order of examples and dropout. `progress` gets a line at most
+    every `config.log_every_seconds`. `proximal` is added to the loss of every step.
 
     Raises `TrainingError` if there is no example, or the loss or a gradient is not finite.
     """
@@ -83,7 +80,7 @@ def train(
 
 
 def total_loss(ce: Tensor, connector: ConnectorOutput, config: TrainConfig) -> Tensor:
-    """``L_ce + λ0 L_d + λ1 L_b + λ2 L_z``; the parts that a stage does not have are zero."""
+    """``L_ce + λ0 L_d + λ1 L_b + λ2 L_z``; a term that the stage lacks is zero."""
     return (
         ce
         + config.difference_loss.weight * connector.difference
@@ -94,10 +91,9 @@ def total_loss(ce: Tensor, connector: ConnectorOutput, config: TrainConfig) -> T
 
 def autocast(device: torch.device, choice: str) -> contextlib.AbstractContextManager[object]:
     """Return the context for forward passes and generation that `train.autocast` chooses."""
-    enabled = choice == "bfloat16" or (choice == "auto" and device.type == "cuda")
-    if not enabled:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    if choice == "bfloat16" or (choice == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def accumulate(
@@ -108,10 +104,10 @@ def accumulate(
     `visuals` yields H_v of each batch. The losses stay on the model's device: nothing here waits
     for a value.
 
-    Cross-entropy is the mean over the answer tokens of the whole step, the difference loss that
-    over its images. L_b is no mean over micro-batches, as it is a product of two means: so with
-    several of them the router's losses are computed once, over the tokens of the whole step. The
-    router is linear in H_v, so this costs little, and H_v of the whole step fits in memory.
+    L_ce is averaged over the answer tokens of the whole step, L_d over its images. L_b is a product
+    of two means, so it cannot be averaged over micro-batches: with several of them, the router's
+    losses are computed once, over all tokens of the step. The router is linear in H_v, so this is
+    cheap, and H_v of the whole step fits in memory.
     """
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     step = [next(visuals) for _ in batches]
@@ -120,34 +116,26 @@ def accumulate(
     router = model.connector if split and isinstance(model.connector, CrossTaskMoA) else None
     losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
     if router is not None:
-        parts = _router_losses(router, [v.features for v in step if v.images], model.device)
-        losses += _backpropagate(parts.balance.new_zeros(()), parts, config)
+        features = torch.cat(
+            [v.features.to(model.device, router.router.weight.dtype) for v in step if v.images]
+        )
+        logits = router.router_logits(features)
+        zero = logits.new_zeros(())
+        balance, z = load_balancing_loss(logits.softmax(-1)), router_z_loss(logits)
+        parts = ConnectorOutput(features, zero, balance, z)
+        losses += _backpropagate(zero, parts, config)
     for batch, visual, count in zip(batches, step, rows, strict=True):
         with autocast(model.device, config.autocast):
             output = model(batch.to(model.device), visual)
         summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
         share = count / max(1, sum(rows))
         of_router = share if router is None else 0.0
-        found = output.connector
+        out = output.connector
         parts = ConnectorOutput(
-            found.features, share * found.difference, of_router * found.balance, of_router * found.z
+            out.features, share * out.difference, of_router * out.balance, of_router * out.z
         )
         losses += _backpropagate(summed / num_tokens, parts, config)
     return losses
-
-
-def _router_losses(
-    connector: CrossTaskMoA, step: list[Tensor], device: torch.device
-) -> ConnectorOutput:
-    """Return L_b and L_z over all tokens of a step; `step` has its H_v, each (R, N, D)."""
-    features = torch.cat([part.to(device, connector.router.weight.dtype) for part in step])
-    logits = connector.router_logits(features)
-    return ConnectorOutput(
-        features,
-        logits.new_zeros(()),
-        load_balancing_loss(logits.softmax(-1)),
-        router_z_loss(logits),
-    )
 
 
 def _backpropagate(ce: Tensor, parts: ConnectorOutput, config: TrainConfig) -> Tensor:
@@ -157,36 +145,31 @@ def _backpropagate(ce: Tensor, parts: ConnectorOutput, config: TrainConfig) -> T
 
 
 def _losses(**values: Tensor) -> Tensor:
-    """Arrange detached losses in the order of `LOSSES`, float64; those not given are zero."""
+    """Stack detached losses in the order of `LOSSES`, as float64; missing ones are zero."""
     zero = values["total"].new_zeros(())
     return torch.stack([values.get(name, zero).detach().double() for name in LOSSES])
 
 
 class Proximal:
-    """``weight / 2 · ‖w − anchor‖²``; the anchor is the parameters' value when this is made."""
+    """``weight / 2 · ‖w − anchor‖²``; the anchor is the parameters' present value."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], weight: float) -> None:
-        self.parameters = list(parameters)
         self.weight = weight
-        self.anchors = [parameter.detach().clone() for parameter in self.parameters]
-
-    def loss(self) -> Tensor:
-        """Return the term, a float32 scalar."""
-        squares = [
-            (parameter.float() - anchor.float()).square().sum()
-            for parameter, anchor in zip(self.parameters, self.anchors, strict=True)
-        ]
-        return 0.5 * self.weight * torch.stack(squares).sum()
+        self.anchored = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
     def backpropagate(self) -> Tensor:
         """Add the term's gradient to the parameters'; return its `LOSSES` in float64."""
-        loss = self.loss()
+        squares = [
+            (parameter.float() - anchor.float()).square().sum()
+            for parameter, anchor in self.anchored
+        ]
+        loss = 0.5 * self.weight * torch.stack(squares).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return _losses(total=loss, proximal=loss)
 
 
 def sent_parameters(model: PilotModel, sharing: Sharing) -> list[nn.Parameter]:
-    """Return what the client was sent and trains: w of `Proximal`."""
+    """Return w of `Proximal`: the parameters that are sent and trained."""
     return [
         parameter
         for group, named in model.groups().items()
@@ -196,7 +179,7 @@ def sent_parameters(model: PilotModel, sharing: Sharing) -> list[nn.Parameter]:
 
 
 def check_finite(model: PilotModel) -> None:
-    """Raise `TrainingError` if a tensor that the model's stage trains holds NaN or Inf."""
+    """Raise `TrainingError` if a trained tensor holds NaN or Inf."""
     groups = model.groups()
     for group in trained_groups(model.stage):
         for name, parameter in groups[group].items():
@@ -218,11 +201,11 @@ def _optimizer(
             {"params": connector, "lr": config.lr_scale * rates.connector_lr},
         ],
         weight_decay=config.weight_decay,
-        # Unfused on a GPU needs temporary tensors as large as all trained parameters.
+        # Unfused, it allocates temporary tensors as large as all trained parameters.
         fused=True if model.device.type == "cuda" else None,
     )
-    # Rounded down: transformers' warm-up starts at rate zero, which would waste the only step
-    # of a very short training.
+    # Rounded down: transformers' warm-up starts at rate zero, which would waste the only step of
+    # a very short training.
     schedule = transformers.get_cosine_schedule_with_warmup(
         optimizer, int(config.warmup_ratio * num_steps), num_steps
     )
@@ -232,9 +215,9 @@ def _optimizer(
 def _clip(groups: Groups, max_norm: float, *, stage: int) -> dict[GroupName, Tensor]:
     """Clip each trained group's gradient to a norm of `max_norm`; return the norms before.
 
-    The normalized difference loss does not depend on the scale of x_s, so its gradient grows
-    as 1/‖x_s‖, and after identity initialisation x_s begins at zero. Clipped together, ψ_s
-    would shrink the gradients of Θ_l and ψ_t with its own, by an order of magnitude.
+    The normalized difference loss does not depend on the scale of x_s, so its gradient grows as
+    1/‖x_s‖, and x_s is zero after identity initialisation. Clipped together with the other groups,
+    ψ_s would shrink their gradients by an order of magnitude.
     """
     return {
         group: nn.utils.clip_grad_norm_(groups[group].values(), max_norm)
@@ -245,9 +228,9 @@ def _clip(groups: Groups, max_norm: float, *, stage: int) -> dict[GroupName, Ten
 def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> Losses:
     """Return the losses by name; raise if the total or a gradient's norm is not finite.
 
-    The only place in a step that waits for the device: all numbers are copied together.
+    Nothing else in a step waits for the device: all numbers are copied together.
     """
-    # The norm of no gradient, as of a connector that saw only text, is a zero on the CPU.
+    # Without a gradient, as of a connector that saw only text, the norm is a zero on the CPU.
     found_norms = torch.stack([norm.to(losses.device) for norm in norms.values()])
     values = torch.cat([losses, found_norms.double()]).tolist()
     found = dict(zip(LOSSES, values[: len(LOSSES)], strict=True))
@@ -286,7 +269,7 @@ def _steps(
 
 @contextlib.contextmanager
 def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which dropout uses, for this training only."""
+    """Seed torch's global generators, which dropout uses, during this training only."""
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -307,7 +290,7 @@ class _Meter:
         self.started = self.last = time.perf_counter()
 
     def update(self, losses: Losses) -> None:
-        """Count one step's losses and gradients, before they are cleared."""
+        """Count one step's losses and gradients, before the gradients are cleared."""
         self.steps += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -319,7 +302,7 @@ class _Meter:
             self.progress(f"step {self.steps}/{self.num_steps}, loss {losses['total']:.4f}")
 
     def result(self, num_examples: int) -> TrainingResult:
-        """Return the means over all steps and the time since this meter was made."""
+        """Return the means over all steps and the wall time."""
         return TrainingResult(
             losses={name: value / self.steps for name, value in self.sums.items()},
             steps=self.steps,

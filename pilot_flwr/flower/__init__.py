@@ -1,1 +1,1 @@
-"""Named tensors and words as Flower's messages, and back."""
+"""Flower's messages and grids."""

@@ -1,15 +1,14 @@
 """The two grids: one polls Flower's for replies, one answers every message in this process.
 
 `PollingGrid` wraps the grid that Flower hands to the ServerApp. Flower's own `send_and_receive`
-sleeps three seconds between polls and returns all replies at the end of a phase. This one polls
-more often at first, and yields each reply as it arrives, so that progress is visible within an
-exchange. It also retries while a SuperLink answers with a server error (a database locked for
-seconds).
+polls every three seconds and returns all replies at the end of a phase; this one polls more often
+at first and yields each reply as it arrives. It retries while a SuperLink answers with a server
+error (a database locked for seconds).
 
-`InProcessGrid` replaces SuperLink, Ray and SuperNodes: a message is handed to the ClientApp when
-its reply is pulled, one after the other. Messages carry the same serialised arrays as under
-Flower, an exception in the ClientApp becomes an error reply, and a client computes with as many
-threads as in one of Ray's workers, so that results equal those of a simulation, bit for bit.
+`InProcessGrid` replaces SuperLink, Ray and SuperNodes: it calls the ClientApp when a reply is
+pulled, one message after the other. Messages carry the same serialised arrays as under Flower, an
+exception becomes an error reply, and a client computes with as many threads as in a Ray worker, so
+results equal those of a simulation bit for bit.
 """
 
 import logging
@@ -26,9 +25,6 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import InMemoryGrid
 
-CLIENT_APP_RAISED = 0
-"""Code of an error reply for an exception that the ClientApp did not handle."""
-
 PATIENCE_SECONDS = 300.0
 """How long a SuperLink may answer with server errors before the run ends."""
 
@@ -40,11 +36,8 @@ _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
 """Pause between polls: a share of the time without a reply, within these seconds."""
 
 
-class PollingGrid(Grid):
-    """Delegates to another grid, polls for replies and yields them one by one."""
-
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+class _YieldingGrid(Grid):
+    """Yields replies one by one; a subclass pushes and pulls the messages."""
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -56,7 +49,7 @@ class PollingGrid(Grid):
         outgoing = list(messages)
         if not outgoing:
             return
-        waiting = dict.fromkeys(i for i in self._grid.push_messages(outgoing) if i)
+        waiting = dict.fromkeys(i for i in self.push_messages(outgoing) if i)
         last = time.monotonic()
         deadline = last + timeout if timeout is not None else float("inf")
         while waiting:
@@ -73,15 +66,6 @@ class PollingGrid(Grid):
             pause = min(max(_SHORTEST, _SHARE * (now - last)), _LONGEST)
             time.sleep(min(pause, deadline - now))
 
-    def set_run(self, run: object) -> None:
-        """See `flwr.serverapp.Grid`."""
-        self._grid.set_run(run)  # type: ignore[arg-type]
-
-    @property
-    def run(self) -> object:  # type: ignore[override]
-        """See `flwr.serverapp.Grid`."""
-        return self._grid.run
-
     def create_message(
         self,
         content: RecordDict,
@@ -91,7 +75,23 @@ class PollingGrid(Grid):
         ttl: float | None = None,
     ) -> Message:
         """See `flwr.serverapp.Grid`."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class PollingGrid(_YieldingGrid):
+    """Delegates to another grid; retries its idempotent requests."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def set_run(self, run: object) -> None:
+        """See `flwr.serverapp.Grid`."""
+        self._grid.set_run(run)  # type: ignore[arg-type]
+
+    @property
+    def run(self) -> object:  # type: ignore[override]
+        """See `flwr.serverapp.Grid`."""
+        return self._grid.run
 
     def get_node_ids(self) -> Iterable[int]:
         """See `flwr.serverapp.Grid`."""
@@ -123,13 +123,13 @@ def _retry(request: Callable[[], Answer]) -> Answer:
 def match(
     messages: Sequence[Message], replies: Iterable[Message]
 ) -> Iterator[tuple[int, Message | None]]:
-    """Yield the index of each message with its reply as it arrives, then with None for silence.
+    """Yield each message's index with its reply as it arrives, then with None if there is none.
 
     Replies to other messages, and second replies, are ignored.
     """
     silent = dict.fromkeys(range(len(messages)))
     for reply in replies:
-        # The grid assigns the ids when it sends, so they are looked up late.
+        # The grid assigns the ids when it sends, so look them up only now.
         index_of = {messages[i].metadata.message_id: i for i in silent}
         index = index_of.get(reply.metadata.reply_to_message_id)
         if index is not None:
@@ -139,12 +139,12 @@ def match(
         yield index, None
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(_YieldingGrid):
     """Nodes 1 … n, whose ClientApp runs in this process when a reply is pulled.
 
     `node_configs` has one mapping per node, like ``--node-config``; `threads` is the number of CPU
-    threads that torch may use while a client computes, None to leave it as it is. `nodes` are the
-    connected nodes.
+    threads for torch while a client computes, None for torch's own. `nodes` are the connected
+    nodes.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class InProcessGrid(Grid):
         return all("partition-id" in config for config in self.node_configs)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue messages; return the ids that they are given."""
+        """Queue messages; return their new ids."""
         queued = {uuid.uuid4().hex: message for message in messages}
         for message_id, message in queued.items():
             message.metadata.__dict__["_message_id"] = message_id
@@ -187,7 +187,7 @@ class InProcessGrid(Grid):
         return []
 
     def answer(self, message: Message) -> Message | None:
-        """Run the ClientApp of a message's node; None would be its silence."""
+        """Run the ClientApp of a message's node; None means that it stays silent."""
         node = message.metadata.dst_node_id
         context = Context(
             run_id=self.run_id,
@@ -199,23 +199,12 @@ class InProcessGrid(Grid):
         try:
             with torch_threads(self.threads):
                 return self.client_app(message=message, context=context)
-        except Exception as error:  # as Flower does
-            reason = f"{type(error).__name__}: {error}"
-            return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
+        except Exception as error:  # as Flower does, with the code 0
+            return Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
 
     def get_node_ids(self) -> list[int]:
         """Return the connected nodes."""
         return list(self.nodes)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Send messages and return all replies; `timeout` is ignored: calls are synchronous."""
-        waiting = self.push_messages(messages)
-        replies: list[Message] = []
-        while found := self.pull_messages(waiting):
-            replies += found
-        return replies
 
     def set_run(self, run: object) -> None:
         """See `flwr.serverapp.Grid`."""
@@ -226,26 +215,15 @@ class InProcessGrid(Grid):
         """See `flwr.serverapp.Grid`."""
         return self._run
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `flwr.serverapp.Grid`."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
 
 def in_simulation(grid: Grid) -> bool:
-    """Return whether a grid's clients are simulated; no client can claim it."""
+    """Return whether a grid's clients are simulated: a fact of the grid, not a client's claim."""
     return isinstance(grid, InMemoryGrid) or (isinstance(grid, InProcessGrid) and grid.simulated)
 
 
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
-    """Let torch use `number` CPU threads inside the block, None for as many as before."""
+    """Let torch use `number` CPU threads inside the block; None leaves the number unchanged."""
     if number is None:
         yield
         return

@@ -5,15 +5,16 @@ train it) and ``evaluate`` (the closing evaluation). This module alone knows the
 records; `pilot_flwr.flower.codec` packs tensors and reads single values. The only tensors in any
 message are Θ_a, Θ_l, the task adapters of all tasks and the residual of exact aggregation.
 
-Error replies leave a client through `encode_error` alone. The client's log has the whole error; the
-reply omits paths on its disk. To disclose less, change `encode_error`.
+`encode_error` alone decides what an error reply discloses: the client's log has the whole error,
+the reply omits paths on its disk.
 """
 
 import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import get_args
+from dataclasses import asdict
+from typing import TypeVar, get_args, get_type_hints
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 
@@ -21,7 +22,6 @@ from pilot_flwr.errors import PilotError, UpdateError, WorkerDied
 from pilot_flwr.flower.codec import (
     decode_state,
     encode_state,
-    num_bytes,
     number_of,
     record_of,
     value_of,
@@ -34,14 +34,16 @@ from pilot_flwr.protocol import (
     GroupName,
     Instruction,
     Member,
-    Report,
     RunInfo,
     SessionResult,
+    Spent,
+    TrainingResult,
     Update,
 )
 
 TASK_ADAPTER = "task-adapter."
 RESIDUAL = "residual"
+_Introduction = TypeVar("_Introduction", RunInfo, Member)
 
 
 @contextlib.contextmanager
@@ -55,29 +57,27 @@ def refuse_unusable() -> Iterator[None]:
         raise UpdateError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
-# Part of every message from the server: the run.
+def _encode_fields(values: RunInfo | Member) -> ConfigRecord:
+    return ConfigRecord({name.replace("_", "-"): value for name, value in asdict(values).items()})
 
 
-def _encode_run(run: RunInfo) -> ConfigRecord:
-    return ConfigRecord({"name": run.name, "folder": run.folder, "token": run.token})
+def _decode_fields(record: ConfigRecord, kind: type[_Introduction]) -> _Introduction:
+    fields = get_type_hints(kind).items()
+    return kind(**{name: value_of(record, name.replace("_", "-"), of) for name, of in fields})
 
 
 def decode_run(content: RecordDict) -> RunInfo:
-    """Decode which run a message belongs to."""
-    values = record_of(content, "run", ConfigRecord)
-    return RunInfo(*(value_of(values, name, str) for name in ("name", "folder", "token")))
+    """Decode the run, which every message from the server names."""
+    return _decode_fields(record_of(content, "run", ConfigRecord), RunInfo)
 
 
 # Roster query and reply.
 
 
 def encode_query(run: RunInfo, server_round: int, *, train: bool = True) -> RecordDict:
-    """Ask a node to identify itself before an exchange.
-
-    With `train` false no upload will follow, so the client needs no privacy budget.
-    """
+    """Ask a node to identify itself; with `train` false, it needs no privacy budget."""
     query = ConfigRecord({"round": server_round, "train": train})
-    return RecordDict({"run": _encode_run(run), "query": query})
+    return RecordDict({"run": _encode_fields(run), "query": query})
 
 
 def decode_query(content: RecordDict) -> tuple[int, bool]:
@@ -88,26 +88,13 @@ def decode_query(content: RecordDict) -> tuple[int, bool]:
 
 def encode_member(member: Member, identity: Mapping[str, str]) -> RecordDict:
     """Answer a query; `identity` is that of `pilot_flwr.flower.compatibility`."""
-    values = ConfigRecord(
-        {
-            "client": member.client,
-            "task": member.task,
-            "examples": member.examples,
-            "stage-trained": member.stage_trained,
-        }
-    )
-    return RecordDict({"member": values, "identity": ConfigRecord(dict(identity))})
+    values = ConfigRecord(dict(identity))
+    return RecordDict({"member": _encode_fields(member), "identity": values})
 
 
 def decode_member(content: RecordDict) -> Member:
     """Decode which client a node is."""
-    values = record_of(content, "member", ConfigRecord)
-    return Member(
-        client=value_of(values, "client", str),
-        task=value_of(values, "task", str),
-        examples=value_of(values, "examples", int),
-        stage_trained=value_of(values, "stage-trained", int),
-    )
+    return _decode_fields(record_of(content, "member", ConfigRecord), Member)
 
 
 def decode_identity(content: RecordDict) -> dict[str, str]:
@@ -122,8 +109,8 @@ def decode_identity(content: RecordDict) -> dict[str, str]:
 def encode_instruction(
     instruction: Instruction, run: RunInfo, client: str, *, adapters: Mapping[str, ArrayRecord]
 ) -> RecordDict:
-    """Encode one client's instruction; `adapters`, which clients share, are encoded already."""
-    content = RecordDict({"run": _encode_run(run), "lora": encode_state(instruction.lora)})
+    """Encode one client's instruction; `adapters` are encoded once for all clients."""
+    content = RecordDict({"run": _encode_fields(run), "lora": encode_state(instruction.lora)})
     if instruction.residual:
         content[RESIDUAL] = encode_state(instruction.residual)
     for task in instruction.adapters:
@@ -142,7 +129,7 @@ def encode_instruction(
 
 
 def decode_instruction(content: RecordDict) -> tuple[Instruction, str]:
-    """Decode an instruction and the id of the client that it is for."""
+    """Decode an instruction and the id of its addressee."""
     values = record_of(content, "instruction", ConfigRecord)
     adapters = {
         name.removeprefix(TASK_ADAPTER): decode_state(record)
@@ -174,7 +161,7 @@ def decode_instruction(content: RecordDict) -> tuple[Instruction, str]:
 def encode_result(
     result: SessionResult, instruction: Instruction, client: str, task: str
 ) -> RecordDict:
-    """Encode the outcome of a session, which `decode_update` and `decode_report` decode."""
+    """Encode the outcome of a session, for `decode_update` and `decode_result`."""
     server_round = instruction.server_round
     content = RecordDict(
         {
@@ -195,9 +182,7 @@ def encode_result(
             {"metric": evaluation.metric, "approximate": evaluation.approximate}
         )
     if (spent := result.spent) is not None:
-        content["privacy"] = MetricRecord(
-            {"epsilon": spent.epsilon, "delta": spent.delta, "releases": spent.releases}
-        )
+        content["privacy"] = MetricRecord(asdict(spent))
     if (training := result.training) is not None:
         content["lora"] = encode_state(result.lora)
         content[TASK_ADAPTER + task] = encode_state(result.adapter)
@@ -217,60 +202,63 @@ def decode_update(content: RecordDict) -> Update:
     """Decode a client's contribution to the aggregation."""
     values = record_of(content, "result", ConfigRecord)
     task = value_of(values, "task", str)
-    examples = number_of(record_of(content, "training", MetricRecord), "examples", low=1)
-    if examples != int(examples):
-        raise UpdateError(f"metric `examples` is {examples} but must be a whole number")
     return Update(
         client=value_of(values, "client", str),
         task=task,
         server_round=value_of(values, "round", int),
-        num_examples=int(examples),
+        num_examples=_num_examples(record_of(content, "training", MetricRecord)),
         adapter=decode_state(record_of(content, TASK_ADAPTER + task, ArrayRecord)),
         lora=decode_state(record_of(content, "lora", ArrayRecord)),
     )
 
 
-def decode_report(content: RecordDict) -> Report:
-    """Decode everything in a reply but its tensors."""
-    trained = "training" in content.metric_records
-    training = content.metric_records.get("training", MetricRecord())
+def decode_result(content: RecordDict) -> SessionResult:
+    """Decode everything in a reply but its tensors; every number is finite and in range."""
+    records = content.metric_records
     session = record_of(content, "session", MetricRecord)
-    privacy = _decode_privacy(content)
-    losses = tuple(f"loss.{name}" for name in LOSSES)
-    if privacy and not any(name in training for name in losses):
-        losses = ()  # withheld
-    needed = ("steps", "seconds", *losses)
-    return Report(
-        training={name: number_of(training, name) for name in needed} if trained else None,
-        gradients={
-            group: int(number_of(training, f"gradients.{group}", low=0))
-            for group in get_args(GroupName)
-            if f"gradients.{group}" in training
-        },
-        evaluation=_decode_evaluation(content),
-        times={
-            "started": number_of(session, "started"),
-            "turn_seconds": number_of(session, "seconds"),
-        },
-        sizes=num_bytes(content),
-        privacy=privacy,
+    spent = None
+    if "privacy" in records:
+        spent = Spent(
+            epsilon=number_of(records["privacy"], "epsilon", low=0),
+            delta=number_of(records["privacy"], "delta", low=0, high=1),
+            releases=int(number_of(records["privacy"], "releases", low=1)),
+        )
+    training = None
+    if "training" in records:
+        training = _decode_training(records["training"], private=spent is not None)
+    return SessionResult(
+        training=training,
+        evaluation=_decode_evaluation(content) if "evaluation" in records else None,
+        spent=spent,
+        started=number_of(session, "started"),
+        seconds=number_of(session, "seconds"),
     )
 
 
-def _decode_privacy(content: RecordDict) -> dict[str, float] | None:
-    if "privacy" not in content.metric_records:
-        return None
-    numbers = content.metric_records["privacy"]
-    return {
-        "epsilon": number_of(numbers, "epsilon", low=0),
-        "delta": number_of(numbers, "delta", low=0, high=1),
-        "releases": int(number_of(numbers, "releases", low=1)),
-    }
+def _num_examples(training: MetricRecord) -> int:
+    examples = number_of(training, "examples", low=1)
+    if examples != int(examples):
+        raise UpdateError(f"metric `examples` is {examples} but must be a whole number")
+    return int(examples)
 
 
-def _decode_evaluation(content: RecordDict) -> EvaluationResult | None:
-    if "evaluation" not in content.metric_records:
-        return None
+def _decode_training(values: MetricRecord, *, private: bool) -> TrainingResult:
+    """Decode a training; with a `private` upload, a client may withhold all losses."""
+    withheld = private and not any(f"loss.{name}" in values for name in LOSSES)
+    return TrainingResult(
+        losses={} if withheld else {name: number_of(values, f"loss.{name}") for name in LOSSES},
+        steps=int(number_of(values, "steps")),
+        examples=_num_examples(values),
+        seconds=number_of(values, "seconds"),
+        gradients={
+            group: int(number_of(values, f"gradients.{group}", low=0))
+            for group in get_args(GroupName)
+            if f"gradients.{group}" in values
+        },
+    )
+
+
+def _decode_evaluation(content: RecordDict) -> EvaluationResult:
     numbers = content.metric_records["evaluation"]
     how = record_of(content, "evaluation-metric", ConfigRecord)
     metric = value_of(how, "metric", str)
@@ -289,9 +277,9 @@ def _decode_evaluation(content: RecordDict) -> EvaluationResult | None:
 # Error replies.
 
 OWN_ERROR = 1001
-"""Code of an error reply that this app has worded itself."""
+"""Code of an error reply whose text comes from this app."""
 
-_DEAD_WORKER = re.compile(  # the exceptions that Flower's simulation engine passes on from Ray
+_DEAD_WORKER = re.compile(  # Ray's exceptions, as Flower's simulation engine passes them on
     r"<class 'ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
     r"WorkerCrashedError|NodeDiedError|OutOfMemoryError|LocalRayletDiedError)'>"
 )
@@ -306,28 +294,26 @@ def encode_error(error: Exception, private: Mapping[str, str] | None) -> Error:
     A typed error keeps its text, without paths. The text of any other exception may quote
     anything, so a site sends its type and, of an `OSError`, the system's reason.
 
-    `private` maps the site's paths to their replacements; None if the server runs on the same
-    machine, where nothing is withheld.
+    `private` maps the site's paths to their replacements; None in a simulation, where server and
+    client share one machine and nothing is withheld.
     """
     kind = type(error).__name__
-    if private is None:
-        own = isinstance(error, PilotError)
-        return Error(OWN_ERROR, str(error) if own else f"{kind}: {headline(str(error))}")
     if isinstance(error, PilotError):
-        return Error(OWN_ERROR, without_paths(str(error), private))
-    number = error.errno if isinstance(error, OSError) else None
-    reason = f" ({os.strerror(number)})" if number else ""
-    return Error(OWN_ERROR, f"{kind}{reason}; see the client's own log.")
+        text = str(error) if private is None else without_paths(str(error), private)
+    elif private is None:
+        text = f"{kind}: {headline(str(error))}"
+    else:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = f" ({os.strerror(number)})" if number else ""
+        text = f"{kind}{reason}; see the client's own log."
+    return Error(OWN_ERROR, text)
 
 
 def decode_error(error: Error, *, simulated: bool) -> str:
     """Return the meaningful line of an error reply; its sender chose all of it, the code included.
 
-    Raises
-    ------
-    WorkerDied
-        In a simulation, a Ray worker process died. Flower keeps sending messages to it, so the
-        run cannot continue. Real sites have no Ray: from them the text means nothing.
+    Raises `WorkerDied` if a Ray worker process of a simulation died: Flower keeps sending messages
+    to it, so the run cannot continue. Real sites have no Ray, so there the text means nothing.
     """
     text = bounded((error.reason or "").strip())
     if simulated and error.code != OWN_ERROR and _DEAD_WORKER.match(text):
@@ -342,7 +328,7 @@ def decode_error(error: Error, *, simulated: bool) -> str:
 def without_paths(text: str, private: Mapping[str, str]) -> str:
     """Replace paths: each key of `private` by its value, any other absolute path by ``<path>``.
 
-    Of an unquoted path that is not in `private`, the part behind a blank remains.
+    An unquoted path that `private` lacks ends at its first blank; what follows remains.
     """
     spelled = {
         form: key

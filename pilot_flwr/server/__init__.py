@@ -1,1 +1,1 @@
-"""The server: who takes part, what a round changes, what is written down."""
+"""The server's side: roster, event recorder, resuming."""

@@ -1,17 +1,16 @@
-"""A run as its ServerApp records it in the run folder, and announces it in its log.
+"""Record a run's events in its folder, and announce them in the ServerApp's log.
 
-`EventRecorder` turns what the strategy sees into events, one per fact, as it happens, and writes
-the tables after every exchange. `Announcer` words the events for whoever follows the run from
-another machine: Flower brings a ServerApp's log to its command line and nothing else, so progress
-travels as lines behind `MARK` and the result, as the last such line, as JSON behind `RESULT`.
-`read_announcement` reads them there.
+`EventRecorder` turns what the strategy sees into events and writes the tables after every exchange.
+`Announcer` serves whoever follows the run from another machine. Flower's command line shows a
+ServerApp's log and nothing else, so progress travels as log lines after `MARK`, and the result, in
+the last line, as JSON after `RESULT`; `read_announcement` parses them.
 """
 
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pilot_flwr.algorithm.norm_bounds import NormCheck, too_few
 from pilot_flwr.algorithm.server_state import Aggregation
 from pilot_flwr.flower.codec import num_bytes
 from pilot_flwr.formatting import one_line, plain
-from pilot_flwr.protocol import LOSSES, Member, Report, Update
+from pilot_flwr.protocol import LOSSES, EvaluationResult, Member, SessionResult
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.events import (
     Aggregated,
@@ -73,7 +72,7 @@ class EventRecorder:
     def roster(
         self, server_round: int, members: Sequence[Member], stages: Mapping[str, int]
     ) -> None:
-        """Record who takes part, and in which stage; warn of a changed number of examples."""
+        """Record who takes part, and in which stage; warn if a number of examples has changed."""
         declared = {
             entry.client: entry.examples
             for event in self.folder.select(RosterCalled)
@@ -82,14 +81,15 @@ class EventRecorder:
         for m in members:
             if (before := declared.get(m.client, m.examples)) != m.examples:
                 text = f"declares {m.examples} training examples, and declared {before} before."
-                self.warning(server_round, m.client, text)
+                logger.warning("Exchange %d, %s: %s", server_round, m.client, text)
+                self.folder.record(ClientWarning(exchange=server_round, client=m.client, text=text))
         clients = [RosterEntry(m.client, m.task, m.examples, stages[m.client]) for m in members]
         self.folder.record(RosterCalled(exchange=server_round, clients=tuple(clients)))
 
-    def order(
+    def instruction(
         self, server_round: int, phase: str, member: Member, stage: int, content: RecordDict
     ) -> None:
-        """Record the bytes that go to a client, when they go."""
+        """Record the bytes sent to a client."""
         down = num_bytes(content)
         self._down[member.client] = sum(down.values())
         self.folder.record(
@@ -103,50 +103,53 @@ class EventRecorder:
             )
         )
 
-    def update(self, server_round: int, stage: int, update: Update, report: Report) -> None:
-        """Record one client's training and the bytes that it sent."""
-        assert report.training is not None
-        numbers = report.training
-        privacy = report.privacy or {}
+    def training(
+        self,
+        server_round: int,
+        member: Member,
+        stage: int,
+        result: SessionResult,
+        content: RecordDict,
+    ) -> None:
+        """Record one client's training and the bytes of its reply."""
+        assert result.training is not None
+        training, up = result.training, num_bytes(content)
         self.folder.record(
             Trained(
                 exchange=server_round,
                 stage=stage,
-                client=update.client,
-                task=update.task,
-                losses={name: numbers.get(f"loss.{name}") for name in LOSSES},
-                examples=update.num_examples,
-                steps=int(numbers["steps"]),
-                seconds=numbers["seconds"],
-                gradients=report.gradients,
-                bytes_down=self._down[update.client],
-                bytes_up=sum(report.sizes.values()),
-                up=report.sizes,
-                started=report.times["started"],
-                session_seconds=report.times["turn_seconds"],
-                epsilon=privacy.get("epsilon"),
-                delta=privacy.get("delta"),
-                releases=int(privacy["releases"]) if privacy else None,
+                client=member.client,
+                task=member.task,
+                losses={name: training.losses.get(name) for name in LOSSES},
+                examples=training.examples,
+                steps=training.steps,
+                seconds=training.seconds,
+                gradients={str(group): n for group, n in training.gradients.items()},
+                bytes_down=self._down[member.client],
+                bytes_up=sum(up.values()),
+                up=up,
+                started=result.started,
+                session_seconds=result.seconds,
+                **({} if result.spent is None else asdict(result.spent)),
             )
         )
-        if report.privacy:
+        if result.spent:
             logger.info(
                 "Exchange %d, train, %s: ε = %.4g at δ = %g, uploads so far: %d.",
                 server_round,
-                update.client,
-                *report.privacy.values(),
+                member.client,
+                *astuple(result.spent),
             )
 
-    def evaluation(self, server_round: int, member: Member, report: Report) -> None:
-        """Record the score, if there is one, of the model after exchange `server_round`."""
-        result = report.evaluation
-        if result is None:
-            return
-        self.folder.record(
-            Evaluated(
-                exchange=server_round, client=member.client, task=member.task, **asdict(result)
+    def evaluation(
+        self, server_round: int, member: Member, result: EvaluationResult | None
+    ) -> None:
+        """Record the score, if any, of the model after exchange `server_round`."""
+        if result is not None:
+            client, task = member.client, member.task
+            self.folder.record(
+                Evaluated(exchange=server_round, client=client, task=task, **asdict(result))
             )
-        )
 
     def aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
         """Record what the server's aggregation did."""
@@ -164,32 +167,17 @@ class EventRecorder:
 
     def update_norms(self, server_round: int, checks: Sequence[NormCheck]) -> None:
         """Record every update's norm and bound; log those above it."""
-        self._rejected = {v.client for v in checks if v.action == "rejected"}
-        for v in checks:
-            self.folder.record(
-                NormChecked(
-                    exchange=server_round,
-                    client=v.client,
-                    action=v.action,
-                    norms=v.norms,
-                    bounds=v.bounds,
-                    reason=v.reason,
-                )
-            )
-            if v.action == "rejected":
-                self.failure(server_round, "train", v.client, f"Rejected: {v.reason}.")
-            elif v.reason:
+        self._rejected = {c.client for c in checks if c.action == "rejected"}
+        for c in checks:
+            self.folder.record(NormChecked(exchange=server_round, reason=c.reason, **asdict(c)))
+            if c.action == "rejected":
+                self.failure(server_round, "train", c.client, f"Rejected: {c.reason}.")
+            elif c.reason:
                 logger.warning(
-                    "Exchange %d, train, %s: %s; %s.", server_round, v.client, v.reason, v.action
+                    "Exchange %d, train, %s: %s; %s.", server_round, c.client, c.reason, c.action
                 )
         if text := too_few(checks):
             logger.warning("Exchange %d, train: %s", server_round, text)
-
-    def warning(self, server_round: int, client: str, text: str) -> None:
-        """Record and log what is odd about a client that takes part all the same."""
-        text = one_line(text)
-        logger.warning("Exchange %d, %s: %s", server_round, client, text)
-        self.folder.record(ClientWarning(exchange=server_round, client=client, text=text))
 
     def failure(
         self,
@@ -200,7 +188,7 @@ class EventRecorder:
         *,
         received: RecordDict | None = None,
     ) -> None:
-        """Record and log why a client's part is missing; the bytes of a rejected reply count."""
+        """Record and log why a client's part is missing, with the bytes of a rejected reply."""
         reason = one_line(reason)
         logger.warning("Exchange %d, %s, %s: %s", server_round, phase, client, reason)
         up = None if received is None else num_bytes(received)
@@ -213,7 +201,7 @@ class EventRecorder:
         self._began = len(self.folder.events)
 
     def repeat(self, server_round: int, reason: str) -> None:
-        """Record and log that an exchange is repeated: what it recorded does not count."""
+        """Record and log that an exchange is repeated; the events of this attempt do not count."""
         logger.warning("%s The exchange is repeated.", reason)
         undone = len(self.folder.events) - self._began
         self.folder.record(ExchangeRepeated(exchange=server_round, reason=reason, undone=undone))
@@ -224,13 +212,15 @@ class EventRecorder:
             ExchangeClosed(exchange=server_round, exchanges=self.num_exchanges, seconds=seconds)
         )
         self.write_tables()
-        trained = self.folder.select(Trained, server_round)
-        counted = [event.loss for event in trained if event.client not in self._rejected]
-        losses = [loss for loss in counted if loss is not None]
+        losses = [
+            event.loss
+            for event in self.folder.select(Trained, server_round)
+            if event.client not in self._rejected and event.loss is not None
+        ]
         return float(sum(losses) / len(losses)) if losses else None
 
     def close_evaluation(self, server_round: int, seconds: float) -> float | None:
-        """Close the last evaluation; return the mean over tasks of its scores."""
+        """Close the closing evaluation; return the mean of its scores over tasks."""
         self.folder.record(EvaluationClosed(exchange=server_round, seconds=seconds))
         self.write_tables()
         scores = task_scores(self.folder.events, server_round)
@@ -241,9 +231,10 @@ class EventRecorder:
         self.folder.write("timeline.md", timeline(self.folder.events, self.method))
         self.folder.write("summary.md", summary(self.folder.events, self.tasks))
 
-    def reasons(self, server_round: int) -> list[str]:
-        """Return why clients are missing in an exchange, in order."""
-        return [event.reason for event in self.folder.select(ClientFailed, server_round)]
+    def first_reason(self, server_round: int) -> str:
+        """Return why the first missing client of an exchange is missing."""
+        failures = self.folder.select(ClientFailed, server_round)
+        return failures[0].reason if failures else "none"
 
 
 class Announcer:
@@ -254,7 +245,7 @@ class Announcer:
         self._progress = Progress()
 
     def event(self, event: Event) -> None:
-        """Announce one event of the run, if its kind is shown."""
+        """Announce one event, unless its kind is not shown."""
         self._say(self._progress.lines(event))
 
     def end(self, folder: Path, result: Mapping[str, Any]) -> None:
@@ -270,11 +261,7 @@ class Announcer:
 
 
 def read_announcement(line: str) -> str | RunResult | None:
-    """Return what a log line announces: progress, the result, or nothing.
-
-    It stands behind the level that Flower's logger puts in front; a line that only resembles a
-    result announces nothing.
-    """
+    """Parse a line of Flower's log: a line of progress, the result, or None for anything else."""
     text = _LEVEL.sub("", plain(line), count=1)
     if text.startswith(MARK) or text == MARK.rstrip():
         return text[len(MARK) :]
@@ -292,4 +279,5 @@ def read_announcement(line: str) -> str | RunResult | None:
 
 def is_alarm(line: str) -> bool:
     """Return whether a log line is a warning or an error of Flower's logger."""
-    return bool(re.match(r"(WARNING|ERROR|CRITICAL) *: {3,}", plain(line)))
+    level = _LEVEL.match(plain(line))
+    return level is not None and level[1] not in ("DEBUG", "INFO")

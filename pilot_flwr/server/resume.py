@@ -1,8 +1,8 @@
 """Open a run folder: start a new run, or resume one from its last complete checkpoint.
 
 Resuming truncates the event log to the checkpoint and archives the rest in
-``interrupted-N.jsonl``, so that the history is that of an uninterrupted run. Every step can be
-repeated if the process dies during it.
+``interrupted-N.jsonl``, so that the log is that of an uninterrupted run. Every step can be repeated
+if the process dies during it.
 """
 
 import json
@@ -33,12 +33,12 @@ from pilot_flwr.run.provenance import RunIdentity, differences, keep_provenance,
 logger = logging.getLogger("flwr")
 
 OVERRIDES = "overrides.txt"
-"""File of a run folder: the overrides that the run was started with."""
+"""File of a run folder: the overrides of its start."""
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that is ready to execute; `checkpoint` is None if it starts from the beginning."""
+    """A run that is ready to execute, from its `checkpoint` or from the beginning."""
 
     folder: RunFolder
     identity: RunIdentity
@@ -46,7 +46,7 @@ class OpenRun:
 
 
 def start_run(path: Path, config: PilotConfig, overrides: str, *, name: str) -> OpenRun:
-    """Start a run in a folder that holds none."""
+    """Start a run in a new folder, or one that holds no run."""
     check_unused(path)
     folder = RunFolder(path)
     return OpenRun(folder, _record_identity(folder, config, overrides, name))
@@ -62,7 +62,7 @@ def check_unused(path: Path) -> None:
 
 
 def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
-    """Return the run's recorded configuration; None if it was stopped before it recorded one."""
+    """Check the settings of a run to resume; return its recorded configuration, if it has one."""
     if not path.is_dir():
         raise ConfigError(f"`resume` is {str(path)!r}, which is not a run folder.")
     try:
@@ -70,17 +70,14 @@ def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
     except FileNotFoundError:
         if not (path / OVERRIDES).is_file():
             raise ConfigError(f"`resume` is {str(path)!r}, which holds no run.") from None
-        return None  # it was stopped while its processes started
+        return None  # the run was stopped while its processes started
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`resume` is {str(path)!r}, whose config.yaml cannot be read: {error}."
         ) from None
     recorded = from_yaml(text)
     if found := differences(recorded, config):
-        hint = (
-            "A run is resumed with the settings that it was started with, which are in "
-            f"{path / OVERRIDES}."
-        )
+        hint = f"Resume a run with the settings of its start, in {path / OVERRIDES}."
         raise ConfigError("\n".join([*found, hint]))
     return recorded
 
@@ -101,8 +98,8 @@ def resume_run(
 ) -> OpenRun:
     """Resume the run in a folder, perhaps with more rounds.
 
-    `name` is used if the run was stopped before it had one; `flower_run` is Flower's id of the run
-    that resumes it.
+    `name` serves a run that was stopped before it had one; `flower_run` is Flower's id of the
+    resuming run.
     """
     recorded = check_resumable(path, config)
     identity = _read_identity(path)
@@ -139,7 +136,7 @@ def resume_run(
 
 
 def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialState) -> ServerState:
-    """Return the server's state when it wrote a checkpoint."""
+    """Restore the server's state from a checkpoint."""
     state = ServerState(
         tasks,
         initial,
@@ -159,7 +156,7 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
 
 
 def _like(state: State, pattern: State) -> State:
-    """Return a state with its tensors in the pattern's order."""
+    """Return a state in the pattern's order; raise `StateError` if its layout differs."""
     if difference := layout_difference(state, pattern):
         raise StateError(f"The checkpoint's tensors do not fit the configured model: {difference}.")
     return {name: state[name] for name in pattern}
@@ -169,7 +166,7 @@ def _like(state: State, pattern: State) -> State:
 
 
 def _read_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file with their ends, the last perhaps incomplete; none if absent."""
+    """Return a file's lines with their ends, the last perhaps incomplete; none without a file."""
     try:
         return path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -177,7 +174,7 @@ def _read_lines(path: Path) -> list[bytes]:
 
 
 def _previous_attempts(path: Path, lines: list[bytes]) -> list[int]:
-    """Return the numbers of earlier resumptions, from the archives and from the events."""
+    """Return the numbers of earlier attempts to resume, from archives and events."""
     numbers = (p.stem.removeprefix("interrupted-") for p in path.glob("interrupted-*.jsonl"))
     found = [int(number) for number in numbers if number.isdecimal()]
     for line in lines:
@@ -197,7 +194,7 @@ def _archive_events(path: Path, lines: list[bytes], kept: list[bytes], attempt: 
     target = path / f"interrupted-{attempt}.jsonl"
     previous = path / f"interrupted-{attempt - 1}.jsonl"
     if previous.is_file() and previous.read_bytes() == rest:
-        target = previous  # the process died before it truncated the log, last time
+        target = previous  # the last attempt died before it truncated the log
     else:
         write_bytes(target, rest)
     write_bytes(path / "metrics.jsonl", b"".join(kept))
@@ -210,7 +207,7 @@ def _archive_events(path: Path, lines: list[bytes], kept: list[bytes], attempt: 
 def _misfit(
     checkpoint: Checkpoint, identity: RunIdentity | None, config: PilotConfig, lines: int
 ) -> str:
-    """Return why a complete checkpoint cannot be resumed from; empty if it can."""
+    """Return why the run cannot resume from a complete checkpoint; empty if it can."""
     if identity is None or checkpoint.run.name != identity.name:
         here = "one without a name" if identity is None else repr(identity.name)
         return f"is of run {checkpoint.run.name!r}, but this run is {here}."
@@ -226,7 +223,7 @@ def _misfit(
 
 
 def _archive_checkpoints(folder: Path, checkpoint: Checkpoint | None, attempt: int) -> None:
-    """Rename later checkpoints, which were refused, so that new ones can take their names."""
+    """Rename the later checkpoints, which were refused, to free their names."""
     usable = checkpoint.server_round if checkpoint else 0
     for found in checkpoint_folders(folder):
         if int(found.name[6:].removesuffix(".old")) > usable:
@@ -237,7 +234,7 @@ def _archive_checkpoints(folder: Path, checkpoint: Checkpoint | None, attempt: i
 def _record_identity(
     folder: RunFolder, config: PilotConfig, overrides: str, name: str
 ) -> RunIdentity:
-    """Record what a run is; its name last, as no client has received it before."""
+    """Record a run's settings, then its name: from then on, clients may know it."""
     identity = RunIdentity(name, settings_hash(config))
     folder.write("config.yaml", to_yaml(_as_recorded(config, folder.path)))
     folder.write(OVERRIDES, overrides + "\n")

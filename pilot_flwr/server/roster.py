@@ -1,20 +1,20 @@
-"""Determine which clients take part in an exchange, and at which node each of them is.
+"""Find out which clients take part in an exchange, and at which node each of them is.
 
-Node ids are random for every run, and the server does not see which client a node is, so every
-exchange begins with a query. Its replies also carry what the per-client stage flag depends on:
-whether the client holds stage-1 state. Replies are foreign input and are checked here, once.
+Node ids are random in every run and say nothing about the client, so every exchange begins with a
+query. Its replies also say whether a client holds stage-1 state, which its stage depends on.
+Replies are foreign input; they are checked here, once.
 
-Two nodes may claim one client id. The id belongs to the node that last took part under it, as
-long as that node is connected, so that nobody replaces a connected client. Once it has gone,
-whoever claims the id is the client come back: node ids change whenever a SuperNode restarts
-without authentication. Where nobody held the id before, all its claimants are refused, as
-nothing tells which is right. Ids become names of files and folders, and some file systems ignore
-case, so ids that differ in case only count as one.
+If two nodes claim one client id, it belongs to the node that last took part under it, as long as
+that node is connected: nobody replaces a connected client. Once it has gone, the next claimant is
+taken for the returning client, since a SuperNode without authentication gets a new id at every
+restart. If no claimant has held the id before, all are refused. Ids become names of files and
+folders, and some file systems ignore case, so ids that differ only in case count as one.
 """
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -35,13 +35,12 @@ from pilot_flwr.formatting import count, human_seconds, one_line
 from pilot_flwr.protocol import Member, RunInfo
 
 RETRY_SECONDS = 30.0
-"""Pause before a refused node of a real site is queried again: its owner may have fixed it."""
+"""Pause before a refused node of a real site is queried again, as its owner may fix it."""
 
 _UNIQUE = "`client-id` must be different at every node."
 
 
-@dataclass(frozen=True)
-class Present:
+class Present(NamedTuple):
     """A client that takes part, and its node."""
 
     member: Member
@@ -50,20 +49,17 @@ class Present:
 
 @dataclass
 class ClientNodes:
-    """The known clients of a run, each with its task and the node at which it last took part.
-
-    A client is known once it has taken part, or from the start if the federation is configured.
-    """
+    """The known clients of a run: each client's task, and the node where it last took part."""
 
     task_of: dict[str, str] = field(default_factory=dict)
     node_of: dict[str, int] = field(default_factory=dict)
 
     def check(self, member: Member) -> None:
-        """Raise `UpdateError` if the id is known in other case, or with another task."""
+        """Raise `UpdateError` if the id is known with another task, or in another case."""
         for client, task in self.task_of.items():
             if client.casefold() == member.client.casefold() and client != member.client:
                 raise UpdateError(
-                    f"`client-id` is {member.client!r}, which differs in case only from "
+                    f"`client-id` is {member.client!r}, which differs only in case from "
                     f"{client!r}, a client of the run"
                 )
             if client == member.client and task != member.task:
@@ -74,10 +70,9 @@ class ClientNodes:
     def resolve(
         self, claims: Mapping[int, Member], connected: Collection[int]
     ) -> tuple[dict[str, Present], dict[int, str]]:
-        """Resolve conflicting claims of one exchange.
+        """Resolve conflicting claims, which map nodes to checked members.
 
-        `claims` maps nodes to checked members. Returns the present clients by id, and why the
-        other nodes are refused.
+        Returns the present clients by id, and the other nodes with the reason of their refusal.
         """
         present: dict[str, Present] = {}
         refused: dict[int, str] = {}
@@ -88,11 +83,14 @@ class ClientNodes:
             client = claims[nodes[0]].client
             holder = self._holder(client, claims, connected)
             if holder is not None:
-                refused |= {node: _held(client, holder) for node in nodes if node != holder}
+                held = (
+                    f"Client {client!r} is at node {holder}, which is still connected; {_UNIQUE} "
+                    "If this node replaces that one, it can take part once that one is gone."
+                )
+                refused |= {node: held for node in nodes if node != holder}
                 nodes = [node for node in nodes if node == holder]
             elif len(nodes) > 1:
-                reason = _ambiguous(nodes, [claims[node].client for node in nodes])
-                refused |= dict.fromkeys(nodes, reason)
+                refused |= dict.fromkeys(nodes, _ambiguous({n: claims[n].client for n in nodes}))
                 continue
             for node in nodes:  # one, or none if its holder is silent
                 present[client] = Present(claims[node], node)
@@ -116,24 +114,19 @@ class ClientNodes:
             self.node_of[client] = found.node_id
 
 
-def _held(client: str, holder: int) -> str:
-    return (
-        f"Client {client!r} is at node {holder}, which is still connected; {_UNIQUE} If this node "
-        "replaces that one, it can take part once that one is gone."
-    )
-
-
-def _ambiguous(nodes: list[int], ids: list[str]) -> str:
+def _ambiguous(claimed: Mapping[int, str]) -> str:
+    """Return why all nodes that claim one id are refused."""
+    nodes = list(claimed)
     listed = ", ".join(map(str, nodes[:-1])) + f" and {nodes[-1]}"
-    if len(set(ids)) == 1:
+    if len(set(claimed.values())) == 1:
         word = "both" if len(nodes) == 2 else "all"
-        return f"Nodes {listed} are {word} client {ids[0]!r}; {_UNIQUE}"
-    which = ", ".join(f"{node} ({name!r})" for node, name in zip(nodes, ids, strict=True))
-    return f"Nodes {which} have ids that differ in case only; {_UNIQUE}"
+        return f"Nodes {listed} are {word} client {claimed[nodes[0]]!r}; {_UNIQUE}"
+    which = ", ".join(f"{node} ({name!r})" for node, name in claimed.items())
+    return f"Nodes {which} have ids that differ only in case; {_UNIQUE}"
 
 
 class Roster:
-    """Queries all nodes for the clients that they are."""
+    """Asks all nodes which clients they are."""
 
     def __init__(
         self,
@@ -156,7 +149,7 @@ class Roster:
 
     @property
     def size(self) -> int:
-        """Number of clients that the first exchange of a new run waits for."""
+        """Number of clients for which the first exchange of a new run waits."""
         return self.config.clients or len(self.expected)
 
     def call(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
@@ -164,8 +157,8 @@ class Roster:
 
         The first call, also in a resumed run, waits for all clients of the federation, later calls
         for `strategy.min_replies`; both at most `strategy.wait_seconds`. A missing client and a
-        refused node are failures of the exchange, not of the run. With `train` false, clients will
-        only evaluate.
+        refused node are failures of the exchange, not of the run. Without `train`, clients only
+        evaluate.
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_replies if self._called else everyone
@@ -180,8 +173,8 @@ class Roster:
                 answers.add(node, answer)
             present, conflicts = self.clients.resolve(answers.claims, set(grid.get_node_ids()))
             out = len(answers.refused) + len(conflicts)
-            # A simulation has all its nodes from the start: a refused one stands for a client. At
-            # real sites a node may still start, or be fixed, and a wrong one stands for nobody.
+            # A simulation has all its nodes from the start: a refused one is a missing client. At
+            # real sites, a node may still start or be fixed, and a wrong one is nobody's.
             decided = len(present) + (out if self.simulated else 0)
             if decided >= wanted or time.monotonic() >= deadline:
                 break
@@ -218,15 +211,13 @@ class Roster:
     def _query(
         self, grid: Grid, nodes: list[int], query: RecordDict, server_round: int, seconds: float
     ) -> Iterator[tuple[int, Member | str]]:
-        """Yield node and member, or node and the reason why it cannot take part."""
+        """Yield each node with its member, or with the reason why it cannot take part."""
         silence = "No reply to the roster query in time."
         if seconds <= 0:
             yield from ((node, silence) for node in nodes)
             return
-        group = str(server_round)
-        messages = [
-            Message(query, node, MessageType.QUERY, ttl=seconds, group_id=group) for node in nodes
-        ]
+        kind, group = MessageType.QUERY, str(server_round)
+        messages = [Message(query, node, kind, ttl=seconds, group_id=group) for node in nodes]
         for index, reply in match(messages, grid.send_and_receive(messages, timeout=seconds)):
             if reply is None:
                 yield nodes[index], silence
@@ -248,7 +239,15 @@ class Roster:
 
     def _check(self, member: Member) -> None:
         if self.open:
-            self._check_newcomer(member)
+            try:
+                check_name("client-id", member.client)
+            except ConfigError as error:
+                raise UpdateError(str(error).removesuffix(".")) from None
+            if member.task not in self.tasks:
+                raise UpdateError(
+                    f"`task` is {member.task!r} but must be one of {', '.join(self.tasks)}"
+                )
+            self.clients.check(member)
         elif self.expected.get(member.client) != member.task:
             raise UpdateError(
                 f"client {member.client!r} with task {member.task!r} is not one of "
@@ -264,17 +263,6 @@ class Roster:
         if member.stage_trained not in (0, 1, 2):
             raise UpdateError(f"`stage-trained` is {member.stage_trained} but must be 0, 1 or 2")
 
-    def _check_newcomer(self, member: Member) -> None:
-        try:
-            check_name("client-id", member.client)
-        except ConfigError as error:
-            raise UpdateError(str(error).removesuffix(".")) from None
-        if member.task not in self.tasks:
-            raise UpdateError(
-                f"`task` is {member.task!r} but must be one of {', '.join(self.tasks)}"
-            )
-        self.clients.check(member)
-
 
 class _Answers:
     """Replies to one exchange's query, while nodes connect, leave and are queried again."""
@@ -287,10 +275,10 @@ class _Answers:
         self._reported: dict[int, str] = {}
 
     def to_query(self, connected: Collection[int], *, retry: bool) -> list[int]:
-        """Return the nodes to query now; with `retry`, refused ones again after a pause."""
+        """Return the nodes to query now; with `retry`, also refused ones after a pause."""
         now = time.monotonic()
         for node in self.queried.keys() - set(connected):
-            del self.queried[node]  # should it return, it may answer something else
+            del self.queried[node]  # if it returns, it may give another answer
             self.claims.pop(node, None)
             self.refused.pop(node, None)
         again = {n for n in self.refused if retry and now - self.queried[n] >= RETRY_SECONDS}
@@ -300,11 +288,11 @@ class _Answers:
 
     def add(self, node: int, answer: Member | str) -> None:
         """Store a node's answer; report each refusal once."""
-        self.claims.pop(node, None)
-        self.refused.pop(node, None)
         if isinstance(answer, Member):
             self.claims[node] = answer
+            self.refused.pop(node, None)
             return
+        self.claims.pop(node, None)
         self.refused[node] = answer
         if self._reported.get(node) != answer:
             self._reported[node] = answer

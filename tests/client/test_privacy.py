@@ -18,6 +18,7 @@ from pilot_flwr.client.privacy import change_norm, release, system_normal
 from pilot_flwr.client.privacy_accountant import PrivacyAccount, epsilon
 from pilot_flwr.config.schema import LEAST_NOISE, MOST_NOISE, PrivacyConfig
 from pilot_flwr.errors import ConfigError, StateError, TrainingError
+from pilot_flwr.protocol import Spent
 
 CONFIG = PrivacyConfig(enabled=True, clip_norm=2.0, noise_multiplier=3.0)
 
@@ -182,17 +183,16 @@ def test_nothing_released_costs_nothing():
 
 def test_the_account_goes_on_where_it_was(tmp_path):
     path = tmp_path / "a" / "c.privacy.json"
-    first = PrivacyAccount(path, "c").spend(CONFIG, run="one", server_round=1)
-    assert (first.releases, first.total_releases) == (1, 1)
-    assert first.epsilon == first.total_epsilon == epsilon([3.0], 1e-5)
+    first, in_total = PrivacyAccount(path, "c").spend(CONFIG, run="one", server_round=1)
+    assert first == in_total == Spent(epsilon([3.0], CONFIG.delta), CONFIG.delta, 1)
     # The same exchange once more, as after a resume, is one more release.
-    again = PrivacyAccount(path, "c").spend(CONFIG, run="one", server_round=1)
+    again, _ = PrivacyAccount(path, "c").spend(CONFIG, run="one", server_round=1)
     assert again.epsilon == epsilon([3.0, 3.0], 1e-5)
     expected = PrivacyAccount(path, "c").epsilon_after(CONFIG, 1e-5)
-    other = PrivacyAccount(path, "c").spend(CONFIG, run="two", server_round=1)
-    assert other.total_epsilon == expected
-    assert (other.releases, other.total_releases) == (1, 3)
-    assert other.epsilon == first.epsilon < again.epsilon < other.total_epsilon
+    other, in_total = PrivacyAccount(path, "c").spend(CONFIG, run="two", server_round=1)
+    assert in_total.epsilon == expected
+    assert (other.releases, in_total.releases) == (1, 3)
+    assert other.epsilon == first.epsilon < again.epsilon < in_total.epsilon
     assert [e["run"] for e in PrivacyAccount(path, "c").releases()] == ["one", "one", "two"]
 
 

@@ -320,15 +320,15 @@ def test_no_demand_is_the_default():
 
 def test_losses_may_be_missing_from_a_private_reply_only(noisy, plain):
     content = noisy.replies(MessageType.TRAIN)[0].content
-    assert messages.decode_report(content).training.keys() == {"steps", "seconds"}
+    assert messages.decode_result(content).training.losses == {}
     bare = {k: v for k, v in content.items() if k != "privacy"}
     with pytest.raises(UpdateError, match=r"`loss\.total` is None"):
-        messages.decode_report(type(content)(bare))
+        messages.decode_result(type(content)(bare))
     some = dict(content["training"]) | {"loss.ce": 1.0}
     half = type(content)({**content, "training": type(content["training"])(some)})
     with pytest.raises(UpdateError, match="metric `loss"):
-        messages.decode_report(half)
-    assert messages.decode_report(plain.replies(MessageType.TRAIN)[0].content).privacy is None
+        messages.decode_result(half)
+    assert messages.decode_result(plain.replies(MessageType.TRAIN)[0].content).spent is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("epsilon", -1.0), ("delta", 2.0), ("releases", 0)])
@@ -337,4 +337,4 @@ def test_odd_accounts_from_a_client_are_refused(noisy, name, value):
     account = dict(content["privacy"]) | {name: value}
     odd = type(content)({**content, "privacy": type(content["privacy"])(account)})
     with pytest.raises(UpdateError, match=f"metric `{name}` is "):
-        messages.decode_report(odd)
+        messages.decode_result(odd)

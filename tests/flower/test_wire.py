@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -121,12 +123,8 @@ def test_results_come_back():
     assert (update.client, update.task, update.server_round) == ("vqa-0", "vqa", 3)
     assert update.num_examples == 90
     assert torch.equal(update.adapter["w"], result.adapter["w"])
-    report = messages.decode_report(content)
-    assert report.training["loss.ce"] == 0.5
-    assert report.gradients == {"lora": 10, "base": 0}
-    assert report.evaluation == result.evaluation
-    assert report.times == {"started": 100.0, "turn_seconds": 2.0}
-    assert report.sizes == num_bytes(content)
+    decoded = messages.decode_result(content)
+    assert decoded == replace(result, adapter={}, lora={})
     sizes = num_bytes(content)
     assert sizes["task_adapters"] - 8 == sizes["lora"] - 12  # the same header
 

@@ -144,7 +144,7 @@ def test_two_nodes_with_one_id_are_refused_and_the_others_train(federation, site
 
 def test_two_of_them_alone_end_the_run_with_the_reason(federation, sites):
     copies = [sites[0], sites[0] | {"client-id": "st_mary"}]
-    with pytest.raises(RunError, match="0 of 3 clients can take part.*\n.*differ in case only"):
+    with pytest.raises(RunError, match="0 of 3 clients can take part.*\n.*differ only in case"):
         federation(copies).run()
 
 

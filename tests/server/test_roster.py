@@ -32,10 +32,10 @@ def test_two_new_nodes_with_one_id_are_both_refused_and_the_others_are_not():
 def test_ids_that_differ_in_case_only_are_one_id():
     present, refused = resolve(ClientNodes(), n1="Site", n2="site")
     assert present == {}
-    assert refused[1].startswith("Nodes 1 ('Site'), 2 ('site') have ids that differ in case only")
+    assert refused[1].startswith("Nodes 1 ('Site'), 2 ('site') have ids that differ only in case")
     clients = ClientNodes()
     resolve(clients, n1="Site")
-    with pytest.raises(UpdateError, match="`client-id` is 'site', .* case only from 'Site'"):
+    with pytest.raises(UpdateError, match="`client-id` is 'site', .* only in case from 'Site'"):
         clients.check(member("site"))
     clients.check(member("Site"))
 

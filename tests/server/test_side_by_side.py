@@ -112,7 +112,7 @@ def test_a_session_waits_for_the_one_before_it(tmp_path, monkeypatch):
 def test_a_client_never_removes_anothers_states(tmp_path):
     state = PrivateState(1, (), {"client_adapter": {"w": torch.ones(2)}})
     PrivateStore(tmp_path, "vqa-0", "vqa").save(state, server_round=5)
-    with pytest.raises(StateError, match=r"states of client 'vqa-0'.*`state-folder` of its own"):
+    with pytest.raises(StateError, match=r"states of client 'vqa-0'.*no two clients may share"):
         PrivateStore(tmp_path, "vqa-1", "vqa").save(state, server_round=1)
     kept = PrivateStore(tmp_path, "vqa-0", "vqa").load()
     assert torch.equal(kept.groups["client_adapter"]["w"], torch.ones(2))
@@ -124,7 +124,7 @@ def test_sites_with_one_state_folder_do_not_destroy_each_others_adapters(tmp_pat
     assert {e["client"] for e in run.events("train", round=2)} == {"vqa-0"}
     reasons = [e["reason"] for e in run.events("failure", round=1, phase="train")]
     assert len(reasons) == 2
-    assert all("`state-folder` of its own" in reason for reason in reasons)
+    assert all("no two clients may share a `state-folder`" in reason for reason in reasons)
     asked = [e["reason"] for e in run.events("failure", round=2, phase="roster")]
     assert sum("is of client 'vqa-0' but must be of" in reason for reason in asked) == 2
 

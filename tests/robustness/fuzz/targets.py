@@ -143,7 +143,7 @@ def message_targets() -> dict[str, Target]:
         state,
         training,
         EvaluationResult(0.5, "exact_match", 60, 0.5),
-        Spent(1.0, 2.0, 1e-5, 1, 2),
+        Spent(1.0, 1e-5, 1),
     )
     member = messages.encode_member(Member("vqa-0", "vqa", 90, 1), {"app": "0.1"})
     contents = {
@@ -163,7 +163,7 @@ def message_targets() -> dict[str, Target]:
         "member": Target(odd["member"], messages.decode_member, refused),
         "identity": Target(odd["member"], messages.decode_identity, refused),
         "update": Target(odd["update"], messages.decode_update, refused),
-        "report": Target(odd["update"], messages.decode_report, refused),
+        "report": Target(odd["update"], messages.decode_result, refused),
     }
 
 
