@@ -102,8 +102,8 @@ def _finish(
         text = "\n".join(as_markdown(comparison) for comparison in comparisons)
         write_text(folder.table, text)
         show(f"Table: {folder.table}\n\n{text}")
-        overrides = [[text.lower() for text in job.overrides] for job in manifest.current]
-        if not all("run.report=false" in job for job in overrides):
+        jobs = manifest.current
+        if any("run.report=false" not in map(str.lower, job.overrides) for job in jobs):
             write_report(folder.path, *(["--baseline", baseline] if baseline else []))
     failed = [row for row in rows if row["job"] in requested and row["status"] != DONE]
     if not failed:

@@ -15,6 +15,7 @@ import sysconfig
 import time
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,22 @@ TICK_SECONDS = 0.3
 ANSWER_SECONDS = 300.0
 
 
+@dataclass(frozen=True)
 class FlowerCLI:
     """Run Flower's programs in a sandbox, against one connection of its ``config.toml``.
 
     Every wait raises `pilot_flwr.launch.processes.Interrupted` on a signal.
     """
 
-    def __init__(
-        self,
-        sandbox: ProcessSandbox,
-        signals: StopSignals,
-        environment: Mapping[str, str],
-        connection: str,
-    ) -> None:
-        self.sandbox = sandbox
-        self._signals = signals
-        self._environment = environment
-        self._connection = connection
+    sandbox: ProcessSandbox
+    signals: StopSignals
+    environment: Mapping[str, str]
+    connection: str
 
     def submit(self, app: Path, overrides: str, *options: str) -> str:
         """Submit the app in a folder and return Flower's run ID."""
         config = f"overrides={toml_string(overrides)}"
-        answer = self._ask("run", str(app), self._connection, "--run-config", config, *options)
+        answer = self._ask("run", str(app), self.connection, "--run-config", config, *options)
         if not answer.get("success") or not answer.get("run-id"):
             reason = answer.get("error-message") or answer.get("error") or "no reason given"
             raise RunError(f"Flower did not accept the run: {str(reason).strip()}")
@@ -57,13 +52,13 @@ class FlowerCLI:
 
     def status(self, run: str) -> RunStatus:
         """Query a run's status; empty if the SuperLink does not answer."""
-        runs = self._ask("list", self._connection, "--run-id", run).get("runs")
+        runs = self._ask("list", self.connection, "--run-id", run).get("runs")
         row = runs[0] if isinstance(runs, list) and runs else {}
         return RunStatus(str(row.get("status", "")), str(row.get("status-details", "")))
 
     def stream_log(self, run: str, path: Path) -> subprocess.Popen[bytes]:
         """Stream a run's log, from its beginning, into a file."""
-        arguments = ("log", run, self._connection, "--stream")
+        arguments = ("log", run, self.connection, "--stream")
         with path.open("wb") as stdout:
             return self.spawn("flwr", *arguments, stdout=stdout, stderr=subprocess.DEVNULL)
 
@@ -72,7 +67,7 @@ class FlowerCLI:
     ) -> subprocess.Popen[bytes]:
         """Start one of Flower's programs; `stdout` and `stderr` as for `subprocess.Popen`."""
         command = [str(flower_program(program)), *arguments]
-        return self.sandbox.spawn(command, self._environment, stdout=stdout, stderr=stderr)
+        return self.sandbox.spawn(command, self.environment, stdout=stdout, stderr=stderr)
 
     def wait(self, child: "subprocess.Popen[bytes]") -> int | None:
         """Return a child's exit code, or None if it still runs after `ANSWER_SECONDS`."""
@@ -85,7 +80,7 @@ class FlowerCLI:
         """Sleep, or raise `Interrupted` on a signal."""
         deadline = time.monotonic() + seconds
         while True:
-            self._signals.check()
+            self.signals.check()
             if (rest := deadline - time.monotonic()) <= 0:
                 return
             time.sleep(min(rest, TICK_SECONDS))
