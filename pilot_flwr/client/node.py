@@ -217,8 +217,16 @@ def check_device(name: str) -> None:
 
 def site_client(node: NodeSettings, config: PilotConfig) -> Client:
     """Return the run's client that this node is; raise `ConfigError` if they do not match."""
-    if node.client_id:
-        return _named_client(node, config)
+    client = _named_client(node, config) if node.client_id else _numbered_client(node, config)
+    if node.task and node.task != client.task:
+        raise ConfigError(
+            f"`task` is {node.task!r} but client {client.id!r} of the run has task "
+            f"{client.task!r}; change `task` or `client-id`."
+        )
+    return client
+
+
+def _numbered_client(node: NodeSettings, config: PilotConfig) -> Client:
     if node.partition_id is None:
         raise ConfigError(
             "The node config has neither `client-id` (a real site) nor `partition-id` "
@@ -241,9 +249,28 @@ def site_client(node: NodeSettings, config: PilotConfig) -> Client:
         raise ConfigError(
             f"`partition-id` is {node.partition_id} but must be from 0 to {len(clients) - 1}."
         )
-    client = clients[node.partition_id]
-    _check_task(node, client)
-    return client
+    return clients[node.partition_id]
+
+
+def _named_client(node: NodeSettings, config: PilotConfig) -> Client:
+    configured = {client.id: client for client in federation_clients(config.data)}
+    tasks = ", ".join(config.data.tasks)
+    if node.task and node.task not in config.data.tasks:
+        raise ConfigError(f"`task` is {node.task!r} but the run has {tasks}.")
+    if node.client_id in configured:
+        return configured[node.client_id]
+    names = ", ".join(configured)
+    if not config.strategy.clients:
+        raise ConfigError(
+            f"`client-id` is {node.client_id!r} but must be one of {names}; a run with "
+            "`strategy.clients` above 0 takes any."
+        )
+    if not node.task:
+        raise ConfigError(
+            f"`task` is missing in the node config of client {node.client_id!r}; it must be one "
+            f"of {tasks}. Only {names} need none."
+        )
+    return Client(node.client_id, node.task)
 
 
 def site_files(node: NodeSettings, client: Client) -> SiteFiles:
@@ -395,33 +422,3 @@ def _forms(name: str) -> set[str]:
     except (OSError, RuntimeError, ValueError):  # no such user, a loop of links, a null byte
         pass
     return {form.rstrip("/") for form in forms} - {"", "~", "."}
-
-
-def _named_client(node: NodeSettings, config: PilotConfig) -> Client:
-    configured = {client.id: client for client in federation_clients(config.data)}
-    tasks = ", ".join(config.data.tasks)
-    if node.task and node.task not in config.data.tasks:
-        raise ConfigError(f"`task` is {node.task!r} but the run has {tasks}.")
-    if node.client_id in configured:
-        _check_task(node, configured[node.client_id])
-        return configured[node.client_id]
-    names = ", ".join(configured)
-    if not config.strategy.clients:
-        raise ConfigError(
-            f"`client-id` is {node.client_id!r} but must be one of {names}; a run with "
-            "`strategy.clients` above 0 takes any."
-        )
-    if not node.task:
-        raise ConfigError(
-            f"`task` is missing in the node config of client {node.client_id!r}; it must be one "
-            f"of {tasks}. Only {names} need none."
-        )
-    return Client(node.client_id, node.task)
-
-
-def _check_task(node: NodeSettings, client: Client) -> None:
-    if node.task and node.task != client.task:
-        raise ConfigError(
-            f"`task` is {node.task!r} but client {client.id!r} of the run has task "
-            f"{client.task!r}; change `task` or `client-id`."
-        )

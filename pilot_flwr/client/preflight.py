@@ -110,7 +110,7 @@ def _folder_problem(path: Path) -> str:
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=effective):
         return "which cannot be entered (r and x)"
     reason = _unreadable(first) if first else None
-    return f"whose files cannot be read: {reason}" if reason else ""
+    return f"where a file cannot be read: {reason}" if reason else ""
 
 
 def _unreadable(path: Path) -> str | None:

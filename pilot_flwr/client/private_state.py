@@ -140,9 +140,10 @@ class PrivateStore:
                 )
         try:
             stage, tasks = int(metadata["stage"]), json.loads(metadata["tasks"])
-            texts = isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)
-            if stage not in (1, 2) or not texts:
-                raise ValueError("its `stage` is not 1 or 2, or its `tasks` is not a list of texts")
+            if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+                raise ValueError("`tasks` is not a list of strings")
+            if stage not in (1, 2):
+                raise ValueError(f"`stage` is {stage} but must be 1 or 2")
         except (KeyError, ValueError, RecursionError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
         return stage, tuple(tasks)

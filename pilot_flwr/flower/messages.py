@@ -170,17 +170,10 @@ def encode_result(
         }
     )
     if (evaluation := result.evaluation) is not None:
-        content["evaluation"] = MetricRecord(
-            {
-                "score": evaluation.score,
-                "examples": evaluation.examples,
-                "seconds": evaluation.seconds,
-                "cut": evaluation.cut,
-            }
-        )
-        content["evaluation-metric"] = ConfigRecord(
-            {"metric": evaluation.metric, "approximate": evaluation.approximate}
-        )
+        values = asdict(evaluation)
+        how = {name: values.pop(name) for name in ("metric", "approximate")}
+        content["evaluation"] = MetricRecord(values)
+        content["evaluation-metric"] = ConfigRecord(how)
     if (spent := result.spent) is not None:
         content["privacy"] = MetricRecord(asdict(spent))
     if (training := result.training) is not None:

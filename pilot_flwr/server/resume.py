@@ -73,7 +73,7 @@ def check_resumable(path: Path, config: PilotConfig) -> PilotConfig | None:
         return None  # the run was stopped while its processes started
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"`resume` is {str(path)!r}, whose config.yaml cannot be read: {error}."
+            f"`resume` is {str(path)!r} but its config.yaml cannot be read: {error}."
         ) from None
     recorded = from_yaml(text)
     if found := differences(recorded, config):

@@ -1,4 +1,4 @@
-"""What a site can know to be wrong before any training: tried on a real disk."""
+"""Preflight checks, on a real disk."""
 
 import contextlib
 import os
@@ -107,7 +107,7 @@ def file_for_images(folder):
         (not_entered, "`image-folder` names '{0}/images', which cannot be entered (r and x)"),
         (
             locked("images/patient-7.png"),
-            "`image-folder` names '{0}/images', whose files cannot be read: Permission denied",
+            "`image-folder` names '{0}/images', where a file cannot be read: Permission denied",
         ),
         (locked("."), "`train-file` names '{0}/a.json', which cannot be reached: Permission"),
     ],
