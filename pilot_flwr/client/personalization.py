@@ -56,7 +56,16 @@ def personalize(
         model.enter_stage1(received.task)
         model.load("client_adapter", private.groups["client_adapter"])
         if stage == 2:
-            _enter_stage2(model, private, received.tasks, generator)
+            model.enter_stage2(received.tasks, generator)
+        if stage == private.stage == 2:  # ψ_c and φ are not new
+            others = (task for task in received.tasks if task != model.own_task)
+            if private.tasks != (present := (model.own_task, *others)):
+                raise StateError(
+                    f"The private state is for tasks {list(private.tasks)} but the server has "
+                    f"{list(present)}."
+                )
+            for group in ("cross_task_adapters", "router"):
+                model.load(group, private.groups[group])
     _load_received(model, private, received)
 
 
@@ -89,22 +98,6 @@ def extract_private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
         if kept or row.private:
             groups[group] = kept
     return PrivateState(model.stage, getattr(model.connector, "tasks", ()), groups)
-
-
-def _enter_stage2(
-    model: PilotModel, private: PrivateState, tasks: tuple[str, ...], generator: torch.Generator
-) -> None:
-    """Switch to CT-MoA; load ψ_c and φ unless this is the first time."""
-    model.enter_stage2(tasks, generator)
-    if private.stage == 2:
-        present = (model.own_task, *(t for t in tasks if t != model.own_task))
-        if private.tasks != present:
-            raise StateError(
-                f"The private state is for tasks {list(private.tasks)} but the server has "
-                f"{list(present)}."
-            )
-        for group in ("cross_task_adapters", "router"):
-            model.load(group, private.groups[group])
 
 
 def _load_received(model: PilotModel, private: PrivateState | None, received: Received) -> None:

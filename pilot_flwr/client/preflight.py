@@ -9,6 +9,7 @@ not hours later. Their errors name paths, which the site's log shows and
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
@@ -80,27 +81,27 @@ def _named(folder: Path) -> str:
     return f"The client's own folder {str(folder)!r} (`state-folder`; in a simulation `run.folder`)"
 
 
-def _file_problem(path: Path) -> str:
+def _kind_problem(path: Path, kind: str, is_kind: Callable[[int], bool]) -> str:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return "which is not a file"
+        found = is_kind(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        return "which is not a file"
+        found = False
     except OSError as error:
         return f"which cannot be reached: {error.strerror}"
+    return "" if found else f"which is not a {kind}"
+
+
+def _file_problem(path: Path) -> str:
+    if problem := _kind_problem(path, "file", stat.S_ISREG):
+        return problem
     reason = _unreadable(path)
     return f"which cannot be read: {reason}" if reason else ""
 
 
 def _folder_problem(path: Path) -> str:
     """Return why an image folder or its files cannot be read, without the name of an image."""
-    try:
-        if not stat.S_ISDIR(path.stat().st_mode):
-            return "which is not a folder"
-    except (FileNotFoundError, NotADirectoryError):
-        return "which is not a folder"
-    except OSError as error:
-        return f"which cannot be reached: {error.strerror}"
+    if problem := _kind_problem(path, "folder", stat.S_ISDIR):
+        return problem
     try:
         with os.scandir(path) as entries:
             first = next((Path(e.path) for e in entries if e.is_file()), None)

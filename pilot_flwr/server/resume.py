@@ -103,12 +103,13 @@ def resume_run(
     """
     recorded = check_resumable(path, config)
     identity = _read_identity(path)
-    lines = _read_lines(path / "metrics.jsonl")
+    log = path / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     checkpoint, passed_over = latest_checkpoint(
         path / "checkpoint", fits=lambda found: _misfit(found, identity, config, len(lines))
     )
     kept = lines[: checkpoint.events] if checkpoint else []
-    events = parse_events(kept, path / "metrics.jsonl")
+    events = parse_events(kept, log)
     attempt = 1 + max(_previous_attempts(path, lines), default=0)
     archive = _archive_events(path, lines, kept, attempt)
     _archive_checkpoints(path / "checkpoint", checkpoint, attempt)
@@ -163,14 +164,6 @@ def _like(state: State, pattern: State) -> State:
 
 
 # The event log.
-
-
-def _read_lines(path: Path) -> list[bytes]:
-    """Return a file's lines with their ends, the last perhaps incomplete; none without a file."""
-    try:
-        return path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
 
 
 def _previous_attempts(path: Path, lines: list[bytes]) -> list[int]:
