@@ -21,7 +21,7 @@ _Record = TypeVar("_Record", ConfigRecord, ArrayRecord, MetricRecord)
 _T = TypeVar("_T")
 
 _LARGEST = 1e300
-"""Larger numbers are refused, as their sums overflow."""
+"""Larger numbers are refused: their sums overflow."""
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
@@ -73,7 +73,7 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
 
 
 def _check_size(data: bytes) -> None:
-    """Compare an array's header with the number of bytes before numpy allocates memory."""
+    """Compare an array's header with its number of bytes before numpy allocates memory."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -85,11 +85,11 @@ def _check_size(data: bytes) -> None:
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-        raise ValueError(f"its header says {dtype} {shape} but {len(data)} bytes came")
+        raise ValueError(f"its header says {dtype} {shape} but it has {len(data)} bytes")
 
 
 def record_of(content: RecordDict, name: str, kind: type[_Record]) -> _Record:
-    """Return a named record of one kind; raise `UpdateError` if there is none."""
+    """Return the named record; raise `UpdateError` if it is missing or of another kind."""
     record = content.get(name)
     if not isinstance(record, kind):
         raise UpdateError(f"the message has no {_KINDS[kind]} `{name}`")
@@ -99,7 +99,7 @@ def record_of(content: RecordDict, name: str, kind: type[_Record]) -> _Record:
 def number_of(
     values: MetricRecord, name: str, *, low: float = -math.inf, high: float = math.inf
 ) -> float:
-    """Return a finite number within a range; raise `UpdateError` otherwise."""
+    """Return a finite number from `low` to `high`; raise `UpdateError` for any other value."""
     value = values.get(name)
     if not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise UpdateError(f"metric `{name}` is {_shown(value)} but must be a finite number")
@@ -111,7 +111,7 @@ def number_of(
 
 
 def value_of(values: ConfigRecord, name: str, kind: type[_T]) -> _T:
-    """Return a value of exactly this type; raise `UpdateError` otherwise."""
+    """Return a value of exactly this type; raise `UpdateError` for any other."""
     value = values.get(name)
     if type(value) is not kind:
         raise UpdateError(f"`{_cut(name)}` is {_shown(value)} but must be of type {kind.__name__}")
@@ -119,7 +119,7 @@ def value_of(values: ConfigRecord, name: str, kind: type[_T]) -> _T:
 
 
 def _shown(value: object) -> str:
-    """Return a foreign value, which may be of any length, for an error."""
+    """Format a foreign value, which may be of any length, for an error."""
     try:
         return _SHOWN.repr(value)
     except ValueError:  # more digits than Python converts

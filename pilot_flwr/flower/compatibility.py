@@ -1,10 +1,10 @@
 """Verify that server and client agree: app version, settings and base model, as short hashes.
 
-A client with other code, settings or weights would train another model, or send tensors that fit
-and mean something else. Every reply to the roster query carries the client's hashes, and the server
-compares them with its own. Settings that belong to a site (path of its base model, micro-batch) are
-excluded. To compare more, add a row to `NAMES` and its value to `identity_of`; to exclude a
-setting, add it to `SERVER_ONLY`.
+A client with other code, settings or weights would train another model, or send tensors of the same
+shape with another meaning. Every reply to the roster query carries the client's hashes, and the
+server compares them with its own. Settings that belong to a site (path of its base model,
+micro-batch) are excluded. To compare more, add a row to `NAMES` and its value to `identity_of`; to
+exclude a setting, add it to `SERVER_ONLY`.
 """
 
 import functools
@@ -33,15 +33,15 @@ NAMES = {
     "base.projector": "base model's projector",
     "base.weights": "base model's weights (sample)",
 }
-"""What is compared, and its name in errors."""
+"""Compared values, and their names in errors."""
 
 SERVER_ONLY = ("name", "strategy", "simulation", "run", "resume")
-"""Settings that no client uses, except `CLIENT_STRATEGY` of the strategy's."""
+"""Settings that no client uses, but for `CLIENT_STRATEGY` in `strategy`."""
 
 CLIENT_STRATEGY = ("sharing", "trained_by")
 _KNOWN: dict[str, dict[str, str]] = {}
 
-_PART = (
+_SUBCONFIG_FIELDS = (
     "model_type",
     "hidden_size",
     "intermediate_size",
@@ -57,7 +57,7 @@ _PART = (
     "patch_size",
 )
 
-_WHOLE = (
+_CONFIG_FIELDS = (
     "model_type",
     "projector_hidden_act",
     "vision_feature_layer",
@@ -77,7 +77,7 @@ def identity_of(config: PilotConfig) -> dict[str, str]:
 
 
 def differences(client: Mapping[str, str], server: Mapping[str, str]) -> list[str]:
-    """List the rows of `NAMES` in which a client differs from the server, with both values."""
+    """List the values of `NAMES` that differ between client and server."""
     found = []
     for key, name in NAMES.items():
         theirs, ours = client.get(key), server[key]
@@ -90,7 +90,7 @@ def differences(client: Mapping[str, str], server: Mapping[str, str]) -> list[st
 
 @functools.lru_cache(maxsize=1)
 def code_hash() -> str:
-    """Return a hash of this package's code and of its configuration files."""
+    """Return a hash of this package's code and configuration files."""
     package = Path(__file__).resolve().parent.parent
     files = {path.relative_to(package): path for path in package.rglob("*.py")}
     files |= {
@@ -109,7 +109,7 @@ def digest(value: Any) -> str:
 def common_settings(config: PilotConfig) -> dict[str, Any]:
     """Return the settings that clients use, without those that a site sets itself.
 
-    The examples of an optimizer step count, however a site's ``micro-batch`` splits them.
+    A site's ``micro-batch`` may differ, the number of examples in an optimizer step may not.
     """
     settings = asdict(config)
     common = {key: value for key, value in settings.items() if key not in SERVER_ONLY}
@@ -123,14 +123,14 @@ def common_settings(config: PilotConfig) -> dict[str, Any]:
 def essential(transformers_config: Any) -> dict[str, Any]:
     """Return the part of a base model's configuration that defines its function.
 
-    The rest may differ between versions of transformers and locations of the files.
+    The rest depends on the version of transformers and the location of the files.
     """
     parts = {name: getattr(transformers_config, name) for name in ("text_config", "vision_config")}
-    found = {name: getattr(transformers_config, name, None) for name in _WHOLE}
+    found = {name: getattr(transformers_config, name, None) for name in _CONFIG_FIELDS}
     found |= {
-        f"{part}.{name}": getattr(read, name, None)
-        for part, read in parts.items()
-        for name in _PART
+        f"{part}.{name}": getattr(subconfig, name, None)
+        for part, subconfig in parts.items()
+        for name in _SUBCONFIG_FIELDS
     }
     rope = getattr(parts["text_config"], "rope_parameters", None) or {}
     old = getattr(parts["text_config"], "rope_theta", None)
@@ -144,7 +144,7 @@ def _base(
     if key not in _KNOWN:
         _KNOWN.clear()  # a run has one base model
         sample = weights_sample(model)
-        # Of all stages: `pilot_flwr.client.preflight` computes the same, so that it is cached.
+        # The same call as in `pilot_flwr.client.preflight`, so that it is computed once.
         layout = layout_of(model, tasks, sharing, stages=stages)
         _KNOWN[key] = {
             "base.config": digest(essential(read_config(model))),
