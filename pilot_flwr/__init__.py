@@ -10,7 +10,7 @@ A tour, in the order of imports; `[tool.importlinter]` in pyproject.toml enforce
     server      roster, events, resume         launch      simulation or SuperLink
     sweeps      many runs, compared            report      figures and pages
 
-`client_app`, `server_app` and `strategy` are what Flower runs; `cli` is ``pilot-flwr``.
+Flower runs `client_app`, `server_app` and `strategy`; `cli` is ``pilot-flwr``.
 Docstrings call Xiong et al., AAAI 2025, arXiv 2501.13985, "the paper".
 """
 

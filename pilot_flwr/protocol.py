@@ -67,7 +67,7 @@ class Member:
     examples : int
         Training examples that it declares, an upper bound of n_k.
     stage_trained : int
-        Last stage whose private state it holds, 0 if none.
+        Stage of the private state that it holds, 0 if none.
     """
 
     client: str

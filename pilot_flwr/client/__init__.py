@@ -1,1 +1,1 @@
-"""One client: who it is, what it trains, what it keeps."""
+"""One client: identity, training, private state."""

@@ -1,7 +1,7 @@
 """One client's session: evaluate the incoming personalised model, then train it.
 
 The client side of the algorithm, without Flower (docs/explanation/method.md, section 3). The base
-model stays in the process between sessions; each loads what the server sent and the private state.
+model stays in the process; each session loads the received adapters and the private state.
 
 With Ditto (Li et al., ICML 2021, arXiv 2012.04221), a session also trains a personal model v on the
 client's loss F_k, pulled to the shared model w as the server sent it (algorithm 1, lines 5 to 8)::

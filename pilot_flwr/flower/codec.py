@@ -41,7 +41,7 @@ def encode_state(state: State) -> ArrayRecord:
 
 
 def decode_state(record: ArrayRecord) -> State:
-    """Decode what `encode_state` encoded."""
+    """Decode named tensors, the inverse of `encode_state`."""
     import torch
 
     state: State = {}

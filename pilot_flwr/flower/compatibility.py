@@ -29,7 +29,7 @@ NAMES = {
     "app": "app version",
     "settings": "settings",
     "base.config": "base model's configuration",
-    "base.layout": "layout of what is trained and sent",
+    "base.layout": "layout of trained and sent tensors",
     "base.projector": "base model's projector",
     "base.weights": "base model's weights (sample)",
 }

@@ -140,7 +140,7 @@ def match(
 
 
 class InProcessGrid(_YieldingGrid):
-    """Nodes 1 … n, whose ClientApp runs in this process when a reply is pulled.
+    """Runs the ClientApp of nodes 1 … n in this process, when a reply is pulled.
 
     `node_configs` has one mapping per node, like ``--node-config``; `threads` is the number of CPU
     threads for torch while a client computes, None for torch's own. `nodes` are the connected

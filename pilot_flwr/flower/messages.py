@@ -270,7 +270,7 @@ def _decode_evaluation(content: RecordDict) -> EvaluationResult:
 # Error replies.
 
 OWN_ERROR = 1001
-"""Code of an error reply whose text comes from this app."""
+"""Code of an error reply with a text of this app."""
 
 _DEAD_WORKER = re.compile(  # Ray's exceptions, as Flower's simulation engine passes them on
     r"<class 'ray\.exceptions\.(?:RayActorError|ActorDiedError|ActorUnavailableError|"
@@ -282,7 +282,7 @@ _QUOTED = r"(?P<quote>['\"`])(?:file:)?~?/+[\w.~-](?:(?!(?P=quote)).)*(?P=quote)
 
 
 def encode_error(error: Exception, private: Mapping[str, str] | None) -> Error:
-    """Return what a client discloses of an error to the server.
+    """Return the part of an error that a client discloses to the server.
 
     A typed error keeps its text, without paths. The text of any other exception may quote
     anything, so a site sends its type and, of an `OSError`, the system's reason.

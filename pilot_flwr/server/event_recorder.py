@@ -1,7 +1,7 @@
 """Record a run's events in its folder, and announce them in the ServerApp's log.
 
-`EventRecorder` turns what the strategy sees into events and writes the tables after every exchange.
-`Announcer` serves whoever follows the run from another machine. Flower's command line shows a
+`EventRecorder` records the strategy's events and writes the tables after every exchange.
+`Announcer` serves users who follow the run from another machine. Flower's command line shows a
 ServerApp's log and nothing else, so progress travels as log lines after `MARK`, and the result, in
 the last line, as JSON after `RESULT`; `read_announcement` parses them.
 """
@@ -53,7 +53,7 @@ _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: {3,}")
 
 
 class EventRecorder:
-    """Records what the strategy sees as events of a run folder."""
+    """Records the strategy's events in the run folder, and logs warnings."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class EventRecorder:
     def roster(
         self, server_round: int, members: Sequence[Member], stages: Mapping[str, int]
     ) -> None:
-        """Record who takes part, and in which stage; warn if a number of examples has changed."""
+        """Record the clients and their stages; warn if a number of examples has changed."""
         declared = {
             entry.client: entry.examples
             for event in self.folder.select(RosterCalled)
@@ -152,7 +152,7 @@ class EventRecorder:
             )
 
     def aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
-        """Record what the server's aggregation did."""
+        """Record an aggregation."""
         self.folder.record(
             Aggregated(
                 exchange=server_round,

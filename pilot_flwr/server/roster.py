@@ -5,10 +5,10 @@ query. Its replies also say whether a client holds stage-1 state, which its stag
 Replies are foreign input; they are checked here, once.
 
 If two nodes claim one client id, it belongs to the node that last took part under it, as long as
-that node is connected: nobody replaces a connected client. Once it has gone, the next claimant is
-taken for the returning client, since a SuperNode without authentication gets a new id at every
-restart. If no claimant has held the id before, all are refused. Ids become names of files and
-folders, and some file systems ignore case, so ids that differ only in case count as one.
+that node is connected: no other node can replace a connected client. Once it has gone, the next
+claimant is taken for the returning client, since a SuperNode without authentication gets a new id
+at every restart. If no claimant has held the id before, all are refused. Ids become names of files
+and folders, and some file systems ignore case, so ids that differ only in case count as one.
 """
 
 import time
@@ -108,7 +108,7 @@ class ClientNodes:
         return node if node in connected else None
 
     def remember(self, present: Mapping[str, Present]) -> None:
-        """Record who takes part in an exchange."""
+        """Store task and node of the clients in an exchange."""
         for client, found in present.items():
             self.task_of[client] = found.member.task
             self.node_of[client] = found.node_id
@@ -153,7 +153,7 @@ class Roster:
         return self.config.clients or len(self.expected)
 
     def call(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
-        """Return who takes part in an exchange, ordered by client id.
+        """Return the clients that take part in an exchange, ordered by id.
 
         The first call, also in a resumed run, waits for all clients of the federation, later calls
         for `strategy.min_replies`; both at most `strategy.wait_seconds`. A missing client and a
@@ -173,8 +173,8 @@ class Roster:
                 answers.add(node, answer)
             present, conflicts = self.clients.resolve(answers.claims, set(grid.get_node_ids()))
             out = len(answers.refused) + len(conflicts)
-            # A simulation has all its nodes from the start: a refused one is a missing client. At
-            # real sites, a node may still start or be fixed, and a wrong one is nobody's.
+            # A simulation has all its nodes from the start, so a refused one is a missing client.
+            # At real sites, nodes may still start or be fixed, and a refused one may be a stranger.
             decided = len(present) + (out if self.simulated else 0)
             if decided >= wanted or time.monotonic() >= deadline:
                 break

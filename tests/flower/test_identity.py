@@ -143,7 +143,7 @@ LIES = {
         r"app version: 0\.0\.9 \(code 123\) there, 0\.1\.0 \(code \w+\) he",
     ),
     "settings": ("0123456789ab", r"settings: 0123456789ab there, \w{12} here"),
-    "base.layout": ("0123456789ab", r"layout of what is trained and sent: 0123456789ab there, \w+"),
+    "base.layout": ("0123456789ab", r"layout of trained and sent tensors: 0123456789ab there, \w+"),
     "base.weights": ("\x1b[2J" + "x" * 999, r"weights \(sample\): x{60} there, \w+ here"),
 }
 
