@@ -123,10 +123,10 @@ def _show_results(folder: Path) -> None:
     """Print the timeline, the scores and the path of the adapters."""
     from pilot_flwr.run.checkpoint import checkpoint_folders
 
-    timeline, summary = folder / "timeline.md", folder / "summary.md"
-    if timeline.is_file():
+    summary = folder / "summary.md"
+    if (folder / "timeline.md").is_file():
         show("\nWhat happened")
-        _show_timeline(timeline.read_text(encoding="utf-8"))
+        _show_timeline(folder)
     if summary.is_file():
         show("\n" + summary.read_text(encoding="utf-8").strip())
     if checkpoints := checkpoint_folders(folder / "checkpoint"):
@@ -134,16 +134,20 @@ def _show_results(folder: Path) -> None:
     show(f"\nRun folder: {folder}")
 
 
-def _show_timeline(markdown: str) -> None:
-    """Print a Markdown table whose cells have several lines."""
+def _show_timeline(folder: Path) -> None:
+    """Print the timeline of a run folder."""
     from rich.table import Table
     from rich.text import Text
 
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    table = Table(*rows[0], show_lines=True) if rows else Table()
-    for row in rows[2:]:  # the second line is the rule under the header
-        table.add_row(*(Text(cell.replace("<br>", "\n")) for cell in row))
+    from pilot_flwr.run.events import AggregationMethod
+    from pilot_flwr.run.history import read_run
+    from pilot_flwr.run.tables import timeline_rows
+
+    run = read_run(folder)
+    header, *rows = timeline_rows(run.events, AggregationMethod.of(run.config.strategy))
+    table = Table(*header, show_lines=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
     print_table(table)
 
 

@@ -183,7 +183,7 @@ def report(
 
     Example: `pilot-flwr report outputs/demo-20270101-120000`
     """
-    from pilot_flwr.report.html import earlier_pictures
+    from pilot_flwr.report.page import earlier_pictures
     from pilot_flwr.report.run import write_run_report
     from pilot_flwr.report.sweep import is_sweep, write_sweep_report
 

@@ -17,7 +17,8 @@ from pilot_flwr.errors import DataError
 from pilot_flwr.inference.generate import Answerer, check_all, open_file
 from pilot_flwr.inference.runs import Run, Selected, last_scores, load_model
 from pilot_flwr.metrics import METRICS
-from pilot_flwr.run.events import Evaluated, mean_over_tasks, task_scores
+from pilot_flwr.run.events import Evaluated
+from pilot_flwr.run.history import mean_over_tasks, task_scores
 
 
 @dataclass(frozen=True)

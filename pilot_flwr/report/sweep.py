@@ -1,59 +1,60 @@
 """The report of a sweep: tables, a dot for every seed, and learning curves per method.
 
-It needs ``results.csv`` alone; without the jobs' run folders it has no learning curves.
+It needs only ``results.csv``, and the jobs' run folders for the learning curves.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from pilot_flwr.errors import PilotError
 from pilot_flwr.formatting import count, human_seconds
-from pilot_flwr.report.html import Page, write_page
-from pilot_flwr.report.style import (
+from pilot_flwr.report.page import (
     GREY,
     INK,
     Figure,
+    Page,
     Panel,
     Table,
     colour,
     exchange_axis,
     in_lines,
     title,
+    write_page,
 )
 from pilot_flwr.run.directory import read_events
-from pilot_flwr.run.events import Evaluated, mean_over_tasks, select, task_scores, tasks_of
+from pilot_flwr.run.history import MEAN, score_curves
 from pilot_flwr.sweeps.compare import (
-    MEAN,
     UNTOUCHED,
     Comparison,
+    CsvRow,
     MethodScores,
     compare,
     legend,
     table_rows,
 )
-from pilot_flwr.sweeps.results import DONE, read_rows
+from pilot_flwr.sweeps.results import DONE, RESULTS, read_rows
 
-Row = Mapping[str, str]
 Curve = dict[int, float]  # exchange → score
 
-RESULTS = "results.csv"
 MOST_LINES = 12
-"""Learning curves drawn at most: more cannot be told apart."""
+"""Maximum number of learning curves drawn: more could not be distinguished."""
 
 _SHOWN_FAILURES = 10
 _DOT_PLOT_INCHES = 2.2
 _LABEL_SIZE = 8.5
 _ROW_INCHES, _LINE_INCHES = 0.29, 0.14
 _MOST_WITHOUT_TOP = 20
-"""Rows up to which the scores are written below them alone."""
+"""Number of rows above which the scores are also written at the top."""
 
 
 def is_sweep(path: Path) -> bool:
-    """Return whether a path is a sweep's folder, or the ``results.csv`` of one."""
+    """Return whether a path is a sweep's folder or ``results.csv``."""
     return (path / RESULTS).is_file() or (path.is_file() and path.suffix == ".csv")
 
 
@@ -64,10 +65,9 @@ def write_sweep_report(
     baseline: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write the report of a sweep's folder or ``results.csv`` into `out`, and return the page.
+    """Write the report of a sweep's folder or ``results.csv`` into `out`; return the page's path.
 
-    `baseline` is the method that the others are compared with in the table; `say` gets lines of
-    progress.
+    The table compares all methods with `baseline`; `say` receives lines of progress.
     """
     rows = read_rows(path)
     comparisons = compare(rows, baseline)
@@ -96,7 +96,7 @@ def _title(comparison: Comparison) -> str:
     return f"{comparison.title} ({', '.join(comparison.tasks)})"
 
 
-def _facts(csv: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _facts(csv: Path, rows: Sequence[CsvRow]) -> list[tuple[str, str]]:
     done = [row for row in rows if row["status"] == DONE]
     commits = dict.fromkeys(row["commit"] or "unknown" for row in done)
     changed = any(row["changed"] == "true" for row in done)
@@ -111,7 +111,7 @@ def _facts(csv: Path, rows: Sequence[Row]) -> list[tuple[str, str]]:
     ]
 
 
-def _warnings(rows: Sequence[Row]) -> list[str]:
+def _warnings(rows: Sequence[CsvRow]) -> list[str]:
     failed = [row for row in rows if row["status"] != DONE]
     lines = [f"{row['job']}: {row['error'] or row['status']}" for row in failed[:_SHOWN_FAILURES]]
     if len(failed) > _SHOWN_FAILURES:
@@ -122,15 +122,15 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def dots(comparison: Comparison, end: str = "", about: str = "") -> Figure:
-    """Return one panel for the mean over tasks and one for each task, with a dot for every seed.
+    """Return panels for the mean over tasks and each task, with a dot for every seed.
 
     `end` and `about` are appended to the figure's name and title.
     """
     methods = [method.label for method in comparison.methods]
     labels = short_labels(methods)
     text = (
-        "The large dot is the mean over seeds and the bar its 95 % interval (Student's t), which a "
-        "single seed does not have; the small dots below are the seeds."
+        "A large dot is the mean over seeds, with a bar for its 95 % interval (Student's t) if "
+        "there are several; the small dots below are the seeds."
     )
     if comparison.untouched:
         text += " The dashed line is the untouched base model."
@@ -175,23 +175,23 @@ def _dot_plot(comparison: Comparison, labels: Mapping[str, str], what: str, axes
 
 
 def curves(comparison: Comparison, runs: Path, end: str = "", about: str = "") -> Figure:
-    """Return learning curves, one panel for the mean over tasks and one for each task.
+    """Return learning curves, in panels for the mean over tasks and each task.
 
     `runs` has the jobs' run folders; `end` and `about` are appended to the figure's name and title.
     """
     name, heading = f"learning-curves{end}", f"Learning curves per method{about}"
     found = method_curves(comparison.methods, runs)
     if not found:
-        return Figure(name, heading, "The jobs' run folders are not here, so there are no curves.")
+        return Figure(name, heading, "The jobs' run folders are missing, so there are no curves.")
     drawn = best(found, comparison.baseline)
     text = (
-        "Mean over seeds of the scores after each exchange; 0 is the untouched base model. The "
-        "line of a method with fewer exchanges ends earlier."
+        "Scores after each exchange, averaged over seeds; 0 is the untouched base model. Methods "
+        "with fewer exchanges end earlier."
     )
     if left_out := len(found) - len(drawn):
         and_baseline = "" if comparison.baseline is None else " and the baseline"
         text += (
-            f" Only the best by the last mean over tasks{and_baseline} are drawn; "
+            f" Only the best by their last mean over tasks{and_baseline} are drawn; "
             f"{count(left_out, 'line')} of {len(found)} are not."
         )
     labels = short_labels(found)
@@ -209,11 +209,15 @@ def curves(comparison: Comparison, runs: Path, end: str = "", about: str = "") -
 def method_curves(methods: Iterable[MethodScores], runs: Path) -> dict[str, dict[str, Curve]]:
     """Return learning curves: label → task or `MEAN` → exchange → mean over seeds.
 
-    An exchange counts if every seed of the method that has a run folder has a score of it.
+    An exchange counts if every seed with a run folder has a score of it.
     """
     found: dict[str, dict[str, Curve]] = {}
     for method in methods:
-        seeds = [curves for job in method.jobs if (curves := _job_curves(runs / job))]
+        seeds = []
+        for job in method.jobs:
+            with suppress(PilotError):  # a job's run folder may be missing or unreadable
+                seeds.append(score_curves(read_events(runs / job)))
+        seeds = [curves for curves in seeds if curves]
         if seeds:
             found[method.label] = {
                 what: _mean([seed.get(what, {}) for seed in seeds]) for what in seeds[0]
@@ -221,31 +225,13 @@ def method_curves(methods: Iterable[MethodScores], runs: Path) -> dict[str, dict
     return found
 
 
-def _job_curves(run: Path) -> dict[str, Curve]:
-    """Return the curves of one run, empty if it is not here or has no scores."""
-    try:
-        events = read_events(run)
-    except PilotError:
-        return {}
-    curves: dict[str, Curve] = {}
-    for number in sorted({event.exchange for event in select(events, Evaluated)}):
-        scores = task_scores(events, number)
-        mean = mean_over_tasks(scores, tasks_of(events))
-        for what, score in (scores if mean is None else scores | {MEAN: mean}).items():
-            curves.setdefault(what, {})[number] = score
-    return curves
-
-
 def _mean(seeds: Sequence[Curve]) -> Curve:
     numbers = set.intersection(*(set(curve) for curve in seeds))
-    return {n: sum(curve[n] for curve in seeds) / len(seeds) for n in sorted(numbers)}
+    return {n: fmean(curve[n] for curve in seeds) for n in sorted(numbers)}
 
 
 def best(found: Mapping[str, Mapping[str, Curve]], baseline: str | None) -> list[str]:
-    """Return the labels of at most `MOST_LINES` lines by their last mean, best first.
-
-    The baseline is always one of them.
-    """
+    """Return the labels of the `MOST_LINES` best lines by their last mean, and the baseline's."""
 
     def last(label: str) -> float:
         curve = found[label].get(MEAN) or {}
@@ -269,10 +255,10 @@ def _curve_plot(shown: Mapping[str, Mapping[str, Curve]], what: str, axes: Axes)
 
 
 def short_labels(labels: Iterable[str]) -> dict[str, str]:
-    """Return label → short label, in lines and all different, for the methods of one figure.
+    """Return label → short label, wrapped and unique, for the methods of one figure.
 
-    A setting that all methods share is left out, and a setting's name is cut to the shortest end
-    that no other one has.
+    Settings that all methods share are omitted, and the names of the others are shortened to their
+    last components, as many as make them unique.
     """
     labels = list(labels)
     given = [label for label in labels if label != UNTOUCHED]
@@ -293,7 +279,7 @@ def short_labels(labels: Iterable[str]) -> dict[str, str]:
 
 
 def shortened(labels: Iterable[str]) -> str:
-    """Describe what `short_labels` left out, empty if nothing."""
+    """Describe what `short_labels` omitted, empty if nothing."""
     labels = list(labels)
     shared = _shared_settings(labels)
     text = f" All methods have {' '.join(shared)}." if shared else ""
@@ -308,7 +294,7 @@ def _settings(labels: Iterable[str]) -> set[str]:
 
 
 def _shared_settings(labels: Iterable[str]) -> list[str]:
-    """Return the settings that all of several methods have, as ``name=value``."""
+    """Return the settings that all methods share, as ``name=value``; none of a single method."""
     variants = [label.split()[1:] for label in labels if label != UNTOUCHED]
     if len(variants) < 2:
         return []
@@ -316,12 +302,12 @@ def _shared_settings(labels: Iterable[str]) -> list[str]:
 
 
 def _ends(names: set[str]) -> dict[str, str]:
-    """Return the shortest end of every dotted name that no other name has."""
+    """Return the shortest unique end of every dotted name."""
     ends = {}
     for name in names:
         parts = name.split(".")
         tails = [".".join(parts[place:]) for place in range(len(parts) - 1, -1, -1)]
         others = [f".{other}" for other in names - {name}]
-        unlike = (t for t in tails if not any(other.endswith(f".{t}") for other in others))
-        ends[name] = next(unlike, name)
+        unique = (t for t in tails if not any(other.endswith(f".{t}") for other in others))
+        ends[name] = next(unique, name)
     return ends

@@ -1,4 +1,4 @@
-"""The time line as a diagram, and bytes and seconds of every exchange.
+"""The timeline as a diagram, and bytes and seconds of every exchange.
 
 The diagram has one panel per exchange: server, clients, and the messages between them.
 """
@@ -9,22 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter
 
+from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.errors import ModelError
 from pilot_flwr.formatting import count, human_bytes, human_seconds
 from pilot_flwr.model.shapes import layout_of
-from pilot_flwr.report.history import (
-    Exchange,
-    RunData,
-    partly_sent,
-    sharing_of,
-    symbols,
-)
-from pilot_flwr.report.style import (
+from pilot_flwr.report.page import (
     GREY,
     INK,
     Figure,
@@ -35,12 +28,15 @@ from pilot_flwr.report.style import (
     exchange_axis,
     math_text,
     some,
+    stacked_bars,
     text_on,
 )
-from pilot_flwr.run.events import ExchangeClosed, Trained, select, symbol
+from pilot_flwr.run.events import AggregationMethod
+from pilot_flwr.run.history import Exchange, RunData, gradients
+from pilot_flwr.run.tables import PART_GROUPS, aggregation_lines, span, symbol
 
 MOST_EXCHANGES = 9
-"""Exchanges drawn at most."""
+"""Maximum number of exchanges drawn."""
 
 GROUP_COLOURS = {
     "lora": 0,
@@ -50,48 +46,56 @@ GROUP_COLOURS = {
     "router": 4,
 }
 
-TRAVELS_AS = {"lora": "lora", "own_task_adapter": "task_adapters"}
-"""Group of parameters → the part of a message that carries it."""
+SYMBOLS = {
+    "lora": "Θ_l is the LoRA",
+    "own_task_adapter": "ψ_t a task adapter",
+    "client_adapter": "ψ_s the client adapter",
+    "cross_task_adapters": "ψ_c the cross-task adapters",
+    "router": "φ the router",
+    "residual": (
+        "R the difference between the mean product B A and the product of the mean factors, which "
+        "the server sends and clients add to the frozen base (FedEx-LoRA)"
+    ),
+}
+"""Explanation of the symbols, by group of parameters."""
 
 _STAGE_FILL = {1: "#EAF4FB", 2: "#FDF3E3"}
-_LINE = "#555555"
 
 _TOP, _BOTTOM = 0.82, 0.50
-"""The arrows' ends at the server's box and at the clients'."""
+"""Ends of the arrows at the server's and the clients' boxes."""
 
 
 def time_line(run: RunData) -> Figure:
     """Return one panel per exchange: stages, trained groups, messages and their bytes."""
-    title = "Time line"
     if not run.exchanges:
-        return Figure("timeline", title, "No exchange has been completed.")
+        return Figure("timeline", "Timeline", "No exchange has been completed.")
     by_number = {exchange.number: exchange for exchange in run.exchanges}
     shown = some(list(by_number), MOST_EXCHANGES)
-    left_out = len(by_number) - len(shown)
+    groups = {group for e in run.exchanges for group in gradients(e.trained)}
+    groups |= {PART_GROUPS.get(part, part) for e in run.exchanges for part in (*e.down, *e.up)}
     text = (
-        "What was observed in each exchange. Coloured boxes are the parameters that the clients "
-        "trained, with the number of those that had gradients on one client; an arrow in the box "
-        "means that they were sent (how many, if not all), a ring that they stayed with the "
-        "client. Arrows between server and clients are labelled with the bytes sent, summed over "
-        f"the clients, and their width shows the share of the largest. {symbols(_shown(run))}"
+        "What was observed in each exchange. Coloured boxes are the groups of parameters that the "
+        "clients trained, with the number that had gradients on one client; an arrow in the box "
+        "means that they were sent (how many, if not all), a ring that they stayed on the client. "
+        "Arrows between server and clients are labelled with the bytes sent, summed over the "
+        "clients; their width is relative to the largest. "
+        f"{', '.join(text for group, text in SYMBOLS.items() if group in groups)}."
     )
     if run.config.train.ditto.enabled:
         text += " Each client also trains a personal model v, by which it is scored (Ditto)."
-    if left_out:
+    if left_out := len(by_number) - len(shown):
         text += f" {count(left_out, 'exchange')} of {len(by_number)} not drawn."
     panels = [
         Panel(partial(_exchange, run, by_number[number]), _alt(run, by_number[number]), height=3.1)
         for number in shown
     ]
-    return Figure("timeline", title, text, panels)
+    return Figure("timeline", "Timeline", text, panels)
 
 
-def _shown(run: RunData) -> list[str]:
-    """Return the groups and parts whose symbols the panels show."""
-    names = [group for e in run.exchanges for groups in e.trained.values() for group in groups]
-    names += [part for e in run.exchanges for way in (e.down, e.up) for part in way]
-    known = {part: group for group, part in TRAVELS_AS.items()}
-    return list(dict.fromkeys(known.get(name, name) for name in names))
+def _server_lines(run: RunData, exchange: Exchange) -> list[str]:
+    return aggregation_lines(
+        exchange.aggregated, AggregationMethod.of(run.config.strategy), width=10
+    )
 
 
 def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
@@ -99,90 +103,71 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     seconds = "not closed" if exchange.seconds is None else human_seconds(exchange.seconds)
-    closed = select(run.events, ExchangeClosed, exchange.number)
-    of_total = f" of {closed[-1].exchanges}" if closed else ""
-    axes.set_title(f"exchange {exchange.number}{of_total}, {seconds}")
+    number = f"{exchange.number} of {run.config.strategy.rounds + 1}"
+    axes.set_title(f"exchange {number}, {seconds}")
     _box(axes, 0.0, _TOP, 1.0, 1 - _TOP, "#F4F4F4")
     axes.text(0.03, 0.96, "server", weight="bold", va="top")
-    done = "\n".join(run.server_lines(exchange))
+    done = "\n".join(_server_lines(run, exchange))
     for name in ("Θ_l", "ψ_t"):
         done = done.replace(name, math_text(name))
     axes.text(0.97, 0.96, done, va="top", ha="right", fontsize=8, linespacing=1.25)
     largest = max(sum(way.values()) for e in run.exchanges for way in (e.down, e.up)) or 1
-    _arrow(axes, 0.10, down=True, share=sum(exchange.down.values()) / largest)
-    _arrow(axes, 0.58, down=False, share=sum(exchange.up.values()) / largest)
-    for place, way, name in ((0.17, exchange.down, "down"), (0.65, exchange.up, "up")):
+    for x, name, way in ((0.10, "down", exchange.down), (0.58, "up", exchange.up)):
+        _arrow(axes, x, down=name == "down", share=sum(way.values()) / largest)
         sizes = "\n".join(f"{math_text(symbol(n))}  {human_bytes(size)}" for n, size in way.items())
-        axes.text(
-            place, (_TOP + _BOTTOM) / 2, sizes or f"nothing {name}", va="center", fontsize=8.5
-        )
+        middle = (_TOP + _BOTTOM) / 2
+        axes.text(x + 0.07, middle, sizes or f"nothing {name}", va="center", fontsize=8.5)
     height = _BOTTOM / max(1, len(exchange.stages))
     for row, stage in enumerate(exchange.stages):
-        bottom = _BOTTOM - (row + 1) * height
-        _clients(axes, run, exchange, stage, bottom, height)
+        _clients(axes, run, exchange, stage, _BOTTOM - (row + 1) * height, height)
 
 
 def _clients(
     axes: Axes, run: RunData, exchange: Exchange, stage: int, bottom: float, height: float
 ) -> None:
     """Draw the clients of one stage, with a chip for each group of parameters that trained."""
+    trained = exchange.stages[stage]
     _box(axes, 0.0, bottom, 1.0, height - 0.02, _STAGE_FILL.get(stage, "#F4F4F4"))
     failed = f", {count(exchange.failures, 'failure')}" if exchange.failures else ""
-    clients = count(len(exchange.stages[stage]), "client")
-    heading = f"stage {stage}: {clients}{failed}"
+    heading = f"stage {stage}: {count(len(trained), 'client')}{failed}"
     axes.text(0.03, bottom + height - 0.05, heading, weight="bold", va="top")
-    chips = [
-        Chip(group, numbers, *_sent(run, exchange, group))
-        for group, numbers in exchange.trained.get(stage, {}).items()
-    ]
+    chips = [_chip_of(run, exchange, *row) for row in gradients(trained).items()]
     places = _chip_places(chips)
     room = height - 0.13
     tall = min(0.14, room / max(1, 1 + max((row for row, _ in places), default=0)))
     for chip, (row, column) in zip(chips, places, strict=True):
         left, low = 0.03 + 0.48 * column, bottom + room - (row + 1) * tall
-        _chip(axes, chip, left, low, tall - 0.03)
+        _draw_chip(axes, chip, left, low, tall - 0.03)
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A group of parameters that trained: least and most per client, and what of them was sent."""
+    """A group of parameters that trained; `part` says how much of it was sent, if not all."""
 
     group: str
     numbers: tuple[int, int]
     sent: bool
     part: str = ""
 
-    @property
-    def width(self) -> float:
-        """Two chips stand side by side; one with a part has its own row."""
-        return 0.94 if self.part else 0.46
 
-
-def _sent(run: RunData, exchange: Exchange, group: str) -> tuple[bool, str]:
-    """Return whether a group was sent, and, if only partly, how much of it."""
-    if TRAVELS_AS.get(group) not in exchange.up:
-        return False, ""
-    matrix = partly_sent(run.config) if group == "lora" else ""
-    return True, f"{_parameters(run, matrix)} of " if matrix else ""
-
-
-def _parameters(run: RunData, matrix: str) -> str:
-    """Return how many parameters of the LoRA are sent, by the base model's settings."""
+def _chip_of(run: RunData, exchange: Exchange, group: str, numbers: tuple[int, int]) -> Chip:
+    sent = group in {PART_GROUPS.get(part, part) for part in exchange.up}
+    sharing = Sharing.of(run.config.strategy.sharing, run.config.train.lora_matrices)
+    matrices = "".join(matrix for matrix in sharing.trained_lora if matrix in sharing.lora)
+    if not sent or group != "lora" or len(matrices) == len(sharing.trained_lora):
+        return Chip(group, numbers, sent)
     config = run.config
+    tasks, stages = tuple(config.data.tasks), config.strategy.stages
     try:
-        layout = layout_of(
-            config.model,
-            tuple(config.data.tasks),
-            sharing_of(config),
-            stages=config.strategy.stages,
-        )
+        lora = layout_of(config.model, tasks, sharing, stages=stages).sent["lora"]
     except ModelError:  # the base model is not on this machine
-        return f"only {matrix}"
-    return f"{matrix}: {sum(math.prod(shape) for shape in layout.sent['lora'].values()):,}"
+        return Chip(group, numbers, sent, f"only {matrices} of ")
+    parameters = sum(math.prod(shape) for shape in lora.values())
+    return Chip(group, numbers, sent, f"{matrices}: {parameters:,} of ")
 
 
 def _chip_places(chips: Sequence[Chip]) -> list[tuple[int, int]]:
-    """Return row and column of every chip."""
+    """Return row and column of every chip: two in a row, or one that was sent in part."""
     places, row, column = [], 0, 0
     for chip in chips:
         if column and chip.part:
@@ -192,17 +177,15 @@ def _chip_places(chips: Sequence[Chip]) -> list[tuple[int, int]]:
     return places
 
 
-def _chip(axes: Axes, chip: Chip, left: float, low: float, height: float) -> None:
+def _draw_chip(axes: Axes, chip: Chip, left: float, low: float, height: float) -> None:
+    width = 0.94 if chip.part else 0.46
     shade = colour(GROUP_COLOURS.get(chip.group, 7))
-    _box(axes, left, low, chip.width, height, shade, edge=shade)
-    least, most = chip.numbers
-    numbers = f"{most:,}" if least == most else f"{least:,}–{most:,}"
+    _box(axes, left, low, width, height, shade, edge=shade)
     style: Any = {"color": text_on(shade), "va": "center"}
     middle = low + height / 2
-    text = f"{math_text(symbol(chip.group))}  {chip.part}{numbers}"
+    text = f"{math_text(symbol(chip.group))}  {chip.part}{span(chip.numbers)}"
     axes.text(left + 0.02, middle, text, fontsize=8.5, **style)
-    mark = "↑" if chip.sent else "○"
-    right = left + chip.width - 0.015
+    mark, right = "↑" if chip.sent else "○", left + width - 0.015
     axes.text(right, middle, mark, ha="right", weight="bold", fontsize=9, **style)
 
 
@@ -233,24 +216,23 @@ def _arrow(axes: Axes, x: float, *, down: bool, share: float) -> None:
             (x, start),
             (x, end),
             arrowstyle=f"simple,head_length=7,head_width={head},tail_width={tail}",
-            color=_LINE,
+            color="#555555",
             linewidth=0,
         )
     )
 
 
 def _alt(run: RunData, exchange: Exchange) -> str:
-    """Describe a panel."""
     stages = "; ".join(
-        f"stage {stage}, {count(len(clients), 'client')} trained "
-        + ", ".join(f"{symbol(g)} ({n[1]:,})" for g, n in exchange.trained.get(stage, {}).items())
-        for stage, clients in exchange.stages.items()
+        f"stage {stage}, {count(len(trained), 'client')} trained "
+        + ", ".join(f"{symbol(g)} ({most:,})" for g, (_, most) in gradients(trained).items())
+        for stage, trained in exchange.stages.items()
     )
     down, up = (
         ", ".join(f"{symbol(name)} {human_bytes(size)}" for name, size in way.items()) or "nothing"
         for way in (exchange.down, exchange.up)
     )
-    server = "; ".join(run.server_lines(exchange))
+    server = "; ".join(_server_lines(run, exchange))
     return f"Exchange {exchange.number}: {stages}. Down: {down}. Up: {up}. Server: {server}."
 
 
@@ -259,12 +241,12 @@ def traffic(run: RunData) -> Figure:
     title = "Bytes and seconds per exchange"
     if not run.exchanges:
         return Figure("bytes-and-seconds", title, "No exchange has been completed.")
-    down, up = (
-        sum(sum(getattr(e, way).values()) for e in run.all_orders) for way in ("down", "up")
-    )
+    sums = [(_name(run, e), sum(e.down.values()), sum(e.up.values())) for e in run.all_exchanges]
+    down = human_bytes(sum(down for _, down, _ in sums))
+    up = human_bytes(sum(up for _, _, up in sums))
     text = (
         "Bytes are those of the arrays in all messages of the run, summed over the clients: "
-        f"{human_bytes(down)} down and {human_bytes(up)} up in all. "
+        f"{down} down and {up} up in all. "
     )
     if run.closing:
         closing = human_bytes(sum(run.closing.down.values()))
@@ -274,9 +256,8 @@ def traffic(run: RunData) -> Figure:
         "overlap where clients work at the same time. The first exchange includes the start of "
         "the clients' processes."
     )
-    sums = ((_name(run, e), sum(e.down.values()), sum(e.up.values())) for e in run.all_orders)
     sizes = "; ".join(f"{n}: {human_bytes(d)} down, {human_bytes(u)} up" for n, d, u in sums)
-    closed = (e for e in run.all_orders if e.seconds is not None)
+    closed = (e for e in run.all_exchanges if e.seconds is not None)
     seconds = "; ".join(f"{_name(run, e)}: {e.seconds:.1f}" for e in closed)
     panels = [
         Panel(partial(_bytes, run), f"Bytes per exchange: {sizes}."),
@@ -286,7 +267,7 @@ def traffic(run: RunData) -> Figure:
 
 
 def _exchange_places(run: RunData) -> dict[float, Exchange]:
-    """Return the exchanges by place on the axis, the closing evaluation at a distance."""
+    """Return place on the axis → exchange, with the closing evaluation at a distance."""
     places = {float(exchange.number): exchange for exchange in run.exchanges}
     if run.closing:
         first, last = run.exchanges[0].number, run.exchanges[-1].number
@@ -294,26 +275,28 @@ def _exchange_places(run: RunData) -> dict[float, Exchange]:
     return places
 
 
+def _parts(run: RunData) -> list[str]:
+    """Return the parts of all messages, in order of appearance."""
+    ways = (way for e in run.all_exchanges for way in (e.down, e.up))
+    return list(dict.fromkeys(name for way in ways for name in way))
+
+
 def _bytes(run: RunData, axes: Axes) -> None:
-    names = dict.fromkeys(n for e in run.all_orders for way in (e.down, e.up) for n in way)
     places = _exchange_places(run)
-    for shift, way in ((-0.2, "down"), (0.2, "up")):
-        floor = np.zeros(len(places))
-        for index, name in enumerate(names):
-            heights = np.array([getattr(e, way).get(name, 0) for e in places.values()])
-            if not heights.any():
-                continue
-            axes.bar(
-                [place + shift for place in places],
-                heights,
-                width=0.36,
-                bottom=floor,
-                color=colour(index),
-                alpha=1.0 if way == "down" else 0.6,
-                label=f"{math_text(symbol(name))} {way}",
-                **bar_edges(2 * len(places)),
-            )
-            floor += heights
+    for shift, way, alpha in ((-0.2, "down", 1.0), (0.2, "up", 0.6)):
+        stacked_bars(
+            axes,
+            [place + shift for place in places],
+            {
+                f"{math_text(symbol(name))} {way}": [
+                    getattr(exchange, way).get(name, 0) for exchange in places.values()
+                ]
+                for name in _parts(run)
+            },
+            width=0.36,
+            bars=2 * len(places),
+            alpha=alpha,
+        )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     _finish(run, axes, "bytes", places)
 
@@ -321,7 +304,7 @@ def _bytes(run: RunData, axes: Axes) -> None:
 def _seconds(run: RunData, axes: Axes) -> None:
     places = _exchange_places(run)
     closed = {place: e.seconds for place, e in places.items() if e.seconds is not None}
-    sessions = {place: _session_seconds(run, places[place]) for place in closed}
+    sessions = {place: _session_seconds(places[place]) for place in closed}
     bars = [
         (place - 0.36 + 0.72 / len(seconds) * (index + 0.5), 0.72 / len(seconds), height)
         for place, seconds in sessions.items()
@@ -341,11 +324,9 @@ def _seconds(run: RunData, axes: Axes) -> None:
     _finish(run, axes, "seconds", places)
 
 
-def _session_seconds(run: RunData, exchange: Exchange) -> list[float]:
-    """Return how long the clients' training sessions took, in the order in which they began."""
-    trained = sorted(
-        select(run.events, Trained, exchange.number), key=lambda event: event.started or 0.0
-    )
+def _session_seconds(exchange: Exchange) -> list[float]:
+    """Return the durations of the clients' sessions, in order of their start."""
+    trained = sorted(exchange.trained, key=lambda event: event.started or 0.0)
     return [event.session_seconds or event.seconds for event in trained]
 
 
@@ -368,11 +349,10 @@ def _name(run: RunData, exchange: Exchange) -> str:
 
 
 def _table(run: RunData) -> Table:
-    names = list(dict.fromkeys(n for e in run.all_orders for way in (e.down, e.up) for n in way))
-    header = ["exchange", "seconds"]
-    header += [f"{symbol(name)} {way}" for way in ("down", "up") for name in names]
-    rows = [header]
-    for exchange in run.all_orders:
+    names = _parts(run)
+    header = [f"{symbol(name)} {way}" for way in ("down", "up") for name in names]
+    rows = [["exchange", "seconds", *header]]
+    for exchange in run.all_exchanges:
         sizes = [way.get(name, 0) for way in (exchange.down, exchange.up) for name in names]
         seconds = "–" if exchange.seconds is None else f"{exchange.seconds:.1f}"
         rows.append([_name(run, exchange), seconds, *(f"{size:,}" for size in sizes)])

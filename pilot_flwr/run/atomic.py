@@ -1,22 +1,24 @@
 """Atomic writes of tensors and texts, checksums, and an exclusive file lock.
 
-Tensors are safetensors; no pickle is read or written. Everything is written to a temporary name,
-flushed to disk and then renamed, and the folder is flushed as well, so that a reader finds either
-the old content or the new one, whatever dies in between.
+Tensors are safetensors; no pickle is read or written. A file is written under a temporary name,
+flushed to disk and renamed, and its folder is flushed as well: after a crash at any point, a
+reader finds either the old content or the new.
 
-The lock is released when its holder exits, by SIGKILL too. `filelock` would fall back to a lock
-that outlives its holder where the file system has no `flock`; here that is an error.
+The lock is released when its holder exits, even by SIGKILL. On a file system without `flock`,
+`filelock` would fall back to a lock that outlives its holder; here that is an error.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,7 +26,7 @@ from pilot_flwr.errors import RunError, StateError
 from pilot_flwr.protocol import State
 
 FORMAT = "pilot-flwr-2"
-"""Version of the private state's file and of the checkpoint folder."""
+"""Format of private states and checkpoints."""
 
 
 def save_tensors(path: Path, tensors: State, metadata: Mapping[str, str]) -> None:
@@ -38,7 +40,7 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, neither atomically nor flushed.
 
-    An `OSError` has the system's number, which safetensors states in its text alone.
+    If it fails, the `OSError` has the system's error number.
     """
     from safetensors.torch import save_file
 
@@ -46,29 +48,38 @@ def write_safetensors(
     try:
         save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
+        number = re.search(r"\(os error (\d+)\)", str(error))  # stated only in its text
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Read what `save_tensors` wrote; `StateError` if it is torn or of another format."""
+    """Read a file of `save_tensors`; `StateError` if it is truncated or of another format."""
     metadata = read_metadata(path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata alone; `StateError` if the file is torn or of another format."""
+    """Read only the metadata; `StateError` if the file is truncated or of another format."""
     try:
-        with safe_open(path, framework="np") as file:  # refuses a file that is cut short
+        with safe_open(path, framework="np") as file:  # rejects a truncated file
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise StateError(f"{path} cannot be read: {error}") from error
     if metadata.get("format") != FORMAT:
         raise StateError(f"{path} has format {metadata.get('format')!r} but must have {FORMAT!r}.")
     return metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, empty if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,7 +95,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` when the block is done, on disk."""
+    """Yield a temporary path; when the block is done, flush it and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -118,16 +129,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_TAKEN = (errno.EAGAIN, errno.EACCES)
 _TICK_SECONDS = 0.2
 
 
 @contextlib.contextmanager
 def hold(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a file, created where it is missing, while the block runs.
+    """Hold an exclusive lock on a file, created if missing, while the block runs.
 
-    `patience` is how many seconds to wait for another holder; then a `RunError` names `what` the
-    lock is for. On a file system without locks it is an `OSError`.
+    After `patience` seconds of waiting for another holder, a `RunError` names `what` is in use. A
+    file system without locks raises an `OSError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
@@ -138,7 +148,7 @@ def hold(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if error.errno not in _TAKEN:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 if time.monotonic() >= deadline:
                     raise RunError(f"{what} is in use by another process.") from None

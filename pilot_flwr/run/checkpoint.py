@@ -1,17 +1,16 @@
-"""Write, read, list and prune the server's checkpoints: folders ``round-NNNN/``, whole or refused.
+"""Write, read, list and prune the server's checkpoints, the folders ``round-NNNN/``.
 
-``state.json`` names every file with its SHA-256, the run that it belongs to and the number of its
-events in ``metrics.jsonl``, and has a checksum of itself. A folder is written under a hidden name,
-flushed and then renamed; none is removed before its successor is whole.
+``state.json`` has the SHA-256 of every file, the run's identity, the number of events recorded so
+far and its own checksum. A folder is written under a hidden name, flushed and then renamed; none
+is removed before its successor is complete. A folder with any defect is refused.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,13 @@ from pilot_flwr.run.atomic import (
 from pilot_flwr.run.provenance import RunIdentity
 
 KEPT_ROUNDS = 2
-"""Checkpoints that are kept."""
+"""Number of checkpoints kept."""
 
 _NAME = re.compile(r"round-(\d{4,})(\.old)?")
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """List a run's checkpoint folders, whole or not, the newest last."""
+    """List a run's checkpoint folders, complete or not, newest last."""
     named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("round-*"))
     found = [(int(name[1]), name[2] is None, path) for name, path in named if name]
     return [path for _, _, path in sorted(found)]
@@ -49,13 +48,13 @@ def exchange_of(folder: Path) -> int | None:
 
 
 def prune_checkpoints(folder: Path) -> None:
-    """Remove all but the last `KEPT_ROUNDS`."""
+    """Remove all but the last `KEPT_ROUNDS` checkpoints."""
     for old in checkpoint_folders(folder)[:-KEPT_ROUNDS]:
         discard(old)
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint, under a name that no reader looks at while it is half removed."""
+    """Remove a checkpoint, renamed first so that no reader finds it partly removed."""
     if folder.exists():
         gone = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
@@ -64,17 +63,16 @@ def discard(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed writer left."""
+    """Remove the partial checkpoints of killed writers."""
     for leftover in folder.glob(".round-*"):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 _PARTS = {"task_adapters": "task", "lora": "client", "moments": "target", "residual": "owner"}
-"""Folder → what its files are named after; the last two exist if the method has them."""
+"""Folder → the kind of name that its files have; the last two depend on the method."""
 
 EVERYONE = "everyone"
-"""Owner of the residual."""
+"""File name of the residual."""
 
 
 def save_checkpoint(
@@ -90,11 +88,11 @@ def save_checkpoint(
     moments: Mapping[str, State] | None = None,
     residual: State | None = None,
 ) -> Path:
-    """Write ``round-NNNN/`` in the folder of all checkpoints, whole or not at all; prune the rest.
+    """Write ``round-NNNN/`` into the folder of all checkpoints, atomically; prune older ones.
 
     `adapters` maps tasks to ψ_t, `loras` clients to Θ̄_l and `task_of` the same clients to their
-    tasks; `events` counts the lines of ``metrics.jsonl`` up to here. `moments` are the server
-    optimizer's, by target; `residual` is what an exact aggregation adds to the frozen base.
+    tasks; `events` is the number of lines in ``metrics.jsonl``. `moments` are the server
+    optimizer's, by target; `residual` is what exact aggregation adds to the frozen base.
     """
     target = folder / f"round-{server_round:04d}"
     temporary = folder / f".{target.name}.tmp"
@@ -127,7 +125,7 @@ def save_checkpoint(
     content["checksum"] = _checksum(content)
     write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
     replaced = folder / f"{target.name}.old"
-    if target.exists():  # it stays readable under another name until the new one is in place
+    if target.exists():  # keep it readable under another name until the new one is in place
         discard(replaced)
         os.replace(target, replaced)
     os.replace(temporary, target)
@@ -139,10 +137,10 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder; its tensors are read on demand.
+    """A complete checkpoint folder; its tensors are read on demand.
 
-    `task_of` has the clients with a LoRA, `events` counts the lines of ``metrics.jsonl`` up to the
-    checkpoint, and `moments` names what the server optimizer has moments of.
+    `task_of` has the clients with a LoRA, `events` is the number of lines in ``metrics.jsonl`` at
+    the time, and `moments` names the server optimizer's targets.
     """
 
     folder: Path
@@ -156,35 +154,33 @@ class Checkpoint:
 
     def adapter(self, task: str) -> State:
         """Read a task's adapter ψ_t."""
-        return load_tensors(self.folder / "task_adapters" / f"{task}.safetensors")[0]
+        return self._read("task_adapters", task)
 
     def lora(self, client: str) -> State:
         """Read a client's LoRA Θ̄_l."""
-        return load_tensors(self.folder / "lora" / f"{client}.safetensors")[0]
+        return self._read("lora", client)
 
     def moments_of(self, target: str) -> State:
-        """Read the server optimizer's moments of one target, as they were packed."""
-        return load_tensors(self.folder / "moments" / f"{target}.safetensors")[0]
+        """Read the server optimizer's packed moments of a target."""
+        return self._read("moments", target)
 
     def residual(self) -> State:
-        """Read what is added to the frozen base: empty, except after an exact aggregation."""
-        path = self.folder / "residual" / f"{EVERYONE}.safetensors"
-        return load_tensors(path)[0] if self.has_residual else {}
+        """Read what is added to the frozen base; empty unless the aggregation is exact."""
+        return self._read("residual", EVERYONE) if self.has_residual else {}
+
+    def _read(self, part: str, name: str) -> State:
+        return load_tensors(self.folder / part / f"{name}.safetensors")[0]
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open ``round-NNNN/``; `StateError` if it is not what was written, byte by byte."""
+    """Open ``round-NNNN/``; `StateError` unless every byte is as written."""
     path = folder / "state.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
-    if version != FORMAT:
-        raise StateError(f"{path} has format {version!r} but must have {FORMAT!r}.")
-    if content.get("checksum") != _checksum(content):
-        raise StateError(f"{path} has been changed: its checksum is not that of its content.")
-    try:
+        if (version := content["format"]) != FORMAT:
+            raise StateError(f"{path} has format {version!r} but must have {FORMAT!r}.")
+        if content.get("checksum") != _checksum(content):
+            raise StateError(f"{path} has been changed: its checksum does not match.")
         checkpoint = Checkpoint(
             folder,
             _whole_number(content, "round"),
@@ -196,13 +192,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             content.get("residual", []) == [EVERYONE],
         )
         files = dict(content["files"])
-        texts = [*checkpoint.tasks, *checkpoint.task_of.values(), *checkpoint.moments]
-        _check_texts([*texts, *files.values()])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        tasks = [*checkpoint.tasks, *checkpoint.task_of.values()]
+        if not all(isinstance(n, str) for n in (*tasks, *checkpoint.moments, *files.values())):
+            raise TypeError("a name is not text")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
     if exchange_of(folder) != checkpoint.server_round:
         raise StateError(
-            f"{path} is of exchange {checkpoint.server_round}, which is not that of its folder."
+            f"{path} is of exchange {checkpoint.server_round}, which does not match its folder."
         )
     if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
         raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
@@ -213,9 +210,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def latest_checkpoint(
     folder: Path, *, fits: Callable[[Checkpoint], str] = lambda checkpoint: ""
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Open a run's last whole checkpoint that `fits`; also say why later ones were passed over.
+    """Open a run's last complete checkpoint that `fits`; also return why later ones do not.
 
-    `fits` returns why a whole checkpoint cannot be used, or nothing.
+    `fits` returns why a complete checkpoint cannot be used, or an empty string.
     """
     passed_over: list[str] = []
     for candidate in reversed(checkpoint_folders(folder)):
@@ -230,15 +227,10 @@ def latest_checkpoint(
     return None, passed_over
 
 
-def _check_texts(names: Sequence[object]) -> None:
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("a name is not text")
-
-
 def _whole_number(content: Mapping[str, Any], key: str) -> int:
     value = content[key]
     if type(value) is not int or value < 0:
-        raise ValueError(f"`{key}` is {value!r} but must be a whole number, 0 at least")
+        raise ValueError(f"`{key}` is {value!r} but must be a whole number of at least 0")
     return value
 
 
@@ -259,14 +251,14 @@ def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
     for what, found in (("files", present - {"state.json"}), ("a list of files", set(files))):
         if odd := found ^ owners.keys():
             raise StateError(
-                f"{folder} has {what} that does not fit its tasks and clients: too many or too "
-                f"few are {sorted(odd)}."
+                f"{folder} has {what} that does not fit its tasks and clients: missing or "
+                f"unexpected are {sorted(odd)}."
             )
     for file, (kind, name) in owners.items():
         if (owner := read_metadata(folder / file).get(kind)) != name:
             raise StateError(f"{folder / file} is of {kind} {owner!r} but must be of {name!r}.")
         if sha256(folder / file) != files[file]:
-            raise StateError(f"{folder / file} has been changed: its SHA-256 is another one.")
+            raise StateError(f"{folder / file} has been changed: its SHA-256 does not match.")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

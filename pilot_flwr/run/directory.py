@@ -1,17 +1,17 @@
-"""The run folder: all files of a run, written as it happens.
+"""The run folder, which holds all files of a run.
 
 ::
 
     config.yaml      the resolved configuration
-    overrides.txt    the overrides that it was started with, which `resume` starts it with again
-    code.json        commit and versions of the code that it was made by
-    run.json         which run it is: its name, by which clients know it, and a hash of its settings
-    metrics.jsonl    one event a line: who trained what, how long, which bytes, which scores
+    overrides.txt    the overrides that it was started with, used again by `resume`
+    code.json        commit and versions of the code
+    run.json         the run's identity: its name, as clients know it, and a hash of its settings
+    metrics.jsonl    one event per line
     interrupted-N.jsonl  events after the checkpoint that the N-th resumption started from
     timeline.md      one row per exchange, from the events
-    summary.md       scores per task and round, from the events
+    summary.md       scores per task and exchange, from the events
     result.json      how the run ended; the last file written
-    checkpoint/      task adapters and every client's LoRA after each round
+    checkpoint/      task adapters and every client's LoRA after each exchange
     clients/         private folders of simulated clients
     tensorboard/     the live log, if it is on
     report/          the report, if it was written
@@ -43,9 +43,9 @@ _TOKEN = ".token"  # nosec B105  # a file's name
 
 
 def read_events(folder: Path) -> list[Event]:
-    """Read what counts of the events of a run folder, none if it has no ``metrics.jsonl``.
+    """Read a run folder's events, without discarded attempts; none without ``metrics.jsonl``.
 
-    The last line may be cut short, because a run may die while it is written: it is left out.
+    An incomplete last line is ignored: a run may die while writing it.
     """
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -58,7 +58,7 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def holds_token(folder: Path, token: str) -> bool:
-    """Return whether `folder` is the run folder of whoever knows `token`, seen from here."""
+    """Return whether `folder`, as seen from here, is the run folder with this `token`."""
     try:
         held = (folder / _TOKEN).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -67,23 +67,15 @@ def holds_token(folder: Path, token: str) -> bool:
 
 
 class RunFolder:
-    """Writes a run folder and keeps its events.
+    """Write a run folder and keep its events.
 
-    Attributes
-    ----------
-    events : list of Event
-        Those that count, see `history`.
-    listener : callable
-        Gets every event as it is recorded.
-    lines : int
-        Of ``metrics.jsonl``.
-    token : str
-        Random; the folder holds it, so that a simulated client can tell that it sees the same
-        folder as the server.
+    `events` are without discarded attempts and `lines` counts all those in ``metrics.jsonl``;
+    `listener` receives every new one. The random `token` is also in the folder, so that a
+    simulated client can recognise the server's folder.
     """
 
     def __init__(self, path: Path, events: Sequence[Event] = ()) -> None:
-        """Open an absolute path, with all the events that its ``metrics.jsonl`` holds already."""
+        """Open an absolute path, with the events that are already in its ``metrics.jsonl``."""
         self.path = path
         self.events = history(events)
         self.lines = len(events)
@@ -94,11 +86,11 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoint"
 
     def record(self, event: Event) -> None:
-        """Append an event to ``metrics.jsonl``, at once, with the seconds since the run began."""
+        """Append an event to ``metrics.jsonl``, with the seconds since the run began."""
         event = replace(event, elapsed=round(time.time() - self._started, 3))
         append(self.events, event)
         self.lines += 1
@@ -107,22 +99,22 @@ class RunFolder:
         self.listener(event)
 
     def flush(self) -> None:
-        """Flush the events to disk, before something is written that depends on them."""
+        """Flush the events to disk, before writing anything that depends on them."""
         flush(self.path / "metrics.jsonl")
 
     def select(self, kind: type[AnyEvent], exchange: int | None = None) -> list[AnyEvent]:
-        """Return the events of one kind, in order, and of one exchange if it is given."""
+        """Return the events of one kind, in order, of all exchanges or of one."""
         return select(self.events, kind, exchange)
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file of the folder, atomically."""
+        """Write a text file in the folder, atomically."""
         write_text(self.path / name, text)
 
     def finish(self, *, error: str | None, restartable: bool = False) -> dict[str, Any]:
-        """Write ``result.json`` and return it: status, error, failures, last scores.
+        """Write ``result.json`` and return its content.
 
-        `restartable` says that the run may resume from its last checkpoint, because the error has
-        nothing to do with the run itself.
+        `restartable` means that the error is not the run's own, so that it may be resumed from its
+        last checkpoint.
         """
         failures = [
             {"round": f.exchange, "phase": f.phase, "client": f.client, "reason": f.reason}

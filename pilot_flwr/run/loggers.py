@@ -1,11 +1,12 @@
 """Log a run's numbers over its exchanges to TensorBoard and Weights & Biases.
 
-Both get the same numbers, made by `Numbers`; an exchange is a step. To add a number, add it there;
-to add a logger, write a `MetricLogger` and name it in `_open`. A failing logger is reported once,
+Both get the same numbers from `Numbers`; an exchange is a step. To add a number, add it there; to
+add a logger, write a `MetricLogger` and open it in `_open`. A failing logger is reported once,
 then disabled; it never stops a run.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,8 @@ from pilot_flwr.run.events import (
     RosterCalled,
     Trained,
     loss_key,
-    mean_over_tasks,
-    task_scores,
-    tasks_of,
 )
+from pilot_flwr.run.history import MEAN, score_curves
 
 logger = logging.getLogger("flwr")
 
@@ -38,32 +37,32 @@ TENSORBOARD = "tensorboard"
 
 
 class MetricLogger(Protocol):
-    """Takes numbers, by exchange."""
+    """A destination for numbers, by exchange."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log the numbers of an exchange."""
 
     def repeat(self, step: int) -> None:
-        """Discard what was logged of an exchange and those behind it, because it is repeated."""
+        """Discard what was logged from this exchange on, because it is repeated."""
 
     def close(self) -> None:
-        """Write out the rest."""
+        """Write the rest."""
 
 
 class Numbers:
-    """Turns a run's events into numbers, one event after the other.
+    """Turn a run's events into named numbers, one event after another.
 
     Names are ``what/whose``: ``score/<client>``, ``loss/<client>``, ``loss_<part>/<client>``,
-    ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>``, and ``task_score/mean`` of
-    the exchanges in which every task of the run has a score; and of the whole exchange
-    ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``. The closing evaluation
-    has ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange later.
+    ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>`` and, if every task of the run
+    has a score, ``task_score/mean``; for an exchange as a whole ``exchange/seconds``,
+    ``/bytes_down``, ``/bytes_up`` and ``/failures``. The closing evaluation has
+    ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange later.
     """
 
     def __init__(self) -> None:
         self._rosters: list[Event] = []
         self._scored: dict[tuple[int, str], Evaluated] = {}
-        self._sums: dict[str, float] = {}
+        self._sums = Counter[str]()
 
     def of(self, event: Event) -> tuple[int, dict[str, float]] | None:
         """Return the exchange and the numbers of an event, None if it has none."""
@@ -74,21 +73,26 @@ class Numbers:
                 self._scored[event.exchange, event.client] = event
                 return event.exchange, {f"score/{event.client}": event.score}
             case Trained():
-                self._add("bytes_up", sum(event.up.values()))
-                return event.exchange, _training(event)
+                self._sums["bytes_up"] += sum(event.up.values())
+                values = {loss_key(name): loss for name, loss in event.losses.items()}
+                values |= {"seconds": event.seconds, "epsilon": event.epsilon}
+                known = {key: value for key, value in values.items() if value is not None}
+                return event.exchange, {f"{key}/{event.client}": v for key, v in known.items()}
             case InstructionSent():
-                self._add("bytes_down", sum(event.down.values()))
+                self._sums["bytes_down"] += sum(event.down.values())
             case ClientFailed():
-                self._add("failures", 1)
-                self._add("bytes_up", sum((event.up or {}).values()))
+                self._sums["failures"] += 1
+                self._sums["bytes_up"] += sum((event.up or {}).values())
             case ExchangeRepeated():
-                self._sums = {}
+                self._sums.clear()
             case ExchangeClosed():
-                values = {"failures": 0.0} | self._sums | {"seconds": event.seconds}
-                self._sums = {}
-                return event.exchange, {f"exchange/{name}": v for name, v in values.items()}
+                sums = {"failures": 0, **self._sums}
+                self._sums.clear()
+                whole = {f"exchange/{name}": float(value) for name, value in sums.items()}
+                return event.exchange, whole | {"exchange/seconds": event.seconds}
             case EvaluationClosed():
-                down, self._sums = self._sums.get("bytes_down", 0.0), {}
+                down = float(self._sums["bytes_down"])
+                self._sums.clear()
                 return event.exchange + 1, {
                     "closing_evaluation/bytes_down": down,
                     "closing_evaluation/seconds": event.seconds,
@@ -96,33 +100,28 @@ class Numbers:
         return None
 
     def of_tasks(self, event: Event) -> tuple[int, dict[str, float]] | None:
-        """Return the tasks' scores once an event says that all clients have been asked."""
+        """Return the tasks' scores when an event closes their evaluation."""
         if not isinstance(event, ExchangeClosed | EvaluationClosed):
             return None
         number = event.exchange - isinstance(event, ExchangeClosed)
-        scored = self._scored.values()
-        scores = task_scores(scored, number)
-        mean = mean_over_tasks(scores, tasks_of([*self._rosters, *scored]))
-        values = {f"task_score/{task}": score for task, score in scores.items()}
-        values |= {} if mean is None else {"task_score/mean": mean}
+        curves = score_curves([*self._rosters, *self._scored.values()])
+        names = {name: "mean" if name == MEAN else name for name in curves}
+        values = {f"task_score/{names[n]}": c[number] for n, c in curves.items() if number in c}
         return (number, values) if values else None
-
-    def _add(self, name: str, value: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
 
 
 @contextmanager
 def live_logs(
     config: PilotConfig, folder: RunFolder, *, name: str, after: int | None
 ) -> Iterator[Callable[[Event], None]]:
-    """Open the loggers that the configuration asks for; yield what takes the run's events.
+    """Open the configured loggers; yield a function that logs an event.
 
-    `name` is the run's, the same when it is resumed; `after` is the exchange after which it
+    `name` is the run's, unchanged when it is resumed; `after` is the exchange after which it
     resumes, None if it is new.
     """
     loggers = _open(config, folder.path, name, after)
     numbers = Numbers()
-    for event in folder.select(RosterCalled):  # of a resumed run: which tasks it has
+    for event in folder.select(RosterCalled):  # the tasks of a resumed run
         numbers.of(event)
 
     def take(event: Event) -> None:
@@ -175,7 +174,7 @@ def _each(loggers: list[MetricLogger], do: Callable[[MetricLogger], None]) -> No
 class TensorBoard:
     """TensorBoard's event files; the configuration is shown under Text.
 
-    What earlier files say of exchanges behind `after`, as in `live_logs`, is no longer shown.
+    TensorBoard no longer shows what earlier files have of exchanges beyond `after`.
     """
 
     def __init__(self, folder: Path, config: PilotConfig, after: int | None) -> None:
@@ -206,9 +205,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, resumed by `name`; its files go to ``wandb/`` in `folder`.
+    """A run of Weights & Biases, resumed by `name`; its files are in ``wandb/`` of `folder`.
 
-    Every setting is sent. Account and server come from the user's environment.
+    All settings are sent. Account and server come from the user's environment.
     """
 
     def __init__(self, folder: Path, config: PilotConfig, name: str) -> None:
@@ -232,14 +231,8 @@ class WeightsAndBiases:
         self._run.log({"exchange": step, **values})
 
     def repeat(self, step: int) -> None:
-        """Do nothing: what was sent cannot be discarded, so the exchange is logged twice."""
+        """Do nothing: sent numbers cannot be discarded, so the exchange is logged twice."""
 
     def close(self) -> None:
         """Send the rest."""
         self._run.finish()
-
-
-def _training(event: Trained) -> dict[str, float]:
-    values = {loss_key(name): loss for name, loss in event.losses.items()}
-    values |= {"seconds": event.seconds, "epsilon": event.epsilon}
-    return {f"{key}/{event.client}": v for key, v in values.items() if v is not None}

@@ -1,8 +1,8 @@
 """Decide whether a run succeeded, and explain a failure in a few lines.
 
-Flower calls a run completed whatever its clients did. A run has succeeded if Flower says
-``finished:completed`` and the ServerApp, as its last act, reported ``completed`` without failures:
-in ``result.json``, or in its log where the run folder is on another machine.
+Flower calls a run completed even if clients failed. A run has succeeded if Flower's status is
+``finished:completed`` and the ServerApp reported ``completed`` without failures at its end: in
+``result.json``, or in its log if the run folder is on another machine.
 """
 
 import json
@@ -22,10 +22,10 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What Flower says about a run.
+    """Flower's status of a run.
 
     `status` is for instance ``running`` or ``finished:failed``, empty if unknown; `details` is
-    Flower's explanation, or what the launcher observed; `lost` says that a process died.
+    Flower's explanation or the launcher's observation; `lost` means that a process died.
     """
 
     status: str
@@ -42,9 +42,8 @@ class RunStatus:
 class RunResult:
     """How a run ended, as its ServerApp reports it.
 
-    `folder` is the run folder on the server, `status` is ``completed`` or ``failed``, `error` what
-    stopped the run, `failures` counts the clients' failures of all exchanges and `reasons` has the
-    first few, a line each.
+    `folder` is the run folder on the server, `status` is ``completed`` or ``failed``, `failures`
+    counts the clients' failures in all exchanges and `reasons` has one line for each of the first.
     """
 
     folder: str
@@ -56,7 +55,7 @@ class RunResult:
 
     @classmethod
     def of(cls, folder: Path, result: Mapping[str, Any]) -> "RunResult":
-        """Return the report of a ``result.json``, whatever it lacks."""
+        """Return the result of a ``result.json``, in which any key may be missing."""
         rows = result.get("failures")
         rows = rows if isinstance(rows, list) else []
         seconds = result.get("seconds")
@@ -72,9 +71,9 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Success or failure, with the lines that explain a failure.
+    """Success, or failure with the lines that explain it.
 
-    `restartable` says that a process died, so that the run may resume from its last checkpoint.
+    `restartable` means that a process died, so that the run may resume from its last checkpoint.
     """
 
     succeeded: bool
@@ -83,11 +82,11 @@ class Outcome:
 
 
 def evaluate_outcome(status: RunStatus, folder: Path) -> Outcome:
-    """Decide from Flower's last status and the run folder."""
+    """Decide from Flower's last status and the files of the run folder."""
     content, defect = _read(folder / "result.json")
     result = RunResult.of(folder, content)
     explained = bool(result.failures or result.error or "exception" in status.details)
-    if defect and not result.failures:  # those that were recorded as they happened
+    if defect and not result.failures:  # fall back to the failures among the events
         failed = select(EventTail(folder / "metrics.jsonl").read(), ClientFailed)
         lines = tuple(event.line for event in failed[:SHOWN_FAILURES])
         result = replace(result, failures=len(failed), reasons=lines)
@@ -96,7 +95,7 @@ def evaluate_outcome(status: RunStatus, folder: Path) -> Outcome:
     if outcome.succeeded:
         return outcome
     explanation = outcome.explanation
-    if not explained:  # failures recorded before the end do not tell why a run died
+    if not explained:  # earlier failures of clients do not explain why a run died
         tail = _tail(log) or _tail(log.with_name("superlink.log"))
         explanation = (*explanation[:-1], *tail, explanation[-1])
     restartable = status.lost or content.get("restartable") is True
@@ -106,9 +105,9 @@ def evaluate_outcome(status: RunStatus, folder: Path) -> Outcome:
 def evaluate_result(
     status: RunStatus, result: RunResult | None, full_log: str, *, defect: str = ""
 ) -> Outcome:
-    """Decide from Flower's last status and the ServerApp's report, None if there is none.
+    """Decide from Flower's last status and the ServerApp's result, None if it sent none.
 
-    `full_log` is the explanation's last line; `defect` says why the report cannot be trusted.
+    `full_log` is the explanation's last line; `defect` is why the result cannot be trusted.
     """
     if result is None:
         result = RunResult("", "", "", 0, (), 0.0)
@@ -133,7 +132,7 @@ def evaluate_result(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the result, and what is wrong with the file (or nothing)."""
+    """Return the result, and the file's defect or an empty string."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,13 +152,13 @@ def _describe(row: object) -> str:
 
 
 def _reason(text: str) -> str:
-    """Keep a short reason whole; of a traceback or a long text keep the line that matters."""
+    """Return a short reason unchanged, and the `headline` of a traceback or long text."""
     text = plain(text).strip()
     return headline(text) if 'File "' in text or text.count("\n") > TAIL_LINES else text
 
 
 def _tail(path: Path) -> list[str]:
-    """Return the end of a log, indented, or nothing if there is no log."""
+    """Return the end of a log, indented; empty if there is no log."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

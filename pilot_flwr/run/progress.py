@@ -1,19 +1,18 @@
 """Live output of a run: the lines of ``metrics.jsonl`` as text, while they are written.
 
-The ServerApp appends one JSON object per event. `EventTail` reads what is new, and `Progress` words
-it: one line per client and exchange, under a heading per exchange. To show another kind of event,
-add a method to `Progress` and to its table. Unknown kinds and keys are ignored.
+`EventTail` reads new events, `Progress` formats them, one line per client and exchange under a
+heading per exchange, and `ProgressPrinter` prints them. To show another kind of event, add a case
+to `Progress.lines`.
 """
 
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pilot_flwr.formatting import count, headline, human_bytes, human_seconds, plain
+from pilot_flwr.protocol import LOSSES
 from pilot_flwr.run.events import (
-    LOSS_PARTS,
     Aggregated,
     ClientFailed,
     ClientWarning,
@@ -25,15 +24,15 @@ from pilot_flwr.run.events import (
     Resumed,
     RosterCalled,
     Trained,
-    aggregation_lines,
     parse_event,
 )
+from pilot_flwr.run.tables import aggregation_lines
 
 
 class LineTail:
-    """Read a growing text file by complete lines; the file need not exist yet.
+    """Read complete lines of a growing text file, which need not exist yet.
 
-    If another file replaces it, that one is read from its beginning.
+    If the file is replaced, the new one is read from its beginning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +57,7 @@ class LineTail:
 
 
 class EventTail:
-    """Read a growing file of events; `unreadable` counts the complete lines that were none."""
+    """Read a growing file of events; `unreadable` counts the lines that are not events."""
 
     def __init__(self, path: Path) -> None:
         self.unreadable = 0
@@ -76,36 +75,55 @@ class EventTail:
 
 
 class Progress:
-    """Word events one after another; headings and columns follow from those before."""
+    """Format events one after another; headings and column widths follow from earlier ones."""
 
     def __init__(self) -> None:
         self._exchange: int | None = None
         self._scores: dict[str, str] = {}
         self._client_width = 8
         self._task_width = 6
-        self._words: dict[type[Event], Callable[[Any], list[str]]] = {
-            RosterCalled: self._roster,
-            Evaluated: self._evaluated,
-            Trained: self._trained,
-            ClientFailed: self._failed,
-            NormChecked: self._norm_checked,
-            ClientWarning: self._warning,
-            Aggregated: self._aggregated,
-            ExchangeRepeated: self._repeated,
-            ExchangeClosed: self._closed,
-            Resumed: self._resumed,
-        }
 
     def lines(self, event: Event) -> list[str]:
         """Return the lines to print for an event, none if its kind is not shown."""
-        words = self._words.get(type(event))
-        return words(event) if words else []
+        match event:
+            case RosterCalled():
+                return self._roster(event)
+            case Evaluated():
+                return self._evaluated(event)
+            case Trained():
+                return [*self._heading(event.exchange), self._trained(event)]
+            case ClientFailed():
+                text = f"FAILED in {event.phase}: {headline(event.reason)}"
+            case NormChecked(action="warned" | "clipped"):  # a rejected update is a failure
+                text = f"{event.action.upper()}: {event.reason}"
+            case ClientWarning():
+                text = f"WARNING: {event.text}"
+            case Aggregated():
+                done = f"{count(event.clients, 'client')} in {human_seconds(event.seconds)}"
+                lines = f"  aggregated {done}: {'; '.join(aggregation_lines(event))}"
+                return [*self._heading(event.exchange), lines]
+            case ExchangeRepeated():
+                self._exchange = event.exchange - 1
+                return [f"  {headline(event.reason)} Waiting; the exchange is repeated."]
+            case ExchangeClosed():
+                done = f"exchange {event.exchange} of {event.exchanges} done"
+                heading = self._heading(event.exchange)
+                return [*heading, f"  {done} in {human_seconds(event.seconds)}"]
+            case Resumed():
+                self._exchange, self._scores = event.exchange or None, {}
+                number = event.exchange
+                where = f"after exchange {number}" if number else "from the beginning"
+                reasons = [f"  passed over: {plain(reason)}" for reason in event.passed_over]
+                return ["", f"Resumed {where}", *reasons]
+            case _:
+                return []
+        return [*self._heading(event.exchange), self._row(event.client, "", text)]
 
     def _heading(self, number: int, about: str = "") -> list[str]:
-        """Open a new exchange.
+        """Return the heading of a new exchange.
 
-        Scores of the exchange before may arrive together with the training of the next: they
-        say themselves which one they belong to, and never return to an old heading.
+        Scores of the previous exchange may arrive during the training of the next. They do not
+        repeat its heading, because their lines name the exchange.
         """
         if self._exchange is not None and number <= self._exchange:
             return []
@@ -136,15 +154,14 @@ class Progress:
         heading = self._heading(event.exchange)
         return [*heading, self._row(event.client, event.task, cell, when, *effort)]
 
-    def _trained(self, event: Trained) -> list[str]:
-        heading = self._heading(event.exchange)
-        parts = ((part, event.losses.get(part)) for part in LOSS_PARTS)
+    def _trained(self, event: Trained) -> str:
+        parts = ((part, event.losses.get(part)) for part in LOSSES if part != "total")
         detail = ", ".join(f"{part} {loss:.3g}" for part, loss in parts if loss)
         before = self._scores.pop(event.client, "")
         shown = "loss withheld" if event.loss is None else f"loss {event.loss:.3f}"
         if event.epsilon is not None and event.delta is not None:
             shown = f"ε {event.epsilon:.4g} at δ {event.delta:g}, {shown}"
-        row = self._row(
+        return self._row(
             event.client,
             event.task,
             f"{before} before," if before else "",
@@ -156,46 +173,12 @@ class Progress:
             f"down {human_bytes(event.bytes_down)}",
             f"up {human_bytes(event.bytes_up)}",
         )
-        return [*heading, row]
-
-    def _failed(self, event: ClientFailed) -> list[str]:
-        row = self._row(event.client, "", f"FAILED in {event.phase}: {headline(event.reason)}")
-        return [*self._heading(event.exchange), row]
-
-    def _norm_checked(self, event: NormChecked) -> list[str]:
-        """Show a norm above its bound; a rejected update is a failure and shown as one."""
-        if event.action not in ("warned", "clipped"):
-            return []
-        row = self._row(event.client, "", f"{event.action.upper()}: {event.reason}")
-        return [*self._heading(event.exchange), row]
-
-    def _warning(self, event: ClientWarning) -> list[str]:
-        row = self._row(event.client, "", f"WARNING: {event.text}")
-        return [*self._heading(event.exchange), row]
-
-    def _aggregated(self, event: Aggregated) -> list[str]:
-        done = f"  aggregated {count(event.clients, 'client')} in {human_seconds(event.seconds)}: "
-        return [*self._heading(event.exchange), done + "; ".join(aggregation_lines(event))]
-
-    def _repeated(self, event: ExchangeRepeated) -> list[str]:
-        self._exchange = event.exchange - 1
-        return [f"  {headline(event.reason)} Waiting; the exchange is repeated."]
-
-    def _closed(self, event: ExchangeClosed) -> list[str]:
-        done = f"exchange {event.exchange} of {event.exchanges} done"
-        heading = self._heading(event.exchange)
-        return [*heading, f"  {done} in {human_seconds(event.seconds)}"]
-
-    def _resumed(self, event: Resumed) -> list[str]:
-        self._exchange, self._scores = event.exchange or None, {}
-        where = f"after exchange {event.exchange}" if event.exchange else "from the beginning"
-        return ["", f"Resumed {where}", *(f"  passed over: {plain(r)}" for r in event.passed_over)]
 
 
 class ProgressPrinter:
-    """Print a run's events, and the lines of a log if one is given, as their files grow.
+    """Print a run's events, and the lines of a log if given, as their files grow.
 
-    While neither does, a sign of life is printed at growing intervals.
+    While neither grows, a sign of life is printed at increasing intervals.
     """
 
     FIRST_SIGN_SECONDS = 60.0

@@ -4,11 +4,11 @@
 
     {"commit": "…", "changed": false, "versions": {"python": "3.11.7", "torch": "…", …}}
 
-A run that is resumed under other code has that of each resumption in ``resumed_with``. Flower runs
-the app from a copy without history, so the launcher writes the file where it can see the checkout;
-a ServerApp that finds none writes what it knows itself.
+Resuming a run under other code appends that code to ``resumed_with``. Flower runs the app from a
+copy without git history, so the launcher writes the file, which sees the checkout; a ServerApp
+writes it only if it is missing.
 
-To let another setting change on resume, add it to `FREE`; it must not be able to change a result.
+To let another setting change on resume, add it to `FREE`; it must not affect any result.
 """
 
 import functools
@@ -24,13 +24,13 @@ from typing import Any
 
 from pilot_flwr.config.loading import to_dict
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.run.atomic import write_text
+from pilot_flwr.run.atomic import read_json, write_text
 
 CODE = "code.json"
-"""File of a run folder."""
+"""Name of the file in a run folder."""
 
 PACKAGES = ("pilot-flwr", "flwr", "ray", "torch", "transformers", "peft", "numpy", "scikit-learn")
-"""Distributions that a result may depend on."""
+"""Distributions that results may depend on."""
 
 _PATHS = ("pilot_flwr", "conf", "pyproject.toml")
 
@@ -38,8 +38,8 @@ _PATHS = ("pilot_flwr", "conf", "pyproject.toml")
 def provenance(checkout: Path | None = None) -> dict[str, Any]:
     """Return commit and versions of the running code, by default of this package's checkout.
 
-    ``commit`` is None outside a git checkout, ``changed`` (whether the package, ``conf`` or
-    ``pyproject.toml`` differ from it) if unknown, a version if its distribution is not installed.
+    ``changed`` says whether the package, ``conf`` or ``pyproject.toml`` differ from the commit.
+    Unknown values are None, such as the commit outside a git checkout.
     """
     root = checkout or Path(__file__).resolve().parents[2]
     commit = _git(root, "rev-parse", "HEAD")
@@ -52,7 +52,7 @@ def provenance(checkout: Path | None = None) -> dict[str, Any]:
 
 
 def keep_provenance(folder: Path) -> None:
-    """Write `CODE` into a run folder; append to one that is there if the code has changed."""
+    """Write `CODE` into a run folder; if it exists and the code differs, append to it."""
     now = _of_this_process()
     if not (folder / CODE).exists():
         content = now
@@ -68,17 +68,13 @@ def keep_provenance(folder: Path) -> None:
 
 @functools.cache
 def _of_this_process() -> dict[str, Any]:
-    """Cache `provenance`: a commit made later is not what runs."""
+    """Return `provenance`, cached: a commit made later is not what runs."""
     return provenance()
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the content of `CODE` in a run folder, empty if there is none that can be read."""
-    try:
-        content = json.loads((folder / CODE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """Return the content of `CODE` in a run folder, empty if it cannot be read."""
+    return read_json(folder / CODE)
 
 
 def _version(package: str) -> str | None:
@@ -89,7 +85,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Return git's answer, None without git or where `root` itself is not a checkout."""
+    """Return git's output; None without git, or if `root` itself is not a checkout."""
     if not (root / ".git").exists():
         return None
     try:
@@ -116,30 +112,30 @@ FREE = (
     "train.log_every_seconds",
     "data.workers",
 )
-"""Settings, and groups of settings, that cannot change a result."""
+"""Settings and groups of settings that do not affect results."""
 
 ROUNDS = "strategy.rounds"
-"""May grow: then the run is trained further."""
+"""May be increased, to train the run further."""
 
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """A run's name, by which clients find their private states, and its `settings_hash`."""
+    """A run's name, by which clients find their private state, and its `settings_hash`."""
 
     name: str = ""
     settings: str = ""
 
 
 def settings_hash(config: PilotConfig) -> str:
-    """Return a hash of the settings that a run's results depend on, `strategy.rounds` aside."""
+    """Return a hash of the settings that affect results, except `strategy.rounds`."""
     fixed = {key: value for key, value in _fixed(config).items() if key != ROUNDS}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def differences(recorded: PilotConfig, config: PilotConfig) -> list[str]:
-    """Return which settings keep a recorded run from being resumed with `config`, a line each."""
+    """Return one line per setting that prevents resuming a recorded run with `config`."""
     before, now = _fixed(recorded), _fixed(config)
     found = []
     for key in dict.fromkeys([*before, *now]):

@@ -1,34 +1,29 @@
-"""Tables of a run from its events: the timeline and the scores, as rows and as Markdown.
+"""A run's tables, as rows and as Markdown: the timeline and the scores.
 
-Everything here was observed: clients count the parameters that had a gradient, bytes are those of
-the serialised arrays in the messages, and what the server did is what its aggregation returned.
+All figures are observations: clients count the parameters that had a gradient, bytes are those of
+the serialised arrays in the messages, and aggregations are described from what they returned.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS
-from pilot_flwr.formatting import human_bytes
+from pilot_flwr.formatting import count, human_bytes
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.events import (
     Aggregated,
     AggregationMethod,
-    ClientFailed,
     Evaluated,
     EvaluationClosed,
     Event,
     ExchangeClosed,
     InstructionSent,
     Trained,
-    aggregation_lines,
-    bytes_down,
-    bytes_up,
-    mean_over_tasks,
     select,
-    symbol,
-    task_scores,
-    tasks_of,
 )
+from pilot_flwr.run.history import MEAN, gradients, observe, score_curves
+
+PART_GROUPS = {"lora": "lora", "task_adapters": "own_task_adapter", "residual": "residual"}
+"""Part of a message → the group of parameters that it carries."""
 
 Rows = list[list[str]]
 """The header first; a cell may have several lines."""
@@ -63,32 +58,25 @@ def timeline_rows(events: Sequence[Event], method: AggregationMethod | None = No
     header = ["exchange", "stage: clients", "parameters with gradients, per client"]
     rows = [[*header, "sent down", "sent up", "server", "seconds"]]
     for closed in select(events, ExchangeClosed):
-        number = closed.exchange
-        trained = select(events, Trained, number)
-        failed = select(events, ClientFailed, number)
-        aggregated = select(events, Aggregated, number)
-        stages = sorted(Counter(event.stage for event in trained).items())
-        rows.append(
-            [
-                f"{number} of {closed.exchanges}",
-                "\n".join(
-                    [f"stage {stage}: {clients} clients" for stage, clients in stages]
-                    + [f"failed: {len(failed)}"] * bool(failed)
-                ),
-                "\n".join(_gradients(trained)),
-                "\n".join(_bytes(bytes_down(events, number))),
-                "\n".join([*_bytes(bytes_up(events, number)), *_spent(trained)]),
-                "\n".join(aggregation_lines(aggregated[-1] if aggregated else None, method)),
-                f"{closed.seconds:.1f}",
-            ]
-        )
+        seen = observe(events, closed.exchange)
+        clients = [f"stage {n}: {len(trained)} clients" for n, trained in seen.stages.items()]
+        clients += [f"failed: {seen.failures}"] * bool(seen.failures)
+        cells = [
+            clients,
+            [f"{symbol(group)} {span(n)}" for group, n in gradients(seen.trained).items()],
+            _bytes(seen.down),
+            [*_bytes(seen.up), *_privacy(seen.trained)],
+            aggregation_lines(seen.aggregated, method),
+        ]
+        name = f"{seen.number} of {closed.exchanges}"
+        rows.append([name, *map("\n".join, cells), f"{closed.seconds:.1f}"])
     for ended in select(events, EvaluationClosed):
         # In earlier exchanges it is the clients that do not train that only evaluate.
-        sent = [e for e in select(events, InstructionSent) if e.exchange > ended.exchange]
+        seen = observe(events, ended.exchange + 1)
+        sent = f"{len(select(events, InstructionSent, seen.number))} clients"
         scores = f"{len(select(events, Evaluated, ended.exchange))} scores"
-        down = "\n".join(_bytes(bytes_down(sent)))
-        clients = f"{len(sent)} clients"
-        rows.append(["evaluation", clients, "none", down, scores, "", f"{ended.seconds:.1f}"])
+        down = "\n".join(_bytes(seen.down))
+        rows.append(["evaluation", sent, "none", down, scores, "", f"{ended.seconds:.1f}"])
     return rows
 
 
@@ -103,34 +91,33 @@ def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
 
 
 def summary_rows(events: Sequence[Event], tasks: Sequence[str] = ()) -> Rows:
-    """Return the scores: a row per task, the last for their mean, and a column per exchange.
+    """Return one row per task with its score after each exchange, and one for their mean.
 
-    Rows follow the order of `tasks`, further ones are sorted; there are none without a score. An
-    exchange in which a task of the run has no score has no mean.
+    Rows follow the order of `tasks`, further ones are sorted. Without scores there are no rows,
+    and an exchange in which a task of the run has no score has no mean.
     """
-    evaluated = sorted(select(events, Evaluated), key=lambda event: event.client)
-    numbers = sorted({event.exchange for event in evaluated})
-    if not numbers:
+    evaluated = select(events, Evaluated)
+    if not evaluated:
         return []
-    scores = {number: task_scores(evaluated, number) for number in numbers}
-    scored = {event.task for event in evaluated}
+    numbers = sorted({event.exchange for event in evaluated})
     header = ["task", "metric", "test examples"]
     for number in numbers:
-        stages = sorted({str(event.stage) for event in select(events, Trained, number)})
-        title = f"exchange {number}" + (f" (stage {' and '.join(stages)})" if stages else "")
+        stages = " and ".join(map(str, observe(events, number).stages))
+        title = f"exchange {number}" + (f" (stage {stages})" if stages else "")
         header.append(title if number else "zero-shot")
     rows = [header]
+    curves = score_curves(events)
+    scored = {event.task for event in evaluated}
     for task in [*(t for t in tasks if t in scored), *sorted(scored - set(tasks))]:
         mine = [event for event in evaluated if event.task == task]
         metric = mine[0].metric + " (approximate)" * any(event.approximate for event in mine)
         examples = sum(event.examples for event in mine if event.exchange == numbers[0])
-        rows.append([task, metric, str(examples), *(_score(scores[n].get(task)) for n in numbers)])
-    means = (mean_over_tasks(scores[number], tasks_of(events)) for number in numbers)
-    return [*rows, ["mean over tasks", "", "", *map(_score, means)]]
+        rows.append([task, metric, str(examples), *_scores(curves.get(task, {}), numbers)])
+    return [*rows, [MEAN, "", "", *_scores(curves.get(MEAN, {}), numbers)]]
 
 
 def summary_notes(events: Sequence[Event]) -> list[str]:
-    """Return what has to be said about the scores."""
+    """Return remarks on the scores."""
     evaluated = select(events, Evaluated)
     if not evaluated:
         if any(event.epsilon is not None for event in select(events, Trained)):
@@ -145,21 +132,71 @@ def summary_notes(events: Sequence[Event]) -> list[str]:
     return notes
 
 
-def _score(score: float | None) -> str:
+def aggregation_lines(
+    event: Aggregated | None,
+    method: AggregationMethod | None = None,
+    *,
+    width: int | None = None,
+) -> list[str]:
+    """Describe what the server did with the updates of an exchange.
+
+    `method` is the run's, for an event that does not record it. With a `width`, several groups are
+    listed by their sizes, in at most that many characters, instead of by name.
+    """
+    if event is None or not (event.tasks or event.neighbors):
+        return ["no aggregation"]
+    method = event.method or method
+    adam = method is not None and method.optimizer == "adam"
+    if method is not None and method.trained_by == "pooled" and not adam:
+        return ["takes the pooled client's parameters"]
+    verb = "steps by Adam:" if adam else "averages"
+    lora = symbol("lora")
+    lines = []
+    if event.tasks:
+        lines.append(f"{verb} {symbol('task_adapters')} {_groups(event.tasks, width)}")
+    if event.neighbors and (method is None or method.lora == "adaptive"):
+        others = sorted({len({*shares} - {own}) for own, shares in event.neighbors.items()})
+        mixes = "mixes" if method else "combines"
+        verb = f"steps by Adam: {mixes} of" if adam else mixes
+        with_others = "–".join(map(str, others))
+        lines.append(f"{verb} {len(event.neighbors)} {lora}, each with {with_others} others")
+    elif event.neighbors and method is not None:
+        matrices = {"A": "A of ", "B": "B of "}.get(method.matrices, "")
+        groups = {", ".join(sorted(s)): tuple(sorted(s)) for s in event.neighbors.values()}
+        rest = f", the rest in {symbol('residual')}" if method.lora == "exact" else ""
+        members = _groups(dict(sorted(groups.items())), 10 if width is None else width)
+        lines.append(f"{verb} {matrices}{lora} {members}{rest}")
+    return lines
+
+
+def _groups(groups: Mapping[str, Sequence[str]], width: int | None) -> str:
+    if len(groups) == 1:
+        return f"of {count(len(next(iter(groups.values()))), 'client')}"
+    if width is None:
+        return "per task: " + ", ".join(f"{task} of {len(c)}" for task, c in groups.items())
+    sizes = ", ".join(str(len(clients)) for clients in groups.values())
+    return f"per task, of {sizes} clients" if len(sizes) <= width else f"in {len(groups)} tasks"
+
+
+def symbol(name: str) -> str:
+    """Return the symbol of a group of parameters or of a part of a message, else its name."""
+    symbols: dict[str, str] = {group: row.symbol for group, row in GROUPS.items()}
+    return symbols.get(PART_GROUPS.get(name, name), name)
+
+
+def span(numbers: tuple[int, int]) -> str:
+    """Return the fewest and the most of something as text."""
+    low, high = numbers
+    return f"{high:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def score_text(score: float | None) -> str:
+    """Format a score, or that there is none."""
     return "–" if score is None else f"{score:.3f}"
 
 
-def _gradients(trained: Sequence[Trained]) -> list[str]:
-    """Return the groups with the fewest and most parameters that had a gradient on a client."""
-    lines = []
-    for group, row in GROUPS.items():
-        counts = [event.gradients.get(group, 0) for event in trained]
-        if any(counts):
-            low, high = min(counts), max(counts)
-            lines.append(
-                f"{row.symbol} {high:,}" if low == high else f"{row.symbol} {low:,}–{high:,}"
-            )
-    return lines
+def _scores(curve: Mapping[int, float], numbers: Sequence[int]) -> list[str]:
+    return [score_text(curve.get(number)) for number in numbers]
 
 
 def _bytes(sizes: dict[str, int]) -> list[str]:
@@ -167,7 +204,7 @@ def _bytes(sizes: dict[str, int]) -> list[str]:
     return [f"{symbol(part)} {human_bytes(size)}" for part, size in shown.items()]
 
 
-def _spent(trained: Sequence[Trained]) -> list[str]:
-    """Return the largest ε that a client has spent in the run, if uploads were made private."""
+def _privacy(trained: Sequence[Trained]) -> list[str]:
+    """Return the largest ε that a client has spent in the run, if uploads were privatised."""
     spent = [(e.epsilon, e.delta) for e in trained if e.epsilon is not None and e.delta is not None]
     return [f"ε <= {max(spent)[0]:.4g} at δ {max(spent)[1]:g}"] if spent else []

@@ -37,10 +37,8 @@ from pilot_flwr.run.events import (
     RosterCalled,
     RosterEntry,
     Trained,
-    mean_over_tasks,
-    task_scores,
-    tasks_of,
 )
+from pilot_flwr.run.history import mean_over_tasks, task_scores, tasks_of
 from pilot_flwr.run.outcome import RunResult
 from pilot_flwr.run.progress import Progress
 from pilot_flwr.run.tables import summary, timeline

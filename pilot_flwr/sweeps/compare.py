@@ -1,7 +1,7 @@
 """Compare methods over seeds: means with intervals, paired tests, tables.
 
-Rows of ``results.csv`` with the same `name`, tasks and split form one comparison. Each of its rows
-is a method with its variant (the other swept settings), repeated over seeds.
+Rows of ``results.csv`` with the same `name`, tasks and split form one comparison of methods. A
+method includes its variant (the other swept settings) and is repeated over seeds.
 
 To add a format, write a function like `as_markdown` that renders `table_rows` and `legend`.
 """
@@ -16,6 +16,7 @@ from scipy import stats
 
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import count, human_bytes, human_seconds
+from pilot_flwr.run.history import MEAN
 from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.results import DONE, SCORE, ZERO_SHOT, label_of
 
@@ -27,13 +28,11 @@ ROUNDING = 1e-12
 UNTOUCHED = "untouched base"
 """Label of the untrained base model, which every run evaluates first."""
 
-MEAN = "mean over tasks"
-
 CsvRow = Mapping[str, str]
 
 
 class Interval(NamedTuple):
-    """A mean and the half-width of its confidence interval, None for fewer than two values."""
+    """A mean and the half-width of its confidence interval, None for a single value."""
 
     mean: float
     half_width: float | None
@@ -42,8 +41,8 @@ class Interval(NamedTuple):
 class Paired(NamedTuple):
     """Number of pairs, mean difference with its interval, and p-value.
 
-    `p` is from the two-sided paired t-test against a difference of zero; None if the test is
-    undefined, for fewer than two pairs or equal differences.
+    `p` is from the two-sided paired t-test; None if that is undefined, for a single pair or equal
+    differences.
     """
 
     pairs: int
@@ -65,12 +64,11 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compare two methods' scores, paired by seed; equal differences (up to rounding) get no p."""
+    """Compare two methods' scores, paired by seed."""
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
-    found = interval(differences)
-    if max(differences) - min(differences) <= ROUNDING:
-        return Paired(len(differences), found, None)
-    return Paired(len(differences), found, float(stats.ttest_1samp(differences, 0.0).pvalue))
+    equal = max(differences) - min(differences) <= ROUNDING
+    p = None if equal else float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return Paired(len(differences), interval(differences), p)
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
@@ -90,27 +88,25 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class MethodScores:
-    """The scores of a method with its variant, over seeds."""
+    """The scores of a method over seeds."""
 
     label: str
     scores: dict[str, dict[int, float]]
     """Task, or `MEAN`, → seed → score."""
 
     jobs: tuple[str, ...] = ()
-    """Names of the jobs with these scores."""
-
     costs: dict[str, float | None] = field(default_factory=dict)
     """``bytes_up``, ``bytes_down``, ``seconds`` of a run: means over seeds."""
 
     test: Paired | None = None
-    """`MEAN` against the baseline's, over the seeds that both have."""
+    """Of `MEAN` against the baseline's, over the seeds that both have."""
 
     p: float | None = None
     """p-value of `test` after Holm's correction over the comparison."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The repetitions."""
+        """The seeds with a score."""
         return tuple(sorted(self.scores[MEAN]))
 
     def interval(self, what: str = MEAN) -> Interval:
@@ -136,7 +132,7 @@ class Comparison:
 def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Comparison]:
     """Return one comparison per scenario, from the rows of one or several ``results.csv``.
 
-    All methods are tested against `baseline`, a method with its variant, if it has several.
+    All methods are tested against the method with the label `baseline`.
     """
     usable = [row for row in rows if row["status"] == DONE and row["mean"]]
     scenarios: dict[tuple[str, ...], list[CsvRow]] = {}
@@ -146,7 +142,7 @@ def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Compari
     if not scenarios:
         raise ConfigError("No finished job has scores to tabulate.")
     skipped = [row for row in rows if row not in usable]
-    notes = [_skipped(skipped)] if skipped else []
+    notes = [_omitted(skipped)] if skipped else []
     return [_comparison(mine, baseline, notes) for mine in scenarios.values()]
 
 
@@ -198,7 +194,7 @@ def _method(label: str, group: Mapping[int, CsvRow], tasks: Sequence[str]) -> Me
     costs = {}
     for key in ("bytes_up", "bytes_down", "seconds"):
         values = [float(row[key]) for row in group.values() if row.get(key)]
-        costs[key] = sum(values) / len(values) if values else None
+        costs[key] = statistics.fmean(values) if values else None
     jobs = tuple(row["job"] for row in group.values())
     return MethodScores(label, _scores(group, tasks, SCORE, "mean"), jobs, costs)
 
@@ -206,14 +202,12 @@ def _method(label: str, group: Mapping[int, CsvRow], tasks: Sequence[str]) -> Me
 def _tested(methods: Sequence[MethodScores], baseline: str) -> list[MethodScores]:
     """Add each method's test against the baseline."""
     theirs = next(method.scores[MEAN] for method in methods if method.label == baseline)
-    tests: list[Paired | None] = []
+    tests = []
     for method in methods:
         mine = method.scores[MEAN]
-        common = sorted(mine.keys() & theirs.keys())
-        known = method.label != baseline and common
-        tests.append(
-            paired([mine[s] for s in common], [theirs[s] for s in common]) if known else None
-        )
+        common = sorted(mine.keys() & theirs.keys()) if method.label != baseline else []
+        values = [mine[seed] for seed in common]
+        tests.append(paired(values, [theirs[seed] for seed in common]) if common else None)
     adjusted = holm([test.p if test else None for test in tests])
     return [
         replace(method, test=test, p=p)
@@ -226,13 +220,11 @@ def _untouched(
 ) -> MethodScores | None:
     """Return the scores of the untrained base model, None if the rows differ."""
     by_seed: dict[int, CsvRow] = {}
-    columns = [f"{ZERO_SHOT}{task}" for task in tasks]
-    for group in groups.values():
-        for seed, row in group.items():
-            if row["zero_shot_mean"]:
-                first = by_seed.setdefault(seed, row)
-                if any(first[column] != row[column] for column in columns):
-                    return None  # variants differ in data or base model
+    for seed, row in (item for group in groups.values() for item in group.items()):
+        if row["zero_shot_mean"]:
+            first = by_seed.setdefault(seed, row)
+            if any(first[f"{ZERO_SHOT}{task}"] != row[f"{ZERO_SHOT}{task}"] for task in tasks):
+                return None  # variants differ in data or base model
     if not by_seed:
         return None
     return MethodScores(UNTOUCHED, _scores(by_seed, tasks, ZERO_SHOT, "zero_shot_mean"))
@@ -254,7 +246,7 @@ def _tasks(row: CsvRow) -> list[str]:
     ]
 
 
-def _skipped(rows: Sequence[CsvRow]) -> str:
+def _omitted(rows: Sequence[CsvRow]) -> str:
     shown = ", ".join(f"{row['job']} ({row['status']})" for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"Omitted for lack of scores: {shown}{more}."
@@ -313,7 +305,7 @@ def table_rows(comparison: Comparison, *, costs: bool = False) -> list[list[str]
 
 
 def interval_text(found: Interval, *, sign: str = "") -> str:
-    """Format a mean with its interval's half-width; ``sign="+"`` prints the sign of positives."""
+    """Format a mean with its interval's half-width; ``sign="+"`` shows the sign of positives."""
     half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
     return f"{found.mean:{sign}.3f}{half}"
 
@@ -328,12 +320,13 @@ def p_text(value: float | None) -> str:
 def _difference_text(method: MethodScores) -> str:
     if method.test is None:
         return ""
-    pairs = "" if method.test.pairs == len(method.seeds) else f" ({method.test.pairs} pairs)"
-    return interval_text(method.test.difference, sign="+") + pairs
+    pairs = method.test.pairs
+    missing = "" if pairs == len(method.seeds) else f" ({pairs} pairs)"
+    return interval_text(method.test.difference, sign="+") + missing
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """Explain the table's figures, and add the comparison's notes."""
+    """Explain the table, and append the comparison's notes."""
     kinds = set(comparison.metrics.values())
     metric = ", ".join(f"{task}: {name}" for task, name in comparison.metrics.items())
     lines = [

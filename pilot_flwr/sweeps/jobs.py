@@ -1,18 +1,18 @@
 """Expand a sweep's overrides into jobs, and define its folder.
 
-Every combination of override values is one job. An override with several values
-(``seed=0,1,2``, ``strategy=glob(pilot*)``, ``strategy.rounds=range(1,4)``) is expanded as by
-Hydra's basic sweeper: the last one varies fastest. A list is one value:
-``data.tasks=[vqa,counting]``; two values are ``data.tasks=[a],[a,b]``.
+Every combination of override values is one job, in the order of Hydra's basic sweeper: the last
+override varies fastest. Several values are ``seed=0,1,2``, ``strategy=glob(pilot*)`` or
+``strategy.rounds=range(1,4)``. A list is one value, ``data.tasks=[vqa,counting]``; two lists are
+``data.tasks=[a],[a,b]``.
 
-A sweep's folder, from which it can be resumed at any time::
+A sweep can be resumed from its folder at any time::
 
-    sweep.json        the commands' overrides, and every job of the sweep, in order
+    sweep.json        the commands' overrides, and all jobs in order
     multirun.yaml     Hydra's record of the multirun
     runs/NAME/        run folder of a job
     failed/NAME-1/    archived run folder of a job that ended with failures and was restarted
-    logs/NAME.log     its output, as of `pilot-flwr run`
-    ended/NAME.json   the job's outcome; written last
+    logs/NAME.log     output of a job
+    ended/NAME.json   outcome of a job; written last
     results.csv       one row per job, rewritten whenever a job ends
     table.md          means and intervals; written at the end
 """
@@ -48,11 +48,11 @@ class Job:
     """One run of a sweep."""
 
     name: str
-    """Name of its folder: the overrides that distinguish it from other jobs."""
+    """Name of its folder: the swept overrides."""
 
     overrides: tuple[str, ...]
     swept: dict[str, str]
-    """Swept overrides: setting → value, as text."""
+    """Swept setting → value, as text."""
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -106,7 +106,7 @@ def expand_jobs(overrides: Sequence[str]) -> list[Job]:
 def job_name(swept: dict[str, str]) -> str:
     """Return the name of a job's folder: its swept overrides, in safe characters.
 
-    If characters are replaced or the name is truncated, a hash of the full name is appended.
+    A changed or truncated name ends with a hash of the full one.
     """
     text = ",".join(f"{key}={value}" for key, value in swept.items()) or "job"
     plain = _NOT_PLAIN.sub("-", text)
@@ -128,38 +128,22 @@ def _values(override: Override) -> list[str]:
     return values
 
 
-@dataclass(frozen=True)
 class SweepFolder:
-    """Access the paths and outcomes in a sweep's folder; `path` is absolute."""
+    """Paths and outcomes in a sweep's folder, an absolute path."""
 
-    path: Path
-
-    @property
-    def manifest(self) -> Path:
-        """The file that lists commands and jobs."""
-        return self.path / "sweep.json"
-
-    @property
-    def results(self) -> Path:
-        """The file with one row per job."""
-        return self.path / "results.csv"
-
-    @property
-    def table(self) -> Path:
-        """The table of means."""
-        return self.path / "table.md"
-
-    @property
-    def lock(self) -> Path:
-        """Lock file, held by the sweep running in this folder."""
-        return self.path / ".sweep.lock"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = path / "sweep.json"
+        self.results = path / "results.csv"
+        self.table = path / "table.md"
+        self.lock = path / ".sweep.lock"
 
     def run(self, job: Job) -> Path:
         """Return a job's run folder."""
         return self.path / "runs" / job.name
 
     def log(self, job: Job) -> Path:
-        """Return the file with a job's live output."""
+        """Return the file with a job's output."""
         return self.path / "logs" / f"{job.name}.log"
 
     def outcome(self, job: Job) -> Outcome | None:
@@ -180,7 +164,7 @@ class SweepFolder:
         self._ended(job).unlink(missing_ok=True)
 
     def archive_failed_run(self, job: Job) -> Path:
-        """Move a job's run folder away so that it can be restarted; return the new path."""
+        """Move a job's run folder into ``failed/``, and return the new path."""
         number = 1
         while (archived := self.path / "failed" / f"{job.name}-{number}").exists():
             number += 1
@@ -193,17 +177,15 @@ class SweepFolder:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``sweep.json``."""
+    """The content of ``sweep.json``.
+
+    `commands` are the overrides of every command in this folder, as typed, the current one last.
+    `current` are its jobs, in Hydra's order, and `jobs` those of all commands.
+    """
 
     commands: tuple[tuple[str, ...], ...]
-    """Overrides of every command in this folder, as typed; the current one is last."""
-
     current: tuple[Job, ...]
-    """Jobs of the current command, in Hydra's order."""
-
     jobs: tuple[Job, ...]
-    """All jobs in this folder, those of earlier commands first."""
-
     verbose: bool = False
     baseline: str | None = None
 
@@ -235,9 +217,9 @@ def update_manifest(
     verbose: bool,
     baseline: str | None = None,
 ) -> Manifest:
-    """Add a command and its jobs to the manifest file, and return the new manifest.
+    """Add a command and its jobs to the manifest, and return the new one.
 
-    Without a `baseline`, an earlier command's is kept.
+    If `baseline` is None, an earlier command's is kept.
     """
     earlier = read_manifest(folder)
     if earlier is None and folder.path.is_dir():

@@ -1,6 +1,6 @@
-"""Write ``results.csv``: one row per job of a sweep, built from the jobs' run folders.
+"""Read and write ``results.csv``, which has one row per job of a sweep.
 
-To add a column, add it to `row_of`. ``settings`` is a hash of everything that results depend on
+To add a column, add it to `row_of`. ``settings`` is a hash of everything that affects results
 except the seed, so that repetitions share it. A task's columns are ``score.TASK`` (after the last
 exchange) and ``zero_shot.TASK`` (of the untrained base model); missing values are empty.
 """
@@ -8,7 +8,6 @@ exchange) and ``zero_shot.TASK`` (of the untrained base model); missing values a
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,24 +16,15 @@ from typing import Any
 from pilot_flwr.config.loading import from_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError, PilotError
-from pilot_flwr.run.atomic import write_text
+from pilot_flwr.run.atomic import read_json, write_text
 from pilot_flwr.run.directory import read_events
-from pilot_flwr.run.events import (
-    ClientFailed,
-    Evaluated,
-    Event,
-    ExchangeClosed,
-    bytes_down,
-    bytes_up,
-    mean_over_tasks,
-    select,
-    task_scores,
-    tasks_of,
-)
+from pilot_flwr.run.events import ClientFailed, Evaluated, Event, ExchangeClosed, select
+from pilot_flwr.run.history import bytes_down, bytes_up, mean_over_tasks, task_scores, tasks_of
 from pilot_flwr.run.provenance import read_provenance, settings_hash
 from pilot_flwr.sweeps.jobs import Job, Manifest, SweepFolder
 
 Row = dict[str, Any]
+RESULTS = "results.csv"
 SCORE, ZERO_SHOT = "score.", "zero_shot."
 
 NOT_VARIANTS = ("strategy", "seed")
@@ -45,14 +35,14 @@ _FIRST = ("name", "method", "variant", "seed", "status", "mean", "zero_shot_mean
 
 
 def write_results(folder: SweepFolder, manifest: Manifest) -> list[Row]:
-    """Rewrite ``results.csv`` from the jobs' folders, and return its rows."""
+    """Rewrite ``results.csv`` from the jobs' run folders, and return its rows."""
     rows = [row_of(folder, job) for job in manifest.jobs]
     write_text(folder.results, as_csv(rows))
     return rows
 
 
 def row_of(folder: SweepFolder, job: Job) -> Row:
-    """Return a job's row; columns that it cannot fill yet are left out."""
+    """Return a job's row, without the columns that are still unknown."""
     path = folder.run(job)
     outcome = folder.outcome(job)
     status = OPEN if outcome is None else DONE if outcome.succeeded else FAILED
@@ -70,7 +60,16 @@ def row_of(folder: SweepFolder, job: Job) -> Row:
         if not row["error"] and not isinstance(error, FileNotFoundError):
             row["error"] = str(error).splitlines()[0]
         return row
-    return row | _settings(config) | _scores(events) | _effort(events, path) | _code(path)
+    settings = {
+        "name": config.name,
+        "method": config.strategy.name,
+        "seed": config.seed,
+        "rounds": config.strategy.rounds,
+        "evaluated_on": config.data.evaluate_on,
+        "engine": config.simulation.engine,
+        "settings": _settings_tag(config),
+    }
+    return row | settings | _scores(events) | _effort(events, path) | _code(path)
 
 
 def variant_of(job: Job) -> str:
@@ -98,7 +97,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Read a ``results.csv``, given its path or its sweep's folder."""
-    file = path / "results.csv" if path.is_dir() else path
+    file = path / RESULTS if path.is_dir() else path
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -115,20 +114,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _settings(config: PilotConfig) -> Row:
-    return {
-        "name": config.name,
-        "method": config.strategy.name,
-        "seed": config.seed,
-        "rounds": config.strategy.rounds,
-        "evaluated_on": config.data.evaluate_on,
-        "engine": config.simulation.engine,
-        "settings": _settings_tag(config),
-    }
-
-
 def _settings_tag(config: PilotConfig) -> str:
-    """Hash the settings that affect results, without the seed but with the rounds."""
+    """Hash the settings that affect results, including the rounds but not the seed."""
     text = f"{settings_hash(replace(config, seed=0))} {config.strategy.rounds}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -139,30 +126,27 @@ def _scores(events: Sequence[Event]) -> Row:
     metrics = dict.fromkeys(f"{event.task}:{event.metric}" for event in evaluated)
     row: Row = {"metrics": " ".join(metrics)}
     after = task_scores(events, last) if last else {}
-    before = task_scores(events, 0)
-    for prefix, scores in ((SCORE, after), (ZERO_SHOT, before)):
-        row |= {f"{prefix}{task}": score for task, score in scores.items()}
-    for name, scores in (("mean", after), ("zero_shot_mean", before)):
+    for prefix, name, scores in (
+        (SCORE, "mean", after),
+        (ZERO_SHOT, "zero_shot_mean", task_scores(events, 0)),
+    ):
         mean = mean_over_tasks(scores, tasks_of(events))
+        row |= {f"{prefix}{task}": score for task, score in scores.items()}
         row[name] = "" if mean is None else mean
     return row
 
 
 def _effort(events: Sequence[Event], path: Path) -> Row:
+    seconds = read_json(path / "result.json").get("seconds")
+    if not isinstance(seconds, int | float):  # the run has not ended
+        seconds = events[-1].elapsed if events else ""
     return {
         "exchanges": len(select(events, ExchangeClosed)),
         "bytes_down": sum(bytes_down(events).values()),
         "bytes_up": sum(bytes_up(events).values()),
-        "seconds": _seconds(path, events),
+        "seconds": seconds,
         "failures": len(select(events, ClientFailed)),
     }
-
-
-def _seconds(path: Path, events: Sequence[Event]) -> float | str:
-    try:
-        return float(json.loads((path / "result.json").read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return events[-1].elapsed if events else ""
 
 
 def _code(path: Path) -> Row:

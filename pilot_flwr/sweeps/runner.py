@@ -1,9 +1,8 @@
 """Run a sweep as a Hydra multirun in which each job is a federated run.
 
-Hydra's sweeper and launcher start the jobs: the basic launcher sequentially in this process, others
-(joblib, submitit) in worker processes, where `hydra_job` reads its input from the sweep's folder. A
-failed job is recorded in that folder and does not raise, so that Hydra continues with the next
-job.
+Hydra's basic launcher runs the jobs sequentially in this process, others (joblib, submitit) in
+worker processes, where `hydra_job` reads its input from the sweep's folder. A failed job is
+recorded there and does not raise, so that Hydra continues with the next one.
 """
 
 import functools
@@ -53,7 +52,7 @@ ORPHANED = 143
 """Exit code of a worker whose sweep was killed."""
 
 _in_sweep_process = False
-"""Whether this process runs `sweep`, rather than being a launcher's worker."""
+"""Whether this process runs `sweep`; a launcher's worker does not."""
 
 
 def sweep(
@@ -66,7 +65,7 @@ def sweep(
 ) -> list[Row]:
     """Run the unfinished jobs of a sweep, and return the rows of ``results.csv``.
 
-    `path` is the sweep's absolute folder, new or to be resumed; `out` receives lines of output.
+    `path` is the sweep's absolute folder, new or existing; `out` receives lines of output.
     """
     settings, launcher = split_overrides(overrides)
     jobs = expand_jobs(settings)
@@ -79,7 +78,7 @@ def sweep(
         out(f"Sweep of {count(len(jobs), 'job')} in {path}")
         write_results(folder, manifest)
         try:
-            _multirun(settings, [*launcher, *_hydra_settings(folder)])
+            _multirun(folder, [*settings, *launcher])
         finally:
             rows = write_results(folder, manifest)
     return rows
@@ -122,7 +121,7 @@ def run_job(
 ) -> Outcome:
     """Run or resume a job, and record its outcome.
 
-    `out` receives a line at the start and one at the end, and all live output if `verbose`.
+    `out` receives a line at the start and the end, and all live output if `verbose`.
     """
     started = time.monotonic()
     folder.log(job).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +159,7 @@ def run_job(
 
 
 def hydra_job(_: Any) -> None:
-    """Run the job with the number in Hydra's configuration; called by Hydra's launchers."""
+    """Run the job with the number in Hydra's configuration; Hydra's launchers call this."""
     if not _in_sweep_process:
         _exit_with_parent()
     settings = HydraConfig.get()
@@ -185,10 +184,9 @@ def hydra_job(_: Any) -> None:
 
 def _prepare(path: Path, job: Job) -> Prepared:
     begun = _begun(path)
-    if not begun and path.is_dir():
-        # The launcher was killed before recording the overrides: nothing to keep.
-        if not any((path / name).exists() for name in ("metrics.jsonl", "config.yaml")):
-            shutil.rmtree(path)
+    kept = any((path / name).exists() for name in ("metrics.jsonl", "config.yaml"))
+    if path.is_dir() and not begun and not kept:
+        shutil.rmtree(path)  # the launcher was killed before it recorded the overrides
     folder = path_override("resume" if begun else "run.folder", path)
     return prepare([*job.overrides, folder], os.environ, datetime.now())
 
@@ -201,33 +199,34 @@ def _first(outcome: Outcome) -> str:
     return headline(outcome.explanation[0]) if outcome.explanation else "no reason given"
 
 
-def _multirun(settings: Sequence[str], hydra_settings: Sequence[str]) -> None:
-    """Call Hydra's main function, which reads its arguments only from ``sys.argv``."""
+def _multirun(folder: SweepFolder, overrides: Sequence[str]) -> None:
+    """Call Hydra's main function, which reads its arguments only from ``sys.argv``.
+
+    Its files are confined to the sweep's folder, and its logs disabled.
+    """
     load_config()  # registers the schema that conf/config.yaml extends
     configured = hydra.main(
         config_path=str(config_folder()), config_name="config", version_base="1.3"
     )
     command_line = sys.argv
-    sys.argv = ["pilot-flwr", "--multirun", *settings, *hydra_settings]
-    try:
-        with StopSignals(at_once=True):
-            configured(hydra_job)()
-    except SystemExit as end:  # Hydra has printed why
-        if end.code:
-            raise RunError("Hydra's launcher failed; see its message above.") from None
-    finally:
-        sys.argv = command_line
-
-
-def _hydra_settings(folder: SweepFolder) -> list[str]:
-    """Return overrides that confine Hydra to the sweep's folder and disable its logs."""
-    return [
+    sys.argv = [
+        "pilot-flwr",
+        "--multirun",
+        *overrides,
         f"hydra.sweep.dir={hydra_text(str(folder.path))}",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
     ]
+    try:
+        with StopSignals(at_once=True):
+            configured(hydra_job)()
+    except SystemExit as end:  # Hydra has printed the reason
+        if end.code:
+            raise RunError("Hydra's launcher failed; see its message above.") from None
+    finally:
+        sys.argv = command_line
 
 
 @contextmanager

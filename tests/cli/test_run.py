@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from flowerlab import nothing_left, write_app
+from sample_events import AGGREGATED, CLOSED, sent, trained
 
 from pilot_flwr.cli import main as cli
 from pilot_flwr.config.loading import load_config, to_yaml
@@ -19,7 +21,9 @@ from pilot_flwr.launch import simulation as launch_module
 from pilot_flwr.launch.processes import Interrupted
 from pilot_flwr.launch.simulation import LAUNCH_LOCK
 from pilot_flwr.run.atomic import hold
+from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.outcome import Outcome
+from pilot_flwr.run.tables import timeline
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +81,23 @@ def test_success(launched, capsys, tmp_path):
 def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tmp_path):
     def leave(overrides, folder, **_):
         (folder / "checkpoint" / "round-0002").mkdir(parents=True)
-        rows = "| exchange | up |\n|---|---|\n| 1 of 2 | Θ_l 2 MB<br>ψ_t [1 kB] |\n"
-        (folder / "timeline.md").write_text(f"# What happened\n\nText.\n\n{rows}")
+        run = RunFolder(folder)
+        run.record(sent(down={"lora": 2_000_000, "task_adapters": 1000}))
+        run.record(trained())
+        run.record(replace(AGGREGATED, tasks={"[b]": ("vqa-1",), "c": ("c-0",)}))
+        run.record(replace(CLOSED, exchanges=2))
+        run.write("config.yaml", to_yaml(load_config(overrides)))
+        run.write("timeline.md", timeline(run.events))
         return Outcome(succeeded=True)
 
     launch_module.launch = leave  # put back by the fixture
     assert cli.main(["run", "run.folder=run"]) == 0
     out = capsys.readouterr().out
     assert "1 of 2" in out
-    (first,) = [line for line in out.splitlines() if "Θ_l 2 MB" in line]
-    assert "ψ_t" not in first  # a line of its own
-    assert "ψ_t [1 kB]" in out  # no markup is read into it
+    (first,) = [line for line in out.splitlines() if "Θ_l 2.0 MB" in line]
+    assert "ψ_t" not in first  # a separate line
+    assert "ψ_t 1.0 kB" in out
+    assert "[b] of 1" in out  # no markup is read into it
     assert "<br>" not in out
     assert f"checkpoint{os.sep}round-0002" in out
 

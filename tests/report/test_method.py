@@ -8,8 +8,8 @@ from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ModelError
 from pilot_flwr.report import matrices
 from pilot_flwr.report import timeline as diagram
-from pilot_flwr.report.history import Exchange, read_run
-from pilot_flwr.run.events import Aggregated
+from pilot_flwr.run.events import Aggregated, InstructionSent, RosterCalled, Trained, select
+from pilot_flwr.run.history import read_run
 
 CLIENTS = ["vqa-0", "vqa-1", "row-0", "row-1"]
 ALL = dict.fromkeys(CLIENTS, 0.25)
@@ -20,32 +20,32 @@ def run(finished):
     return read_run(finished.folder.path)
 
 
-def exchange(weights=None, distances=None, tasks=None, **changes):
+def exchange(weights=None, distances=None, tasks=None, down=None):
     alike = {client: dict.fromkeys(CLIENTS, 0.5) for client in CLIENTS}
-    aggregated = Aggregated(
-        exchange=1,
-        seconds=0.1,
-        clients=len(CLIENTS),
-        tasks={"all-tasks": CLIENTS} if tasks is None else tasks,
-        neighbors=dict.fromkeys(CLIENTS, ALL) if weights is None else weights,
-        distances=alike if distances is None else distances,
-    )
-    seen = Exchange(
-        number=1,
-        seconds=1.0,
-        stages={1: CLIENTS},
-        trained={1: {"lora": (58_368, 58_368), "own_task_adapter": (15_552, 15_552)}},
-        down={"lora": 1000},
+    sent = {"exchange": 1, "client": "vqa-0", "task": "vqa", "stage": 1}
+    gradients = {"lora": 58_368, "own_task_adapter": 15_552}
+    trained = Trained(
+        **sent, examples=1, steps=1, seconds=1.0, gradients=gradients, bytes_down=0, bytes_up=1000,
         up={"lora": 1000},
-        aggregated=aggregated,
-        failures=0,
-    )
-    return replace(seen, **changes)
+    )  # fmt: skip
+    return [
+        InstructionSent(**sent, phase="train", down=down or {"lora": 1000}),
+        trained,
+        Aggregated(
+            exchange=1,
+            seconds=0.1,
+            clients=len(CLIENTS),
+            tasks={"all-tasks": CLIENTS} if tasks is None else tasks,
+            neighbors=dict.fromkeys(CLIENTS, ALL) if weights is None else weights,
+            distances=alike if distances is None else distances,
+        ),
+    ]
 
 
 def of(run, overrides, **changes):
     """A run of another method, in which one exchange was seen."""
-    return replace(run, config=load_config(overrides), exchanges=[exchange(**changes)])
+    events = [*select(run.events, RosterCalled), *exchange(**changes)]
+    return replace(run, config=load_config(overrides), events=events)
 
 
 def words(run):
@@ -61,19 +61,19 @@ ONE |= {"tasks": {"all-tasks": ["vqa-0"]}}
 
 SAID = [
     ("strategy=pilot", {}, ["by the inverse of this distance", "mixes 4 Θ_l, each with 3 others"]),
-    ("strategy=fedit", {}, ["averages Θ_l of 4 clients", "does not use them", "All clients get"]),
+    ("strategy=fedit", {}, ["averages Θ_l of 4 clients", "does not use them", "All clients receive"]),
     ("strategy=fedavg_per_task", {"weights": PER_TASK},
-     ["averages Θ_l per task, of 2, 2 clients", "clients of a task get", "over a task's clients"]),
+     ["averages Θ_l per task, of 2, 2 clients", "clients of a task receive", "a task's clients"]),
     ("strategy=fedadam", {},
      ["steps by Adam: Θ_l of 4 clients", "steps by Adam: ψ_t of 4", "step of Adam towards it"]),
     ("strategy=fedsa_lora", {},
-     ["averages A of Θ_l of 4", "between the matrices A of", "B stays with its client"]),
-    ("strategy=ffa_lora", {}, ["averages B of Θ_l of 4", "A stays as drawn"]),
+     ["averages A of Θ_l of 4", "between the matrices A of", "B stays on the client"]),
+    ("strategy=ffa_lora", {}, ["averages B of Θ_l of 4", "A keeps its initial value"]),
     ("strategy=fedex_lora", {"down": {"lora": 1000, "residual": 9000}},
-     ["averages Θ_l of 4 clients, the rest in R", "R what averaging the factors A and B", "as R."]),
+     ["averages Θ_l of 4 clients, the rest in R", "R the difference between", "residual R"]),
     ("strategy=ditto", {}, ["scored by its personal model v", "never sent", "averages Θ_l of 4"]),
     ("strategy=centralised", ONE,
-     ["takes what the one client trained", "`strategy.trained_by` is 'pooled'"]),
+     ["takes the pooled client's parameters", "`strategy.trained_by` is 'pooled'"]),
     ("strategy=zero_shot", {"weights": {}, "distances": {}, "tasks": {}}, ["Nothing is trained"]),
     ("strategy=local", {"weights": {}, "distances": {}, "tasks": {}}, ["The clients send no LoRA"]),
 ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_the_sentences_are_the_methods_own(run, overrides, changes, said):
         "mixes 4": "strategy=pilot",
         "Adam": "strategy=fedadam",
         "personal model v": "strategy=ditto",
-        "R what": "strategy=fedex_lora",
+        "R the difference": "strategy=fedex_lora",
         "ψ_c": "none of these exchanges",
     }
     assert [part for part, owner in foreign.items() if part in text and owner != overrides] == []

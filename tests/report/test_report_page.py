@@ -4,8 +4,7 @@ import pytest
 
 from pilot_flwr.cli import main as cli
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.report.html import Page, write_page
-from pilot_flwr.report.style import Figure, Panel
+from pilot_flwr.report.page import Figure, Page, Panel, write_page
 
 
 def page(*names):
@@ -60,7 +59,7 @@ def test_a_report_that_was_broken_off_can_be_written_again(tmp_path, monkeypatch
         raise OSError("disk full")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
-        patched.setattr("pilot_flwr.report.html.save_png", full)
+        patched.setattr("pilot_flwr.report.page.save_png", full)
         write_page(page("losses"), tmp_path)
     write_page(page("losses"), tmp_path)
     assert set(contents(tmp_path)) == {"index.html", "losses.png"}

@@ -23,15 +23,14 @@ from pilot_flwr.errors import RunError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.inference.runs import client_model, open_run
 from pilot_flwr.model.loading import load_processor
-from pilot_flwr.report import matrices, router
+from pilot_flwr.report import matrices
 from pilot_flwr.report import scores as losses
 from pilot_flwr.report import timeline as traffic
-from pilot_flwr.report.history import _exchange, read_run
-from pilot_flwr.report.html import Page, render
+from pilot_flwr.report.page import Figure, Page, Panel, render, some, text_on
 from pilot_flwr.report.run import FIGURES
-from pilot_flwr.report.style import Figure, Panel, some, text_on
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import KINDS, Trained, select
+from pilot_flwr.run.history import MEAN, gradients, read_run
 from pilot_flwr.sweeps import results as rows
 
 CPU = torch.device("cpu")
@@ -126,24 +125,23 @@ def test_what_was_observed_is_what_the_events_say(run):
         trained = [e for e in events if e["event"] == "train" and e["round"] == number]
         assert sum(exchange.down.values()) == sum(sum(e["down"].values()) for e in orders)
         assert sum(exchange.up.values()) == sum(e["bytes_up"] for e in trained)
-        assert {c for clients in exchange.stages.values() for c in clients} == {
-            e["client"] for e in trained
-        }
+        assert {e.client for e in exchange.trained} == {e["client"] for e in trained}
         (aggregated,) = [e for e in events if e["event"] == "aggregate" and e["round"] == number]
-        array = matrices.as_array(exchange.weights, list(run.task_of))
+        array = matrices.as_array(exchange.aggregated.neighbors, list(run.task_of))
         for row, client in enumerate(run.task_of):
             for column, other in enumerate(run.task_of):
                 expected = aggregated["neighbors"][client].get(other, np.nan)
                 assert np.array_equal(array[row, column], expected, equal_nan=True)
         np.testing.assert_allclose(np.nansum(array, axis=1), 1)
     assert [e.number for e in run.exchanges] == [1, 2]
-    assert list(run.exchanges[0].trained) == [1] and list(run.exchanges[1].trained) == [2]
-    assert "router" in run.exchanges[1].trained[2] and "router" not in run.exchanges[0].trained[1]
+    assert list(run.exchanges[0].stages) == [1] and list(run.exchanges[1].stages) == [2]
+    first, second = (gradients(exchange.trained) for exchange in run.exchanges)
+    assert "router" in second and "router" not in first
 
 
 def test_all_orders_of_the_run_are_counted_as_results_csv_counts_them(run):
     row = rows._effort(run.events, run.folder)
-    down, up = (sum(sum(getattr(e, w).values()) for e in run.all_orders) for w in ("down", "up"))
+    down, up = (sum(sum(getattr(e, w).values()) for e in run.all_exchanges) for w in ("down", "up"))
     assert (down, up) == (row["bytes_down"], row["bytes_up"])
     closing = [e for e in lines(run) if e["event"] == "order" and e["round"] == 3]
     assert {e["phase"] for e in closing} == {"evaluate"} and len(closing) == 4
@@ -172,7 +170,7 @@ def test_an_exchange_that_is_not_closed_is_counted_too(run, tmp_path):
         True,
     ]
     row = rows._effort(running.events, running.folder)
-    assert row["bytes_down"] == sum(sum(e.down.values()) for e in running.all_orders)
+    assert row["bytes_down"] == sum(sum(e.down.values()) for e in running.all_exchanges)
     for figure in FIGURES:
         for panel in figure(running).panels:
             drawn(panel)
@@ -194,15 +192,15 @@ def test_the_bars_of_a_hundred_clients_can_be_seen(run):
 def test_scores_are_means_over_examples_and_then_over_tasks(run):
     events = [e for e in lines(run) if e["event"] == "evaluate"]
     numbers = {e["round"] for e in events}
-    assert set(run.mean_scores()) == numbers == {0, 1, 2}
+    assert set(run.curves[MEAN]) == numbers == {0, 1, 2}
     for number in numbers:
         tasks = {}
         for task in run.tasks:
             mine = [e for e in events if e["round"] == number and e["task"] == task]
             right = sum(e["score"] * e["examples"] for e in mine)
             tasks[task] = right / sum(e["examples"] for e in mine)
-            assert run.task_scores(task)[number] == pytest.approx(tasks[task], rel=1e-12)
-        assert run.mean_scores()[number] == pytest.approx(np.mean(list(tasks.values())), rel=1e-12)
+            assert run.curves[task][number] == pytest.approx(tasks[task], rel=1e-12)
+        assert run.curves[MEAN][number] == pytest.approx(np.mean(list(tasks.values())), rel=1e-12)
 
 
 def test_the_stacked_parts_add_up_to_the_loss_that_was_trained(run):
@@ -243,7 +241,7 @@ def test_router_probabilities_are_the_softmax_of_each_token(finished):
     processor = load_processor(opened.config.model.path).image_processor
     client = client_by_id(opened.config.data, "vqa-1")
     examples = client_examples(opened.config.data, client, "test", seed=opened.config.seed)[:5]
-    mean, images, maps = router.route(model, processor, examples, shown=2)
+    mean, images, maps = matrices.route(model, processor, examples, shown=2)
     assert len(images) == len(maps) == 2
     weight = finished.private("vqa-1").groups["router"]["weight"].double()
     total = np.zeros(2)
@@ -268,7 +266,7 @@ def test_router_probabilities_are_the_softmax_of_each_token(finished):
 def test_the_report_says_why_it_has_no_router(finished, tmp_path):
     folder = Path(shutil.copytree(finished.folder.path, tmp_path / "run"))
     shutil.rmtree(folder / "clients")
-    (figure,) = router.router_figures(read_run(folder), lambda line: None)
+    (figure,) = matrices.router_figures(read_run(folder), lambda line: None)
     assert not figure.panels and "private states are not here" in figure.text
 
 
@@ -292,18 +290,16 @@ def with_long_names(run):
         "vqa": "visual-question-answering-of-scanned-documents",
         "counting": "counting-of-objects-in-photographs-of-shelves",
     }
-    text = json.dumps([[event.to_dict() for event in run.events], run.task_of])
+    text = json.dumps([event.to_dict() for event in run.events])
     for short, long in tasks.items():
         text = re.sub(rf'"{short}-(\d+)"', rf'"university-hospital-of-{long}-department-\1"', text)
         text = text.replace(f'"{short}"', f'"{long}"')
-    events, task_of = json.loads(text)
-    events = [KINDS[values["event"]].from_dict(values) for values in events]
+    events = [KINDS[values["event"]].from_dict(values) for values in json.loads(text)]
     config = copy.copy(run.config)
     data = copy.copy(run.config.data)
     object.__setattr__(data, "tasks", tuple(tasks[task] for task in run.config.data.tasks))
     object.__setattr__(config, "data", data)
-    exchanges = [_exchange(events, exchange.number) for exchange in run.exchanges]
-    return replace(run, events=events, task_of=task_of, config=config, exchanges=exchanges)
+    return replace(run, events=events, config=config)
 
 
 def test_a_text_that_is_cut_off_is_found():

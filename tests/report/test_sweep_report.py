@@ -17,7 +17,8 @@ from pilot_flwr.cli.run import write_report
 from pilot_flwr.report import sweep as sweep_curves
 from pilot_flwr.report.sweep import dots, method_curves, short_labels, shortened
 from pilot_flwr.run.events import Evaluated, select
-from pilot_flwr.sweeps.compare import MEAN, UNTOUCHED, MethodScores, compare
+from pilot_flwr.run.history import MEAN
+from pilot_flwr.sweeps.compare import UNTOUCHED, MethodScores, compare
 from pilot_flwr.sweeps.results import as_csv, label_of, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +171,7 @@ def test_the_command_writes_a_sweeps_report(sweep, capsys):
     page = (sweep / "report" / "index.html").read_text()
     assert str(sweep / "report" / "index.html") in capsys.readouterr().out
     assert "difference to fedit" in page and "local-0: Disk full." in page
-    assert "run folders are not here" in page
+    assert "run folders are missing" in page
     assert {path.name for path in (sweep / "report").glob("*.png")} == {"seeds.png"}
     with (sweep / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 5

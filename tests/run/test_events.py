@@ -18,10 +18,9 @@ from pilot_flwr.run.events import (
     NormChecked,
     Resumed,
     UnknownEvent,
-    mean_over_tasks,
     parse_event,
-    task_scores,
 )
+from pilot_flwr.run.history import mean_over_tasks, task_scores
 
 EACH = [
     ROSTER,

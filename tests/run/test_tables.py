@@ -9,9 +9,15 @@ from pilot_flwr.run.events import (
     EvaluationClosed,
     RosterCalled,
     RosterEntry,
-    aggregation_lines,
 )
-from pilot_flwr.run.tables import markdown, summary, summary_rows, timeline, timeline_rows
+from pilot_flwr.run.tables import (
+    aggregation_lines,
+    markdown,
+    summary,
+    summary_rows,
+    timeline,
+    timeline_rows,
+)
 
 MIXED = {"vqa-0": {"vqa-0": 0.5, "vqa-1": 0.5}, "vqa-1": {"vqa-1": 1.0}}
 AVERAGED = {"vqa-0": {"vqa-0": 0.5, "vqa-1": 0.5}, "vqa-1": {"vqa-0": 0.5, "vqa-1": 0.5}}
@@ -94,7 +100,7 @@ def test_timeline_says_what_the_events_say(tmp_path):
         ({"lora": "global", "optimizer": "adam"}, {"all": 2}, AVERAGED,
          "steps by Adam: ψ_t of 2 clients; steps by Adam: Θ_l of 2 clients"),
         ({"lora": "adaptive", "trained_by": "pooled"}, {"vqa": 1}, {"vqa-0": {"vqa-0": 1.0}},
-         "takes what the one client trained"),
+         "takes the pooled client's parameters"),
         ({"lora": "adaptive", "matrices": "none"}, {}, {}, "no aggregation"),
     ],
 )  # fmt: skip

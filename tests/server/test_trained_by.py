@@ -16,7 +16,7 @@ from pilot_flwr.data.federation import PooledExamples, client_examples, federati
 from pilot_flwr.errors import BelowMinimum, ConfigError
 from pilot_flwr.inference.runs import client_model, open_run
 from pilot_flwr.model.loading import initial_state
-from pilot_flwr.report.history import read_run
+from pilot_flwr.run.history import read_run
 from pilot_flwr.run.tables import summary, timeline
 
 TWO_TASKS = (

@@ -19,7 +19,8 @@ from pilot_flwr.cli import main as cli
 from pilot_flwr.config.loading import config_folder
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run.atomic import hold
-from pilot_flwr.run.events import Evaluated, task_scores
+from pilot_flwr.run.events import Evaluated
+from pilot_flwr.run.history import task_scores
 from pilot_flwr.sweeps.jobs import (
     LONGEST_NAME,
     SweepFolder,
