@@ -61,7 +61,8 @@ ONE |= {"tasks": {"all-tasks": ["vqa-0"]}}
 
 SAID = [
     ("strategy=pilot", {}, ["by the inverse of this distance", "mixes 4 Θ_l, each with 3 others"]),
-    ("strategy=fedit", {}, ["averages Θ_l of 4 clients", "does not use them", "All clients receive"]),
+    ("strategy=fedit", {},
+     ["averages Θ_l of 4 clients", "does not use them", "All clients receive"]),
     ("strategy=fedavg_per_task", {"weights": PER_TASK},
      ["averages Θ_l per task, of 2, 2 clients", "clients of a task receive", "a task's clients"]),
     ("strategy=fedadam", {},
