@@ -26,6 +26,14 @@ class ConnectorOutput(NamedTuple):
     z: Tensor
 
 
+class Routing(NamedTuple):
+    """P (B, N, T), and L_b and L_z without coefficients."""
+
+    probs: Tensor
+    balance: Tensor
+    z: Tensor
+
+
 class Adapter(nn.Module):
     """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c, named as in transformers' projector."""
 
@@ -104,6 +112,10 @@ class CrossTaskMoA(nn.Module):
         φ, D → T, without bias.
     use_client_adapter : bool
         Whether ψ_s is added; the official code leaves it out.
+    router_dtype : {"float32", "bfloat16"}
+        Precision of g, P, L_b and L_z; with ``float32``, float64 parameters stay float64.
+    reduction : str
+        Of L_b, see `pilot_flwr.algorithm.losses.load_balancing_loss`.
 
     Raises
     ------
@@ -119,6 +131,8 @@ class CrossTaskMoA(nn.Module):
         router: nn.Linear,
         *,
         use_client_adapter: bool = True,
+        router_dtype: str = "float32",
+        reduction: str = "pooled",
     ) -> None:
         super().__init__()
         self.tasks = tuple(task_adapters)
@@ -142,11 +156,12 @@ class CrossTaskMoA(nn.Module):
         self.client_adapter = client_adapter
         self.router = router
         self.use_client_adapter = use_client_adapter
+        self.router_dtype = router_dtype
+        self.reduction = reduction
 
     def forward(self, features: Tensor) -> ConnectorOutput:
         """Map H_v (B, N, D) to x_img (B, N, C), L_b and L_z."""
-        logits = self.router_logits(features)
-        probs = logits.softmax(-1)
+        probs, balance, z = self.route(features)
         client = self.client_adapter if self.use_client_adapter else None
         mixed = None if client is None else client(features)
         for index, task in enumerate(self.tasks):
@@ -156,14 +171,22 @@ class CrossTaskMoA(nn.Module):
             weight = probs[..., index, None].to(expert.dtype)
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
         assert mixed is not None
-        return ConnectorOutput(
-            mixed, mixed.new_zeros(()), load_balancing_loss(probs), router_z_loss(logits)
-        )
+        return ConnectorOutput(mixed, mixed.new_zeros(()), balance, z)
+
+    def route(self, features: Tensor) -> Routing:
+        """Map H_v (B, N, D) to P, L_b and L_z."""
+        logits = self.router_logits(features)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        probs = logits.softmax(-1, dtype=wide).to(logits.dtype)
+        balance = load_balancing_loss(probs, reduction=self.reduction)
+        return Routing(probs, balance, router_z_loss(logits))
 
     def router_logits(self, features: Tensor) -> Tensor:
-        """Return g, shape (B, N, T), in float32 or better."""
+        """Return g, shape (B, N, T), in `router_dtype`."""
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(self.router.weight.dtype, torch.float32)
+            if self.router_dtype == "bfloat16":
+                dtype = torch.bfloat16
             return nn.functional.linear(features.to(dtype), self.router.weight.to(dtype))
 
 
@@ -200,6 +223,7 @@ def stage2_connector(
     tasks: tuple[str, ...],
     client_adapter: Adapter | None,
     generator: torch.Generator,
+    reduction: str = "pooled",
 ) -> CrossTaskMoA:
     """Build stage 2: the client's ψ_s, new ψ_c and φ, and T task adapters to load into.
 
@@ -210,13 +234,15 @@ def stage2_connector(
     config : ModelConfig
         With `initialisation` ``identity`` every ψ_c ends in zero, with ``official`` it is the
         projector; `cross_task_adapters` says whether there are ψ_c, `stage2_client_adapter`
-        whether ψ_s is added.
+        whether ψ_s is added, `router_dtype` in which precision φ routes.
     tasks : tuple of str
         The client's own task first.
     client_adapter : Adapter or None
         ψ_s from stage 1.
     generator : torch.Generator
         Draws φ on the CPU, uniform in ±1/√D as torch does.
+    reduction : str
+        Of the load-balancing loss.
     """
     weight = projector.linear_1.weight
     router = nn.Linear(weight.shape[1], len(tasks), bias=False)
@@ -232,4 +258,6 @@ def stage2_connector(
         client_adapter,
         router.to(weight),
         use_client_adapter=config.stage2_client_adapter == "frozen",
+        router_dtype=config.router_dtype,
+        reduction=reduction,
     )

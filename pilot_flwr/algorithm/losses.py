@@ -54,13 +54,17 @@ def difference_loss(task_features: Tensor, client_features: Tensor, *, reduction
     raise ValueError(f"Unknown reduction {reduction!r}.")
 
 
-def load_balancing_loss(router_probs: Tensor) -> Tensor:
+def load_balancing_loss(router_probs: Tensor, *, reduction: str = "pooled") -> Tensor:
     """Spread the tokens over the experts: ``L_b = T · Σ_i f_i · P̄_i``.
 
     Parameters
     ----------
     router_probs : Tensor
-        P, shape (..., T): every token's distribution over the T experts.
+        P, shape (..., N, T): every token's distribution over the T experts.
+    reduction : {"pooled", "per_image"}
+        ``pooled``: f and P̄ are means over all tokens. ``per_image``: they are means over the N
+        tokens of one image, and L_b is the mean over images, as in the official code: each image
+        has to be spread over the experts, even if the images together are.
 
     Returns
     -------
@@ -68,12 +72,23 @@ def load_balancing_loss(router_probs: Tensor) -> Tensor:
         Scalar: 1 for an even split, T for a collapse. f_i, the share of tokens whose most probable
         expert is i, carries no gradient; the mean probability P̄_i does. Source: paper, eq. of L_b
         (as in Switch Transformer).
+
+    Raises
+    ------
+    ValueError
+        The reduction is unknown.
     """
     num_experts = router_probs.shape[-1]
-    probs = router_probs.reshape(-1, num_experts)
+    if reduction == "pooled":
+        probs = router_probs.reshape(-1, num_experts)
+    elif reduction == "per_image":
+        probs = router_probs
+    else:
+        raise ValueError(f"Unknown reduction {reduction!r}.")
     choice = torch.nn.functional.one_hot(probs.argmax(-1), num_experts)
-    share = choice.to(probs.dtype).mean(0)
-    return num_experts * torch.einsum("t,t->", share, probs.mean(0))
+    share = _at_least_float32(choice.to(probs.dtype)).mean(-2)
+    mean = probs.mean(-2).to(share.dtype)
+    return num_experts * torch.einsum("...t,...t->...", share, mean).mean()
 
 
 def router_z_loss(router_logits: Tensor) -> Tensor:

@@ -100,7 +100,9 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
     print(markdown([["parameters", *stages, "leaves the client"], *_parameter_rows(plan)]))
     up = ["sent up", *(human_bytes(part.up_bytes) for part in parts)]
     down = ["received", *(human_bytes(part.down_bytes) for part in parts)]
-    print(markdown([["one client, one exchange", *stages], up, down]))
+    kept = ["AdamW's moments, kept on its disk", *(human_bytes(p.moments_bytes) for p in parts)]
+    rows = [up, down, kept] if any(part.moments_bytes for part in parts) else [up, down]
+    print(markdown([["one client, one exchange", *stages], *rows]))
     print(
         f"The whole run, {num_clients} clients and {rounds + 1} exchanges: "
         f"{human_bytes(plan.total_bytes)} of tensors\n"

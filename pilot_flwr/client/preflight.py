@@ -31,7 +31,8 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
     tasks, stages = tuple(config.data.tasks), config.strategy.stages
     layout = layout_of(config.model, tasks, sharing, stages=stages)
     personal = layout.personal_bytes if config.train.ditto.enabled else 0
-    check_room(site.state_folder, layout.private_bytes + personal)
+    moments = layout.moments_bytes if config.train.schedule == "run" else 0
+    check_room(site.state_folder, layout.private_bytes + personal + moments)
 
 
 def check_files(files: SiteFiles, *, evaluated: bool) -> None:

@@ -27,6 +27,9 @@ ADVICE = (
 _PERSONAL = "personal/"
 """Prefix of the tensor names of Ditto's personal model."""
 
+_MOMENTS = "moments/"
+"""Prefix of the tensor names of AdamW's moments."""
+
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
 
@@ -36,13 +39,14 @@ class PrivateState:
 
     `stage` is the last one trained; after stage 2, `tasks` has the T tasks in the router's order.
     `groups` has the private groups and the unsent tensors of the others, `personal` all tensors of
-    Ditto's personal model.
+    Ditto's personal model, `moments` AdamW's of the trained tensors (`train.schedule=run`).
     """
 
     stage: int
     tasks: tuple[str, ...] = ()
     groups: dict[GroupName, State] = field(default_factory=dict)
     personal: dict[GroupName, State] = field(default_factory=dict)
+    moments: State = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -113,6 +117,7 @@ class PrivateStore:
             for group, named in groups.items()
             for name, tensor in named.items()
         }
+        tensors |= {f"{_MOMENTS}{name}": tensor for name, tensor in state.moments.items()}
         metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks), **self.owner}
         save_tensors(self.path(server_round), tensors, metadata)
         for number in self.rounds()[:-KEPT_STATES]:
@@ -149,21 +154,23 @@ class PrivateStore:
         return stage, tuple(tasks)
 
 
-def _read_groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State]]:
-    """Read the tensors of `PrivateState.groups` and of `PrivateState.personal`."""
+def _read_groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State], State]:
+    """Read `PrivateState.groups`, `.personal` and `.moments`."""
     from pilot_flwr.algorithm.parameter_groups import GROUPS  # the roster query needs no torch
 
     groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
     personal: dict[GroupName, State] = {}
+    tensors = load_tensors(path)[0]
+    moments = {n: tensors.pop(n) for n in list(tensors) if n.startswith(_MOMENTS)}
     try:
-        for name, tensor in load_tensors(path)[0].items():
+        for name, tensor in tensors.items():
             prefix, key = name.removeprefix(_PERSONAL).split("/", 1)
             group = next(g for g, row in GROUPS.items() if g == prefix and row.may_be_kept)
             kept = personal if name.startswith(_PERSONAL) else groups
             kept.setdefault(group, {})[key] = tensor
     except (StopIteration, ValueError) as error:
         raise StateError(f"{path} is not a private state: {error}") from error
-    return groups, personal
+    return groups, personal, {n.removeprefix(_MOMENTS): t for n, t in moments.items()}
 
 
 @contextlib.contextmanager

@@ -31,7 +31,13 @@ from pilot_flwr.client.personalization import (
 )
 from pilot_flwr.client.privacy import release
 from pilot_flwr.client.private_state import PrivateState
-from pilot_flwr.client.training import Proximal, check_finite, sent_parameters, train
+from pilot_flwr.client.training import (
+    Proximal,
+    RunSchedule,
+    check_finite,
+    sent_parameters,
+    train,
+)
 from pilot_flwr.config.schema import DittoConfig, PilotConfig
 from pilot_flwr.errors import StateError
 from pilot_flwr.formatting import count
@@ -127,6 +133,7 @@ class Session:
             self.model = loaded_model(
                 config.model,
                 reduction=config.train.difference_loss.reduction,
+                balance_reduction=config.train.balance_loss.reduction,
                 device=find_device(site.device),
             )
         self.data = ClientData(
@@ -162,10 +169,13 @@ class Session:
         self._personalize(generator)
         weight = self.config.train.proximal_weight
         sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
+        schedule = self._run_schedule()
         with out_of_memory_explained(self.config, self.model.stage):
-            training = self._fit(generator, Proximal(sent, weight) if sent else None)
+            training = self._fit(generator, Proximal(sent, weight) if sent else None, schedule)
         check_finite(self.model)
         result, trained = self._upload(), extract_private_state(self.model, self.sharing)
+        if schedule is not None:
+            trained = replace(trained, moments=schedule.moments)
         if self.config.train.ditto.enabled:
             personal, second = self._train_personal(generator)
             trained = replace(trained, personal=personal)
@@ -201,7 +211,18 @@ class Session:
         stage = self.instruction.stage
         personalize(self.model, self.private, self.received, stage=stage, generator=generator)
 
-    def _fit(self, generator: torch.Generator, proximal: Proximal | None) -> TrainingResult:
+    def _run_schedule(self) -> RunSchedule | None:
+        if self.config.train.schedule == "exchange":
+            return None
+        exchange, exchanges = self.instruction.server_round - 1, self.config.strategy.rounds + 1
+        return RunSchedule(exchange, exchanges, self.private.moments if self.private else {})
+
+    def _fit(
+        self,
+        generator: torch.Generator,
+        proximal: Proximal | None,
+        schedule: RunSchedule | None = None,
+    ) -> TrainingResult:
         """Train the loaded model on the client's training split."""
         config = self.config.train
         if config.ditto.enabled:  # two models, half of the epochs each
@@ -215,6 +236,7 @@ class Session:
             generator=generator,
             progress=self.data.progress,
             proximal=proximal,
+            run_schedule=schedule,
         )
 
     def _upload(self) -> SessionResult:

@@ -3,7 +3,7 @@
 The loss of a step is ``L = L_ce + λ0 L_d`` in stage 1 and ``L = L_ce + λ1 L_b + λ2 L_z`` in stage 2
 (docs/explanation/method.md, section 2); `total_loss` applies every coefficient, once. However a
 step is split into micro-batches, its gradient is that of one batch, up to rounding (`accumulate`).
-Gradients are clipped group by group (`_clip`).
+With `train.loss_reduction=micro_batch`, it is the mean of the micro-batches' gradients instead.
 
 `Proximal` adds ``μ / 2 · ‖w − w_sent‖²``, a pull towards the parameters that the server sent: for
 the shared model in FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys
@@ -15,24 +15,36 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from pilot_flwr.algorithm.connector import ConnectorOutput, CrossTaskMoA
-from pilot_flwr.algorithm.losses import load_balancing_loss, router_z_loss
 from pilot_flwr.algorithm.parameter_groups import Groups, Sharing, set_trainable, trained_groups
 from pilot_flwr.config.schema import TrainConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
-from pilot_flwr.errors import TrainingError
+from pilot_flwr.errors import StateError, TrainingError
 from pilot_flwr.model.architectures import Visual
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.protocol import LOSSES, GroupName, Losses, TrainingResult
+from pilot_flwr.protocol import LOSSES, GroupName, Losses, State, TrainingResult
 
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
 """Maps batches of examples to H_v of each batch's images, batch by batch."""
+
+
+@dataclass
+class RunSchedule:
+    """The schedule of a whole run (`train.schedule=run`), at one of its exchanges.
+
+    `exchange` counts from 0. `moments` is AdamW's state after the client's last training, by
+    ``<group>/<tensor>/<quantity>``; `train` replaces it.
+    """
+
+    exchange: int
+    exchanges: int
+    moments: State = field(default_factory=dict)
 
 
 def train(
@@ -45,13 +57,16 @@ def train(
     generator: torch.Generator,
     progress: Callable[[str], None],
     proximal: "Proximal | None" = None,
+    run_schedule: RunSchedule | None = None,
 ) -> TrainingResult:
     """Train the groups of the model's stage in place; of the LoRA, `config.lora_matrices`.
 
     `generator`, on the CPU, draws the order of examples and dropout. `progress` gets a line at most
-    every `config.log_every_seconds`. `proximal` is added to the loss of every step.
+    every `config.log_every_seconds`. `proximal` is added to the loss of every step. Without
+    `run_schedule`, optimizer and learning rates begin anew.
 
-    Raises `TrainingError` if there is no example, or the loss or a gradient is not finite.
+    Raises `TrainingError` if there is no example, or the loss or a gradient is not finite,
+    `StateError` if the moments of `run_schedule` do not fit.
     """
     if not examples:
         raise TrainingError("There is no training example.")
@@ -60,22 +75,24 @@ def train(
     parts = Sharing(trained_lora=config.lora_matrices)
     set_trainable(model.groups(), stage=model.stage, sharing=parts)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
-    optimizer, schedule = _optimizer(model, config, num_steps)
+    optimizer, schedule = _optimizer(model, config, num_steps, run_schedule)
     model.train()
     with _dropout_seed(generator, model.device):
-        steps = _steps(len(examples), config, generator)
+        steps = _steps(examples, config, generator)
         visuals = encode([examples[i] for i in part] for step in steps for part in step)
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
             losses = accumulate(model, batches, visuals, config)
             if proximal is not None:
                 losses += proximal.backpropagate()
-            norms = _clip(meter.groups, config.max_grad_norm, stage=model.stage)
+            norms = _clip(meter.groups, config, stage=model.stage)
             meter.update(_checked(losses, norms, stage=model.stage))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
     model.eval()
+    if run_schedule is not None:
+        run_schedule.moments = _moments(model, optimizer)
     return meter.result(len(examples))
 
 
@@ -108,33 +125,38 @@ def accumulate(
     of two means, so it cannot be averaged over micro-batches: with several of them, the router's
     losses are computed once, over all tokens of the step. The router is linear in H_v, so this is
     cheap, and H_v of the whole step fits in memory.
+
+    With `train.loss_reduction=micro_batch` each loss is averaged over a micro-batch, and the step's
+    is the mean of its micro-batches'.
     """
+    per_batch = config.loss_reduction == "micro_batch"
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     step = [next(visuals) for _ in batches]
     rows = [len(visual.features) if visual.images else 0 for visual in step]
-    split = len(batches) > 1 and any(rows)
+    split = len(batches) > 1 and any(rows) and not per_batch
     router = model.connector if split and isinstance(model.connector, CrossTaskMoA) else None
     losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
     if router is not None:
         features = torch.cat(
             [v.features.to(model.device, router.router.weight.dtype) for v in step if v.images]
         )
-        logits = router.router_logits(features)
-        zero = logits.new_zeros(())
-        balance, z = load_balancing_loss(logits.softmax(-1)), router_z_loss(logits)
+        _, balance, z = router.route(features)
+        zero = balance.new_zeros(())
         parts = ConnectorOutput(features, zero, balance, z)
         losses += _backpropagate(zero, parts, config)
     for batch, visual, count in zip(batches, step, rows, strict=True):
         with autocast(model.device, config.autocast):
             output = model(batch.to(model.device), visual)
         summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
-        share = count / max(1, sum(rows))
+        share, answers = count / max(1, sum(rows)), num_tokens
+        if per_batch:
+            share, answers = 1 / len(batches), len(batches) * len(output.labels)
         of_router = share if router is None else 0.0
         out = output.connector
         parts = ConnectorOutput(
             out.features, share * out.difference, of_router * out.balance, of_router * out.z
         )
-        losses += _backpropagate(summed / num_tokens, parts, config)
+        losses += _backpropagate(summed / answers, parts, config)
     return losses
 
 
@@ -187,8 +209,19 @@ def check_finite(model: PilotModel) -> None:
                 raise _diverged(f"After training, `{name}` of {group} is not finite", model.stage)
 
 
+def rate_factor(step: int, *, warmup: int, total: int) -> float:
+    """Return a step's share of the peak learning rate: linear warm-up, then a cosine to zero.
+
+    ``(s + 1) / (w + 1)`` in the w steps of warm-up, as a rate of zero would waste the first step;
+    then ``(1 + cos π(s − w)/(n − w)) / 2``.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, total - warmup))))
+
+
 def _optimizer(
-    model: PilotModel, config: TrainConfig, num_steps: int
+    model: PilotModel, config: TrainConfig, num_steps: int, run: RunSchedule | None
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with one learning rate for the LoRA and one for the connector, cosine to zero."""
     rates = config.stage(model.stage)
@@ -204,28 +237,60 @@ def _optimizer(
         # Unfused, it allocates temporary tensors as large as all trained parameters.
         fused=True if model.device.type == "cuda" else None,
     )
-    # Rounded down: transformers' warm-up starts at rate zero, which would waste the only step of
-    # a very short training.
-    schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, int(config.warmup_ratio * num_steps), num_steps
+    if run is not None:
+        _restore(model, optimizer, run.moments)
+    first, total = (run.exchange * num_steps, run.exchanges * num_steps) if run else (0, num_steps)
+    warmup = int(config.warmup_ratio * total)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(first + step, warmup=warmup, total=total)
     )
     return optimizer, schedule
 
 
-def _clip(groups: Groups, max_norm: float, *, stage: int) -> dict[GroupName, Tensor]:
-    """Clip each trained group's gradient to a norm of `max_norm`; return the norms before.
-
-    The normalized difference loss does not depend on the scale of x_s, so its gradient grows as
-    1/‖x_s‖, and x_s is zero after identity initialisation. Clipped together with the other groups,
-    ψ_s would shrink their gradients by an order of magnitude.
-    """
+def _moments(model: PilotModel, optimizer: torch.optim.Optimizer) -> State:
+    """Copy AdamW's state to the CPU, by the names of `RunSchedule.moments`."""
     return {
-        group: nn.utils.clip_grad_norm_(groups[group].values(), max_norm)
-        for group in trained_groups(stage)
+        f"{group}/{name}/{quantity}": value.detach().to("cpu", copy=True)
+        for group, named in model.groups().items()
+        for name, parameter in named.items()
+        for quantity, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _checked(losses: Tensor, norms: dict[GroupName, Tensor], *, stage: int) -> Losses:
+def _restore(model: PilotModel, optimizer: torch.optim.Optimizer, moments: State) -> None:
+    """Load what `_moments` returned; a tensor that it lacks is new and starts without moments."""
+    kept: dict[str, State] = {}
+    for key, value in moments.items():
+        name, _, quantity = key.rpartition("/")
+        kept.setdefault(name, {})[quantity] = value.clone()
+    names = {p: f"{g}/{n}" for g, named in model.groups().items() for n, p in named.items()}
+    state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        if found := kept.get(names[parameter]):
+            if any(value.ndim and value.shape != parameter.shape for value in found.values()):
+                raise StateError(f"The moments of `{names[parameter]}` have another shape than it.")
+            state["state"][index] = found
+    optimizer.load_state_dict(state)
+
+
+def _clip(groups: Groups, config: TrainConfig, *, stage: int) -> dict[str, Tensor]:
+    """Clip gradients to a norm of `config.max_grad_norm`; return the norms before, by name.
+
+    By default each trained group is clipped separately: the normalized difference loss does not
+    depend on the scale of x_s, so its gradient grows as 1/‖x_s‖, and x_s is zero after identity
+    initialisation. Clipped together with the other groups, ψ_s would shrink their gradients by an
+    order of magnitude.
+    """
+    parts = {str(group): list(groups[group].values()) for group in trained_groups(stage)}
+    if config.clipping == "global":
+        parts = {"all trained parameters": [p for part in parts.values() for p in part]}
+    return {
+        name: nn.utils.clip_grad_norm_(part, config.max_grad_norm) for name, part in parts.items()
+    }
+
+
+def _checked(losses: Tensor, norms: dict[str, Tensor], *, stage: int) -> Losses:
     """Return the losses by name; raise if the total or a gradient's norm is not finite.
 
     Nothing else in a step waits for the device: all numbers are copied together.
@@ -250,21 +315,75 @@ def _diverged(problem: str, stage: int) -> TrainingError:
 
 
 def _steps(
-    num_examples: int, config: TrainConfig, generator: torch.Generator
+    examples: Sequence[Example], config: TrainConfig, generator: torch.Generator
 ) -> list[list[list[int]]]:
     """Return the micro-batches of every optimizer step of every epoch, in random order."""
     steps = []
+    by_length = config.batching == "length"
+    lengths = [_words(example) for example in examples] if by_length else []
     for _ in range(config.epochs):
-        order = torch.randperm(num_examples, generator=generator).tolist()
+        if by_length:
+            order = _by_length(lengths, config, generator)
+        else:
+            order = torch.randperm(len(examples), generator=generator).tolist()
         parts = [
             order[start : start + config.batch_size]
-            for start in range(0, num_examples, config.batch_size)
+            for start in range(0, len(examples), config.batch_size)
         ]
         steps += [
             parts[start : start + config.accumulation_steps]
             for start in range(0, len(parts), config.accumulation_steps)
         ]
     return steps
+
+
+def _words(example: Example) -> int:
+    """Return the number of words of a conversation, negative without an image."""
+    words = sum(len(turn.text.split()) for turn in example.turns)
+    return words if example.images else -words
+
+
+def _by_length(
+    lengths: Sequence[int], config: TrainConfig, generator: torch.Generator
+) -> list[int]:
+    """Order the examples of an epoch so that those of one step are similar in length and kind.
+
+    As ``group_by_modality_length`` in the official code, on one device: the examples with images
+    and those without are drawn apart, step by step. The micro-batches of a step are equal in
+    length as far as possible. The order of the steps is random, but the examples of the last step
+    of each kind share the end of the epoch.
+    """
+    size = config.batch_size * config.accumulation_steps
+    kinds: list[list[list[int]]] = []
+    for kind in (
+        [i for i, n in enumerate(lengths) if n > 0],
+        [i for i, n in enumerate(lengths) if n < 0],
+    ):
+        drawn = [kind[i] for i in torch.randperm(len(kind), generator=generator).tolist()]
+        steps = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+        kinds.append([_balanced(step, lengths, config.accumulation_steps) for step in steps])
+    if not all(kinds):
+        return [i for steps in kinds for step in steps for i in step]
+    full = [step for steps in kinds for step in steps[:-1]]
+    order = torch.randperm(len(full), generator=generator).tolist()
+    rest = sorted(i for steps in kinds for i in steps[-1])
+    return [i for number in order for i in full[number]] + rest
+
+
+def _balanced(step: list[int], lengths: Sequence[int], parts: int) -> list[int]:
+    """Order a step's examples so that its `parts` micro-batches have similar total lengths.
+
+    From the longest to the shortest, each goes to the shortest micro-batch that is not full; in
+    a step that does not divide evenly, to the next one in turn.
+    """
+    falling = sorted(step, key=lambda i: abs(lengths[i]), reverse=True)
+    if len(step) % parts:
+        return [i for first in range(parts) for i in falling[first::parts]]
+    chunks: list[list[int]] = [[] for _ in range(parts)]
+    for i in falling:
+        room = [chunk for chunk in chunks if len(chunk) < len(step) // parts]
+        min(room, key=lambda chunk: sum(abs(lengths[j]) for j in chunk)).append(i)
+    return [i for chunk in chunks for i in chunk]
 
 
 @contextlib.contextmanager

@@ -64,6 +64,9 @@ class ModelConfig(Section, prefix="model"):
     """Use the client adapter ψ_s; without it stage 1 trains the base's projector."""
     cross_task_adapters: bool = True
     """Use the cross-task adapters ψ_c in stage 2."""
+    router_dtype: Annotated[str, choice("float32", "bfloat16")] = "float32"
+    """Data type of the router's logits, probabilities and losses in stage 2; the official code
+    trains all in bfloat16."""
     quantization: Annotated[str, choice("none", "4bit")] = "none"
     """Quantisation of the frozen language model; `4bit` is NF4 by bitsandbytes
     (pip install 'pilot-flwr[quantization]')."""

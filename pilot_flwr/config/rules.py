@@ -153,7 +153,12 @@ RULES = (
     # The personal model is a second copy of the shared one, so all trained parameters are shared.
     Rule(
         {"train.ditto.enabled": True},
-        {**_ONE_CONNECTOR, **_ALL_SHARED, "strategy.trained_by": "clients"},
+        {
+            **_ONE_CONNECTOR,
+            **_ALL_SHARED,
+            "strategy.trained_by": "clients",
+            "train.schedule": "exchange",  # the moments of one model are kept, not of two
+        },
     ),
     # FedEx-LoRA needs the products B A, and their mean rather than a step towards it.
     Rule(

@@ -177,6 +177,15 @@ class DifferenceLossConfig(Section, prefix="train.difference_loss"):
 
 
 @dataclass(frozen=True)
+class BalanceLossConfig(Section, prefix="train.balance_loss"):
+    """The router's load-balancing loss in stage 2; its weight is `train.balance_weight`."""
+
+    reduction: Annotated[str, choice("pooled", "per_image")] = "pooled"
+    """Shares f and probabilities P over all tokens, or over each image's tokens with the mean of
+    their products over images (official code)."""
+
+
+@dataclass(frozen=True)
 class DittoConfig(Section, prefix="train.ditto"):
     """A personal model beside the shared one (Ditto: Li et al., ICML 2021).
 
@@ -204,11 +213,23 @@ class TrainConfig(Section, prefix="train"):
     max_length: Annotated[int, minimum(1)] = 2048
     """Longest example in tokens, image tokens included; a longer one counts as broken."""
     warmup_ratio: Annotated[float, FRACTION] = 0.03
-    """Share of an exchange's optimiser steps with a rising learning rate."""
+    """Share of the optimiser steps of `train.schedule` with a rising learning rate."""
+    schedule: Annotated[str, choice("exchange", "run")] = "exchange"
+    """Extent of the warm-up, of the cosine and of AdamW's moments: each `exchange` begins anew, or
+    all exchanges of the `run` share one, with the moments in the client's private state."""
     weight_decay: Annotated[float, minimum(0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
-    """L2 norm to which the gradient of each parameter group is clipped separately."""
+    """L2 norm to which gradients are clipped."""
+    clipping: Annotated[str, choice("group", "global")] = "group"
+    """Clip the gradient of each parameter `group` separately, or the `global` one of all trained
+    parameters (official code, baselines)."""
+    loss_reduction: Annotated[str, choice("step", "micro_batch")] = "step"
+    """Average every loss over an optimiser step's tokens and images, or over those of each
+    `micro_batch` and then over the micro-batches (official code)."""
+    batching: Annotated[str, choice("random", "length")] = "random"
+    """Draw batches at `random`, or of examples of similar `length` that all have images or all
+    have none (official code)."""
     autocast: Annotated[str, choice("auto", "bfloat16", "off")] = "auto"
     """Mixed precision in training and evaluation; `auto` is bfloat16 on a GPU, off on a CPU."""
     log_every_seconds: Annotated[float, POSITIVE] = 30.0
@@ -216,6 +237,7 @@ class TrainConfig(Section, prefix="train"):
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=StageConfig)
     difference_loss: DifferenceLossConfig = field(default_factory=DifferenceLossConfig)
+    balance_loss: BalanceLossConfig = field(default_factory=BalanceLossConfig)
     balance_weight: Annotated[float, minimum(0)] = 0.1
     """Weight λ1 of the router's load-balancing loss in stage 2."""
     z_weight: Annotated[float, minimum(0)] = 0.01

@@ -99,6 +99,7 @@ def export_model(
             "out_features": adapter["linear_1.weight"].shape[0],
             "bias": "linear_1.bias" in adapter,
             "dtype": model.config.adapter_dtype,
+            "router_dtype": model.config.router_dtype,
         },
         "end_token_ids": end_token_ids,
         "image_aspect_ratio": image_aspect_ratio,

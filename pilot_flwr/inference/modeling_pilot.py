@@ -74,6 +74,7 @@ class Connector(nn.Module):
             crossed = self.tasks[1:] if description.get("cross_task_adapters", True) else []
             self.cross_task_adapters = nn.ModuleDict({task: adapter() for task in crossed})
             self.router = nn.Linear(description["in_features"], len(self.tasks), bias=False)
+        self.router_dtype = getattr(torch, description.get("router_dtype", "float32"))
         self.to(getattr(torch, description["dtype"]))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -89,9 +90,9 @@ class Connector(nn.Module):
 
     def _mixture(self, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
-            wide = torch.promote_types(inputs.dtype, torch.float32)
-            logits = nn.functional.linear(inputs.to(wide), self.router.weight.to(wide))
-        probs = logits.softmax(-1)
+            dtype = self.router_dtype
+            logits = nn.functional.linear(inputs.to(dtype), self.router.weight.to(dtype))
+        probs = logits.softmax(-1, dtype=torch.float32).to(dtype)
         mixed = None if self.client_adapter is None else self.client_adapter(inputs)
         for index, task in enumerate(self.tasks):
             expert = self.task_adapters[task](inputs)

@@ -204,8 +204,13 @@ def load_model(run: Run, selected: Selected, *, device: torch.device) -> PilotMo
     The next call replaces its adapters. Raises `PilotError` if the base model cannot be loaded or
     the adapters do not fit it.
     """
-    reduction = run.config.train.difference_loss.reduction
-    model = loaded_model(run.config.model, reduction=reduction, device=device)
+    train = run.config.train
+    model = loaded_model(
+        run.config.model,
+        reduction=train.difference_loss.reduction,
+        balance_reduction=train.balance_loss.reduction,
+        device=device,
+    )
     load_adapters(model, run, selected)
     return model
 

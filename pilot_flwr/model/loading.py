@@ -29,17 +29,21 @@ if TYPE_CHECKING:
     from pilot_flwr.model.pilot_model import PilotModel
 
 _NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-_LOADED: dict[tuple[str, str, str], PilotModel] = {}
+_LOADED: dict[tuple[str, ...], PilotModel] = {}
 
 
-def loaded_model(config: ModelConfig, *, reduction: str, device: torch.device) -> PilotModel:
+def loaded_model(
+    config: ModelConfig, *, reduction: str, balance_reduction: str = "pooled", device: torch.device
+) -> PilotModel:
     """Return this process's only model, loaded by the first call."""
     from pilot_flwr.model.pilot_model import PilotModel
 
-    key = (repr(config), reduction, str(device))
+    key = (repr(config), reduction, balance_reduction, str(device))
     if key not in _LOADED:
         _LOADED.clear()  # two bases may not fit into memory
-        _LOADED[key] = PilotModel(load_base(config, device), config, reduction=reduction)
+        base = load_base(config, device)
+        reductions = {"reduction": reduction, "balance_reduction": balance_reduction}
+        _LOADED[key] = PilotModel(base, config, **reductions)
     return _LOADED[key]
 
 

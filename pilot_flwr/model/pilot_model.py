@@ -121,12 +121,22 @@ class ModelOutput(NamedTuple):
 
 
 class PilotModel(nn.Module):
-    """A frozen LLaVA with Θ_l and a connector; `llava` is changed in place."""
+    """A frozen LLaVA with Θ_l and a connector; `llava` is changed in place.
 
-    def __init__(self, llava: Any, config: ModelConfig, *, reduction: str = "normalized") -> None:
+    `reduction` is that of L_d, `balance_reduction` that of L_b.
+    """
+
+    def __init__(
+        self,
+        llava: Any,
+        config: ModelConfig,
+        *,
+        reduction: str = "normalized",
+        balance_reduction: str = "pooled",
+    ) -> None:
         super().__init__()
         self.config = config
-        self.reduction = reduction
+        self.reduction, self.balance_reduction = reduction, balance_reduction
         self.spec = spec_of(llava.config)
         dtype = getattr(torch, config.adapter_dtype)
         llava.requires_grad_(False)
@@ -190,6 +200,7 @@ class PilotModel(nn.Module):
                 tasks=(self.own_task, *(task for task in tasks if task != self.own_task)),
                 client_adapter=stage1.client_adapter,
                 generator=generator,
+                reduction=self.balance_reduction,
             )
         )
 

@@ -42,6 +42,8 @@ class StagePlan:
     """Upper bound of the residual of ``strategy.lora=exact``, after each exchange."""
     memory: Memory
     """Peak of one training step."""
+    moments_bytes: int
+    """AdamW's moments in the client's private state: 0 unless `train.schedule=run`."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def _stage_plan(config: PilotConfig, base: Any, number: int, batch: MicroBatch) 
         down_bytes=(sent["lora"] + adapters * sent["own_task_adapter"]) * width + residuals[-1],
         residual_bytes=residuals,
         memory=training_memory(stage, batch),
+        moments_bytes=(config.train.schedule == "run")
+        * (2 * DTYPE_BYTES[config.model.adapter_dtype] * sum(trained.values())),
     )
 
 

@@ -176,6 +176,8 @@ class Layout:
     """Size of the private state after the last stage: ψ_s, T − 1 ψ_c, φ, and unshared tensors."""
     personal_bytes: int
     """Size of Ditto's second copy of Θ_a and Θ_l (`train.ditto`)."""
+    moments_bytes: int
+    """Size of AdamW's two moments of all tensors that the last stage trains (`train.schedule`)."""
 
 
 def layout_of(
@@ -198,5 +200,10 @@ def layout_of(
             for group, shapes in groups.items()
         )
         personal = sum(numel(groups[group]) for group in uploaded)
-        _LAYOUTS[key] = Layout(sent, width * private, width * personal)
+        trained = sum(
+            numel({n: s for n, s in groups[group].items() if sharing.trains(group, n)})
+            for group, row in GROUPS.items()
+            if stages in row.stages
+        )
+        _LAYOUTS[key] = Layout(sent, width * private, width * personal, 2 * width * trained)
     return _LAYOUTS[key]

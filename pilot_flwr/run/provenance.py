@@ -115,7 +115,7 @@ FREE = (
 """Settings and groups of settings that do not affect results."""
 
 ROUNDS = "strategy.rounds"
-"""May be increased, to train the run further."""
+"""May be increased, to train the run further, unless `train.schedule` covers the run."""
 
 _ABSENT = object()
 
@@ -137,14 +137,15 @@ def settings_hash(config: PilotConfig) -> str:
 def differences(recorded: PilotConfig, config: PilotConfig) -> list[str]:
     """Return one line per setting that prevents resuming a recorded run with `config`."""
     before, now = _fixed(recorded), _fixed(config)
+    grows = config.train.schedule == "exchange"
     found = []
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
-        if key == ROUNDS and new >= old:
+        if key == ROUNDS and grows and new >= old:
             continue
         if old != new or type(old) is not type(new):
             shown = ["not set" if value is _ABSENT else repr(value) for value in (new, old)]
-            must = "must not be below" if key == ROUNDS else "was"
+            must = "must not be below" if key == ROUNDS and grows else "was"
             found.append(f"`{key}` is {shown[0]} but {must} {shown[1]} in the run.")
     return found
 

@@ -110,6 +110,34 @@ def test_stage2_is_the_mixture_of_the_design(visual, use_client_adapter):
     assert output.difference.item() == 0
 
 
+def test_a_bfloat16_router_rounds_like_a_module_in_bfloat16(visual):
+    """Gate and losses as torch computes them in bfloat16; only the softmax is in float32."""
+    visual, plain = visual.float(), moa().float()
+    coarse = CrossTaskMoA(
+        plain.task_adapters,
+        plain.cross_task_adapters,
+        plain.client_adapter,
+        plain.router,
+        router_dtype="bfloat16",
+        reduction="per_image",
+    )
+    gate = torch.nn.Linear(D, len(TASKS), bias=False).to(torch.bfloat16)
+    gate.load_state_dict(plain.router.state_dict())
+    logits = gate(visual.bfloat16())
+    probs = torch.nn.functional.softmax(logits, dim=-1, dtype=torch.float).bfloat16()
+    got, fine = coarse.route(visual), plain.route(visual)
+    assert torch.equal(got.probs, probs)
+    assert torch.equal(got.z, torch.logsumexp(logits, -1).square().mean())
+    choices = torch.nn.functional.one_hot(probs.argmax(-1), len(TASKS)).float().mean(1)
+    expected = (probs.mean(1) * choices).mean() * len(TASKS) ** 2
+    torch.testing.assert_close(got.balance, expected)
+    assert fine.probs.dtype == torch.float32
+    assert not torch.equal(fine.probs, got.probs.float())
+    torch.testing.assert_close(
+        coarse(visual).features, plain(visual).features, rtol=0.05, atol=0.05
+    )
+
+
 def test_connector_gradients(visual):
     visual = visual[:1, :2].requires_grad_()
     assert torch.autograd.gradcheck(TaskClientConnector(adapter(1), adapter(2)), visual)

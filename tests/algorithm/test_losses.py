@@ -150,6 +150,42 @@ def test_load_balancing_loss_is_one_when_even_and_T_when_collapsed():
     assert load_balancing_loss(collapsed).item() == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("images", [1, 4])
+def test_load_balancing_per_image_is_the_official_double_mean(images):
+    """The official code's ``(density_proxy * density).mean() * T²``, image by image, in a loop."""
+    probs = features(images, 5, 3)[0].softmax(-1)
+    products = []
+    for image in probs.tolist():
+        for expert in range(3):
+            share = sum(row.index(max(row)) == expert for row in image) / len(image)
+            products.append(share * sum(row[expert] for row in image) / len(image))
+    expected = sum(products) / len(products) * 3**2
+    got = load_balancing_loss(probs, reduction="per_image").item()
+    assert got == pytest.approx(expected, rel=1e-12)
+    if images == 1:
+        assert got == pytest.approx(load_balancing_loss(probs).item(), rel=1e-12)
+
+
+def test_images_that_collapse_on_different_experts_are_balanced_only_when_pooled():
+    """Three images, three experts: every token of image i puts p on expert i, the rest is even.
+
+    Per image: f_i = 1 and P̄_i = p for one expert, so L_b = 3 p; p = 0.9033 gives 2.71. Pooled: f_i
+    = 1/3 and P̄_i = (p + 2 (1 − p)/2) / 3 = 1/3 for each, so L_b = 3 · 3 · 1/9 = 1 for every p.
+    """
+    p = 0.9033
+    rest = (1 - p) / 2
+    one = torch.full((3, 3), rest, dtype=torch.float64).fill_diagonal_(p)
+    probs = one[:, None].expand(3, 7, 3)
+    assert load_balancing_loss(probs, reduction="per_image").item() == pytest.approx(3 * p)
+    assert load_balancing_loss(probs, reduction="per_image").item() == pytest.approx(2.71, abs=5e-3)
+    assert load_balancing_loss(probs, reduction="pooled").item() == pytest.approx(1.0)
+
+
+def test_load_balancing_loss_refuses_another_reduction():
+    with pytest.raises(ValueError, match="Unknown reduction 'sum'"):
+        load_balancing_loss(torch.ones(2, 3), reduction="sum")
+
+
 def test_load_balancing_gradient_flows_through_the_mean_probability_only():
     probs = features(1, 6, 3)[0].softmax(-1).requires_grad_()
     load_balancing_loss(probs).backward()
@@ -164,7 +200,14 @@ def test_router_z_loss_is_the_naive_mean():
     assert router_z_loss(logits).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss", [router_z_loss, lambda x: load_balancing_loss(x.softmax(-1))])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        router_z_loss,
+        lambda x: load_balancing_loss(x.softmax(-1)),
+        lambda x: load_balancing_loss(x.softmax(-1), reduction="per_image"),
+    ],
+)
 def test_router_loss_gradients(loss):
-    logits = features(1, 4, 3)[0].requires_grad_()
+    logits = features(2, 4, 3)[0].requires_grad_()
     assert torch.autograd.gradcheck(loss, logits)

@@ -17,6 +17,10 @@ STATE = PrivateState(
         "cross_task_adapters": {"ocr/linear_1.weight": torch.randn(2, 3).bfloat16()},
         "router": {"weight": torch.randn(2, 3)},
     },
+    moments={
+        "lora/layers.0.q_proj.lora_A/exp_avg": torch.randn(2, 3),
+        "router/weight/step": torch.tensor(7.0),
+    },
 )
 
 OWNER = {"client": "vqa-0", "task": "vqa"}
@@ -33,6 +37,9 @@ def test_private_state_round_trip(tmp_path):
         for name, tensor in tensors.items():
             assert torch.equal(tensor, loaded.groups[group][name])
             assert tensor.dtype == loaded.groups[group][name].dtype
+    assert loaded.groups.keys() == STATE.groups.keys() and loaded.personal == {}
+    assert loaded.moments.keys() == STATE.moments.keys()
+    assert all(torch.equal(t, loaded.moments[name]) for name, t in STATE.moments.items())
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])

@@ -3,13 +3,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from perturbed import perturb
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from visuals import encoder
 
 from pilot_flwr.algorithm.connector import ConnectorOutput
+from pilot_flwr.client import training
 from pilot_flwr.client.evaluation import evaluate
-from pilot_flwr.client.training import autocast, total_loss, train
+from pilot_flwr.client.training import RunSchedule, autocast, rate_factor, total_loss, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig
 from pilot_flwr.config.schema import (
@@ -21,7 +23,7 @@ from pilot_flwr.config.schema import (
 from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.errors import TrainingError
+from pilot_flwr.errors import StateError, TrainingError
 from pilot_flwr.model.loading import initial_state
 
 TASKS = ("vqa", "counting", "captioning")
@@ -41,7 +43,9 @@ def examples():
 def run(processor, examples):
     """Train a model on eight examples; keyword arguments change `TrainConfig`."""
 
-    def call(model, *, seed=0, given=examples, progress=lambda line: None, **config):
+    def call(
+        model, *, seed=0, given=examples, progress=lambda line: None, run_schedule=None, **config
+    ):
         return train(
             model,
             given,
@@ -50,6 +54,7 @@ def run(processor, examples):
             config=TrainConfig(**({"epochs": 1, "batch_size": 4} | config)),
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
+            run_schedule=run_schedule,
         )
 
     return call
@@ -146,8 +151,10 @@ def test_cross_entropy_is_transformers_own(make_model, run, processor, examples,
     assert got == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_accumulation_changes_nothing_but_memory(make_model, run, examples, steps, stage):
+@pytest.mark.parametrize(("stage", "reduction"), [(1, "pooled"), (2, "pooled"), (2, "per_image")])
+def test_accumulation_changes_nothing_but_memory(
+    make_model, run, examples, steps, stage, reduction
+):
     """Seven examples at once, and split: the same gradients, whatever the losses' weights are.
 
     One example has no image and one two answers more, so micro-batches differ in images and
@@ -164,6 +171,7 @@ def test_accumulation_changes_nothing_but_memory(make_model, run, examples, step
     found = []
     for size in (12, 1, 2, 3, 4):
         model = make_model()
+        model.balance_reduction = reduction
         if stage == 2:
             model.enter_stage2(TASKS, torch.Generator().manual_seed(0))
         model.load("lora", initial_state(model.config, seed=0).lora)  # A is drawn
@@ -180,6 +188,43 @@ def test_accumulation_changes_nothing_but_memory(make_model, run, examples, step
         assert split == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_can_be_the_mean_of_its_micro_batches(make_model, run, examples, steps, stage):
+    """With `loss_reduction=micro_batch`: the mean of the gradients of each micro-batch alone.
+
+    The micro-batches have different numbers of tokens, and one has a single image.
+    """
+    talk = tuple(Turn(role, "zwei drei vier") for role in ("user", "assistant") * 2)
+    text = replace(examples[0], images=(), turns=talk)
+    weights = {"max_grad_norm": 1e9, "balance_weight": 30.0, "z_weight": 30.0}
+
+    def gradients(given, **config):
+        model = make_model()
+        if stage == 2:
+            model.enter_stage2(TASKS, torch.Generator().manual_seed(0))
+        model.load("lora", initial_state(model.config, seed=0).lora)
+        perturb(model)
+        losses = run(model, given=given, batch_size=2, **weights, **config).losses
+        ((_, found),) = steps
+        steps.clear()
+        return losses, [gradient.double() for gradient in found.values()]
+
+    given = [text, *examples[1:6]]
+    generator = torch.Generator().manual_seed(0)
+    torch.randint(2**62, (), generator=generator)  # dropout's seed
+    order = torch.randperm(6, generator=generator).tolist()
+    drawn = [given[order.index(i)] for i in range(6)]  # so that each pair below is a micro-batch
+    losses, whole = gradients(drawn, accumulation_steps=3, loss_reduction="micro_batch")
+    parts = [gradients(given[i : i + 2]) for i in (0, 2, 4)]
+    for index, gradient in enumerate(whole):
+        mean = sum(found[index] for _, found in parts) / 3
+        torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-6)
+    for name, value in losses.items():
+        assert value == pytest.approx(sum(part[name] for part, _ in parts) / 3, rel=1e-5)
+    by_step, _ = gradients(drawn, accumulation_steps=3)
+    assert losses["ce"] != pytest.approx(by_step["ce"], rel=1e-2)
+
+
 def test_number_of_steps_counts_epochs_and_accumulation(make_model, run, examples):
     result = run(make_model(), epochs=3, batch_size=3, accumulation_steps=2)
     assert result.steps == 3 * math.ceil(len(examples) / 6)
@@ -192,6 +237,69 @@ def test_even_a_single_step_trains(make_model, run):
     run(model, batch_size=8)
     after = model.state("own_task_adapter")
     assert not torch.equal(before["linear_1.weight"], after["linear_1.weight"])
+
+
+def official_order(lengths, batch_size, accumulation, generator):
+    """The order of ``group_by_modality_length``, step by step, from its description."""
+    size = batch_size * accumulation
+
+    def grouped(indices):
+        indices = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+        groups = []
+        while indices:
+            group, indices = indices[:size], indices[size:]
+            group.sort(key=lambda i: -abs(lengths[i]))
+            if len(group) % accumulation:
+                chunks = [group[k::accumulation] for k in range(accumulation)]
+            else:
+                chunks, sums = [[] for _ in range(accumulation)], [0.0] * accumulation
+                for i in group:
+                    shortest = sums.index(min(sums))
+                    chunks[shortest].append(i)
+                    full = len(chunks[shortest]) == len(group) // accumulation
+                    sums[shortest] = math.inf if full else sums[shortest] + abs(lengths[i])
+            groups.append(sum(chunks, []))
+        return groups
+
+    pictured = grouped([i for i, n in enumerate(lengths) if n > 0])
+    texts = grouped([i for i, n in enumerate(lengths) if n < 0])
+    if not pictured or not texts:
+        return sum(pictured + texts, [])
+    last = sorted(pictured.pop() + texts.pop())
+    groups = pictured + texts
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    return sum((groups[i] for i in order), []) + last
+
+
+@pytest.mark.parametrize(("pictured", "texts"), [(20, 0), (0, 7), (17, 11), (8, 8), (1, 1)])
+def test_batches_by_length_are_those_of_the_official_sampler(
+    make_model, run, examples, monkeypatch, pictured, texts
+):
+    """Examples with images and without are drawn apart, and by the number of their words."""
+    words = torch.randint(1, 20, (pictured + texts,), generator=torch.Generator().manual_seed(1))
+    given, lengths = [], []
+    for number, count in enumerate(words.tolist()):
+        image = number % 2 == 0 if number < 2 * min(pictured, texts) else pictured > texts
+        asked = "<image> " * image + "eins " * count
+        images = examples[0].images if image else ()
+        turns = (Turn("user", asked), Turn("assistant", "zwei"))
+        given.append(Example(str(number), images, turns))
+        lengths.append((count + 1 + image) * (1 if image else -1))
+    seen = []
+    monkeypatch.setattr(
+        Collator, "train_batch", lambda self, part: seen.append([int(e.id) for e in part]) or part
+    )
+    monkeypatch.setattr(training, "accumulate", lambda *args: torch.zeros(6).double())
+    monkeypatch.setattr(training, "_clip", lambda *args, **more: {"lora": torch.zeros(())})
+    run(make_model(), given=given, batch_size=2, accumulation_steps=2, batching="length", epochs=2)
+    generator = torch.Generator().manual_seed(0)
+    torch.randint(2**62, (), generator=generator)  # dropout's seed
+    expected = []
+    for _ in range(2):
+        order = official_order(lengths, 2, 2, generator)
+        expected += [order[i : i + 2] for i in range(0, len(order), 2)]
+    assert seen == expected
+    assert sorted(sum(seen, [])) == sorted([*range(len(given))] * 2)
 
 
 def test_lora_and_connector_have_their_own_learning_rates(make_model, run):
@@ -209,19 +317,90 @@ def test_lora_and_connector_have_their_own_learning_rates(make_model, run):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_learning_rates_warm_up_and_follow_a_cosine(make_model, generator, run, steps, stage):
-    """``lr · s/w`` in the w steps of warm-up, then ``lr · (1 + cos π(s − w)/(n − w))/2``."""
+    """``lr · (s + 1)/(w + 1)`` in the w steps of warm-up, then the cosine of transformers."""
     model = make_model()
     if stage == 2:
         model.enter_stage2(TASKS, generator)
     rates = {f"stage{stage}": StageConfig(lora_lr=3e-4, connector_lr=2e-4)}
     run(model, epochs=3, warmup_ratio=0.4, **rates)
     n, w = 6, 2  # 3 epochs of 8 / 4 steps; 0.4 · 6 rounded down
-    factors = [
-        s / w if s < w else (1 + math.cos(math.pi * (s - w) / (n - w))) / 2 for s in range(n)
-    ]
+    theirs = transformers_factors(w, n)
+    factors = [(s + 1) / (w + 1) if s < w else theirs[s] for s in range(n)]
     for index, rate in enumerate((3e-4, 2e-4)):
         got = [settings[index]["lr"] for settings, _ in steps]
         assert got == pytest.approx([rate * factor for factor in factors])
+
+
+def transformers_factors(warmup, total):
+    """Return the factors of `get_cosine_schedule_with_warmup`."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    return [schedule.lr_lambdas[0](step) for step in range(total)]
+
+
+@pytest.mark.parametrize("total", [1, 2, 33, 34, 67, 500])
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.5, 0.99])
+def test_no_step_has_a_rate_of_zero(total, ratio):
+    """From 34 steps on, 3 % are a warm-up, which in transformers starts at zero."""
+    warmup = int(ratio * total)
+    factors = [rate_factor(step, warmup=warmup, total=total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[: warmup + 1] == sorted(factors[: warmup + 1])
+    assert factors[warmup] == 1
+    assert factors[warmup:] == transformers_factors(warmup, total)[warmup:]  # to the last bit
+
+
+def test_a_run_has_one_schedule_and_one_optimizer(make_model, run, steps):
+    """Three exchanges of two steps: torch's AdamW, given the same gradients, ends at the same.
+
+    Stage 2 begins at the second exchange: Θ_l and ψ_t keep their moments, ψ_c and φ have none yet.
+    """
+    model = make_model()
+    model.load("lora", initial_state(model.config, seed=0).lora)
+    copies, optimizers, moments = {}, {}, {}
+    peak = StageConfig(lora_lr=1e-3, connector_lr=5e-4)
+    for exchange in range(3):
+        if exchange == 1:
+            adapter = model.state("own_task_adapter")
+            model.enter_stage2(TASKS, torch.Generator().manual_seed(0))
+            model.load("own_task_adapter", adapter)
+        keys = {
+            parameter: f"{group}/{name}"
+            for group in TRAINED[model.stage]
+            for name, parameter in model.groups()[group].items()
+        }
+        for parameter, key in keys.items():
+            if key not in copies:
+                copies[key] = parameter.detach().clone().requires_grad_()
+                optimizers[key] = torch.optim.AdamW([copies[key]], weight_decay=0.0)
+        schedule = RunSchedule(exchange, 3, moments)
+        rates = {"warmup_ratio": 0.4, "stage1": peak, "stage2": peak}
+        run(model, run_schedule=schedule, **rates)
+        moments = schedule.moments
+        for number, (_, gradients) in enumerate(list(steps), start=2 * exchange):
+            factor = [1 / 3, 2 / 3, *transformers_factors(2, 6)[2:]][number]  # 0.4 · 6 rounded down
+            for parameter, gradient in gradients.items():
+                key = keys[parameter]
+                lr = peak.lora_lr if key.startswith("lora/") else peak.connector_lr
+                optimizers[key].param_groups[0]["lr"] = lr * factor
+                copies[key].grad = gradient
+                optimizers[key].step()
+        steps.clear()
+        assert {key.rpartition("/")[0] for key in moments} == set(keys.values())
+        for parameter, key in keys.items():
+            torch.testing.assert_close(
+                parameter.detach(), copies[key].detach(), rtol=1e-5, atol=1e-7
+            )
+
+
+def test_moments_of_another_shape_are_refused(make_model, run):
+    model = make_model()
+    name = next(iter(model.groups()["own_task_adapter"]))
+    moments = {f"own_task_adapter/{name}/exp_avg": torch.zeros(3)}
+    with pytest.raises(
+        StateError, match=f"moments of `own_task_adapter/{name}` have another shape"
+    ):
+        run(model, run_schedule=RunSchedule(1, 2, moments))
 
 
 def test_weight_decay_is_for_all_that_is_trained(make_model, run, steps):
@@ -256,6 +435,26 @@ def test_each_groups_gradient_is_clipped_by_itself(make_model, generator, run, s
         )
         expected = gradient * (clipped[group] / free[group])
         torch.testing.assert_close(steps[1][1][parameter], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_global_norm_is_clipped_as_torch_does(make_model, generator, run, steps, stage):
+    """One norm over all that is trained, which is `clip_grad_norm_` of the free gradients."""
+    model = make_model()
+    if stage == 2:
+        model.enter_stage2(TASKS, generator)
+    before = states(model)
+    for bound in (1e6, 1e-3):
+        for group, state in before.items():
+            model.load(group, state)
+        run(model, batch_size=8, max_grad_norm=bound, clipping="global")
+    (_, free), (_, clipped) = steps
+    copies = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in free.values()]
+    for copy, gradient in zip(copies, free.values(), strict=True):
+        copy.grad = gradient
+    assert torch.nn.utils.clip_grad_norm_(copies, 1e-3) > 2e-3
+    for copy, gradient in zip(copies, clipped.values(), strict=True):
+        torch.testing.assert_close(gradient, copy.grad, rtol=1e-4, atol=1e-9)
 
 
 def test_a_client_adapter_near_zero_does_not_slow_down_the_others(make_model, run, steps):

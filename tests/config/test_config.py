@@ -15,6 +15,7 @@ from pilot_flwr.config.loading import config_folder, from_yaml, load_config, to_
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.config.rules import limits
 from pilot_flwr.config.schema import (
+    BalanceLossConfig,
     DifferenceLossConfig,
     PilotConfig,
     SimulationConfig,
@@ -82,6 +83,9 @@ def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
         (TrainConfig, {"balance_weight": nan}, "`train.balance_weight` is nan .* at least 0 and"),
         (TrainConfig, {"z_weight": inf}, "`train.z_weight` is inf .* at least 0 and finite"),
         (TrainConfig, {"weight_decay": inf}, "`train.weight_decay` is inf but must be"),
+        (BalanceLossConfig, {"reduction": "sum"}, "`train.balance_loss.reduction` is .*per_image"),
+        (TrainConfig, {"schedule": "epoch"}, "`train.schedule` is 'epoch' .* exchange, run"),
+        (TrainConfig, {"clipping": "none"}, "`train.clipping` is 'none' .* group, global"),
         (DifferenceLossConfig, {"reduction": "sum"}, "one of normalized, frobenius, official"),
         (DifferenceLossConfig, {"weight": -1.0}, "`train.difference_loss.weight` is -1.0"),
         (DifferenceLossConfig, {"weight": inf}, "`train.difference_loss.weight` is inf .* fin"),

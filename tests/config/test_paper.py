@@ -31,6 +31,24 @@ def test_the_settings_of_the_paper_and_of_the_official_scripts():
     assert config.model.system_prompt.endswith("and polite answers to the user's questions.")
 
 
+def test_the_official_choices_are_all_that_differs():
+    paper, official = (load_config(f"experiment={name}") for name in ("paper", "paper-official"))
+    chosen = [
+        "name=paper-official",
+        "model.initialisation=official",
+        "model.stage2_client_adapter=off",
+        "model.router_dtype=bfloat16",
+        "train.schedule=run",
+        "train.clipping=global",
+        "train.loss_reduction=micro_batch",
+        "train.batching=length",
+        "train.difference_loss.reduction=official",
+        "train.balance_loss.reduction=per_image",
+    ]
+    assert official != paper
+    assert official == load_config(" ".join(["experiment=paper", *chosen]))
+
+
 def test_the_base_model_can_be_another():
     config = load_config("experiment=paper model=tiny model.lora.rank=4")
     assert (config.model.path, config.model.lora.rank) == ("tiny-llava", 4)

@@ -23,7 +23,7 @@ from pilot_flwr.model.loading import load_base, make_collator
 from pilot_flwr.model.memory import MicroBatch, Stage, training_memory
 from pilot_flwr.model.pilot_model import PilotModel, empty_base, empty_model
 from pilot_flwr.model.resource_plan import make_plan
-from pilot_flwr.model.shapes import group_shapes, numel
+from pilot_flwr.model.shapes import group_shapes, layout_of, numel
 
 # (D, C, intermediate, layers, key and value width, vision tower's and language model's
 # parameters without the projector), from the published dimensions.
@@ -408,6 +408,18 @@ def test_the_command_prints_all_of_it(capsys):
     assert cli.main(["plan", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["stages"]["1"]["sent"] == 58368 + 15552
+
+
+def test_moments_on_the_disk_are_counted(capsys):
+    """Two for each trained parameter: (58,368 Θ_l + 15,552 ψ_t + 15,552 ψ_s) · 2 · 4 bytes."""
+    stages = make_plan(load_config("train.schedule=run")).stages
+    assert stages[1].moments_bytes == (58368 + 2 * 15552) * 2 * 4
+    assert stages[2].moments_bytes == (58368 + 3 * 15552 + 192) * 2 * 4
+    assert make_plan(load_config()).stages[2].moments_bytes == 0
+    assert cli.main(["plan", "train.schedule=run"]) == 0
+    assert "AdamW's moments, kept on its disk" in capsys.readouterr().out
+    layout = layout_of(load_config().model, ("vqa", "counting", "captioning"))
+    assert layout.moments_bytes == stages[2].moments_bytes
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,25 @@ def test_no_private_tensor_is_in_any_message(finished):
     assert num_arrays > 1000
 
 
+def test_moments_stay_at_the_client(tmp_path):
+    """With a schedule over the whole run: neither by name nor by value in any message."""
+    run = Federation(tmp_path, f"{TWO_TASKS} train.schedule=run evaluation.enabled=false").run()
+    moments = run.private("vqa-0").moments
+    assert {key.split("/")[0] for key in moments} >= {"lora", "own_task_adapter", "router"}
+    # Two equal exchanges; ψ_c and φ were trained in the second alone.
+    few, many = sorted({int(t) for key, t in moments.items() if key.endswith("/step")})
+    assert many == 2 * few > 0
+    secrets = [tensor.numpy() for key, tensor in moments.items() if tensor.ndim]
+    for message in run.grid.messages:
+        for record in message.content.array_records.values():
+            for name, array in record.items():
+                value = array.numpy()
+                assert "exp_avg" not in name
+                assert not any(
+                    np.array_equal(value, s) for s in secrets if s.shape == value.shape and s.any()
+                )
+
+
 def test_examples_do_not_travel(finished):
     """Strings and bytes in messages are the few that the wire format names."""
     words = set()

@@ -19,7 +19,7 @@ from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ConfigError, RunError, StateError, WorkerDied
 from pilot_flwr.run import checkpoint as checkpoint_module
-from pilot_flwr.run.atomic import hold
+from pilot_flwr.run.atomic import hold, load_tensors
 from pilot_flwr.run.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import ExchangeClosed, Resumed, select
@@ -137,10 +137,12 @@ def test_a_run_that_died_at_any_point_at_all_ends_as_one_that_did_not(interrupte
     compare_all(interrupted, lambda taken: taken, differences)
 
 
-def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch):
+@pytest.mark.parametrize("schedule", ["exchange", "run"])
+def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, schedule):
     monkeypatch.setattr(session, "train", training.train)
 
     short = TWO.replace("rounds=2", "rounds=1") + " data.train_examples=4 data.test_examples=1"
+    short += f" train.schedule={schedule}"
 
     def die(message, reply):
         if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
@@ -152,6 +154,9 @@ def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch):
         fresh(tmp_path / "run", short, on_reply=die)
     go_on(tmp_path / "run", short)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
+    states = list((tmp_path / "run").rglob("private-*.safetensors"))
+    kept = [name for state in states for name in load_tensors(state)[0]]
+    assert any(name.startswith("moments/lora/") for name in kept) == (schedule == "run")
 
 
 def test_it_can_die_again_and_again(interrupted, differences, tmp_path):
@@ -302,6 +307,13 @@ def test_a_damaged_event_is_named(interrupted, tmp_path):
 def test_another_setting_is_refused_by_name(interrupted, change, words):
     with pytest.raises(ConfigError, match=words):
         go_on(interrupted[0], f"{TWO} {change}")
+
+
+def test_a_schedule_over_the_whole_run_fixes_its_rounds(tmp_path):
+    short = f"{TWO} train.schedule=run"
+    fresh(tmp_path / "run", short)
+    with pytest.raises(ConfigError, match=r"`strategy\.rounds` is 3 but was 2 in the run"):
+        go_on(tmp_path / "run", short.replace("rounds=2", "rounds=3"))
 
 
 def test_settings_that_cannot_change_a_result_may_change(interrupted, tmp_path):
