@@ -43,6 +43,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.events import ClientFailed, RosterCalled, RosterEntry, Trained
+
 MODE = "{mode}"
 server = ServerApp()
 client = ClientApp()
@@ -64,28 +67,31 @@ def train(message, context):
 def main(grid, context):
     words = shlex.split(context.run_config["overrides"])
     folder = Path(dict(word.split("=", 1) for word in words)["run.folder"])
-
-    def tell(**event):
-        with open(folder / "metrics.jsonl", "a") as stream:
-            stream.write(json.dumps(event) + "\\n")
-
+    run = RunFolder(folder)
     if MODE == "server raises":
         raise RuntimeError("the server gave up")
     if MODE == "server exits":
         os._exit(9)
     while len(ids := sorted(grid.get_node_ids())) < 2:
         time.sleep(0.1)
-    tell(event="roster", round=1, clients=[{{"client": "c0", "stage": 1}}, {{"client": "c1"}}])
+    entries = tuple(RosterEntry(name, "vqa", examples=4, stage=1) for name in ("c0", "c1"))
+    run.record(RosterCalled(exchange=1, clients=entries))
     messages = [Message(RecordDict(), i, "train", group_id="1") for i in ids]
     failures = []
     for reply in grid.send_and_receive(messages, timeout=280):
         if reply.has_error():
             reason = reply.error.reason
             failures.append(dict(round=1, phase="train", client="c1", reason=reason))
-            tell(event="failure", **failures[-1])
+            run.record(ClientFailed(exchange=1, phase="train", client="c1", reason=reason))
         else:
             name = "c" + str(reply.content["c"]["part"])
-            tell(event="train", round=1, client=name, loss=1.0, examples=4, seconds=0.1)
+            run.record(
+                Trained(
+                    exchange=1, stage=1, client=name, task="vqa", losses={{"total": 1.0}},
+                    examples=4, steps=1, seconds=0.1,
+                    gradients={{}}, bytes_down=0, bytes_up=0, up={{}},
+                )
+            )
     status = "failed" if failures else "completed"
     result = dict(status=status, error=None, failures=failures, scores={{}})
     (folder / "summary.md").write_text("| task | score |\\n|---|---|\\n| vqa | 0.5 |\\n")

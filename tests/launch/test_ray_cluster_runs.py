@@ -281,7 +281,8 @@ def test_the_slurm_script_of_the_docs(tmp_path):
             timeout=500, check=False,
         )  # fmt: skip
     finally:
-        left = [p for p in psutil.process_iter() if str(temporary) in " ".join(p.cmdline())]
+        listed = psutil.process_iter(["cmdline"])  # a zombie's is None
+        left = [p for p in listed if str(temporary) in " ".join(p.info["cmdline"] or [])]
         for process in left:
             process.kill()
         shutil.rmtree(temporary, ignore_errors=True)

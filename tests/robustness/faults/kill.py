@@ -202,9 +202,9 @@ def kill_all(mark: str, scratch: Path, launcher: "subprocess.Popen[bytes] | None
             with contextlib.suppress(psutil.Error):
                 process.kill()
                 killed.add(process.pid)
-        if launcher is not None:
-            launcher.poll()  # reap it
         time.sleep(0.02)
+    if launcher is not None:
+        launcher.wait()
     return len(killed)
 
 
