@@ -45,7 +45,11 @@ class ClientData:
         self.metric = task_metric(config.data, client.task)
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
-            config.model, self.processor, model.llava.config, max_length=config.train.max_length
+            config.model,
+            self.processor,
+            model.llava.config,
+            max_length=config.train.max_length,
+            cut=config.train.over_long == "cut",
         )
 
     def examples(self, split: Split) -> Sequence[Example]:
@@ -64,6 +68,7 @@ class ClientData:
             namespace=f"{base}/{data}/{self.client.id}/{split}",
             folder=self.folder / "features",
             base=base,
+            zero_images=split == "train" and self.config.train.text_only == "zero_image",
         )
         processor, workers = self.processor.image_processor, self.config.data.workers
         return lambda parts: cache.stream(self.model, processor, parts, workers=workers)
@@ -92,9 +97,13 @@ class ClientData:
             name=f"{split} split of client {client.id!r}",
             check=check,
             allowed=data.allowed_broken,
-            settings=f"{split}/{self.config.train.max_length}/{data.check_images}"
-            f"/{self.config.model}/{metric}",
+            settings=f"{split}/{self._longest()}/{data.check_images}/{self.config.model}/{metric}",
             folder=self.folder / "checked",
             progress=self.progress,
             images=WholeImages(data.workers) if data.check_images == "decode" else None,
         )
+
+    def _longest(self) -> str:
+        """Return the settings of long examples, for the cache of checked rows."""
+        train = self.config.train
+        return f"{train.max_length}" + ("/cut" if train.over_long == "cut" else "")

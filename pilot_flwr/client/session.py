@@ -224,10 +224,10 @@ class Session:
         schedule: RunSchedule | None = None,
     ) -> TrainingResult:
         """Train the loaded model on the client's training split."""
-        config = self.config.train
+        config, cut = self.config.train, self.data.collator.cut_examples
         if config.ditto.enabled:  # two models, half of the epochs each
             config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
-        return train(
+        result = train(
             self.model,
             self.data.examples("train"),
             collator=self.data.collator,
@@ -238,6 +238,12 @@ class Session:
             proximal=proximal,
             run_schedule=schedule,
         )
+        if cut:
+            self.data.progress(
+                f"cut {count(len(cut), 'training example')} at `train.max_length`, "
+                f"{config.max_length} tokens"
+            )
+        return result
 
     def _upload(self) -> SessionResult:
         """Return the upload; a private run counts its release before making it."""

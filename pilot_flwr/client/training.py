@@ -132,13 +132,17 @@ def accumulate(
     per_batch = config.loss_reduction == "micro_batch"
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     step = [next(visuals) for _ in batches]
-    rows = [len(visual.features) if visual.images else 0 for visual in step]
+    rows = [len(visual.features) for visual in step]
     split = len(batches) > 1 and any(rows) and not per_batch
     router = model.connector if split and isinstance(model.connector, CrossTaskMoA) else None
     losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
     if router is not None:
         features = torch.cat(
-            [v.features.to(model.device, router.router.weight.dtype) for v in step if v.images]
+            [
+                v.features.to(model.device, router.router.weight.dtype)
+                for v in step
+                if len(v.features)
+            ]
         )
         _, balance, z = router.route(features)
         zero = balance.new_zeros(())

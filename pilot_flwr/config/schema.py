@@ -211,7 +211,13 @@ class TrainConfig(Section, prefix="train"):
     accumulation_steps: Annotated[int, minimum(1)] = 1
     """Batches per optimiser step."""
     max_length: Annotated[int, minimum(1)] = 2048
-    """Longest example in tokens, image tokens included; a longer one counts as broken."""
+    """Longest example in tokens, image tokens included."""
+    over_long: Annotated[str, choice("refuse", "cut")] = "refuse"
+    """A training example above `train.max_length`: `refuse` it as broken, or `cut` it there and
+    report the number (official code); one whose images or whole answers would be cut is refused."""
+    text_only: Annotated[str, choice("plain", "zero_image")] = "plain"
+    """A training example without images: `plain` text, or with a `zero_image` that only the
+    connector sees, so that it counts in L_d, L_b and L_z (official code)."""
     warmup_ratio: Annotated[float, FRACTION] = 0.03
     """Share of the optimiser steps of `train.schedule` with a rising learning rate."""
     schedule: Annotated[str, choice("exchange", "run")] = "exchange"

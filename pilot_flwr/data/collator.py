@@ -62,7 +62,11 @@ def same_for_all(tokens: int) -> TokenCounter:
 
 
 class Collator:
-    """Renders examples with the processor's chat template, tokenizes and pads them."""
+    """Renders examples with the processor's chat template, tokenizes and pads them.
+
+    An example above `max_length` is refused, or with `cut` a training example is cut there and its
+    id noted in `cut_examples`.
+    """
 
     def __init__(
         self,
@@ -71,12 +75,15 @@ class Collator:
         count_tokens: TokenCounter,
         max_length: int,
         system_prompt: str = "",
+        cut: bool = False,
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.count_tokens = count_tokens
         self.max_length = max_length
         self.system_prompt = system_prompt
+        self.cut = cut
+        self.cut_examples: set[str] = set()
         added = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         special = added | set(map(str, self.tokenizer.all_special_tokens))
         self._special = sorted(special - {processor.image_token})
@@ -101,7 +108,7 @@ class Collator:
     def tokenize(self, example: Example) -> tuple[list[int], list[int]]:
         """Return token ids and labels of one example, each a list of L integers."""
         text, answers = self._conversation(example, example.turns)
-        encoded = self._encode(text, example)
+        encoded = self._encode(text, example, whole=self.cut)
         labels = []
         for token, (start, end) in zip(
             encoded["input_ids"], encoded["offset_mapping"], strict=True
@@ -115,7 +122,25 @@ class Collator:
                     "conversation straddles the edge of an answer, so its label is undefined."
                 )
             labels.append(token if inside and end > start else IGNORE_INDEX)
-        return encoded["input_ids"], labels
+        if len(labels) > self.max_length:
+            self._check_cut(example, encoded["input_ids"], labels)
+        return encoded["input_ids"][: self.max_length], labels[: self.max_length]
+
+    def _check_cut(self, example: Example, ids: list[int], labels: list[int]) -> None:
+        """Note an example that is cut; raise `DataError` if its images or all answers would go."""
+        image = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        kept = labels[: self.max_length]
+        lost = ""
+        if image in ids[self.max_length :]:
+            lost = "an image"
+        elif all(label == IGNORE_INDEX for label in kept):
+            lost = "every answer"
+        if lost:
+            raise DataError(
+                f"{example.name} has {len(ids)} tokens and would lose {lost} if it were cut at "
+                f"`train.max_length`, which is {self.max_length}."
+            )
+        self.cut_examples.add(example.id)
 
     def end_token_id(self) -> int:
         """Return the id of the token that ends every answer and stops generation."""
@@ -146,7 +171,8 @@ class Collator:
             answers = [(a + added, b + added) if a > place else (a, b) for a, b in answers]
         return Rendered(text, answers)
 
-    def _encode(self, text: str, example: Example) -> Any:
+    def _encode(self, text: str, example: Example, *, whole: bool = False) -> Any:
+        """Tokenize a rendered example; raise `DataError` if it is too long, unless `whole`."""
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(
             text,
@@ -155,7 +181,7 @@ class Collator:
             verbose=False,  # the error below names the example
         )
         length = len(encoded["input_ids"])
-        if length > self.max_length:
+        if length > self.max_length and not whole:
             raise DataError(
                 f"{example.name} has {length} tokens but `train.max_length` is {self.max_length}."
             )

@@ -41,7 +41,10 @@ class ImageShape(NamedTuple):
 
 
 class Visual(NamedTuple):
-    """H_v of a batch: the rows of all images in order, (R, N, D), and the images, R rows in all."""
+    """H_v of a batch: the rows of all images in order, (R, N, D), and the images.
+
+    Rows behind those of the images are seen by the connector alone (`train.text_only`).
+    """
 
     features: Tensor
     images: tuple[ImageShape, ...]

@@ -44,6 +44,8 @@ class _Decoded(NamedTuple):
     """Cached features (rows, N, D) by key."""
     pixels: dict[str, Tensor]
     """Pixels of the other images by key."""
+    texts: int = 0
+    """Number of examples without images."""
 
 
 class FeatureCache:
@@ -51,16 +53,25 @@ class FeatureCache:
 
     `namespace` identifies everything that features depend on besides the example's id. `base`, by
     default the same, identifies the vision tower alone, for images with an identity, which
-    examples may share.
+    examples may share. With `zero_images`, an example without images has one row of features, that
+    of an image of zeros, at the end of its batch's.
     """
 
     def __init__(
-        self, config: FeatureCacheConfig, *, namespace: str, folder: Path, base: str | None = None
+        self,
+        config: FeatureCacheConfig,
+        *,
+        namespace: str,
+        folder: Path,
+        base: str | None = None,
+        zero_images: bool = False,
     ) -> None:
         self.config = config
         self.namespace = namespace
         self.base = namespace if base is None else base
         self.folder = folder
+        self.zero_images = zero_images
+        self._zero: Tensor | None = None
         self.limit = int(config.max_gib * 2**30)
         self._used_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -113,7 +124,8 @@ class FeatureCache:
                 images = [image.read() for image in example.images]
                 crops = model.spec.crops(image_processor, images)
                 decoded.pixels.update(zip(keys, crops, strict=True))
-        return decoded
+        texts = sum(not example.images for example in examples)
+        return decoded._replace(texts=texts)
 
     def _encode(self, model: PilotModel, decoded: _Decoded) -> Visual:
         kept, fresh = dict(decoded.kept), {}
@@ -132,11 +144,21 @@ class FeatureCache:
             if self.config.where != "off":
                 for key, features in zip(fresh, torch.split(encoded.cpu(), sizes), strict=True):
                     self._put(key, features)
-        if not decoded.images:
+        parts = [kept[key] for key, _, _ in decoded.images]
+        if self.zero_images and decoded.texts:
+            parts += [self._zero_row(model)] * decoded.texts
+        if not parts:
             return Visual(torch.empty(0, *feature_size(model.llava.config)), ())
-        features = _concatenate([kept[key] for key, _, _ in decoded.images], model.device)
         shapes = (ImageShape(len(kept[key]), *size) for key, *size in decoded.images)
-        return Visual(features, tuple(shapes))
+        return Visual(_concatenate(parts, model.device), tuple(shapes))
+
+    def _zero_row(self, model: PilotModel) -> Tensor:
+        """Return H_v of pixels that are zero after normalization, (1, N, D)."""
+        if self._zero is None:
+            vision = model.llava.config.vision_config
+            side = vision.image_size
+            self._zero = model.encode_images(torch.zeros(1, vision.num_channels, side, side))
+        return self._zero
 
     def _keys(self, example: Example) -> list[str]:
         alone = len(example.images) == 1  # then an image may be cropped

@@ -127,7 +127,7 @@ def _image_text_processor(source: dict[str, Any]) -> ImageTextProcessor:
 
 
 def make_collator(
-    config: ModelConfig, processor: Any, base_config: Any, *, max_length: int
+    config: ModelConfig, processor: Any, base_config: Any, *, max_length: int, cut: bool = False
 ) -> Collator:
     """Return the collator of a base model."""
     from pilot_flwr.data.collator import Collator
@@ -138,6 +138,7 @@ def make_collator(
         count_tokens=lambda sizes: spec.count_tokens(base_config, sizes),
         max_length=max_length,
         system_prompt=config.system_prompt,
+        cut=cut,
     )
 
 

@@ -315,9 +315,9 @@ class PilotModel(nn.Module):
         return sorted(ids if stop is None else ids | {stop})
 
     def _connect(self, visual: Visual) -> ConnectorOutput:
-        """Run the connector; a batch without images gives no features and zero losses."""
+        """Run the connector; a batch without rows gives no features and zero losses."""
         adapter = self._projector[0]
-        if not visual.images:
+        if not len(visual.features):
             empty = adapter.linear_2.weight.new_zeros(0, 0, adapter.linear_2.out_features)
             zero = empty.new_zeros(())
             return ConnectorOutput(empty.to(self.device), *3 * (zero.to(self.device),))
@@ -330,6 +330,7 @@ class PilotModel(nn.Module):
         embeddings: Tensor = self.llava.get_input_embeddings()(input_ids)
         if not visual.images:
             return embeddings
+        rows = rows[: sum(image.rows for image in visual.images)]
         tokens = self.spec.pack(self.llava, rows, visual.images)
         places = (input_ids.flatten() == self.llava.config.image_token_id).nonzero().squeeze(1)
         if len(places) != len(tokens):

@@ -24,6 +24,7 @@ from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError, TrainingError
+from pilot_flwr.model.architectures import Visual
 from pilot_flwr.model.loading import initial_state
 
 TASKS = ("vqa", "counting", "captioning")
@@ -598,6 +599,35 @@ def test_answers_that_the_limit_ends_are_counted(make_model, processor, examples
     short = evaluate(model, examples, config=EvaluationConfig(max_new_tokens=1), **options)
     whole = evaluate(model, examples, config=EvaluationConfig(max_new_tokens=16), **options)
     assert (short.cut, whole.cut) == (len(examples), 0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_zero_image_counts_in_the_auxiliary_losses_alone(make_model, processor, examples, stage):
+    """The connector's own losses on both rows, and the cross-entropy of the batch without it."""
+    talk = tuple(Turn(role, "zwei drei vier") for role in ("user", "assistant") * 2)
+    given, model = [examples[1], replace(examples[0], images=(), turns=talk)], make_model()
+    if stage == 2:
+        model.enter_stage2(TASKS, torch.Generator().manual_seed(0))
+    perturb(model)
+    batch = Collator(processor, count_tokens=same_for_all(16), max_length=256).train_batch(given)
+    plain = next(encoder(model, processor)([given]))
+    side = model.llava.config.vision_config.image_size
+    zero = model.encode_images(torch.zeros(1, 3, side, side))
+    both = Visual(torch.cat([plain.features, zero]), plain.images)
+    without, found = (
+        training.accumulate(model, [batch], iter([visual]), TrainConfig())
+        for visual in (plain, both)
+    )
+    assert found[1] == without[1]  # L_ce
+    expected = model.connector(both.features)
+    for index, value in enumerate((expected.difference, expected.balance, expected.z), start=2):
+        assert found[index].item() == pytest.approx(value.item(), rel=1e-5)
+    alone = Visual(zero, ())
+    text = Collator(processor, count_tokens=same_for_all(16), max_length=256).train_batch(given[1:])
+    split = training.accumulate(
+        model, [batch, text], iter([plain, alone]), TrainConfig()
+    )  # two micro-batches, the second of text alone
+    assert split[4].item() == pytest.approx(expected.z.item(), rel=1e-5)
 
 
 def test_a_step_of_text_alone_trains(make_model, run):

@@ -42,6 +42,8 @@ def test_the_official_choices_are_all_that_differs():
         "train.clipping=global",
         "train.loss_reduction=micro_batch",
         "train.batching=length",
+        "train.over_long=cut",
+        "train.text_only=zero_image",
         "train.difference_loss.reduction=official",
         "train.balance_loss.reduction=per_image",
     ]

@@ -107,6 +107,35 @@ def test_too_long_is_an_error_never_cut(processor):
         collator.tokenize(example("<image>\nHow many digits are odd?", "two"))
 
 
+def test_a_long_example_can_be_cut_and_is_counted(processor, collator):
+    """As the first `max_length` tokens of the whole: LLaVA truncates ids and labels alike."""
+    one = example("<image>\nHow many digits are odd?", "two", "And even?", "three")
+    ids, labels = collator.tokenize(one)
+    for length in (len(ids) - 1, len(ids), len(ids) + 1):
+        cutting = Collator(
+            processor, count_tokens=same_for_all(VISUAL), max_length=length, cut=True
+        )
+        assert cutting.tokenize(one) == (ids[:length], labels[:length])
+        assert cutting.train_batch([one]).input_ids.tolist() == [ids[:length]]
+        assert cutting.cut_examples == ({"e1"} if length < len(ids) else set())
+        if length < len(ids):
+            with pytest.raises(DataError, match="has .* tokens but `train.max_length`"):
+                cutting.prompt(example("<image>\nHow many?" + " many" * 300, "two"))
+
+
+def test_an_example_that_would_lose_its_image_or_all_answers_is_not_cut(processor, collator):
+    one = example("<image>\nHow many digits are odd?", "two")
+    ids, labels = collator.tokenize(one)
+    first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    for length, lost in ((first, "every answer"), (5, "an image")):
+        cutting = Collator(
+            processor, count_tokens=same_for_all(VISUAL), max_length=length, cut=True
+        )
+        with pytest.raises(DataError, match=f"{len(ids)} tokens and would lose {lost} if it were"):
+            cutting.tokenize(one)
+        assert not cutting.cut_examples
+
+
 def test_a_token_across_the_edge_of_an_answer_is_an_error(collator, monkeypatch):
     conversation = collator._conversation
 

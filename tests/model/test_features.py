@@ -8,6 +8,7 @@ from PIL import Image
 
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import FeatureCacheConfig
+from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.model.feature_cache import FeatureCache
 
@@ -44,6 +45,25 @@ def test_each_image_is_encoded_once_if_kept(tmp_path, counted, processor, exampl
     )
     assert torch.equal(first.features, second.features.flip(0))
     assert sum(count) == encoded
+
+
+def test_a_text_can_have_the_features_of_zeros_behind_those_of_images(
+    tmp_path, make_model, processor, examples
+):
+    """As the official data set gives a text row ``torch.zeros(3, H, W)`` for its image."""
+    model = make_model()
+    texts = [replace(e, images=(), turns=(Turn("user", "How?"), *e.turns[1:])) for e in examples]
+    mixed = [texts[0], examples[1], texts[2]]
+    config = FeatureCacheConfig(where="off")
+    zeroed = FeatureCache(config, namespace="zero", folder=tmp_path, zero_images=True)
+    side = model.llava.config.vision_config.image_size
+    zero = model.encode_images(torch.zeros(1, 3, side, side))
+    plain = cache(tmp_path, "off", "zero").encode(model, processor.image_processor, mixed)
+    found = zeroed.encode(model, processor.image_processor, mixed)
+    assert found.images == plain.images and len(plain.features) == 1
+    assert torch.equal(found.features, torch.cat([plain.features, zero, zero]))
+    alone = zeroed.encode(model, processor.image_processor, texts[:1])
+    assert alone.images == () and torch.equal(alone.features, zero)
 
 
 def test_features_are_transformers_own(tmp_path, make_model, processor, examples):
