@@ -91,7 +91,7 @@ def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tm
         return Outcome(succeeded=True)
 
     launch_module.launch = leave  # put back by the fixture
-    assert cli.main(["run", "run.folder=run"]) == 0
+    assert cli.main(["run", "run.folder=run", "run.report=false"]) == 0
     out = capsys.readouterr().out
     assert "1 of 2" in out
     (first,) = [line for line in out.splitlines() if "Θ_l 2.0 MB" in line]

@@ -163,6 +163,7 @@ def test_a_failed_job_does_not_stop_the_others(swept):
     assert int(first["bytes_up"]) == sum(sent) > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_repeats_failed_jobs_only(swept):
     out, shown = swept / "s", swept / "again"
     run = out / "runs" / GOOD
