@@ -295,6 +295,11 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
     if not node.micro_batch:
         return config
     train, size = config.train, node.micro_batch
+    if train.loss_reduction == "micro_batch" and size != train.batch_size:
+        raise ConfigError(
+            f"`micro-batch` is {size} but must be {train.batch_size}, the run's `train.batch_size`,"
+            " with `train.loss_reduction=micro_batch`, where it changes the gradient."
+        )
     per_step = train.batch_size * train.accumulation_steps
     if per_step % size:
         possible = ", ".join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)

@@ -267,3 +267,10 @@ def test_a_micro_batch_keeps_the_examples_of_a_step():
         message = f"`micro-batch` is {size} but must divide the 12 .*: 1, 2, 3, 4, 6, 12\\."
         with pytest.raises(ConfigError, match=message):
             own(size)
+
+
+def test_a_micro_batch_that_changes_the_gradient_is_refused():
+    config = load_config("train.batch_size=6 train.loss_reduction=micro_batch")
+    assert site_config(NodeSettings(micro_batch=6), config, simulated=False).train == config.train
+    with pytest.raises(ConfigError, match="`micro-batch` is 3 but must be 6, .*loss_reduction"):
+        site_config(NodeSettings(micro_batch=3), config, simulated=False)
