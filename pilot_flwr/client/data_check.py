@@ -120,6 +120,7 @@ def check_splits(
             load_processor(model.path, model.revision),
             known_config(model),
             max_length=config.train.max_length,
+            cut=config.train.over_long == "cut",
         )
         tokenize = {"train": collator.tokenize, "test": lambda e: (collator.prompt(e), [])}
     seen: dict[object, SplitStatistics] = {}

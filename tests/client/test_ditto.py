@@ -8,9 +8,10 @@ from visuals import encoder
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session, session_generator
 from pilot_flwr.client.training import Proximal, accumulate, train
+from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.errors import StateError
+from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.inference.runs import client_model, load_model, open_run, select_consensus
 from pilot_flwr.model.loading import initial_state
 from pilot_flwr.protocol import Instruction
@@ -139,6 +140,11 @@ def test_the_client_is_evaluated_by_its_personal_model(runs):
         kept.personal["own_task_adapter"]["linear_2.weight"],
         ditto.strategy.state.adapters["vqa"]["linear_2.weight"],
     )
+
+
+def test_two_models_have_no_schedule_over_the_run():
+    with pytest.raises(ConfigError, match="`train.schedule` is run but must be exchange with"):
+        load_config("strategy=ditto train.schedule=run")
 
 
 def test_a_client_that_has_trained_without_ditto_has_no_personal_model(runs, tmp_path):

@@ -86,6 +86,18 @@ def test_the_loaded_model_computes_the_same(
 
 
 @torch.no_grad()
+def test_the_routers_precision_is_exported(make_model, processor, examples, generator, tmp_path):
+    model = make_model(router_dtype="bfloat16")
+    model.enter_stage2(TASKS, generator)
+    expected, of = logits(perturb(model), processor, examples)
+    loaded, _ = modeling_pilot.load(export(model, tmp_path / "model"))
+    torch.testing.assert_close(of(loaded), expected, rtol=1e-5, atol=1e-5)
+    model.connector.router_dtype = "float32"
+    other, _ = logits(model, processor, examples)
+    assert float((other - expected).abs().max()) > 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("stage", "left_out"),
     [

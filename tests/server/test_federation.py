@@ -1,17 +1,20 @@
 """Whole runs in this process: every message goes through Flower's types, no Ray."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import Error, Message, MessageType
 from inprocess import SMALL, TWO_TASKS, Federation
 from quick_training import quick_training
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.client.private_state import PrivateStore
+from pilot_flwr.config.loading import config_folder
 from pilot_flwr.flower.codec import decode_state
 from pilot_flwr.flower.messages import decode_update
 from pilot_flwr.metrics import METRICS
@@ -288,6 +291,25 @@ def test_bfloat16_travels_as_bfloat16(tmp_path):
     event = federation.events("train", round=2)[0]
     trained = sum(event["gradients"][g] for g in ("lora", "own_task_adapter"))
     assert 2 * trained < event["bytes_up"] < 2 * trained + 200 * 128
+
+
+def test_the_official_choices_run(tmp_path):
+    """All of `experiment=paper-official` on the small model: both stages, step by step finite."""
+    official = yaml.safe_load((config_folder() / "experiment/paper-official.yaml").read_text())
+    words = []
+    for section in ("model", "train"):
+        for key, value in official[section].items():
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            words += [f"{section}.{key}{'.' * bool(k)}{k}={v}" for k, v in inner]
+    assert len(words) == 11
+    federation = Federation(
+        tmp_path, f"{TWO_TASKS} train.accumulation_steps=2 {' '.join(words)}"
+    ).run()
+    assert federation.events("failure") == []
+    events = federation.events("train")
+    assert len(events) == 8
+    names = ("loss", "loss_ce", "loss_difference", "loss_balance", "loss_z")
+    assert all(math.isfinite(event[name]) for event in events for name in names)
 
 
 def test_the_papers_variants_run(tmp_path):
