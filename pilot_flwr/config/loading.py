@@ -6,7 +6,11 @@ and ranges are in `pilot_flwr.config.schema`; to add a choice, add a file ``conf
 A client gets that string from the server, so it is checked before Hydra composes anything: an
 override sets a setting to a plain value or chooses a file of ``conf/``. Hydra's ways to read
 environment variables or other files are refused. The command line refuses them too, so that
-clients accept every configuration that it accepts.
+clients accept every configuration that it accepts. A recorded configuration (`from_yaml`) is input
+as well: ``${...}`` in it is text, never evaluated.
+
+A text setting takes its value as typed, ``model.path=/a/epoch=9(1)``, also where Hydra's grammar
+would need quotes (`quoted`).
 """
 
 import copy
@@ -14,9 +18,9 @@ import functools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from pilot_flwr.config.rules import one_of
 from pilot_flwr.config.schema import PilotConfig
@@ -35,6 +39,9 @@ MISSING = "???"
 """OmegaConf's mark of a missing value: it would leave the setting at its default."""
 
 _LONGEST_YAML, _DEEPEST_YAML = 2**18, 20
+
+MOST_VALUES = 100_000
+"""Values of a file, aliases expanded: a few lines of nested aliases would take hours."""
 
 
 def config_folder() -> Path:
@@ -79,7 +86,7 @@ def _compose(overrides: str) -> PilotConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        arguments = shlex.split(overrides)
+        arguments = [quoted(argument) for argument in shlex.split(overrides)]
     except ValueError as error:
         raise ConfigError(f"The overrides {overrides!r} cannot be split: {error}.") from None
     try:
@@ -128,11 +135,77 @@ def _texts(value: Any) -> Iterator[str]:
         raise ConfigError(f"A value is {value!r} but must be text, a number, a list or a mapping.")
 
 
-def to_yaml(config: PilotConfig) -> str:
-    """Return `config` as YAML, every value resolved."""
-    from omegaconf import OmegaConf
+def quoted(override: str, *, sweep: bool = False) -> str:
+    """Return an override in Hydra's grammar: with quotes where a text setting needs them.
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    In a sweep, commas and functions of a text setting separate its values; elsewhere they are text.
+
+    Raises
+    ------
+    ConfigError
+        Hydra cannot parse the override, and its value is not one text.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = override.partition("=")
+    is_text = bool(equals) and _is_text(key.lstrip("+")) and "${" not in value
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError):
+        if is_text and not (sweep and "," in value):
+            return f"{key}={hydra_text(value)}"
+        if not equals:
+            raise ConfigError(f"The override {override!r} must be `key=value`.") from None
+        raise ConfigError(
+            f"The override {override!r} cannot be parsed. Put each text in it that has any of "
+            f"()[]{{}},:=\\'\" in single quotes, and the override in the shell's double quotes: "
+            f"\"{key}='a (1)'\"."
+        ) from None
+    found: Any = parsed.value()
+    if parsed.is_sweep_override():
+        as_typed = not sweep and getattr(found, "simple_form", False)
+    else:
+        as_typed = isinstance(found, bool | int | float | list | dict)
+    return f"{key}={hydra_text(value)}" if is_text and as_typed else override
+
+
+def _is_text(key: str) -> bool:
+    """Return whether a setting takes one text."""
+    kind: Any = PilotConfig
+    for part in key.split("."):
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        else:
+            kind = get_args(kind)[1] if get_origin(kind) is dict else None
+    return kind is str
+
+
+def hydra_text(text: str) -> str:
+    r"""Return `text` in Hydra's quotes.
+
+    There a quote is written ``\'`` and a backslash escapes only a quote or backslashes before one;
+    OmegaConf reads ``\${`` as a plain ``${``.
+    """
+    text = re.sub(r"(\\+)('|$)", r"\1\1\2", _escaped(text)).replace("'", r"\'")
+    return f"'{text}'"
+
+
+def _escaped(value: Any) -> Any:
+    r"""Write ``${`` in a value's texts as ``\${``, which OmegaConf reads as plain text."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(inner) for key, inner in value.items()}
+    return [_escaped(inner) for inner in value] if isinstance(value, list) else value
+
+
+def to_yaml(config: PilotConfig) -> str:
+    """Return `config` as YAML."""
+    import yaml
+
+    text: str = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def to_dict(config: PilotConfig) -> dict[str, Any]:
@@ -143,24 +216,24 @@ def to_dict(config: PilotConfig) -> dict[str, Any]:
 def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
     """Read the YAML that `to_yaml` wrote, then apply overrides ``key=value``.
 
-    A setting that the YAML lacks gets its default.
+    A setting that the YAML lacks gets its default. ``${...}`` is text: a received run folder must
+    not read this machine's environment.
 
     Raises
     ------
     ConfigError
-        An unknown key, a wrong type, a value out of range, or text that is not a configuration.
+        An unknown key, a wrong type, a value out of range, text that is not a configuration, or an
+        override that `load_config` would refuse.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"The override {override!r} must be `key=value`.")
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
-        _check_plain(text)
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.create(text), changes))
+        merged = OmegaConf.merge(_schema(), _escaped(_read_plain(text) or {}))
+        for key, value in map(_key_and_value, overrides):
+            OmegaConf.update(merged, key, value)
+        config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(_readable(error)) from None
     if not isinstance(config, PilotConfig):
@@ -168,8 +241,16 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
     return config
 
 
-def _check_plain(text: str) -> None:
-    """Refuse YAML that could fill the memory: long, deeply nested, or with aliases."""
+def _key_and_value(override: str) -> tuple[str, Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(quoted(override))
+    _check_override(parsed)
+    return parsed.key_or_group, parsed.value()
+
+
+def _read_plain(text: str) -> Any:
+    """Read YAML; refuse what could fill the memory: long, deeply nested, or with aliases."""
     import yaml
 
     if len(text) > _LONGEST_YAML:
@@ -182,6 +263,42 @@ def _check_plain(text: str) -> None:
             raise ConfigError("It is YAML too deeply nested for a configuration.")
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError("It has aliases (`*name`), which a configuration must not have.")
+    check_yaml(yaml.compose(text, Loader=yaml.SafeLoader))
+    values = yaml.safe_load(text)
+    for found in _texts_of(values):
+        if found == MISSING:
+            raise ConfigError(f"It has {MISSING!r}, which stands for a missing value.")
+    return values
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_of(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def check_yaml(root: Any) -> None:
+    """Raise for a duplicate key, of which YAML takes the last, and for too many values."""
+    import yaml
+
+    waiting, count = [root], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, aliases expanded")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                waiting.append(value)
 
 
 @functools.cache

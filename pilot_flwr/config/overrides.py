@@ -22,13 +22,10 @@ from typing import Any
 import yaml
 
 from pilot_flwr.config.data import ALL, DataConfig
-from pilot_flwr.config.loading import MISSING, load_config
+from pilot_flwr.config.loading import MISSING, check_yaml, hydra_text, load_config
 from pilot_flwr.config.rules import expanded
 from pilot_flwr.config.schema import PilotConfig, SimulationConfig
 from pilot_flwr.errors import ConfigError
-
-MOST_VALUES = 100_000
-"""Values of a file, aliases expanded: a few lines of nested aliases would take hours."""
 
 
 def expand(overrides: Sequence[str]) -> list[str]:
@@ -76,7 +73,7 @@ def _file_overrides(name: str) -> list[str]:
 def _read_settings(path: Path, name: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        _check_yaml(yaml.compose(text, Loader=yaml.SafeLoader))
+        check_yaml(yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"`data` is {name!r}, which cannot be read: {error.strerror}.") from None
@@ -89,26 +86,6 @@ def _read_settings(path: Path, name: str) -> dict[str, Any]:
         if key not in keys:
             raise ConfigError(f"{name}: `{key}` must be one of {', '.join(keys)}.")
     return {"source": "llava", "train_examples": ALL, "test_examples": ALL} | content
-
-
-def _check_yaml(root: Any) -> None:
-    """Raise for a duplicate key, of which YAML takes the last, and for too many values."""
-    waiting, count = [root], 0
-    while waiting:
-        node, count = waiting.pop(), count + 1
-        if count > MOST_VALUES:
-            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, aliases expanded")
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-                waiting.append(value)
 
 
 def _hydra_value(value: Any, key: str) -> str:
@@ -171,17 +148,6 @@ def path_override(key: str, path: Path) -> str:
     """Return the Hydra override that sets `key` to a path with any characters."""
     plain = re.fullmatch(r"[A-Za-z0-9_./-]+", str(path))
     return f"{key}={path if plain else hydra_text(str(path))}"
-
-
-def hydra_text(text: str) -> str:
-    r"""Return `text` in Hydra's quotes.
-
-    There a quote is written ``\'`` and a backslash escapes only a quote or backslashes before one;
-    OmegaConf reads ``\${`` as a plain ``${``.
-    """
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    text = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", r"\'")
-    return f"'{text}'"
 
 
 def toml_string(text: str) -> str:

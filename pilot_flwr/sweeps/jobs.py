@@ -64,6 +64,11 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
                 f"The override {override!r} is a Hydra setting, of which a sweep accepts only "
                 "`hydra/launcher` and `hydra.launcher.…`."
             )
+        if "${" in override:
+            raise ConfigError(
+                f"The override {override!r} must have a plain value, not `${{...}}`: a sweep's "
+                "folder may come from elsewhere."
+            )
     settings = [override for override in overrides if override not in launcher]
     for override in settings:
         if override.lstrip("+~").partition("=")[0] in _SET_BY_SWEEP:

@@ -22,8 +22,8 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from pilot_flwr.config.loading import config_folder, load_config
-from pilot_flwr.config.overrides import hydra_text, path_override
+from pilot_flwr.config.loading import config_folder, hydra_text, load_config, quoted
+from pilot_flwr.config.overrides import path_override
 from pilot_flwr.errors import ConfigError, PilotError, RunError
 from pilot_flwr.formatting import count, headline, human_seconds
 from pilot_flwr.launch.prepare import Prepared, check_settings, engine_options, prepare
@@ -68,6 +68,7 @@ def sweep(
     `path` is the sweep's absolute folder, new or existing; `out` receives lines of output.
     """
     settings, launcher = split_overrides(overrides)
+    settings = [quoted(setting, sweep=True) for setting in settings]
     jobs = expand_jobs(settings)
     folder = SweepFolder(path)
     check_jobs(folder, jobs, baseline)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pilot_flwr.config import overrides as submission
-from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.loading import from_yaml, load_config, quoted, to_yaml
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.config.schema import SimulationConfig
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.sweeps.jobs import expand_jobs
 
 NASTY = [
     "/plain/path-1.0_x",
@@ -152,3 +155,74 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path):
     for configured in (tmp_path, tmp_path / "result.json"):
         with pytest.raises(ConfigError, match="`run.folder` is .* but must be a new or empty"):
             submission.run_folder(str(configured), "demo", now)
+
+
+UNQUOTED = [
+    "/a/epoch=9(1)",
+    "/a (1)/b c",
+    "/a,b",
+    "/[a]{b}",
+    "[a,b]",
+    "{a:b}",
+    "it's",
+    'say "x"',
+    "1_000",
+    "/a:b, c=(d)[e]",
+]
+
+
+@pytest.mark.parametrize("text", UNQUOTED)
+def test_a_text_setting_takes_what_the_user_types(text):
+    words = [f"{key}={text}" for key in TEXTS]
+    config = load_config(shlex.join(words))
+    assert {attrgetter(key)(config) for key in TEXTS if key != "run.folder"} == {text}
+    recorded = from_yaml(to_yaml(config), [f"model.path={text}/x"])
+    assert recorded.model.path == f"{text}/x"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.epochs=9(1)",
+        "data.tasks=[a(1)]",
+        "data.files.a.train=[a(1).json]",
+        "model.path=/a(${oc.env:HOME})",
+        "model=tiny(1)",
+        "seed='1",
+    ],
+)
+def test_an_override_that_cannot_be_parsed_is_named_in_our_words(override):
+    key = override.partition("=")[0]
+    for read in (lambda: load_config(shlex.join([override])), lambda: from_yaml("", [override])):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert f"The override {override!r} cannot be parsed. Put each text" in str(caught.value)
+        assert f"\"{key}='a (1)'\"" in str(caught.value)
+
+
+def test_the_advice_of_that_error_works():
+    words = ["+data.files={a:{train:['a(1).json']}}", "data.tasks=[a]", "data.source=llava"]
+    assert load_config(shlex.join(words)).data.files["a"].train == ["a(1).json"]
+
+
+def test_a_sweep_takes_such_paths_and_names_an_override_that_it_cannot_split():
+    words = ["model.path=/a/epoch=9(1)", "data.folder='/a,b','/c(d)'", "seed=1,2", "name=a,b"]
+    jobs = expand_jobs([quoted(word, sweep=True) for word in words])
+    configs = [load_config(shlex.join(job.overrides)) for job in jobs]
+    assert {config.model.path for config in configs} == {"/a/epoch=9(1)"}
+    assert {config.data.folder for config in configs} == {"/a,b", "/c(d)"}
+    assert len(jobs) == 8
+    word = "model.path=/a(1),/b"
+    with pytest.raises(ConfigError, match="The override 'model.path=/a.1.,/b' cannot be parsed"):
+        quoted(word, sweep=True)
+
+
+@pytest.mark.parametrize("folder", UNQUOTED)
+def test_a_federation_file_in_such_a_folder(tmp_path, folder):
+    path = tmp_path / folder.strip("/") / "epoch=9(1).yaml"
+    path.parent.mkdir(parents=True)
+    files = {"a": {"train": [f"{folder}.json"], "images": folder}}
+    path.write_text(yaml.safe_dump({"tasks": ["a"], "files": files, "folder": folder.strip("/")}))
+    data = load_config(shlex.join(expand([f"data={path}"]))).data
+    assert data.folder == str(path.parent / folder.strip("/"))
+    assert (data.files["a"].train, data.files["a"].images) == ([f"{folder}.json"], folder)

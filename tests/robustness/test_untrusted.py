@@ -1,12 +1,16 @@
 """What a client believes of the server, and what it tells it: messages to the real ClientApp."""
 
+import functools
 import json
 import logging
 import os
 import shlex
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import yaml
 from flwr.app import Message, MessageType
 from inprocess import SMALL, Federation, InProcessGrid
 from omegaconf import OmegaConf
@@ -14,12 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pilot_flwr import client_app
 from pilot_flwr.client import node as site_module
-from pilot_flwr.config.loading import config_folder, load_config
+from pilot_flwr.config.loading import config_folder, from_yaml, load_config, to_yaml
+from pilot_flwr.config.overrides import expand
 from pilot_flwr.errors import ConfigError, DataError, RunError
 from pilot_flwr.flower import messages
 from pilot_flwr.flower.messages import OWN_ERROR, without_paths
+from pilot_flwr.launch.prepare import prepare
 from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.directory import RunFolder
+from pilot_flwr.run.history import read_run
+from pilot_flwr.server.resume import check_resumable
+from pilot_flwr.sweeps.runner import sweep
 
 SECRET = "hunter2-of-the-site"
 ONE = f"{SMALL} data.tasks=[vqa] data.clients_per_task=1"
@@ -295,3 +304,86 @@ def test_paths_are_replaced_and_nothing_else(text, told):
 
 def test_a_text_without_private_paths_is_searched_too():
     assert without_paths("a /b/c", {}) == "a <path>"
+
+
+INTERPOLATIONS = [
+    "${oc.env:SITE_SECRET}",
+    "a ${oc.env:SITE_SECRET} b",
+    "\\${oc.env:SITE_SECRET}",
+    "\\\\${oc.env:SITE_SECRET}",
+    "${oc.decode:${oc.env:SITE_SECRET}}",
+    "${model.path}",
+    "${",
+    "a ${oc.env:SITE_SECRET",
+]
+TEXT_SETTINGS = ["model.system_prompt", "model.path", "run.folder", "data.partition.column"]
+
+
+@pytest.mark.parametrize("text", INTERPOLATIONS)
+def test_an_interpolation_in_a_recorded_configuration_is_text(text, monkeypatch):
+    monkeypatch.setenv("SITE_SECRET", SECRET)
+    recorded = yaml.safe_load(to_yaml(load_config()))
+    for key in TEXT_SETTINGS:
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, recorded)[last] = text
+    config = from_yaml(yaml.safe_dump(recorded))
+    assert {attrgetter(key)(config) for key in TEXT_SETTINGS} == {text}
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("text", INTERPOLATIONS)
+def test_an_interpolation_of_another_kind_of_value_is_refused(text, monkeypatch):
+    monkeypatch.setenv("SITE_SECRET", "7")
+    for key in ("seed", "train.stage1.lora_lr", "run.report", "data.tasks", "model", "train.ditto"):
+        value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        with pytest.raises(ConfigError):
+            from_yaml(yaml.safe_dump(value))
+    with pytest.raises(ConfigError, match="must be|cannot be parsed"):
+        from_yaml("seed: 1", [f"model.path='{INTERPOLATIONS[0]}'"])
+
+
+def test_a_missing_value_in_a_recorded_configuration_is_refused():
+    with pytest.raises(ConfigError, match="missing value"):
+        from_yaml("model: {system_prompt: '???'}")
+
+
+def test_a_received_run_folder_reads_no_environment(tmp_path, monkeypatch):
+    """`config.yaml` is kept as text, `overrides.txt` refused, by every reader of a run folder."""
+    monkeypatch.setenv("SITE_SECRET", SECRET)
+    text = yaml.safe_load(to_yaml(load_config(ONE)))
+    text["model"]["system_prompt"] = INTERPOLATIONS[0]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(text))
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = read_run(tmp_path).config
+    assert config.model.system_prompt == INTERPOLATIONS[0]
+    with pytest.raises(ConfigError, match="oc.env:SITE_SECRET"):
+        check_resumable(tmp_path, load_config(ONE))
+    (tmp_path / "overrides.txt").write_text(f"model.system_prompt={INTERPOLATIONS[0]}")
+    with pytest.raises(ConfigError, match="must be a plain value") as caught:
+        prepare([f"resume={tmp_path}"], {}, datetime.now())
+    assert SECRET not in str(caught.value)
+
+
+def test_a_received_sweep_folder_reads_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SITE_SECRET", SECRET)
+    for override in (
+        f"name={INTERPOLATIONS[0]}",
+        f"model.path='{INTERPOLATIONS[0]}','b'",
+        f"hydra.launcher.x={INTERPOLATIONS[0]}",
+    ):
+        with pytest.raises(ConfigError, match="oc.env:SITE_SECRET") as caught:
+            sweep([override], tmp_path, out=print)
+        assert SECRET not in str(caught.value)
+
+
+def test_a_received_federation_file_reads_no_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SITE_SECRET", SECRET)
+    files = {"a": {"train": [INTERPOLATIONS[0]], "prompt_suffix": INTERPOLATIONS[1]}}
+    path = tmp_path / "f.yaml"
+    path.write_text(yaml.safe_dump({"tasks": ["a"], "files": files, "folder": "${oc.env:HOME}"}))
+    data = load_config(shlex.join(expand([f"data={path}"]))).data
+    assert data.files["a"].train == [INTERPOLATIONS[0]]
+    assert data.files["a"].prompt_suffix == INTERPOLATIONS[1]
+    assert data.folder == f"{tmp_path}/${{oc.env:HOME}}"
