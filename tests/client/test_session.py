@@ -458,3 +458,24 @@ def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make
     assert {t.dtype for t in kept.values()} == {torch.float32}
     exact = run(sites["counting"], make_instruction(1, task="counting"))
     assert {t.dtype for t in exact.lora.values()} == {torch.float32}
+
+
+def test_examples_that_were_cut_are_reported(sites, make_instruction, monkeypatch):
+    """Their number, in the site's own log: nothing is truncated quietly."""
+    lengths = []
+
+    def train(model, examples, *, collator, **_):
+        lengths.extend(len(collator.train_batch([example]).input_ids[0]) for example in examples)
+        return TrainingResult({"total": 1.0}, 1, len(examples), 0.0, {})
+
+    monkeypatch.setattr(session_module, "train", train)
+    run(sites["vqa"], make_instruction(1))
+    longest, lines = max(lengths), []
+    over = sum(length == longest for length in lengths)
+    lengths.clear()
+    short = replace(CONFIG.train, max_length=longest - 1, over_long="cut")
+    config = replace(CONFIG, train=short)
+    run_session(sites["vqa"], config, make_instruction(1), progress=lines.append)
+    assert max(lengths) == longest - 1
+    noun = "training example" if over == 1 else "training examples"
+    assert lines[-1] == f"cut {over} {noun} at `train.max_length`, {longest - 1} tokens"
