@@ -167,8 +167,27 @@ RULES = (
             "strategy.sharing.lora": "AB",
             "strategy.server_optimizer.name": "none",
             "train.ditto.enabled": False,
+            "train.lora_matrices": "AB",
         },
     ),
+    # B alone is trained, A alone is sent.
+    Rule({"train.lora_matrices": "B", "strategy.sharing.lora": "A"}, {"train.lora_matrices": "AB"}),
+    # Gradients in float16 need loss scaling, which bfloat16 autocast makes unnecessary.
+    Rule(
+        {"model.dtype": "float16", "train.autocast": "off"},
+        {"strategy.trained_by": "nobody"},
+    ),
+    # Without training only scores remain.
+    Rule(
+        {"strategy.trained_by": "nobody"},
+        {
+            "evaluation.enabled": True,
+            "privacy.enabled": False,
+            "strategy.server_optimizer.name": "none",
+            "train.proximal_weight": 0,
+        },
+    ),
+    Rule({"strategy.self_weight": False}, {"strategy.lora": "adaptive"}),
     # Nothing is sent, so there is nothing to pull towards and nothing to protect.
     Rule(
         {"strategy.sharing.adapter": False, "strategy.sharing.lora": "none"},

@@ -133,7 +133,7 @@ class StrategyConfig(Section, prefix="strategy"):
     clients: Annotated[int, minimum(0)] = 0
     """Number of real sites, with any names, that the first exchange waits for; 0: the clients
     `<task>-<n>` of the configured tasks, as in a simulation."""
-    max_examples: Annotated[int, minimum(0)] = 0
+    max_examples: Annotated[int, minimum(0)] = 1_000_000
     """Refuse a client that reports more training examples: they weight its update, and the
     server cannot verify them; 0: no limit."""
     wait_seconds: Annotated[float, POSITIVE] = 300.0

@@ -107,6 +107,7 @@ FREE = (
     "resume",
     "strategy.min_replies",
     "strategy.below_minimum",
+    "strategy.max_examples",
     "strategy.wait_seconds",
     "strategy.round_timeout_seconds",
     "train.log_every_seconds",

@@ -225,3 +225,26 @@ def test_yaml_is_read_back():
 def test_yaml_that_is_no_configuration_is_refused(text, overrides, words):
     with pytest.raises(ConfigError, match=words):
         from_yaml(text, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ("strategy=ffa_lora strategy.sharing.lora=A", ("strategy.sharing.lora", "lora_matrices")),
+        ("model.dtype=float16 train.autocast=off", ("model.dtype", "train.autocast")),
+        ("strategy=fedex_lora train.lora_matrices=B", ("strategy.lora", "train.lora_matrices")),
+        ("strategy=zero_shot privacy.enabled=true", ("trained_by", "privacy.enabled")),
+        ("strategy=zero_shot evaluation.enabled=false", ("trained_by", "evaluation.enabled")),
+        ("strategy=zero_shot train.proximal_weight=1", ("trained_by", "proximal_weight")),
+        ("strategy=fedit strategy.self_weight=false", ("self_weight", "strategy.lora")),
+    ],
+)
+def test_settings_that_cannot_go_together_are_both_named(overrides, names):
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_an_absurd_number_of_examples_is_above_the_default_limit():
+    assert 665_298 < load_config().strategy.max_examples < 10**7
+    load_config("strategy=zero_shot model.dtype=float16 train.autocast=off")
