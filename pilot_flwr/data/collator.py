@@ -152,6 +152,7 @@ class Collator:
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
     ) -> Rendered:
         """Render turns of an example, each image token repeated once per feature."""
+        self._check_text(example, turns)
         try:
             rendered = self._render(turns, generate=generate)
         except DataError as error:
@@ -170,6 +171,17 @@ class Collator:
             text += image_token * count + piece
             answers = [(a + added, b + added) if a > place else (a, b) for a, b in answers]
         return Rendered(text, answers)
+
+    def _check_text(self, example: Example, turns: Sequence[Turn]) -> None:
+        """Raise `DataError` for a control token in a text, which could forge a turn."""
+        control = {*self._special, self.processor.image_token} - {IMAGE_MARKER}
+        for turn in turns:
+            if token := next((t for t in sorted(control) if t in turn.text), None):
+                raise DataError(
+                    f"{example.name}: the {turn.role}'s text has {token!r}, which is a control "
+                    "token of the model. Remove it or write it differently, such as "
+                    f"{token[0] + ' ' + token[1:]!r}."
+                )
 
     def _encode(self, text: str, example: Example, *, whole: bool = False) -> Any:
         """Tokenize a rendered example; raise `DataError` if it is too long, unless `whole`."""

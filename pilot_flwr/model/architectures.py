@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.checkpoints import find_file, reference_config
+from pilot_flwr.model.checkpoints import check_weights, find_file, reference_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,11 +87,13 @@ def spec_of(config: Any) -> ModelSpec:
 def read_config(config: ModelConfig) -> Any:
     """Read a checkpoint's configuration; attributes are named as in transformers' class."""
     try:
-        return _read(find_file(config, "config.json"))
+        read = _read(find_file(config, "config.json"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`model.path` is {config.path!r}, which cannot be read: {error}"
         ) from error
+    check_weights(config)
+    return read
 
 
 def known_config(config: ModelConfig) -> Any:
@@ -100,13 +102,22 @@ def known_config(config: ModelConfig) -> Any:
     if reference is None:
         return read_config(config)
     try:
-        return _read(find_file(config, "config.json", download=False))
+        read = _read(find_file(config, "config.json", download=False))
     except (OSError, ValueError):
         return _read(reference)
+    check_weights(config)
+    return read
 
 
 def _read(file: str | Path) -> Any:
     values = json.loads(Path(file).read_text(encoding="utf-8"))
+    original = isinstance(values, dict) and "text_config" not in values
+    if original and (keys := sorted(key for key in values if key.startswith("mm_"))):
+        raise ModelError(
+            f"`model.path` has a config.json in the original LLaVA format ({keys[0]!r}, no "
+            "'text_config'). Convert the checkpoint to the Hugging Face format, or name a "
+            "converted one, such as llava-hf/llava-1.5-7b-hf."
+        )
     if (read := _plain_config(values)) is None:
         import transformers
 

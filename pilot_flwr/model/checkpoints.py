@@ -141,6 +141,79 @@ def _tensors(file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
             yield name, f"{shape} {tensor['dtype']}".encode(), rows, whole
 
 
+def check_weights(config: ModelConfig) -> None:
+    """Raise `ModelError` for a damaged or missing file of the weights on this machine.
+
+    Reads the index and the files' headers only. Files of a hub checkpoint may still be downloaded.
+    """
+    index = _local(config, _INDEX)
+    try:
+        weights = _weight_map(index) if index else {}
+    except (ValueError, KeyError, TypeError):
+        assert index is not None
+        with open(index, "rb") as stream:
+            raise _damaged(config, _INDEX, _kind(stream.read(64)) or "not an index") from None
+    for name in sorted(set(weights.values())) if index else [_SINGLE]:
+        file = _local(config, name)
+        if file is None:
+            if index and os.path.isdir(locate(config)):
+                raise _damaged(config, name, f"missing, though {_INDEX} names it")
+            continue
+        defect, tensors = _read_header(file)
+        absent = [tensor for tensor, place in weights.items() if place == name] if index else []
+        absent = [tensor for tensor in absent if tensor not in tensors]
+        if not defect and absent:
+            defect = f"without tensor {absent[0]!r}, which {_INDEX} expects there"
+        if defect:
+            raise _damaged(config, name, defect)
+
+
+def _damaged(config: ModelConfig, name: str, defect: str) -> ModelError:
+    return ModelError(
+        f"`model.path` is {config.path!r}, whose file {name} is {defect}. Download the file again."
+    )
+
+
+def _read_header(file: str) -> tuple[str, set[str]]:
+    """Return what is wrong with a safetensors file by its header and size, and its tensors."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as stream:
+        begin = stream.read(64)
+        if kind := _kind(begin):
+            return kind, set()
+        length = int.from_bytes(begin[:8], "little")
+        if size < 8:
+            return f"cut off: it has {size} bytes", set()
+        if not begin[8:].lstrip().startswith(b"{"):
+            return "not a safetensors file", set()
+        if size < 8 + length:
+            return f"cut off: it has {size:,} bytes, fewer than its header", set()
+        stream.seek(8)
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "not a safetensors file: its header cannot be read", set()
+    expected = 8 + length + end
+    if size < expected:
+        return f"cut off: it has {size:,} of {expected:,} bytes", set(header)
+    if size > expected:
+        return f"damaged: it has {size:,} bytes but its header names {expected:,}", set(header)
+    return "", set(header)
+
+
+def _kind(begin: bytes) -> str:
+    """Return what a file is that was stored in place of another, or nothing."""
+    if not begin:
+        return "empty"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer instead of the weights (run `git lfs pull`)"
+    if begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML page, as a failed download leaves it"
+    return ""
+
+
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 

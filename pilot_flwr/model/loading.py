@@ -92,10 +92,34 @@ def load_processor(path: str, revision: str = "") -> Any:
     try:
         source = _source(config)
         if spec_of(read_config(config)).has_video:
-            return _image_text_processor(source)
-        return transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
+            processor = _image_text_processor(source)
+        else:
+            processor = transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # as above
     except (OSError, ValueError) as error:
         raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
+    _check_template(path, processor)
+    return processor
+
+
+def _check_template(path: str, processor: Any) -> None:
+    """Raise `ModelError` unless the chat template renders an image and its question."""
+    content = [{"type": "image"}, {"type": "text", "text": "question"}]
+    defect = "has no chat template"
+    if getattr(processor, "chat_template", None):
+        try:
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything
+            defect = f"has a chat template that cannot render an image and a text: {error}"
+        else:
+            if text.count(processor.image_token) == 1 and "question" in text:
+                return
+            defect = f"has a chat template that renders no {processor.image_token!r} for an image"
+    raise ModelError(
+        f"`model.path` is {path!r}, which {defect}. Put the template of an image-text model into "
+        "its file chat_template.jinja."
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +146,7 @@ def _image_text_processor(source: dict[str, Any]) -> ImageTextProcessor:
         tokenizer=transformers.AutoTokenizer.from_pretrained(**source),  # nosec B615  # as above
         image_processor=transformers.AutoImageProcessor.from_pretrained(**source),  # nosec B615
         image_token=values.get("image_token", "<image>"),
-        chat_template=values["chat_template"],
+        chat_template=values.get("chat_template", ""),
     )
 
 
