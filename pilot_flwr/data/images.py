@@ -4,20 +4,22 @@ A name in a row is untrusted. It must be relative to the image folder, stay insi
 resolved, and belong to a plain file in one of `FORMATS`. Errors name the row and never the image,
 whose name may identify a person; `ImageError.path` has it, to show to the owner of the data.
 
-Pixels are read as LLaVA reads them: converted to RGB, transparency dropped, and an EXIF
-orientation *not* applied.
+Pixels are read as viewers show them: in RGB, transparency on white, turned by their EXIF
+orientation, and greys of 16 bits as their upper 8. (LLaVA drops transparency and orientation.)
 """
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from pilot_flwr.errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Decoded formats, by Pillow's names; of several frames the first is used."""
 
 MOST_PIXELS = 89_478_485
@@ -27,6 +29,23 @@ MOST_STRETCHED = 100
 """Largest aspect ratio: processors that resize the shorter side make a thin image huge."""
 
 _TOO_LARGE = f"has more than {MOST_PIXELS:,} pixels"
+
+_ORIENTATION = 0x0112
+
+_OTHER_FORMATS = {
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML file",
+    b"ftyphei": "HEIC",
+    b"ftypmif1": "HEIF",
+    b"ftypmp4": "a video",
+    b"ftypisom": "a video",
+    b"%!ps": "PostScript",
+    b"%pdf": "a PDF file",
+    b"pk\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip file",
+    b"8bps": "a Photoshop file",
+}
+"""What files begin with that Pillow cannot or must not open, in lower case."""
 
 Colour = tuple[int, int, int]
 """RGB, each from 0 to 255."""
@@ -57,6 +76,74 @@ def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
     return square
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB: transparency on white, 16-bit greys as their upper 8 bits.
+
+    Raises
+    ------
+    ImageError
+        If the grey values have no known range, so that Pillow would clip them.
+    """
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.uint16) >> 8
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 65_535):
+            raise ImageError("has grey values outside 0 to 65,535; save it with 8 or 16 bits")
+        if image.mode == "F":
+            raise ImageError("has floating-point grey values; save it with 8 or 16 bits")
+        # Pillow reads 16-bit files in this mode too.
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        pixels = image.convert("RGBA")
+        white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, pixels).convert("RGB")
+    return image.convert("RGB")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)
+    except ValueError as error:  # a PNG with more text than Pillow accepts
+        if "MAX_TEXT" not in str(error):
+            raise
+    return Image.open(_without_text(path), formats=FORMATS)
+
+
+def _without_text(path: Path) -> io.BytesIO:
+    """Return a PNG file without its text chunks."""
+    data = path.read_bytes()
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(data[place:end])
+        place = end
+    return io.BytesIO(b"".join(kept))
+
+
+def _file_kind(path: Path) -> str:
+    """Return in words what a file is that is no image that can be read, or nothing."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(512)
+    except OSError as error:
+        return error.strerror or ""
+    if not begin:
+        return "the file is empty"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer: run `git lfs pull`"
+    text = begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "an HTML page, as a failed download leaves it"
+    for signature, name in _OTHER_FORMATS.items():
+        if signature in begin[4:16] or text.startswith(signature):
+            return f"{name}, which is not supported; allowed are {', '.join(FORMATS)}"
+    known = begin.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*", b"MM"))
+    return "truncated or damaged" if known else "in no supported format"
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """An image of a row, read on demand."""
@@ -71,20 +158,26 @@ class ImageFile:
         with self._open() as image:
             try:
                 image.load()
-                # Pillow warns of palettes with transparency unless they are given alpha first.
-                transparent = image.mode == "P" and "transparency" in image.info
-                pixels = image.convert("RGBA") if transparent else image
-                pixels = pixels.convert("RGB")
+                pixels = to_rgb(ImageOps.exif_transpose(image))
                 if self.background is not None:
                     pixels = expand_to_square(pixels, self.background)
+            except ImageError as error:
+                raise self._error(str(error)) from None
             except Exception as error:  # decoders raise all kinds on broken files
-                raise self._error(f"cannot be decoded ({type(error).__name__})") from None
+                reason = "truncated" if "truncated" in str(error) else type(error).__name__
+                raise self._error(f"cannot be decoded ({reason})") from None
         return pixels
 
     def size(self) -> tuple[int, int]:
         """Return (height, width) of what `read` returns, from the file's header."""
         with self._open() as image:
             width, height = image.size
+            try:
+                turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            except Exception:  # `read` reports broken metadata
+                turned = False
+        if turned:
+            width, height = height, width
         if self.background is not None:
             width = height = max(width, height)
         return height, width
@@ -122,11 +215,12 @@ class ImageFile:
     def _open(self) -> Image.Image:
         path = self.path()
         try:
-            image = Image.open(path, formats=FORMATS)
+            image = _open(path)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise self._error(_TOO_LARGE) from None
         except Exception as error:  # as in `read`; Pillow's texts have the file's path
-            raise self._error(f"cannot be read as an image ({type(error).__name__})") from None
+            reason = _file_kind(path) or type(error).__name__
+            raise self._error(f"cannot be read as an image ({reason})") from None
         shorter, longer = sorted(image.size)
         if longer * shorter > MOST_PIXELS:
             defect = _TOO_LARGE

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pilot_flwr.data import images as image_files
 from pilot_flwr.data.images import ImageError, ImageFile, expand_to_square, mean_colour
@@ -98,12 +99,35 @@ def test_a_broken_or_cut_image_names_the_row(folder):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
         assert image(folder, name).size() == (64, 64)  # the header is whole
-        with pytest.raises(ImageError, match=r"row 17, image 1 cannot be decoded \(OSError\)"):
+        with pytest.raises(ImageError, match=r"row 17, image 1 cannot be decoded \(truncated\)"):
             image(folder, name).read()
-    (folder / "text.png").write_text("no image")
-    (folder / "empty.png").write_bytes(b"")
-    for name in ("text.png", "empty.png"):
-        refused(folder, name, r"cannot be read as an image \(UnidentifiedImageError\)")
+    for content, reason in [
+        (b"no image", "in no supported format"),
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a git-lfs pointer"),
+        (b"<svg/>", "an SVG drawing, which is not supported"),
+        (b"\x89PNG\r\n", "truncated or damaged"),
+    ]:
+        (folder / "other.png").write_bytes(content)
+        refused(folder, "other.png", rf"cannot be read as an image \({reason}")
+
+
+def test_sixteen_bit_greys_keep_their_levels(folder):
+    ramp = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    for name in ("ramp.png", "ramp.tif"):
+        Image.fromarray(ramp).save(folder / name)
+        assert np.array_equal(np.asarray(image(folder, name).read())[..., 0], ramp >> 8)
+    Image.fromarray(ramp.astype(np.float32)).save(folder / "float.tif")
+    with pytest.raises(ImageError, match="row 17, image 1 has floating-point grey values"):
+        image(folder, "float.tif").read()
+
+
+def test_a_png_with_much_metadata_is_read(folder):
+    info = PngInfo()
+    info.add_text("workflow", "a" * 2_000_000, zip=True)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(folder / "text.png", pnginfo=info)
+    assert image(folder, "text.png").read().getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_a_format_that_runs_other_programs_is_not_opened(folder):
@@ -174,21 +198,21 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(folder, mode):
     assert np.array_equal(np.asarray(found), np.asarray(original.convert("RGB")))
 
 
-def test_transparency_is_dropped_and_the_colour_below_stays(folder):
+def test_transparency_is_composited_on_white(folder):
     Image.new("RGBA", (2, 2), (200, 100, 50, 0)).save(folder / "clear.png")
-    assert image(folder, "clear.png").read().getpixel((0, 0)) == (200, 100, 50)
+    assert image(folder, "clear.png").read().getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (2, 2))
     palette.putpalette([200, 100, 50] + [0] * 765)
     palette.save(folder / "palette.png", transparency=b"\x00\xff")
-    assert image(folder, "palette.png").read().getpixel((0, 0)) == (200, 100, 50)
+    assert image(folder, "palette.png").read().getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_orientation_in_exif_is_not_applied_as_in_llava(folder):
+def test_the_orientation_in_exif_is_applied(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # a camera held upright
     Image.new("RGB", (6, 4)).save(folder / "exif.jpg", exif=exif)
-    assert image(folder, "exif.jpg").size() == (4, 6)
-    assert image(folder, "exif.jpg").read().size == (6, 4)
+    assert image(folder, "exif.jpg").size() == (6, 4)
+    assert image(folder, "exif.jpg").read().size == (4, 6)
 
 
 def test_the_mean_colour_is_clips_as_llava_has_it():
