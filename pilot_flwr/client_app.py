@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pilot_flwr import __version__
@@ -19,10 +19,12 @@ from pilot_flwr.client.node import (
 from pilot_flwr.client.preflight import check_readiness
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.data.federation import count_examples, federation_clients, trains_pooled
+from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
 from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.messages import (
+    OWN_ERROR,
+    PRIVATE_ERROR,
     decode_instruction,
     decode_query,
     decode_run,
@@ -43,22 +45,31 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
         private: dict[str, str] | None = {}
+        constant = False
         try:
             # Until the node config is read, an error can only quote the server's own input.
             config = _config(str(context.run_config["overrides"]))
+            constant = config.privacy.enabled
             run, node_config = decode_run(message.content), context.node_config
             simulated = is_simulated(node_config, run.folder, run.token)
+            constant = constant and not simulated
             private = None if simulated else private_paths(node_config)
             node = read_node_config(node_config)
             site = find_site(
-                node, config, run_name=run.name, run_folder=run.folder, simulated=simulated
+                node,
+                config,
+                run_name=run.name,
+                run_folder=run.folder,
+                simulated=simulated,
+                flower_run=str(context.run_id),
             )
             config = site_config(node, config, simulated=simulated)
             return Message(handler(message, config, site), reply_to=message)
         except Exception as error:
             expected = PilotError if private is None else ConfigError  # needs no traceback
             logger.error("%s", error, exc_info=not isinstance(error, expected))
-            return Message(encode_error(error, private), reply_to=message)
+            reply = Error(OWN_ERROR, PRIVATE_ERROR) if constant else encode_error(error, private)
+            return Message(reply, reply_to=message)
 
     return handle
 
@@ -71,11 +82,8 @@ def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     check_readiness(site, config)
     if trains:
         site.check_budget(config.privacy)
-    client, data = site.client, config.data
-    pooled = federation_clients(data) if trains_pooled(config.strategy, client) else [client]
-    examples = sum(
-        count_examples(data, one, "train", seed=config.seed, files=site.files) for one in pooled
-    )
+    client = site.client
+    examples = declared_examples(config, client, files=site.files)
     stage = site.private_store.stage(before=server_round)
     return encode_member(Member(client.id, client.task, examples, stage), identity_of(config))
 

@@ -76,7 +76,8 @@ class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
 
     `state_folder` holds its private state and cached features of this run, `device` is a name for
-    `find_device`, `files` is None for a simulated client.
+    `find_device`, `files` is None for a simulated client. `flower_run` is Flower's id of the run,
+    empty for a simulated client.
     """
 
     client: Client
@@ -85,11 +86,14 @@ class Site:
     files: SiteFiles | None = None
     run: str = ""
     demands: PrivacyDemands = PrivacyDemands()
+    flower_run: str = ""
 
     @property
     def private_store(self) -> PrivateStore:
         """The client's private states of this run."""
-        return PrivateStore(self.state_folder, self.client.id, self.client.task)
+        return PrivateStore(
+            self.state_folder, self.client.id, self.client.task, flower_run=self.flower_run
+        )
 
     @property
     def account(self) -> PrivacyAccount:
@@ -164,13 +168,19 @@ def is_simulated(node_config: NodeConfig, run_folder: str, run_token: str) -> bo
 
 
 def find_site(
-    node: NodeSettings, config: PilotConfig, *, run_name: str, run_folder: str, simulated: bool
+    node: NodeSettings,
+    config: PilotConfig,
+    *,
+    run_name: str,
+    run_folder: str,
+    simulated: bool,
+    flower_run: str = "",
 ) -> Site:
     """Resolve this client's identity, folder, files and device; open no file.
 
-    `run_name` comes from the server and names a folder in ``state-folder``; only simulated clients
-    use `run_folder`. Raises `ConfigError` if the node config is incomplete or contradicts itself or
-    the run.
+    `run_name` comes from the server and names a folder in ``state-folder``; `flower_run` comes from
+    Flower; only simulated clients use `run_folder`. Raises `ConfigError` if the node config is
+    incomplete or contradicts itself or the run.
     """
     longest = 2 * rules.LONGEST_NAME  # it ends with Flower's id of the run
     rules.check_name("run name", run_name, longest=longest)
@@ -189,7 +199,8 @@ def find_site(
     files = None
     if config.data.source == "llava" and not simulated:
         files = site_files(node, client)
-    return Site(client, folder, node.device, files, run_name, node.demands)
+    flower_run = "" if simulated else flower_run
+    return Site(client, folder, node.device, files, run_name, node.demands, flower_run)
 
 
 def find_device(name: str) -> torch.device:

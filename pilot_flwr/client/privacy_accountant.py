@@ -9,7 +9,11 @@ Gaussian mechanism of multiplier z / 2 (`pilot_flwr.client.privacy`), chosen by 
 seen all earlier releases: adaptive composition, which Rényi differential privacy adds up (Mironov
 2017, "Rényi differential privacy", proposition 1). ``dp-accounting`` computes the sums and their
 conversion to (ε, δ). There is no sampling, hence no amplification. Every release is counted on the
-client's disk before it leaves, also if the exchange is repeated or the upload fails.
+client's disk before the session that makes it reads any data, also if the exchange is repeated or
+the session fails.
+
+That a session fails is one bit about the data which no noise covers. So that the budget bounds the
+number of such bits, no session counts for less than a release of multiplier `MOST_COUNTED_NOISE`.
 """
 
 import json
@@ -27,6 +31,9 @@ from pilot_flwr.run.atomic import hold, write_text
 
 FORMAT = "pilot-flwr-privacy-1"
 """Version of the account's file."""
+
+MOST_COUNTED_NOISE = 32.0
+"""Largest z that an account counts: ε ≤ 1 at δ = 1e-5 allows at most 15 sessions."""
 
 PATIENCE_SECONDS = 60.0
 """How long to wait for another process that counts a release, which takes milliseconds."""
@@ -158,7 +165,7 @@ class PrivacyAccount:
         server_round: int,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[Spent, Spent]:
-        """Count one release on disk, before anything is sent; return the run's sum and the total.
+        """Count one release on disk, before any data is read; return the run's sum and the total.
 
         `check` raises if the site does not allow one more. It runs under the account's lock, which
         concurrent runs at one site share; nothing is counted if it raises.
@@ -189,7 +196,7 @@ class PrivacyAccount:
 
 
 def _spent(releases: list[dict[str, Any]], delta: float) -> Spent:
-    multipliers = [release["noise_multiplier"] for release in releases]
+    multipliers = [min(release["noise_multiplier"], MOST_COUNTED_NOISE) for release in releases]
     return Spent(epsilon(multipliers, delta), delta, len(releases))
 
 

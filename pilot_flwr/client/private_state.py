@@ -2,6 +2,10 @@
 
 An exchange starts from the newest state of an earlier exchange. So a repeated exchange starts from
 the same state as the interrupted attempt, whether or not that attempt had saved its own.
+
+Every file holds a SHA-256 of itself, Flower's id of the run that wrote it and the latest exchange
+that the client has trained. From the last two, `PrivateStore.check_exchange` decides whether an
+exchange may replace a state, so that the server's word alone cannot erase one.
 """
 
 import contextlib
@@ -13,10 +17,18 @@ from pathlib import Path
 
 from pilot_flwr.errors import StateError
 from pilot_flwr.protocol import GroupName, State
-from pilot_flwr.run.atomic import flush, load_tensors, read_metadata, remove_leftovers, save_tensors
+from pilot_flwr.run.atomic import (
+    check_checksum,
+    flush,
+    load_tensors,
+    read_metadata,
+    remove_leftovers,
+    save_tensors,
+)
 
 KEPT_STATES = 3
-"""Files kept: the server goes back by at most two exchanges, and a third may be unfinished."""
+"""Files kept: the latest exchange, the one before it, which a resumed run may repeat as well, and
+the state that this one starts from."""
 
 ADVICE = (
     "Nothing has been overwritten. Restore the file from a copy, or move it away: then this client "
@@ -29,6 +41,9 @@ _PERSONAL = "personal/"
 
 _MOMENTS = "moments/"
 """Prefix of the tensor names of AdamW's moments."""
+
+_FIRST_KEYS = {"format", "stage", "tasks", "client", "task"}
+"""Metadata of the first versions, whose files have no checksum."""
 
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
 
@@ -58,10 +73,12 @@ class PrivateStore:
     """The private states of one client in one run.
 
     Every file names its client and task: another client's tensors would fit, so they are refused.
+    `flower_run` is Flower's id of the run, empty for a simulated client, whose folder is the
+    server's anyway.
     """
 
-    def __init__(self, folder: Path, client: str, task: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, client: str, task: str, *, flower_run: str = "") -> None:
+        self.folder, self.flower_run = folder, flower_run
         self.owner = {"client": client, "task": task}
 
     def path(self, server_round: int) -> Path:
@@ -96,13 +113,39 @@ class PrivateStore:
             stage, tasks = self._header(path)
             return PrivateState(stage, tasks, *_read_groups(path))
 
+    def check_exchange(self, server_round: int) -> int:
+        """Raise `StateError` if training an exchange would replace states that a resume needs.
+
+        Within one run of Flower, the latest exchange may be repeated (`strategy.below_minimum`).
+        Another run of Flower resumes this one from one of the server's last two checkpoints, so it
+        may repeat the exchange before the latest one as well. Returns the latest exchange.
+        """
+        path = self.newest()
+        if path is None or not self.flower_run:
+            return server_round
+        with _advised():
+            metadata = self._metadata(path)
+            latest = _whole(metadata.get("latest", "0"), path)
+        latest = max(latest, self.rounds()[-1])
+        same = metadata.get("flower-run") == self.flower_run
+        first = latest if same else latest - 1
+        if server_round < first:
+            raise StateError(
+                f"The server asked to train exchange {server_round}, but client "
+                f"{self.owner['client']!r} has trained exchange {latest} and {first} is the first "
+                f"that {'this' if same else 'a resumed'} run may repeat. Nothing has been "
+                f"overwritten. To let the run start over at this client, move {self.folder} away."
+            )
+        return max(latest, server_round)
+
     def save(self, state: PrivateState, *, server_round: int) -> None:
         """Save the state after exchange `server_round`, atomically; keep the last `KEPT_STATES`.
 
-        Raises `StateError` if the folder holds another client's states, `OSError` if it cannot be
-        written.
+        Raises `StateError` if the folder holds another client's states or `check_exchange` does,
+        `OSError` if it cannot be written.
         """
         self._check_owners()
+        latest = self.check_exchange(server_round)
         # States of later exchanges are of abandoned attempts; a client that misses an exchange
         # would start from one. If the process dies here, the state before `server_round` is left.
         for number in self.rounds():
@@ -118,8 +161,14 @@ class PrivateStore:
             for name, tensor in named.items()
         }
         tensors |= {f"{_MOMENTS}{name}": tensor for name, tensor in state.moments.items()}
-        metadata = {"stage": str(state.stage), "tasks": json.dumps(state.tasks), **self.owner}
-        save_tensors(self.path(server_round), tensors, metadata)
+        metadata = {
+            "stage": str(state.stage),
+            "tasks": json.dumps(state.tasks),
+            "flower-run": self.flower_run,
+            "latest": str(latest),
+            **self.owner,
+        }
+        save_tensors(self.path(server_round), tensors, metadata, checksum=True)
         for number in self.rounds()[:-KEPT_STATES]:
             self.path(number).unlink(missing_ok=True)
 
@@ -136,13 +185,20 @@ class PrivateStore:
                     f"{self.owner['client']!r}: no two clients may share a `state-folder`."
                 )
 
-    def _header(self, path: Path) -> tuple[int, tuple[str, ...]]:
+    def _metadata(self, path: Path) -> dict[str, str]:
+        """Return a file's metadata; raise `StateError` if it is changed or another client's."""
         metadata = read_metadata(path)
+        if not metadata.keys() <= _FIRST_KEYS:
+            check_checksum(path, metadata)
         for kind, name in self.owner.items():
             if metadata.get(kind) != name:
                 raise StateError(
                     f"{path} is of {kind} {metadata.get(kind)!r} but must be of {name!r}."
                 )
+        return metadata
+
+    def _header(self, path: Path) -> tuple[int, tuple[str, ...]]:
+        metadata = self._metadata(path)
         try:
             stage, tasks = int(metadata["stage"]), json.loads(metadata["tasks"])
             if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
@@ -152,6 +208,12 @@ class PrivateStore:
         except (KeyError, ValueError, RecursionError) as error:
             raise StateError(f"{path} is not a private state: {error}") from error
         return stage, tuple(tasks)
+
+
+def _whole(text: str, path: Path) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise StateError(f"{path} is not a private state: `latest` is {text!r}.")
+    return int(text)
 
 
 def _read_groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State], State]:

@@ -39,6 +39,7 @@ from pilot_flwr.client.training import (
     train,
 )
 from pilot_flwr.config.schema import DittoConfig, PilotConfig
+from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import StateError
 from pilot_flwr.formatting import count
 from pilot_flwr.model.loading import loaded_model
@@ -48,6 +49,7 @@ from pilot_flwr.protocol import (
     GroupName,
     Instruction,
     SessionResult,
+    Spent,
     State,
     TrainingResult,
 )
@@ -83,6 +85,7 @@ def run_session(
         private = site.private_store.load(before=instruction.server_round)
         if instruction.train:
             site.check_budget(config.privacy)
+            site.private_store.check_exchange(instruction.server_round)
             if instruction.stage == 2 and private is None:
                 raise StateError(
                     f"Client {site.client.id!r} was asked to train stage 2 but holds no stage-1 "
@@ -95,6 +98,8 @@ def run_session(
         if instruction.train:
             result, trained = session.train_and_upload()
             site.private_store.save(trained, server_round=instruction.server_round)
+        if config.privacy.withholds_metrics:
+            return result
         return replace(
             result, evaluation=evaluation, started=started, seconds=time.time() - started
         )
@@ -144,7 +149,10 @@ class Session:
             files=site.files,
             progress=progress,
         )
+        self.spent: Spent | None = None
         if instruction.train:
+            if config.privacy.enabled:
+                self.spent = self._charge()  # before any data is read: a failure is not free
             self.data.examples("train")  # broken data ends the session before the evaluation
 
     def evaluate_incoming(self) -> EvaluationResult:
@@ -184,8 +192,8 @@ class Session:
                 steps=training.steps + second.steps,
                 seconds=training.seconds + second.seconds,
             )
-        if self.config.privacy.withholds_metrics:
-            training = replace(training, losses={})
+        if self.config.privacy.enabled:
+            training = self._public(training)
         return replace(result, training=training), trained
 
     def _train_personal(
@@ -245,9 +253,36 @@ class Session:
             )
         return result
 
+    def _charge(self) -> Spent:
+        """Count this session's release; return what the run has spent."""
+        privacy = self.config.privacy
+        spent, in_total = self.site.account.spend(
+            privacy,
+            run=self.site.run,
+            server_round=self.instruction.server_round,
+            check=lambda: self.site.check_budget(privacy),
+        )
+        self.data.progress(
+            f"one release counted: at δ = {spent.delta:g}, ε = {spent.epsilon:.4g} in this run "
+            f"({count(spent.releases, 'release')}) and {in_total.epsilon:.4g} over all runs "
+            f"({count(in_total.releases, 'release')})"
+        )
+        return spent
+
+    def _public(self, training: TrainingResult) -> TrainingResult:
+        """Return what a private run reports: the declared examples, the rest only if allowed.
+
+        The number of usable examples depends on the rows' content and on settings of the server,
+        as do the steps, the groups with gradients and the times.
+        """
+        examples = declared_examples(self.config, self.site.client, files=self.site.files)
+        if self.config.privacy.send_metrics:
+            return replace(training, examples=examples)
+        return TrainingResult(losses={}, steps=0, examples=examples, seconds=0.0, gradients={})
+
     def _upload(self) -> SessionResult:
-        """Return the upload; a private run counts its release before making it."""
-        privacy, spent = self.config.privacy, None
+        """Return the upload, clipped and noised in a private run."""
+        privacy = self.config.privacy
         upload: dict[GroupName, State] = {
             group: {
                 n: t for n, t in self.model.state(group).items() if self.sharing.sends(group, n)
@@ -259,12 +294,6 @@ class Session:
                 "own_task_adapter": self.instruction.adapters.get(self.site.client.task, {}),
                 "lora": self.instruction.lora,
             }
-            spent, in_total = self.site.account.spend(
-                privacy,
-                run=self.site.run,
-                server_round=self.instruction.server_round,
-                check=lambda: self.site.check_budget(privacy),
-            )
             upload, clipping = release(
                 upload,
                 sent,
@@ -272,11 +301,8 @@ class Session:
                 noise_multiplier=privacy.noise_multiplier,
             )
             self.data.progress(
-                f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added; "
-                f"at δ = {spent.delta:g}, ε = {spent.epsilon:.4g} in this run "
-                f"({count(spent.releases, 'release')}) and {in_total.epsilon:.4g} over all runs "
-                f"({count(in_total.releases, 'release')})"
+                f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added"
             )
         dtype = getattr(torch, self.model.config.wire_dtype)
         adapter, lora = ({n: t.to(dtype) for n, t in upload[group].items()} for group in SHARED)
-        return SessionResult(adapter, lora, spent=spent)
+        return SessionResult(adapter, lora, spent=self.spent)

@@ -28,6 +28,9 @@ from pilot_flwr.errors import ConfigError
 LEAST_NOISE, MOST_NOISE = 1e-6, 1e6
 """Range of `privacy.noise_multiplier`; at its ends one upload has ε = 2e12 and 0 (δ = 1e-5)."""
 
+LEAST_CLIP = 1e-100
+"""Least `privacy.clip_norm`, far above where float64 underflows."""
+
 ACTIONS = ("off", "warn", "clip", "reject")
 """Treatments of an update whose norm exceeds the exchange's bound."""
 
@@ -46,7 +49,7 @@ class PrivacyConfig(Section, prefix="privacy"):
 
     enabled: bool = False
     """Clip and noise every upload."""
-    clip_norm: Annotated[float, POSITIVE] = 1.0
+    clip_norm: Annotated[float, POSITIVE, minimum(LEAST_CLIP)] = 1.0
     """L2 norm to which an upload's change is clipped."""
     noise_multiplier: Annotated[float, minimum(LEAST_NOISE), maximum(MOST_NOISE)] = 1.0
     """Standard deviation of the noise, in units of `privacy.clip_norm`."""

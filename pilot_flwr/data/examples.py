@@ -73,8 +73,8 @@ class Example:
 
     @property
     def name(self) -> str:
-        """Name of this example in errors."""
-        return f"Example {self.id!r}" + (f" ({self.origin})" if self.origin else "")
+        """Name of this example in errors: its file and row; a row's id never leaves a site."""
+        return self.origin or f"Generated example {self.id!r}"
 
     @property
     def prompt(self) -> tuple[Turn, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.rules import one_of
-from pilot_flwr.config.schema import StrategyConfig
+from pilot_flwr.config.schema import PilotConfig, StrategyConfig
 from pilot_flwr.data import demo
 from pilot_flwr.data.client_files import SiteFiles, Split, read_simulated, read_site
 from pilot_flwr.data.examples import Example
@@ -107,6 +107,15 @@ def count_examples(
 ) -> int:
     """Return the number of examples of one client's split, without reading any."""
     return len(_read(data, client, split, seed, files, None))
+
+
+def declared_examples(
+    config: PilotConfig, client: Client, *, files: SiteFiles | None = None
+) -> int:
+    """Return the training examples that a client declares: its rows, broken ones included."""
+    data = config.data
+    clients = federation_clients(data) if trains_pooled(config.strategy, client) else [client]
+    return sum(count_examples(data, c, "train", seed=config.seed, files=files) for c in clients)
 
 
 def _read(

@@ -6,7 +6,7 @@ records; `pilot_flwr.flower.codec` packs tensors and reads single values. The on
 message are Θ_a, Θ_l, the task adapters of all tasks and the residual of exact aggregation.
 
 `encode_error` alone decides what an error reply discloses: the client's log has the whole error,
-the reply omits paths on its disk.
+the reply omits paths on its disk. In a private run every error reply is `PRIVATE_ERROR`.
 """
 
 import contextlib
@@ -279,6 +279,10 @@ _DEAD_WORKER = re.compile(  # Ray's exceptions, as Flower's simulation engine pa
 _URL = r"(?P<url>https?://[^\s'\"<>]+)"
 _ABSOLUTE = r"(?<![\w/>.~])(?:file:)?~?/+[\w.~-][^\s'\"`,;:()\[\]{}<>]*"
 _QUOTED = r"(?P<quote>['\"`])(?:file:)?~?/+[\w.~-](?:(?!(?P=quote)).)*(?P=quote)"
+
+
+PRIVATE_ERROR = "This client failed. In a private run only its own log has the reason."
+"""Text of every error reply of a real site in a run with `privacy.enabled`."""
 
 
 def encode_error(error: Exception, private: Mapping[str, str] | None) -> Error:

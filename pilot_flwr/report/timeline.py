@@ -325,9 +325,11 @@ def _seconds(run: RunData, axes: Axes) -> None:
 
 
 def _session_seconds(exchange: Exchange) -> list[float]:
-    """Return the durations of the clients' sessions, in order of their start."""
+    """Return the durations of the clients' sessions, in order of their start; a private run may withhold
+    them.
+    """
     trained = sorted(exchange.trained, key=lambda event: event.started or 0.0)
-    return [event.session_seconds or event.seconds for event in trained]
+    return [s for event in trained if (s := event.session_seconds or event.seconds)]
 
 
 def _finish(run: RunData, axes: Axes, title: str, places: Mapping[float, Exchange]) -> None:

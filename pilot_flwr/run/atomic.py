@@ -29,10 +29,45 @@ FORMAT = "pilot-flwr-2"
 """Format of private states and checkpoints."""
 
 
-def save_tensors(path: Path, tensors: State, metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to `path`, atomically."""
+CHECKSUM = "checksum"
+"""Key of a file's metadata: the SHA-256 of the file with zeros in place of its digits."""
+
+_ZEROS = "0" * 64
+
+
+def save_tensors(
+    path: Path, tensors: State, metadata: Mapping[str, str], *, checksum: bool = False
+) -> None:
+    """Write tensors and metadata to `path`, atomically; with `checksum`, add `CHECKSUM`."""
+    sealed = {CHECKSUM: _ZEROS} if checksum else {}
     with _replacing(path) as temporary:
-        write_safetensors(temporary, tensors, {"format": FORMAT, **metadata})
+        write_safetensors(temporary, tensors, {"format": FORMAT, **metadata, **sealed})
+        if checksum:
+            place, digest = _digest(temporary, _ZEROS)
+            with temporary.open("r+b") as file:
+                file.seek(place)
+                file.write(digest.encode())
+
+
+def check_checksum(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise `StateError` unless a file is what `save_tensors` wrote with `checksum`."""
+    written = metadata.get(CHECKSUM, "")
+    if not written or _digest(path, written)[1] != written:
+        raise StateError(f"{path} has been changed: its SHA-256 is another one.")
+
+
+def _digest(path: Path, written: str) -> tuple[int, str]:
+    """Return where a file's checksum is `written`, and what it should be."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        field = f'"{CHECKSUM}":"'.encode()
+        place = header.find(field + written.encode() + b'"') + len(field)
+        header = header[:place] + _ZEROS.encode() + header[place + len(_ZEROS) :]
+        digest = hashlib.sha256(size + header)
+        while block := file.read(2**20):
+            digest.update(block)
+    return 8 + place, digest.hexdigest()
 
 
 def write_safetensors(

@@ -168,8 +168,7 @@ class Progress:
             shown,
             f"({detail})".ljust(40) if detail else "",
             f"{event.examples} examples",
-            f"{event.steps} steps",
-            human_seconds(event.seconds),
+            *([f"{event.steps} steps", human_seconds(event.seconds)] if event.steps else []),
             f"down {human_bytes(event.bytes_down)}",
             f"up {human_bytes(event.bytes_up)}",
         )

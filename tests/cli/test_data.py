@@ -162,7 +162,7 @@ def test_references_that_the_metric_cannot_score_against_are_found(federation, t
     assert code == 1 and entry["problems"] == {"references": 4}
     assert by_split(found)["vqa-0 train"]["problems"] == {}  # nothing is scored there
     assert re.fullmatch(
-        r"Example '2:test1' \(test.json, row 2\): A question has 1 reference answers but .*",
+        r"test.json, row 2: A question has 1 reference answers but .*",
         entry["broken_rows"][1]["message"],
     )
 

@@ -112,7 +112,7 @@ def test_references_must_suit_the_metric_of_a_test_row_alone(config, use, tmp_pa
     config.data.files["counting"].metric = "vqav2"
     assert use(config)[0] == ALL
     message = (
-        r"3 of 4 rows of the test .* The first: Example '1:0' \(test.json, row 1\): A question has "
+        r"3 of 4 rows of the test .* The first: test.json, row 1: A question has "
         "1 reference answers but must have 10"
     )
     with pytest.raises(DataError, match=message):

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,41 @@ def test_change_and_noise_are_added_before_anything_is_rounded(dtype):
     )
     assert out["g"]["w"].dtype == dtype
     assert out["g"]["w"].tolist() == [large + step] * 2
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.3, 1e-100, 7e12])
+@pytest.mark.parametrize("kind", ["stagnating", "tiny", "underflowing", "huge", "random"])
+def test_no_rounding_exceeds_the_clipping_norm(kind, clip):
+    """Against exact fractions; the first kind exceeds a fixed margin of 1e-12.
+
+    Squares of just under half a unit in the last place of 1 are lost when they are added to it, in
+    each lane of a vectorized sum: 2^23 of them are 3e-12 of the whole.
+    """
+    numbers = 2**23 if kind == "stagnating" else 10_000
+    x = {
+        "stagnating": torch.full((numbers,), math.sqrt(0.98 * 2**-53), dtype=torch.float64),
+        "tiny": torch.full((numbers,), 1e-160, dtype=torch.float64),
+        "underflowing": torch.full((numbers,), 5e-324, dtype=torch.float64),
+        "huge": torch.full((numbers,), 1e150, dtype=torch.float64),
+        "random": torch.randn(numbers, dtype=torch.float64).pow(9),
+    }[kind]
+    if kind == "stagnating":
+        x[:64] = 1.0
+    sent = {"g": {"w": torch.zeros(numbers, dtype=torch.float64)}}
+    out, clipping = release(
+        {"g": {"w": x}}, sent, clip_norm=clip, noise_multiplier=1, normal=silent
+    )
+    released = out["g"]["w"]
+    assert torch.equal(released, x * clipping.factor)
+    assert _squares(released) <= Fraction(clip) ** 2
+    if clipping.factor < 1 and kind != "underflowing":  # and no more is cut than is needed
+        assert _squares(released) >= Fraction(clip) ** 2 * (1 - Fraction(numbers, 2**49) * 2)
+
+
+def _squares(vector):
+    values, counts = torch.unique(vector, return_counts=True)
+    pairs = zip(values.tolist(), counts.tolist(), strict=True)
+    return sum(Fraction(value) ** 2 * count for value, count in pairs)
 
 
 def test_a_change_without_a_norm_is_no_release():

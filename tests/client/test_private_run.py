@@ -1,6 +1,7 @@
 """Differential privacy in whole runs: what leaves a client, and what it has counted before."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -197,6 +198,15 @@ def test_what_cannot_be_counted_is_not_uploaded(tmp_path, monkeypatch):
     assert run.replies(MessageType.TRAIN) == []
 
 
+@pytest.fixture
+def site_log(caplog):
+    """The log of the site, which alone has the reasons in a private run."""
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 def ask(overrides, node_config):
     grid = InProcessGrid(
         client_app.app, num_nodes=1, overrides=overrides, node_configs=[node_config]
@@ -250,10 +260,12 @@ def ask(overrides, node_config):
         ),
     ],
 )
-def test_a_site_refuses_a_run_that_asks_for_less(demand, overrides, reason, tmp_path):
+def test_a_site_refuses_a_run_that_asks_for_less(demand, overrides, reason, tmp_path, site_log):
     site = {"client-id": "vqa-0", "state-folder": str(tmp_path / "state")}
     reply = ask(overrides, site | demand)
-    assert reply.has_error() and reason in reply.error.reason
+    assert reply.has_error() and reason in site_log.text
+    told = messages.PRIVATE_ERROR if "privacy.enabled=true" in overrides else reason
+    assert told in reply.error.reason
 
 
 @pytest.mark.parametrize(
@@ -269,7 +281,7 @@ def test_a_site_takes_part_in_what_it_demands(demand, overrides, tmp_path):
     assert not ask(overrides, site | demand).has_error()
 
 
-def test_a_spent_budget_ends_a_sites_part_over_runs(tmp_path):
+def test_a_spent_budget_ends_a_sites_part_over_runs(tmp_path, site_log):
     """2.2 is enough for one upload at z = 4, whatever the run is called."""
     node = {"client-id": "vqa-0", "state-folder": str(tmp_path / "s"), "max-epsilon": 2.2}
     other = {"client-id": "counting-0", "state-folder": str(tmp_path / "other")}
@@ -277,12 +289,14 @@ def test_a_spent_budget_ends_a_sites_part_over_runs(tmp_path):
     assert [e["client"] for e in run.events("train", round=1)] == ["counting-0", "vqa-0"]
     assert [e["client"] for e in run.events("train", round=2)] == ["counting-0"]
     reasons = [e["reason"] for e in run.events("failure", round=2)]
-    assert any("its `max-epsilon` is 2.2: it takes no further part" in r for r in reasons)
-    again = ask(NOISY, node)
-    assert again.has_error() and "its `max-epsilon` is 2.2" in again.error.reason
+    assert messages.PRIVATE_ERROR in reasons
+    assert "its `max-epsilon` is 2.2: it takes no further part" in site_log.text
+    site_log.clear()
+    assert ask(NOISY, node).error.reason == messages.PRIVATE_ERROR
+    assert "its `max-epsilon` is 2.2" in site_log.text
 
 
-def test_a_budget_that_is_spent_behind_the_roster_ends_at_the_order(tmp_path):
+def test_a_budget_that_is_spent_behind_the_roster_ends_at_the_order(tmp_path, site_log):
     """The site takes part in another run as well, whose upload comes between query and order."""
     folder, spent = tmp_path / "s", []
     node = {"client-id": "vqa-0", "state-folder": str(folder), "max-epsilon": 2.2}
@@ -302,7 +316,8 @@ def test_a_budget_that_is_spent_behind_the_roster_ends_at_the_order(tmp_path):
     assert [e["client"] for e in run.events("train", round=1)] == ["counting-0"]
     (failure,) = run.events("failure", round=1)
     assert (failure["phase"], failure["client"]) == ("train", "vqa-0")
-    assert "its `max-epsilon` is 2.2: it takes no further part" in failure["reason"]
+    assert failure["reason"] == messages.PRIVATE_ERROR
+    assert "its `max-epsilon` is 2.2: it takes no further part" in site_log.text
     kept = PrivacyAccount(folder / "vqa-0.privacy.json", "vqa-0").releases()
     assert [entry["run"] for entry in kept] == ["another"]
 

@@ -141,6 +141,56 @@ def test_a_repeated_exchange_replaces_its_state_and_removes_later_ones(tmp_path)
     assert loaded(store, before=4) == [22, 22]
 
 
+@pytest.mark.parametrize("by", [0x01, 0x20, 0x2A, 0xFF])
+def test_a_changed_byte_anywhere_is_refused(tmp_path, by):
+    """Blanks of the header and names of its keys as well; nothing but `StateError` is raised."""
+    store = PrivateStore(tmp_path, "vqa-0", "vqa")
+    store.save(STATE, server_round=4)
+    whole = store.path(4).read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= by
+        store.path(4).write_bytes(bytes(changed))
+        for read in (store.load, store.stage):
+            with pytest.raises(StateError):
+                read()
+    store.path(4).write_bytes(whole)
+    assert store.load().stage == 2
+
+
+def test_a_state_of_an_earlier_version_is_read(tmp_path):
+    store = PrivateStore(tmp_path, "vqa-0", "vqa", flower_run="1")
+    tensors = {"client_adapter/w": torch.full((2,), 3.0)}
+    save_tensors(store.path(3), tensors, OWNER | {"stage": "1", "tasks": "[]"})
+    assert loaded(store) == [3, 3] and store.check_exchange(2) == 3
+    with pytest.raises(StateError, match="asked to train exchange 1, but"):
+        store.check_exchange(1)
+
+
+def test_an_old_exchange_number_erases_nothing(tmp_path):
+    """Within a run of Flower the latest exchange may be repeated, in another one also its last."""
+
+    def store(run):
+        return PrivateStore(tmp_path, "vqa-0", "vqa", flower_run=run)
+
+    for number in (1, 2, 3, 4):
+        store("1").save(of(number), server_round=number)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for run, number in [("1", 3), ("1", 2), ("1", 1), ("2", 2), ("2", 1)]:
+        with pytest.raises(StateError, match=f"asked to train exchange {number}, but"):
+            store(run).save(of(9), server_round=number)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    store("1").save(of(44), server_round=4)  # `strategy.below_minimum=wait`
+    assert loaded(store("1")) == [44, 44]
+    store("2").save(of(33), server_round=3)  # resumed from the checkpoint before the last
+    assert loaded(store("2")) == [33, 33] and loaded(store("2"), before=3) == [2, 2]
+    # One more run of Flower does not go back further than the first could.
+    with pytest.raises(StateError, match="has trained exchange 4 and 3 is the first"):
+        store("3").save(of(9), server_round=2)
+    for number in (3, 4, 5):
+        store("3").save(of(number), server_round=number)
+
+
 @pytest.mark.parametrize("repeated", [False, True])
 def test_whatever_dies_in_a_save_the_state_before_the_exchange_is_there(
     tmp_path, monkeypatch, repeated

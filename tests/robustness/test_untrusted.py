@@ -254,7 +254,7 @@ def test_an_unexpected_error_quotes_nothing_of_a_site(site, monkeypatch, tmp_pat
     def fail(*_, **__):
         raise KeyError(f"Ann Smith, {tmp_path}/patients.json")
 
-    monkeypatch.setattr(client_app, "count_examples", fail)
+    monkeypatch.setattr(client_app, "declared_examples", fail)
     reply = ask(ONE, site)
     assert reply.error.code == OWN_ERROR
     assert reply.error.reason == "KeyError; see the client's own log."
@@ -269,7 +269,7 @@ def test_a_typed_error_keeps_its_words(site, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise DataError(f"train.json, row 4, cannot be used: {tmp_path}/state of the site/x y.png")
 
-    monkeypatch.setattr(client_app, "count_examples", fail)
+    monkeypatch.setattr(client_app, "declared_examples", fail)
     reason = ask(ONE, site).error.reason
     assert reason == "train.json, row 4, cannot be used: <state-folder>/x y.png"
 
