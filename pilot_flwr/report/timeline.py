@@ -325,9 +325,7 @@ def _seconds(run: RunData, axes: Axes) -> None:
 
 
 def _session_seconds(exchange: Exchange) -> list[float]:
-    """Return the durations of the clients' sessions, in order of their start; a private run may withhold
-    them.
-    """
+    """Return the durations of the clients' sessions that are known, in order of their start."""
     trained = sorted(exchange.trained, key=lambda event: event.started or 0.0)
     return [s for event in trained if (s := event.session_seconds or event.seconds)]
 
