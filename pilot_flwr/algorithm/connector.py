@@ -113,7 +113,8 @@ class CrossTaskMoA(nn.Module):
     use_client_adapter : bool
         Whether ψ_s is added; the official code leaves it out.
     router_dtype : {"float32", "bfloat16"}
-        Precision of g, P, L_b and L_z; with ``float32``, float64 parameters stay float64.
+        Precision of g, P and L_z; L_b is at least float32. With ``float32``, float64 parameters
+        stay float64.
     reduction : str
         Of L_b, see `pilot_flwr.algorithm.losses.load_balancing_loss`.
 

@@ -120,8 +120,8 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
     )
     if plan.tokens > plan.max_length:
         print(
-            f"Such an example has {plan.tokens} tokens and would be rejected: "
-            f"`train.max_length` is {plan.max_length}."
+            f"Such an example has {plan.tokens} tokens but `train.max_length` is "
+            f"{plan.max_length}: it would be rejected, or cut with `train.over_long=cut`."
         )
     largest = {
         name: min(part.memory.largest_micro_batch(size, batch) for part in parts)

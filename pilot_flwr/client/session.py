@@ -178,6 +178,8 @@ class Session:
         weight = self.config.train.proximal_weight
         sent = sent_parameters(self.model, self.sharing) if weight > 0 else []
         schedule = self._run_schedule()
+        cut = self.data.collator.cut_examples
+        cut.clear()  # the check of the rows notes them under other ids
         with out_of_memory_explained(self.config, self.model.stage):
             training = self._fit(generator, Proximal(sent, weight) if sent else None, schedule)
         check_finite(self.model)
@@ -191,6 +193,11 @@ class Session:
                 training,
                 steps=training.steps + second.steps,
                 seconds=training.seconds + second.seconds,
+            )
+        if cut:
+            self.data.progress(
+                f"cut {count(len(cut), 'training example')} at `train.max_length`, "
+                f"{self.config.train.max_length} tokens"
             )
         if self.config.privacy.enabled:
             training = self._public(training)
@@ -222,6 +229,11 @@ class Session:
     def _run_schedule(self) -> RunSchedule | None:
         if self.config.train.schedule == "exchange":
             return None
+        if self.private is not None and not self.private.moments:
+            raise StateError(
+                "The private state holds no optimizer state: it is from a run without "
+                "`train.schedule=run`."
+            )
         exchange, exchanges = self.instruction.server_round - 1, self.config.strategy.rounds + 1
         return RunSchedule(exchange, exchanges, self.private.moments if self.private else {})
 
@@ -232,10 +244,10 @@ class Session:
         schedule: RunSchedule | None = None,
     ) -> TrainingResult:
         """Train the loaded model on the client's training split."""
-        config, cut = self.config.train, self.data.collator.cut_examples
+        config = self.config.train
         if config.ditto.enabled:  # two models, half of the epochs each
             config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
-        result = train(
+        return train(
             self.model,
             self.data.examples("train"),
             collator=self.data.collator,
@@ -246,12 +258,6 @@ class Session:
             proximal=proximal,
             run_schedule=schedule,
         )
-        if cut:
-            self.data.progress(
-                f"cut {count(len(cut), 'training example')} at `train.max_length`, "
-                f"{config.max_length} tokens"
-            )
-        return result
 
     def _charge(self) -> Spent:
         """Count this session's release; return what the run has spent."""

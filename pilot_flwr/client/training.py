@@ -262,18 +262,28 @@ def _moments(model: PilotModel, optimizer: torch.optim.Optimizer) -> State:
 
 
 def _restore(model: PilotModel, optimizer: torch.optim.Optimizer, moments: State) -> None:
-    """Load what `_moments` returned; a tensor that it lacks is new and starts without moments."""
+    """Load what `_moments` returned; a tensor that it lacks is new and starts without moments.
+
+    Raises `StateError` for moments of unknown tensors, or of another layout than AdamW's.
+    """
     kept: dict[str, State] = {}
     for key, value in moments.items():
         name, _, quantity = key.rpartition("/")
         kept.setdefault(name, {})[quantity] = value.clone()
     names = {p: f"{g}/{n}" for g, named in model.groups().items() for n, p in named.items()}
+    if unknown := kept.keys() - names.values():
+        raise StateError(f"The moments are of tensors that the model lacks: {sorted(unknown)[:3]}.")
     state = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, parameter in enumerate(parameters):
         if found := kept.get(names[parameter]):
-            if any(value.ndim and value.shape != parameter.shape for value in found.values()):
-                raise StateError(f"The moments of `{names[parameter]}` have another shape than it.")
+            shapes = {quantity: tuple(value.shape) for quantity, value in found.items()}
+            expected = tuple(parameter.shape)
+            if shapes != {"step": (), "exp_avg": expected, "exp_avg_sq": expected}:
+                raise StateError(
+                    f"The moments of `{names[parameter]}` have shapes {shapes} but must be `step` "
+                    f"(), `exp_avg` and `exp_avg_sq` {expected}."
+                )
             state["state"][index] = found
     optimizer.load_state_dict(state)
 

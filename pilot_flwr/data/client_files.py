@@ -152,36 +152,38 @@ def partition_rows(
     if total < num_clients:
         raise ConfigError(f"`data.clients_per_task` is {num_clients} but a task has {total} rows.")
     rng = np.random.default_rng(seed)
+    too_few = ConfigError(
+        f"`data.partition.min_examples` is {config.min_examples} but in {_DRAWS} draws with "
+        f"`data.partition.alpha` {config.alpha}, {total} rows never gave each of {num_clients} "
+        "clients as many; raise alpha or lower min_examples."
+    )
     partitioner: Any
-    try:
-        if config.kind == "dirichlet" and config.column:
-            values = column_codes(files, config.column, allow_broken=allow_broken)
-            table = {"row": np.arange(total), "value": values}
-            partitioner = DirichletPartitioner(
-                num_clients,
-                partition_by="value",
-                alpha=config.alpha,
-                min_partition_size=config.min_examples,
-                seed=int(rng.integers(2**32)),
-            )
+    if config.kind == "dirichlet" and config.column:
+        values = column_codes(files, config.column, allow_broken=allow_broken)
+        table = {"row": np.arange(total), "value": values}
+        partitioner = DirichletPartitioner(
+            num_clients,
+            partition_by="value",
+            alpha=config.alpha,
+            min_partition_size=config.min_examples,
+            seed=int(rng.integers(2**32)),
+        )
+    else:
+        if config.kind == "dirichlet":
+            sizes = _dirichlet_sizes(total, config, num_clients, rng)
+            if not sizes:
+                raise too_few
+            partitioner = SizePartitioner(sizes)
         else:
-            if config.kind == "dirichlet":
-                partitioner = SizePartitioner(_dirichlet_sizes(total, config, num_clients, rng))
-            else:
-                partitioner = IidPartitioner(num_clients)
-            table = {"row": rng.permutation(total)}
-        partitioner.dataset = datasets.Dataset.from_dict(table)
-        with warnings.catch_warnings():  # one for every draw; the last one raises
-            warnings.simplefilter("ignore")
+            partitioner = IidPartitioner(num_clients)
+        table = {"row": rng.permutation(total)}
+    partitioner.dataset = datasets.Dataset.from_dict(table)
+    with warnings.catch_warnings():  # one for every draw; the last one raises
+        warnings.simplefilter("ignore")
+        try:
             parts = [partitioner.load_partition(n).with_format("numpy") for n in range(num_clients)]
-    except ValueError:  # raised if no draw gives every client enough
-        if config.kind != "dirichlet":
-            raise
-        raise ConfigError(
-            f"`data.partition.min_examples` is {config.min_examples} but in {_DRAWS} draws with "
-            f"`data.partition.alpha` {config.alpha}, {total} rows never gave each of {num_clients} "
-            "clients as many; raise alpha or lower min_examples."
-        ) from None
+        except ValueError:  # the Dirichlet partitioner's, if no draw gives every client enough
+            raise too_few from None
     return [np.sort(np.asarray(part["row"][:], np.int64)) for part in parts]
 
 
@@ -196,7 +198,7 @@ def _dirichlet_sizes(
         sizes: list[int] = np.diff(np.round(cuts).astype(int), prepend=0, append=total).tolist()
         if min(sizes) >= config.min_examples:
             return sizes
-    raise ValueError("no draw gave every client enough rows")
+    return []  # no draw gave every client enough
 
 
 def column_codes(files: Sequence[RowFile], column: str, *, allow_broken: bool) -> NDArray[np.int64]:

@@ -28,6 +28,9 @@ MOST_PIXELS = 89_478_485
 MOST_STRETCHED = 100
 """Largest aspect ratio: processors that resize the shorter side make a thin image huge."""
 
+_READING = "upright on white"
+"""Marks cached features of pixels read as above; change it with the reading."""
+
 _TOO_LARGE = f"has more than {MOST_PIXELS:,} pixels"
 
 _ORIENTATION = 0x0112
@@ -189,7 +192,7 @@ class ImageFile:
             stat = path.stat()
         except OSError as error:  # gone since
             raise self._error(f"cannot be opened ({error.strerror})") from None
-        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}"
+        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}/{_READING}"
 
     def path(self) -> Path:
         """Return the file, all links resolved."""

@@ -61,7 +61,7 @@ class Plan:
     total_bytes: int
     """Tensors of the whole run, in both directions, with the closing evaluation."""
     max_length: int
-    """`train.max_length`: longer examples are rejected."""
+    """`train.max_length`: `train.over_long` decides on longer examples."""
 
     @property
     def tokens(self) -> int:
