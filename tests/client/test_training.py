@@ -394,14 +394,32 @@ def test_a_run_has_one_schedule_and_one_optimizer(make_model, run, steps):
             )
 
 
-def test_moments_of_another_shape_are_refused(make_model, run):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda whole: whole | {"exp_avg": torch.zeros(3)}, "have shapes"),
+        (lambda whole: whole | {"exp_avg": torch.zeros(()), "exp_avg_sq": torch.zeros(())}, "have"),
+        (lambda whole: {"exp_avg": whole["exp_avg"]}, "but must be `step`"),
+        (lambda whole: whole | {"other": torch.zeros(())}, "have shapes"),
+    ],
+)
+def test_moments_of_another_layout_are_refused(make_model, run, change, message):
     model = make_model()
-    name = next(iter(model.groups()["own_task_adapter"]))
-    moments = {f"own_task_adapter/{name}/exp_avg": torch.zeros(3)}
-    with pytest.raises(
-        StateError, match=f"moments of `own_task_adapter/{name}` have another shape"
-    ):
-        run(model, run_schedule=RunSchedule(1, 2, moments))
+    name, tensor = next(iter(model.groups()["own_task_adapter"].items()))
+    zeros = torch.zeros_like(tensor.detach())
+    whole = {"step": torch.tensor(1.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    key = f"own_task_adapter/{name}"
+    with pytest.raises(StateError, match=f"moments of `{key}` {message}|{message}"):
+        run(
+            model,
+            run_schedule=RunSchedule(1, 2, {f"{key}/{q}": t for q, t in change(whole).items()}),
+        )
+
+
+def test_moments_of_unknown_tensors_are_refused(make_model, run):
+    moments = {"lora/no.such.tensor/step": torch.tensor(1.0)}
+    with pytest.raises(StateError, match=r"lacks: \['lora/no.such.tensor'\]"):
+        run(make_model(), run_schedule=RunSchedule(1, 2, moments))
 
 
 def test_weight_decay_is_for_all_that_is_trained(make_model, run, steps):

@@ -253,3 +253,16 @@ def test_the_revision_reaches_the_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     checkpoints.find_file(ModelConfig(path="a/b", revision="v1.5"), "config.json")
     assert asked == [("a/b", "config.json", "v1.5")]
+
+
+def test_load_wants_exactly_the_groups_names_and_shapes(make_model):
+    model = make_model()
+    state = model.state("own_task_adapter")
+    name = next(iter(state))
+    model.load("own_task_adapter", {key: tensor + 1 for key, tensor in state.items()})
+    assert torch.equal(model.state("own_task_adapter")[name], state[name] + 1)
+    rest = {key: tensor for key, tensor in state.items() if key != name}
+    with pytest.raises(ModelError, match="Parameters of own_task_adapter: missing tensors"):
+        model.load("own_task_adapter", rest | {"other": state[name]})
+    with pytest.raises(ModelError, match=f"Parameters of own_task_adapter: tensor `{name}` is"):
+        model.load("own_task_adapter", rest | {name: state[name][:1]})
