@@ -1,1 +1,1 @@
-"""The command line tool ``pilot-flwr``: parse, call the rooms below, print."""
+"""The command line tool ``pilot-flwr``: parse, call the packages below, print."""

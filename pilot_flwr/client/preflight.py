@@ -1,7 +1,7 @@
 """Preflight checks of a client: files, permissions, disk space.
 
-They run when the server asks who the node is, so that a site that cannot train says so then, and
-not hours later. Their errors name paths, which the site's log shows and
+They run when the server queries the node, so that a site that cannot train fails early. Their
+errors name paths, which the site's log shows and
 `pilot_flwr.flower.messages` withholds from the server. To add a check, call it in
 `check_readiness`.
 """

@@ -1,4 +1,4 @@
-"""A site's privacy budget: its demands of a run, and the (ε, δ) account of its releases.
+"""A site's privacy budget: its requirements for a run, and the (ε, δ) account of its releases.
 
 The server is not trusted to keep differential privacy on. A site's demands come from its node
 config (`pilot_flwr.client.node`); a run that offers less is refused at the roster query and again

@@ -90,7 +90,7 @@ def run_remotely(
     """Submit a run to a SuperLink and follow it to completion.
 
     Returns the outcome and the ServerApp's result, None if it did not report one. A signal raises
-    `Detached` and leaves the run going.
+    `Detached` and leaves it running.
     """
     with StopSignals() as signals, ProcessSandbox() as sandbox:
         home = Path(os.path.abspath(_flower_home(os.environ)))

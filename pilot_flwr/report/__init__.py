@@ -1,1 +1,1 @@
-"""What a run or a sweep left behind, as one HTML page and PNG files; live logs of a run."""
+"""Reports of runs and sweeps: one HTML page and PNG files."""

@@ -95,7 +95,7 @@ def _finish(axes: Axes, text: str, metric: str, top: float, numbers: Iterable[in
 
 
 def _top(run: RunData, task: str) -> float:
-    """Return the end of the score's axis: the metric's maximum, or just above the largest score."""
+    """Return the score axis's limit: the metric's maximum, or just above the largest score."""
     metric = METRICS.get(run.metric(task))
     if metric and metric.maximum <= 1:
         return metric.maximum

@@ -1,1 +1,1 @@
-"""A run's folder, whoever reads it."""
+"""The run folder: events, tables, checkpoints."""

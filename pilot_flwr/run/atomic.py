@@ -109,7 +109,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, empty if there is none that can be read."""
+    """Return the JSON object in a file, empty if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -249,7 +249,7 @@ class ClientFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientWarning(Event):
-    """A client takes part although something about it is unusual."""
+    """A warning about a client that still takes part."""
 
     kind: ClassVar[str] = "warning"
     client: str

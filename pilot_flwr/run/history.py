@@ -1,4 +1,4 @@
-"""What a run's events add up to: scores, bytes and exchanges, for tables, reports and live output.
+"""Compute scores, bytes and exchanges from events, for tables, reports and live output.
 
 `read_run` opens a run folder; a run in progress or one that failed gives what there is so far.
 """
@@ -242,6 +242,6 @@ def read_run(folder: Path) -> RunData:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """Sort ``vqa-10`` behind ``vqa-9``."""
+    """Sort ``vqa-10`` after ``vqa-9``."""
     front, _, number = name.rpartition("-")
     return (front, int(number)) if number.isdecimal() else (name, -1)

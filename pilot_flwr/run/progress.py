@@ -197,7 +197,7 @@ class ProgressPrinter:
         self._begins = flower_run
 
     def show(self) -> None:
-        """Print what is new."""
+        """Print new events."""
         lines = [plain(line) for line in self._log.read()] if self._log else []
         for event in self._events.read():
             if self._begins:

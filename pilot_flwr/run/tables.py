@@ -71,7 +71,7 @@ def timeline_rows(events: Sequence[Event], method: AggregationMethod | None = No
         name = f"{seen.number} of {closed.exchanges}"
         rows.append([name, *map("\n".join, cells), f"{closed.seconds:.1f}"])
     for ended in select(events, EvaluationClosed):
-        # In earlier exchanges it is the clients that do not train that only evaluate.
+        # In earlier exchanges, clients that do not train only evaluate.
         seen = observe(events, ended.exchange + 1)
         sent = f"{len(select(events, InstructionSent, seen.number))} clients"
         scores = f"{len(select(events, Evaluated, ended.exchange))} scores"
