@@ -139,11 +139,16 @@ def _show_timeline(folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from pilot_flwr.errors import PilotError
     from pilot_flwr.run.events import AggregationMethod
     from pilot_flwr.run.history import read_run
     from pilot_flwr.run.tables import timeline_rows
 
-    run = read_run(folder)
+    try:
+        run = read_run(folder)
+    except PilotError as error:
+        show(f"It cannot be shown: {error}")
+        return
     header, *rows = timeline_rows(run.events, AggregationMethod.of(run.config.strategy))
     table = Table(*header, show_lines=True)
     for row in rows:

@@ -101,6 +101,21 @@ def test_the_end_shows_time_line_and_where_the_adapters_are(launched, capsys, tm
     assert f"checkpoint{os.sep}round-0002" in out
 
 
+def test_a_damaged_event_log_does_not_hide_the_rest(launched, capsys):
+    def leave(overrides, folder, **_):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "timeline.md").write_text("| exchange |")
+        (folder / "metrics.jsonl").write_text("{not an event\n")
+        RunFolder(folder).write("config.yaml", to_yaml(load_config(overrides)))
+        return Outcome(succeeded=True)
+
+    launch_module.launch = leave  # put back by the fixture
+    assert cli.main(["run", "run.folder=run", "run.report=false"]) == 0
+    out = capsys.readouterr().out
+    assert "line 1, is not an event of a run" in out
+    assert "Run folder: " in out
+
+
 def test_a_run_folder_with_blanks_and_quotes_is_carried(launched, tmp_path):
     assert cli.main(["run", "run.folder='it\\'s, mine=1'"]) == 0
     assert launched.calls[0][2] == tmp_path / "it's, mine=1"
