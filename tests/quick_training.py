@@ -12,7 +12,9 @@ from pilot_flwr.client import session
 from pilot_flwr.protocol import LOSSES, TrainingResult
 
 
-def _train(model, examples, *, generator, **_):
+def _train(model, examples, *, generator, run_schedule=None, **_):
+    if run_schedule is not None:
+        run_schedule.moments = {"lora/step": torch.tensor(1.0)}  # kept, never restored
     for tensor in model.parameters():
         if tensor.requires_grad:
             step = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)

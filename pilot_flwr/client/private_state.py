@@ -118,8 +118,10 @@ class PrivateStore:
 
         Within one run of Flower, the latest exchange may be repeated (`strategy.below_minimum`).
         Another run of Flower resumes this one from one of the server's last two checkpoints, so it
-        may repeat the exchange before the latest one as well. Returns the latest exchange.
+        may repeat the exchange before the latest one as well. Returns the latest exchange. Also
+        raises if the folder holds another client's states.
         """
+        self._check_owners()
         path = self.newest()
         if path is None or not self.flower_run:
             return server_round
@@ -144,7 +146,6 @@ class PrivateStore:
         Raises `StateError` if the folder holds another client's states or `check_exchange` does,
         `OSError` if it cannot be written.
         """
-        self._check_owners()
         latest = self.check_exchange(server_round)
         # States of later exchanges are of abandoned attempts; a client that misses an exchange
         # would start from one. If the process dies here, the state before `server_round` is left.

@@ -6,6 +6,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from pilot_flwr.run.atomic import CHECKSUM
+
 TIMES = {"elapsed", "seconds", "started", "turn_seconds"}
 """Fields of events that say when and how long."""
 
@@ -71,7 +73,9 @@ def _tensor_files(folder: Path) -> set[str]:
 def _content(path: Path) -> dict[str, Any]:
     """Return metadata and tensors, each tensor by its bytes."""
     with safe_open(path, framework="pt") as file:
-        content: dict[str, Any] = {"": file.metadata()}
+        # safetensors orders the header at random, which a private state's checksum includes.
+        metadata = {key: v for key, v in file.metadata().items() if key != CHECKSUM}
+        content: dict[str, Any] = {"": metadata}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             tensor = file.get_tensor(name)
             data = bytes(tensor.contiguous().flatten().view(dtype=_bytes()).numpy().tobytes())
