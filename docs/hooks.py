@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.config.loading import load_config
-from pilot_flwr.config.rules import limits
+from pilot_flwr.config.rules import NEEDED, limits
 from pilot_flwr.config.schema import PilotConfig
 
 if typing.TYPE_CHECKING:  # the tests call the page functions without MkDocs
@@ -76,12 +76,21 @@ def section(prefix: str, cls: type, defaults: Any) -> str:
         meaning = described.get(field.name, "")
         if ranges := "; ".join(limit.allowed for limit in allowed[field.name]):
             meaning += f" Allowed: {ranges}."
+        for switch, values in needs(f"{prefix}{field.name}"):
+            meaning += f" Needs `{switch}`: {values}."
         default = shown(getattr(defaults, field.name))
         rows.append([f"`{prefix}{field.name}`", type_name(hints[field.name]), default, meaning])
     title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
     table = "\n".join("| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows)
     text = f"## {title}\n\n{markdown(inspect.cleandoc(cls.__doc__ or ''))}\n"
     return text + (f"\n{table}\n" if rows[2:] else "")
+
+
+def needs(setting: str) -> Iterator[tuple[str, str]]:
+    """Yield each setting without which this one has no effect, and the values it must have."""
+    for need in NEEDED:
+        if f"{setting}.".startswith(f"{need.setting}.") and setting != need.switch:
+            yield need.switch, ", ".join(shown(value).strip("`") for value in need.allowed)
 
 
 def escape(cell: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.loading import check_effect, load_config
 from pilot_flwr.config.overrides import default_run_folder
 from pilot_flwr.config.rules import expanded
 from pilot_flwr.config.schema import PilotConfig
@@ -36,7 +37,10 @@ PATIENCE_SECONDS = 60.0
 def main(grid: Grid, context: Context) -> None:
     """Run one federation."""
     overrides = str(context.run_config["overrides"])
-    run(grid, load_config(overrides), overrides, flower_run=str(context.run_id))
+    config = load_config(overrides)
+    if not config.resume:
+        check_effect(shlex.split(overrides), config)
+    run(grid, config, overrides, flower_run=str(context.run_id))
 
 
 def run(grid: Grid, config: PilotConfig, overrides: str, *, flower_run: str) -> None:

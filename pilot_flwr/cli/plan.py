@@ -53,7 +53,7 @@ def plan(
 
     Example: `pilot-flwr plan experiment=paper`
     """
-    from pilot_flwr.config.loading import load_config
+    from pilot_flwr.config.loading import check_effect, load_config
     from pilot_flwr.config.overrides import expand
     from pilot_flwr.config.rules import at_least
     from pilot_flwr.model.resource_plan import make_plan
@@ -61,7 +61,9 @@ def plan(
     at_least("--text-tokens", text_tokens, 1)
     at_least("--micro-batch", micro_batch, 0)
     at_least("--answer-tokens", answer_tokens, 1)
-    config = load_config(shlex.join(expand(overrides or ())))
+    expanded = expand(overrides or ())
+    config = load_config(shlex.join(expanded))
+    check_effect(expanded, config)
     figures = make_plan(
         config,
         image_size=_size(image_size),

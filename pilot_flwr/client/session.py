@@ -40,7 +40,7 @@ from pilot_flwr.client.training import (
 )
 from pilot_flwr.config.schema import DittoConfig, PilotConfig
 from pilot_flwr.data.federation import declared_examples
-from pilot_flwr.errors import StateError
+from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.formatting import count
 from pilot_flwr.model.loading import loaded_model
 from pilot_flwr.model.resource_plan import out_of_memory_explained
@@ -111,6 +111,17 @@ def session_generator(seed: int, client_id: str, server_round: int) -> torch.Gen
     return torch.Generator().manual_seed(zlib.crc32(text) + (zlib.adler32(text) << 32))
 
 
+def check_precision(device: torch.device, config: PilotConfig) -> None:
+    """Raise `ConfigError` for training in float16 on a CPU, where ``auto`` is no autocast."""
+    half = config.model.dtype == "float16"
+    if half and config.train.autocast == "auto" and device.type == "cpu":
+        raise ConfigError(
+            "`model.dtype` is float16 and `train.autocast` is auto, which is off on a CPU: "
+            "gradients in float16 would need loss scaling. Set `train.autocast=bfloat16`, or "
+            "another `model.dtype`."
+        )
+
+
 class Session:
     """One session's model, data and instruction; `private` is the state it starts from."""
 
@@ -134,12 +145,15 @@ class Session:
             self.sharing,
             config.seed,
         )
+        device = find_device(site.device)
+        if instruction.train:
+            check_precision(device, config)
         with out_of_memory_explained(config, instruction.stage):
             self.model = loaded_model(
                 config.model,
                 reduction=config.train.difference_loss.reduction,
                 balance_reduction=config.train.balance_loss.reduction,
-                device=find_device(site.device),
+                device=device,
             )
         self.data = ClientData(
             site.client,

@@ -22,7 +22,7 @@ from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from pilot_flwr.config.rules import one_of
+from pilot_flwr.config.rules import idle, one_of
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError
 
@@ -120,6 +120,38 @@ def _check_override(override: "Override") -> None:
             raise ConfigError(f"`{key}` has {text!r} but must be a plain value, not `${{...}}`.")
         if text == MISSING:
             raise ConfigError(f"`{key}` has {text!r} but must be another text.")
+
+
+def idle_overrides(overrides: Sequence[str], config: PilotConfig) -> dict[str, str]:
+    """Return the overrides that set something without effect in `config`, with the reason.
+
+    What a file of ``conf/`` sets counts as written for all methods and is not checked.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found = {}
+    for text in overrides:
+        override = OverridesParser.create().parse_override(quoted(text))
+        for setting in _settings(override.key_or_group, override.value()):
+            if reason := idle(setting, config):
+                found[text] = reason
+                break
+    return found
+
+
+def check_effect(overrides: Sequence[str], config: PilotConfig) -> None:
+    """Raise `ConfigError` for an override that has no effect in `config`."""
+    for reason in idle_overrides(overrides, config).values():
+        raise ConfigError(reason)
+
+
+def _settings(key: str, value: Any) -> Iterator[str]:
+    """Yield the names of the settings that an override sets; none for a choice of a file."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _settings(f"{key}.{name}", inner)
+    elif "." in key:
+        yield key
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -88,6 +88,11 @@ class ModelConfig(Section, prefix="model"):
                 f"`model.revision` is {self.revision!r} but must be a branch, a tag or a commit: "
                 "letters, digits, '.', '_', '-' and '/', without '..'."
             )
+        if self.revision and ("/" not in self.path or self.path.startswith(("/", ".", "~"))):
+            raise ConfigError(
+                f"`model.revision` is {self.revision!r} but must be empty with `model.path` "
+                f"{self.path!r}, which is not a model of Hugging Face's hub."
+            )
 
     @property
     def wire_dtype(self) -> str:

@@ -3,7 +3,8 @@
 Each check raises `ConfigError` with the setting as the user typed it (`key`), the value received
 and what is allowed. A `Section` of the configuration declares its ranges once, as `Limit`
 annotations, which it enforces and the settings reference prints. To add a range, write a check
-and a `Limit` for it; to forbid a combination of settings, add a row to `RULES`.
+and a `Limit` for it; to forbid a combination of settings, add a row to `RULES`; for a setting that
+only matters with another one, a row to `NEEDED`.
 """
 
 import functools
@@ -177,6 +178,11 @@ RULES = (
         {"model.dtype": "float16", "train.autocast": "off"},
         {"strategy.trained_by": "nobody"},
     ),
+    # Flash attention computes in 16 bits.
+    Rule(
+        {"model.attention": "flash_attention_2", "train.autocast": "off"},
+        {"model.dtype": "bfloat16"},
+    ),
     # Without training only scores remain.
     Rule(
         {"strategy.trained_by": "nobody"},
@@ -194,6 +200,77 @@ RULES = (
         {"train.proximal_weight": 0, "privacy.enabled": False},
     ),
 )
+
+
+class Need(NamedTuple):
+    """A value of another setting without which a setting, or a section's, has no effect."""
+
+    setting: str
+    switch: str
+    allowed: tuple[object, ...]
+
+
+_TRAINS = ("clients", "pooled")
+
+NEEDED = (
+    Need("privacy", "privacy.enabled", (True,)),
+    Need("model.feature_cache.max_gib", "model.feature_cache.where", ("memory", "disk")),
+    Need("model.stage2_client_adapter", "model.client_adapter", (True,)),
+    Need("model.stage2_client_adapter", "strategy.stages", (2,)),
+    Need("model.cross_task_adapters", "strategy.stages", (2,)),
+    Need("model.router_dtype", "strategy.stages", (2,)),
+    Need("data.files", "data.source", ("llava",)),
+    Need("data.folder", "data.source", ("llava",)),
+    Need("data.partition", "data.source", ("llava",)),
+    Need("data.image_aspect_ratio", "data.source", ("llava",)),
+    Need("data.partition.alpha", "data.partition.kind", ("dirichlet",)),
+    Need("data.partition.column", "data.partition.kind", ("dirichlet",)),
+    Need("data.partition.min_examples", "data.partition.kind", ("dirichlet",)),
+    Need("strategy.adapters", "strategy.sharing.adapter", (True,)),
+    Need("strategy.lora", "strategy.sharing.lora", ("AB", "A", "B")),
+    Need("strategy.num_neighbors", "strategy.lora", ("adaptive",)),
+    Need("strategy.num_neighbors", "strategy.sharing.lora", ("AB", "A", "B")),
+    *(
+        Need(f"strategy.{name}", "strategy.trained_by", _TRAINS)
+        for name in ("adapters", "lora", "num_neighbors", "sharing")
+    ),
+    Need("strategy.server_optimizer", "strategy.server_optimizer.name", ("adam",)),
+    Need("strategy.update_norm", "strategy.trained_by", ("clients",)),
+    Need("strategy.update_norm.factor", "strategy.update_norm.action", ("warn", "clip", "reject")),
+    *(
+        Need(f"train.{name}", "strategy.trained_by", _TRAINS)
+        for name in (
+            *("epochs", "batch_size", "accumulation_steps", "over_long", "text_only"),
+            *("warmup_ratio", "schedule", "weight_decay", "max_grad_norm", "clipping"),
+            *("loss_reduction", "batching", "log_every_seconds", "stage1", "stage2"),
+            *("difference_loss", "balance_loss", "balance_weight", "z_weight", "lr_scale"),
+            *("lora_matrices", "ditto"),
+        )
+    ),
+    Need("train.stage2", "strategy.stages", (2,)),
+    Need("train.difference_loss", "model.client_adapter", (True,)),
+    Need("train.balance_loss", "strategy.stages", (2,)),
+    Need("train.balance_weight", "strategy.stages", (2,)),
+    Need("train.z_weight", "strategy.stages", (2,)),
+    Need("train.ditto", "train.ditto.enabled", (True,)),
+    Need("simulation", "strategy.clients", (0,)),
+    Need("simulation.address", "simulation.engine", ("ray",)),
+    Need("run.restarts", "simulation.engine", ("ray",)),
+    Need("run.wandb_project", "run.wandb", ("online", "offline")),
+)
+"""A switch itself never needs its own value: ``privacy.enabled=false`` may be written."""
+
+
+def idle(setting: str, config: object) -> str | None:
+    """Return why a setting has no effect in a configuration, None if it has."""
+    for need in NEEDED:
+        inside = f"{setting}.".startswith(f"{need.setting}.") and setting != need.switch
+        if inside and (found := attrgetter(need.switch)(config)) not in need.allowed:
+            return (
+                f"`{setting}` has no effect with `{need.switch}={_text(found)}`: set that to "
+                f"{' or '.join(map(_text, need.allowed))}, or leave `{setting}` out."
+            )
+    return None
 
 
 def check_combinations(config: object) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.loading import check_effect, load_config
 from pilot_flwr.config.overrides import (
     check_gpus,
     federation_config,
@@ -106,6 +106,8 @@ def check_settings(
     theirs.
     """
     config = load_config(shlex.join(overrides))
+    if not config.resume:
+        check_effect(overrides, config)
     if simulated and config.strategy.clients:
         raise ConfigError(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "

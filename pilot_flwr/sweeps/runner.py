@@ -7,6 +7,7 @@ recorded there and does not raise, so that Hydra continues with the next one.
 
 import functools
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -22,7 +23,13 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from pilot_flwr.config.loading import config_folder, hydra_text, load_config, quoted
+from pilot_flwr.config.loading import (
+    config_folder,
+    hydra_text,
+    idle_overrides,
+    load_config,
+    quoted,
+)
 from pilot_flwr.config.overrides import path_override
 from pilot_flwr.errors import ConfigError, PilotError, RunError
 from pilot_flwr.formatting import count, headline, human_seconds
@@ -89,9 +96,11 @@ def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = 
     """Check every job's settings before the first one starts."""
     errors: dict[str, list[str]] = {}
     labels = []
+    if unused := _idle_in_all(jobs):
+        raise ConfigError("\n".join([*unused, "Nothing was started."]))
     for job in jobs:
         try:
-            config, _ = check_settings(job.overrides)
+            config, _ = check_settings(_effective(job))
             engine_options(config, os.environ)
             if _begun(folder.run(job)):
                 check_resumable(folder.run(job), config)
@@ -115,6 +124,33 @@ def check_jobs(folder: SweepFolder, jobs: Sequence[Job], baseline: str | None = 
         raise ConfigError(
             f"`--baseline` is {baseline!r} but the sweep has {', '.join(dict.fromkeys(labels))}."
         )
+
+
+def _effective(job: Job) -> list[str]:
+    """Return a job's overrides without common ones that only matter in other jobs.
+
+    An example is M in a sweep over Pilot and FedAvg. A swept one stays, and is refused: the job
+    would repeat another.
+    """
+    unused = idle_overrides(job.overrides, load_config(shlex.join(job.overrides)))
+    swept = tuple(f"{key}=" for key in job.swept)
+    common = {text for text in unused if not text.lstrip("+").startswith(swept)}
+    return [text for text in job.overrides if text not in common or "={" in text]
+
+
+def _idle_in_all(jobs: Sequence[Job]) -> list[str]:
+    """Return why overrides have no effect in any job of a sweep; invalid jobs count for none."""
+    unused: dict[str, str] | None = None
+    for job in jobs:
+        try:
+            found = idle_overrides(job.overrides, load_config(shlex.join(job.overrides)))
+        except ConfigError:
+            continue
+        both = found.keys() & (found if unused is None else unused).keys()
+        unused = {text: found[text] for text in job.overrides if text in both}
+        if not unused:
+            break
+    return list((unused or {}).values())
 
 
 def run_job(
@@ -189,7 +225,7 @@ def _prepare(path: Path, job: Job) -> Prepared:
     if path.is_dir() and not begun and not kept:
         shutil.rmtree(path)  # the launcher was killed before it recorded the overrides
     folder = path_override("resume" if begun else "run.folder", path)
-    return prepare([*job.overrides, folder], os.environ, datetime.now())
+    return prepare([*_effective(job), folder], os.environ, datetime.now())
 
 
 def _begun(path: Path) -> bool:

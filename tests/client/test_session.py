@@ -19,7 +19,7 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.data.federation import federation_clients
-from pilot_flwr.errors import DataError, StateError, TrainingError
+from pilot_flwr.errors import ConfigError, DataError, StateError, TrainingError
 from pilot_flwr.model.loading import initial_state, loaded_model
 from pilot_flwr.protocol import EvaluationResult, Instruction, TrainingResult
 
@@ -224,6 +224,15 @@ def test_the_incoming_model_is_evaluated_as_it_was_last_trained(sites, make_inst
             assert_equal(states[group], state)
         own = replace(instruction, adapters={"vqa": instruction.adapters["vqa"]})
         assert_received(states, instruction if expected == 2 else own)
+
+
+def test_training_in_float16_on_a_cpu_needs_autocast(sites, make_instruction, seen):
+    half = replace(CONFIG, model=replace(CONFIG.model, dtype="float16"))
+    with pytest.raises(ConfigError, match=r"`model\.dtype` is float16 .*train\.autocast=bfloat16"):
+        run(sites["vqa"], make_instruction(1), half)
+    run(sites["vqa"], make_instruction(1, train=False, evaluate=True), half)
+    cast = replace(half, train=replace(half.train, autocast="bfloat16"))
+    run(sites["vqa"], make_instruction(1), cast)
 
 
 def test_evaluating_only_writes_nothing(sites, make_instruction, seen):

@@ -236,6 +236,11 @@ def test_yaml_that_is_no_configuration_is_refused(text, overrides, words):
         ("strategy=zero_shot privacy.enabled=true", ("trained_by", "privacy.enabled")),
         ("strategy=zero_shot evaluation.enabled=false", ("trained_by", "evaluation.enabled")),
         ("strategy=zero_shot train.proximal_weight=1", ("trained_by", "proximal_weight")),
+        (
+            "model.attention=flash_attention_2 train.autocast=off",
+            ("model.attention", "model.dtype"),
+        ),
+        ("model.revision=v1", ("model.revision", "model.path")),
         ("strategy=fedit strategy.self_weight=false", ("self_weight", "strategy.lora")),
     ],
 )

@@ -233,11 +233,12 @@ def test_the_pinned_revision_is_the_one_that_the_projector_comes_from(monkeypatc
 
     def find_file(config, name, **options):
         asked.append(config.revision)
-        return found(replace(config, path="tiny-llava"), name, **options)
+        return found(replace(config, path="tiny-llava", revision=""), name, **options)
 
-    found = checkpoints.find_file
+    found, shipped = checkpoints.find_file, checkpoints.checkpoint_path("tiny-llava")
     monkeypatch.setattr(checkpoints, "find_file", find_file)
-    loading.initial_state(ModelConfig(revision="v1.5"), seed=0)
+    monkeypatch.setattr(checkpoints, "checkpoint_path", lambda path: shipped)
+    loading.initial_state(ModelConfig("org/name", revision="v1.5"), seed=0)
     assert set(asked) == {"v1.5"}
 
 
