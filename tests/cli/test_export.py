@@ -1,9 +1,11 @@
 """`pilot-flwr export`: whole folders, loaded again."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from perturbed import perturb, private_state
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -80,3 +82,20 @@ def test_what_cannot_be_done_is_said(export, tmp_path):
     (folder / "mine").touch()
     _, captured = export("--client", "vqa-0", code=1)
     assert "is not empty" in captured.err
+
+
+def test_a_model_card_shows_an_interpolation_as_text(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SITE_SECRET", "hunter2")
+    received = tmp_path / "received"
+    shutil.copytree(finished.folder.path, received)
+    recorded = yaml.safe_load((received / "config.yaml").read_text())
+    recorded["model"]["system_prompt"] = "${oc.env:SITE_SECRET}"
+    (received / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert cli.main(["export", str(received), str(tmp_path / "model"), "--task", "vqa"]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.count("${oc.env:SITE_SECRET}") == 2  # in the prompts and in the configuration
+    assert not any(
+        b"hunter2" in file.read_bytes()
+        for file in (tmp_path / "model").rglob("*")
+        if file.is_file()
+    )

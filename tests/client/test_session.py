@@ -5,6 +5,7 @@ deterministic change of what the stage trains, so that everything can be told ap
 """
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,9 @@ from pilot_flwr.client import client_data as data_module
 from pilot_flwr.client import session as session_module
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session
-from pilot_flwr.config.data import DataConfig
+from pilot_flwr.config.data import DataConfig, TaskFiles
 from pilot_flwr.config.model import LoraConfig, ModelConfig
-from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
+from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, StrategyConfig, TrainConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError, DataError, StateError, TrainingError
 from pilot_flwr.model.loading import initial_state, loaded_model
@@ -101,8 +102,8 @@ def shifted(state, name, number):
     return {key: tensor + shift for key, tensor in state.items()}
 
 
-def run(site, instruction, config=CONFIG):
-    return run_session(site, config, instruction, progress=lambda line: None)
+def run(site, instruction, config=CONFIG, progress=lambda line: None):
+    return run_session(site, config, instruction, progress=progress)
 
 
 def private(site):
@@ -488,3 +489,34 @@ def test_examples_that_were_cut_are_reported(sites, make_instruction, monkeypatc
     assert max(lengths) == longest - 1
     noun = "training example" if over == 1 else "training examples"
     assert lines[-1] == f"cut {over} {noun} at `train.max_length`, {longest - 1} tokens"
+
+
+def test_a_pooled_training_counts_each_cut_example_once(tmp_path):
+    answers = ["a", "a b c d", "a b c d e f g h", "b", "b c d e f g h i j"]
+    turns = [[{"from": "human", "value": "Say."}, {"from": "gpt", "value": a}] for a in answers]
+    rows = [{"id": str(n), "conversations": turn} for n, turn in enumerate(turns)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = PilotConfig(
+        model=replace(CONFIG.model, client_adapter=False),
+        data=DataConfig(
+            source="llava",
+            tasks=["vqa"],
+            clients_per_task=2,
+            folder=str(tmp_path),
+            files={"vqa": TaskFiles(train=["rows.json"], test=["rows.json"])},
+        ),
+        strategy=StrategyConfig(trained_by="pooled", stages=1, adapters="global", lora="global"),
+    )
+    start = initial_state(config.model, seed=0)
+    instruction = Instruction(
+        server_round=1, stage=1, tasks=("vqa",), adapters={"vqa": start.adapter}, lora=start.lora
+    )
+    site = Site(federation_clients(config.data)[0], tmp_path / "state", "cpu")
+    data = session_module.Session(site, config, instruction, None, print).data
+    lengths = [len(data.collator.tokenize(example)[0]) for example in data.examples("train")]
+    limit = sorted(lengths)[2]
+    number = sum(length > limit for length in lengths)
+    train = TrainConfig(over_long="cut", max_length=limit, epochs=2)
+    lines = []
+    run(site, instruction, replace(config, train=train), lines.append)
+    assert [line for line in lines if line.startswith(f"cut {number} training examples")]
