@@ -93,7 +93,7 @@ def _run_on_superlink(requested: list[str], superlink: str, *, verbose: bool) ->
 
 
 def _is_here(folder: Path, seconds: float) -> bool:
-    """Return whether `folder` on this machine belongs to that run, by its duration."""
+    """Return whether `folder` on this machine has the result of a run that took `seconds`."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return bool(result["seconds"] == seconds)

@@ -194,7 +194,7 @@ class PrivateStore:
         for kind, name in self.owner.items():
             if metadata.get(kind) != name:
                 raise StateError(
-                    f"{path} is of {kind} {metadata.get(kind)!r} but must be of {name!r}."
+                    f"{path} belongs to {kind} {metadata.get(kind)!r}, not to {name!r}."
                 )
         return metadata
 

@@ -113,7 +113,7 @@ def check_settings(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
             "simulation takes its clients from the configuration: leave it 0, or use `--superlink`."
         )
-    federation_clients(config.data)  # rejects an unknown task now, not a minute into the run
+    federation_clients(config.data)  # rejects an unknown task before the run starts
     config, whole = with_folder(config, list(overrides))
     if simulated and config.data.source == "llava":
         evaluated = config.evaluation.enabled

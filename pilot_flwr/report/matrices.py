@@ -1,8 +1,9 @@
 """Matrices: LoRA distances and mixing weights between clients, and the router's probabilities.
 
-The router's need the base model, the clients' images and their private states, which a simulation
-keeps in ``clients/`` of the run folder and a real site only on its own disk. To describe another
-rule of aggregation, add it to `_LORA_USE` and `_MIXED`, and to `aggregation_lines`.
+The router's probabilities need the base model, the clients' images and private states, which a
+simulation keeps in ``clients/`` of the run folder and a real site only on its own disk. To
+describe another rule of aggregation, add it to `_LORA_USE` and `_MIXED`, and to
+`aggregation_lines`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

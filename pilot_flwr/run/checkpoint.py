@@ -196,7 +196,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         if not all(isinstance(n, str) for n in (*tasks, *checkpoint.moments, *files.values())):
             raise TypeError("a name is not text")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise StateError(f"{path} is not a checkpoint's: {type(error).__name__}: {error}") from None
+        raise StateError(
+            f"{path} cannot be read as the file of a checkpoint: {type(error).__name__}: {error}"
+        ) from None
     if exchange_of(folder) != checkpoint.server_round:
         raise StateError(
             f"{path} is of exchange {checkpoint.server_round}, which does not match its folder."
@@ -248,15 +250,15 @@ def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
         for name in names
     }
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    for what, found in (("files", present - {"state.json"}), ("a list of files", set(files))):
+    for what, found in (("files", present - {"state.json"}), ("listed files", set(files))):
         if odd := found ^ owners.keys():
             raise StateError(
-                f"{folder} has {what} that does not fit its tasks and clients: missing or "
+                f"{folder} has {what} that differ from its tasks and clients: missing or "
                 f"unexpected are {sorted(odd)}."
             )
     for file, (kind, name) in owners.items():
         if (owner := read_metadata(folder / file).get(kind)) != name:
-            raise StateError(f"{folder / file} is of {kind} {owner!r} but must be of {name!r}.")
+            raise StateError(f"{folder / file} belongs to {kind} {owner!r}, not to {name!r}.")
         if sha256(folder / file) != files[file]:
             raise StateError(f"{folder / file} has been changed: its SHA-256 does not match.")
 

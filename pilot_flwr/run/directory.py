@@ -113,8 +113,8 @@ class RunFolder:
     def finish(self, *, error: str | None, restartable: bool = False) -> dict[str, Any]:
         """Write ``result.json`` and return its content.
 
-        `restartable` means that the error is not the run's own, so that it may be resumed from its
-        last checkpoint.
+        `restartable` means that a process died and the run itself had no error, so that it can be
+        resumed from its last checkpoint.
         """
         failures = [
             {"round": f.exchange, "phase": f.phase, "client": f.client, "reason": f.reason}

@@ -46,14 +46,14 @@ class MetricLogger(Protocol):
         """Discard what was logged from this exchange on, because it is repeated."""
 
     def close(self) -> None:
-        """Write the rest."""
+        """Write what is still buffered."""
 
 
 class Numbers:
     """Turn a run's events into named numbers, one event after another.
 
-    Names are ``what/whose``: ``score/<client>``, ``loss/<client>``, ``loss_<part>/<client>``,
-    ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>`` and, if every task of the run
+    A name is a quantity, a slash and its client or task: ``score/<client>``, ``loss/<client>``,
+    ``loss_<part>/<client>``, ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>`` and, if every task of the run
     has a score, ``task_score/mean``; for an exchange as a whole ``exchange/seconds``,
     ``/bytes_down``, ``/bytes_up`` and ``/failures``. The closing evaluation has
     ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange later.

@@ -113,7 +113,7 @@ class Progress:
                 self._exchange, self._scores = event.exchange or None, {}
                 number = event.exchange
                 where = f"after exchange {number}" if number else "from the beginning"
-                reasons = [f"  passed over: {plain(reason)}" for reason in event.passed_over]
+                reasons = [f"  not usable: {plain(reason)}" for reason in event.passed_over]
                 return ["", f"Resumed {where}", *reasons]
             case _:
                 return []
@@ -177,7 +177,7 @@ class Progress:
 class ProgressPrinter:
     """Print a run's events, and the lines of a log if given, as their files grow.
 
-    While neither grows, a sign of life is printed at increasing intervals.
+    While neither grows, a line that the run is alive is printed at increasing intervals.
     """
 
     FIRST_SIGN_SECONDS = 60.0
@@ -212,7 +212,7 @@ class ProgressPrinter:
             self._last_news = time.monotonic()
             self._patience = self.FIRST_SIGN_SECONDS
         elif silent > self._patience:
-            self._out(f"  ... running, no news for {human_seconds(silent)}")
+            self._out(f"  ... running, nothing new for {human_seconds(silent)}")
             self._patience = min(2 * self._patience, self._patience + self.RAREST_SIGN_SECONDS)
 
     def finish(self) -> None:

@@ -128,7 +128,9 @@ def summary_notes(events: Sequence[Event]) -> list[str]:
         notes.append("The metrics have different ranges: their mean is not comparable.")
     last = max(event.exchange for event in evaluated)
     if cut := sum(event.cut for event in evaluated if event.exchange == last):
-        notes.append(f"Of the last answers {cut} were cut off at `evaluation.max_new_tokens`.")
+        notes.append(
+            f"{cut} answers of the last evaluation were cut off at `evaluation.max_new_tokens`."
+        )
     return notes
 
 

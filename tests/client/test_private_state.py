@@ -74,8 +74,8 @@ def test_another_clients_state_is_refused(tmp_path):
     """Its tensors would fit: only the file can say whose it is."""
     PrivateStore(tmp_path, "vqa-0", "vqa").save(STATE, server_round=4)
     for client, task, words in [
-        ("vqa-1", "vqa", "is of client 'vqa-0' but must be of 'vqa-1'"),
-        ("vqa-0", "ocr", "is of task 'vqa' but must be of 'ocr'"),
+        ("vqa-1", "vqa", "belongs to client 'vqa-0', not to 'vqa-1'"),
+        ("vqa-0", "ocr", "belongs to task 'vqa', not to 'ocr'"),
     ]:
         for read in (PrivateStore.load, PrivateStore.stage):
             with pytest.raises(StateError, match=words):

@@ -262,7 +262,7 @@ def test_the_state_of_another_client_is_refused(sites, make_instruction, seen):
         lambda: run(other, make_instruction(2)),
         lambda: other.private_store.stage(before=2),
     ):
-        with pytest.raises(StateError, match="of client 'vqa-0' but must be of 'vqa-1'"):
+        with pytest.raises(StateError, match="to client 'vqa-0', not to 'vqa-1'"):
             use()
     assert len(seen.trained) == 1
 

@@ -116,7 +116,7 @@ def test_a_private_state_for_other_tasks_is_refused(finished, tmp_path):
 
 def test_another_clients_private_state_is_refused(finished):
     run = open_run(finished.folder.path)
-    with pytest.raises(StateError, match="of client 'vqa-1' but must be of 'vqa-0'"):
+    with pytest.raises(StateError, match="to client 'vqa-1', not to 'vqa-0'"):
         select_client(run, "vqa-0", state=finished.folder.path / "clients" / "vqa-1")
 
 

@@ -122,7 +122,7 @@ def _listed(old, new):
     [
         (_cut, "cannot be read"),
         (_flip, "has been changed: its SHA-256"),
-        (_swap, "is of task 'a' but must be of 'b'"),
+        (_swap, "belongs to task 'a', not to 'b'"),
         (lambda f: (f / "state.json").unlink(), "FileNotFoundError"),
         (lambda f: (f / "state.json").write_text("[]"), "TypeError"),
         (lambda f: (f / "state.json").write_text('{"format": "pilot'), "JSONDecodeError"),
@@ -146,12 +146,12 @@ def _listed(old, new):
         (_rewrite(tasks=None), "KeyError: 'tasks'"),
         (
             _rewrite(files={}),
-            r"a list of files .* unexpected are \['lora/a-0.safetensors', 'task_ad",
+            r"listed files .* unexpected are \['lora/a-0.safetensors', 'task_ad",
         ),
         (_listed("task_adapters/a.safetensors", "task_adapters//a.safetensors"), "_adapters//a"),
         (_listed("task_adapters/a.safetensors", "task_adapters/a"), "'task_adapters/a', "),
         (_listed("lora/a-0.safetensors", "lora/x/../a-0.safetensors"), r"x/\.\./a-0"),
-        (_listed(None, "../../x"), r"a list of files .* unexpected are \['\.\./\.\./x'\]"),
+        (_listed(None, "../../x"), r"listed files .* unexpected are \['\.\./\.\./x'\]"),
         (_rewrite(round="two"), "`round` is 'two' but must be a whole number"),
         (_rewrite(round=1), "is of exchange 1, which does not match its folder"),
         (_rewrite(round=-2), "`round` is -2 but must be a whole number of at least 0"),

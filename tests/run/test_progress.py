@@ -135,7 +135,7 @@ def test_the_narrator_prints_what_is_new_then_signs_of_life(tmp_path: Path, monk
     assert len(out) == 4
     clock[0] = 61.0
     narrator.show()
-    assert out[4] == "  ... running, no news for 1 min 1 s"
+    assert out[4] == "  ... running, nothing new for 1 min 1 s"
     clock[0] = 119.0
     narrator.finish()
     assert out[5:] == ["  1 line of metrics.jsonl unreadable"]
@@ -205,7 +205,7 @@ def test_a_resumed_run_says_where_it_resumes_and_what_it_passed_over():
     assert progress.lines(torn) == [
         "",
         "Resumed after exchange 2",
-        "  passed over: round-0003 is torn",
+        "  not usable: round-0003 is torn",
     ]
     assert progress.lines(replace(ROSTER, exchange=3))[1].startswith("Exchange 3: 2 clients")
 

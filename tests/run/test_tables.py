@@ -173,4 +173,7 @@ def test_a_mean_over_metrics_of_different_ranges_says_so():
     assert "different ranges: their mean is not comparable" in summary(events)
     assert "cut off" not in summary(events)
     events.append(evaluated(client="b", cut=3))
-    assert "Of the last answers 3 were cut off at `evaluation.max_new_tokens`" in summary(events)
+    assert (
+        "3 answers of the last evaluation were cut off at `evaluation.max_new_tokens`"
+        in summary(events)
+    )

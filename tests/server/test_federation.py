@@ -358,4 +358,7 @@ def test_an_approximate_figure_is_called_so_from_client_to_table(quick, tmp_path
     assert all(event["approximate"] for event in events)
     assert "exact_match (approximate)" in (run.folder.path / "summary.md").read_text()
     cut = sum(event["cut"] for event in events if event["round"] == 2)
-    assert f"{cut} were cut off at `evaluation.max_new_tokens`" in summary(run.folder.events)
+    assert (
+        f"{cut} answers of the last evaluation were cut off at `evaluation.max_new_tokens`"
+        in summary(run.folder.events)
+    )

@@ -126,7 +126,7 @@ def test_sites_with_one_state_folder_do_not_destroy_each_others_adapters(tmp_pat
     assert len(reasons) == 2
     assert all("no two clients may share a `state-folder`" in reason for reason in reasons)
     asked = [e["reason"] for e in run.events("failure", round=2, phase="roster")]
-    assert sum("is of client 'vqa-0' but must be of" in reason for reason in asked) == 2
+    assert sum("belongs to client 'vqa-0', not to" in reason for reason in asked) == 2
 
 
 def test_a_name_too_long_for_a_file_is_refused(tmp_path):
