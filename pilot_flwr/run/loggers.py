@@ -53,10 +53,10 @@ class Numbers:
     """Turn a run's events into named numbers, one event after another.
 
     A name is a quantity, a slash and its client or task: ``score/<client>``, ``loss/<client>``,
-    ``loss_<part>/<client>``, ``seconds/<client>``, ``epsilon/<client>``; ``task_score/<task>`` and, if every task of the run
-    has a score, ``task_score/mean``; for an exchange as a whole ``exchange/seconds``,
-    ``/bytes_down``, ``/bytes_up`` and ``/failures``. The closing evaluation has
-    ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange later.
+    ``loss_<part>/<client>``, ``seconds/<client>``, ``epsilon/<client>``;
+    ``task_score/<task>`` and, if every task of the run has a score, ``task_score/mean``; for an
+    exchange as a whole ``exchange/seconds``, ``/bytes_down``, ``/bytes_up`` and ``/failures``. The
+    closing evaluation has ``closing_evaluation/seconds`` and ``/bytes_down``, one exchange later.
     """
 
     def __init__(self) -> None:
