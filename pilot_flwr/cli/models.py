@@ -226,7 +226,7 @@ def _write_answers(
         for position, prediction in enumerate(answers, start=start):
             row = {
                 "row": position + 1,
-                "id": questions.examples.row(position)["id"],
+                "id": questions.id(position),
                 "question": questions.question(position),
                 "prediction": prediction.strip(),
             }

@@ -175,10 +175,10 @@ class Collator:
     def _check_text(self, example: Example, turns: Sequence[Turn]) -> None:
         """Raise `DataError` for a control token in a text, which could forge a turn."""
         control = {*self._special, self.processor.image_token} - {IMAGE_MARKER}
-        for turn in turns:
+        for number, turn in enumerate(turns):
             if token := next((t for t in sorted(control) if t in turn.text), None):
                 raise DataError(
-                    f"{example.name}: the {turn.role}'s text has {token!r}, which is a control "
+                    f"{example.name}: {example.field(number)} has {token!r}, which is a control "
                     "token of the model. Remove it or write it differently, such as "
                     f"{token[0] + ' ' + token[1:]!r}."
                 )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pilot_flwr.data.images import ImageFile
 from pilot_flwr.errors import DataError
+from pilot_flwr.formatting import count
 
 IMAGE_MARKER = "<image>"
 """Placeholder of an image in a turn's text, as in LLaVA's JSON files."""
@@ -51,11 +52,13 @@ class Example:
     turns: tuple[Turn, ...]
     references: tuple[str, ...] = ()
     origin: str = ""
+    fields: tuple[str, ...] = ()
+    """The turns' fields in the file, such as ``messages[0].content``."""
 
     def __post_init__(self) -> None:
         for number, turn in enumerate(self.turns, start=1):
             role = "user" if number % 2 else "assistant"
-            where = f"{self.name}: turn {number}"
+            where = f"{self.name}: {self.field(number - 1)}"
             if turn.role != role:
                 raise DataError(f"{where} is {turn.role!r} but must be {role!r}.")
             if not turn.text.strip():
@@ -67,9 +70,13 @@ class Example:
         markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)
         if markers != len(self.images):
             raise DataError(
-                f"{self.name} has {markers} image markers ({IMAGE_MARKER}) but "
-                f"{len(self.images)} images."
+                f"{self.name} has {count(markers, 'image marker')} ({IMAGE_MARKER}) but "
+                f"{count(len(self.images), 'image')}."
             )
+
+    def field(self, turn: int) -> str:
+        """Return how errors call a turn, by its number from 0."""
+        return f"`{self.fields[turn]}`" if self.fields else f"turn {turn + 1}"
 
     @property
     def name(self) -> str:

@@ -1,16 +1,16 @@
-"""LLaVA's JSON rows as examples, each read on demand.
+"""Rows of LLaVA's and of chat tools' JSON files as examples, each read on demand.
 
 A row is an object with
 
-- ``id``: text or a number; need not be unique, as in LLaVA's own files,
-- ``image``: a file in the image folder, or a list of them; absent for a row without images,
-- ``conversations``: turns ``{"from": "human" | "gpt", "value": text}``, human first, gpt last,
+- ``id``: optional text or number; need not be unique, as in LLaVA's own files,
+- ``image`` or ``images``: a file in the image folder, or a list of them; absent for a row without,
+- a conversation, in one of the forms of `pilot_flwr.data.turns`,
 - ``references``: optional list of reference answers for scoring.
 
-Other fields are ignored, except that a partition may use one. Image markers (``<image>`` in a human
-turn) are treated as in LLaVA-1.5's training: a turn's only marker moves to its front, on a separate
-line. A row with one image and no marker gets the marker before its first question; LLaVA would
-train on it without the image.
+Other fields are ignored, except that a partition may use one, and that one which holds a picture or
+another medium is an error. Image markers (``<image>`` in a question) are treated as in LLaVA-1.5's
+training: a turn's only marker moves to its front, on a separate line. A row with one image and no
+marker gets the marker before its first question; LLaVA would train on it without the image.
 """
 
 import re
@@ -25,13 +25,18 @@ from numpy.typing import NDArray
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
 from pilot_flwr.data.images import Colour, ImageFile
 from pilot_flwr.data.json_rows import Row, RowFile
+from pilot_flwr.data.media import REMEDY, unread_field
+from pilot_flwr.data.turns import is_text, kind_of, read_conversation
 from pilot_flwr.errors import DataError
 
 LONGEST_ID = 256
 """In characters: an id labels errors and must not carry text."""
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ROLES: dict[str, Any] = {"human": "user", "gpt": "assistant"}
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|image/)", re.IGNORECASE)
+_IMAGES = ("image", "images")
+_KNOWN = (*_IMAGES, "id", "conversations", "messages", "prompt", "completion", "text", "references")
+_UNTRAINED = ("system", "tools")
+"""Fields that other tools put into the prompt."""
 
 
 @dataclass(frozen=True)
@@ -97,63 +102,89 @@ class LlavaExamples(Sequence[Example]):
         return index, row - (int(self._ends[index - 1]) if index else 0)
 
 
-def to_example(row: Row, label: str, origin: str, reading: Reading) -> Example:
-    """Return a row as an example."""
-    images = _images(row, origin, reading)
-    turns = _turns(row, origin)
-    if len(images) == 1 and turns and not any(IMAGE_MARKER in turn.text for turn in turns):
+def to_example(
+    row: Row, label: str, origin: str, reading: Reading, *, answered: bool = True
+) -> Example:
+    """Return a row as an example; unless `answered`, its last question may lack an answer."""
+    lost = unread_field(row, _KNOWN, pictures=any(row.get(key) for key in _IMAGES))
+    if lost:
+        raise DataError(f"{origin}: `{lost}` is not read. {REMEDY}; remove what is not needed.")
+    if lost := next((name for name in _UNTRAINED if row.get(name)), None):
+        raise DataError(
+            f"{origin}: `{lost}` is not read; remove it. A system prompt is the same for all rows: "
+            "`model.system_prompt`."
+        )
+    found = read_conversation(row, origin, answered=answered)
+    images = _images(row, found.pictures, origin, reading)
+    turns = found.turns
+    if len(images) == 1 and not any(IMAGE_MARKER in turn.text for turn in turns):
         turns[0] = turns[0]._replace(text=f"{IMAGE_MARKER}\n{turns[0].text}")
     return Example(
-        id=label + _id(row, origin),
+        id=_id(row, label, origin),
         images=images,
         turns=tuple(_prompt(turn, reading) if turn.role == "user" else turn for turn in turns),
         references=_references(row, origin),
         origin=origin,
+        fields=tuple(found.fields),
     )
 
 
-def _id(row: Row, origin: str) -> str:
-    found = row.get("id")
+def row_id(row: Row) -> Any:
+    """Return a row's `id`, or the `question_id` of LLaVA's evaluation files, or None."""
+    return row["id"] if row.get("id") is not None else row.get("question_id")
+
+
+def _id(row: Row, label: str, origin: str) -> str:
+    found = row_id(row)
+    if found is None:  # the row's number is enough
+        return label.removesuffix(":")
     if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
-        raise DataError(f"{origin}: `id` is missing, or neither text nor a whole number.")
+        raise DataError(f"{origin}: `id` is neither text nor a whole number; it may be left out.")
     text = str(found)
     if len(text) > LONGEST_ID or not text.isprintable():
         raise DataError(f"{origin}: `id` must be printable and of at most {LONGEST_ID} characters.")
-    return text
+    return label + text
 
 
-def _images(row: Row, origin: str, reading: Reading) -> tuple[ImageSource, ...]:
-    found = row.get("image")
-    names = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(isinstance(name, str) for name in names):
-        raise DataError(f"{origin}: `image` must be a file's name or a list of them.")
-    if names and reading.images is None:
+def _images(
+    row: Row, pictures: list[tuple[str, Any]], origin: str, reading: Reading
+) -> tuple[ImageSource, ...]:
+    """Return the images of a row: its own, in order, or those of its messages' parts."""
+    keys = [key for key in _IMAGES if row.get(key) not in (None, [])]
+    if len(keys) > 1:
+        raise DataError(f"{origin} has both `image` and `images`; remove one.")
+    marks = [(field, n) for field, n in pictures if n is None or isinstance(n, int)]
+    for place, (field, number) in enumerate(marks):
+        if number is not None and number != place:
+            raise DataError(f"{origin}: `{field}` must be {place}: images follow their order.")
+    found = [(field, value) for field, value in pictures if (field, value) not in marks]
+    if found and (keys or marks):
+        raise DataError(f"{origin} has pictures both in `{found[0][0]}` and in `images`.")
+    for key in keys:
+        values = row[key] if isinstance(row[key], list) else [row[key]]
+        found = [(key, value) for value in values]
+    if found and reading.images is None:
         raise DataError(f"{origin} has an image, but no image folder is configured.")
-    folder = reading.images or Path()
     return tuple(
-        ImageFile(folder, name, f"{origin}, image {number}", reading.background)
-        for number, name in enumerate(names, start=1)
+        _source(value, field, f"{origin}, image {number}", origin, reading)
+        for number, (field, value) in enumerate(found, start=1)
     )
 
 
-def _turns(row: Row, origin: str) -> list[Turn]:
-    found = row.get("conversations")
-    if not isinstance(found, list) or not found:
-        raise DataError(f"{origin}: `conversations` is missing or not a list of turns.")
-    turns = []
-    for number, turn in enumerate(found, start=1):
-        where = f"{origin}: turn {number} of `conversations`"
-        if not isinstance(turn, dict) or not _is_text(turn.get("value")):
-            raise DataError(f"{where} must be an object with a text in `value`.")
-        if turn.get("from") not in ("human", "gpt"):
-            raise DataError(f"{where}: `from` must be human or gpt.")
-        turns.append(Turn(_ROLES[turn["from"]], turn["value"]))
-    return turns
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a tokenizer accepts a value: JSON can escape an unpaired surrogate."""
-    return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
+def _source(value: Any, field: str, name: str, origin: str, reading: Reading) -> ImageSource:
+    """Return one picture of a row; `name` stands for it in errors."""
+    if isinstance(value, dict) and field.endswith("image_url"):
+        value = value.get("url")
+    if not isinstance(value, str):
+        raise DataError(
+            f"{origin}: `{field}` has {kind_of(value)} but must be a file's name or a list of them."
+        )
+    if _ADDRESS.match(value):
+        raise DataError(
+            f"{name} is an address or embedded (`{field}`), which is not read: save the picture in "
+            "the image folder and write its file's name."
+        )
+    return ImageFile(reading.images or Path(), value, name, reading.background)
 
 
 def _prompt(turn: Turn, reading: Reading) -> Turn:
@@ -168,6 +199,6 @@ def _prompt(turn: Turn, reading: Reading) -> Turn:
 
 def _references(row: Row, origin: str) -> tuple[str, ...]:
     found = row.get("references", [])
-    if not isinstance(found, list) or not all(map(_is_text, found)):
+    if not isinstance(found, list) or not all(map(is_text, found)):
         raise DataError(f"{origin}: `references` must be a list of texts.")
     return tuple(found)

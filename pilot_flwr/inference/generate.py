@@ -12,8 +12,9 @@ from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
 from pilot_flwr.data.images import ImageFile, mean_colour
-from pilot_flwr.data.json_rows import Row, open_rows
-from pilot_flwr.data.llava import LlavaExamples, Reading, to_example
+from pilot_flwr.data.json_rows import open_rows
+from pilot_flwr.data.llava import LlavaExamples, Reading, row_id, to_example
+from pilot_flwr.data.turns import UNANSWERED
 from pilot_flwr.errors import DataError
 from pilot_flwr.inference.runs import Run
 from pilot_flwr.model.feature_cache import FeatureCache
@@ -171,9 +172,6 @@ class Conversation:
         return reply
 
 
-_PLACEHOLDER = {"from": "gpt", "value": "?"}  # generation ignores the last turn
-
-
 class Questions(Sequence[Example]):
     """Rows of one file as examples; the last question may lack an answer."""
 
@@ -184,14 +182,16 @@ class Questions(Sequence[Example]):
         return len(self.examples)
 
     def __getitem__(self, position: Any) -> Any:
-        """Return an example, or those of a slice; a placeholder replaces a missing answer."""
+        """Return an example, or those of a slice; a missing answer is `UNANSWERED`."""
         if isinstance(position, slice):
             return [self[n] for n in range(*position.indices(len(self)))]
-        row = dict(self.examples.row(position))
-        if not _has_answer(row) and isinstance(row.get("conversations"), list):
-            row["conversations"] = [*row["conversations"], _PLACEHOLDER]
-        origin = self.examples.origin(position)
-        return to_example(row, f"{position + 1}:", origin, self.examples.reading)
+        row, origin = self.examples.row(position), self.examples.origin(position)
+        reading = self.examples.reading
+        return to_example(row, f"{position + 1}:", origin, reading, answered=False)
+
+    def id(self, position: int) -> Any:
+        """Return the row's id as the file has it, or None."""
+        return row_id(self.examples.row(position))
 
     def question(self, position: int) -> str:
         """Return the last question as the model sees it."""
@@ -199,16 +199,9 @@ class Questions(Sequence[Example]):
 
     def references(self, position: int) -> list[str]:
         """Return the reference answers to the last question, if the row has any."""
-        row = self.examples.row(position)
-        if row.get("references") or _has_answer(row):
-            return list(self[position].answers)
-        return []
-
-
-def _has_answer(row: Row) -> bool:
-    turns = row.get("conversations")
-    last = turns[-1] if isinstance(turns, list) and turns else None
-    return isinstance(last, dict) and last.get("from") == "gpt"
+        example = self[position]
+        answered = example.references or example.turns[-1] is not UNANSWERED
+        return list(example.answers) if answered else []
 
 
 def open_file(

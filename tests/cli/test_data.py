@@ -90,7 +90,7 @@ def test_every_kind_of_fault_is_found_and_named(federation, tmp_path, capsys):
     assert [p["origin"] for p in entry["broken_rows"]] == [
         f"train.json, row {n}" for n in (2, 3, 4, 5)
     ]
-    assert re.search(r"row 2: turn 1 .*`from` must be human or gpt", out)
+    assert re.search(r"row 2: `conversations\[0\].from` must be human or gpt", out)
     assert re.search(r"row 3, image 1 cannot be opened .* \(absent.png\)", out)
     assert re.search(r"row 4, image 1 cannot be decoded \(truncated\). \(train-3.png\)", out)
     assert "... and 1 more" in out

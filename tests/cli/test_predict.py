@@ -55,6 +55,37 @@ def test_a_line_for_every_row(finished, predict, rows, tmp_path, capsys):
     assert f"{len(asked)} predictions" in capsys.readouterr().err
 
 
+def test_questions_of_every_form_are_answered_alike(finished, predict, tmp_path, capsys):
+    """LLaVA's evaluation rows, chat messages, `images`, no id; empty and null answers are none."""
+    question = "What digit is at the top left?"
+    turn = {"from": "human", "value": question}
+    found = [
+        {"id": "a", "image": "0.png", "conversations": [turn]},
+        {"id": "b", "image": "0.png", "conversations": [turn, {"from": "gpt", "value": ""}]},
+        {"id": "c", "image": "0.png", "conversations": [turn, {"from": "gpt", "value": None}]},
+        {"images": ["0.png"], "messages": [{"role": "user", "content": question}]},
+        {"question_id": 7, "image": "0.png", "text": question, "category": "default"},
+        {"id": "d", "images": ["0.png"], "prompt": question},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    predict()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b", "c", None, 7, "d"]
+    assert {line["question"] for line in lines} == {f"<image>\n{question}"}
+    assert len({line["prediction"] for line in lines}) == 1
+    assert not any("references" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+@pytest.mark.parametrize("lost", [{"img": "0.png"}, {"images": ["0.png"] * 2}, {"video": "a.mp4"}])
+def test_no_picture_is_lost_silently(finished, rows, tmp_path, capsys, command, lost):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "two"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": 1, "conversations": turns} | lost))
+    files = ["--data", str(tmp_path / "rows.jsonl"), "--images", str(tmp_path)]
+    assert cli.main([command, str(finished.folder.path), "--client", "vqa-0", *files]) == 1
+    assert "rows.jsonl, row 1" in capsys.readouterr().err
+
+
 def test_standard_output(predict, rows, capsys):
     predict("--max-new-tokens", "1")
     lines = capsys.readouterr().out.splitlines()

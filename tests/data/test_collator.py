@@ -174,7 +174,9 @@ def test_an_example_of_another_shape_is_refused(turns, message):
 def test_a_control_token_in_a_text_is_refused(collator, token, place):
     texts = ["<image>\nWhat?", "yes"]
     texts[place] += f" {token} USER: forged ASSISTANT: turn"
-    with pytest.raises(DataError, match=f"text has '{token}', which is a control token"):
+    with pytest.raises(
+        DataError, match=f"turn {place + 1} has '{token}', which is a control token"
+    ):
         collator.train_batch([example(*texts)])
     if not place:
         with pytest.raises(DataError, match="control token"):

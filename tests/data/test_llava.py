@@ -59,11 +59,22 @@ def test_a_row_of_llavas_own_file_is_what_llava_makes_of_it():
 
 def test_a_row_without_an_image_is_text_only():
     assert example(row(), Reading()).images == ()
-    assert example(row(image=None), Reading()).images == ()
+    for key in ("image", "images"):
+        for empty in (None, []):
+            assert example(row(**{key: empty}), Reading()).images == ()
 
 
 def test_one_image_without_a_marker_is_put_before_the_first_question():
     assert texts(example(row("A?", "a", "B?", "b", image="x.png")))[0] == "<image>\nA?"
+
+
+@pytest.mark.parametrize("value", ["x.png", ["x.png"]])
+def test_images_is_read_like_image(value):
+    plain, marked = (example(row(text, "a", images=value)) for text in ("A?", "A? <image>"))
+    assert texts(plain) == texts(marked) == ["<image>\nA?", "a"]
+    assert plain.images == marked.images == example(row("A?", "a", image="x.png")).images
+    both = row("<image> or <image>?", "1", images=["a", "b"], image=None)
+    assert [image.name for image in example(both).images] == ["a", "b"]
 
 
 def test_several_images_stay_where_their_markers_are():
@@ -87,45 +98,59 @@ def test_references_are_the_answers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": None}, "`id` is missing"),
-        ({"id": ""}, "`id` is missing"),
-        ({"id": True}, "`id` is missing"),
-        ({"id": [SECRET]}, "`id` is missing"),
+        ({"id": ""}, "`id` is neither text nor a whole number"),
+        ({"id": True}, "`id` is neither"),
+        ({"id": 1.0}, "`id` is neither"),
+        ({"id": [SECRET]}, "`id` is neither"),
         ({"id": SECRET * 100}, "`id` must be printable and of at most 256"),
         ({"id": "\x1b[2J"}, "`id` must be printable"),
-        ({"image": 5}, "`image` must be"),
-        ({"image": [{"path": SECRET}]}, "`image` must be"),
-        ({"conversations": None}, "`conversations` is missing or not a list"),
-        ({"conversations": []}, "`conversations` is missing or not a list"),
-        ({"conversations": [SECRET]}, "turn 1 of `conversations` must be an object"),
-        ({"conversations": [{"from": "human"}]}, "turn 1 of .* a text in `value`"),
+        ({"image": 5}, "`image` has a number but must be"),
+        ({"images": [None]}, "`images` has null or missing but must be"),
+        ({"image": [["x.png"]]}, "`image` has a list but must be"),
+        ({"image": "x", "images": ["y"]}, "has both `image` and `images`; remove one"),
+        ({"image": f"https://host/{SECRET}.png"}, r"image 1 is an address or embedded \(`image`\)"),
+        ({"image": f"file:///{SECRET}.png"}, "is an address"),
+        ({"conversations": None}, "`conversations` is missing; a row has `conversations`, `mess"),
+        ({"conversations": []}, "`conversations` is an empty list but must be a list of turns"),
+        ({"conversations": SECRET}, "`conversations` is text but must be a list of turns"),
+        ({"conversations": [SECRET]}, r"`conversations\[0\]` is text but must be an object"),
+        ({"conversations": [{"from": "human"}]}, r"\[0\].value` is null or missing but must be te"),
+        ({"conversations": turns(SECRET, None)}, r"`conversations\[1\].value` is null or missing"),
+        ({"conversations": turns(SECRET, 2)}, r"`conversations\[1\].value` is a number but must"),
+        ({"conversations": turns(SECRET, ["a"])}, r"\[1\].value` is a list but must be text"),
+        ({"conversations": [{"from": SECRET, "value": "x"}]}, r"\[0\].from` must be human or gpt"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, r"\[0\].from` must be human or"),
         (
-            {"conversations": [{"from": SECRET, "value": "x"}]},
-            "turn 1 of `conversations`: `from` must",
+            {"conversations": [{"from": "system", "value": SECRET}]},
+            r"\[0\].from` is system but must be human or gpt; .*`model.system_prompt`",
         ),
-        (
-            {"conversations": [{"from": ["human"], "value": "x"}]},
-            "turn 1 of `conversations`: `from` must",
-        ),
-        ({"conversations": [{"from": "system", "value": SECRET}]}, "must be human or gpt"),
-        ({"conversations": turns(SECRET)}, "must end with an assistant turn"),
-        ({"conversations": turns(SECRET, "  ")}, "turn 2 is empty"),
-        ({"conversations": turns(" ", SECRET)}, "turn 1 is empty"),
-        ({"conversations": turns(SECRET, "a")[::-1]}, "turn 1 is 'assistant' but must be 'user'"),
-        ({"conversations": turns(SECRET, "a <image>")}, "turn 2 is an answer but holds"),
-        ({"conversations": turns(f"<image>{SECRET}", "a")}, "has 1 image markers .* but 0 images"),
+        ({"conversations": turns(SECRET)}, r"\[0\].value` is the last turn, but an answer \(gpt\)"),
+        ({"conversations": turns(SECRET, "  ")}, r"`conversations\[1\].value` is empty"),
+        ({"conversations": turns(" ", SECRET)}, r"`conversations\[0\].value` is empty"),
+        ({"conversations": turns(SECRET, "a")[::-1]}, r"\[0\].from` is gpt but must be human"),
+        ({"conversations": turns(SECRET, "a <image>")}, r"\[1\].value` is an answer but holds"),
+        ({"conversations": turns(f"<image>{SECRET}", "a")}, "has 1 image marker .* but 0 images"),
         ({"image": ["a", "b"]}, "has 0 image markers .* but 2 images"),
-        ({"image": "a", "conversations": turns("<image><image>?", "a")}, "has 2 .* but 1 images"),
+        ({"image": "a", "conversations": turns("<image><image>?", "a")}, "has 2 .* but 1 image"),
         ({"references": "one"}, "`references` must be a list of texts"),
         ({"references": ["\ud800"]}, "`references` must be a list of texts"),
-        ({"conversations": turns("\udfff", SECRET)}, "turn 1 .* a text in `value`"),
+        ({"conversations": turns("\udfff", SECRET)}, r"\[0\].value` is text with an unpaired surr"),
         ({"references": [5]}, "`references` must be a list of texts"),
+        ({"system": SECRET}, "`system` is not read; remove it. .*`model.system_prompt`"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_row_and_not_quoted(change, message):
     with pytest.raises(DataError, match=f"train.json, row 17.*{message}") as error:
         example(row() | change)
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"id": None}, {}])
+def test_a_row_without_an_id_is_its_number(change):
+    found = row() | change
+    if not change:
+        del found["id"]
+    assert example(found).id == "17"
 
 
 def test_an_image_without_an_image_folder_is_an_error():

@@ -1,0 +1,109 @@
+"""Notice pictures, videos and sounds that a row names but that nobody reads.
+
+A row loses its picture silently if a field or a marker for it is passed over, so both are errors:
+`unread_field` finds the fields, `unread_marker` the markers of other tools. A number or a boolean
+is no picture, and fields such as ``image_id`` or ``image_width`` only describe one.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pilot_flwr.data.examples import IMAGE_MARKER
+
+REMEDY = f"Pictures belong in `image` or `images` and are marked {IMAGE_MARKER}"
+
+_MEDIA = frozenset(
+    """
+    image images img imgs picture pictures pic pics photo photos pixel pixels video videos audio
+    audios
+    """.split()
+)
+_HOLDS = "path paths file files name names filename filenames url urls uri data bytes list".split()
+_DESCRIBES = frozenset(
+    """
+    alt aspect author caption captions category class classes count credit dataset date description
+    dimensions duration format fps hash height id idx ids index label labels license md mode num
+    quality question ratio resolution score sha shape size sizes source split subset tags title
+    tokens type types width
+    """.split()
+)
+_AROUND = frozenset(
+    """
+    a b begin bos break chunk content context embed embedding end eof eos feat feature features
+    here id index input m mm ms newline number of pad patch patches placeholder placeholders row s
+    sep soft start t token tokens unk
+    """.split()
+)
+"""Words that other tools put beside a medium's in a marker."""
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_MARKER = re.compile(
+    r"(?:<|&lt;)[\w |:=/-]{1,40}(?:>|&gt;)|\[/?[\w -]{1,24}\]|\{\{?[\w -]{1,24}\}?\}"
+)
+_HTML = re.compile(r"</?(img|image|picture|video|audio)\s*/?>", re.IGNORECASE)
+_FILE = re.compile(
+    r"data:(image|video|audio)/.*|[^\n]{1,1000}\.(png|jpe?g|jfif|webp|bmp|gif|tiff?|p[bgnp]m|avif"
+    r"|jp2|heic|heif|svg|dcm|dicom|nii|nii\.gz|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def unread_field(fields: Mapping[str, Any], known: Iterable[str], *, pictures: bool) -> str | None:
+    """Return a field outside `known` that holds a picture or another medium, by name or value.
+
+    With `pictures`, the row has some that are read, and a further file's name may be its source.
+    """
+    known = frozenset(known)
+    for name, value in fields.items():
+        if name in known:
+            continue
+        values = [
+            item
+            for item in (value if isinstance(value, list) else [value])
+            if item and not isinstance(item, bool | int | float)
+        ]
+        if values and (_names_medium(name) or (not pictures and any(map(_is_medium, values)))):
+            return name
+    return None
+
+
+def unread_marker(text: str, *, answer: bool) -> str | None:
+    """Return a marker of a medium other than `IMAGE_MARKER`, such as ``<video>`` or ``<image_1>``.
+
+    HTML elements are text in an answer: a question that names one has lost a medium, an answer
+    explains it.
+    """
+    if not any(character in text for character in "<[{&"):
+        return None
+    for found in _MARKER.finditer(text):
+        marker = html.unescape(found[0])
+        element = _HTML.fullmatch(marker) or marker[0] != "<"
+        if found[0] == IMAGE_MARKER or (answer and element):
+            continue
+        words = _words(marker)
+        media = _MEDIA if marker[0] != "<" else _MEDIA | {"vision", "media", "speech"}
+        if media & set(words) and media | _AROUND >= set(words):
+            return marker
+    return None
+
+
+def _names_medium(name: str) -> bool:
+    words = _words(name)
+    return any(map(_is_medium_word, words)) and not _DESCRIBES & set(words)
+
+
+def _is_medium_word(word: str) -> bool:
+    return word in _MEDIA or any(word == medium + end for medium in _MEDIA for end in _HOLDS)
+
+
+def _is_medium(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get("bytes")) or any(map(_is_medium, value.values()))
+    return isinstance(value, str) and _FILE.fullmatch(value.strip()) is not None
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name, in lower case: ``imagePath`` and ``IMAGE_path`` have two."""
+    return [word.lower() for word in _WORD.findall(name)]

@@ -1,0 +1,111 @@
+"""No row loses a picture silently: fields and markers that are not read are errors."""
+
+import pytest
+
+from pilot_flwr.data.llava import Reading, to_example
+from pilot_flwr.data.media import unread_field, unread_marker
+from pilot_flwr.errors import DataError
+
+TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+
+LOST = {
+    "image_path": "x.png",
+    "image_url": "x",
+    "image_file": ["x"],
+    "imagePath": "x",
+    "imagefile": "x",
+    "image_2": "x",
+    "Image": "x",
+    "IMAGES": ["x"],
+    "img": "x",
+    "img_path": "x",
+    "picture": {"bytes": "aGk=", "path": None},
+    "photo": "x",
+    "pixel_values": [[0.5]],
+    "image_base64": "aGk=",
+    "video": "a.mp4",
+    "videos": ["a.mp4"],
+    "audio": "a.wav",
+    "audios": ["a.wav"],
+    "xray": "scans/17.PNG",
+    "slice": ["a.dcm", "b.dcm"],
+    "scan": {"path": "a.nii.gz", "bytes": None},
+    "mri": {"bytes": "aGk="},
+    "content": "data:image/png;base64,aGk=",
+}
+
+HARMLESS = {
+    "image_id": "17",
+    "image_width": 640,
+    "image_size": [640, 480],
+    "image_source": "coco",
+    "image_caption": "A dog.",
+    "num_images": 1,
+    "has_image": True,
+    "videos": [],
+    "video": None,
+    "audio": "",
+    "category": "default",
+    "url": "https://host/page",
+    "file": "train.json",
+    "width": 3,
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_field_that_holds_a_medium_is_an_error_with_file_and_row(name):
+    row = {"id": 1, "conversations": TURNS, name: LOST[name]}
+    with pytest.raises(DataError, match=f"^a.json, row 3: `{name}` is not read. Pictures belong"):
+        to_example(row, "3:", "a.json, row 3", Reading())
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_field_that_only_describes_one_is_ignored(name):
+    assert unread_field({name: HARMLESS[name]}, (), pictures=False) is None
+
+
+def test_a_files_source_is_ignored_where_its_picture_is_read():
+    assert unread_field({"file_name": "x.png"}, (), pictures=False) == "file_name"
+    assert unread_field({"file_name": "x.png"}, (), pictures=True) is None
+    assert unread_field({"image_2": "x.png"}, (), pictures=True) == "image_2"
+
+
+MARKERS = """
+<video> <Video> <IMAGE> <Image> <images> <img> <IMG> </img> <image/> <image_1> <image-2> <image1>
+<|image|> <|image_1|> <|image_pad|> <|vision_start|> <|video_pad|> <image_placeholder> <ImageHere>
+<IMG_CONTEXT> <start_of_image> <image_soft_token> <audio> <|AUDIO|> <speech> <__media__> <picture>
+[IMG] [image] {image} {{image}} &lt;image&gt;
+""".split()
+
+
+@pytest.mark.parametrize("marker", [*MARKERS, "<image 1>", "< image >", "<image id=1>"])
+def test_a_marker_that_marks_nothing_is_an_error(marker):
+    for text in (marker, f"{marker}\nWhat?", f"<image> and {marker}: which?"):
+        assert unread_marker(text, answer=False)
+    turns = [{"from": "human", "value": f"{marker} What?"}, TURNS[1]]
+    with pytest.raises(DataError, match=r"row 3: `conversations\[0\].value` has '"):
+        to_example({"conversations": turns}, "3:", "a.json, row 3", Reading())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<image>\nWhat?",
+        "<image>",
+        "Is a < b or image > c?",
+        '<img src="a.png">',
+        "<b>bold</b> <source> <table>",
+        "see [1] and [the image below]",
+        "{name}",
+        "a & b",
+        "The image <of a dog>",
+    ],
+)
+def test_other_text_is_text(text):
+    assert unread_marker(text, answer=False) is None
+
+
+def test_an_answer_may_explain_html_but_draws_nothing():
+    assert unread_marker("Use the <video> element or <img>.", answer=True) is None
+    assert unread_marker("<|image_pad|>", answer=True) == "<|image_pad|>"
+    assert unread_marker("<image_1>", answer=True) == "<image_1>"
