@@ -178,7 +178,8 @@ def check(
             progress=lambda name, done: bars.update(rows, description=name, advance=done),
         )
     unchecked = ["pixels (`--fast`)"] * fast + ["tokens (`--no-tokens`)"] * no_tokens
-    _print(figures, shared, show, unchecked)
+    official = config.data.image_reading == "official"
+    _print(figures, shared, show, unchecked, official=official)
     if json_file is not None:
         _write_json(json_file, figures, shared)
     return FAILURE if any(split.stops for split in figures) else SUCCESS
@@ -223,9 +224,15 @@ def _write_json(path: Path, splits: "list[SplitStatistics]", shared: "list[Share
 
 
 def _print(
-    splits: "list[SplitStatistics]", shared: "list[SharedRows]", show: int, unchecked: list[str]
+    splits: "list[SplitStatistics]",
+    shared: "list[SharedRows]",
+    show: int,
+    unchecked: list[str],
+    *,
+    official: bool,
 ) -> None:
     _print_figures(splits)
+    _print_looks(splits, official=official)
     for first, second, rows in shared:
         print(f"{first} and {second} have {rows} rows in common.")
     problems = [
@@ -245,6 +252,21 @@ def _print(
         print(f"No errors found; not checked: {', '.join(unchecked)}.")
     else:
         print("A run can start.")
+
+
+def _print_looks(splits: "list[SplitStatistics]", *, official: bool) -> None:
+    """Print how many images have other pixels in another reading."""
+    from pilot_flwr.formatting import count
+
+    white, turned = ("dropped", "ignored") if official else ("shown on white", "applied")
+    reading = "official" if official else "viewer"
+    for split in splits:
+        if split.transparent or split.turned:
+            print(
+                f"{split.client} {split.split}: {count(split.transparent, 'image')} with "
+                f"transparency ({white}), {split.turned} with an EXIF orientation ({turned}): "
+                f"`data.image_reading` is {reading}."
+            )
 
 
 def _print_figures(splits: "list[SplitStatistics]") -> None:

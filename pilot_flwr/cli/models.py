@@ -271,6 +271,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         suffix="" if plain else run.prompt_suffix(selected.task),
         pad=run.config.data.image_aspect_ratio == "pad",
+        official=run.config.data.image_reading == "official",
     )
     if image is not None:
         conversation.show(image)
@@ -381,7 +382,7 @@ def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str
         folder,
         client_adapter=selected.private is not None,
         end_token_ids=Answerer(run.config, model).end_token_ids(),
-        image_aspect_ratio=run.config.data.image_aspect_ratio,
+        data=run.config.data,
     )
     return model_card(run, selected, stage=model.stage)
 

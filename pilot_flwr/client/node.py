@@ -44,6 +44,7 @@ KEYS = {
     "train-file": "training data, LLaVA JSON or JSONL",
     "test-file": "test data, LLaVA JSON or JSONL",
     "image-folder": "folder of the images",
+    "linked-folders": "folders outside of it that links of images may lead to",
     "state-folder": "folder of the private adapters",
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
@@ -60,7 +61,7 @@ _FLOWER_KEYS = ("partition-id", "num-partitions")
 """Written by Flower's simulation engine into every node config; a real site may have them."""
 
 FILE_SEPARATOR = ";"
-"""Separates the files of ``train-file`` and of ``test-file``."""
+"""Separates the paths of ``train-file``, ``test-file`` and ``linked-folders``."""
 
 _UNSHARED = (
     " If this is a simulation, its clients keep their state in the run folder, which cannot be "
@@ -119,6 +120,7 @@ class NodeSettings:
     train_files: tuple[Path, ...] = ()
     test_files: tuple[Path, ...] = ()
     image_folder: Path | None = None
+    linked_folders: tuple[Path, ...] = ()
     state_folder: Path | None = None
     device: str = "auto"
     model_path: Path | None = None
@@ -144,6 +146,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         train_files=_paths(values, "train-file"),
         test_files=_paths(values, "test-file"),
         image_folder=_path(values, "image-folder"),
+        linked_folders=_paths(values, "linked-folders"),
         state_folder=_path(values, "state-folder"),
         device=_text(values, "device") or "auto",
         model_path=_path(values, "model-path"),
@@ -291,7 +294,7 @@ def site_files(node: NodeSettings, client: Client) -> SiteFiles:
             f"`train-file` is missing in the node config of client {client.id!r}; it must be "
             "this site's training data, LLaVA JSON or JSONL."
         )
-    return SiteFiles(node.train_files, node.test_files, node.image_folder)
+    return SiteFiles(node.train_files, node.test_files, node.image_folder, node.linked_folders)
 
 
 def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:

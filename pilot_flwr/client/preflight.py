@@ -46,6 +46,8 @@ def check_files(files: SiteFiles, *, evaluated: bool) -> None:
     problems = [(key, path, _file_problem(path)) for key in named for path in named[key]]
     if files.images is not None:
         problems.append(("image-folder", files.images, _folder_problem(files.images)))
+    for path in files.linked_folders:
+        problems.append(("linked-folders", path, _kind_problem(path, "folder", stat.S_ISDIR)))
     for key, path, problem in problems:
         if problem:
             raise ConfigError(f"`{key}` names {str(path)!r}, {problem}.")

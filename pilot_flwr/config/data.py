@@ -97,6 +97,12 @@ class DataConfig(Section, prefix="data"):
     image_aspect_ratio: Annotated[str, choice("keep", "pad")] = "keep"
     """`pad` images to squares in the image processor's mean colour, as LLaVA-1.5 does, or `keep`
     them as the image processor treats them."""
+    image_reading: Annotated[str, choice("viewer", "official")] = "viewer"
+    """Pixels as a `viewer` shows them, transparency on white and turned by the EXIF orientation,
+    or as in LLaVA's `official` code, which drops both."""
+    linked_folders: list[str] = field(default_factory=list)
+    """Folders outside of a task's image folder that links in it may lead to, such as `blobs` of
+    the hub's cache. Simulations only: a site lists its own in its node config."""
     check_images: Annotated[str, choice("header", "decode")] = "decode"
     """Image check before training: `decode` every image once, or read each `header` only; an
     image broken behind its header then stops training when it is used."""

@@ -222,7 +222,10 @@ NEEDED = (
     Need("data.files", "data.source", ("llava",)),
     Need("data.folder", "data.source", ("llava",)),
     Need("data.partition", "data.source", ("llava",)),
-    Need("data.image_aspect_ratio", "data.source", ("llava",)),
+    *(
+        Need(f"data.{name}", "data.source", ("llava",))
+        for name in ("image_aspect_ratio", "image_reading", "linked_folders")
+    ),
     Need("data.partition.alpha", "data.partition.kind", ("dirichlet",)),
     Need("data.partition.column", "data.partition.kind", ("dirichlet",)),
     Need("data.partition.min_examples", "data.partition.kind", ("dirichlet",)),

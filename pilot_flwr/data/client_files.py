@@ -41,6 +41,7 @@ class SiteFiles:
     train: tuple[Path, ...]
     test: tuple[Path, ...] = ()
     images: Path | None = None
+    linked_folders: tuple[Path, ...] = ()
 
 
 def read_site(
@@ -50,7 +51,8 @@ def read_site(
     paths = getattr(site, split)
     if not paths:
         raise ConfigError(f"`{split}-file` is missing in the node config, but the run needs it.")
-    reading = Reading(site.images, data.files[task].prompt_suffix, background)
+    suffix, official = data.files[task].prompt_suffix, data.image_reading == "official"
+    reading = Reading(site.images, suffix, background, official, site.linked_folders)
     examples = LlavaExamples([open_rows(path) for path in paths], reading)
     return _limited(examples, data, split, _seeds(seed, task, split))
 
@@ -62,7 +64,8 @@ def read_simulated(
     task_files, partition = data.files[task], data.partition
     files = [open_rows(path) for path in _split_paths(data, task, split)]
     images = _simulated_path(data, task_files.images, f"data.files.{task}.images")
-    reading = Reading(images, task_files.prompt_suffix, background)
+    official, linked = data.image_reading == "official", linked_folders(data)
+    reading = Reading(images, task_files.prompt_suffix, background, official, linked)
     seeds = _seeds(seed, task, split)
     if partition.kind == "files" and len(files) == data.clients_per_task > 1:
         return _limited(LlavaExamples([files[number]], reading), data, split, seeds)
@@ -91,7 +94,18 @@ def simulated_paths(data: DataConfig, splits: Sequence[Split]) -> list[Path]:
         if not folder.is_dir():
             raise ConfigError(f"`{key}` names {str(folder)!r}, which is not a folder.")
         paths.append(folder)
+    linked_folders(data)
     return paths
+
+
+def linked_folders(data: DataConfig) -> tuple[Path, ...]:
+    """Return a simulation's folders that links of images may lead to; raise unless they exist."""
+    key = "data.linked_folders"
+    folders = tuple(_simulated_path(data, name, key) for name in data.linked_folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"`{key}` names {str(folder)!r}, which is not a folder.")
+    return folders
 
 
 def _split_paths(data: DataConfig, task: str, split: Split) -> list[Path]:

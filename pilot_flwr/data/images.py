@@ -1,21 +1,27 @@
 """Open the images in a client's folder that its rows name, and read their pixels.
 
-A name in a row is untrusted. It must be relative to the image folder, stay inside it with all links
-resolved, and belong to a plain file in one of `FORMATS`. Errors name the row and never the image,
-whose name may identify a person; `ImageError.path` has it, to show to the owner of the data.
+A name in a row is untrusted. It must be relative to the image folder and belong to a plain file in
+one of `FORMATS` that lies, all links resolved, in this folder or in one that the data's owner lists
+for targets of links. Errors name the row and never the image, whose name may identify a person;
+`ImageError.path` has it, to show to the owner of the data.
 
 Pixels are read as viewers show them: in RGB, transparency on white, turned by their EXIF
-orientation, and greys of 16 bits as their upper 8. (LLaVA drops transparency and orientation.)
+orientation. The official reading is LLaVA's, which drops transparency and orientation. In both,
+greys of 16 bits keep their upper 8.
 """
 
+import contextlib
 import io
 import math
+import threading
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pilot_flwr.errors import DataError
 
@@ -28,12 +34,19 @@ MOST_PIXELS = 89_478_485
 MOST_STRETCHED = 100
 """Largest aspect ratio: processors that resize the shorter side make a thin image huge."""
 
-_READING = "upright on white"
-"""Marks cached features of pixels read as above; change it with the reading."""
-
 _TOO_LARGE = f"has more than {MOST_PIXELS:,} pixels"
 
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # in EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets an image upright, by its EXIF orientation."""
 
 _OTHER_FORMATS = {
     b"<svg": "an SVG drawing",
@@ -50,8 +63,21 @@ _OTHER_FORMATS = {
 }
 """What files begin with that Pillow cannot or must not open, in lower case."""
 
+_FILTERS = threading.Lock()
+
 Colour = tuple[int, int, int]
 """RGB, each from 0 to 255."""
+
+
+class Header(NamedTuple):
+    """An image's size as `ImageFile.read` returns it, and properties that change its look."""
+
+    height: int
+    width: int
+    transparent: bool
+    """It has an alpha channel or a transparent colour."""
+    turned: bool
+    """It has an EXIF orientation other than upright."""
 
 
 class ImageError(DataError):
@@ -79,8 +105,10 @@ def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
     return square
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, *, official: bool = False) -> Image.Image:
     """Return an image in RGB: transparency on white, 16-bit greys as their upper 8 bits.
+
+    With `official`, transparency is dropped and shows the colours below it.
 
     Raises
     ------
@@ -98,11 +126,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ImageError("has floating-point grey values; save it with 8 or 16 bits")
         # Pillow reads 16-bit files in this mode too.
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+    if official:
+        image.info.pop("transparency", None)  # Pillow would warn of a palette's
+    elif image.has_transparency_data:
         pixels = image.convert("RGBA")
         white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, pixels).convert("RGB")
     return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings, as of corrupt EXIF data; errors name the row instead.
+
+    Warning filters belong to the process, hence the lock.
+    """
+    with _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) if it is missing, unknown or unreadable."""
+    try:
+        with _quiet():
+            found = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken metadata raises all kinds
+        return 1
+    return found if found in _TURNS else 1
 
 
 def _open(path: Path) -> Image.Image:
@@ -140,6 +191,8 @@ def _file_kind(path: Path) -> str:
     text = begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "an HTML page, as a failed download leaves it"
+    if text.startswith((b"../", b"./")) and text.strip().isascii() and b"\n" not in text.strip():
+        return "a path in a text file, as a copied link leaves it: copy the link's target"
     for signature, name in _OTHER_FORMATS.items():
         if signature in begin[4:16] or text.startswith(signature):
             return f"{name}, which is not supported; allowed are {', '.join(FORMATS)}"
@@ -155,44 +208,54 @@ class ImageFile:
     name: str
     origin: str
     background: Colour | None = None
+    official: bool = False
+    linked_folders: tuple[Path, ...] = ()
 
     def read(self) -> Image.Image:
         """Return the decoded image in RGB."""
         with self._open() as image:
+            orientation = 1 if self.official else _orientation(image)
             try:
-                image.load()
-                pixels = to_rgb(ImageOps.exif_transpose(image))
+                if image.format == "TIFF":  # Pillow turns these, and reads their EXIF data again
+                    with _quiet():
+                        image.load()
+                elif orientation > 1:
+                    image = image.transpose(_TURNS[orientation])
+                pixels = to_rgb(image, official=self.official)
                 if self.background is not None:
                     pixels = expand_to_square(pixels, self.background)
             except ImageError as error:
                 raise self._error(str(error)) from None
             except Exception as error:  # decoders raise all kinds on broken files
-                reason = "truncated" if "truncated" in str(error) else type(error).__name__
+                cut = "truncated: the file ends before its image does; download or save it again"
+                reason = cut if "truncated" in str(error) else type(error).__name__
                 raise self._error(f"cannot be decoded ({reason})") from None
         return pixels
 
     def size(self) -> tuple[int, int]:
         """Return (height, width) of what `read` returns, from the file's header."""
+        return self.header()[:2]
+
+    def header(self) -> Header:
+        """Read the file's header."""
         with self._open() as image:
             width, height = image.size
-            try:
-                turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-            except Exception:  # `read` reports broken metadata
-                turned = False
-        if turned:
-            width, height = height, width
+            orientation, transparent = _orientation(image), image.has_transparency_data
+            if orientation > 4 and not self.official and image.format != "TIFF":
+                width, height = height, width
         if self.background is not None:
             width = height = max(width, height)
-        return height, width
+        return Header(height, width, transparent, orientation > 1)
 
     def identity(self) -> str:
-        """Return path, size, modification time and padding colour as one key."""
+        """Return path, size, modification time and the way of reading as one key."""
         path = self.path()
         try:
             stat = path.stat()
         except OSError as error:  # gone since
             raise self._error(f"cannot be opened ({error.strerror})") from None
-        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}/{_READING}"
+        reading = "official" if self.official else "upright on white"
+        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}/{reading}"
 
     def path(self) -> Path:
         """Return the file, all links resolved."""
@@ -204,13 +267,18 @@ class ImageFile:
             raise self._error("must be relative to the image folder and must not go up ('..')")
         try:
             folder = self.folder.resolve(strict=True)
+            allowed = [folder, *(linked.resolve() for linked in self.linked_folders)]
             found = (folder / self.name).resolve(strict=True)
             plain = found.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
             reason = getattr(error, "strerror", None) or "not a valid file name"
             raise self._error(f"cannot be opened ({reason})") from None
-        if not found.is_relative_to(folder):
-            raise self._error("is a link that leads out of the image folder")
+        if not any(found.is_relative_to(place) for place in allowed):
+            raise self._error(
+                "is a link that leads out of the image folder; folders that links may lead to are "
+                "listed in `linked-folders` of a site's node config, or in `data.linked_folders` "
+                "of a simulation"
+            )
         if not plain:
             raise self._error("is not a file")
         return found
@@ -218,7 +286,8 @@ class ImageFile:
     def _open(self) -> Image.Image:
         path = self.path()
         try:
-            image = _open(path)
+            with _quiet():
+                image = _open(path)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise self._error(_TOO_LARGE) from None
         except Exception as error:  # as in `read`; Pillow's texts have the file's path

@@ -46,6 +46,8 @@ class Reading:
     images: Path | None = None
     prompt_suffix: str = ""
     background: Colour | None = None
+    official: bool = False
+    linked_folders: tuple[Path, ...] = ()
 
 
 class LlavaExamples(Sequence[Example]):
@@ -184,7 +186,8 @@ def _source(value: Any, field: str, name: str, origin: str, reading: Reading) ->
             f"{name} is an address or embedded (`{field}`), which is not read: save the picture in "
             "the image folder and write its file's name."
         )
-    return ImageFile(reading.images or Path(), value, name, reading.background)
+    folder, linked = reading.images or Path(), reading.linked_folders
+    return ImageFile(folder, value, name, reading.background, reading.official, linked)
 
 
 def _prompt(turn: Turn, reading: Reading) -> Turn:

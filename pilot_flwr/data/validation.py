@@ -24,7 +24,7 @@ import numpy as np
 from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example
-from pilot_flwr.data.images import ImageError, ImageFile
+from pilot_flwr.data.images import Header, ImageError, ImageFile
 from pilot_flwr.data.llava import LlavaExamples
 from pilot_flwr.errors import DataError
 from pilot_flwr.formatting import count
@@ -159,6 +159,8 @@ class Problem:
 class SplitStatistics:
     """Figures of a client's split; lists have one per usable row.
 
+    Of the `images` of usable rows, `transparent` ones have an alpha channel or a transparent
+    colour, `turned` ones an EXIF orientation other than upright.
     If `decodes` (``data.check_images=decode``), the run decodes images before training and skips
     undecodable ones like other broken rows.
     """
@@ -171,6 +173,8 @@ class SplitStatistics:
     decodes: bool = True
     problems: list[Problem] = field(default_factory=list)
     images: int = 0
+    transparent: int = 0
+    turned: int = 0
     turns: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     labelled: list[int] = field(default_factory=list)
@@ -190,7 +194,8 @@ class SplitStatistics:
 
     def summary(self) -> dict[str, object]:
         """Return all figures as JSON types."""
-        names = ("client", "task", "split", "rows", "usable", "stops", "error", "images")
+        split = ("client", "task", "split", "rows", "usable", "stops", "error")
+        names = (*split, "images", "transparent", "turned")
         common, times = self.answers.most_common(1)[0] if self.answers else ("", 0)
         return {
             **{name: getattr(self, name) for name in names},
@@ -225,6 +230,12 @@ def check_split(
 
     `references` raises `DataError` for references that the task's metric cannot score against.
     """
+    headers: dict[str, Header] = {}
+
+    def read_headers(example: Example) -> None:
+        for image in example.images:
+            if isinstance(image, ImageFile):
+                headers[image.origin] = image.header()
 
     def add(example: Example) -> None:
         if tokenize is not None:
@@ -233,6 +244,9 @@ def check_split(
             if labels:
                 figures.labelled.append(sum(label != IGNORE_INDEX for label in labels))
         figures.images += len(example.images)
+        found = [headers.pop(i.origin) for i in example.images if isinstance(i, ImageFile)]
+        figures.transparent += sum(header.transparent for header in found)
+        figures.turned += sum(header.turned for header in found)
         figures.turns.append(len(example.turns))
         figures.answers[example.answers[0][:_LONGEST_ANSWER]] += 1
 
@@ -241,8 +255,7 @@ def check_split(
         checks = {"references": references, **checks}
     figures.rows = len(examples)
     with ThreadPoolExecutor(workers) as pool:
-        headers: Checks = {"image": lambda example: [image.size() for image in example.images]}
-        found = _problems(examples, headers, checks, images, pool.map)
+        found = _problems(examples, {"image": read_headers}, checks, images, pool.map)
         figures.problems += [problem for _, problem in found]
     return figures
 

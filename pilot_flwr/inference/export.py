@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from pilot_flwr import __version__
 from pilot_flwr.algorithm.fedex_lora import joined
+from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.loading import to_yaml
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import RunConfig
@@ -56,7 +57,7 @@ def export_model(
     *,
     client_adapter: bool,
     end_token_ids: list[int],
-    image_aspect_ratio: str,
+    data: DataConfig,
 ) -> None:
     """Write a loaded model.
 
@@ -70,8 +71,8 @@ def export_model(
         Whether to write ψ_s; it is inert in a consensus model.
     end_token_ids : list of int
         Tokens that end an answer.
-    image_aspect_ratio : {"keep", "pad"}
-        Whether images are padded to squares.
+    data : DataConfig
+        Says how images are read, and whether they are padded to squares.
 
     Raises
     ------
@@ -102,7 +103,8 @@ def export_model(
             "router_dtype": model.config.router_dtype,
         },
         "end_token_ids": end_token_ids,
-        "image_aspect_ratio": image_aspect_ratio,
+        "image_aspect_ratio": data.image_aspect_ratio,
+        "image_reading": data.image_reading,
     }
     tensors = _connector_tensors(model, client_adapter=client_adapter)
     save_file(tensors, folder / "connector.safetensors", metadata={"format": "pt"})
@@ -274,6 +276,11 @@ def _prompts(run: Run, selected: Selected) -> str:
         lines.append(
             f"Every conversation began with the system prompt `{run.config.model.system_prompt}`."
         )
+    lines.append(
+        "Images were read as in LLaVA's code: transparency dropped, EXIF orientation ignored."
+        if data.image_reading == "official"
+        else "Images were read as viewers show them: transparency on white, turned upright."
+    )
     if data.image_aspect_ratio == "pad":
         lines.append("Images were padded to a square in the image processor's mean colour.")
     lines += [

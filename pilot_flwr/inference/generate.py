@@ -10,6 +10,7 @@ import transformers
 from pilot_flwr.client.evaluation import answer
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.data.client_files import linked_folders
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
 from pilot_flwr.data.images import ImageFile, mean_colour
 from pilot_flwr.data.json_rows import open_rows
@@ -103,18 +104,24 @@ class Answerer:
 class Conversation:
     """A conversation; the model sees all of it with every question.
 
-    `suffix` is appended to every question on a new line; `pad` pads images to a square, as in the
-    run's data.
+    `suffix` is appended to every question on a new line; `pad` pads images to a square, and
+    `official` reads their pixels as LLaVA's code does, as in the run's data.
     """
 
     def __init__(
-        self, answerer: Answerer, *, max_new_tokens: int, suffix: str = "", pad: bool = False
+        self,
+        answerer: Answerer,
+        *,
+        max_new_tokens: int,
+        suffix: str = "",
+        pad: bool = False,
+        official: bool = False,
     ) -> None:
         self.answerer = answerer
         self.max_new_tokens = max_new_tokens
         self.suffix = suffix
         image_processor = answerer.processor.image_processor
-        self._background = mean_colour(image_processor) if pad else None
+        self._background, self._official = mean_colour(image_processor) if pad else None, official
         self._number = 0
         self.reset()
 
@@ -131,7 +138,8 @@ class Conversation:
             file = path.expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # no such user, a NUL in the name
             raise DataError(f"Image {str(path)!r} cannot be opened ({error}).") from None
-        image = ImageFile(file.parent, file.name, f"Image {path}", self._background)
+        origin = f"Image {path}"
+        image = ImageFile(file.parent, file.name, origin, self._background, self._official)
         image.read()
         self._shown += (image,)
 
@@ -225,11 +233,14 @@ def open_file(
     """
     if images is not None and not images.is_dir():
         raise DataError(f"`--images` is {str(images)!r} but must be a folder.")
-    pad = run.config.data.image_aspect_ratio == "pad"
+    data = run.config.data
+    pad = data.image_aspect_ratio == "pad"
     reading = Reading(
         images,
         "" if plain else run.prompt_suffix(task),
         mean_colour(answerer.processor.image_processor) if pad else None,
+        data.image_reading == "official",
+        linked_folders(data),
     )
     examples = LlavaExamples([open_rows(path)], reading)
     if not len(examples):

@@ -26,7 +26,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -157,14 +157,30 @@ def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> 
     source = _source(folder, description, base)
     processor = transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
-    if description["image_aspect_ratio"] == "pad":
-        _pad_images(processor.image_processor)
+    pad = description["image_aspect_ratio"] == "pad"
+    official = description["image_reading"] == "official"
+    _read_as_in_tuning(processor.image_processor, pad=pad, official=official)
     return processor
+
+
+def to_rgb(image: Image.Image, *, official: bool) -> Image.Image:
+    """Return an image in RGB as viewers show it, or as LLaVA's code reads it."""
+    if not official:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # greys of 16 bits
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
+    if official:
+        image = image.copy()
+        image.info.pop("transparency", None)  # Pillow would warn of a palette's
+    if not image.has_transparency_data or official:
+        return image.convert("RGB")
+    pixels = image.convert("RGBA")
+    white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, pixels).convert("RGB")
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """Centre the image, in RGB, on a square, as LLaVA-1.5 does."""
-    image = image.convert("RGB")
     width, height = image.size
     if width == height:
         return image
@@ -174,20 +190,23 @@ def expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image
     return square
 
 
-def _pad_images(image_processor: Any) -> None:
-    """Let the image processor pad first, in its mean colour, as in the tuning."""
+def _read_as_in_tuning(image_processor: Any, *, pad: bool, official: bool) -> None:
+    """Let the image processor first convert images to RGB, and pad them in its mean colour."""
     colour = tuple(math.floor(255 * mean) for mean in image_processor.image_mean)
     kind = type(image_processor)
 
-    def padded(images: Any) -> Any:
+    def read(images: Any) -> Any:
         if isinstance(images, list | tuple):
-            return [padded(image) for image in images]
-        if not isinstance(images, Image.Image):
+            return [read(image) for image in images]
+        if isinstance(images, Image.Image):
+            pixels = to_rgb(images, official=official)
+            return expand_to_square(pixels, colour) if pad else pixels
+        if pad:
             raise ValueError("This model's images are padded: give them as PIL images.")
-        return expand_to_square(images, colour)
+        return images
 
     def preprocess(self: Any, images: Any, *args: Any, **options: Any) -> Any:
-        return kind.preprocess(self, padded(images), *args, **options)
+        return kind.preprocess(self, read(images), *args, **options)
 
     image_processor.__class__ = type(kind.__name__, (kind,), {"preprocess": preprocess})
 

@@ -92,7 +92,7 @@ def test_every_kind_of_fault_is_found_and_named(federation, tmp_path, capsys):
     ]
     assert re.search(r"row 2: `conversations\[0\].from` must be human or gpt", out)
     assert re.search(r"row 3, image 1 cannot be opened .* \(absent.png\)", out)
-    assert re.search(r"row 4, image 1 cannot be decoded \(truncated\). \(train-3.png\)", out)
+    assert re.search(r"row 4, image 1 cannot be decoded \(truncated: .*\). \(train-3.png\)", out)
     assert "... and 1 more" in out
 
     code, found = check(*arguments, "--fast", tmp_path=tmp_path)  # half an image has a header
@@ -222,6 +222,49 @@ def test_a_real_sites_node_config_may_be_a_file(federation, tmp_path, capsys):
     file.write_text("client-id = north")
     assert main(["data", "check", f"data={federation}", "--node-config", str(file)]) == 2
     assert "site.toml': Invalid value" in capsys.readouterr().err
+
+
+def test_a_site_alone_says_where_its_links_may_lead(federation, tmp_path, capsys):
+    """The run's `data.linked_folders` is of simulations; a server cannot open a site's links."""
+    (tmp_path / "blobs").mkdir()
+    picture = tmp_path / "vqa" / "images" / "train-1.png"
+    picture.rename(tmp_path / "blobs" / "0123")
+    picture.symlink_to("../../blobs/0123")
+    code, found = check(federation, tmp_path=tmp_path)
+    assert code == 1 and by_split(found)["vqa-0 train"]["problems"] == {"image": 1}
+    simulated = "data.linked_folders=[blobs]"
+    assert check(federation, simulated, tmp_path=tmp_path)[0] == 0
+    _, found = check(federation, "data.linked_folders=[x]", tmp_path=tmp_path)
+    assert "`data.linked_folders` names '" in by_split(found)["vqa-0 train"]["error"]
+    words = f'client-id="vqa-0" train-file="{tmp_path}/vqa/train.json" '
+    words += f'image-folder="{tmp_path}/vqa/images" test-file="{tmp_path}/vqa/test.json"'
+    assert check(federation, simulated, "--node-config", words, tmp_path=tmp_path)[0] == 1
+    own = f' linked-folders="{tmp_path}/blobs"'
+    assert check(federation, "--node-config", words + own, tmp_path=tmp_path)[0] == 0
+    capsys.readouterr()
+    own = f' linked-folders="{tmp_path}/none"'
+    assert main(["data", "check", f"data={federation}", "--node-config", words + own]) == 2
+    assert "`linked-folders` names '" in capsys.readouterr().err
+
+
+def test_images_that_look_different_in_another_reading_are_counted(federation, tmp_path, capsys):
+    """Of usable rows; a broken one is not counted."""
+    folder, exif = tmp_path / "vqa" / "images", Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGBA", (32, 32)).save(folder / "train-1.png", exif=exif)
+    Image.new("RGB", (32, 32)).save(folder / "train-2.png", exif=exif)
+    Image.effect_noise((32, 32), 90).convert("LA").save(folder / "train-4.png")
+    cut_image(folder / "train-4.png")
+    _, found = check(federation, "data.clients_per_task=1", tmp_path=tmp_path)
+    split = by_split(found)["vqa-0 train"]
+    assert (split["images"], split["transparent"], split["turned"]) == (10, 1, 2)
+    line = "vqa-0 train: 1 image with transparency (shown on white), 2 with an EXIF orientation"
+    out = capsys.readouterr().out
+    assert f"{line} (applied): `data.image_reading` is viewer." in out
+    assert "vqa-0 test: 0 images" not in out
+    more = ("data.clients_per_task=1", "data.image_reading=official")
+    check(federation, *more, tmp_path=tmp_path)
+    assert "(dropped), 2 with an EXIF orientation (ignored)" in capsys.readouterr().out
 
 
 def test_a_real_sites_tokens_are_its_own_models(federation, tmp_path, capsys):

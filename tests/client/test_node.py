@@ -134,11 +134,13 @@ def test_a_real_sites_files_are_those_of_its_node_config(data_files):
     assert found.files.train == (data_files / "a.json", data_files / "b.json")
     assert (found.files.test, found.files.images) == ((), None)
     own |= {"test-file": f"{data_files}/t.json", "image-folder": f"{data_files}/images"}
+    own |= {"linked-folders": "/hub/blobs; /more"}
     found = llava_site(own)
     assert (found.files.test, found.files.images) == (
         (data_files / "t.json",),
         data_files / "images",
     )
+    assert found.files.linked_folders == (Path("/hub/blobs"), Path("/more"))
 
 
 def test_only_a_proven_simulation_uses_the_runs_files(tmp_path):

@@ -53,7 +53,8 @@ SWITCHES_NOTHING = """
     model.dtype model.adapter_dtype model.sent_dtype model.initialisation model.router_dtype
     model.stage2_client_adapter model.cross_task_adapters model.quantization model.attention
     model.gradient_checkpointing model.compile
-    data.image_aspect_ratio data.check_images data.evaluate_on data.shift.mirrored
+    data.image_aspect_ratio data.image_reading data.check_images data.evaluate_on
+    data.shift.mirrored
     strategy.adapters strategy.below_minimum
     train.over_long train.text_only train.schedule train.clipping train.loss_reduction
     train.batching train.autocast train.difference_loss.reduction train.balance_loss.reduction

@@ -38,6 +38,7 @@ def test_the_official_choices_are_all_that_differs():
         "model.initialisation=official",
         "model.stage2_client_adapter=off",
         "model.router_dtype=bfloat16",
+        "data.image_reading=official",
         "train.schedule=run",
         "train.clipping=global",
         "train.loss_reduction=micro_batch",

@@ -3,12 +3,13 @@
 import os
 import pickle
 import struct
+import warnings
 import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from pilot_flwr.data import images as image_files
@@ -64,6 +65,39 @@ def test_links_may_not_lead_out_of_the_folder(folder, tmp_path):
         refused(folder, name, "is a link that leads out of the image folder")
 
 
+def test_links_may_lead_to_the_folders_that_the_owner_lists(folder, tmp_path):
+    """The hub's cache: a snapshot is a folder of links into a folder of blobs."""
+    blobs = tmp_path / "hub" / "blobs"
+    (blobs / "folder").mkdir(parents=True)
+    (folder / "a.png").rename(blobs / "0123")
+    os.mkfifo(blobs / "pipe")
+    (folder / "a.png").symlink_to("../hub/blobs/0123")
+    (folder / "sub" / "deep").symlink_to(blobs)
+    (folder / "chain.png").symlink_to("a.png")
+    refused(
+        folder, "a.png", "is a link that leads out .* `linked-folders` .* `data.linked_folders`"
+    )
+    linked = {"linked_folders": (tmp_path / "nowhere", blobs)}
+    for name in ("a.png", "sub/deep/0123", "chain.png"):
+        assert image(folder, name, **linked).size() == (4, 6)
+    (folder / "other.png").symlink_to(tmp_path / "outside.png")
+    (blobs / "other").symlink_to(tmp_path / "outside.png")
+    (folder / "through.png").symlink_to(blobs / "other")
+    (tmp_path / "hub" / "blobs2").symlink_to(tmp_path / "outside.png")
+    (folder / "beside.png").symlink_to("../hub/blobs2")
+    for name in ("other.png", "through.png", "beside.png"):
+        refused(folder, name, "is a link that leads out", **linked)
+    (folder / "pipe.png").symlink_to(blobs / "pipe")
+    (folder / "folder.png").symlink_to(blobs / "folder")
+    for name in ("pipe.png", "folder.png"):
+        refused(folder, name, "is not a file", **linked)
+    for name in (str(blobs / "0123"), "../hub/blobs/0123"):
+        refused(folder, name, "must be relative to the image folder", **linked)
+    (tmp_path / "blobs-by-link").symlink_to(blobs)
+    by_link = image(folder, "a.png", linked_folders=(tmp_path / "blobs-by-link",))
+    assert by_link.size() == (4, 6)
+
+
 def test_links_within_the_folder_and_to_it_are_fine(folder, tmp_path):
     (folder / "inner.png").symlink_to("sub/b.png")
     (tmp_path / "linked").symlink_to(folder)
@@ -99,7 +133,9 @@ def test_a_broken_or_cut_image_names_the_row(folder):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
         assert image(folder, name).size() == (64, 64)  # the header is whole
-        with pytest.raises(ImageError, match=r"row 17, image 1 cannot be decoded \(truncated\)"):
+        with pytest.raises(
+            ImageError, match=r"image 1 cannot be decoded \(truncated: the file ends"
+        ):
             image(folder, name).read()
     for content, reason in [
         (b"no image", "in no supported format"),
@@ -108,6 +144,8 @@ def test_a_broken_or_cut_image_names_the_row(folder):
         (b"version https://git-lfs.github.com/spec/v1", "a git-lfs pointer"),
         (b"<svg/>", "an SVG drawing, which is not supported"),
         (b"\x89PNG\r\n", "truncated or damaged"),
+        (b"../../blobs/0123", "a path in a text file, as a copied link leaves it"),
+        (b"../blobs/0123\n", "a path in a text file"),
     ]:
         (folder / "other.png").write_bytes(content)
         refused(folder, "other.png", rf"cannot be read as an image \({reason}")
@@ -207,12 +245,91 @@ def test_transparency_is_composited_on_white(folder):
     assert image(folder, "palette.png").read().getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_orientation_in_exif_is_applied(folder):
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_the_orientation_in_exif_is_applied_as_pillow_does(folder, suffix, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # a camera held upright
+    exif[0x0112] = orientation  # 6: a camera held upright; 0 and 9 mean nothing
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f"exif.{suffix}", exif=exif, lossless=True)
+    with Image.open(folder / f"exif.{suffix}") as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    found = image(folder, f"exif.{suffix}")
+    assert np.array_equal(np.asarray(found.read()), expected)
+    turned = 2 <= orientation <= 8
+    assert found.header() == (*found.read().size[::-1], False, turned)
+    assert found.size() == ((6, 4) if 5 <= orientation <= 8 else (4, 6))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_the_official_reading_turns_nothing_itself(folder, suffix):
+    """As LLaVA's `Image.open(path).convert("RGB")`, in which Pillow turns TIFF alone."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f"exif.{suffix}", exif=exif)
+    with Image.open(folder / f"exif.{suffix}") as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    found = image(folder, f"exif.{suffix}", official=True)
+    assert np.array_equal(np.asarray(found.read()), expected)
+    assert found.header() == (*expected.shape[:2], False, True)
+    assert found.identity() != image(folder, f"exif.{suffix}").identity()
+
+
+def transparent(mode):
+    """Return an image of a mode with transparency, and what to save it with."""
+    if mode == "P":
+        palette = Image.new("P", (4, 2))
+        palette.putpalette([200, 100, 50] + [0] * 765)
+        return palette, {"transparency": b"\x00\xff"}
+    if mode in ("RGB", "L"):
+        colour = (200, 100, 50) if mode == "RGB" else 50
+        return Image.new(mode, (4, 2), colour), {"transparency": colour}
+    return Image.new("RGBA", (4, 2), (200, 100, 50, 128)).convert(mode), {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_the_official_reading_drops_transparency(folder, mode):
+    original, options = transparent(mode)
+    original.save(folder / "clear.png", **options)
+    with Image.open(folder / "clear.png") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of a palette's transparency
+        expected = np.asarray(opened.convert("RGB"))
+    found = image(folder, "clear.png", official=True)
+    assert np.array_equal(np.asarray(found.read()), expected)
+    assert found.header() == (2, 4, True, False)
+    assert not np.array_equal(np.asarray(image(folder, "clear.png").read()), expected)
+
+
+def test_sixteen_bit_greys_keep_their_levels_in_the_official_reading(folder):
+    ramp = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(folder / "ramp.png")
+    found = image(folder, "ramp.png", official=True).read()
+    assert np.array_equal(np.asarray(found)[..., 0], ramp >> 8)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01", b"Exif\0\0no"]
+)
+def test_corrupt_exif_data_neither_warn_nor_turn(folder, exif):
+    """The tests fail on any warning; Pillow's reach a terminal without file or row."""
     Image.new("RGB", (6, 4)).save(folder / "exif.jpg", exif=exif)
-    assert image(folder, "exif.jpg").size() == (6, 4)
-    assert image(folder, "exif.jpg").read().size == (4, 6)
+    Image.new("RGB", (6, 4)).save(folder / "exif.webp", exif=exif)
+    for name in ("exif.jpg", "exif.webp"):
+        for official in (False, True):
+            found = image(folder, name, official=official)
+            assert found.read().size == (6, 4)
+            assert found.header() == (4, 6, False, False)
+
+
+def test_a_tiff_with_a_corrupt_part_does_not_warn(folder):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = "comment"
+    Image.fromarray(pixels).save(folder / "a.tif", exif=exif)
+    data = (folder / "a.tif").read_bytes()
+    (folder / "a.tif").write_bytes(data.replace(struct.pack("<HH", 0x9286, 2), b"\x86\x92\x07\0"))
+    assert image(folder, "a.tif").read().size == (6, 4)
 
 
 def test_the_mean_colour_is_clips_as_llava_has_it():

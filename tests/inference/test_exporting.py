@@ -1,12 +1,14 @@
 """An exported folder, loaded by the file in it, computes what the personalised model computes."""
 
 import ast
+import functools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -22,7 +24,7 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.data.images import expand_to_square, mean_colour
+from pilot_flwr.data.images import ImageFile, expand_to_square, mean_colour
 from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.export import export_model
@@ -40,13 +42,13 @@ def examples():
     return client_examples(data, federation_clients(data)[0], "test", seed=0)
 
 
-def export(model, folder, *, client_adapter=True, image_aspect_ratio="keep"):
+def export(model, folder, *, client_adapter=True, **data):
     export_model(
         model,
         folder,
         client_adapter=client_adapter,
         end_token_ids=[2],
-        image_aspect_ratio=image_aspect_ratio,
+        data=DataConfig(**data),
     )
     return folder
 
@@ -258,7 +260,7 @@ def test_an_answer_ends_at_the_runs_end_tokens(make_model, processor, tmp_path):
         folder,
         client_adapter=True,
         end_token_ids=[free[position]],
-        image_aspect_ratio="keep",
+        data=DataConfig(),
     )
     ending = modeling_pilot.load_model(folder)
     answer = ending.generate(**prompt, max_new_tokens=8, do_sample=False)[0, length:]
@@ -286,6 +288,42 @@ def test_images_are_padded_as_the_run_padded_them(make_model, processor, tmp_pat
     assert torch.equal(inputs["pixel_values"], expected)
     with pytest.raises(ValueError, match="PIL"):
         loaded(text=[prompt], images=[torch.zeros(3, 50, 31)], return_tensors="pt")
+
+
+@pytest.mark.parametrize("reading", ["viewer", "official"])
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "turned"])
+def test_images_are_read_as_in_the_run(processor_of, processor, tmp_path, reading, mode):
+    """Of an export's processor and of `ImageFile`, from one file."""
+    exif, options = Image.Exif(), {}
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    if mode == "P":
+        picture, options = picture.convert("RGB").convert("P"), {"transparency": b"\0" * 128}
+    if mode == "I;16":
+        ramp = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+        picture = Image.fromarray(ramp)
+    if mode == "turned":
+        exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif, **options)
+    expected = ImageFile(tmp_path, "a.png", "", official=reading == "official").read()
+    pixels = processor.image_processor(images=[expected], return_tensors="pt")["pixel_values"]
+    loaded = processor_of(reading)
+    with Image.open(tmp_path / "a.png") as opened:
+        found = loaded.image_processor(images=[opened], return_tensors="pt")["pixel_values"]
+    assert torch.equal(found, pixels)
+    again = loaded.image_processor(images=[np.asarray(expected)], return_tensors="pt")
+    assert torch.equal(again["pixel_values"], pixels)
+
+
+@pytest.fixture(scope="module")
+def processor_of(make_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readings")
+    model = make_model()
+    return functools.cache(
+        lambda reading: modeling_pilot.load_processor(
+            export(model, folder / reading, image_reading=reading)
+        )
+    )
 
 
 def test_a_folder_that_holds_something_is_left_alone(make_model, tmp_path):
