@@ -1,35 +1,27 @@
 """Read the rows of a JSON array or a JSONL file one at a time, in constant memory.
 
 One pass indexes the file, at eight bytes a row; a row is read on demand. Rows count from 1 in every
-error, like lines in an editor.
-
-The pass decodes the file as Latin-1, where a character is a byte, so that offsets in the text are
-offsets in the file: JSON's structure is ASCII, and UTF-8 has no ASCII byte inside a character. Rows
-themselves are decoded as UTF-8.
+error; those of JSONL are numbered by their lines, blank ones included, as in an editor.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pilot_flwr.data.json_text import CHUNK, LARGEST_VALUE, Cursor, open_text, parse
 from pilot_flwr.errors import DataError
 
 Row = dict[str, Any]
 """One row: an object of the file."""
 
-LARGEST_ROW = 2**24
-"""Longest row in bytes (16 MiB)."""
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_CHUNK = 2**22
-_MARGIN = 16  # an error this close to the window's end may be a truncated token
-_BLANK = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
+_FIRST_MEMBER = re.compile(r'\{\s*"([^"\\]*)"\s*:\s*\[\s*\{(?!\s*"(?:from|role)")')
 
 
 class RowFile(Sequence[Row]):
@@ -39,24 +31,35 @@ class RowFile(Sequence[Row]):
     since it was opened is refused.
     """
 
-    def __init__(self, path: Path, *, chunk: int = _CHUNK) -> None:
+    def __init__(self, path: Path, *, chunk: int = CHUNK) -> None:
         self.path = path
         self.name = path.name
-        self.stamp: tuple[int, int] | None = None
-        with self._open() as file:
-            self.stamp = _stamp(file)
-            first = _first_byte(file)
-            self.is_array = first == b"["
-            if first not in (b"[", b"{"):
-                found = "begins with something else" if first else "is empty"
-                raise DataError(
-                    f"{self.name} {found} but must be a JSON array, '[...]', or JSONL, '{{...}}'."
-                )
-            # Offsets of the rows, then the end of the last one.
-            self._offsets = self._scan_array(file, chunk) if self.is_array else _scan_lines(file)
+        self._copy: BinaryIO | None = None
+        self.stamp = _stamp(path)
+        file = open_text(path, self.name)
+        try:
+            cursor = Cursor(file, self.name, "row", chunk)
+            self.is_array = cursor.next_character() == "["
+            if self.is_array:
+                # Offsets of the rows, then the end of the last one.
+                self._offsets = _scan_array(cursor)
+                self._lines: Sequence[int] = range(len(self._offsets) - 1)
+            else:
+                file.seek(start := cursor.base)
+                _check_lines(file, self.name)
+                file.seek(start)
+                self._offsets, self._lines = _scan_lines(file)
+        except BaseException:
+            file.close()
+            raise
+        if isinstance(file.name, int):  # a temporary file
+            self._copy = file
+            weakref.finalize(self, file.close)
+        else:
+            file.close()
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._lines)
 
     def __getitem__(self, number: Any) -> Any:
         """Return one row, or the rows of a slice."""
@@ -76,167 +79,138 @@ class RowFile(Sequence[Row]):
                     row = error
                 yield row
 
+    def row_number(self, number: int) -> int:
+        """Return a row's number in errors, from 1: its place in the array, or its line."""
+        return self._lines[number] + 1
+
     def origin(self, number: int) -> str:
-        """Return a row's name in errors: ``train.json, row 17`` for number 16."""
-        return f"{self.name}, row {number + 1}"
+        """Return a row's name in errors: ``train.json, row 17``."""
+        return f"{self.name}, row {self.row_number(number)}"
 
     def _read(self, file: BinaryIO, number: int) -> Row:
-        start, end = self._offsets[number], self._offsets[number + 1]
-        if end - start > LARGEST_ROW:
-            raise DataError(f"{self.origin(number)} has more than {LARGEST_ROW} bytes.")
-        file.seek(start)
-        try:
-            text = file.read(end - start).decode("utf-8")
-            row, stop = _DECODER.raw_decode(text)
-        except UnicodeDecodeError:
-            raise DataError(f"{self.origin(number)} is not UTF-8.") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.origin(number)} is broken JSON ({_reason(error)}).") from None
-        if not self.is_array and text[stop:].strip():
-            raise DataError(f"{self.origin(number)} has more than one JSON value on its line.")
+        line = self._lines[number]
+        start, end = self._offsets[line], self._offsets[line + 1]
+        if end - start > LARGEST_VALUE:
+            raise DataError(f"{self.origin(number)} has more than {LARGEST_VALUE} bytes.")
+        data = os.pread(file.fileno(), end - start, start).strip()
+        row, rest = parse(data, self.origin(number))
+        if not self.is_array and rest.strip():
+            why = "a comma behind it" if rest.strip() == "," else "more than one JSON value"
+            raise DataError(f"{self.origin(number)} has {why} on its line.")
         if not isinstance(row, dict):
             raise DataError(f"{self.origin(number)} is not a JSON object.")
         return row
 
-    def _open(self) -> BinaryIO:
-        try:
-            file = self.path.open("rb")
-        except OSError as error:
-            raise DataError(f"{self.name} cannot be opened ({error.strerror}).") from None
-        if self.stamp not in (None, _stamp(file)):
-            file.close()
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        if _stamp(self.path) != self.stamp:
             raise DataError(f"{self.name} has changed since it was opened; restart the run.")
-        return file
-
-    def _scan_array(self, file: BinaryIO, chunk: int) -> "array[int]":
-        cursor = _Cursor(file, chunk)
-        cursor.next_character()
-        cursor.at += 1  # the bracket
-        starts, end = array("q"), cursor.offset
-        following = cursor.next_character()
-        while following != "]":
-            starts.append(cursor.offset)
-            cursor.at = self._row_end(cursor, len(starts))
-            end, following = cursor.offset, cursor.next_character()
-            if following == ",":
-                cursor.at += 1
-                following = cursor.next_character()
-                if following == "]":
-                    raise self._broken(len(starts) + 1, cursor.offset, "a comma, but no row")
-            elif following != "]":
-                reason = "no comma before it" if following else "the file ends without a ']'"
-                raise self._broken(len(starts) + 1, cursor.offset, reason)
-        cursor.at += 1
-        if cursor.next_character():
-            raise DataError(f"{self.name} continues after its array, at byte {cursor.offset}.")
-        starts.append(end)
-        return starts
-
-    def _row_end(self, cursor: "_Cursor", row: int) -> int:
-        """Return the end in the window of the value at the cursor, reading more as needed."""
-        while True:
+        if self._copy is not None:
+            yield self._copy
+        else:
             try:
-                value, end = _DECODER.raw_decode(cursor.text, cursor.at)
-            except json.JSONDecodeError as error:
-                offset = cursor.base + error.pos
-                cut = error.pos >= len(cursor.text) - _MARGIN
-                cut |= error.msg.startswith("Unterminated string")
-                if cut and len(cursor.text) - cursor.at <= LARGEST_ROW and cursor.read():
-                    continue
-                raise self._broken(row, offset, error.msg) from None
-            except (ValueError, RecursionError) as error:
-                raise self._broken(row, cursor.offset, _reason(error)) from None
-            if not isinstance(value, dict):
-                raise self._broken(row, cursor.offset, "not a JSON object")
-            return end
-
-    def _broken(self, row: int, offset: int, reason: str) -> DataError:
-        return DataError(
-            f"{self.name}, row {row} is broken JSON at byte {offset} ({reason}), so that the rest "
-            "of the array cannot be read."
-        )
+                file = self.path.open("rb")
+            except OSError as error:
+                raise DataError(f"{self.name} cannot be opened ({error.strerror}).") from None
+            with file:
+                yield file
 
 
 @functools.lru_cache(maxsize=64)
-def _open_rows(path: str, size: int, changed: int) -> RowFile:
+def _open_rows(path: str, stamp: tuple[int, int]) -> RowFile:
     return RowFile(Path(path))
 
 
 def open_rows(path: Path) -> RowFile:
     """Open a file of rows; an unchanged file is scanned once per process."""
+    stamp = _stamp(path)
+    if not path.is_file():
+        raise DataError(f"{path.name} is not a file.")
+    file = _open_rows(str(path), stamp)
+    if not file:
+        raise DataError(f"{path.name} has no rows: its array is empty.")
+    return file
+
+
+def _scan_array(cursor: Cursor) -> "array[int]":
+    starts, end = array("q"), cursor.offset + 1
+    for start, text in cursor.array():
+        starts.append(start)
+        end = start + len(text)
+    cursor.end("array")
+    starts.append(end)
+    return starts
+
+
+def _scan_lines(file: BinaryIO) -> "tuple[array[int], Sequence[int]]":
+    """Return the offsets of all lines and the indices of those that are not blank.
+
+    Lines are read in bounded pieces.
+    """
+    offsets, lines = array("q", [file.tell()]), array("q")
+    ended = True
+    while piece := file.readline(LARGEST_VALUE):
+        if ended:
+            offsets.append(offsets[-1])
+        offsets[-1] += len(piece)
+        line = len(offsets) - 2
+        if not piece.isspace() and (not lines or lines[-1] != line):
+            lines.append(line)
+        ended = piece.endswith(b"\n")
+    return offsets, range(len(lines)) if lines[-1] + 1 == len(lines) else lines
+
+
+def _check_lines(file: BinaryIO, name: str) -> None:
+    """Raise unless a file that begins with an object has one row per line."""
+    text = file.read(CHUNK).decode("latin-1")
+    whole, text = len(text) < CHUNK, text.lstrip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+        several = "\n" in text[:end]
+        form = _object_form(value, several) if several or whole and not text[end:].strip() else ""
+    except (ValueError, RecursionError) as error:
+        if "\n" not in text[: getattr(error, "pos", 0)] or _is_object(text.split("\n", 2)[1]):
+            return  # one line is broken
+        first = _FIRST_MEMBER.match(text)
+        form = _WRAPPED.format(f"`{first[1]}`") if first else _SEVERAL_LINES
+    if form:
+        raise DataError(f"{name} {form}.")
+
+
+_WRAPPED = "is one object around the list of rows, {}: save the list alone, '[...]'"
+_COLUMNS = 'has columns instead of rows: write it with `orient="records"`, as pandas calls it'
+_BY_KEY = "is one object with a row for each key: save the rows as a list, '[...]'"
+_SEVERAL_LINES = "has rows on several lines: write each on one line, or all as a list, '[...]'"
+
+
+def _object_form(row: Row, several_lines: bool) -> str:
+    """Return what the first object of a file is that is no row on a line, or nothing."""
+    lists = {
+        key: value[0].keys()
+        for key, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    if not any(keys & {"from", "role", "bytes", "path"} for keys in lists.values()):
+        if lists:
+            return _WRAPPED.format(", ".join(f"`{key}`" for key in lists))
+        if len(row) > 1 and all(isinstance(value, list) for value in row.values()):
+            return _COLUMNS
+        if row and all(isinstance(value, dict) and value for value in row.values()):
+            digits = all(key.isdecimal() for value in row.values() for key in value)
+            return _COLUMNS if digits else _BY_KEY
+    return _SEVERAL_LINES if several_lines else ""
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path.name} cannot be opened ({error.strerror}).") from None
-    if not path.is_file():
-        raise DataError(f"{path.name} is not a file.")
-    return _open_rows(str(path), status.st_size, status.st_mtime_ns)
-
-
-class _Cursor:
-    """A cursor at position `at` of a window in memory, `text`, which begins at byte `base`."""
-
-    def __init__(self, file: BinaryIO, chunk: int) -> None:
-        self.file, self.chunk = file, chunk
-        self.base, self.at, self.text = file.tell(), 0, ""
-
-    @property
-    def offset(self) -> int:
-        """Byte offset of the cursor in the file."""
-        return self.base + self.at
-
-    def read(self) -> bool:
-        """Drop the text before the cursor and read more; return false at the end of the file.
-
-        The window at least doubles, so that a long row is scanned few times.
-        """
-        ahead = self.text[self.at :]
-        more = self.file.read(max(self.chunk, len(ahead)))
-        self.base, self.at, self.text = self.offset, 0, ahead + more.decode("latin-1")
-        return bool(more)
-
-    def next_character(self) -> str:
-        """Advance to the next character that is not white space and return it, "" at the end."""
-        while True:
-            blank = _BLANK.match(self.text, self.at)
-            assert blank  # it matches the empty text as well
-            self.at = blank.end()
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.read():
-                return ""
-
-
-def _scan_lines(file: BinaryIO) -> "array[int]":
-    """Return the offsets of the lines, without trailing blank ones; read in bounded pieces."""
-    offsets = array("q", [file.tell()])
-    last, ended = 0, True  # last: lines up to the last one that is not blank
-    while piece := file.readline(LARGEST_ROW):
-        if ended:
-            offsets.append(offsets[-1])
-        offsets[-1] += len(piece)
-        if not piece.isspace():
-            last = len(offsets) - 1
-        ended = piece.endswith(b"\n")
-    return offsets[: last + 1]
-
-
-def _first_byte(file: BinaryIO) -> bytes:
-    """Return the first byte that is not white space, and seek past a byte order mark."""
-    file.seek(begin := 3 if file.read(3) == _BYTE_ORDER_MARK else 0)
-    while (byte := file.read(1)).isspace():
-        pass
-    file.seek(begin)
-    return byte
-
-
-def _reason(error: Exception) -> str:
-    """Describe a JSON error without quoting the text."""
-    if isinstance(error, json.JSONDecodeError):
-        return error.msg
-    return "too deeply nested" if isinstance(error, RecursionError) else "a number too long"
-
-
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns

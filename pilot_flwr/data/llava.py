@@ -79,7 +79,9 @@ class LlavaExamples(Sequence[Example]):
             return [self[n] for n in range(*position.indices(len(self)))]
         index, number = self.place(position)
         file = self.files[index]
-        label = f"{number + 1}:" if len(self.files) == 1 else f"{index + 1}/{number + 1}:"
+        label = f"{file.row_number(number)}:"
+        if len(self.files) > 1:
+            label = f"{index + 1}/{label}"
         return to_example(file[number], label, file.origin(number), self.reading)
 
     def select(self, positions: NDArray[np.int64]) -> "LlavaExamples":

@@ -1,5 +1,6 @@
 """Small annotation files in each data set's format, and the expected rows."""
 
+import gzip
 import json
 import tracemalloc
 
@@ -507,6 +508,41 @@ def test_a_file_that_is_not_as_it_must_be(name, annotations, questions, message,
         run(name, "train", annotations=annotations, questions=questions)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_annotations_are_read_by_the_rules_for_rows(encoding, pack, tmp_path):
+    path, out = tmp_path / "a.json", tmp_path / "out.jsonl"
+    text = json.dumps(COCO).replace('"images"', '"score": NaN, "n": 12345, "images"', 1)
+    path.write_bytes(pack(text.encode(encoding)))
+    assert convert("coco_captions", Sources((path,)), out).rows == len(COCO["annotations"])
+
+
+QUESTION = json.dumps(next(iter(GQA.values())))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"1": {"answer": "a", "answer": "b"}}', r"entry 1 has the key 'answer' twice"),
+        (f'{{"1": {QUESTION}, "1": {QUESTION}}}', "a.json has the key '1' twice"),
+        (f'{{"1": {QUESTION}}} {{}}', "a.json continues after its value, at byte"),
+        ("{'1': {}}", "entry 1 is broken JSON at byte 1"),
+        ("version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
+        ("<html>", "is an HTML page"),
+    ],
+)
+def test_annotations_that_cannot_be_read_are_named(text, message, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        convert("gqa", Sources((tmp_path / "a.json",)), tmp_path / "out.jsonl")
+
+
+def test_an_absolute_image_name_is_refused(run):
+    bad = changed(COCO, "images", 0, "file_name", value="/data/1.jpg")
+    with pytest.raises(DataError, match="image's name is absolute"):
+        run("coco_captions", "train", annotations=[bad])
+
+
 def test_a_split_without_rows_is_an_error(run):
     with pytest.raises(DataError, match="There is no row for split 'val'"):
         run("ocr_vqa", "val")
@@ -531,7 +567,7 @@ def test_arguments_that_do_not_fit(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             convert(name, sources, out)
-    with pytest.raises(DataError, match=r"a\.json cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"a\.json cannot be opened \(No such file"):
         convert("gqa", gqa, out)
     out.write_text("mine")
     with pytest.raises(ConfigError, match="must be a new file: this one exists"):

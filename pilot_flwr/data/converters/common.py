@@ -4,18 +4,19 @@ Files are parsed incrementally, so that memory does not grow with them; what a d
 two places (a question and its answers, an image and its captions) is joined by id.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import ijson
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple, TypeVar
 
 from pilot_flwr.data.examples import IMAGE_MARKER
+from pilot_flwr.data.json_text import Cursor, open_text, parse
 from pilot_flwr.errors import DataError
 
 SPLITS = ("train", "val", "test")
+
+T = TypeVar("T")
 
 
 class Unusable(DataError):
@@ -55,7 +56,7 @@ Row = dict[str, Any]
 
 def members(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield key and value of each member of a file's object."""
-    return _parsed(path, "an object", "start_map", lambda file: ijson.kvitems(file, "", **_FLOATS))
+    return _entries(path, "an object", "{", _members)
 
 
 def elements(path: Path, where: str = "") -> Iterator[dict[str, Any]]:
@@ -63,17 +64,19 @@ def elements(path: Path, where: str = "") -> Iterator[dict[str, Any]]:
 
     An element that is not an object is an empty one.
     """
-    place, kind, first = "item", "a list", "start_array"
     if where:
-        place, kind, first = f"{where}.item", f"an object with the list `{where}`", "start_map"
-    found = _parsed(path, kind, first, lambda file: ijson.items(file, place, **_FLOATS))
+        kind = f"an object with the list `{where}`"
+        found = _entries(path, kind, "{", lambda cursor: _members_elements(cursor, where))
+    else:
+        found = _entries(path, "a list", "[", _elements)
     return map(as_fields, found)
 
 
 def member(path: Path, name: str) -> Any:
     """Return one member of a file's object, without keeping the others."""
     kind = f"an object with `{name}`"
-    return next(_parsed(path, kind, "start_map", lambda file: ijson.items(file, name, **_FLOATS)))
+    found = _entries(path, kind, "{", lambda cursor: _members(cursor, name))
+    return [value for _, value in found][0]
 
 
 def as_fields(value: Any) -> dict[str, Any]:
@@ -81,25 +84,54 @@ def as_fields(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-_FLOATS: dict[str, Any] = {"use_float": True}
-
-
-def _parsed(path: Path, kind: str, first: str, parse: Any) -> Iterator[Any]:
+def _entries(
+    path: Path, kind: str, first: str, walk: Callable[[Cursor], Iterator[T]]
+) -> Iterator[T]:
+    """Yield what `walk` finds in a file whose value begins with `first`, at least one entry."""
     found = False
-    try:
-        with open(path, "rb") as file:
-            if next(ijson.basic_parse(file))[0] != first:
-                raise DataError(f"{path} must hold {kind}.")
-            file.seek(0)
-            for item in parse(file):
-                found = True
-                yield item
-    except (ijson.JSONError, UnicodeDecodeError, StopIteration) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    with open_text(path, str(path)) as file:
+        cursor = Cursor(file, str(path), "entry", chunk=2**18)
+        if cursor.next_character() != first:
+            raise DataError(f"{path} must hold {kind}.")
+        for entry in walk(cursor):
+            found = True
+            yield entry
+        cursor.end("value")
     if not found:
         raise DataError(f"{path} holds no entry; it must hold {kind} with entries.")
+
+
+def _members(cursor: Cursor, name: str | None = None) -> Iterator[tuple[str, Any]]:
+    for number, key in enumerate(cursor.object(), start=1):
+        if name is None or key == name:
+            yield key, _parsed(cursor.value(number), cursor, number)
+        else:
+            _skip(cursor, number)
+
+
+def _members_elements(cursor: Cursor, where: str) -> Iterator[Any]:
+    for number, key in enumerate(cursor.object(), start=1):
+        if key == where and cursor.text[cursor.at] == "[":
+            yield from _elements(cursor)
+        else:
+            _skip(cursor, number)
+
+
+def _elements(cursor: Cursor) -> Iterator[Any]:
+    for number, (_, text) in enumerate(cursor.array(), start=1):
+        yield _parsed(text, cursor, number)
+
+
+def _skip(cursor: Cursor, number: int) -> None:
+    if cursor.text[cursor.at] == "[":
+        for _ in cursor.array():
+            pass
+    else:
+        cursor.value(number)
+
+
+def _parsed(text: str, cursor: Cursor, number: int) -> Any:
+    return parse(text.encode("latin-1"), f"{cursor.name}, {cursor.label} {number}")[0]
 
 
 def field(entry: Entry, path: str) -> str:
@@ -155,6 +187,8 @@ def to_row(
             raise Unusable(entry.origin, f"The {name} holds {IMAGE_MARKER!r}.")
     row: Row = {"id": entry.id}
     if image:
+        if PureWindowsPath(image).anchor or ".." in PureWindowsPath(image).parts:
+            raise Unusable(entry.origin, "The image's name is absolute or has '..'.")
         row["image"] = image
         question = f"{IMAGE_MARKER}\n{question}"
     row["conversations"] = [
