@@ -84,7 +84,8 @@ def make_rows(folder: Path, task: str, split: str, count: int) -> list[dict]:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         row = {"id": f"{split}{number}", "image": name, "conversations": turns}
         if number == 0:
-            plain = [{"from": "human", "value": "Which digits?"}, {"from": "gpt", "value": "0 1"}]
+            asked = {"train": "Which digits?", "test": "Which digit?"}[split]
+            plain = [{"from": "human", "value": asked}, {"from": "gpt", "value": "0 1"}]
             row = {"id": 0, "conversations": plain + plain}
         rows.append(row | {"kind": answer})
     return rows

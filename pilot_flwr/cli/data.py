@@ -146,7 +146,12 @@ def check(
     from rich.console import Console
     from rich.progress import Progress
 
-    from pilot_flwr.client.data_check import check_splits, find_shared_rows, open_splits
+    from pilot_flwr.client.data_check import (
+        check_splits,
+        count_overlaps,
+        find_shared_rows,
+        open_splits,
+    )
     from pilot_flwr.config.loading import load_config
     from pilot_flwr.config.overrides import expand, with_folder
     from pilot_flwr.config.rules import at_least
@@ -177,7 +182,9 @@ def check(
             workers=workers,
             progress=lambda name, done: bars.update(rows, description=name, advance=done),
         )
-    unchecked = ["pixels (`--fast`)"] * fast + ["tokens (`--no-tokens`)"] * no_tokens
+    if not fast:
+        count_overlaps(config, node, figures, workers=workers)
+    unchecked = ["pixels and overlap (`--fast`)"] * fast + ["tokens (`--no-tokens`)"] * no_tokens
     official = config.data.image_reading == "official"
     _print(figures, shared, show, unchecked, official=official)
     if json_file is not None:
@@ -235,6 +242,14 @@ def _print(
     _print_looks(splits, official=official)
     for first, second, rows in shared:
         print(f"{first} and {second} have {rows} rows in common.")
+    for split in splits:
+        if split.overlap.rows:
+            print(f"{split.client}: {split.overlap}.")
+    if any(split.overlap.exceeds(split.allowed_overlap) for split in splits):
+        print(
+            "Remove them from one of the files, or allow a share of test rows: "
+            "`data.allowed_overlap`, at a real site `allowed-overlap` in its node config."
+        )
     problems = [
         f"{split.client} {split.split}: {line}"
         for split in splits

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pilot_flwr.client.node import read_node_config, site_client, site_config, site_files
-from pilot_flwr.client.preflight import check_files
+from pilot_flwr.client.preflight import ANY_COLOUR, check_files, client_overlap
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.federation import (
@@ -60,7 +60,7 @@ def open_splits(
         check_files(files, evaluated=config.evaluation.enabled)
         config = site_config(node, config, simulated=False)
     data = config.data
-    background = (0, 0, 0) if data.image_aspect_ratio == "pad" else None  # for checks, any colour
+    background = ANY_COLOUR if data.image_aspect_ratio == "pad" else None
     if tokens:
         processor = load_processor(config.model.path, config.model.revision)
         background = padding_colour(data, processor.image_processor)
@@ -85,6 +85,29 @@ def open_splits(
                 figures.error = str(error)
             splits.append((figures, examples))
     return config, splits
+
+
+def count_overlaps(
+    config: PilotConfig,
+    node_config: dict[str, Any] | None,
+    checked: list[SplitStatistics],
+    *,
+    workers: int,
+) -> None:
+    """Add to the figures of each test split its rows that its client also trains on."""
+    files, allowed = None, config.data.allowed_overlap
+    clients = {client.id: client for client in federation_clients(config.data)}
+    unreadable = {figures.client for figures in checked if figures.error}
+    if node_config is not None:
+        node = read_node_config(node_config)
+        client = site_client(node, config)
+        clients, files = {client.id: client}, site_files(node, client)
+        allowed = files.allowed_overlap
+    for figures in checked:
+        figures.allowed_overlap = allowed
+        if figures.split == "test" and figures.client not in unreadable:
+            client = clients[figures.client]
+            figures.overlap = client_overlap(client, config, files, workers=workers, cache=None)
 
 
 def find_shared_rows(splits: list[OpenSplit]) -> list[SharedRows]:

@@ -45,6 +45,7 @@ KEYS = {
     "test-file": "test data, LLaVA JSON or JSONL",
     "image-folder": "folder of the images",
     "linked-folders": "folders outside of it that links of images may lead to",
+    "allowed-overlap": "share of the test rows that may be training rows too",
     "state-folder": "folder of the private adapters",
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
@@ -121,6 +122,7 @@ class NodeSettings:
     test_files: tuple[Path, ...] = ()
     image_folder: Path | None = None
     linked_folders: tuple[Path, ...] = ()
+    allowed_overlap: float = 0.0
     state_folder: Path | None = None
     device: str = "auto"
     model_path: Path | None = None
@@ -147,6 +149,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         test_files=_paths(values, "test-file"),
         image_folder=_path(values, "image-folder"),
         linked_folders=_paths(values, "linked-folders"),
+        allowed_overlap=_number(values, "allowed-overlap", rules.SHARE),
         state_folder=_path(values, "state-folder"),
         device=_text(values, "device") or "auto",
         model_path=_path(values, "model-path"),
@@ -294,7 +297,8 @@ def site_files(node: NodeSettings, client: Client) -> SiteFiles:
             f"`train-file` is missing in the node config of client {client.id!r}; it must be "
             "this site's training data, LLaVA JSON or JSONL."
         )
-    return SiteFiles(node.train_files, node.test_files, node.image_folder, node.linked_folders)
+    images, links = node.image_folder, node.linked_folders
+    return SiteFiles(node.train_files, node.test_files, images, links, node.allowed_overlap)
 
 
 def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> PilotConfig:
@@ -388,13 +392,12 @@ def _whole(values: NodeConfig, key: str) -> int | None:
 
 
 def _demands(values: NodeConfig) -> PrivacyDemands:
-    fields = {
-        "min-noise-multiplier": "min_noise_multiplier",
-        "max-clip-norm": "max_clip_norm",
-        "max-epsilon": "max_epsilon",
-        "privacy-delta": "delta",
+    keys = ("min-noise-multiplier", "max-clip-norm", "max-epsilon", "privacy-delta")
+    limits = {
+        key.removeprefix("privacy-").replace("-", "_"): _number(values, key, rules.POSITIVE)
+        for key in keys
+        if key in values
     }
-    limits = {field: _positive(values, key) for key, field in fields.items() if key in values}
     rules.FRACTION.check("privacy-delta", limits.get("delta", 0))
     allow = values.get("allow-metrics", False)
     if not isinstance(allow, bool):
@@ -402,14 +405,16 @@ def _demands(values: NodeConfig) -> PrivacyDemands:
     return PrivacyDemands(**limits, allow_metrics=allow)
 
 
-def _positive(values: NodeConfig, key: str) -> float:
+def _number(values: NodeConfig, key: str, limit: rules.Limit) -> float:
+    value = values.get(key, 0.0)
     try:
-        number = math.nan if isinstance(values[key], bool) else float(values[key])
+        number = math.nan if isinstance(value, bool) else float(value)
     except (ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise ConfigError(f"`{key}` is {values[key]!r} but must be a number: {KEYS[key]}.")
-    rules.POSITIVE.check(key, number)
+        raise ConfigError(f"`{key}` is {value!r} but must be a number: {KEYS[key]}.")
+    if key in values:
+        limit.check(key, number)
     return number
 
 

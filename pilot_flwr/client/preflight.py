@@ -16,10 +16,21 @@ from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.private_state import KEPT_STATES
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.data.client_files import SiteFiles
+from pilot_flwr.data.client_files import SiteFiles, Split
+from pilot_flwr.data.federation import (
+    Client,
+    client_examples,
+    federation_clients,
+    trains_pooled,
+)
+from pilot_flwr.data.llava import LlavaExamples
+from pilot_flwr.data.overlap import Overlap, cached_overlap, check_overlap, find_overlap
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.model.shapes import layout_of
+
+ANY_COLOUR = (0, 0, 0)
+"""Padding colour of images that are only checked or compared."""
 
 
 def check_readiness(site: Site, config: PilotConfig) -> None:
@@ -27,6 +38,8 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
     if site.files is not None:
         check_files(site.files, evaluated=config.evaluation.enabled)
     check_writable(site.state_folder)
+    if config.data.source == "llava" and config.evaluation.enabled:
+        _check_overlap(site, config)
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     tasks, stages = tuple(config.data.tasks), config.strategy.stages
     layout = layout_of(config.model, tasks, sharing, stages=stages)
@@ -51,6 +64,50 @@ def check_files(files: SiteFiles, *, evaluated: bool) -> None:
     for key, path, problem in problems:
         if problem:
             raise ConfigError(f"`{key}` names {str(path)!r}, {problem}.")
+
+
+def client_overlap(
+    client: Client,
+    config: PilotConfig,
+    files: SiteFiles | None,
+    *,
+    workers: int,
+    cache: Path | None,
+) -> Overlap:
+    """Return a client's test rows that it also trains on, kept in the folder `cache` if given.
+
+    A site's are counted over all its rows, so that nothing that the server sets shows which.
+    """
+    if files is not None:
+        train, test = [files.rows("train")], files.rows("test")
+    else:
+        pooled = trains_pooled(config.strategy, client)
+        clients = federation_clients(config.data) if pooled else [client]
+        train = [_simulated_rows(config, c, "train") for c in clients]
+        test = _simulated_rows(config, client, "test")
+    if cache is None:
+        return find_overlap(train, test, workers=workers)
+    return cached_overlap(train, test, cache, workers=workers)
+
+
+def _simulated_rows(config: PilotConfig, client: Client, split: Split) -> LlavaExamples:
+    examples = client_examples(config.data, client, split, seed=config.seed, background=ANY_COLOUR)
+    assert isinstance(examples, LlavaExamples)
+    return examples
+
+
+def _check_overlap(site: Site, config: PilotConfig) -> None:
+    """Raise `ConfigError` if too many of the client's test rows are training rows."""
+    files, folder = site.files, site.state_folder
+    key, allowed = "data.allowed_overlap", config.data.allowed_overlap
+    if files is not None:  # the result is kept for all runs of the site
+        key, allowed, folder = "allowed-overlap", files.allowed_overlap, folder.parent
+    if allowed < 1:
+        workers = os.cpu_count() or 1
+        found = client_overlap(
+            site.client, config, files, workers=workers, cache=folder / "overlap"
+        )
+        check_overlap(found, key, allowed)
 
 
 def check_writable(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pilot_flwr.config.rules import (
     FRACTION,
     NOT_EMPTY,
     POSITIVE,
+    SHARE,
     Section,
     at_least,
     check_name,
@@ -109,6 +110,9 @@ class DataConfig(Section, prefix="data"):
     allowed_broken: Annotated[float, FRACTION] = 0.0
     """Share of a client's rows that may be broken or too long; they are skipped and counted. With
     0 a single one stops the client before it trains."""
+    allowed_overlap: Annotated[float, SHARE] = 0.0
+    """Share of a client's test rows that may also be training rows of its own: the same images and
+    question. At a real site `allowed-overlap` of its node config decides."""
     workers: Annotated[int, minimum(0)] = 0
     """Threads that decode images ahead of the model; 0 decodes between batches."""
     evaluate_on: Annotated[str, choice("test", "validation")] = "test"

@@ -77,6 +77,7 @@ def _limit(allowed: str, holds: Callable[[Any], bool]) -> Limit:
 
 POSITIVE = _limit("above 0 and finite", lambda value: 0 < value < math.inf)
 FRACTION = _limit("at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = _limit("from 0 to 1", lambda value: 0 <= value <= 1)
 NOT_EMPTY = _limit("non-empty", bool)
 NAME = Limit(f"letters, digits, '_', '-'; at most {LONGEST_NAME} characters", check_name)
 

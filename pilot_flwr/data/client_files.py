@@ -42,6 +42,12 @@ class SiteFiles:
     test: tuple[Path, ...] = ()
     images: Path | None = None
     linked_folders: tuple[Path, ...] = ()
+    allowed_overlap: float = 0.0
+
+    def rows(self, split: Split) -> LlavaExamples:
+        """Return all rows of a split, whatever a run draws of them."""
+        reading = Reading(self.images, linked_folders=self.linked_folders)
+        return LlavaExamples([open_rows(path) for path in getattr(self, split)], reading)
 
 
 def read_site(

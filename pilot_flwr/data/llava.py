@@ -13,6 +13,7 @@ training: a turn's only marker moves to its front, on a separate line. A row wit
 marker gets the marker before its first question; LLaVA would train on it without the image.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ class LlavaExamples(Sequence[Example]):
         """Return file and row of an example as errors name them."""
         index, number = self.place(position)
         return self.files[index].origin(number)
+
+    def digest(self, settings: str) -> str:
+        """Return a digest of the rows' files, their choice and reading, and some settings."""
+        files = [(str(file.path), file.stamp) for file in self.files]
+        text = f"{files}/{self.reading}/{settings}/".encode()
+        return hashlib.sha256(text + self.rows.tobytes()).hexdigest()
 
     def place(self, position: int) -> tuple[int, int]:
         """Return the index of an example's file and its row number there, both from 0."""

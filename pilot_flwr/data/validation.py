@@ -9,7 +9,6 @@ check.
 images even where `data.check_images=header` lets a run read headers only.
 """
 
-import hashlib
 import itertools
 import json
 import statistics
@@ -26,6 +25,7 @@ from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.images import Header, ImageError, ImageFile
 from pilot_flwr.data.llava import LlavaExamples
+from pilot_flwr.data.overlap import Overlap
 from pilot_flwr.errors import DataError
 from pilot_flwr.formatting import count
 
@@ -95,7 +95,7 @@ def usable(
     if not isinstance(examples, LlavaExamples):
         _check_ids(examples, name)
         return examples
-    cache = folder / f"{_digest(examples, settings)}.json"
+    cache = folder / f"{examples.digest(settings)}.json"
     broken = _cached(cache)
     if broken is None:
         problems = list(_problems(examples, {}, {"tokens": check}, images))
@@ -124,12 +124,6 @@ def _check_ids(examples: Sequence[Example], name: str) -> None:
     if twice := [repr(name) for name, count in counts.items() if count > 1]:
         ids = ", ".join(twice[:3])
         raise DataError(f"In the {name}, {len(twice)} ids belong to more than one example: {ids}.")
-
-
-def _digest(examples: LlavaExamples, settings: str) -> str:
-    files = [(str(file.path), file.stamp) for file in examples.files]
-    text = f"{files}/{examples.reading}/{settings}/".encode()
-    return hashlib.sha256(text + examples.rows.tobytes()).hexdigest()
 
 
 def _cached(path: Path) -> list[int] | None:
@@ -162,7 +156,7 @@ class SplitStatistics:
     Of the `images` of usable rows, `transparent` ones have an alpha channel or a transparent
     colour, `turned` ones an EXIF orientation other than upright.
     If `decodes` (``data.check_images=decode``), the run decodes images before training and skips
-    undecodable ones like other broken rows.
+    undecodable ones like other broken rows. A test split has its `overlap` with the training split.
     """
 
     client: str
@@ -180,6 +174,8 @@ class SplitStatistics:
     labelled: list[int] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
     error: str = ""
+    overlap: Overlap = Overlap(0, 0)
+    allowed_overlap: float = 0.0
 
     @property
     def usable(self) -> int:
@@ -190,7 +186,8 @@ class SplitStatistics:
     def stops(self) -> bool:
         """True if a run would fail at this split."""
         late = not self.decodes and any(problem.kind == "pixels" for problem in self.problems)
-        return bool(self.error) or late or len(self.problems) > self.allowed * self.rows
+        broken = late or len(self.problems) > self.allowed * self.rows
+        return bool(self.error) or broken or self.overlap.exceeds(self.allowed_overlap)
 
     def summary(self) -> dict[str, object]:
         """Return all figures as JSON types."""
@@ -199,6 +196,7 @@ class SplitStatistics:
         common, times = self.answers.most_common(1)[0] if self.answers else ("", 0)
         return {
             **{name: getattr(self, name) for name in names},
+            "overlap": self.overlap.rows,
             "problems": dict(Counter(problem.kind for problem in self.problems)),
             "turns_mean": _mean(self.turns),
             "tokens_median": statistics.median(self.tokens) if self.tokens else None,

@@ -11,8 +11,10 @@ from PIL import Image
 
 from pilot_flwr.cli.data import parse_node_config
 from pilot_flwr.cli.main import main
+from pilot_flwr.client import data_check
 from pilot_flwr.data import demo
 from pilot_flwr.data.images import ImageFile
+from pilot_flwr.data.overlap import Overlap
 from pilot_flwr.model.checkpoints import checkpoint_path
 
 
@@ -129,10 +131,12 @@ def test_what_was_not_looked_at_is_not_called_sound(federation, tmp_path, capsys
     words = [federation, f"data.check_images={mode}", "--fast"]
     assert check(*words, tmp_path=tmp_path)[0] == 0
     out = capsys.readouterr().out
-    assert "No errors found; not checked: pixels (`--fast`).\n" in out
+    assert "No errors found; not checked: pixels and overlap (`--fast`).\n" in out
     assert check(*words, "--no-tokens", tmp_path=tmp_path)[0] == 0
     out += capsys.readouterr().out
-    assert "pixels (`--fast`), tokens (`--no-tokens`)." in out and "can start" not in out
+    assert (
+        "pixels and overlap (`--fast`), tokens (`--no-tokens`)." in out and "can start" not in out
+    )
 
 
 def test_an_image_of_several_rows_is_decoded_once_and_broken_in_each(
@@ -146,6 +150,7 @@ def test_an_image_of_several_rows_is_decoded_once_and_broken_in_each(
         row["image"] = "train-3.png"
     path.write_text("\n".join(map(json.dumps, rows)))
     cut_image(tmp_path / "counting/images/train-3.png")
+    monkeypatch.setattr(data_check, "client_overlap", lambda *_, **__: Overlap(0, 0))
     read, decoded = ImageFile.read, []
     monkeypatch.setattr(ImageFile, "read", lambda self: (decoded.append(self.name), read(self))[1])
     _, found = check(federation, "data.tasks=[counting]", "--no-tokens", tmp_path=tmp_path)
@@ -186,6 +191,32 @@ def test_rows_in_common_are_told(federation, tmp_path, capsys):
         {"splits": ["vqa-1 train", "vqa-1 test"], "rows": 6},
     ]
     assert "vqa-0 train and vqa-0 test have 6 rows in common." in capsys.readouterr().out
+
+
+def test_test_rows_that_are_training_rows_stop_a_run_unless_allowed(federation, tmp_path, capsys):
+    """A copy under another name counts; a client is compared with its own training rows alone."""
+    row = json.loads(lines(tmp_path / "counting/train.json")[3])
+    images = tmp_path / "counting/images"
+    shutil.copy(images / row["image"], images / "renamed.png")
+    with (tmp_path / "counting/test.json").open("a") as file:
+        file.write("\n" + json.dumps(row | {"id": "again", "image": "renamed.png"}))
+    code, found = check(federation, "data.tasks=[counting]", "--no-tokens", tmp_path=tmp_path)
+    out = capsys.readouterr().out
+    overlaps = {name: entry["overlap"] for name, entry in by_split(found).items()}
+    assert code == 1 and sorted(overlaps.values()) == [0, 0, 0, 1]
+    (client,) = (name.split()[0] for name, rows in overlaps.items() if rows)
+    said = f"{client}: 1 of 5 test rows are training rows too (same images and question), such as "
+    assert f"{said}test.json, row 5 and train.json, row 4" in " ".join(out.split())
+    assert f"A run would fail at {client} test." in out
+    words = [federation, "data.tasks=[counting]", "data.allowed_overlap=0.2"]
+    assert check(*words, "--no-tokens", tmp_path=tmp_path)[0] == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+
+    node = f'client-id="counting-0" train-file="{tmp_path}/counting/train.json" '
+    node += f'test-file="{tmp_path}/counting/test.json" image-folder="{images}"'
+    words += ["--no-tokens", "--node-config"]
+    assert check(*words, node, tmp_path=tmp_path)[0] == 1
+    assert check(*words, f"{node} allowed-overlap=0.2", tmp_path=tmp_path)[0] == 0
 
 
 def test_a_real_site_checks_its_own_data(federation, tmp_path, capsys):

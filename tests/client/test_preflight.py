@@ -1,13 +1,16 @@
 """Preflight checks, on a real disk."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pilot_flwr.client import preflight
 from pilot_flwr.client.node import Site, private_paths
@@ -124,6 +127,52 @@ def test_what_cannot_be_read_is_named_and_the_server_gets_no_path(place, spoil, 
         caught.value, private_paths(node | {"image-folder": str(files.images)})
     ).reason
     assert str(place) not in told and "patient" not in told and "<" in told
+
+
+@pytest.fixture
+def overlapping(tmp_path):
+    """A site whose test file repeats one of its training rows, under another image name."""
+    (tmp_path / "images").mkdir()
+    for name, colour in (("a", 1), ("b", 1), ("c", 9)):
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(tmp_path / f"images/{name}.png")
+    for name, images in {"train": "ac", "test": "b"}.items():
+        rows = [{"image": f"{i}.png", "prompt": "What?", "completion": "x"} for i in images]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return SiteFiles((tmp_path / "train.json",), (tmp_path / "test.json",), tmp_path / "images")
+
+
+def settings(*overrides):
+    return load_config(
+        f"data.source=llava data.tasks=[vqa] +data.files={{vqa:{{}}}} {' '.join(overrides)}"
+    )
+
+
+def test_a_site_whose_test_rows_are_training_rows_is_refused(overlapping, tmp_path):
+    """Whatever the server sets, its limit or the rows that it draws."""
+    site = Site(Client("a", "vqa"), tmp_path / "state" / "run-1", "cpu", overlapping)
+    message = (
+        "1 of 1 test rows .* such as test.json, row 1 and train.json, row 1. .*`allowed-overlap`"
+    )
+    for words in ((), ("data.train_examples=1", "seed=1"), ("data.allowed_overlap=1",)):
+        with pytest.raises(ConfigError, match=message):
+            check_readiness(site, settings(*words))
+    assert len(list((tmp_path / "state" / "overlap").iterdir())) == 1
+    check_readiness(site, settings("evaluation.enabled=false"))
+    allowed = replace(site, files=replace(overlapping, allowed_overlap=1.0))
+    check_readiness(allowed, settings())
+    (tmp_path / "test.json").write_text(json.dumps([{"prompt": "Why?", "completion": "x"}]))
+    check_readiness(site, settings())
+
+
+def test_a_simulated_clients_overlap_is_allowed_by_the_run(overlapping, tmp_path):
+    files = "+data.files={vqa:{train:[train.json],test:[test.json],images:images}}"
+    words = (
+        f"data.source=llava data.tasks=[vqa] data.clients_per_task=1 data.folder={tmp_path} {files}"
+    )
+    site = Site(Client("vqa-0", "vqa", 0), tmp_path / "run" / "vqa-0", "cpu")
+    with pytest.raises(ConfigError, match="1 of 1 test rows .*raise `data.allowed_overlap`"):
+        check_readiness(site, load_config(f"{words} data.train_examples=0"))
+    check_readiness(site, load_config(f"{words} data.train_examples=0 data.allowed_overlap=1"))
 
 
 def test_a_run_that_evaluates_needs_a_test_file(place):

@@ -130,7 +130,12 @@ def outside(limit):
         return float(bound) - 1
     if kind == "at most":
         return float(bound) * 2
-    forbidden = {"above 0 and finite": 0, "at least 0 and below 1": 1, "non-empty": ""}
+    forbidden = {
+        "above 0 and finite": 0,
+        "at least 0 and below 1": 1,
+        "non-empty": "",
+        "from 0 to 1": 1.1,
+    }
     return forbidden.get(limit.allowed, "no such/choice")
 
 

@@ -36,7 +36,7 @@ ALWAYS = """
     model.compile model.system_prompt model.lora.rank model.lora.alpha model.lora.dropout
     model.lora.targets model.feature_cache.where
     data.source data.tasks data.clients_per_task data.train_examples data.test_examples
-    data.check_images data.allowed_broken data.workers data.evaluate_on
+    data.check_images data.allowed_broken data.allowed_overlap data.workers data.evaluate_on
     data.shift.rotation data.shift.mirrored
     strategy.name strategy.rounds strategy.trained_by strategy.stages strategy.self_weight
     strategy.min_replies strategy.below_minimum

@@ -1,0 +1,196 @@
+"""Find the test rows that a client also trains on: the same images and the same question.
+
+Images are the same if their pixels are, as the model sees them: a renamed, moved or losslessly
+re-encoded copy is the same image. JPEG files are compared with each other by their bytes, since
+compressing one again changes its pixels and decoding all of a large data set takes hours. Questions
+are compared without markers, case and white space. A test row's question may be any turn of a
+training row, as LLaVA's files join an image's questions in one row; a test row of several turns
+must begin a training row.
+
+Images are opened only where questions coincide, and read only where their sizes do too.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource
+from pilot_flwr.data.images import ImageFile
+from pilot_flwr.data.llava import LlavaExamples
+from pilot_flwr.errors import ConfigError, DataError
+
+_JPEG = b"\xff\xd8\xff"
+
+
+class Overlap(NamedTuple):
+    """Number of the `total` test rows that are training rows too; `first` names one and both."""
+
+    rows: int
+    total: int
+    first: str = ""
+
+    def exceeds(self, allowed: float) -> bool:
+        """Return whether more than a share `allowed` of the test rows are training rows."""
+        return self.rows > allowed * self.total
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} of {self.total} test rows are training rows too (same images and "
+            f"question), such as {self.first}"
+        )
+
+
+def check_overlap(overlap: Overlap, key: str, allowed: float) -> None:
+    """Raise `ConfigError` if the overlap exceeds the setting `key`, which is `allowed`."""
+    if overlap.exceeds(allowed):
+        raise ConfigError(
+            f"{overlap}. Remove them from one of the files, or raise `{key}`, the allowed share of "
+            f"test rows, which is {allowed:g}."
+        )
+
+
+class _Row(NamedTuple):
+    """A row's name, and its images by their numbers in the list of all."""
+
+    origin: str
+    images: tuple[int, ...]
+
+
+_Group = tuple[list[_Row], list[_Row]]
+"""Test rows and training rows that are alike so far."""
+
+
+def find_overlap(train: Sequence[LlavaExamples], test: LlavaExamples, *, workers: int) -> Overlap:
+    """Count the rows of `test` that are also in `train`; broken rows are in neither."""
+    images = _Images(workers)
+    groups = images.narrow(_same_questions(train, test, images), images.facts)
+    lossless = [group for group in groups if not images.all_jpeg(group)]
+    jpeg = [group for group in groups if images.all_jpeg(group)]
+    jpeg = images.narrow(images.narrow(jpeg, images.lengths), images.file_digests)
+    same = [*images.narrow(lossless, images.pixel_digests), *jpeg]
+    first = min(((test[0].origin, train[0].origin) for test, train in same), default=("", ""))
+    rows = sum(len(test) for test, _ in same)
+    return Overlap(rows, len(test), " and ".join(first) if rows else "")
+
+
+def cached_overlap(
+    train: Sequence[LlavaExamples], test: LlavaExamples, folder: Path, *, workers: int
+) -> Overlap:
+    """Return `find_overlap`, kept in a folder until the files of rows change."""
+    parts = "".join(part.digest("overlap") for part in (*train, test))
+    path = folder / f"overlap-{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
+    try:
+        return Overlap(*json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # absent, or torn by a crash
+        found = find_overlap(train, test, workers=workers)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def _same_questions(
+    train: Sequence[LlavaExamples], test: LlavaExamples, images: "_Images"
+) -> list[_Group]:
+    """Group the rows by the questions that occur in both splits."""
+    asked = {_questions(example)[-1] for _, example in _readable(test)}
+    groups: dict[tuple[str, ...], _Group] = defaultdict(lambda: ([], []))
+    for part in train:
+        for origin, example in _readable(part):
+            for question in asked.intersection(_questions(example)):
+                groups[question][1].append(_Row(origin, images.add(example.images)))
+    for origin, example in _readable(test):
+        if (question := _questions(example)[-1]) in groups:
+            groups[question][0].append(_Row(origin, images.add(example.images)))
+    return list(groups.values())
+
+
+def _readable(examples: LlavaExamples) -> Iterator[tuple[str, Example]]:
+    for position in range(len(examples)):
+        try:
+            example: Example = examples[position]
+        except DataError:
+            continue
+        yield examples.origin(position), example
+
+
+def _questions(example: Example) -> list[tuple[str, ...]]:
+    """Return each question alone, and each beginning of several; the last one is the row's."""
+    texts = [turn.text.replace(IMAGE_MARKER, " ") for turn in example.turns if turn.role == "user"]
+    plain = [" ".join(text.split()).casefold() for text in texts]
+    return [*((text,) for text in plain), *(tuple(plain[:n]) for n in range(2, len(plain) + 1))]
+
+
+class _Images:
+    """The images of all rows, each file once, read with some threads."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = max(workers, 1)
+        self._numbers: dict[object, int] = {}
+        self._sources: list[ImageSource] = []
+        self._jpeg: set[int] = set()
+
+    def add(self, images: Iterable[ImageSource]) -> tuple[int, ...]:
+        """Return the numbers of a row's images."""
+        found = []
+        for image in images:
+            key = (image.folder, image.name) if isinstance(image, ImageFile) else id(image)
+            if key not in self._numbers:
+                self._numbers[key] = len(self._sources)
+                self._sources.append(image)
+            found.append(self._numbers[key])
+        return tuple(found)
+
+    def narrow(self, groups: Sequence[_Group], read: Callable[[int], object]) -> list[_Group]:
+        """Divide groups by what `read` returns for their images."""
+
+        def attempt(number: int) -> object | None:
+            try:
+                return read(number)
+            except (DataError, OSError):  # a broken image is like nothing
+                return None
+
+        numbers = {n for group in groups for side in group for row in side for n in row.images}
+        with ThreadPoolExecutor(self._workers) as pool:
+            found = dict(zip(numbers, pool.map(attempt, numbers), strict=True))
+        parts: dict[Any, _Group] = defaultdict(lambda: ([], []))
+        for index, group in enumerate(groups):
+            for side, rows in enumerate(group):
+                for row in rows:
+                    values = tuple(found[n] for n in row.images)
+                    if None not in values:
+                        parts[index, values][side].append(row)
+        return [group for group in parts.values() if all(group)]
+
+    def all_jpeg(self, group: _Group) -> bool:
+        """Return whether the images of a group, opened before, are JPEG files."""
+        return all(self._jpeg.issuperset(row.images) for side in group for row in side)
+
+    def facts(self, number: int) -> object:
+        """Return an image's height and width."""
+        source = self._sources[number]
+        if isinstance(source, ImageFile):
+            with source.path().open("rb") as file:
+                if file.read(len(_JPEG)) == _JPEG:
+                    self._jpeg.add(number)
+        return source.size()
+
+    def lengths(self, number: int) -> object:
+        """Return the size of an image's file."""
+        return self._path(number).stat().st_size
+
+    def file_digests(self, number: int) -> object:
+        """Return a digest of an image's file."""
+        return hashlib.blake2b(self._path(number).read_bytes(), digest_size=16).digest()
+
+    def pixel_digests(self, number: int) -> object:
+        """Return a digest of an image's pixels."""
+        return hashlib.blake2b(self._sources[number].read().tobytes(), digest_size=16).digest()
+
+    def _path(self, number: int) -> Path:
+        source = self._sources[number]
+        assert isinstance(source, ImageFile), "only files are JPEG files"
+        return source.path()
