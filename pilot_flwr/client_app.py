@@ -21,6 +21,7 @@ from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
+from pilot_flwr.flower.client_key import client_key, fingerprint, prove, public_key, statement
 from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.messages import (
     OWN_ERROR,
@@ -62,6 +63,7 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
                 run_folder=run.folder,
                 simulated=simulated,
                 flower_run=str(context.run_id),
+                node_id=context.node_id,
             )
             config = site_config(node, config, simulated=simulated)
             return Message(handler(message, config, site), reply_to=message)
@@ -78,14 +80,21 @@ def _answer(handler: Handler) -> Callable[[Message, Context], Message]:
 @_answer
 def query(message: Message, config: PilotConfig, site: Site) -> RecordDict:
     """Report which client this node is, its version, and whether it holds stage-1 state."""
-    server_round, trains = decode_query(message.content)
+    server_round, trains, nonce = decode_query(message.content)
     check_readiness(site, config)
     if trains:
         site.check_budget(config.privacy)
     client = site.client
     examples = declared_examples(config, client, files=site.files)
     stage = site.private_store.stage(before=server_round)
-    return encode_member(Member(client.id, client.task, examples, stage), identity_of(config))
+    member = Member(client.id, client.task, examples, stage)
+    proof = None
+    if site.key_file is not None:
+        key = client_key(site.key_file, create=site.key_file == site.default_key)
+        logger.info("%s: this client's key is %s", client.id, fingerprint(public_key(key)))
+        run = decode_run(message.content)
+        proof = prove(key, statement(run, server_round, nonce, site.node_id, member))
+    return encode_member(member, identity_of(config), proof)
 
 
 @app.train()

@@ -77,6 +77,22 @@ class Member:
 
 
 @dataclass(frozen=True)
+class ClientKeyProof:
+    """A site's proof that it has a client's key; see `pilot_flwr.flower.client_key`.
+
+    Attributes
+    ----------
+    public_key : str
+        In OpenSSH's format, without comment.
+    signature : bytes
+        Over the statement of this query, node and client.
+    """
+
+    public_key: str
+    signature: bytes
+
+
+@dataclass(frozen=True)
 class Instruction:
     """What the server asks of one client in one exchange.
 

@@ -98,6 +98,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     """Run the remaining exchanges over `grid`; return the strategy with its final state."""
     from pilot_flwr.algorithm.parameter_groups import Sharing
     from pilot_flwr.algorithm.server_state import ServerState
+    from pilot_flwr.flower.client_key import read_client_keys
     from pilot_flwr.flower.compatibility import identity_of
     from pilot_flwr.flower.grid import PollingGrid, in_simulation
     from pilot_flwr.model.loading import initial_state
@@ -111,6 +112,11 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         state = restored(opened.checkpoint, tasks, initial)
     else:
         state = ServerState(tasks, initial)
+    simulated, operator_keys = in_simulation(grid), {}
+    if config.strategy.client_keys and not simulated:
+        operator_keys = read_client_keys(
+            expanded("strategy.client_keys", config.strategy.client_keys)
+        )
     strategy = PilotStrategy(
         config.strategy,
         state,
@@ -119,8 +125,10 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         expected={client.id: client.task for client in federation_clients(config.data)},
         identity=identity_of(config),
         settings=identity.settings,
-        simulated=in_simulation(grid),
+        simulated=simulated,
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
+        keys=opened.checkpoint.keys if opened.checkpoint else {},
+        operator_keys=operator_keys,
     )
     strategy.start(
         grid=PollingGrid(grid),

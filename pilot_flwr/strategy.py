@@ -66,7 +66,10 @@ class PilotStrategy(Strategy):
         settings: str = "",
         simulated: bool = False,
         evaluate: bool = True,
+        keys: Mapping[str, str] | None = None,
+        operator_keys: Mapping[str, str] | None = None,
     ) -> None:
+        """`keys` are the clients' fingerprints so far, `operator_keys` those of the operator."""
         self.config, self.state, self.run, self.folder = config, state, run, folder
         self.num_exchanges = config.rounds + 1
         self.recorder = EventRecorder(
@@ -84,6 +87,8 @@ class PilotStrategy(Strategy):
             identity=identity,
             known=state.task_of,
             simulated=simulated,
+            keys=keys or {},
+            operator_keys=operator_keys or {},
         )
         self.first_client = next(iter(expected), "")
         self.identity = RunIdentity(run.name, settings)
@@ -344,6 +349,7 @@ class PilotStrategy(Strategy):
             loras=self.state.loras,
             tasks=self.state.tasks,
             task_of=self.state.task_of,
+            keys=self.roster.clients.key_of,
             run=self.identity,
             events=self.folder.lines,
             moments={target: m.pack() for target, m in self.state.moments.items()},

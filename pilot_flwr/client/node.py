@@ -47,6 +47,7 @@ KEYS = {
     "linked-folders": "folders outside of it that links of images may lead to",
     "allowed-overlap": "share of the test rows that may be training rows too",
     "state-folder": "folder of the private adapters",
+    "identity-key": "file with this client's private key",
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
     "micro-batch": "examples at once in memory",
@@ -78,8 +79,9 @@ class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
 
     `state_folder` holds its private state and cached features of this run, `device` is a name for
-    `find_device`, `files` is None for a simulated client. `flower_run` is Flower's id of the run,
-    empty for a simulated client.
+    `find_device`, `files` is None for a simulated client. `flower_run` and `node_id` are
+    Flower's, and `key_file` has the private key, by default `default_key`; a simulated client has
+    none of them.
     """
 
     client: Client
@@ -89,6 +91,8 @@ class Site:
     run: str = ""
     demands: PrivacyDemands = PrivacyDemands()
     flower_run: str = ""
+    node_id: int = 0
+    key_file: Path | None = None
 
     @property
     def private_store(self) -> PrivateStore:
@@ -96,6 +100,11 @@ class Site:
         return PrivateStore(
             self.state_folder, self.client.id, self.client.task, flower_run=self.flower_run
         )
+
+    @property
+    def default_key(self) -> Path:
+        """The file of the key that is made where the owner names none."""
+        return self.state_folder.parent / f"{self.client.id}.key"
 
     @property
     def account(self) -> PrivacyAccount:
@@ -124,6 +133,7 @@ class NodeSettings:
     linked_folders: tuple[Path, ...] = ()
     allowed_overlap: float = 0.0
     state_folder: Path | None = None
+    identity_key: Path | None = None
     device: str = "auto"
     model_path: Path | None = None
     micro_batch: int = 0
@@ -151,6 +161,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         linked_folders=_paths(values, "linked-folders"),
         allowed_overlap=_number(values, "allowed-overlap", rules.SHARE),
         state_folder=_path(values, "state-folder"),
+        identity_key=_path(values, "identity-key"),
         device=_text(values, "device") or "auto",
         model_path=_path(values, "model-path"),
         micro_batch=_whole(values, "micro-batch") or 0,
@@ -181,12 +192,13 @@ def find_site(
     run_folder: str,
     simulated: bool,
     flower_run: str = "",
+    node_id: int = 0,
 ) -> Site:
     """Resolve this client's identity, folder, files and device; open no file.
 
-    `run_name` comes from the server and names a folder in ``state-folder``; `flower_run` comes from
-    Flower; only simulated clients use `run_folder`. Raises `ConfigError` if the node config is
-    incomplete or contradicts itself or the run.
+    `run_name` comes from the server and names a folder in ``state-folder``; `flower_run` and
+    `node_id` come from Flower; only simulated clients use `run_folder`. Raises `ConfigError` if the
+    node config is incomplete or contradicts itself or the run.
     """
     longest = 2 * rules.LONGEST_NAME  # it ends with Flower's id of the run
     rules.check_name("run name", run_name, longest=longest)
@@ -205,8 +217,11 @@ def find_site(
     files = None
     if config.data.source == "llava" and not simulated:
         files = site_files(node, client)
-    flower_run = "" if simulated else flower_run
-    return Site(client, folder, node.device, files, run_name, node.demands, flower_run)
+    site = Site(client, folder, node.device, files, run_name, node.demands)
+    if simulated:
+        return site
+    key_file = node.identity_key or site.default_key
+    return replace(site, flower_run=flower_run, node_id=node_id, key_file=key_file)
 
 
 def find_device(name: str) -> torch.device:

@@ -30,6 +30,7 @@ from pilot_flwr.formatting import bounded, headline, one_line
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.protocol import (
     LOSSES,
+    ClientKeyProof,
     EvaluationResult,
     GroupName,
     Instruction,
@@ -43,7 +44,7 @@ from pilot_flwr.protocol import (
 
 TASK_ADAPTER = "task-adapter."
 RESIDUAL = "residual"
-_Introduction = TypeVar("_Introduction", RunInfo, Member)
+_Introduction = TypeVar("_Introduction", RunInfo, Member, ClientKeyProof)
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def refuse_unusable() -> Iterator[None]:
         raise UpdateError(f"it cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _encode_fields(values: RunInfo | Member) -> ConfigRecord:
+def _encode_fields(values: RunInfo | Member | ClientKeyProof) -> ConfigRecord:
     return ConfigRecord({name.replace("_", "-"): value for name, value in asdict(values).items()})
 
 
@@ -74,27 +75,46 @@ def decode_run(content: RecordDict) -> RunInfo:
 # Roster query and reply.
 
 
-def encode_query(run: RunInfo, server_round: int, *, train: bool = True) -> RecordDict:
-    """Ask a node to identify itself; with `train` false, it needs no privacy budget."""
-    query = ConfigRecord({"round": server_round, "train": train})
+def encode_query(
+    run: RunInfo, server_round: int, *, train: bool = True, nonce: str = ""
+) -> RecordDict:
+    """Ask a node to identify itself; with `train` false, it needs no privacy budget.
+
+    A client signs the `nonce`, to prove that it has its key.
+    """
+    query = ConfigRecord({"round": server_round, "train": train, "nonce": nonce})
     return RecordDict({"run": _encode_fields(run), "query": query})
 
 
-def decode_query(content: RecordDict) -> tuple[int, bool]:
-    """Decode the exchange of a query, and whether the client would train in it."""
+def decode_query(content: RecordDict) -> tuple[int, bool, str]:
+    """Decode the exchange of a query, whether the client would train in it, and the nonce."""
     query = record_of(content, "query", ConfigRecord)
-    return value_of(query, "round", int), value_of(query, "train", bool)
+    nonce = value_of(query, "nonce", str)
+    return value_of(query, "round", int), value_of(query, "train", bool), nonce
 
 
-def encode_member(member: Member, identity: Mapping[str, str]) -> RecordDict:
-    """Answer a query; `identity` is that of `pilot_flwr.flower.compatibility`."""
-    values = ConfigRecord(dict(identity))
-    return RecordDict({"member": _encode_fields(member), "identity": values})
+def encode_member(
+    member: Member, identity: Mapping[str, str], proof: ClientKeyProof | None = None
+) -> RecordDict:
+    """Answer a query; `identity` is that of `pilot_flwr.flower.compatibility`.
+
+    A simulated client has no `proof`.
+    """
+    content = RecordDict({"member": _encode_fields(member)})
+    content["identity"] = ConfigRecord(dict(identity))
+    if proof is not None:
+        content["proof"] = _encode_fields(proof)
+    return content
 
 
 def decode_member(content: RecordDict) -> Member:
     """Decode which client a node is."""
     return _decode_fields(record_of(content, "member", ConfigRecord), Member)
+
+
+def decode_proof(content: RecordDict) -> ClientKeyProof:
+    """Decode a node's proof of its client's key."""
+    return _decode_fields(record_of(content, "proof", ConfigRecord), ClientKeyProof)
 
 
 def decode_identity(content: RecordDict) -> dict[str, str]:

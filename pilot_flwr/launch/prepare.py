@@ -81,11 +81,16 @@ def prepare(overrides: Sequence[str], environ: Mapping[str, str], now: datetime)
 def prepare_submission(overrides: Sequence[str]) -> tuple[PilotConfig, str]:
     """Check a run of real sites; return its settings and the overrides to submit.
 
-    `run.folder` and `resume` are paths on the SuperLink's machine. On that machine itself, a
-    resumed run starts from its recorded overrides, as in a simulation.
+    `run.folder`, `resume` and `strategy.client_keys` are paths on the SuperLink's machine. On that
+    machine itself, a resumed run starts from its recorded overrides, as in a simulation.
     """
     config = load_config(shlex.join(overrides))
-    for key, value in (("run.folder", config.run.folder), ("resume", config.resume)):
+    places = {
+        "run.folder": config.run.folder,
+        "resume": config.resume,
+        "strategy.client_keys": config.strategy.client_keys,
+    }
+    for key, value in places.items():
         if value and not Path(value).expanduser().is_absolute():
             raise ConfigError(
                 f"`{key}` is {value!r} but must be an absolute path on the SuperLink's machine."
@@ -112,6 +117,11 @@ def check_settings(
         raise ConfigError(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
             "simulation takes its clients from the configuration: leave it 0, or use `--superlink`."
+        )
+    if simulated and config.strategy.client_keys:
+        raise ConfigError(
+            "`strategy.client_keys` names the keys of real sites, but simulated clients have none: "
+            "leave it out, or use `--superlink`."
         )
     federation_clients(config.data)  # rejects an unknown task before the run starts
     config, whole = with_folder(config, list(overrides))

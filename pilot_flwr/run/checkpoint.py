@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,14 @@ def save_checkpoint(
     events: int,
     moments: Mapping[str, State] | None = None,
     residual: State | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``round-NNNN/`` into the folder of all checkpoints, atomically; prune older ones.
 
     `adapters` maps tasks to ψ_t, `loras` clients to Θ̄_l and `task_of` the same clients to their
     tasks; `events` is the number of lines in ``metrics.jsonl``. `moments` are the server
-    optimizer's, by target; `residual` is what exact aggregation adds to the frozen base.
+    optimizer's, by target; `residual` is what exact aggregation adds to the frozen base. `keys` are
+    the fingerprints of the clients' keys.
     """
     target = folder / f"round-{server_round:04d}"
     temporary = folder / f".{target.name}.tmp"
@@ -115,6 +117,7 @@ def save_checkpoint(
         "round": server_round,
         "tasks": list(tasks),
         "task_of": dict(task_of),
+        "keys": dict(keys or {}),
         "run": run.name,
         "settings": run.settings,
         "events": events,
@@ -140,7 +143,8 @@ class Checkpoint:
     """A complete checkpoint folder; its tensors are read on demand.
 
     `task_of` has the clients with a LoRA, `events` is the number of lines in ``metrics.jsonl`` at
-    the time, and `moments` names the server optimizer's targets.
+    the time, and `moments` names the server optimizer's targets. `keys` maps clients to the
+    fingerprints of their keys; checkpoints of earlier versions and of simulations have none.
     """
 
     folder: Path
@@ -151,6 +155,7 @@ class Checkpoint:
     events: int = 0
     moments: tuple[str, ...] = ()
     has_residual: bool = False
+    keys: dict[str, str] = field(default_factory=dict)
 
     def adapter(self, task: str) -> State:
         """Read a task's adapter ψ_t."""
@@ -190,10 +195,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             _whole_number(content, "events"),
             tuple(content.get("moments", ())),
             content.get("residual", []) == [EVERYONE],
+            dict(content.get("keys", {})),
         )
         files = dict(content["files"])
         tasks = [*checkpoint.tasks, *checkpoint.task_of.values()]
-        if not all(isinstance(n, str) for n in (*tasks, *checkpoint.moments, *files.values())):
+        if not all(
+            isinstance(n, str)
+            for n in (*tasks, *checkpoint.moments, *files.values(), *checkpoint.keys.values())
+        ):
             raise TypeError("a name is not text")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StateError(

@@ -108,6 +108,7 @@ FREE = (
     "strategy.min_replies",
     "strategy.below_minimum",
     "strategy.max_examples",
+    "strategy.client_keys",
     "strategy.wait_seconds",
     "strategy.round_timeout_seconds",
     "train.log_every_seconds",

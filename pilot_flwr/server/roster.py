@@ -4,13 +4,18 @@ Node ids are random in every run and say nothing about the client, so every exch
 query. Its replies also say whether a client holds stage-1 state, which its stage depends on.
 Replies are foreign input; they are checked here, once.
 
-If two nodes claim one client id, it belongs to the node that last took part under it, as long as
-that node is connected: no other node can replace a connected client. Once it has gone, the next
-claimant is taken for the returning client, since a SuperNode without authentication gets a new id
-at every restart. If no claimant has held the id before, all are refused. Ids become names of files
-and folders, and some file systems ignore case, so ids that differ only in case count as one.
+A real site proves in its reply that it has the client's key (`pilot_flwr.flower.client_key`). A
+client id belongs to the key that first took part under it in the run, or to the one that the
+operator's file names: a node with another key is refused and gets no message of the client.
+
+If several nodes have the right key, one site runs twice, or returned under a new node id. The
+client stays at the node where it last took part as long as that one is connected. If none has been
+there, all are refused. Ids become names of files and folders, and some file systems ignore case,
+so ids that differ only in case count as one.
 """
 
+import logging
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,55 +27,68 @@ from flwr.serverapp import Grid
 from pilot_flwr.config.rules import check_name
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import BelowMinimum, ConfigError, UpdateError
+from pilot_flwr.flower.client_key import statement, verify
 from pilot_flwr.flower.compatibility import differences
 from pilot_flwr.flower.grid import match
 from pilot_flwr.flower.messages import (
     decode_error,
     decode_identity,
     decode_member,
+    decode_proof,
+    decode_query,
     encode_query,
     refuse_unusable,
 )
 from pilot_flwr.formatting import count, human_seconds, one_line
 from pilot_flwr.protocol import Member, RunInfo
 
+logger = logging.getLogger("flwr")
 RETRY_SECONDS = 30.0
 """Pause before a refused node of a real site is queried again, as its owner may fix it."""
 
 _UNIQUE = "`client-id` must be different at every node."
 
 
+class Claim(NamedTuple):
+    """A node's claim to be a client, with its key's fingerprint; without, in a simulation."""
+
+    member: Member
+    key: str = ""
+
+
 class Present(NamedTuple):
     """A client that takes part, and its node."""
 
     member: Member
+    key: str
     node_id: int
 
 
 @dataclass
 class ClientNodes:
-    """The known clients of a run: each client's task, and the node where it last took part."""
+    """The known clients of a run: their tasks, their keys, and where they last took part."""
 
     task_of: dict[str, str] = field(default_factory=dict)
+    key_of: dict[str, str] = field(default_factory=dict)
     node_of: dict[str, int] = field(default_factory=dict)
 
     def check(self, member: Member) -> None:
         """Raise `UpdateError` if the id is known with another task, or in another case."""
-        for client, task in self.task_of.items():
+        for client in {**self.task_of, **self.key_of}:
             if client.casefold() == member.client.casefold() and client != member.client:
                 raise UpdateError(
                     f"`client-id` is {member.client!r}, which differs only in case from "
                     f"{client!r}, a client of the run"
                 )
-            if client == member.client and task != member.task:
-                raise UpdateError(
-                    f"`task` is {member.task!r} but client {client!r} of the run has {task!r}"
-                )
+        if (task := self.task_of.get(member.client, member.task)) != member.task:
+            raise UpdateError(
+                f"`task` is {member.task!r} but client {member.client!r} of the run has {task!r}"
+            )
 
     def resolve(
-        self, claims: Mapping[int, Member], connected: Collection[int]
+        self, claims: Mapping[int, Claim], connected: Collection[int]
     ) -> tuple[dict[str, Present], dict[int, str]]:
-        """Resolve conflicting claims, which map nodes to checked members.
+        """Resolve conflicting claims, which map nodes to checked members with their keys.
 
         Returns the present clients by id, and the other nodes with the reason of their refusal.
         """
@@ -78,9 +96,16 @@ class ClientNodes:
         refused: dict[int, str] = {}
         nodes_of: dict[str, list[int]] = {}
         for node in sorted(claims):
-            nodes_of.setdefault(claims[node].client.casefold(), []).append(node)
+            client, key = claims[node].member.client, claims[node].key
+            if (wanted := self.key_of.get(client, key)) == key:
+                nodes_of.setdefault(client.casefold(), []).append(node)
+            else:
+                refused[node] = (
+                    f"It claims to be client {client!r}, whose key is {wanted}, but it has {key}. "
+                    "If the client has a new key, name it in the file of `strategy.client_keys`."
+                )
         for nodes in nodes_of.values():
-            client = claims[nodes[0]].client
+            client = claims[nodes[0]].member.client
             holder = self._holder(client, claims, connected)
             if holder is not None:
                 held = (
@@ -90,37 +115,44 @@ class ClientNodes:
                 refused |= {node: held for node in nodes if node != holder}
                 nodes = [node for node in nodes if node == holder]
             elif len(nodes) > 1:
-                refused |= dict.fromkeys(nodes, _ambiguous({n: claims[n].client for n in nodes}))
+                refused |= dict.fromkeys(nodes, _ambiguous({n: claims[n] for n in nodes}))
                 continue
             for node in nodes:  # one, or none if its holder is silent
-                present[client] = Present(claims[node], node)
+                present[client] = Present(*claims[node], node)
         return present, refused
 
     def _holder(
-        self, client: str, claims: Mapping[int, Member], connected: Collection[int]
+        self, client: str, claims: Mapping[int, Claim], connected: Collection[int]
     ) -> int | None:
-        """Return the node that last took part as `client`, unless it left or claims another id."""
+        """Return the node that last took part as `client`, unless it left or claims otherwise."""
         node = self.node_of.get(client)
         if node is None:
             return None
         if node in claims:
-            return node if claims[node].client == client else None
+            member, key = claims[node]
+            same = member.client == client and self.key_of.get(client, key) == key
+            return node if same else None
         return node if node in connected else None
 
     def remember(self, present: Mapping[str, Present]) -> None:
-        """Store task and node of the clients in an exchange."""
+        """Store task, key and node of the clients in an exchange."""
         for client, found in present.items():
             self.task_of[client] = found.member.task
             self.node_of[client] = found.node_id
+            if found.key and client not in self.key_of:
+                logger.info("Client %s has the key %s", client, found.key)
+                self.key_of[client] = found.key
 
 
-def _ambiguous(claimed: Mapping[int, str]) -> str:
+def _ambiguous(claims: Mapping[int, Claim]) -> str:
     """Return why all nodes that claim one id are refused."""
-    nodes = list(claimed)
+    nodes, claimed = list(claims), {node: claim.member.client for node, claim in claims.items()}
     listed = ", ".join(map(str, nodes[:-1])) + f" and {nodes[-1]}"
     if len(set(claimed.values())) == 1:
         word = "both" if len(nodes) == 2 else "all"
-        return f"Nodes {listed} are {word} client {claimed[nodes[0]]!r}; {_UNIQUE}"
+        keys = " They have different keys: name the client's in the file of `strategy.client_keys`."
+        several = len({claim.key for claim in claims.values()}) > 1
+        return f"Nodes {listed} are {word} client {claimed[nodes[0]]!r}; {_UNIQUE}{keys * several}"
     which = ", ".join(f"{node} ({name!r})" for node, name in claimed.items())
     return f"Nodes {which} have ids that differ only in case; {_UNIQUE}"
 
@@ -139,11 +171,15 @@ class Roster:
         identity: Mapping[str, str],
         known: Mapping[str, str],
         simulated: bool,
+        keys: Mapping[str, str],
+        operator_keys: Mapping[str, str],
     ) -> None:
+        """Keys map clients to fingerprints: those known so far, and the operator's, if any."""
         self.run, self.tasks, self.config = run, tasks, config
         self.open = config.clients > 0
         self.expected = {} if self.open else dict(expected)
-        self.clients = ClientNodes({**self.expected, **known})
+        self.clients = ClientNodes({**self.expected, **known}, {**keys, **operator_keys})
+        self.operator_keys = operator_keys
         self.on_failure, self.identity, self.simulated = on_failure, identity, simulated
         self._called = False
 
@@ -162,7 +198,8 @@ class Roster:
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_replies if self._called else everyone
-        query = encode_query(self.run, server_round, train=train)
+        nonce = secrets.token_hex(32)
+        query = encode_query(self.run, server_round, train=train, nonce=nonce)
         deadline = time.monotonic() + self.config.wait_seconds
         answers = _Answers(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
@@ -210,8 +247,8 @@ class Roster:
 
     def _query(
         self, grid: Grid, nodes: list[int], query: RecordDict, server_round: int, seconds: float
-    ) -> Iterator[tuple[int, Member | str]]:
-        """Yield each node with its member, or with the reason why it cannot take part."""
+    ) -> Iterator[tuple[int, Claim | str]]:
+        """Yield each node with its claim, or with the reason why it cannot take part."""
         silence = "No reply to the roster query in time."
         if seconds <= 0:
             yield from ((node, silence) for node in nodes)
@@ -224,18 +261,23 @@ class Roster:
             elif reply.has_error():
                 yield nodes[index], decode_error(reply.error, simulated=self.simulated)
             else:
-                yield nodes[index], self._read(reply)
+                yield nodes[index], self._read(reply, messages[index], server_round)
 
-    def _read(self, reply: Message) -> Member | str:
+    def _read(self, reply: Message, query: Message, server_round: int) -> Claim | str:
         try:
             with refuse_unusable():
                 if found := differences(decode_identity(reply.content), self.identity):
                     raise UpdateError("version mismatch with the server: " + "; ".join(found))
                 member = decode_member(reply.content)
                 self._check(member)
+                if self.simulated:
+                    return Claim(member)
+                _, _, nonce = decode_query(query.content)
+                node = query.metadata.dst_node_id
+                signed = statement(self.run, server_round, nonce, node, member)
+                return Claim(member, verify(decode_proof(reply.content), signed))
         except UpdateError as error:
             return one_line(f"Its reply to the roster query is refused: {error}.")
-        return member
 
     def _check(self, member: Member) -> None:
         if self.open:
@@ -252,6 +294,10 @@ class Roster:
             raise UpdateError(
                 f"client {member.client!r} with task {member.task!r} is not one of "
                 + ", ".join(f"{client} ({task})" for client, task in self.expected.items())
+            )
+        if self.operator_keys and member.client not in self.operator_keys:
+            raise UpdateError(
+                f"the file of `strategy.client_keys` does not name client {member.client!r}"
             )
         if member.examples < 1:
             raise UpdateError(f"`examples` is {member.examples} but must be at least 1")
@@ -270,7 +316,7 @@ class _Answers:
     def __init__(self, on_refusal: Callable[[int, str], None]) -> None:
         self.on_refusal = on_refusal
         self.queried: dict[int, float] = {}
-        self.claims: dict[int, Member] = {}
+        self.claims: dict[int, Claim] = {}
         self.refused: dict[int, str] = {}
         self._reported: dict[int, str] = {}
 
@@ -286,9 +332,9 @@ class _Answers:
         self.queried |= dict.fromkeys(chosen, now)
         return sorted(chosen)
 
-    def add(self, node: int, answer: Member | str) -> None:
+    def add(self, node: int, answer: Claim | str) -> None:
         """Store a node's answer; report each refusal once."""
-        if isinstance(answer, Member):
+        if isinstance(answer, Claim):
             self.claims[node] = answer
             self.refused.pop(node, None)
             return

@@ -39,8 +39,8 @@ ALWAYS = """
     data.check_images data.allowed_broken data.allowed_overlap data.workers data.evaluate_on
     data.shift.rotation data.shift.mirrored
     strategy.name strategy.rounds strategy.trained_by strategy.stages strategy.self_weight
-    strategy.min_replies strategy.below_minimum
-    strategy.clients strategy.max_examples strategy.wait_seconds strategy.round_timeout_seconds
+    strategy.min_replies strategy.below_minimum strategy.clients strategy.client_keys
+    strategy.max_examples strategy.wait_seconds strategy.round_timeout_seconds
     strategy.server_optimizer.name
     train.max_length train.autocast train.proximal_weight train.ditto.enabled
     evaluation.enabled evaluation.batch_size evaluation.max_new_tokens

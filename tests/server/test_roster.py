@@ -1,10 +1,12 @@
 """Which node is which client, decided without Flower."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import Member
-from pilot_flwr.server.roster import ClientNodes
+from pilot_flwr.server.roster import Claim, ClientNodes
 
 
 def member(client, task="vqa"):
@@ -12,8 +14,9 @@ def member(client, task="vqa"):
 
 
 def resolve(clients, connected=(), **nodes):
-    """`resolve` with nodes as n1="a": who takes part at which node, and who does not."""
-    claims = {int(name[1:]): member(client) for name, client in nodes.items()}
+    """`resolve` with nodes as n1="a" or n1="a key": who takes part where, and who does not."""
+    claimed = {int(name[1:]): (*text.split(), "")[:2] for name, text in nodes.items()}
+    claims = {node: Claim(member(client), key) for node, (client, key) in claimed.items()}
     present, refused = clients.resolve(claims, {*claims, *connected})
     clients.remember(present)
     return {client: one.node_id for client, one in present.items()}, refused
@@ -72,3 +75,55 @@ def test_a_client_keeps_its_task():
     resolve(clients, n1="a")
     with pytest.raises(UpdateError, match="`task` is 'counting' but client 'a' of the run has 'vq"):
         clients.check(member("a", "counting"))
+
+
+def test_a_client_belongs_to_the_key_that_first_used_its_id():
+    clients = ClientNodes()
+    assert resolve(clients, n1="a K1", n2="b K2") == ({"a": 1, "b": 2}, {})
+    present, refused = resolve(clients, n2="b K2", n3="a K3")  # the owner is away
+    assert present == {"b": 2}
+    assert refused[3].startswith("It claims to be client 'a', whose key is K1, but it has K3.")
+    present, refused = resolve(clients, n2="b K2", n3="a K3", n4="a K1")  # and returns
+    assert (present, list(refused)) == ({"a": 4, "b": 2}, [3])
+    assert clients.key_of == {"a": "K1", "b": "K2"}
+
+
+def test_a_key_that_is_known_beforehand_counts_from_the_first_exchange():
+    clients = ClientNodes(key_of={"a": "K1"})
+    present, refused = resolve(clients, n1="a K3", n2="a K1")
+    assert (present, list(refused)) == ({"a": 2}, [1])
+    with pytest.raises(UpdateError, match="`client-id` is 'A', .* only in case from 'a'"):
+        ClientNodes(key_of={"a": "K1"}).check(member("A"))
+
+
+def test_a_new_key_of_the_operator_replaces_the_old_one():
+    clients = ClientNodes(key_of={"a": "K1"})
+    resolve(clients, n1="a K1")
+    clients.key_of["a"] = "K2"
+    present, refused = resolve(clients, n1="a K1", n2="a K2")
+    assert (present, list(refused)) == ({"a": 2}, [1])
+
+
+def test_two_new_nodes_with_different_keys_are_told_what_decides():
+    _, refused = resolve(ClientNodes(), n1="a K1", n2="a K2")
+    assert all(
+        "name the client's in the file of `strategy.client_keys`" in r for r in refused.values()
+    )
+
+
+@given(
+    st.lists(st.dictionaries(st.integers(1, 5), st.sampled_from(["K1", "K2", "K3"]), max_size=5))
+)
+def test_no_other_key_takes_part_as_a_client_once_it_has_taken_part(exchanges):
+    clients, first = ClientNodes(), None
+    for nodes in exchanges:
+        claims = {node: Claim(member("a"), key) for node, key in nodes.items()}
+        present, refused = clients.resolve(claims, set(nodes))
+        clients.remember(present)
+        assert {p.node_id for p in present.values()} | refused.keys() == nodes.keys()
+        for found in present.values():
+            first = first or found.key
+            assert found.key == first
+        # The one node with the client's key is never kept out by the others.
+        right = [node for node, key in nodes.items() if key == first]
+        assert first is None or len(right) != 1 or present["a"].node_id == right[0]
