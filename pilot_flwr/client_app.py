@@ -8,14 +8,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pilot_flwr import __version__
-from pilot_flwr.client.node import (
-    Site,
-    find_site,
-    is_simulated,
-    private_paths,
-    read_node_config,
-    site_config,
-)
+from pilot_flwr.client.node import Site, find_site, is_simulated, site_config
+from pilot_flwr.client.node_config import private_paths, read_node_config
 from pilot_flwr.client.preflight import check_readiness
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pilot_flwr.client.node import read_node_config, site_client, site_config, site_files
+from pilot_flwr.client.node import site_client, site_config, site_files
+from pilot_flwr.client.node_config import read_node_config
 from pilot_flwr.client.preflight import ANY_COLOUR, check_files, client_overlap
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import Split

@@ -2,15 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pilot_flwr.client.node import (
-    NodeSettings,
-    find_site,
-    is_simulated,
-    read_node_config,
-    site_client,
-    site_config,
-    site_model,
-)
+from pilot_flwr.client.node import find_site, is_simulated, site_client, site_config, site_model
+from pilot_flwr.client.node_config import NodeSettings, read_node_config
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.data.federation import count_examples, federation_clients

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pilot_flwr.client.node import KEYS, NodeSettings, private_paths, read_node_config
+from pilot_flwr.client.node_config import KEYS, NodeSettings, private_paths, read_node_config
 from pilot_flwr.errors import ConfigError
 
 

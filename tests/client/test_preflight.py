@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pilot_flwr.client import preflight
-from pilot_flwr.client.node import Site, private_paths
+from pilot_flwr.client.node import Site
+from pilot_flwr.client.node_config import private_paths
 from pilot_flwr.client.preflight import check_files, check_readiness, check_room, check_writable
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.client_files import SiteFiles

@@ -11,7 +11,8 @@ from flwr.app import MessageType
 from inprocess import TWO_TASKS, Federation
 from safetensors.torch import load_file, save_file
 
-from pilot_flwr.client.node import NodeSettings, site_config
+from pilot_flwr.client.node import site_config
+from pilot_flwr.client.node_config import NodeSettings
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import RunError

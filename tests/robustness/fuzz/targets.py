@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fuzz.inputs import ODD_VALUES, files, json_bytes, mutated_tree, texts
-from pilot_flwr.client.node import find_site, private_paths, read_node_config, site_config
+from pilot_flwr.client.node import find_site, site_config
+from pilot_flwr.client.node_config import private_paths, read_node_config
 from pilot_flwr.client.privacy_accountant import PrivacyAccount
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.config.loading import from_yaml, load_config, to_yaml
