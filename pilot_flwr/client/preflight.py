@@ -152,6 +152,9 @@ def _kind_problem(path: Path, kind: str, is_kind: Callable[[int], bool]) -> str:
 
 
 def _file_problem(path: Path) -> str:
+    """Return why a file of rows, or a folder that holds a data set, cannot be read."""
+    if path.is_dir():
+        return _folder_problem(path)
     if problem := _kind_problem(path, "file", stat.S_ISREG):
         return problem
     reason = _unreadable(path)

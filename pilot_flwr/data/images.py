@@ -11,14 +11,15 @@ greys of 16 bits keep their upper 8.
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -156,18 +157,18 @@ def _orientation(image: Image.Image) -> int:
     return found if found in _TURNS else 1
 
 
-def _open(path: Path) -> Image.Image:
+def _open(source: Path | io.BytesIO) -> Image.Image:
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(source, formats=FORMATS)
     except ValueError as error:  # a PNG with more text than Pillow accepts
         if "MAX_TEXT" not in str(error):
             raise
-    return Image.open(_without_text(path), formats=FORMATS)
+    return Image.open(_without_text(source), formats=FORMATS)
 
 
-def _without_text(path: Path) -> io.BytesIO:
+def _without_text(source: Path | io.BytesIO) -> io.BytesIO:
     """Return a PNG file without its text chunks."""
-    data = path.read_bytes()
+    data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
     kept, place = [data[:8]], 8
     while place + 12 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
@@ -177,10 +178,10 @@ def _without_text(path: Path) -> io.BytesIO:
     return io.BytesIO(b"".join(kept))
 
 
-def _file_kind(path: Path) -> str:
+def _file_kind(image: "ImageFile") -> str:
     """Return in words what a file is that is no image that can be read, or nothing."""
     try:
-        with path.open("rb") as stream:
+        with image.open() as stream:
             begin = stream.read(512)
     except OSError as error:
         return error.strerror or ""
@@ -202,7 +203,7 @@ def _file_kind(path: Path) -> str:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of a row, read on demand."""
+    """An image of a row, read on demand: a file, or `data` that the row itself holds."""
 
     folder: Path
     name: str
@@ -210,6 +211,18 @@ class ImageFile:
     background: Colour | None = None
     official: bool = False
     linked_folders: tuple[Path, ...] = ()
+    data: bytes | memoryview | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def key(self) -> object:
+        """Where the image comes from; rows may share it."""
+        if self.data is not None:
+            return hashlib.sha256(self.data).digest()
+        return self.folder, self.name
+
+    def open(self) -> BinaryIO:
+        """Open the undecoded image; raise `ImageError` or `OSError`."""
+        return self.path().open("rb") if self.data is None else io.BytesIO(self.data)
 
     def read(self) -> Image.Image:
         """Return the decoded image in RGB."""
@@ -249,13 +262,15 @@ class ImageFile:
 
     def identity(self) -> str:
         """Return path, size, modification time and the way of reading as one key."""
+        reading = f"{self.background}/{'official' if self.official else 'upright on white'}"
+        if self.data is not None:
+            return f"{hashlib.sha256(self.data).hexdigest()}/{reading}"
         path = self.path()
         try:
             stat = path.stat()
         except OSError as error:  # gone since
             raise self._error(f"cannot be opened ({error.strerror})") from None
-        reading = "official" if self.official else "upright on white"
-        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{self.background}/{reading}"
+        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{reading}"
 
     def path(self) -> Path:
         """Return the file, all links resolved."""
@@ -284,14 +299,14 @@ class ImageFile:
         return found
 
     def _open(self) -> Image.Image:
-        path = self.path()
+        source = self.path() if self.data is None else io.BytesIO(self.data)
         try:
             with _quiet():
-                image = _open(path)
+                image = _open(source)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise self._error(_TOO_LARGE) from None
         except Exception as error:  # as in `read`; Pillow's texts have the file's path
-            reason = _file_kind(path) or type(error).__name__
+            reason = _file_kind(self) or type(error).__name__
             raise self._error(f"cannot be read as an image ({reason})") from None
         shorter, longer = sorted(image.size)
         if longer * shorter > MOST_PIXELS:

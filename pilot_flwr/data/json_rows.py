@@ -5,7 +5,6 @@ error; those of JSONL are numbered by their lines, blank ones included, as in an
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -35,7 +34,7 @@ class RowFile(Sequence[Row]):
         self.path = path
         self.name = path.name
         self._copy: BinaryIO | None = None
-        self.stamp = _stamp(path)
+        self.stamp = stamp_of(path)
         file = open_text(path, self.name)
         try:
             cursor = Cursor(file, self.name, "row", chunk)
@@ -101,10 +100,13 @@ class RowFile(Sequence[Row]):
             raise DataError(f"{self.origin(number)} is not a JSON object.")
         return row
 
+    def _check_unchanged(self) -> None:
+        if stamp_of(self.path) != self.stamp:
+            raise DataError(f"{self.name} has changed since it was opened; restart the run.")
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
-        if _stamp(self.path) != self.stamp:
-            raise DataError(f"{self.name} has changed since it was opened; restart the run.")
+        self._check_unchanged()
         if self._copy is not None:
             yield self._copy
         else:
@@ -114,22 +116,6 @@ class RowFile(Sequence[Row]):
                 raise DataError(f"{self.name} cannot be opened ({error.strerror}).") from None
             with file:
                 yield file
-
-
-@functools.lru_cache(maxsize=64)
-def _open_rows(path: str, stamp: tuple[int, int]) -> RowFile:
-    return RowFile(Path(path))
-
-
-def open_rows(path: Path) -> RowFile:
-    """Open a file of rows; an unchanged file is scanned once per process."""
-    stamp = _stamp(path)
-    if not path.is_file():
-        raise DataError(f"{path.name} is not a file.")
-    file = _open_rows(str(path), stamp)
-    if not file:
-        raise DataError(f"{path.name} has no rows: its array is empty.")
-    return file
 
 
 def _scan_array(cursor: Cursor) -> "array[int]":
@@ -208,9 +194,11 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Return size and time of change of a file, or of the files of a folder."""
     try:
-        status = path.stat()
+        found = [path, *path.iterdir()] if path.is_dir() else [path]
+        status = [file.stat() for file in found]
     except OSError as error:
         raise DataError(f"{path.name} cannot be opened ({error.strerror}).") from None
-    return status.st_size, status.st_mtime_ns
+    return sum(file.st_size for file in status), max(file.st_mtime_ns for file in status)

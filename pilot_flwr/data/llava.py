@@ -13,6 +13,7 @@ training: a turn's only marker moves to its front, on a separate line. A row wit
 marker gets the marker before its first question; LLaVA would train on it without the image.
 """
 
+import base64
 import hashlib
 import re
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ LONGEST_ID = 256
 """In characters: an id labels errors and must not carry text."""
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|image/)", re.IGNORECASE)
+_DATA_ADDRESS = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _IMAGES = ("image", "images")
 _KNOWN = (*_IMAGES, "id", "conversations", "messages", "prompt", "completion", "text", "references")
 _UNTRAINED = ("system", "tools")
@@ -174,8 +176,6 @@ def _images(
     for key in keys:
         values = row[key] if isinstance(row[key], list) else [row[key]]
         found = [(key, value) for value in values]
-    if found and reading.images is None:
-        raise DataError(f"{origin} has an image, but no image folder is configured.")
     return tuple(
         _source(value, field, f"{origin}, image {number}", origin, reading)
         for number, (field, value) in enumerate(found, start=1)
@@ -186,17 +186,45 @@ def _source(value: Any, field: str, name: str, origin: str, reading: Reading) ->
     """Return one picture of a row; `name` stands for it in errors."""
     if isinstance(value, dict) and field.endswith("image_url"):
         value = value.get("url")
-    if not isinstance(value, str):
+    data = _embedded(value, field, name)
+    if isinstance(value, dict):
+        value = value.get("path")
+    if data is not None:
+        value = value if isinstance(value, str) and len(value) <= LONGEST_ID else ""
+    elif not isinstance(value, str):
         raise DataError(
-            f"{origin}: `{field}` has {kind_of(value)} but must be a file's name or a list of them."
+            f"{origin}: `{field}` has {kind_of(value)} but must be a file's name, an object with "
+            "`bytes` or `path`, or a list of them."
         )
-    if _ADDRESS.match(value):
+    elif _ADDRESS.match(value):
         raise DataError(
-            f"{name} is an address or embedded (`{field}`), which is not read: save the picture in "
-            "the image folder and write its file's name."
+            f"{name} is an address (`{field}`), which is not read: save the picture in the image "
+            "folder and write its file's name."
         )
+    elif reading.images is None:
+        raise DataError(f"{origin} has an image, but no image folder is configured.")
     folder, linked = reading.images or Path(), reading.linked_folders
-    return ImageFile(folder, value, name, reading.background, reading.official, linked)
+    return ImageFile(folder, value, name, reading.background, reading.official, linked, data)
+
+
+def _embedded(value: Any, field: str, name: str) -> bytes | memoryview | None:
+    """Return the bytes of a picture that the row itself holds, in JSON as base64."""
+    found = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(found, bytes | memoryview):
+        return found
+    if isinstance(value, str):
+        match = _DATA_ADDRESS.match(value)
+        if not (match or field.endswith("base64")):
+            return None
+        found = value[match.end() :] if match else value
+    elif found is None or not isinstance(value, dict):
+        return None
+    try:
+        if isinstance(found, list):  # as JSON of bytes may be, too
+            return bytes(found)
+        return base64.b64decode(re.sub(r"\s", "", found), validate=True)
+    except (ValueError, TypeError):
+        raise DataError(f"{name} (`{field}`) has bytes that are no base64.") from None
 
 
 def _prompt(turn: Turn, reading: Reading) -> Turn:

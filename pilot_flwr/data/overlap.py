@@ -12,11 +12,12 @@ Images are opened only where questions coincide, and read only where their sizes
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource
 from pilot_flwr.data.images import ImageFile
@@ -137,7 +138,7 @@ class _Images:
         """Return the numbers of a row's images."""
         found = []
         for image in images:
-            key = (image.folder, image.name) if isinstance(image, ImageFile) else id(image)
+            key = image.key if isinstance(image, ImageFile) else id(image)
             if key not in self._numbers:
                 self._numbers[key] = len(self._sources)
                 self._sources.append(image)
@@ -173,24 +174,26 @@ class _Images:
         """Return an image's height and width."""
         source = self._sources[number]
         if isinstance(source, ImageFile):
-            with source.path().open("rb") as file:
+            with source.open() as file:
                 if file.read(len(_JPEG)) == _JPEG:
                     self._jpeg.add(number)
         return source.size()
 
     def lengths(self, number: int) -> object:
         """Return the size of an image's file."""
-        return self._path(number).stat().st_size
+        with self._open(number) as file:
+            return file.seek(0, os.SEEK_END)
 
     def file_digests(self, number: int) -> object:
         """Return a digest of an image's file."""
-        return hashlib.blake2b(self._path(number).read_bytes(), digest_size=16).digest()
+        with self._open(number) as file:
+            return hashlib.blake2b(file.read(), digest_size=16).digest()
 
     def pixel_digests(self, number: int) -> object:
         """Return a digest of an image's pixels."""
         return hashlib.blake2b(self._sources[number].read().tobytes(), digest_size=16).digest()
 
-    def _path(self, number: int) -> Path:
+    def _open(self, number: int) -> BinaryIO:
         source = self._sources[number]
         assert isinstance(source, ImageFile), "only files are JPEG files"
-        return source.path()
+        return source.open()

@@ -47,12 +47,12 @@ class WholeImages:
 
     def __init__(self, workers: int = 0) -> None:
         self._workers = max(workers, 1)
-        self._whole: set[tuple[Path, str]] = set()
+        self._whole: set[object] = set()
 
     def decode(self, examples: Iterable[Example]) -> None:
         """Decode the images of some examples that were not decoded before."""
         images = (image for example in examples for image in example.images)
-        files = {_key(image): image for image in images if isinstance(image, ImageFile)}
+        files = {image.key: image for image in images if isinstance(image, ImageFile)}
         new = {key: image for key, image in files.items() if key not in self._whole}
         with ThreadPoolExecutor(self._workers) as pool:
             decodes = pool.map(_decodes, new.values())
@@ -61,12 +61,8 @@ class WholeImages:
     def check(self, example: Example) -> None:
         """Raise `ImageError`, which names the row, unless all images of an example decode."""
         for image in example.images:
-            if not isinstance(image, ImageFile) or _key(image) not in self._whole:
+            if not isinstance(image, ImageFile) or image.key not in self._whole:
                 image.read()
-
-
-def _key(image: ImageFile) -> tuple[Path, str]:
-    return image.folder, image.name
 
 
 def _decodes(image: ImageFile) -> bool:

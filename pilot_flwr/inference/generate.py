@@ -13,8 +13,8 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import linked_folders
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, ImageSource, Turn
 from pilot_flwr.data.images import ImageFile, mean_colour
-from pilot_flwr.data.json_rows import open_rows
 from pilot_flwr.data.llava import LlavaExamples, Reading, row_id, to_example
+from pilot_flwr.data.row_files import open_rows
 from pilot_flwr.data.turns import UNANSWERED
 from pilot_flwr.errors import DataError
 from pilot_flwr.inference.runs import Run

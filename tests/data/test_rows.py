@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.data import json_rows, json_text
-from pilot_flwr.data.json_rows import RowFile, open_rows
+from pilot_flwr.data.json_rows import RowFile
+from pilot_flwr.data.row_files import open_rows
 from pilot_flwr.errors import DataError
 
 JSON = st.recursive(
@@ -185,7 +186,7 @@ def test_a_file_is_walked_through_once_a_process_until_it_changes(tmp_path):
 def test_what_is_no_file_is_refused_without_its_folder(tmp_path, name):
     (tmp_path / "folder").mkdir()
     for read in (open_rows, RowFile):
-        with pytest.raises(DataError, match=f"^{name} (cannot be opened|is not a file)"):
+        with pytest.raises(DataError, match=f"^{name} (cannot be opened|is a folder, but)"):
             read(tmp_path / name)
 
 
@@ -314,5 +315,5 @@ def test_one_row_may_stand_alone_in_its_file(tmp_path):
 
 
 def test_an_empty_array_is_no_file_of_rows(tmp_path):
-    with pytest.raises(DataError, match="^a.json has no rows: its array is empty"):
+    with pytest.raises(DataError, match="^a.json has no rows"):
         open_rows(written(tmp_path / "a.json", "[]"))
