@@ -222,7 +222,7 @@ def site_files(node: NodeSettings, client: Client) -> SiteFiles:
     if not node.train_files:
         raise ConfigError(
             f"`train-file` is missing in the node config of client {client.id!r}; it must be "
-            "this site's training data, LLaVA JSON or JSONL."
+            "this site's training data: JSON, JSONL or a Hugging Face data set."
         )
     images, links = node.image_folder, node.linked_folders
     return SiteFiles(node.train_files, node.test_files, images, links, node.allowed_overlap)

@@ -22,8 +22,8 @@ NodeConfig = Mapping[str, bool | float | int | str]
 KEYS = {
     "client-id": "name of this site, letters, digits, '_' and '-'",
     "task": "one of the run's `data.tasks`",
-    "train-file": "training data, LLaVA JSON or JSONL",
-    "test-file": "test data, LLaVA JSON or JSONL",
+    "train-file": "training data: JSON, JSONL or a Hugging Face data set",
+    "test-file": "test data: JSON, JSONL or a Hugging Face data set",
     "image-folder": "folder of the images",
     "linked-folders": "folders outside of it that links of images may lead to",
     "allowed-overlap": "share of the test rows that may be training rows too",

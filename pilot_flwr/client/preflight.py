@@ -25,6 +25,7 @@ from pilot_flwr.data.federation import (
 )
 from pilot_flwr.data.llava import LlavaExamples
 from pilot_flwr.data.overlap import Overlap, cached_overlap, check_overlap, find_overlap
+from pilot_flwr.data.row_files import may_have_rows
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.model.shapes import layout_of
@@ -153,10 +154,8 @@ def _kind_problem(path: Path, kind: str, is_kind: Callable[[int], bool]) -> str:
 
 def _file_problem(path: Path) -> str:
     """Return why a file of rows, or a folder that holds a data set, cannot be read."""
-    if path.is_dir():
-        return _folder_problem(path)
-    if problem := _kind_problem(path, "file", stat.S_ISREG):
-        return problem
+    if problem := _kind_problem(path, "file or a data set's folder", stat.S_ISREG):
+        return _folder_problem(path) if may_have_rows(path) else problem
     reason = _unreadable(path)
     return f"which cannot be read: {reason}" if reason else ""
 

@@ -23,7 +23,7 @@ ALL = 0
 
 @dataclass  # not frozen: OmegaConf cannot fill the frozen values of a dict
 class TaskFiles:
-    """One task's files (LLaVA JSON or JSONL) and metric.
+    """One task's files (JSON, JSONL or Hugging Face data sets) and metric.
 
     Paths are relative to `data.folder` and apply to simulations; a real site names its own files
     in its node config, so `train`, `test` and `images` may be left out there.

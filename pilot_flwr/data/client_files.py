@@ -24,7 +24,7 @@ from pilot_flwr.config.rules import expanded
 from pilot_flwr.data.images import Colour
 from pilot_flwr.data.json_rows import RowFile
 from pilot_flwr.data.llava import LlavaExamples, Reading
-from pilot_flwr.data.row_files import open_rows
+from pilot_flwr.data.row_files import may_have_rows, open_rows
 from pilot_flwr.errors import ConfigError, DataError
 
 Split = Literal["train", "test"]
@@ -122,8 +122,10 @@ def _split_paths(data: DataConfig, task: str, split: Split) -> list[Path]:
         raise ConfigError(f"`{key}` is empty but must name a file, except for real sites.")
     paths = [_simulated_path(data, name, key) for name in names]
     for path in paths:
-        if not (path.is_file() or path.is_dir()):  # a data set may be a folder
-            raise ConfigError(f"`{key}` names {str(path)!r}, which is not a file or folder.")
+        if not may_have_rows(path):
+            raise ConfigError(
+                f"`{key}` names {str(path)!r}, which is not a file or a data set's folder."
+            )
     return paths
 
 

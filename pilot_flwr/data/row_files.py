@@ -11,6 +11,7 @@ To read a further form, add it to `_open_table`.
 import functools
 import json
 import mmap
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ def open_rows(path: Path) -> RowFile:
     if not file:
         raise DataError(f"{path.name} has no rows.")
     return file
+
+
+def may_have_rows(path: Path) -> bool:
+    """Return whether a path is a file, or a folder that `save_to_disk` wrote."""
+    files = path, path / "state.json", path / "dataset_dict.json"
+    return any(map(os.path.isfile, files))  # unlike `is_file`, false without permission
 
 
 @functools.lru_cache(maxsize=64)

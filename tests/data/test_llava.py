@@ -108,7 +108,7 @@ def test_references_are_the_answers():
         ({"images": [None]}, "`images` has null or missing but must be"),
         ({"image": [["x.png"]]}, "`image` has a list but must be"),
         ({"image": "x", "images": ["y"]}, "has both `image` and `images`; remove one"),
-        ({"image": f"https://host/{SECRET}.png"}, r"image 1 is an address or embedded \(`image`\)"),
+        ({"image": f"https://host/{SECRET}.png"}, r"image 1 is an address \(`image`\)"),
         ({"image": f"file:///{SECRET}.png"}, "is an address"),
         ({"conversations": None}, "`conversations` is missing; a row has `conversations`, `mess"),
         ({"conversations": []}, "`conversations` is an empty list but must be a list of turns"),
