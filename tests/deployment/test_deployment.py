@@ -11,7 +11,7 @@ from http.client import HTTPSConnection
 
 import pytest
 import torch
-from guide import blocks, has_nginx, wait_for_either, wait_until
+from guide import blocks, has_nginx, wait_for, wait_for_either, wait_until
 from lab import SITES, SMALL, Lab
 
 from pilot_flwr.inference.runs import load_model, open_run, select_client
@@ -147,15 +147,20 @@ def test_the_gateway_passes_on_what_sites_ask_for_and_nothing_else(tmp_path):
 
 
 def test_a_site_that_dies_comes_back_under_its_own_name(tmp_path):
-    """kill -9 in the middle of an exchange: it closes with the others, and a later one with all."""
+    """kill -9 in the middle of an exchange: it closes with the others, and a later one with all.
+
+    Meanwhile another registered site claims its id, in a run without the operator's file of keys.
+    """
     folder = tmp_path / "server" / "runs" / "first"
     with Lab(tmp_path) as lab:
         lab.start_server()
-        for site in lab.sites.values():
+        lost, impostor = lab.sites["north-hospital"], lab.site("impostor", "vqa")
+        for site in (*lab.sites.values(), impostor):
             lab.prepare(site)
+        settings = impostor.folder / "site.toml"
+        settings.write_text(settings.read_text().replace('"impostor"', '"north-hospital"', 1))
         lab.start_sites()
         lab.server.run("federation")
-        lost = lab.sites["north-hospital"]
 
         def ordered() -> bool:
             return any(
@@ -163,10 +168,11 @@ def test_a_site_that_dies_comes_back_under_its_own_name(tmp_path):
                 for e in lab.events(folder, "order")
             )
 
-        words = f"{SMALL} strategy.rounds=5"
+        words = f"{SMALL} strategy.rounds=5 strategy.client_keys=''"
         command = lab.server.start("run", script=f"{lab.server.script('run')} {words}")
         wait_until(ordered, seconds=400)
         lost.kill()
+        wait_for(impostor.start("supernode"), "SuperNode ID", impostor)
         wait_until(lambda: lab.events(folder, "failure"), seconds=300)
         for _ in range(20):  # as systemd does: the server must have noticed first
             log = lost.start("supernode")
@@ -176,7 +182,12 @@ def test_a_site_that_dies_comes_back_under_its_own_name(tmp_path):
         assert lab.server.ended(seconds=900) == 1, command.read_text()
     said = command.read_text()
     assert "The run failed." in said and "Client north-hospital failed in exchange 2" in said
-    assert {e["client"] for e in lab.events(folder, "failure")} == {"north-hospital"}
+    (node,) = re.findall(r"SuperNode ID: (\d+)", (impostor.folder / "supernode.log").read_text())
+    failures = lab.events(folder, "failure")
+    assert {e["client"] for e in failures} == {"north-hospital", f"node {node}"}
+    refused = [e["reason"] for e in failures if e["client"] == f"node {node}"]
+    assert refused and all("'north-hospital', whose key is SHA256:" in text for text in refused)
+    assert not list((impostor.folder / "state").rglob("private*"))  # it was asked for nothing
     trained = {n: set() for n in range(1, 7)}
     for event in lab.events(folder, "train"):
         trained[event["round"]].add(event["client"])
