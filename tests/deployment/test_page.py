@@ -80,6 +80,7 @@ def test_flower_and_our_command_start_the_same_run(tmp_path):
     file.write_text(written("server.federation", "federation.yaml"))
     words = shlex.split(blocks()["server.run"].replace("\\\n", " "))
     words = words[words.index("pilot") + 1 :]
-    words = [f"data={file}", *words[1:-1], f"run.folder={tmp_path}/runs/second"]
+    words = [word.replace("$SERVER", str(tmp_path)) for word in words[1:-1]]
+    words = [f"data={file}", *words, f"run.folder={tmp_path}/runs/second"]
     words = [word for word in expand(words) if not word.startswith("data.folder=")]  # no site's
     assert load_config(overrides) == load_config(shlex.join(words))
