@@ -267,7 +267,7 @@ def chat(
     run, selected = open_model(run_folder, server_round, changes, client, task, state)
     model = load_model(run, selected, device)
     conversation = Conversation(
-        Answerer(run.config, model, keep="chat"),
+        Answerer(run.config, model, keep=True),
         max_new_tokens=max_new_tokens,
         suffix="" if plain else run.prompt_suffix(selected.task),
         pad=run.config.data.image_aspect_ratio == "pad",

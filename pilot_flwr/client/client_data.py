@@ -19,6 +19,7 @@ from pilot_flwr.data.federation import (
 )
 from pilot_flwr.data.validation import WholeImages, usable
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
@@ -26,8 +27,8 @@ from pilot_flwr.model.pilot_model import PilotModel
 class ClientData:
     """One client's data for one model, in one session.
 
-    `folder` caches visual features and the numbers of the usable rows. `files` are a real site's;
-    a simulated client reads the files that the run's configuration names.
+    `folder` caches the numbers of the usable rows, `features` visual features. `files` are a real
+    site's; a simulated client reads the files that the run's configuration names.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class ClientData:
         *,
         folder: Path,
         files: SiteFiles | None = None,
+        features: FeatureFolder | None = None,
         progress: Callable[[str], None],
     ) -> None:
         self.client, self.config, self.model = client, config, model
-        self.folder, self.files, self.progress = folder, files, progress
+        self.folder, self.files, self.features = folder, files, features
+        self.progress = progress
         self.metric = task_metric(config.data, client.task)
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
@@ -61,13 +64,9 @@ class ClientData:
 
     def encoder(self, split: Split) -> Encoder:
         """Return a cached function from batches of examples to their visual features."""
-        model, data = self.config.model, (self.config.seed, self.config.data)
-        base = f"{model.path}/{model.revision}/{model.dtype}"
         cache = FeatureCache(
-            model.feature_cache,
-            namespace=f"{base}/{data}/{self.client.id}/{split}",
-            folder=self.folder / "features",
-            base=base,
+            self.config.model.feature_cache,
+            self.features,
             zero_images=split == "train" and self.config.train.text_only == "zero_image",
         )
         processor, workers = self.processor.image_processor, self.config.data.workers

@@ -45,10 +45,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
 
-    `state_folder` holds its private state and cached features of this run, `device` is a name for
-    `find_device`, `files` is None for a simulated client. `flower_run` and `node_id` are
-    Flower's, and `key_file` has the private key, by default `default_key`; a simulated client has
-    none of them.
+    `state_folder` holds its private state of this run, `device` is a name for `find_device`,
+    `files` is None for a simulated client. `flower_run` and `node_id` are Flower's, and `key_file`
+    has the private key, by default `default_key`; a simulated client has none of them.
     """
 
     client: Client
@@ -236,7 +235,11 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
             "`strategy.trained_by` is 'pooled', which takes the data of all clients to one place: "
             "only a simulation can do that."
         )
-    config = replace(config, model=site_model(node, config.model, simulated=simulated))
+    model = site_model(node, config.model, simulated=simulated)
+    if not simulated:
+        most = min(model.feature_cache.max_gib, node.max_feature_gib)
+        model = replace(model, feature_cache=replace(model.feature_cache, max_gib=most))
+    config = replace(config, model=model)
     if not node.micro_batch:
         return config
     train, size = config.train, node.micro_batch

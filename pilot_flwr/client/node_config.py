@@ -32,6 +32,7 @@ KEYS = {
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
     "micro-batch": "examples at once in memory",
+    "max-feature-gib": "largest cache of image features, in memory or on disk",
     "min-noise-multiplier": "least `privacy.noise_multiplier` of a run",
     "max-clip-norm": "largest `privacy.clip_norm` of a run",
     "max-epsilon": "largest ε of all uploads of this site, over all runs",
@@ -65,6 +66,7 @@ class NodeSettings:
     device: str = "auto"
     model_path: Path | None = None
     micro_batch: int = 0
+    max_feature_gib: float = 100.0
     demands: PrivacyDemands = PrivacyDemands()
 
 
@@ -93,6 +95,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         device=_text(values, "device") or "auto",
         model_path=_path(values, "model-path"),
         micro_batch=_whole(values, "micro-batch") or 0,
+        max_feature_gib=_number(values, "max-feature-gib", rules.POSITIVE) or 100.0,
         demands=_demands(values),
     )
     if "client-id" in values:

@@ -42,6 +42,8 @@ from pilot_flwr.config.schema import DittoConfig, PilotConfig
 from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.formatting import count
+from pilot_flwr.model.checkpoints import user_cache
+from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import loaded_model
 from pilot_flwr.model.resource_plan import out_of_memory_explained
 from pilot_flwr.protocol import (
@@ -122,6 +124,29 @@ def check_precision(device: torch.device, config: PilotConfig) -> None:
         )
 
 
+def _features(
+    site: Site, config: PilotConfig, progress: Callable[[str], None]
+) -> FeatureFolder | None:
+    """Open the folder of cached features: a site's, or in a simulation the user's.
+
+    Runs share it; its entries since this run's first session, by the session locks, are in use.
+    """
+    cache = config.model.feature_cache
+    if cache.where != "disk":
+        return None
+    runs = site.state_folder.parent
+    if site.flower_run:
+        folder, locks = runs, [site.state_folder / SESSION_LOCK]
+    else:  # all clients of this run
+        folder, locks = user_cache(), [*runs.glob(f"*/{SESSION_LOCK}")]
+    return FeatureFolder(
+        folder / "features",
+        limit=int(cache.max_gib * 2**30),
+        since=min(lock.stat().st_mtime_ns for lock in locks),
+        progress=progress,
+    )
+
+
 class Session:
     """One session's model, data and instruction; `private` is the state it starts from."""
 
@@ -161,6 +186,7 @@ class Session:
             self.model,
             folder=site.state_folder,
             files=site.files,
+            features=_features(site, config, progress),
             progress=progress,
         )
         self.spent: Spent | None = None

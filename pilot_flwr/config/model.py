@@ -30,10 +30,10 @@ class FeatureCacheConfig(Section, prefix="model.feature_cache"):
     """Cache of the frozen vision tower's features."""
 
     where: Annotated[str, choice("memory", "disk", "off")] = "memory"
-    """Location of the cached features."""
+    """Location of the cached features; on `disk` runs share them, by the images' content."""
     max_gib: Annotated[float, POSITIVE] = 1.0
-    """Size limit in GiB, per process in memory and per client on disk; further images are
-    encoded each time they are used."""
+    """Size limit in GiB, per process in memory and per folder on disk, where entries of earlier
+    runs make room; further images are encoded each time. A site may set a lower limit."""
 
 
 @dataclass(frozen=True)

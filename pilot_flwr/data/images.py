@@ -11,6 +11,7 @@ greys of 16 bits keep their upper 8.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -178,6 +179,13 @@ def _without_text(source: Path | io.BytesIO) -> io.BytesIO:
     return io.BytesIO(b"".join(kept))
 
 
+@functools.lru_cache(maxsize=1 << 18)
+def _content(path: Path, size: int, modified: int) -> str:
+    """Return the SHA-256 of a file of this size and time of modification."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _file_kind(image: "ImageFile") -> str:
     """Return in words what a file is that is no image that can be read, or nothing."""
     try:
@@ -261,16 +269,17 @@ class ImageFile:
         return Header(height, width, transparent, orientation > 1)
 
     def identity(self) -> str:
-        """Return path, size, modification time and the way of reading as one key."""
+        """Return a hash of the content and the way of reading as one key."""
         reading = f"{self.background}/{'official' if self.official else 'upright on white'}"
         if self.data is not None:
             return f"{hashlib.sha256(self.data).hexdigest()}/{reading}"
         path = self.path()
         try:
             stat = path.stat()
+            content = _content(path, stat.st_size, stat.st_mtime_ns)
         except OSError as error:  # gone since
             raise self._error(f"cannot be opened ({error.strerror})") from None
-        return f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{reading}"
+        return f"{content}/{reading}"
 
     def path(self) -> Path:
         """Return the file, all links resolved."""

@@ -115,7 +115,7 @@ def _refusal(broken: int, total: int, first: str, name: str, allowed: float) -> 
 
 
 def _check_ids(examples: Sequence[Example], name: str) -> None:
-    """Raise unless ids, the keys of the feature cache, are unique."""
+    """Raise unless ids are unique."""
     counts = Counter(example.id for example in examples)
     if twice := [repr(name) for name, count in counts.items() if count > 1]:
         ids = ", ".join(twice[:3])

@@ -109,7 +109,8 @@ def digest(value: Any) -> str:
 def common_settings(config: PilotConfig) -> dict[str, Any]:
     """Return the settings that clients use, without those that a site sets itself.
 
-    A site's ``micro-batch`` may differ, the number of examples in an optimizer step may not.
+    A site's ``micro-batch`` may differ, the number of examples in an optimizer step may not; its
+    cache of features may have another bound.
     """
     settings = asdict(config)
     common = {key: value for key, value in settings.items() if key not in SERVER_ONLY}
@@ -117,6 +118,7 @@ def common_settings(config: PilotConfig) -> dict[str, Any]:
     train = common["train"]
     train["examples_per_step"] = train.pop("batch_size") * train.pop("accumulation_steps")
     del common["evaluation"]["batch_size"], common["model"]["path"]
+    del common["model"]["feature_cache"]
     return common
 
 

@@ -38,17 +38,17 @@ class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
 class Answerer:
     """Generates answers as in the run's evaluation: greedily, in the same precision.
 
-    With `keep`, image features are cached in memory by example id, under this name.
+    With `keep`, image features are cached in memory.
     """
 
-    def __init__(self, config: PilotConfig, model: PilotModel, *, keep: str = "") -> None:
+    def __init__(self, config: PilotConfig, model: PilotModel, *, keep: bool = False) -> None:
         self.config, self.model = config, model
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
             config.model, self.processor, model.llava.config, max_length=config.train.max_length
         )
         cache = FeatureCacheConfig(where="memory" if keep else "off")
-        self._cache = FeatureCache(cache, namespace=keep, folder=Path())
+        self._cache = FeatureCache(cache)
 
     def __call__(
         self,

@@ -238,6 +238,11 @@ def _local(config: ModelConfig, name: str) -> str | None:
         return None
 
 
+def user_cache() -> Path:
+    """Return this package's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pilot-flwr"
+
+
 def write_bundle(folder: Path) -> None:
     """Write a checkpoint folder's `BUNDLE` of the files that Flower's app bundle leaves out."""
     bundle = {
@@ -253,7 +258,7 @@ def _assemble(folder: Path, bundle: dict[str, str]) -> Path:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pilot-flwr"
+    cache = user_cache()
     target = cache / f"{folder.name}-{digest.hexdigest()[:16]}"
     if target.is_dir():
         return target

@@ -1,32 +1,31 @@
 """Cache the visual features of the frozen vision tower.
 
-H_v of an image never changes within a run. Features are kept in memory (shared by all sessions of a
-process) or on the client's disk, up to a limit; beyond it images are encoded again. Nothing is
-evicted: training visits all images in every epoch, for which keeping the first entries is the best
-fixed policy. Threads read and decode images while the model encodes the previous batch.
+H_v of an image depends on its content, the way of reading it, the image processor and the vision
+tower, and on nothing else of a run. Features are kept in memory (shared by all sessions of a
+process) up to a limit, without removing any, or in a `FeatureFolder`, which runs share; images
+beyond the limit are encoded again. Threads read and decode images while the model encodes the
+previous batch.
 
-Cache files can be recreated, so they are not flushed to disk as states are, and an unreadable one
-counts as absent.
+Features of one image may differ in their last bits with the other images of the batch in which they
+were computed, so a run that finds them may differ so from one that computes them.
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import transformers
 from torch import Tensor
 
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.data.examples import Example
 from pilot_flwr.model.architectures import ImageShape, Visual, feature_size
+from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.pilot_model import PilotModel
-from pilot_flwr.run.atomic import write_safetensors
 
 _ROWS_AT_A_TIME = 32
 """Crops that the vision tower sees at once, which bounds its memory."""
@@ -51,29 +50,24 @@ class _Decoded(NamedTuple):
 class FeatureCache:
     """H_v of one client's images.
 
-    `namespace` identifies everything that features depend on besides the example's id. `base`, by
-    default the same, identifies the vision tower alone, for images with an identity, which
-    examples may share. With `zero_images`, an example without images has one row of features, that
-    of an image of zeros, at the end of its batch's.
+    `folder` is needed with `model.feature_cache.where=disk`. With `zero_images`, an example without
+    images has one row of features, that of an image of zeros, at the end of its batch's.
     """
 
     def __init__(
         self,
         config: FeatureCacheConfig,
+        folder: FeatureFolder | None = None,
         *,
-        namespace: str,
-        folder: Path,
-        base: str | None = None,
         zero_images: bool = False,
     ) -> None:
+        assert folder is not None or config.where != "disk"
         self.config = config
-        self.namespace = namespace
-        self.base = namespace if base is None else base
         self.folder = folder
         self.zero_images = zero_images
         self._zero: Tensor | None = None
         self.limit = int(config.max_gib * 2**30)
-        self._used_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        self._bases: dict[tuple[int, int], str] = {}
 
     def encode(
         self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
@@ -114,7 +108,7 @@ class FeatureCache:
         """Read the cached features, and the pixels of all other images, once each."""
         decoded = _Decoded([], {}, {})
         for example in examples:
-            keys = self._keys(example)
+            keys = self._keys(model, image_processor, example)
             for key, image in zip(keys, example.images, strict=True):
                 decoded.images.append((key, *image.size()))
             new = [key for key in keys if key not in decoded.kept and key not in decoded.pixels]
@@ -142,8 +136,7 @@ class FeatureCache:
             sizes = [len(pixels) for pixels in fresh.values()]
             kept |= dict(zip(fresh, torch.split(encoded, sizes), strict=True))
             if self.config.where != "off":
-                for key, features in zip(fresh, torch.split(encoded.cpu(), sizes), strict=True):
-                    self._put(key, features)
+                self._put(dict(zip(fresh, torch.split(encoded.cpu(), sizes), strict=True)))
         parts = [kept[key] for key, _, _ in decoded.images]
         if self.zero_images and decoded.texts:
             parts += [self._zero_row(model)] * decoded.texts
@@ -160,46 +153,37 @@ class FeatureCache:
             self._zero = model.encode_images(torch.zeros(1, vision.num_channels, side, side))
         return self._zero
 
-    def _keys(self, example: Example) -> list[str]:
+    def _keys(self, model: PilotModel, image_processor: Any, example: Example) -> list[str]:
+        """Return names of everything that the features of an example's images depend on."""
+        base = self._base(model, image_processor) if self.config.where != "off" else ""
         alone = len(example.images) == 1  # then an image may be cropped
-        identities = [image.identity() for image in example.images]
-        return [
-            f"{self.namespace}/{example.id}/{number}"
-            if identity is None
-            else f"{self.base}/{identity}/{alone}"
-            for number, identity in enumerate(identities)
-        ]
+        return [f"{base}/{image.identity()}/{alone}" for image in example.images]
+
+    def _base(self, model: PilotModel, image_processor: Any) -> str:
+        """Return the part that all images share: vision tower, image processor and libraries."""
+        used = id(model), id(image_processor)
+        if used not in self._bases:
+            processor = hashlib.sha256(image_processor.to_json_string().encode()).hexdigest()
+            versions = f"{torch.__version__}/{transformers.__version__}/{PIL.__version__}"
+            self._bases[used] = (
+                f"{model.vision_identity}/{model.device.type}/{processor}/{versions}"
+            )
+        return self._bases[used]
 
     def _get(self, key: str) -> Tensor | None:
         if self.config.where == "memory":
             return _MEMORY.get(key)
-        if self.config.where == "disk" and (path := self._path(key)).exists():
-            try:
-                features: Tensor = load_file(path)["features"]
-            except SafetensorError:  # truncated by a crash
-                return None
-            return features
-        return None
+        return self.folder.get(key) if self.folder is not None else None
 
-    def _put(self, key: str, features: Tensor) -> None:
+    def _put(self, entries: dict[str, Tensor]) -> None:
         global _used_memory
-        features = features.clone()  # a view would keep the whole batch
-        if self.config.where == "memory" and _used_memory + features.nbytes <= self.limit:
-            _MEMORY[key] = features
-            _used_memory += features.nbytes
-        elif self.config.where == "disk" and self._used_disk + features.nbytes <= self.limit:
-            path = self._path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                write_safetensors(temporary, {"features": features})
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            self._used_disk += path.stat().st_size
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        if self.folder is not None:
+            self.folder.put(entries)
+        elif self.config.where == "memory":
+            for key, features in entries.items():
+                if _used_memory + features.nbytes <= self.limit:
+                    _MEMORY[key] = features.clone()  # a view would keep the whole batch
+                    _used_memory += features.nbytes
 
 
 def forget_features() -> None:

@@ -6,6 +6,8 @@ process: each session swaps adapters in and out, and the base is never loaded ag
 """
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
@@ -228,6 +230,22 @@ class PilotModel(nn.Module):
             self._groups = None
             _set_residual(self.llava.model.language_model, residual)
         self.load("residual", residual)
+
+    @functools.cached_property
+    def vision_identity(self) -> str:
+        """SHA-256 of the vision tower's tensors and of the settings that choose its features.
+
+        Of the tensors in memory, since these compute; a gigabyte takes a second, once per load.
+        """
+        config = self.llava.config
+        chosen = (config.vision_feature_layer, config.vision_feature_select_strategy)
+        grid = getattr(config, "image_grid_pinpoints", None)
+        digest = hashlib.sha256(f"{config.vision_config.to_json_string()}/{chosen}/{grid}".encode())
+        for name, tensor in sorted(self.llava.model.vision_tower.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            content = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(memoryview(content.view(torch.uint8).numpy()))
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def route(
     connector = model.connector
     assert isinstance(connector, CrossTaskMoA)
     uncached = replace(model.config.feature_cache, where="off")
-    features = FeatureCache(uncached, namespace="", folder=Path())
+    features = FeatureCache(uncached)
     total, tokens = np.zeros(len(connector.tasks)), 0
     images: list[Floats] = []
     maps: list[Floats] = []

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.data.federation import count_examples, federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.flower.compatibility import common_settings
 from pilot_flwr.run.directory import RunFolder
 
 CONFIG = load_config()
@@ -134,6 +136,26 @@ def test_a_real_sites_files_are_those_of_its_node_config(data_files):
         data_files / "images",
     )
     assert found.files.linked_folders == (Path("/hub/blobs"), Path("/more"))
+
+
+@pytest.mark.parametrize(
+    ("run", "own", "expected"), [(500, None, 100), (500, 200, 200), (5, 200, 5), (5, 0.5, 0.5)]
+)
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_site_bounds_its_cache_of_features(run, own, expected, where):
+    """A run may ask for less, never for more; a simulation takes the run's bound."""
+    config = load_config(f"model.feature_cache={{where:{where},max_gib:{run}}}")
+    node = read_node_config({"client-id": "vqa-0"} | ({"max-feature-gib": own} if own else {}))
+    assert site_config(node, config, simulated=False).model.feature_cache.max_gib == expected
+    assert site_config(node, config, simulated=True).model.feature_cache.max_gib == run
+    mine, theirs = site_config(node, config, simulated=False), config
+    assert common_settings(mine) == common_settings(theirs)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "many", True, math.inf])
+def test_a_bound_of_features_is_a_positive_number(wrong):
+    with pytest.raises(ConfigError, match="`max-feature-gib` is .* but must be"):
+        read_node_config({"client-id": "vqa-0", "max-feature-gib": wrong})
 
 
 def test_only_a_proven_simulation_uses_the_runs_files(tmp_path):

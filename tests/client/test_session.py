@@ -6,6 +6,7 @@ deterministic change of what the stage trains, so that everything can be told ap
 
 import itertools
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -17,11 +18,12 @@ from pilot_flwr.client import session as session_module
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session
 from pilot_flwr.config.data import DataConfig, TaskFiles
-from pilot_flwr.config.model import LoraConfig, ModelConfig
+from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, StrategyConfig, TrainConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError, DataError, StateError, TrainingError
 from pilot_flwr.model.loading import initial_state, loaded_model
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import EvaluationResult, Instruction, TrainingResult
 
 TASKS = ("vqa", "counting", "captioning")
@@ -373,7 +375,7 @@ def test_another_clients_session_in_between_changes_no_bit(tmp_path, make_instru
 def test_ids_that_are_not_unique_are_refused_in_either_split(
     sites, make_instruction, seen, monkeypatch
 ):
-    """They would share their features silently."""
+    """Ids name examples in the log and in caches."""
     read = data_module.client_examples
     for split, instruction in (
         ("test", make_instruction(1, train=False)),
@@ -392,22 +394,8 @@ def test_ids_that_are_not_unique_are_refused_in_either_split(
 
 
 def test_a_model_of_another_type_does_not_get_kept_features(sites, make_instruction, monkeypatch):
-    """Features are kept by base type, seed and data settings, not by client and id alone."""
-    kept = []
-    cache = data_module.FeatureCache
-
-    def note(*args, namespace, **kwargs):
-        kept.append(namespace)
-        return cache(*args, namespace=namespace, **kwargs)
-
-    monkeypatch.setattr(data_module, "FeatureCache", note)
     seen_dtypes = []
-    for config in (
-        CONFIG,
-        replace(CONFIG, model=replace(CONFIG.model, dtype="bfloat16")),
-        replace(CONFIG, seed=1),
-        replace(CONFIG, data=replace(CONFIG.data, train_examples=5)),
-    ):
+    for config in (CONFIG, replace(CONFIG, model=replace(CONFIG.model, dtype="bfloat16"))):
         real = session_module.evaluate
 
         def evaluate(model, examples, *, encode, real=real, **kwargs):
@@ -417,10 +405,49 @@ def test_a_model_of_another_type_does_not_get_kept_features(sites, make_instruct
         with monkeypatch.context() as patch:
             patch.setattr(session_module, "evaluate", evaluate)
             run(sites["vqa"], make_instruction(1, train=False), config)
-    assert seen_dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
-    assert len(set(kept)) == len(kept)
-    run(sites["vqa"], make_instruction(1))
-    assert len(set(kept)) == len(kept) - 1  # this configuration's test split again
+    assert seen_dtypes == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("flower_run", ["", "7"])
+def test_features_on_disk_are_those_of_all_runs(
+    flower_run, make_instruction, tmp_path, monkeypatch
+):
+    """A site's lie beside its runs; those of a simulation in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoded = []
+    encode = PilotModel.encode_images
+    monkeypatch.setattr(
+        PilotModel, "encode_images", lambda *args: encoded.append(len(args[1])) or encode(*args)
+    )
+    model = replace(CONFIG.model, feature_cache=FeatureCacheConfig(where="disk"))
+    client = federation_clients(CONFIG.data)[0]
+    for number in range(2):
+        site = Site(client, tmp_path / "runs" / str(number), "cpu", flower_run=flower_run)
+        run(site, make_instruction(1), replace(CONFIG, model=model))
+        total = sum(encoded)
+    examples = CONFIG.data.test_examples + len(
+        data_module.client_examples(CONFIG.data, client, "train", seed=CONFIG.seed)
+    )
+    assert sum(encoded) == total == examples
+    folder = tmp_path / ("runs" if flower_run else "cache/pilot-flwr") / "features"
+    assert len(list(folder.glob("*.safetensors"))) == examples
+
+
+def test_entries_of_this_run_are_known_by_its_first_session(tmp_path, monkeypatch):
+    """In a simulation by that of any of its clients, at a site by its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = replace(
+        CONFIG, model=replace(CONFIG.model, feature_cache=FeatureCacheConfig(where="disk"))
+    )
+    client = federation_clients(CONFIG.data)[0]
+    for number, name in enumerate(("a", "b")):
+        lock = tmp_path / "runs" / name / session_module.SESSION_LOCK
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, ns=(0, 5 + number))
+    for flower_run, expected in (("", 5), ("7", 6)):
+        site = Site(client, tmp_path / "runs" / "b", "cpu", flower_run=flower_run)
+        assert session_module._features(site, config, print).since == expected
 
 
 def test_evaluation_uses_the_autocast_of_training(sites, make_instruction, seen, monkeypatch):

@@ -369,7 +369,7 @@ def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
         (Turn("user", "<image>\nWhat is in the image?"), Turn("assistant", "two zebras")),
     )
     batch = collator.train_batch([one])
-    cache = FeatureCache(FeatureCacheConfig(where="off"), namespace=path, folder=tmp_path)
+    cache = FeatureCache(FeatureCacheConfig(where="off"))
     expected = model(batch, cache.encode(model, processor.image_processor, [one])).logits
     loaded = modeling_pilot.load_model(export(model, tmp_path / "model"))
     inputs = processor.image_processor(

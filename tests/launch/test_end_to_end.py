@@ -63,7 +63,8 @@ def test_own_data_from_files_to_a_model_that_answers(tmp_path):
     def command(*words: str) -> str:
         done = subprocess.run(
             [BIN / "pilot-flwr", *words],
-            cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
+            cwd=tmp_path, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=280, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

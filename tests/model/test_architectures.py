@@ -3,8 +3,6 @@
 The reference is transformers' own forward pass, one example at a time.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import SPECS, feature_size, read_config, spec_of
 from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
@@ -60,10 +59,7 @@ EXAMPLES = [
 def kit(model, path):
     processor = load_processor(path)
     collator = make_collator(ModelConfig(path=path), processor, model.llava.config, max_length=2048)
-    cache = FeatureCache(
-        FeatureCacheConfig(where="off"), namespace=path, folder=Path(path) / "features"
-    )
-    return processor, collator, cache
+    return processor, collator, FeatureCache(FeatureCacheConfig(where="off"))
 
 
 def base_logits(base, processor, collator, one):
@@ -157,7 +153,8 @@ def test_workers_change_nothing(path, model, tmp_path, workers):
     processor, _, cache = kit(model, path)
     parts = [EXAMPLES[:3], EXAMPLES[3:4], EXAMPLES[2:]] * 2
     plain = [cache.encode(model, processor.image_processor, part) for part in parts]
-    kept = FeatureCache(FeatureCacheConfig(where="disk"), namespace="x", folder=tmp_path)
+    folder = FeatureFolder(tmp_path, limit=2**30, since=0, progress=print)
+    kept = FeatureCache(FeatureCacheConfig(where="disk"), folder)
     streamed = list(kept.stream(model, processor.image_processor, parts, workers=workers))
     assert len(streamed) == len(parts)
     for one, other in zip(streamed, plain, strict=True):

@@ -1,5 +1,5 @@
+import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +10,9 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.data.images import ImageFile
+from pilot_flwr.model.feature_cache import FeatureCache, forget_features
+from pilot_flwr.model.feature_folder import FeatureFolder
 
 
 @pytest.fixture
@@ -30,17 +32,25 @@ def counted(make_model, monkeypatch):
     return model, count
 
 
-def cache(tmp_path, where, namespace, max_gib=1.0):
+@pytest.fixture(autouse=True)
+def nothing_in_memory():
+    forget_features()
+
+
+def cache(folder, where, max_gib=1.0):
     config = FeatureCacheConfig(where=where, max_gib=max_gib)
-    return FeatureCache(config, namespace=namespace, folder=tmp_path)
+    if where != "disk":
+        return FeatureCache(config)
+    limit = int(max_gib * 2**30)
+    return FeatureCache(config, FeatureFolder(folder, limit=limit, since=0, progress=print))
 
 
 @pytest.mark.parametrize(("where", "encoded"), [("memory", 4), ("disk", 4), ("off", 8)])
 def test_each_image_is_encoded_once_if_kept(tmp_path, counted, processor, examples, where, encoded):
     model, count = counted
-    kept = cache(tmp_path, where, f"once-{where}")
+    kept = cache(tmp_path, where)
     first = kept.encode(model, processor.image_processor, examples)
-    second = cache(tmp_path, where, f"once-{where}").encode(
+    second = cache(tmp_path, where).encode(
         model, processor.image_processor, list(reversed(examples))
     )
     assert torch.equal(first.features, second.features.flip(0))
@@ -55,10 +65,10 @@ def test_a_text_can_have_the_features_of_zeros_behind_those_of_images(
     texts = [replace(e, images=(), turns=(Turn("user", "How?"), *e.turns[1:])) for e in examples]
     mixed = [texts[0], examples[1], texts[2]]
     config = FeatureCacheConfig(where="off")
-    zeroed = FeatureCache(config, namespace="zero", folder=tmp_path, zero_images=True)
+    zeroed = FeatureCache(config, zero_images=True)
     side = model.llava.config.vision_config.image_size
     zero = model.encode_images(torch.zeros(1, 3, side, side))
-    plain = cache(tmp_path, "off", "zero").encode(model, processor.image_processor, mixed)
+    plain = cache(tmp_path, "off").encode(model, processor.image_processor, mixed)
     found = zeroed.encode(model, processor.image_processor, mixed)
     assert found.images == plain.images and len(plain.features) == 1
     assert torch.equal(found.features, torch.cat([plain.features, zero, zero]))
@@ -69,7 +79,7 @@ def test_a_text_can_have_the_features_of_zeros_behind_those_of_images(
 def test_features_are_transformers_own(tmp_path, make_model, processor, examples):
     """The projector applied to our features is LLaVA's `get_image_features`."""
     model = make_model()
-    features = cache(tmp_path, "off", "own").encode(model, processor.image_processor, examples)
+    features = cache(tmp_path, "off").encode(model, processor.image_processor, examples)
     images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     projector = model.connector.task_adapter
@@ -83,13 +93,13 @@ def test_the_bound_is_kept_and_the_rest_encoded_again(
     tmp_path, counted, processor, examples, where
 ):
     model, count = counted
-    one = cache(tmp_path, "off", "size").encode(model, processor.image_processor, examples[:1])
+    one = cache(tmp_path, "off").encode(model, processor.image_processor, examples[:1])
     count.clear()
     from pilot_flwr.model import feature_cache as module
 
     used = module._used_memory if where == "memory" else 0
     bound = (used + 2.5 * (one.features.nbytes + (where == "disk") * 300)) / 2**30
-    small = cache(tmp_path, where, f"bound-{where}", max_gib=bound)
+    small = cache(tmp_path, where, max_gib=bound)
     small.encode(model, processor.image_processor, examples)
     small.encode(model, processor.image_processor, examples)
     assert count == [4, 2]
@@ -104,29 +114,82 @@ def test_kept_files_are_not_flushed_and_leave_nothing_beside_them(
         raise AssertionError("flushed")
 
     monkeypatch.setattr("os.fsync", flush)
-    cache(tmp_path, "disk", "flush").encode(counted[0], processor.image_processor, examples)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * len(examples)
+    cache(tmp_path, "disk").encode(counted[0], processor.image_processor, examples)
+    kept = [path.suffix or path.name for path in tmp_path.iterdir()]
+    assert sorted(kept) == [".lock", *[".safetensors"] * len(examples), ".size"]
 
 
-def test_a_torn_file_counts_as_absent(tmp_path, counted, processor, examples):
+def test_a_torn_or_changed_file_counts_as_absent(tmp_path, counted, processor, examples):
     model, count = counted
-    expected = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
-    empty, short, *_ = sorted(tmp_path.iterdir())
+    expected = cache(tmp_path, "disk").encode(model, processor.image_processor, examples)
+    empty, short, changed, _ = sorted(tmp_path.glob("*.safetensors"))
     empty.write_bytes(b"")
     short.write_bytes(short.read_bytes()[:-1])
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     for _ in range(2):  # encoded again, then found
-        again = cache(tmp_path, "disk", "torn").encode(model, processor.image_processor, examples)
+        again = cache(tmp_path, "disk").encode(model, processor.image_processor, examples)
         torch.testing.assert_close(again.features, expected.features)
-    assert count == [4, 2]
+    assert count == [4, 3]
 
 
-def test_two_clients_with_equal_ids_do_not_share(tmp_path, counted, processor, examples):
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_equal_content_shares_features_and_equal_ids_do_not(
+    tmp_path, counted, processor, examples, where
+):
     model, count = counted
-    for name in ("a", "b"):
-        cache(tmp_path, "memory", f"{name}/train").encode(
-            model, processor.image_processor, examples
-        )
-    assert count == [4, 4]
+    one, *others = examples
+    renamed = replace(one, id="other")
+    same_ids = [replace(example, id=one.id) for example in others]
+    for batch in ([one], [renamed], same_ids, same_ids):
+        cache(tmp_path, where).encode(model, processor.image_processor, batch)
+    assert count == [1, 3]
+
+
+def test_files_share_features_by_content_and_reading(tmp_path, counted, processor, examples):
+    """Whatever their names; a file that changes is another image."""
+    model, count = counted
+    picture = examples[0].images[0].read()
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / name)
+
+    def encode(name, **reading):
+        images = (ImageFile(tmp_path, name, "row 1", **reading),)
+        example = replace(examples[0], images=images)
+        kept = cache(tmp_path / "kept", "disk")
+        return kept.encode(model, processor.image_processor, [example]).features
+
+    first = encode("a.png")
+    assert torch.equal(encode("b.png"), first) and count == [1]
+    encode("a.png", official=True)
+    encode("a.png", background=(1, 2, 3))
+    assert count == [1, 1, 1]
+    picture.rotate(90).save(tmp_path / "a.png")
+    assert not torch.equal(encode("a.png"), first)
+    assert torch.equal(encode("b.png"), first) and count == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("change", ["weights", "layer", "dtype", "processor"])
+def test_another_tower_or_processor_does_not_get_the_features(
+    tmp_path, make_model, processor, examples, where, change
+):
+    cache(tmp_path, where).encode(make_model(), processor.image_processor, examples)
+    image_processor, model = copy.deepcopy(processor.image_processor), make_model()
+    tower = model.llava.model.vision_tower
+    if change == "dtype":
+        tower.bfloat16()
+    if change == "weights":
+        next(tower.parameters()).data.view(-1)[-1] += 1e-3
+    if change == "layer":
+        model.llava.config.vision_feature_layer = -1
+    if change == "processor":
+        image_processor.image_mean = [0.4, 0.5, 0.6]
+    vars(model).pop("vision_identity", None)  # of the model that this one is a copy of
+    kept, plain = cache(tmp_path, where), cache(tmp_path, "off")
+    found = kept.encode(model, image_processor, examples).features
+    expected = plain.encode(model, image_processor, examples).features
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 class Named(NamedTuple):
@@ -155,36 +218,35 @@ def test_an_image_that_examples_share_is_encoded_once(
         replace(example, images=(image,))
         for example, image in zip(examples, (one, one, other, one), strict=True)
     ]
-    kept = cache(tmp_path, where, f"shared-{where}")
+    kept = cache(tmp_path, where)
     first = kept.encode(model, processor.image_processor, shared)
     kept.encode(model, processor.image_processor, shared[1:2])
-    again = cache(tmp_path, where, f"shared-{where}")
+    again = cache(tmp_path, where)
     again.encode(model, processor.image_processor, shared[::-1])
     assert count == [2]
     assert torch.equal(first.features[0], first.features[1])
     assert not torch.equal(first.features[0], first.features[2])
-    elsewhere = cache(tmp_path, where, f"other-{where}")  # another base model
-    elsewhere.encode(model, processor.image_processor, shared)
-    assert count == [2, 2]
 
 
 def test_the_bound_holds_for_what_a_folder_already_has(tmp_path, counted, processor, examples):
     model, count = counted
-    one = cache(tmp_path / "size", "disk", "size")
+    one = cache(tmp_path / "size", "disk")
     one.encode(model, processor.image_processor, examples[:1])
-    size = sum(file.stat().st_size for file in (tmp_path / "size").iterdir())
+    (size,) = (file.stat().st_size for file in (tmp_path / "size").glob("*.safetensors"))
     for _ in range(3):  # each a process of its own
-        kept = cache(tmp_path, "disk", "again", max_gib=2.5 * size / 2**30)
+        kept = cache(tmp_path, "disk", max_gib=2.5 * size / 2**30)
         kept.encode(model, processor.image_processor, examples)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_what_is_kept_in_memory_does_not_hold_its_whole_batch(counted, processor, examples):
+def test_what_is_kept_in_memory_does_not_hold_its_whole_batch(
+    tmp_path, counted, processor, examples
+):
     from pilot_flwr.model import feature_cache as module
 
-    kept = cache(Path(), "memory", "alone")
+    kept = cache(tmp_path, "memory")
     kept.encode(counted[0], processor.image_processor, examples)
-    mine = [t for key, t in module._MEMORY.items() if key.startswith("alone/")]
+    mine = list(module._MEMORY.values())
     assert len(mine) == len(examples)
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in mine)
 
@@ -196,7 +258,7 @@ def test_an_image_of_two_batches_in_flight_is_encoded_once(
     """Both are decoded before either is encoded; the first one's features are used for both."""
     model, count = counted
     parts = [examples[:2], examples[:2], examples]
-    kept = cache(tmp_path, "memory", f"flight-{workers}")
+    kept = cache(tmp_path, "memory")
     list(kept.stream(model, processor.image_processor, parts, workers=workers))
     assert count == [2, 2]
 
@@ -211,6 +273,6 @@ def test_an_image_that_a_batch_holds_twice_is_read_once(tmp_path, counted, proce
 
     image = Counted(examples[0].images[0].read(), "counted")
     shared = [replace(example, images=(image,)) for example in examples]
-    visual = cache(tmp_path, "off", "twice").encode(counted[0], processor.image_processor, shared)
+    visual = cache(tmp_path, "off").encode(counted[0], processor.image_processor, shared)
     assert reads == ["counted"]
     assert len(visual.features) == len(visual.images) == len(examples)

@@ -18,7 +18,8 @@ from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import TrainingError
-from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.feature_cache import FeatureCache, forget_features
+from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import initial_state, load_base, loaded_model, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import Instruction
@@ -63,7 +64,9 @@ def build(device, *, stage=1, **config):
 
 
 def cache(folder, where, namespace):
-    return FeatureCache(FeatureCacheConfig(where=where), namespace=namespace, folder=folder)
+    forget_features()
+    disk = FeatureFolder(folder / namespace, limit=2**30, since=0, progress=print)
+    return FeatureCache(FeatureCacheConfig(where=where), disk if where == "disk" else None)
 
 
 @pytest.fixture
