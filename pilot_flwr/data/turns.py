@@ -39,6 +39,9 @@ _PICTURES = ("image", "image_url", "url", "path", "base64")
 """Fields of a message's part that hold its picture."""
 
 _UNTRAINED = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
+_MASKS = ("weight", "train", "trainable", "loss")
+"""Fields by which other tools leave a turn out of the loss."""
+
 _SYSTEM = ("system", "developer")
 
 
@@ -173,8 +176,12 @@ def _wrong_speaker(field: str, word: Any, chat: bool, origin: str) -> DataError:
 
 def _check_fields(item: Mapping[str, Any], known: tuple[str, ...], where: str, origin: str) -> None:
     """Raise for a field of a turn or a part that would be lost."""
+    if item.keys() <= {*known}:
+        return
     lost = unread_field(item, known, pictures=False)
     lost = lost or next((name for name in _UNTRAINED if item.get(name)), None)
+    if masked := next((name for name in _MASKS if name in item and not item[name]), None):
+        raise DataError(f"{origin}: `{where}.{masked}` is not read: every answer is trained.")
     if lost:
         raise DataError(
             f"{origin}: `{where}.{lost}` is not read. {REMEDY}; remove what is not needed."

@@ -74,6 +74,10 @@ SAME = {
         "prompt": chat([PLACE, TEXT]),
         "completion": [ANSWER],
     },
+    "weights": {
+        "image": "x.png",
+        "conversations": [m | {"weight": 1, "name": "x"} for m in chat("What?", "two")],
+    },
     "null conversations": {
         "conversations": None,
         "image": "x.png",
@@ -123,6 +127,8 @@ BAD = [
         [*chat("A?"), ANSWER | {"tool_calls": [{"name": "f"}]}],
         r"`messages\[1\].tool_calls` is not read",
     ),
+    ([*chat("A?"), ANSWER | {"weight": 0}], r"messages\[1\].weight` is not read: every answer is"),
+    (chat([{"text": "A?", "image_2": "x"}], "two"), r"content\[0\].image_2` is not read"),
     ([{"role": "user", "value": "A?"}, ANSWER], r"`messages\[0\]` mixes `from`, `value` with"),
     ({"role": "user"}, "`messages` is an object but must be a list of turns"),
     ([None], r"`messages\[0\]` is null or missing but must be an object"),
