@@ -131,7 +131,7 @@ def _items(row: Mapping[str, Any], origin: str) -> list[_Item]:
         return _turns(row[lists[0]], lists[0], origin)
     if row.get("prompt") is not None:
         items = _side(row["prompt"], "prompt", "user", origin)
-        if row.get("completion") is not None:
+        if row.get("completion") not in (None, []):
             items += _side(row["completion"], "completion", "assistant", origin)
         return items
     if row.get("question_id") is not None and row.get("text") is not None:

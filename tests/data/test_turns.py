@@ -182,6 +182,7 @@ UNANSWERED_ROWS = {
     "empty part": {"messages": chat("What?", [{"type": "text", "text": ""}])},
     "prompt": {"prompt": "What?"},
     "completion": {"prompt": "What?", "completion": ""},
+    "empty completion": {"prompt": chat("What?"), "completion": []},
     "evaluation": {"question_id": 7, "text": "What?", "category": "default"},
 }
 
