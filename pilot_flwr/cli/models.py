@@ -59,7 +59,8 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="F", help="Score on this LLaVA JSON or JSONL file instead of the client's data."
+            metavar="F",
+            help="Score on this file of rows (JSON, JSONL, parquet) instead of the client's data.",
         ),
     ] = None,
     images: Images = None,
@@ -195,8 +196,9 @@ def predict(
 ) -> int:
     """Write a model's answers to a file of questions.
 
-    Answer the last question in every row of a LLaVA JSON or JSONL file; rows need no answers. The
-    output has a line per row: row, id, question, prediction and, if the file has them, references.
+    Answer the last question in every row of a file (JSON, JSONL, parquet); rows need no answers.
+    The output has a line per row: row, id, question, prediction and, if the file has them,
+    references.
 
     Example: `pilot-flwr predict RUN --client vqa-0 --data q.json --images images`
     """
@@ -225,7 +227,7 @@ def _write_answers(
         answers = answerer(batch, max_new_tokens=max_new_tokens)
         for position, prediction in enumerate(answers, start=start):
             row = {
-                "row": position + 1,
+                "row": questions.row_number(position),
                 "id": questions.id(position),
                 "question": questions.question(position),
                 "prediction": prediction.strip(),

@@ -45,7 +45,7 @@ class EvaluationSet:
     split: Split = "test"
     """The client's split, as in the run."""
     file: Path | None = None
-    """A LLaVA JSON or JSONL file to use instead, with its folder of `images`."""
+    """A file of rows to use instead, with its folder of `images`."""
     images: Path | None = None
     metric: str = ""
     """Empty for the metric of the client's task."""

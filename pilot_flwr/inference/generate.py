@@ -195,7 +195,12 @@ class Questions(Sequence[Example]):
             return [self[n] for n in range(*position.indices(len(self)))]
         row, origin = self.examples.row(position), self.examples.origin(position)
         reading = self.examples.reading
-        return to_example(row, f"{position + 1}:", origin, reading, answered=False)
+        return to_example(row, f"{self.row_number(position)}:", origin, reading, answered=False)
+
+    def row_number(self, position: int) -> int:
+        """Return the row's number in errors."""
+        index, number = self.examples.place(position)
+        return self.examples.files[index].row_number(number)
 
     def id(self, position: int) -> Any:
         """Return the row's id as the file has it, or None."""
@@ -215,7 +220,7 @@ class Questions(Sequence[Example]):
 def open_file(
     run: Run, task: str, answerer: Answerer, path: Path, images: Path | None, *, plain: bool = False
 ) -> LlavaExamples:
-    """Open a LLaVA JSON or JSONL file with the run's padding and the task's prompt suffix.
+    """Open a file of rows with the run's padding and the task's prompt suffix.
 
     Parameters
     ----------

@@ -2,8 +2,10 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 from inprocess import client_by_id
+from pyarrow import parquet
 
 from pilot_flwr.cli import main as cli
 from pilot_flwr.data.federation import client_examples
@@ -55,6 +57,21 @@ def test_a_line_for_every_row(finished, predict, rows, tmp_path, capsys):
     assert f"{len(asked)} predictions" in capsys.readouterr().err
 
 
+def test_a_data_set_with_images_gets_the_answers_of_the_same_rows(predict, rows, tmp_path, capsys):
+    predict()
+    expected = capsys.readouterr().out
+    table = [
+        row | {"id": str(row["id"]), "image": image and {"bytes": image.read_bytes(), "path": None}}
+        for row in rows[0]
+        for image in [tmp_path / row["image"] if "image" in row else None]
+    ]
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    predict("--data", str(tmp_path / "rows.parquet"))
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = [json.loads(line) for line in expected.splitlines()]
+    assert found == [line | {"id": str(line["id"])} for line in lines]
+
+
 def test_questions_of_every_form_are_answered_alike(finished, predict, tmp_path, capsys):
     """LLaVA's evaluation rows, chat messages, `images`, no id; empty and null answers are none."""
     question = "What digit is at the top left?"
@@ -67,10 +84,11 @@ def test_questions_of_every_form_are_answered_alike(finished, predict, tmp_path,
         {"question_id": 7, "image": "0.png", "text": question, "category": "default"},
         {"id": "d", "images": ["0.png"], "prompt": question},
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in found))
     predict()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["id"] for line in lines] == ["a", "b", "c", None, 7, "d"]
+    assert [line["row"] for line in lines] == [1, 3, 5, 7, 9, 11], "blank lines count"
     assert {line["question"] for line in lines} == {f"<image>\n{question}"}
     assert len({line["prediction"] for line in lines}) == 1
     assert not any("references" in line for line in lines)

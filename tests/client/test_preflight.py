@@ -68,6 +68,16 @@ def test_a_whole_site_is_ready_and_nothing_is_left_behind(place):
     check_files(SiteFiles(files.train), evaluated=False)  # no images, no test
 
 
+def test_a_folder_is_read_if_it_holds_a_data_set(place):
+    files = make(place)
+    is_folder(place)
+    (place / "b.json" / "state.json").write_text("{}")
+    check_files(files, evaluated=True)
+    (place / "b.json").chmod(0o311)
+    with ordinary_user(), pytest.raises(ConfigError, match="`train-file` names .* cannot be list"):
+        check_files(files, evaluated=True)
+
+
 def gone(folder):
     (folder / "b.json").unlink()
 
