@@ -1,5 +1,6 @@
 """Test rows that are training rows too: counted by image content and question, else not."""
 
+import base64
 import json
 
 import numpy as np
@@ -103,6 +104,16 @@ def test_rows_without_images_and_with_several(images):
     assert count(images, [([], "Hello")], [([], "hello")]) == 1
     assert count(images, [([], "Hello")], [(["one.png"], "Hello")]) == 0
     assert count(images, [(both, question)], [(both, question), (turned, question)]) == 1
+
+
+@pytest.mark.parametrize("name", ["one.png", "one.jpg"])
+def test_an_image_in_the_row_is_the_image_in_the_folder(images, name):
+    rows_with = [
+        ([{"bytes": base64.b64encode((images / file).read_bytes()).decode()}], "What?")
+        for file in (name, "other.png")
+    ]
+    assert count(images, [([name], "What?")], rows_with) == 1
+    assert count(images, rows_with, [([name], "What?")]) == 1
 
 
 def test_every_test_row_counts_once_and_one_is_named(images):
