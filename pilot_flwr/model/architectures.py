@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.checkpoints import check_weights, find_file, reference_config
+from pilot_flwr.model.checkpoints import check_template, check_weights, find_file, reference_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,6 +93,7 @@ def read_config(config: ModelConfig) -> Any:
             f"`model.path` is {config.path!r}, which cannot be read: {error}"
         ) from error
     check_weights(config)
+    check_template(config)
     return read
 
 
@@ -106,6 +107,7 @@ def known_config(config: ModelConfig) -> Any:
     except (OSError, ValueError):
         return _read(reference)
     check_weights(config)
+    check_template(config)
     return read
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
+from pilot_flwr.run.atomic import read_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLE = "bundle.json"
@@ -166,6 +167,35 @@ def check_weights(config: ModelConfig) -> None:
             defect = f"without tensor {absent[0]!r}, which {_INDEX} expects there"
         if defect:
             raise _damaged(config, name, defect)
+
+
+def check_template(config: ModelConfig) -> None:
+    """Raise `ModelError` for a local folder whose chat template is missing or knows no images.
+
+    By the files alone, without transformers; the load of the processor also renders the template.
+    """
+    folder = Path(locate(config))
+    if not (folder / "tokenizer_config.json").is_file():
+        return  # a hub id, or a configuration alone
+    found = "".join(
+        path.read_text(encoding="utf-8", errors="replace")
+        for pattern in ("chat_template.jinja", "additional_chat_templates/*.jinja")
+        for path in folder.glob(pattern)
+    )
+    for name in ("chat_template.json", "processor_config.json"):  # the tokenizer's is not used
+        found += str(read_json(folder / name).get("chat_template") or "")
+    if not found.strip():
+        raise unfit_template(config.path, "has no chat template")
+    if "image" not in found and "type" not in found:
+        raise unfit_template(config.path, "has a chat template for text alone")
+
+
+def unfit_template(path: str, defect: str) -> ModelError:
+    """Return the error for a chat template that cannot be used."""
+    return ModelError(
+        f"`model.path` is {path!r}, which {defect}. Put the template of an image-text model into "
+        "its file chat_template.jinja."
+    )
 
 
 def _damaged(config: ModelConfig, name: str, defect: str) -> ModelError:

@@ -18,7 +18,7 @@ from pilot_flwr.algorithm.server_state import InitialState, draw_lora
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import read_config, spec_of
-from pilot_flwr.model.checkpoints import PROJECTOR, locate, projector_files
+from pilot_flwr.model.checkpoints import PROJECTOR, locate, projector_files, unfit_template
 from pilot_flwr.model.shapes import lora_shapes
 from pilot_flwr.protocol import State
 
@@ -116,10 +116,7 @@ def _check_template(path: str, processor: Any) -> None:
             if text.count(processor.image_token) == 1 and "question" in text:
                 return
             defect = f"has a chat template that renders no {processor.image_token!r} for an image"
-    raise ModelError(
-        f"`model.path` is {path!r}, which {defect}. Put the template of an image-text model into "
-        "its file chat_template.jinja."
-    )
+    raise unfit_template(path, defect)
 
 
 @dataclass(frozen=True)
