@@ -40,17 +40,18 @@ class Lab:
         home = folder / "server"
         names = {"HOST": "localhost", "PORT": self.port, "LINK_PORT": link, "SERVER": home}
         self.server = Machine("server", home, names)
+        self.made: list[Machine] = []
         self.sites = {client: self.site(client, task) for client, task in sites.items()}
 
     def __enter__(self) -> "Lab":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for machine in (*self.sites.values(), self.server):
+        for machine in (*self.made, self.server):
             machine.kill()
 
     def site(self, client: str, task: str, *, port: int = 0) -> Machine:
-        """Return a site that is not prepared."""
+        """Return a site that is not prepared; it is killed at the end, started or not."""
         home = self.folder / client
         values = {
             "HOST": "localhost",
@@ -61,7 +62,8 @@ class Lab:
             "CLIENT": client,
             "TASK": task,
         }
-        return Machine("site", home, values)
+        self.made.append(Machine("site", home, values))
+        return self.made[-1]
 
     def start_server(self) -> None:
         """Steps 2 to 4 of the page."""
