@@ -32,6 +32,8 @@ _UNPACK = "unpack it and name the file in it"
 
 _SIGNATURES = {
     b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"PK\x05\x06": ("an empty zip archive", "name the file of the rows"),
+    b'\x04"M\x18': ("compressed with lz4", _UNPACK),
     b"BZh": ("compressed with bzip2", _UNPACK),
     b"\xfd7zXZ": ("compressed with xz", _UNPACK),
     b"\x28\xb5\x2f\xfd": ("compressed with zstandard", _UNPACK),
@@ -170,7 +172,7 @@ def _check_begin(text: BinaryIO, name: str) -> None:
         raise DataError(f"{name} has only white space; it must be JSON.")
     if begin.startswith(("[", "{")) or not begin:
         return
-    if "\0" in begin:
+    if re.search(r"[\0-\x08\x0e-\x1f]", begin):
         raise DataError(f"{name} is binary data, not JSON.")
     for pattern, kind, remedy in _TEXTS:
         if re.match(pattern, begin, re.IGNORECASE):

@@ -258,6 +258,8 @@ def test_blank_lines_are_skipped_and_rows_keep_their_line_numbers(tmp_path):
         (b"<?xml version='1.0'?>", "is XML"),
         ("[1".encode("utf-16")[:-1], "is binary data or broken UTF-16, not JSON"),
         (b"\x01\x02\x03\x04\x05\0\0\0", "is binary data"),
+        (b"\x1aE\xdf\xa3abc", "is binary data"),
+        (b'\x04"M\x18abc', "is compressed with lz4, not JSON: unpack it"),
         (b"// rows\n[]", "begins with a comment, not JSON: remove"),
         (b"# rows\n[]", "begins with a comment"),
         (b"id,image,question\n1,a.png,q\n", r"is a table in text form \(CSV\)"),
