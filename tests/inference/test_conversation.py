@@ -14,7 +14,7 @@ from pilot_flwr.inference.runs import client_model, open_run
 @pytest.fixture(scope="module")
 def answerer(finished):
     run = open_run(finished.folder.path)
-    return Answerer(run.config, client_model(run, "vqa-0", device=torch.device("cpu")), keep="test")
+    return Answerer(run.config, client_model(run, "vqa-0", device=torch.device("cpu")), keep=True)
 
 
 @pytest.fixture

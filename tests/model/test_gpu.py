@@ -204,7 +204,8 @@ def test_features_come_to_the_models_device_and_are_kept_on_the_host(
         assert features.device == model.llava.device
         order = [examples.index(example) for example in part]
         torch.testing.assert_close(features.cpu(), expected[order], rtol=1e-3, atol=1e-3)
-    found = [kept._get(key) for example in examples for key in kept._keys(example)]
+    keys = [key for example in examples for key in kept._keys(model, images, example)]
+    found = [kept._get(key) for key in keys]
     if where == "off":
         assert found == [None] * len(examples)
     else:
