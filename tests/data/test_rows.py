@@ -248,8 +248,8 @@ def test_blank_lines_are_skipped_and_rows_keep_their_line_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(b"[]")[:12], "is a gzip file that is truncated or damaged"),
-        (gzip.compress(b"PK\x03\x04"), "is a zip archive, not JSON: unpack it"),
+        (gzip.compress(b"[]", mtime=0)[:12], "is a gzip file that is truncated or damaged"),
+        (gzip.compress(b"PK\x03\x04", mtime=0), "is a zip archive, not JSON: unpack it"),
         (b"a.json".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive, not JSON: unpack it"),
         (pickle.dumps([{"a": 1}]), "is a Python pickle, which is never loaded, not JSON"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer.* `git lfs pull`"),

@@ -172,7 +172,11 @@ def test_a_client_whose_state_is_damaged_is_refused_until_it_is_taken_away(
     reasons = [reason for number, _, client, reason in sites.failures() if client == "node 1"]
     (reason,) = reasons
     assert "<state-folder>/test-1/private-0001.safetensors " in reason
-    words = {"torn": "cannot be read", "foreign": "is of client 'vqa-1'", "not tensors": "cannot"}
+    words = {
+        "torn": "cannot be read",
+        "foreign": "belongs to client 'vqa-1'",
+        "not tensors": "cannot",
+    }
     assert words[damage] in reason and "Nothing has been overwritten." in reason
     assert str(tmp_path) not in reason
     stages = sites.stages()
