@@ -87,7 +87,7 @@ def section(prefix: str, cls: type, defaults: Any) -> str:
 
 
 def needs(setting: str) -> Iterator[tuple[str, str]]:
-    """Yield each setting without which this one has no effect, and the values it must have."""
+    """Yield each setting that this one depends on, and the values with which it has an effect."""
     for need in NEEDED:
         if f"{setting}.".startswith(f"{need.setting}.") and setting != need.switch:
             yield need.switch, ", ".join(shown(value).strip("`") for value in need.allowed)

@@ -78,7 +78,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ClientKeyProof:
-    """A site's proof that it has a client's key; see `pilot_flwr.flower.client_key`.
+    """A site's proof that it holds a client's key; see `pilot_flwr.flower.client_key`.
 
     Attributes
     ----------

@@ -69,7 +69,7 @@ class PilotStrategy(Strategy):
         keys: Mapping[str, str] | None = None,
         operator_keys: Mapping[str, str] | None = None,
     ) -> None:
-        """`keys` are the clients' fingerprints so far, `operator_keys` those of the operator."""
+        """`keys` has the fingerprints recorded so far, `operator_keys` the operator's."""
         self.config, self.state, self.run, self.folder = config, state, run, folder
         self.num_exchanges = config.rounds + 1
         self.recorder = EventRecorder(

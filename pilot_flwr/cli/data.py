@@ -275,7 +275,7 @@ def _print(
 
 
 def _print_looks(splits: "list[SplitStatistics]", *, official: bool) -> None:
-    """Print how many images have other pixels in another reading."""
+    """Print how many images depend on `data.image_reading`."""
     from pilot_flwr.formatting import count
 
     white, turned = ("dropped", "ignored") if official else ("shown on white", "applied")

@@ -95,7 +95,7 @@ def count_overlaps(
     *,
     workers: int,
 ) -> None:
-    """Add to the figures of each test split its rows that its client also trains on."""
+    """Store in each test split's figures its overlap with the client's training rows."""
     files, allowed = None, config.data.allowed_overlap
     clients = {client.id: client for client in federation_clients(config.data)}
     unreadable = {figures.client for figures in checked if figures.error}

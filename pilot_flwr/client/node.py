@@ -47,7 +47,7 @@ class Site:
 
     `state_folder` holds its private state of this run, `device` is a name for `find_device`,
     `files` is None for a simulated client. `flower_run` and `node_id` are Flower's, and `key_file`
-    has the private key, by default `default_key`; a simulated client has none of them.
+    holds the private key, by default `default_key`; a simulated client has none of them.
     """
 
     client: Client
@@ -69,7 +69,7 @@ class Site:
 
     @property
     def default_key(self) -> Path:
-        """The file of the key that is made where the owner names none."""
+        """The file of the generated key, used without ``identity-key``."""
         return self.state_folder.parent / f"{self.client.id}.key"
 
     @property

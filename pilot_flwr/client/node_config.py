@@ -25,7 +25,7 @@ KEYS = {
     "train-file": "training data: JSON, JSONL or a Hugging Face data set",
     "test-file": "test data: JSON, JSONL or a Hugging Face data set",
     "image-folder": "folder of the images",
-    "linked-folders": "folders outside of it that links of images may lead to",
+    "linked-folders": "folders outside `image-folder` that links in it may lead to",
     "allowed-overlap": "share of the test rows that may be training rows too",
     "state-folder": "folder of the private adapters",
     "identity-key": "file with this client's private key",
@@ -50,7 +50,7 @@ FILE_SEPARATOR = ";"
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """A parsed node config; paths are absolute, absent keys are empty, None or 0."""
+    """A parsed node config; paths are absolute."""
 
     client_id: str = ""
     task: str = ""

@@ -75,9 +75,9 @@ def client_overlap(
     workers: int,
     cache: Path | None,
 ) -> Overlap:
-    """Return a client's test rows that it also trains on, kept in the folder `cache` if given.
+    """Return the overlap of a client's test and training rows, cached in the folder `cache`.
 
-    A site's are counted over all its rows, so that nothing that the server sets shows which.
+    A site counts all its rows, so that no server setting can reveal which of them overlap.
     """
     if files is not None:
         train, test = [files.rows("train")], files.rows("test")
@@ -101,7 +101,7 @@ def _check_overlap(site: Site, config: PilotConfig) -> None:
     """Raise `ConfigError` if too many of the client's test rows are training rows."""
     files, folder = site.files, site.state_folder
     key, allowed = "data.allowed_overlap", config.data.allowed_overlap
-    if files is not None:  # the result is kept for all runs of the site
+    if files is not None:  # one cached result for all runs of the site
         key, allowed, folder = "allowed-overlap", files.allowed_overlap, folder.parent
     if allowed < 1:
         workers = os.cpu_count() or 1

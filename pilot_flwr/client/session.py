@@ -114,7 +114,7 @@ def session_generator(seed: int, client_id: str, server_round: int) -> torch.Gen
 
 
 def check_precision(device: torch.device, config: PilotConfig) -> None:
-    """Raise `ConfigError` for training in float16 on a CPU, where ``auto`` is no autocast."""
+    """Raise `ConfigError` for training in float16 on a CPU, where ``auto`` means no autocast."""
     half = config.model.dtype == "float16"
     if half and config.train.autocast == "auto" and device.type == "cpu":
         raise ConfigError(
@@ -127,9 +127,10 @@ def check_precision(device: torch.device, config: PilotConfig) -> None:
 def _features(
     site: Site, config: PilotConfig, progress: Callable[[str], None]
 ) -> FeatureFolder | None:
-    """Open the folder of cached features: a site's, or in a simulation the user's.
+    """Open the feature cache on disk: the site's or, in a simulation, the user's.
 
-    Runs share it; its entries since this run's first session, by the session locks, are in use.
+    Runs share it. Entries used since this run's first session, dated by its session locks, are
+    never pruned.
     """
     cache = config.model.feature_cache
     if cache.where != "disk":

@@ -99,11 +99,11 @@ class DataConfig(Section, prefix="data"):
     """`pad` images to squares in the image processor's mean colour, as LLaVA-1.5 does, or `keep`
     them as the image processor treats them."""
     image_reading: Annotated[str, choice("viewer", "official")] = "viewer"
-    """Pixels as a `viewer` shows them, transparency on white and turned by the EXIF orientation,
-    or as in LLaVA's `official` code, which drops both."""
+    """Pixels as a `viewer` shows them, with transparency on white and the EXIF orientation applied,
+    or as in LLaVA's `official` code, which ignores both."""
     linked_folders: list[str] = field(default_factory=list)
-    """Folders outside of a task's image folder that links in it may lead to, such as `blobs` of
-    the hub's cache. Simulations only: a site lists its own in its node config."""
+    """Folders outside a task's image folder that links in it may lead to, such as `blobs` in the
+    Hugging Face hub's cache. Simulations only: a site lists its own in its node config."""
     check_images: Annotated[str, choice("header", "decode")] = "decode"
     """Image check before training: `decode` every image once, or read each `header` only; an
     image broken behind its header then stops training when it is used."""
@@ -111,8 +111,8 @@ class DataConfig(Section, prefix="data"):
     """Share of a client's rows that may be broken or too long; they are skipped and counted. With
     0 a single one stops the client before it trains."""
     allowed_overlap: Annotated[float, SHARE] = 0.0
-    """Share of a client's test rows that may also be training rows of its own: the same images and
-    question. At a real site `allowed-overlap` of its node config decides."""
+    """Share of a client's test rows that may also be among its training rows: the same images and
+    question. At a real site, `allowed-overlap` in its node config applies instead."""
     workers: Annotated[int, minimum(0)] = 0
     """Threads that decode images ahead of the model; 0 decodes between batches."""
     evaluate_on: Annotated[str, choice("test", "validation")] = "test"

@@ -123,9 +123,9 @@ def _check_override(override: "Override") -> None:
 
 
 def idle_overrides(overrides: Sequence[str], config: PilotConfig) -> dict[str, str]:
-    """Return the overrides that set something without effect in `config`, with the reason.
+    """Return the overrides that have no effect in `config`, each with the reason.
 
-    What a file of ``conf/`` sets counts as written for all methods and is not checked.
+    Settings in the files of ``conf/`` are not checked: they may serve several methods.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -146,7 +146,7 @@ def check_effect(overrides: Sequence[str], config: PilotConfig) -> None:
 
 
 def _settings(key: str, value: Any) -> Iterator[str]:
-    """Yield the names of the settings that an override sets; none for a choice of a file."""
+    """Yield the names of the settings that an override sets; none if it chooses a config file."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from _settings(f"{key}.{name}", inner)

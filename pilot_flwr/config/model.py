@@ -30,10 +30,10 @@ class FeatureCacheConfig(Section, prefix="model.feature_cache"):
     """Cache of the frozen vision tower's features."""
 
     where: Annotated[str, choice("memory", "disk", "off")] = "memory"
-    """Location of the cached features; on `disk` runs share them, by the images' content."""
+    """Location of the cached features; on `disk`, runs share them by image content."""
     max_gib: Annotated[float, POSITIVE] = 1.0
     """Size limit in GiB, per process in memory and per folder on disk, where entries of earlier
-    runs make room; further images are encoded each time. A site may set a lower limit."""
+    runs are pruned first; further images are encoded each time. A site may set a lower limit."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ModelConfig(Section, prefix="model"):
         if self.revision and ("/" not in self.path or self.path.startswith(("/", ".", "~"))):
             raise ConfigError(
                 f"`model.revision` is {self.revision!r} but must be empty with `model.path` "
-                f"{self.path!r}, which is not a model of Hugging Face's hub."
+                f"{self.path!r}, which is not a model on the Hugging Face hub."
             )
 
     @property

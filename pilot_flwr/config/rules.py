@@ -204,7 +204,7 @@ RULES = (
 
 
 class Need(NamedTuple):
-    """A value of another setting without which a setting, or a section's, has no effect."""
+    """`setting`, or every setting of a section, has no effect unless `switch` is in `allowed`."""
 
     setting: str
     switch: str
@@ -262,17 +262,17 @@ NEEDED = (
     Need("run.restarts", "simulation.engine", ("ray",)),
     Need("run.wandb_project", "run.wandb", ("online", "offline")),
 )
-"""A switch itself never needs its own value: ``privacy.enabled=false`` may be written."""
+"""A switch is exempt from its own rows: ``privacy.enabled=false`` is allowed."""
 
 
 def idle(setting: str, config: object) -> str | None:
-    """Return why a setting has no effect in a configuration, None if it has."""
+    """Return why a setting has no effect in a configuration, or None if it has one."""
     for need in NEEDED:
         inside = f"{setting}.".startswith(f"{need.setting}.") and setting != need.switch
         if inside and (found := attrgetter(need.switch)(config)) not in need.allowed:
             return (
-                f"`{setting}` has no effect with `{need.switch}={_text(found)}`: set that to "
-                f"{' or '.join(map(_text, need.allowed))}, or leave `{setting}` out."
+                f"`{setting}` has no effect with `{need.switch}={_text(found)}`: set "
+                f"`{need.switch}` to {' or '.join(map(_text, need.allowed))}, or omit `{setting}`."
             )
     return None
 

@@ -137,8 +137,8 @@ class StrategyConfig(Section, prefix="strategy"):
     """Number of real sites, with any names, that the first exchange waits for; 0: the clients
     `<task>-<n>` of the configured tasks, as in a simulation."""
     client_keys: str = ""
-    """File on the SuperLink's machine that names every client of real sites with its key; empty: a
-    client id belongs to the key that first used it in the run. See docs/how-to/deployment.md."""
+    """File on the SuperLink's machine that lists the key of every real client; empty: a client id
+    is bound to the first key that uses it in the run. See docs/how-to/deployment.md."""
     max_examples: Annotated[int, minimum(0)] = 1_000_000
     """Refuse a client that reports more training examples: they weight its update, and the
     server cannot verify them; 0: no limit."""

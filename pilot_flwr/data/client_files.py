@@ -46,7 +46,7 @@ class SiteFiles:
     allowed_overlap: float = 0.0
 
     def rows(self, split: Split) -> LlavaExamples:
-        """Return all rows of a split, whatever a run draws of them."""
+        """Return all rows of a split, regardless of how many a run uses."""
         reading = Reading(self.images, linked_folders=self.linked_folders)
         return LlavaExamples([open_rows(path) for path in getattr(self, split)], reading)
 

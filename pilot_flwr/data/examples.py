@@ -78,7 +78,7 @@ class Example:
             )
 
     def field(self, turn: int) -> str:
-        """Return how errors call a turn, by its number from 0."""
+        """Return the name of a turn in errors; `turn` counts from 0."""
         return f"`{self.fields[turn]}`" if self.fields else f"turn {turn + 1}"
 
     @property

@@ -1,13 +1,13 @@
 """Open the images in a client's folder that its rows name, and read their pixels.
 
 A name in a row is untrusted. It must be relative to the image folder and belong to a plain file in
-one of `FORMATS` that lies, all links resolved, in this folder or in one that the data's owner lists
-for targets of links. Errors name the row and never the image, whose name may identify a person;
-`ImageError.path` has it, to show to the owner of the data.
+one of `FORMATS` that lies, after resolving links, in this folder or in another one that the data's
+owner allows links to lead to. Errors name the row and never the image, whose name may identify a
+person; `ImageError.path` has it, to show to the owner of the data.
 
-Pixels are read as viewers show them: in RGB, transparency on white, turned by their EXIF
-orientation. The official reading is LLaVA's, which drops transparency and orientation. In both,
-greys of 16 bits keep their upper 8.
+Pixels are read as viewers show them: in RGB, with transparency on white and the EXIF orientation
+applied. The official reading is that of LLaVA's code, which ignores transparency and orientation.
+In both, 16-bit greys keep their upper 8 bits.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets an image upright, by its EXIF orientation."""
+"""The transpose that sets an image upright, by EXIF orientation."""
 
 _OTHER_FORMATS = {
     b"<svg": "an SVG drawing",
@@ -63,7 +63,7 @@ _OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip file",
     b"8bps": "a Photoshop file",
 }
-"""What files begin with that Pillow cannot or must not open, in lower case."""
+"""Signatures, in lower case, of files that Pillow cannot or must not open."""
 
 _FILTERS = threading.Lock()
 
@@ -72,7 +72,7 @@ Colour = tuple[int, int, int]
 
 
 class Header(NamedTuple):
-    """An image's size as `ImageFile.read` returns it, and properties that change its look."""
+    """An image's size as `ImageFile.read` returns it, and properties that change its pixels."""
 
     height: int
     width: int
@@ -139,9 +139,9 @@ def to_rgb(image: Image.Image, *, official: bool = False) -> Image.Image:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Pillow's warnings, as of corrupt EXIF data; errors name the row instead.
+    """Silence Pillow's warnings, such as those about corrupt EXIF data; errors name the row.
 
-    Warning filters belong to the process, hence the lock.
+    Warning filters are process-wide, hence the lock.
     """
     with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -153,7 +153,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         with _quiet():
             found = image.getexif().get(_ORIENTATION)
-    except Exception:  # broken metadata raises all kinds
+    except Exception:  # broken metadata raises many types
         return 1
     return found if found in _TURNS else 1
 
@@ -181,13 +181,13 @@ def _without_text(source: Path | io.BytesIO) -> io.BytesIO:
 
 @functools.lru_cache(maxsize=1 << 18)
 def _content(path: Path, size: int, modified: int) -> str:
-    """Return the SHA-256 of a file of this size and time of modification."""
+    """Return a file's SHA-256, cached by size and modification time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_kind(image: "ImageFile") -> str:
-    """Return in words what a file is that is no image that can be read, or nothing."""
+    """Describe a file that cannot be read as an image; empty if its kind is unknown."""
     try:
         with image.open() as stream:
             begin = stream.read(512)
@@ -201,7 +201,7 @@ def _file_kind(image: "ImageFile") -> str:
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "an HTML page, as a failed download leaves it"
     if text.startswith((b"../", b"./")) and text.strip().isascii() and b"\n" not in text.strip():
-        return "a path in a text file, as a copied link leaves it: copy the link's target"
+        return "a path in a text file, as copying a link may leave it: copy the link's target"
     for signature, name in _OTHER_FORMATS.items():
         if signature in begin[4:16] or text.startswith(signature):
             return f"{name}, which is not supported; allowed are {', '.join(FORMATS)}"
@@ -211,7 +211,7 @@ def _file_kind(image: "ImageFile") -> str:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of a row, read on demand: a file, or `data` that the row itself holds."""
+    """An image of a row, read on demand: a file, or `data` embedded in the row."""
 
     folder: Path
     name: str
@@ -223,7 +223,7 @@ class ImageFile:
 
     @property
     def key(self) -> object:
-        """Where the image comes from; rows may share it."""
+        """A key of the image's source, which rows may share."""
         if self.data is not None:
             return hashlib.sha256(self.data).digest()
         return self.folder, self.name
@@ -237,7 +237,7 @@ class ImageFile:
         with self._open() as image:
             orientation = 1 if self.official else _orientation(image)
             try:
-                if image.format == "TIFF":  # Pillow turns these, and reads their EXIF data again
+                if image.format == "TIFF":  # Pillow rotates these, and rereads their EXIF data
                     with _quiet():
                         image.load()
                 elif orientation > 1:
@@ -269,7 +269,7 @@ class ImageFile:
         return Header(height, width, transparent, orientation > 1)
 
     def identity(self) -> str:
-        """Return a hash of the content and the way of reading as one key."""
+        """Return a key of the file's content and the way it is read."""
         reading = f"{self.background}/{'official' if self.official else 'upright on white'}"
         if self.data is not None:
             return f"{hashlib.sha256(self.data).hexdigest()}/{reading}"
@@ -299,8 +299,8 @@ class ImageFile:
             raise self._error(f"cannot be opened ({reason})") from None
         if not any(found.is_relative_to(place) for place in allowed):
             raise self._error(
-                "is a link that leads out of the image folder; folders that links may lead to are "
-                "listed in `linked-folders` of a site's node config, or in `data.linked_folders` "
+                "is a link that leads out of the image folder; list the folders that links may "
+                "lead to in `linked-folders` of a site's node config, or in `data.linked_folders` "
                 "of a simulation"
             )
         if not plain:

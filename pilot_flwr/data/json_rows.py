@@ -94,7 +94,7 @@ class RowFile(Sequence[Row]):
         data = os.pread(file.fileno(), end - start, start).strip()
         row, rest = parse(data, self.origin(number))
         if not self.is_array and rest.strip():
-            why = "a comma behind it" if rest.strip() == "," else "more than one JSON value"
+            why = "a comma after it" if rest.strip() == "," else "more than one JSON value"
             raise DataError(f"{self.origin(number)} has {why} on its line.")
         if not isinstance(row, dict):
             raise DataError(f"{self.origin(number)} is not a JSON object.")
@@ -164,13 +164,13 @@ def _check_lines(file: BinaryIO, name: str) -> None:
 
 
 _WRAPPED = "is one object around the list of rows, {}: save the list alone, '[...]'"
-_COLUMNS = 'has columns instead of rows: write it with `orient="records"`, as pandas calls it'
+_COLUMNS = 'has columns instead of rows: write rows, in pandas with `orient="records"`'
 _BY_KEY = "is one object with a row for each key: save the rows as a list, '[...]'"
 _SEVERAL_LINES = "has rows on several lines: write each on one line, or all as a list, '[...]'"
 
 
 def _object_form(row: Row, several_lines: bool) -> str:
-    """Return what the first object of a file is that is no row on a line, or nothing."""
+    """Describe a file's first object if it is not one row on one line; else return ""."""
     lists = {
         key: value[0].keys()
         for key, value in row.items()
@@ -195,7 +195,7 @@ def _is_object(line: str) -> bool:
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
-    """Return size and time of change of a file, or of the files of a folder."""
+    """Return the total size and latest modification time of a file, or of a folder's files."""
     try:
         found = [path, *path.iterdir()] if path.is_dir() else [path]
         status = [file.stat() for file in found]

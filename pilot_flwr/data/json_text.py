@@ -1,6 +1,7 @@
 """Read JSON files value by value, in constant memory: the rules for rows and for annotations.
 
-`open_text` returns a file as UTF-8, or says what else the file is. `Cursor` walks through it.
+`open_text` opens a file as UTF-8; its errors say what a file is that is not JSON. `Cursor` walks
+through the text.
 
 The cursor decodes the file as Latin-1, where a character is a byte, so that offsets in the text are
 offsets in the file: JSON's structure is ASCII, and UTF-8 has no ASCII byte inside a character.
@@ -56,7 +57,7 @@ _SIGNATURES = {
         for version in (2, 3, 4, 5)
     },
 }
-"""What files begin with that hold no JSON: in words, and what to do."""
+"""Signatures of files that are not JSON, each with a description and a remedy."""
 
 _TEXTS = (
     (r"<!doctype html|<html|<head|<body", "an HTML page", "download the file again"),
@@ -66,29 +67,29 @@ _TEXTS = (
     (r"[(']", "Python's notation", "write the rows with `json.dump`"),
     (r'"?[\w ]+"?[,;\t]', "a table in text form (CSV)", "write its rows as JSON"),
     (r"---|- |\w+:\s", "YAML", "write the rows as JSON"),
-    (r'"', "one JSON text, perhaps rows encoded twice", "write the rows themselves"),
+    (r'"', "a JSON string, perhaps rows encoded twice", "write the rows themselves"),
 )
-"""What text begins with that is neither an array nor an object."""
+"""Beginnings of text that is neither an array nor an object, with descriptions and remedies."""
 
 _HINTS = (
-    (r"'", "a single quote, as Python prints texts; write the rows with `json.dump`"),
+    (r"'", "a single quote, as Python prints strings; write the rows with `json.dump`"),
     (r"//|/\*|#", "a comment, which JSON does not allow"),
     (r"(True|False|None)\b", "Python's notation; write the rows with `json.dump`"),
     (r"\xe2\x80[\x98-\x9f]|[\u2018-\u201f]", "a typographic quotation mark"),
 )
-"""What broken JSON has where the parser stops."""
+"""Common mistakes at the position where the parser stops."""
 
 
 def open_text(path: Path, name: str) -> BinaryIO:
-    """Open a JSON file as UTF-8, behind a byte order mark.
+    """Open a JSON file as UTF-8, after any byte order mark.
 
-    A gzip file, one in UTF-16 or UTF-32 and one with carriage returns for line ends is copied to a
-    temporary file without a name, which disappears when it is closed.
+    Gzip, UTF-16, UTF-32 and CR line endings are converted in an anonymous temporary file, which is
+    deleted when it is closed.
 
     Raises
     ------
     DataError
-        The file cannot be read, or is something else, as the error says.
+        The file cannot be read or is not JSON.
     """
     try:
         file = path.open("rb")
@@ -117,7 +118,7 @@ def _as_utf8(file: BinaryIO, name: str) -> BinaryIO:
         _check_signature(head, name)
         encoding = json.detect_encoding(head)
         wide = encoding if not encoding.startswith("utf-8") else ""
-        # Inside a text JSON allows no control character, so that these are line ends.
+        # JSON strings cannot contain control characters, so these are line endings.
         returns = not wide and b"\r" in head and b"\n" not in head
         if not (packed or wide or returns):
             return file
@@ -128,7 +129,7 @@ def _as_utf8(file: BinaryIO, name: str) -> BinaryIO:
         raise DataError(f"{name} is binary data or broken {encoding.upper()}, not JSON.") from None
     except OSError as error:
         raise DataError(
-            f"{name} cannot be converted in a temporary file ({error.strerror})."
+            f"{name} cannot be converted into a temporary file ({error.strerror})."
         ) from None
 
 
@@ -161,7 +162,7 @@ def _check_signature(head: bytes, name: str) -> None:
 
 
 def _check_begin(text: BinaryIO, name: str) -> None:
-    """Raise unless a text begins with an array or an object; do not move in it."""
+    """Raise unless a text begins with an array or an object; keep its position."""
     start = text.tell()
     head = text.read(_HEAD)
     text.seek(start)
@@ -196,9 +197,9 @@ _UNIQUE_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def parse(data: bytes, origin: str) -> tuple[Any, str]:
-    """Return the JSON value at the begin of some UTF-8, and the text behind it.
+    """Return the JSON value at the start of UTF-8 data, and the text after it.
 
-    Raises `DataError` for broken JSON and for an object with a key twice.
+    Raises `DataError` for broken JSON and for duplicate keys.
     """
     text = ""
     try:
@@ -231,7 +232,7 @@ def reason(error: Exception, text: str) -> str:
     if before == "," and rest.startswith(("]", "}")):
         return "a comma before the closing bracket; remove it"
     if error.msg.startswith("Invalid control character"):
-        return "a line break or other control character inside a text; write it as \\n"
+        return "a line break or other control character inside a string; write it as \\n"
     return error.msg
 
 
@@ -317,8 +318,7 @@ class Cursor:
                 self.at += 1
                 following = self.next_character()
                 if following == close:
-                    hint = f"a comma, but no {self.label}; remove it"
-                    raise self.broken(number + 1, self.offset, hint)
+                    raise self.broken(number + 1, self.offset, "a trailing comma; remove it")
             elif following != close:
                 found = "no comma before it" if following else f"the file ends without a '{close}'"
                 raise self.broken(number + 1, self.offset, found)
@@ -344,7 +344,7 @@ class Cursor:
             return text
 
     def broken(self, number: int, offset: int, why: str) -> DataError:
-        """Return the error of a value, which hides those behind it."""
+        """Build the error for a broken value, after which nothing can be read."""
         return DataError(
             f"{self.name}, {self.label} {number} is broken JSON at byte {offset} ({why}), so that "
             "the rest cannot be read."

@@ -1,14 +1,15 @@
-"""Rows of LLaVA's and of chat tools' JSON files as examples, each read on demand.
+"""Read the rows of LLaVA and chat data sets as examples, on demand.
 
 A row is an object with
 
 - ``id``: optional text or number; need not be unique, as in LLaVA's own files,
-- ``image`` or ``images``: a file in the image folder, or a list of them; absent for a row without,
+- ``image`` or ``images``: a file in the image folder, an image in the row itself, or a list of
+  them; absent for text-only rows,
 - a conversation, in one of the forms of `pilot_flwr.data.turns`,
 - ``references``: optional list of reference answers for scoring.
 
-Other fields are ignored, except that a partition may use one, and that one which holds a picture or
-another medium is an error. Image markers (``<image>`` in a question) are treated as in LLaVA-1.5's
+Other fields are ignored (a partition may use one), but a field that holds an image or another
+medium is an error. Image markers (``<image>`` in a question) are treated as in LLaVA-1.5's
 training: a turn's only marker moves to its front, on a separate line. A row with one image and no
 marker gets the marker before its first question; LLaVA would train on it without the image.
 """
@@ -103,7 +104,7 @@ class LlavaExamples(Sequence[Example]):
         return self.files[index].origin(number)
 
     def digest(self, settings: str) -> str:
-        """Return a digest of the rows' files, their choice and reading, and some settings."""
+        """Return a digest of the files, the selected rows, how they are read, and `settings`."""
         files = [(str(file.path), file.stamp) for file in self.files]
         text = f"{files}/{self.reading}/{settings}/".encode()
         return hashlib.sha256(text + self.rows.tobytes()).hexdigest()
@@ -124,8 +125,8 @@ def to_example(
         raise DataError(f"{origin}: `{lost}` is not read. {REMEDY}; remove what is not needed.")
     if lost := next((name for name in _UNTRAINED if row.get(name)), None):
         raise DataError(
-            f"{origin}: `{lost}` is not read; remove it. A system prompt is the same for all rows: "
-            "`model.system_prompt`."
+            f"{origin}: `{lost}` is not read; remove it. `model.system_prompt` sets a system "
+            "prompt for all rows."
         )
     found = read_conversation(row, origin, answered=answered)
     images = _images(row, found.pictures, origin, reading)
@@ -152,7 +153,7 @@ def _id(row: Row, label: str, origin: str) -> str:
     if found is None:  # the row's number is enough
         return label.removesuffix(":")
     if isinstance(found, bool) or not isinstance(found, int | str) or found == "":
-        raise DataError(f"{origin}: `id` is neither text nor a whole number; it may be left out.")
+        raise DataError(f"{origin}: `id` is neither text nor a whole number; it may be omitted.")
     text = str(found)
     if len(text) > LONGEST_ID or not text.isprintable():
         raise DataError(f"{origin}: `id` must be printable and of at most {LONGEST_ID} characters.")
@@ -169,10 +170,12 @@ def _images(
     marks = [(field, n) for field, n in pictures if n is None or isinstance(n, int)]
     for place, (field, number) in enumerate(marks):
         if number is not None and number != place:
-            raise DataError(f"{origin}: `{field}` must be {place}: images follow their order.")
+            raise DataError(
+                f"{origin}: `{field}` must be {place}: parts use the row's images in order."
+            )
     found = [(field, value) for field, value in pictures if (field, value) not in marks]
     if found and (keys or marks):
-        raise DataError(f"{origin} has pictures both in `{found[0][0]}` and in `images`.")
+        raise DataError(f"{origin} has images both in `{found[0][0]}` and in `images`.")
     for key in keys:
         values = row[key] if isinstance(row[key], list) else [row[key]]
         found = [(key, value) for value in values]
@@ -183,7 +186,7 @@ def _images(
 
 
 def _source(value: Any, field: str, name: str, origin: str, reading: Reading) -> ImageSource:
-    """Return one picture of a row; `name` stands for it in errors."""
+    """Return one image of a row; errors call it `name`."""
     if isinstance(value, dict) and field.endswith("image_url"):
         value = value.get("url")
     data = _embedded(value, field, name)
@@ -198,8 +201,8 @@ def _source(value: Any, field: str, name: str, origin: str, reading: Reading) ->
         )
     elif _ADDRESS.match(value):
         raise DataError(
-            f"{name} is an address (`{field}`), which is not read: save the picture in the image "
-            "folder and write its file's name."
+            f"{name} is a URL (`{field}`), which is not read: save the image in the image folder "
+            "and write its file name."
         )
     elif reading.images is None:
         raise DataError(f"{origin} has an image, but no image folder is configured.")
@@ -208,7 +211,7 @@ def _source(value: Any, field: str, name: str, origin: str, reading: Reading) ->
 
 
 def _embedded(value: Any, field: str, name: str) -> bytes | memoryview | None:
-    """Return the bytes of a picture that the row itself holds, in JSON as base64."""
+    """Return the bytes of an image embedded in a row (base64 in JSON), or None."""
     found = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(found, bytes | memoryview):
         return found
@@ -220,11 +223,11 @@ def _embedded(value: Any, field: str, name: str) -> bytes | memoryview | None:
     elif found is None or not isinstance(value, dict):
         return None
     try:
-        if isinstance(found, list):  # as JSON of bytes may be, too
+        if isinstance(found, list):  # some tools write bytes as a list of numbers
             return bytes(found)
         return base64.b64decode(re.sub(r"\s", "", found), validate=True)
     except (ValueError, TypeError):
-        raise DataError(f"{name} (`{field}`) has bytes that are no base64.") from None
+        raise DataError(f"{name} (`{field}`) has bytes that are not base64.") from None
 
 
 def _prompt(turn: Turn, reading: Reading) -> Turn:

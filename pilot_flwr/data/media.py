@@ -1,8 +1,8 @@
-"""Notice pictures, videos and sounds that a row names but that nobody reads.
+"""Detect images, videos and audio in a row that would be ignored.
 
-A row loses its picture silently if a field or a marker for it is passed over, so both are errors:
-`unread_field` finds the fields, `unread_marker` the markers of other tools. A number or a boolean
-is no picture, and fields such as ``image_id`` or ``image_width`` only describe one.
+Ignoring a field or a marker for an image would silently drop it, so both are errors:
+`unread_field` finds the fields, `unread_marker` the markers of other tools. Numbers and booleans
+are not images, and fields such as ``image_id`` or ``image_width`` only describe one.
 """
 
 import html
@@ -12,7 +12,7 @@ from typing import Any
 
 from pilot_flwr.data.examples import IMAGE_MARKER
 
-REMEDY = f"Pictures belong in `image` or `images` and are marked {IMAGE_MARKER}"
+REMEDY = f"Images belong in `image` or `images` and are marked {IMAGE_MARKER}"
 
 _MEDIA = frozenset(
     """
@@ -36,7 +36,7 @@ _AROUND = frozenset(
     sep soft start t token tokens unk
     """.split()
 )
-"""Words that other tools put beside a medium's in a marker."""
+"""Words that other tools combine with a medium's name in a marker."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _MARKER = re.compile(
@@ -51,9 +51,9 @@ _FILE = re.compile(
 
 
 def unread_field(fields: Mapping[str, Any], known: Iterable[str], *, pictures: bool) -> str | None:
-    """Return a field outside `known` that holds a picture or another medium, by name or value.
+    """Return a field outside `known` that holds an image or another medium, by name or value.
 
-    With `pictures`, the row has some that are read, and a further file's name may be its source.
+    With `pictures`, the row has images that are read, and other file names are taken as metadata.
     """
     known = frozenset(known)
     for name, value in fields.items():
@@ -72,8 +72,8 @@ def unread_field(fields: Mapping[str, Any], known: Iterable[str], *, pictures: b
 def unread_marker(text: str, *, answer: bool) -> str | None:
     """Return a marker of a medium other than `IMAGE_MARKER`, such as ``<video>`` or ``<image_1>``.
 
-    HTML elements are text in an answer: a question that names one has lost a medium, an answer
-    explains it.
+    HTML elements count as text in an answer, which may explain them; in a question they stand for
+    a lost medium.
     """
     if not any(character in text for character in "<[{&"):
         return None

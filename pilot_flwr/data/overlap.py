@@ -2,12 +2,12 @@
 
 Images are the same if their pixels are, as the model sees them: a renamed, moved or losslessly
 re-encoded copy is the same image. JPEG files are compared with each other by their bytes, since
-compressing one again changes its pixels and decoding all of a large data set takes hours. Questions
-are compared without markers, case and white space. A test row's question may be any turn of a
-training row, as LLaVA's files join an image's questions in one row; a test row of several turns
-must begin a training row.
+re-encoding changes the pixels and decoding all of a large data set takes hours. Questions are
+compared without markers, case and white space. A test row's question may be any question of a
+training row, as LLaVA's files join an image's questions in one row; the questions of a test row
+with several must begin a training row.
 
-Images are opened only where questions coincide, and read only where their sizes do too.
+Images are opened only where questions match, and read only where their sizes match too.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _JPEG = b"\xff\xd8\xff"
 
 
 class Overlap(NamedTuple):
-    """Number of the `total` test rows that are training rows too; `first` names one and both."""
+    """`rows` of `total` test rows are training rows too; `first` names one such pair."""
 
     rows: int
     total: int
@@ -62,11 +62,11 @@ class _Row(NamedTuple):
 
 
 _Group = tuple[list[_Row], list[_Row]]
-"""Test rows and training rows that are alike so far."""
+"""Test rows and training rows that match so far."""
 
 
 def find_overlap(train: Sequence[LlavaExamples], test: LlavaExamples, *, workers: int) -> Overlap:
-    """Count the rows of `test` that are also in `train`; broken rows are in neither."""
+    """Count the rows of `test` that are also in `train`; broken rows are ignored."""
     images = _Images(workers)
     groups = images.narrow(_same_questions(train, test, images), images.facts)
     lossless = [group for group in groups if not images.all_jpeg(group)]
@@ -81,7 +81,7 @@ def find_overlap(train: Sequence[LlavaExamples], test: LlavaExamples, *, workers
 def cached_overlap(
     train: Sequence[LlavaExamples], test: LlavaExamples, folder: Path, *, workers: int
 ) -> Overlap:
-    """Return `find_overlap`, kept in a folder until the files of rows change."""
+    """Return `find_overlap`, cached in a folder until the row files change."""
     parts = "".join(part.digest("overlap") for part in (*train, test))
     path = folder / f"overlap-{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
     try:
@@ -126,7 +126,7 @@ def _questions(example: Example) -> list[tuple[str, ...]]:
 
 
 class _Images:
-    """The images of all rows, each file once, read with some threads."""
+    """The images of all rows, each file once, read by `workers` threads."""
 
     def __init__(self, workers: int) -> None:
         self._workers = max(workers, 1)
@@ -146,12 +146,12 @@ class _Images:
         return tuple(found)
 
     def narrow(self, groups: Sequence[_Group], read: Callable[[int], object]) -> list[_Group]:
-        """Divide groups by what `read` returns for their images."""
+        """Split groups by the values of `read` for their images; drop one-sided groups."""
 
         def attempt(number: int) -> object | None:
             try:
                 return read(number)
-            except (DataError, OSError):  # a broken image is like nothing
+            except (DataError, OSError):  # a broken image matches nothing
                 return None
 
         numbers = {n for group in groups for side in group for row in side for n in row.images}

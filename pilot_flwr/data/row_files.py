@@ -1,11 +1,10 @@
 """Open files of rows: JSON, or Hugging Face data sets.
 
-Of the latter, parquet files, Arrow files and folders that `save_to_disk` wrote are read, through a
-file that is mapped into memory, so that neither rows nor the images in them are loaded. Parquet and
-compressed Arrow files cannot be read row by row: they are unpacked once per process into a
-temporary file without a name.
+A data set is a parquet file, an Arrow file or a folder that `save_to_disk` wrote. It is
+memory-mapped, so that neither its rows nor their images are loaded. Parquet and Feather files
+cannot be read row by row: they are unpacked once per process into an anonymous temporary file.
 
-To read a further form, add it to `_open_table`.
+To support another format, extend `_open_table`.
 """
 
 import functools
@@ -55,8 +54,8 @@ def _open_rows(path: Path, stamp: tuple[int, int]) -> RowFile:
 class TableFile(RowFile):
     """The rows of a Hugging Face data set, by number from 0.
 
-    An empty field of a row is absent, as the format has a place for every field in every row. The
-    bytes of an image are a `memoryview` of the file.
+    Null fields are omitted, since every row of a table has every column. The bytes of an image are
+    a `memoryview` of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +91,7 @@ class TableFile(RowFile):
 
     @contextmanager
     def _named(self, path: Path) -> Iterator[None]:
-        """Name the file in errors of pyarrow, whose texts have its path."""
+        """Replace pyarrow's errors, which quote the path, by ones with the file's name."""
         import pyarrow
 
         try:
@@ -103,7 +102,7 @@ class TableFile(RowFile):
             raise DataError(
                 f"{self.name}{shard} cannot be read ({reason})."
                 if reason
-                else f"{self.name}{shard} is truncated, damaged, encrypted or no file of rows."
+                else f"{self.name}{shard} is truncated, damaged, encrypted or not a file of rows."
             ) from None
 
     @contextmanager
@@ -128,7 +127,7 @@ class TableFile(RowFile):
 
 
 def _value(scalar: Any) -> Any:
-    """Return a value of a table; absent members of objects are left out."""
+    """Return a value of a table; null members of objects are omitted."""
     import pyarrow as pa
 
     if not scalar.is_valid:
@@ -146,7 +145,7 @@ def _value(scalar: Any) -> Any:
 def _as_list(value: Any) -> Any:
     """Return an object of equally long lists as a list of objects.
 
-    So `datasets` stores a `Sequence` of objects, as turns are.
+    This is how `datasets` stores a `Sequence` of objects, such as turns.
     """
     if isinstance(value, dict) and all(isinstance(member, list) for member in value.values()):
         if len({len(member) for member in value.values()}) == 1:
@@ -179,16 +178,19 @@ def _shards(path: Path) -> list[Path]:
             f"{path.name}/state.json cannot be read; save the data set again."
         ) from None
     if selected:
-        raise DataError(f"{path.name} is a selection of rows of an old `datasets`; save it again.")
+        raise DataError(
+            f"{path.name} is a selection of rows saved by an old version of `datasets`; save it "
+            "again with a current one."
+        )
     files = [path / Path(str(name)).name for name in names]
     for file in files:
         if not file.is_file():
-            raise DataError(f"{path.name} lacks its file {file.name}.")
+            raise DataError(f"{path.name} lacks the file {file.name}; copy the whole folder.")
     return files
 
 
 def _open_table(path: Path) -> list[Any]:
-    """Return the record batches of a file, in memory that maps a file."""
+    """Return the record batches of a file, memory-mapped."""
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Read a row's conversation, in any of the forms that are read, as turns.
+"""Read a row's conversation, in any supported form, as turns.
 
 =============================== ===============================================================
 `conversations` or `messages`   turns ``{"from": "human" | "gpt", "value": text}`` or
@@ -7,9 +7,9 @@
 `question_id` and `text`        a question of LLaVA's evaluation files, without an answer
 =============================== ===============================================================
 
-A part of a message is a text, a picture (``image`` or ``image_url``), or the mark of the next
-picture in the row's own `images`. Anything else is an error that names the field in the file's own
-words. To read a further form, extend `_items`.
+A message part is text, an image (``image`` or ``image_url``), or a placeholder for the next entry
+of the row's `images`. Anything else is an error, which names the field as in the file. To support
+another form, extend `_items`.
 """
 
 import re
@@ -33,10 +33,10 @@ _ROLES: dict[Any, Any] = {
     "assistant": "assistant",
 }
 _OTHER = {"human": "gpt", "user": "assistant", "gpt": "human", "assistant": "user"}
-"""The word for the other speaker, in the vocabulary of a word."""
+"""The other role, in the same vocabulary."""
 
 _PICTURES = ("image", "image_url", "url", "path", "base64")
-"""Fields of a message's part that hold its picture."""
+"""Fields of a message part that hold its image."""
 
 _UNTRAINED = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
 _MASKS = ("weight", "train", "trainable", "loss")
@@ -46,9 +46,9 @@ _SYSTEM = ("system", "developer")
 
 
 class Conversation(NamedTuple):
-    """Turns, their fields in the row, and their parts' pictures, each with its field.
+    """Turns, their fields in the row, and the images of their parts, each with its field.
 
-    A picture that stands in the row's `images` is its index there or None. The field of
+    For an image in the row's `images`, the value is its index there or None. The field of
     `UNANSWERED` is empty.
     """
 
@@ -58,7 +58,7 @@ class Conversation(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """One turn as the file has it: its field, its speaker's word, and its text or parts."""
+    """One turn as in the file: its field, its role, and its text or parts."""
 
     field: str
     word: str
@@ -78,13 +78,13 @@ def read_conversation(row: Mapping[str, Any], origin: str, *, answered: bool) ->
     for number, item in enumerate(items):
         expected = "assistant" if number % 2 else "user"
         if _ROLES[item.word] != expected:
-            other = f"but must be {_OTHER[item.word]}: speakers alternate, and a question is first"
+            other = f"but must be {_OTHER[item.word]}: roles alternate, question first"
             raise DataError(f"{origin}: `{item.speaker or item.field}` is {item.word} {other}.")
         text = _text(item, origin, found.pictures)
         if marker := unread_marker(text, answer=expected == "assistant"):
             raise DataError(
-                f"{origin}: `{item.field}` has {marker!r}, which marks nothing that is read. "
-                f"{REMEDY}; write a text of this form differently, such as "
+                f"{origin}: `{item.field}` has {marker!r}, which is not a supported marker. "
+                f"{REMEDY}; to use it as text, write it differently, such as "
                 f"{marker[0] + ' ' + marker[1:]!r}."
             )
         found.turns.append(Turn(_ROLES[item.word], text))
@@ -168,10 +168,10 @@ def _wrong_speaker(field: str, word: Any, chat: bool, origin: str) -> DataError:
     allowed = "user or assistant" if chat else "human or gpt"
     if word in _SYSTEM:
         return DataError(
-            f"{origin}: `{field}` is {word} but must be {allowed}; a system prompt is the same for "
-            "all rows: `model.system_prompt`."
+            f"{origin}: `{field}` is {word} but must be {allowed}; `model.system_prompt` sets a "
+            "system prompt for all rows."
         )
-    return DataError(f"{origin}: `{field}` must be {allowed}; turns of others are not read.")
+    return DataError(f"{origin}: `{field}` must be {allowed}; other roles are not supported.")
 
 
 def _check_fields(item: Mapping[str, Any], known: tuple[str, ...], where: str, origin: str) -> None:
@@ -181,7 +181,9 @@ def _check_fields(item: Mapping[str, Any], known: tuple[str, ...], where: str, o
     lost = unread_field(item, known, pictures=False)
     lost = lost or next((name for name in _UNTRAINED if item.get(name)), None)
     if masked := next((name for name in _MASKS if name in item and not item[name]), None):
-        raise DataError(f"{origin}: `{where}.{masked}` is not read: every answer is trained.")
+        raise DataError(
+            f"{origin}: `{where}.{masked}` is not supported: every answer is trained on."
+        )
     if lost:
         raise DataError(
             f"{origin}: `{where}.{lost}` is not read. {REMEDY}; remove what is not needed."
@@ -196,7 +198,7 @@ def _has_text(content: Any) -> bool:
 
 
 def _text(item: _Item, origin: str, pictures: list[tuple[str, Any]]) -> str:
-    """Return a turn's text, with a marker for each picture, which is added to `pictures`."""
+    """Return a turn's text with a marker for each image, which is appended to `pictures`."""
     content = item.content
     if isinstance(content, list) and item.field.endswith("content") and content:
         parts = [
@@ -211,7 +213,7 @@ def _text(item: _Item, origin: str, pictures: list[tuple[str, Any]]) -> str:
 
 
 def _part(found: Any, where: str, origin: str, pictures: list[tuple[str, Any]]) -> str:
-    """Return the text of a message's part: its own, or the marker of its picture."""
+    """Return the text of a message part: its own, or the marker of its image."""
     if is_text(found):
         return str(found)
     if not isinstance(found, dict):
@@ -230,7 +232,7 @@ def _part(found: Any, where: str, origin: str, pictures: list[tuple[str, Any]]) 
     own = [key for key in _PICTURES if key in part]
     _check_fields(part, ("type", *own), where, origin)
     if "text" in part or len(own) > 1:
-        raise DataError(f"{origin}: `{where}` must hold one picture and no text.")
+        raise DataError(f"{origin}: `{where}` must hold one image and no text.")
     key = own[0] if own else "index"
     pictures.append((f"{where}.{key}", part.get(key)))
     return IMAGE_MARKER

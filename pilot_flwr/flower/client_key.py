@@ -1,10 +1,10 @@
-"""A site proves which client it is: a key pair whose private part never leaves its disk.
+"""Prove a client's identity with a key pair whose private key never leaves the site.
 
-Flower tells a ServerApp neither the key of a node nor whether two node ids are one site. So every
-roster query has a nonce, and the reply carries the client's public key and a signature over
-`statement`, which names the nonce, the run, the exchange, the client and the node that was asked:
-a signature from elsewhere or from before is worth nothing. The server binds a client id to the
-fingerprint of its key at first use, or as the operator's file says (`read_client_keys`).
+Flower gives a ServerApp neither the key of a node nor any sign that two node ids are one site. So
+every roster query has a nonce, and the reply carries the client's public key and a signature over
+`statement`, which contains the nonce, the run, the exchange, the client and the queried node:
+replayed or forwarded signatures are invalid. The server binds a client id to the fingerprint of its
+key at first use, or takes both from the operator's file (`read_client_keys`).
 
 Keys are ECDSA or Ed25519, as OpenSSH and Flower's SuperNode authentication use them. Fingerprints
 are those of ``ssh-keygen -lf``. Importing this module does not import `cryptography`.
@@ -24,7 +24,7 @@ from pilot_flwr.protocol import ClientKeyProof, Member, RunInfo
 from pilot_flwr.run.atomic import flush, hold
 
 LONGEST_KEY = 1000
-"""Characters of a public key in OpenSSH's format; those of the largest curve are below 300."""
+"""Characters of a public key in OpenSSH's format; the largest curve needs fewer than 300."""
 
 KINDS = (
     "ssh-ed25519",
@@ -37,7 +37,7 @@ _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 
 
 def statement(run: RunInfo, server_round: int, nonce: str, node_id: int, member: Member) -> bytes:
-    """Return what a client signs to prove at one node, in one exchange, who it is."""
+    """Return the bytes that a client signs to prove its identity in reply to one query."""
     parts = ["pilot-flwr client key 1", run.name, server_round, nonce, node_id]
     return json.dumps([*parts, member.client, member.task]).encode()
 
@@ -48,7 +48,7 @@ def fingerprint(public_key: str) -> str:
     Raises
     ------
     UpdateError
-        It is no key of `KINDS`.
+        It is not a key of one of `KINDS`.
     """
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.serialization import ssh_key_fingerprint
@@ -93,7 +93,7 @@ def client_key(path: Path, *, create: bool) -> Any:
     Raises
     ------
     ConfigError
-        The file cannot be read, others may read it, or it is no unencrypted key of `KINDS`.
+        The file cannot be read, others may read it, or it is not an unencrypted key of `KINDS`.
     """
     if create and not path.exists():
         _write_new(path)
@@ -118,7 +118,7 @@ def read_client_keys(path: Path) -> dict[str, str]:
     Raises
     ------
     ConfigError
-        The file cannot be read, names nobody, a line is wrong, or a client comes twice.
+        The file cannot be read, lists no client, has an invalid line, or lists a client twice.
     """
     name = f"`strategy.client_keys` names {str(path)!r}"
     try:
@@ -192,7 +192,7 @@ def _named(path: Path) -> str:
 
 
 def _write_new(path: Path) -> None:
-    """Write a new key, whole or not at all; another process may do the same at this moment."""
+    """Generate and write a key atomically; another process may do the same concurrently."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 

@@ -110,7 +110,7 @@ def common_settings(config: PilotConfig) -> dict[str, Any]:
     """Return the settings that clients use, without those that a site sets itself.
 
     A site's ``micro-batch`` may differ, the number of examples in an optimizer step may not; its
-    cache of features may have another bound.
+    feature cache may have another limit.
     """
     settings = asdict(config)
     common = {key: value for key, value in settings.items() if key not in SERVER_ONLY}

@@ -170,9 +170,9 @@ def check_weights(config: ModelConfig) -> None:
 
 
 def check_template(config: ModelConfig) -> None:
-    """Raise `ModelError` for a local folder whose chat template is missing or knows no images.
+    """Raise `ModelError` for a local folder whose chat template is missing or text-only.
 
-    By the files alone, without transformers; the load of the processor also renders the template.
+    Only files are read, without transformers; loading the processor also renders the template.
     """
     folder = Path(locate(config))
     if not (folder / "tokenizer_config.json").is_file():
@@ -187,14 +187,14 @@ def check_template(config: ModelConfig) -> None:
     if not found.strip():
         raise unfit_template(config.path, "has no chat template")
     if "image" not in found and "type" not in found:
-        raise unfit_template(config.path, "has a chat template for text alone")
+        raise unfit_template(config.path, "has a text-only chat template")
 
 
 def unfit_template(path: str, defect: str) -> ModelError:
     """Return the error for a chat template that cannot be used."""
     return ModelError(
-        f"`model.path` is {path!r}, which {defect}. Put the template of an image-text model into "
-        "its file chat_template.jinja."
+        f"`model.path` is {path!r}, which {defect}. Put the chat template of an image-text model "
+        "into chat_template.jinja there."
     )
 
 

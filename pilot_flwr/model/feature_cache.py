@@ -6,8 +6,8 @@ process) up to a limit, without removing any, or in a `FeatureFolder`, which run
 beyond the limit are encoded again. Threads read and decode images while the model encodes the
 previous batch.
 
-Features of one image may differ in their last bits with the other images of the batch in which they
-were computed, so a run that finds them may differ so from one that computes them.
+The last bits of an image's features can depend on the other images in its batch, so a run that
+finds features in the cache can differ by as much from one that computes them.
 """
 
 import hashlib
@@ -154,13 +154,13 @@ class FeatureCache:
         return self._zero
 
     def _keys(self, model: PilotModel, image_processor: Any, example: Example) -> list[str]:
-        """Return names of everything that the features of an example's images depend on."""
+        """Return a key for each image of an example, of everything that its features depend on."""
         base = self._base(model, image_processor) if self.config.where != "off" else ""
         alone = len(example.images) == 1  # then an image may be cropped
         return [f"{base}/{image.identity()}/{alone}" for image in example.images]
 
     def _base(self, model: PilotModel, image_processor: Any) -> str:
-        """Return the part that all images share: vision tower, image processor and libraries."""
+        """Return the common part of all keys: vision tower, image processor and libraries."""
         used = id(model), id(image_processor)
         if used not in self._bases:
             processor = hashlib.sha256(image_processor.to_json_string().encode()).hexdigest()

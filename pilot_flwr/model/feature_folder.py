@@ -1,13 +1,14 @@
-"""A folder of cached visual features that runs share, with a bound on its size.
+"""A folder of cached visual features, shared by runs and bounded in size.
 
-An entry's name is the SHA-256 of everything that its features depend on, so it never becomes
-wrong, and any number of processes may use one folder. Writing and pruning happen under a lock. If
-the folder is full, the entries that were not used for the longest time are removed, but none that
-was used since this run began: training visits all images in every epoch, for which keeping the
-first entries is the best fixed policy.
+An entry's name is the SHA-256 of everything that its features depend on, so entries never become
+stale, and any number of processes may use one folder. Writing and pruning happen under a lock. If
+the folder is full, the least recently used entries are removed, except those used since this run
+began: training visits all images in every epoch, for which keeping the first entries is the best
+fixed policy.
 
-Entries can be recreated, so they are not flushed to disk as states are. One whose checksum is wrong
-counts as absent, and a folder that cannot be written is reported once and then left alone.
+Entries can be recreated, so they are not flushed to disk as states are. An entry with a wrong
+checksum counts as absent. If the folder cannot be written, this is reported once and nothing more
+is stored.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from pilot_flwr.formatting import human_bytes
 from pilot_flwr.run.atomic import hold, remove_leftovers
 
 RESERVE = 2**30
-"""Bytes of the disk that features leave free, for private states and results."""
+"""Bytes of disk space kept free for private states and results."""
 
 _LOCK, _SIZE = ".lock", ".size"
 _PATIENCE_SECONDS = 60.0
@@ -112,7 +113,7 @@ class FeatureFolder:
         used = sum(size for _, size, _ in entries)
         if used + needed <= self.limit:
             return used
-        target = self.limit - needed - self.limit // 20  # not for every single entry
+        target = self.limit - needed - self.limit // 20  # 5 % more, to prune less often
         for modified, size, path in sorted(entries):
             if used <= target or modified >= self.since:
                 break
@@ -121,7 +122,7 @@ class FeatureFolder:
         return used
 
     def _locked(self, action: Callable[[], None]) -> None:
-        """Do `action` under the folder's lock; on an error of the disk store nothing any more."""
+        """Run `action` under the folder's lock; after a disk error, stop storing."""
         try:
             with hold(self.folder / _LOCK, "the folder", patience=_PATIENCE_SECONDS):
                 action()

@@ -233,9 +233,10 @@ class PilotModel(nn.Module):
 
     @functools.cached_property
     def vision_identity(self) -> str:
-        """SHA-256 of the vision tower's tensors and of the settings that choose its features.
+        """SHA-256 of the vision tower's tensors and of the settings that select its features.
 
-        Of the tensors in memory, since these compute; a gigabyte takes a second, once per load.
+        It hashes the tensors in memory, which compute the features: about a second per gigabyte,
+        once per load.
         """
         config = self.llava.config
         chosen = (config.vision_feature_layer, config.vision_feature_select_strategy)

@@ -2,7 +2,7 @@
 
 The router's probabilities need the base model, the clients' images and private states, which a
 simulation keeps in ``clients/`` of the run folder and a real site only on its own disk. To
-describe another rule of aggregation, add it to `_LORA_USE` and `_MIXED`, and to
+describe another aggregation rule, add it to `_LORA_USE` and `_MIXED`, and to
 `aggregation_lines`.
 """
 

@@ -179,7 +179,7 @@ class RunData:
 
     @property
     def all_exchanges(self) -> list[Exchange]:
-        """The exchanges and the closing evaluation: all that sends bytes."""
+        """The exchanges and the closing evaluation: everything that sends bytes."""
         return [*self.exchanges, *([self.closing] if self.closing else [])]
 
     @cached_property

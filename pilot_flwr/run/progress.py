@@ -177,7 +177,7 @@ class Progress:
 class ProgressPrinter:
     """Print a run's events, and the lines of a log if given, as their files grow.
 
-    While neither grows, a line that the run is alive is printed at increasing intervals.
+    While neither grows, print at increasing intervals that the run is alive.
     """
 
     FIRST_SIGN_SECONDS = 60.0

@@ -4,14 +4,14 @@ Node ids are random in every run and say nothing about the client, so every exch
 query. Its replies also say whether a client holds stage-1 state, which its stage depends on.
 Replies are foreign input; they are checked here, once.
 
-A real site proves in its reply that it has the client's key (`pilot_flwr.flower.client_key`). A
-client id belongs to the key that first took part under it in the run, or to the one that the
-operator's file names: a node with another key is refused and gets no message of the client.
+A real site proves in its reply that it holds the client's key (`pilot_flwr.flower.client_key`). A
+client id is bound to the first key that took part under it in the run, or to the one in the
+operator's file: a node with another key is refused and gets no message of the client.
 
-If several nodes have the right key, one site runs twice, or returned under a new node id. The
-client stays at the node where it last took part as long as that one is connected. If none has been
-there, all are refused. Ids become names of files and folders, and some file systems ignore case,
-so ids that differ only in case count as one.
+If several nodes hold the right key, the site runs twice or has returned under a new node id. The
+client keeps the node where it last took part while that node is connected; otherwise all are
+refused. Ids become names of files and folders, and some file systems ignore case, so ids that
+differ only in case count as one.
 """
 
 import logging
@@ -50,7 +50,7 @@ _UNIQUE = "`client-id` must be different at every node."
 
 
 class Claim(NamedTuple):
-    """A node's claim to be a client, with its key's fingerprint; without, in a simulation."""
+    """A node's claim to be a client, with its key's fingerprint, empty in a simulation."""
 
     member: Member
     key: str = ""
@@ -102,7 +102,7 @@ class ClientNodes:
             else:
                 refused[node] = (
                     f"It claims to be client {client!r}, whose key is {wanted}, but it has {key}. "
-                    "If the client has a new key, name it in the file of `strategy.client_keys`."
+                    "If the client has a new key, list it in the file of `strategy.client_keys`."
                 )
         for nodes in nodes_of.values():
             client = claims[nodes[0]].member.client
@@ -150,7 +150,7 @@ def _ambiguous(claims: Mapping[int, Claim]) -> str:
     listed = ", ".join(map(str, nodes[:-1])) + f" and {nodes[-1]}"
     if len(set(claimed.values())) == 1:
         word = "both" if len(nodes) == 2 else "all"
-        keys = " They have different keys: name the client's in the file of `strategy.client_keys`."
+        keys = " They have different keys: list the client's in the file of `strategy.client_keys`."
         several = len({claim.key for claim in claims.values()}) > 1
         return f"Nodes {listed} are {word} client {claimed[nodes[0]]!r}; {_UNIQUE}{keys * several}"
     which = ", ".join(f"{node} ({name!r})" for node, name in claimed.items())
@@ -297,7 +297,7 @@ class Roster:
             )
         if self.operator_keys and member.client not in self.operator_keys:
             raise UpdateError(
-                f"the file of `strategy.client_keys` does not name client {member.client!r}"
+                f"the file of `strategy.client_keys` does not list client {member.client!r}"
             )
         if member.examples < 1:
             raise UpdateError(f"`examples` is {member.examples} but must be at least 1")

@@ -139,7 +139,7 @@ def _effective(job: Job) -> list[str]:
 
 
 def _idle_in_all(jobs: Sequence[Job]) -> list[str]:
-    """Return why overrides have no effect in any job of a sweep; invalid jobs count for none."""
+    """Return why overrides have no effect in any job of a sweep, ignoring invalid jobs."""
     unused: dict[str, str] | None = None
     for job in jobs:
         try:

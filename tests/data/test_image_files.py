@@ -144,7 +144,7 @@ def test_a_broken_or_cut_image_names_the_row(folder):
         (b"version https://git-lfs.github.com/spec/v1", "a git-lfs pointer"),
         (b"<svg/>", "an SVG drawing, which is not supported"),
         (b"\x89PNG\r\n", "truncated or damaged"),
-        (b"../../blobs/0123", "a path in a text file, as a copied link leaves it"),
+        (b"../../blobs/0123", "a path in a text file, as copying a link may leave it"),
         (b"../blobs/0123\n", "a path in a text file"),
     ]:
         (folder / "other.png").write_bytes(content)

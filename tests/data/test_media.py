@@ -55,7 +55,7 @@ HARMLESS = {
 @pytest.mark.parametrize("name", LOST)
 def test_a_field_that_holds_a_medium_is_an_error_with_file_and_row(name):
     row = {"id": 1, "conversations": TURNS, name: LOST[name]}
-    with pytest.raises(DataError, match=f"^a.json, row 3: `{name}` is not read. Pictures belong"):
+    with pytest.raises(DataError, match=f"^a.json, row 3: `{name}` is not read. Images belong"):
         to_example(row, "3:", "a.json, row 3", Reading())
 
 

@@ -223,7 +223,7 @@ def _with_cut_shard(folder):
         (_without_state, "saved", "saved is a folder, but not one that `save_to_disk` wrote"),
         (_with_broken_state, "saved", "saved/state.json cannot be read"),
         (_with_indices, "saved", "saved is a selection of rows"),
-        (_without_shard, "saved", "saved lacks its file data-00001-of-00002.arrow"),
+        (_without_shard, "saved", "saved lacks the file data-00001-of-00002.arrow"),
         (_with_cut_shard, "saved", "saved, data-00001-of-00002.arrow, is truncated, damaged"),
         (None, "cut.parquet", "cut.parquet is truncated, damaged"),
         (None, "cut.arrow", "cut.arrow is truncated, damaged"),

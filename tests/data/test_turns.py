@@ -118,7 +118,7 @@ BAD = [
     (chat([{"type": "video", "video": "a.mp4"}], "two"), r"\[0\].type` must be text, image or"),
     (chat([{"type": "input_audio"}], "two"), r"\[0\].type` must be text, image or image_url"),
     (chat([TEXT | {"image": "x.png"}], "two"), r"content\[0\].image` is not read"),
-    (chat([PLACE | {"image": "x", "text": "y"}], "two"), r"\[0\]` must hold one picture and no te"),
+    (chat([PLACE | {"image": "x", "text": "y"}], "two"), r"\[0\]` must hold one image and no te"),
     (chat([PLACE, TEXT], "two"), "has 1 image marker .* but 0 images"),
     (chat("What?", [PLACE]), r"`messages\[1\].content` is an answer but holds an image marker"),
     (chat("What?", "<|image_pad|>"), r"`messages\[1\].content` has '<|image_pad|>'"),
@@ -127,7 +127,7 @@ BAD = [
         [*chat("A?"), ANSWER | {"tool_calls": [{"name": "f"}]}],
         r"`messages\[1\].tool_calls` is not read",
     ),
-    ([*chat("A?"), ANSWER | {"weight": 0}], r"messages\[1\].weight` is not read: every answer is"),
+    ([*chat("A?"), ANSWER | {"weight": 0}], r"messages\[1\].weight` is not supported: every answ"),
     (chat([{"text": "A?", "image_2": "x"}], "two"), r"content\[0\].image_2` is not read"),
     ([{"role": "user", "value": "A?"}, ANSWER], r"`messages\[0\]` mixes `from`, `value` with"),
     ({"role": "user"}, "`messages` is an object but must be a list of turns"),
@@ -152,11 +152,11 @@ def test_a_doubtful_message_is_named_by_file_row_and_field(messages, message):
         ({"question_id": 1, "text": "What?"}, "`text` is the last turn, but an answer"),
         (
             {"image": "y", "messages": chat([{"type": "image", "image": "x"}], "b")},
-            r"has pictures both in `messages\[0\].content\[0\].image` and in `images`",
+            r"has images both in `messages\[0\].content\[0\].image` and in `images`",
         ),
         (
             {"messages": chat([PLACE, {"type": "image", "image": "x"}, TEXT], "b")},
-            "has pictures both in",
+            "has images both in",
         ),
         (
             {"images": ["x", "y"], "messages": chat([PLACE | {"index": 1}, PLACE, TEXT], "b")},

@@ -86,7 +86,7 @@ def test_the_original_format_of_llava_is_refused(folder):
     ("template", "message"),
     [
         (None, "has no chat template"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "a chat template for text alone"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "a text-only chat template"),
         ("{# image #}{{ messages[0]['content'] + 'x' }}", "cannot render an image"),
         ("{# image #}{{ messages[0]['content'][1]['text'] }}", "renders no '<image>'"),
     ],
@@ -140,7 +140,7 @@ FAULTS = {
     cut_off: "model.safetensors is cut off",
     missing_shard: "model-00002-of-00002.safetensors is missing",
     original_format: "config.json in the original LLaVA format",
-    text_template: "a chat template for text alone. .* chat_template.jinja",
+    text_template: "a text-only chat template. .* chat_template.jinja",
     lambda folder: set_template(folder, None): "no chat template. .* chat_template.jinja",
 }
 

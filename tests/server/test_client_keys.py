@@ -159,7 +159,7 @@ def test_the_operators_file_decides_from_the_first_exchange(federation, sites, t
     listed.write_text(f"a {public_key(owner)} a's own\n")
     run = federation(f"strategy.client_keys={listed}")
     scheduled(run.grid, {1: [2, 3], 2: [2, 3, 4]})
-    with pytest.raises(RunError, match="does not name client 'b'"):
+    with pytest.raises(RunError, match="does not list client 'b'"):
         run.run()  # nobody is left in the first exchange
     other = client_key(tmp_path / "other" / "b.key", create=False)
     listed.write_text(listed.read_text() + f"b {fingerprint(public_key(other))}\n")

@@ -107,7 +107,7 @@ def test_a_new_key_of_the_operator_replaces_the_old_one():
 def test_two_new_nodes_with_different_keys_are_told_what_decides():
     _, refused = resolve(ClientNodes(), n1="a K1", n2="a K2")
     assert all(
-        "name the client's in the file of `strategy.client_keys`" in r for r in refused.values()
+        "list the client's in the file of `strategy.client_keys`" in r for r in refused.values()
     )
 
 

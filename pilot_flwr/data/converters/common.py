@@ -87,7 +87,7 @@ def as_fields(value: Any) -> dict[str, Any]:
 def _entries(
     path: Path, kind: str, first: str, walk: Callable[[Cursor], Iterator[T]]
 ) -> Iterator[T]:
-    """Yield what `walk` finds in a file whose value begins with `first`, at least one entry."""
+    """Yield the entries that `walk` finds in a file that begins with `first`, at least one."""
     found = False
     with open_text(path, str(path)) as file:
         cursor = Cursor(file, str(path), "entry", chunk=2**18)
@@ -188,7 +188,7 @@ def to_row(
     row: Row = {"id": entry.id}
     if image:
         if PureWindowsPath(image).anchor or ".." in PureWindowsPath(image).parts:
-            raise Unusable(entry.origin, "The image's name is absolute or has '..'.")
+            raise Unusable(entry.origin, "The image's name is absolute or contains '..'.")
         row["image"] = image
         question = f"{IMAGE_MARKER}\n{question}"
     row["conversations"] = [
