@@ -90,7 +90,10 @@ def needs(setting: str) -> Iterator[tuple[str, str]]:
     """Yield each setting that this one depends on, and the values with which it has an effect."""
     for need in NEEDED:
         if f"{setting}.".startswith(f"{need.setting}.") and setting != need.switch:
-            yield need.switch, ", ".join(shown(value).strip("`") for value in need.allowed)
+            yield (
+                need.switch,
+                ", ".join(shown(value).strip("`") for value in need.allowed) or "above 0",
+            )
 
 
 def escape(cell: str) -> str:

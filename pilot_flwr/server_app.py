@@ -98,12 +98,12 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     """Run the remaining exchanges over `grid`; return the strategy with its final state."""
     from pilot_flwr.algorithm.parameter_groups import Sharing
     from pilot_flwr.algorithm.server_state import ServerState
-    from pilot_flwr.flower.client_key import read_client_keys
+    from pilot_flwr.flower.client_key import check_client_keys, read_client_keys
     from pilot_flwr.flower.compatibility import identity_of
     from pilot_flwr.flower.grid import PollingGrid, in_simulation
     from pilot_flwr.model.loading import initial_state
     from pilot_flwr.server.resume import restored
-    from pilot_flwr.strategy import PilotStrategy
+    from pilot_flwr.strategy import CLIENT_KEYS, PilotStrategy
 
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     initial = initial_state(config.model, seed=config.seed).sent(sharing)
@@ -112,8 +112,9 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         state = restored(opened.checkpoint, tasks, initial)
     else:
         state = ServerState(tasks, initial)
-    simulated, operator_keys = in_simulation(grid), {}
-    if config.strategy.client_keys and not simulated:
+    simulated, operator_keys, recorded = in_simulation(grid), {}, folder.path / CLIENT_KEYS
+    check_client_keys(config.strategy.client_keys, simulated=simulated)
+    if config.strategy.client_keys:
         operator_keys = read_client_keys(
             expanded("strategy.client_keys", config.strategy.client_keys)
         )
@@ -127,7 +128,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         settings=identity.settings,
         simulated=simulated,
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
-        keys=opened.checkpoint.keys if opened.checkpoint else {},
+        keys=read_client_keys(recorded) if recorded.is_file() else {},
         operator_keys=operator_keys,
     )
     strategy.start(

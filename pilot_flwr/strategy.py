@@ -38,6 +38,9 @@ from pilot_flwr.server.roster import Present, Roster
 
 logger = logging.getLogger("flwr")
 
+CLIENT_KEYS = "client_keys.txt"
+"""File of a run folder: the clients of real sites with the fingerprints of their keys."""
+
 LONGEST_PAUSE_SECONDS = 30.0
 """Longest pause before an exchange with too few clients is repeated."""
 
@@ -93,6 +96,7 @@ class PilotStrategy(Strategy):
         self.first_client = next(iter(expected), "")
         self.identity = RunIdentity(run.name, settings)
         self.simulated, self.evaluate = simulated, evaluate
+        self._keys = dict(keys or {})
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
         self._sent: list[tuple[Message, Present]] = []
@@ -171,7 +175,7 @@ class PilotStrategy(Strategy):
     ) -> Iterable[Message]:
         """Call the roster and instruct every client: stage, Θ̄_l and task adapters."""
         self._started = time.perf_counter()
-        self._present = self.roster.call(grid, server_round)
+        self._present = self._call_roster(grid, server_round)
         self._stages = {
             p.member.client: self.state.stage_for(p.member, self.config.stages)
             for p in self._present
@@ -220,7 +224,7 @@ class PilotStrategy(Strategy):
         if not self.evaluate or server_round < self.num_exchanges:
             return []
         if not self._present:  # the run was resumed after its last exchange
-            self._present = self.roster.call(grid, server_round + 1, train=False)
+            self._present = self._call_roster(grid, server_round + 1, train=False)
         # A client evaluates the architecture that it last trained. If its reply was lost, the
         # server does not know that stage: so every client gets all task adapters.
         self._stages = {p.member.client: self.config.stages for p in self._present}
@@ -253,6 +257,16 @@ class PilotStrategy(Strategy):
             for name, tensor in state.items()
         }
         return encode_state(flat)
+
+    def _call_roster(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
+        """Call the roster; the keys that it binds are on disk before anything is sent."""
+        present = self.roster.call(grid, server_round, train=train)
+        if (keys := self.roster.clients.key_of) != self._keys:
+            self.folder.write(
+                CLIENT_KEYS, "".join(f"{client} {key}\n" for client, key in keys.items())
+            )
+            self._keys = dict(keys)
+        return present
 
     def _trains(self, client: str) -> bool:
         return self.config.trains(first=client == self.first_client)
@@ -349,7 +363,6 @@ class PilotStrategy(Strategy):
             loras=self.state.loras,
             tasks=self.state.tasks,
             task_of=self.state.task_of,
-            keys=self.roster.clients.key_of,
             run=self.identity,
             events=self.folder.lines,
             moments={target: m.pack() for target, m in self.state.moments.items()},

@@ -41,6 +41,10 @@ _UNSHARED = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+SHARED_FOLDERS = ("features", "overlap")
+"""Folders of a ``state-folder`` that belong to no run."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
@@ -113,6 +117,8 @@ def find_site(
     """
     longest = 2 * rules.LONGEST_NAME  # it ends with Flower's id of the run
     rules.check_name("run name", run_name, longest=longest)
+    if run_name in SHARED_FOLDERS:
+        raise ConfigError(f"The run name is {run_name!r}, which names a folder of all runs.")
     check_device(node.device)
     client = site_client(node, config)
     if node.state_folder is not None:

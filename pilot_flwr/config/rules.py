@@ -78,6 +78,7 @@ def _limit(allowed: str, holds: Callable[[Any], bool]) -> Limit:
 POSITIVE = _limit("above 0 and finite", lambda value: 0 < value < math.inf)
 FRACTION = _limit("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = _limit("from 0 to 1", lambda value: 0 <= value <= 1)
+ABSOLUTE = _limit("empty or an absolute path", lambda value: not value or value[0] in "/~")
 NOT_EMPTY = _limit("non-empty", bool)
 NAME = Limit(f"letters, digits, '_', '-'; at most {LONGEST_NAME} characters", check_name)
 
@@ -211,6 +212,9 @@ class Need(NamedTuple):
     allowed: tuple[object, ...]
 
 
+ABOVE_0: tuple[object, ...] = ()
+"""`Need.allowed` of a number that must not be 0."""
+
 _TRAINS = ("clients", "pooled")
 
 NEEDED = (
@@ -225,8 +229,12 @@ NEEDED = (
     Need("data.partition", "data.source", ("llava",)),
     *(
         Need(f"data.{name}", "data.source", ("llava",))
-        for name in ("image_aspect_ratio", "image_reading", "linked_folders")
+        for name in (
+            *("image_aspect_ratio", "image_reading", "linked_folders"),
+            *("check_images", "allowed_broken", "allowed_overlap"),
+        )
     ),
+    Need("data.allowed_overlap", "evaluation.enabled", (True,)),
     Need("data.partition.alpha", "data.partition.kind", ("dirichlet",)),
     Need("data.partition.column", "data.partition.kind", ("dirichlet",)),
     Need("data.partition.min_examples", "data.partition.kind", ("dirichlet",)),
@@ -253,7 +261,9 @@ NEEDED = (
     ),
     Need("train.stage2", "strategy.stages", (2,)),
     Need("train.difference_loss", "model.client_adapter", (True,)),
+    Need("train.difference_loss.reduction", "train.difference_loss.weight", ABOVE_0),
     Need("train.balance_loss", "strategy.stages", (2,)),
+    Need("train.balance_loss", "train.balance_weight", ABOVE_0),
     Need("train.balance_weight", "strategy.stages", (2,)),
     Need("train.z_weight", "strategy.stages", (2,)),
     Need("train.ditto", "train.ditto.enabled", (True,)),
@@ -269,10 +279,12 @@ def idle(setting: str, config: object) -> str | None:
     """Return why a setting has no effect in a configuration, or None if it has one."""
     for need in NEEDED:
         inside = f"{setting}.".startswith(f"{need.setting}.") and setting != need.switch
-        if inside and (found := attrgetter(need.switch)(config)) not in need.allowed:
+        found = attrgetter(need.switch)(config) if inside else None
+        if inside and (found not in need.allowed if need.allowed else not found):
+            allowed = " or ".join(map(_text, need.allowed)) or "a value above 0"
             return (
                 f"`{setting}` has no effect with `{need.switch}={_text(found)}`: set "
-                f"`{need.switch}` to {' or '.join(map(_text, need.allowed))}, or omit `{setting}`."
+                f"`{need.switch}` to {allowed}, or omit `{setting}`."
             )
     return None
 
@@ -282,8 +294,9 @@ def check_combinations(config: object) -> None:
     for given, needed in RULES:
         if any(attrgetter(name)(config) != value for name, value in given.items()):
             continue
-        reason = " ".join(f"{name}={_text(value)}" for name, value in given.items())
         for name, value in needed.items():
+            others = {other: held for other, held in given.items() if other != name}
+            reason = " ".join(f"{other}={_text(held)}" for other, held in others.items())
             if (found := attrgetter(name)(config)) != value:
                 raise ConfigError(
                     f"`{name}` is {_text(found)} but must be {_text(value)} with `{reason}`."

@@ -12,6 +12,7 @@ from typing import Annotated
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.rules import (
+    ABSOLUTE,
     FRACTION,
     NAME,
     POSITIVE,
@@ -136,7 +137,7 @@ class StrategyConfig(Section, prefix="strategy"):
     clients: Annotated[int, minimum(0)] = 0
     """Number of real sites, with any names, that the first exchange waits for; 0: the clients
     `<task>-<n>` of the configured tasks, as in a simulation."""
-    client_keys: str = ""
+    client_keys: Annotated[str, ABSOLUTE] = ""
     """File on the SuperLink's machine that lists the key of every real client; empty: a client id
     is bound to the first key that uses it in the run. See docs/how-to/deployment.md."""
     max_examples: Annotated[int, minimum(0)] = 1_000_000

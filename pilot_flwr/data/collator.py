@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pilot_flwr.data.examples import IMAGE_MARKER, Example, Turn
-from pilot_flwr.errors import DataError
+from pilot_flwr.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
@@ -87,6 +87,12 @@ class Collator:
         added = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         special = added | set(map(str, self.tokenizer.all_special_tokens))
         self._special = sorted(special - {processor.image_token})
+        for token in sorted({*special, processor.image_token, IMAGE_MARKER}):
+            if token in system_prompt:
+                raise ConfigError(
+                    f"`model.system_prompt` has {token!r} but must be text without control tokens "
+                    "of the model and without image markers."
+                )
         self._cache = _CACHE.setdefault(processor, {})
 
     def train_batch(self, examples: Sequence[Example]) -> Batch:

@@ -109,6 +109,15 @@ def client_key(path: Path, *, create: bool) -> Any:
     return _load_private(content, path)
 
 
+def check_client_keys(setting: str, *, simulated: bool) -> None:
+    """Raise `ConfigError` if `strategy.client_keys` is set in a simulation."""
+    if setting and simulated:
+        raise ConfigError(
+            "`strategy.client_keys` lists the keys of real sites, but simulated clients have none: "
+            "omit it, or use `--superlink`."
+        )
+
+
 def read_client_keys(path: Path) -> dict[str, str]:
     """Read the operator's file of client keys; return each client's fingerprint.
 
@@ -120,13 +129,13 @@ def read_client_keys(path: Path) -> dict[str, str]:
     ConfigError
         The file cannot be read, lists no client, has an invalid line, or lists a client twice.
     """
-    name = f"`strategy.client_keys` names {str(path)!r}"
+    name = f"The file of client keys {str(path)!r} (`strategy.client_keys`)"
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise ConfigError(f"{name}, which cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{name} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise ConfigError(f"{name}, which is not text in UTF-8.") from None
+        raise ConfigError(f"{name} is not text in UTF-8.") from None
     keys: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         client, key = (*line.split(None, 1), "", "")[:2]
@@ -138,14 +147,14 @@ def read_client_keys(path: Path) -> dict[str, str]:
             found = first if _FINGERPRINT.fullmatch(first) else fingerprint(key)
         except (ConfigError, UpdateError) as error:
             raise ConfigError(
-                f"{name}, where line {number} must be a client's id and its key, such as "
+                f"{name}: line {number} must be a client's id and its key, such as "
                 f"`hospital-a SHA256:...` or `hospital-a ssh-ed25519 AAAA...`: {error}"
             ) from None
         if client.casefold() in map(str.casefold, keys):
-            raise ConfigError(f"{name}, where line {number} names client {client!r} again.")
+            raise ConfigError(f"{name}: line {number} lists client {client!r} again.")
         keys[client] = found
     if not keys:
-        raise ConfigError(f"{name}, which names no client.")
+        raise ConfigError(f"{name} lists no client.")
     return keys
 
 

@@ -24,6 +24,7 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import simulated_paths
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.flower.client_key import check_client_keys
 from pilot_flwr.launch.flower_cli import check_installation
 from pilot_flwr.launch.ray_cluster import address_of
 from pilot_flwr.model.checkpoints import checkpoint_path
@@ -85,12 +86,7 @@ def prepare_submission(overrides: Sequence[str]) -> tuple[PilotConfig, str]:
     machine itself, a resumed run starts from its recorded overrides, as in a simulation.
     """
     config = load_config(shlex.join(overrides))
-    places = {
-        "run.folder": config.run.folder,
-        "resume": config.resume,
-        "strategy.client_keys": config.strategy.client_keys,
-    }
-    for key, value in places.items():
+    for key, value in (("run.folder", config.run.folder), ("resume", config.resume)):
         if value and not Path(value).expanduser().is_absolute():
             raise ConfigError(
                 f"`{key}` is {value!r} but must be an absolute path on the SuperLink's machine."
@@ -118,11 +114,7 @@ def check_settings(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
             "simulation takes its clients from the configuration: leave it 0, or use `--superlink`."
         )
-    if simulated and config.strategy.client_keys:
-        raise ConfigError(
-            "`strategy.client_keys` names the keys of real sites, but simulated clients have none: "
-            "leave it out, or use `--superlink`."
-        )
+    check_client_keys(config.strategy.client_keys, simulated=simulated)
     federation_clients(config.data)  # rejects an unknown task before the run starts
     config, whole = with_folder(config, list(overrides))
     if simulated and config.data.source == "llava":

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,12 @@ def save_checkpoint(
     events: int,
     moments: Mapping[str, State] | None = None,
     residual: State | None = None,
-    keys: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``round-NNNN/`` into the folder of all checkpoints, atomically; prune older ones.
 
     `adapters` maps tasks to ψ_t, `loras` clients to Θ̄_l and `task_of` the same clients to their
     tasks; `events` is the number of lines in ``metrics.jsonl``. `moments` are the server
-    optimizer's, by target; `residual` is what exact aggregation adds to the frozen base. `keys` are
-    the fingerprints of the clients' keys.
+    optimizer's, by target; `residual` is what exact aggregation adds to the frozen base.
     """
     target = folder / f"round-{server_round:04d}"
     temporary = folder / f".{target.name}.tmp"
@@ -117,7 +115,6 @@ def save_checkpoint(
         "round": server_round,
         "tasks": list(tasks),
         "task_of": dict(task_of),
-        "keys": dict(keys or {}),
         "run": run.name,
         "settings": run.settings,
         "events": events,
@@ -143,8 +140,7 @@ class Checkpoint:
     """A complete checkpoint folder; its tensors are read on demand.
 
     `task_of` has the clients with a LoRA, `events` is the number of lines in ``metrics.jsonl`` at
-    the time, and `moments` names the server optimizer's targets. `keys` maps clients to the
-    fingerprints of their keys; checkpoints of earlier versions and of simulations have none.
+    the time, and `moments` names the server optimizer's targets.
     """
 
     folder: Path
@@ -155,7 +151,6 @@ class Checkpoint:
     events: int = 0
     moments: tuple[str, ...] = ()
     has_residual: bool = False
-    keys: dict[str, str] = field(default_factory=dict)
 
     def adapter(self, task: str) -> State:
         """Read a task's adapter ψ_t."""
@@ -195,14 +190,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             _whole_number(content, "events"),
             tuple(content.get("moments", ())),
             content.get("residual", []) == [EVERYONE],
-            dict(content.get("keys", {})),
         )
         files = dict(content["files"])
         tasks = [*checkpoint.tasks, *checkpoint.task_of.values()]
-        if not all(
-            isinstance(n, str)
-            for n in (*tasks, *checkpoint.moments, *files.values(), *checkpoint.keys.values())
-        ):
+        if not all(isinstance(n, str) for n in (*tasks, *checkpoint.moments, *files.values())):
             raise TypeError("a name is not text")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StateError(

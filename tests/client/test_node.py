@@ -291,3 +291,9 @@ def test_a_micro_batch_that_changes_the_gradient_is_refused():
     assert site_config(NodeSettings(micro_batch=6), config, simulated=False).train == config.train
     with pytest.raises(ConfigError, match="`micro-batch` is 3 but must be 6, .*loss_reduction"):
         site_config(NodeSettings(micro_batch=3), config, simulated=False)
+
+
+@pytest.mark.parametrize("name", SHARED_FOLDERS)
+def test_a_run_cannot_take_a_folder_of_all_runs(name):
+    with pytest.raises(ConfigError, match=f"run name is '{name}'"):
+        site({"client-id": "vqa-0", "state-folder": "/x"}, run_name=name)

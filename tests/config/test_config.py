@@ -245,6 +245,7 @@ def test_yaml_that_is_no_configuration_is_refused(text, overrides, words):
             "model.attention=flash_attention_2 train.autocast=off",
             ("model.attention", "model.dtype"),
         ),
+        ("strategy.client_keys=keys", ("strategy.client_keys", "absolute path")),
         ("model.revision=v1", ("model.revision", "model.path")),
         ("strategy=fedit strategy.self_weight=false", ("self_weight", "strategy.lora")),
     ],

@@ -36,7 +36,7 @@ ALWAYS = """
     model.compile model.system_prompt model.lora.rank model.lora.alpha model.lora.dropout
     model.lora.targets model.feature_cache.where
     data.source data.tasks data.clients_per_task data.train_examples data.test_examples
-    data.check_images data.allowed_broken data.allowed_overlap data.workers data.evaluate_on
+    data.workers data.evaluate_on
     data.shift.rotation data.shift.mirrored
     strategy.name strategy.rounds strategy.trained_by strategy.stages strategy.self_weight
     strategy.min_replies strategy.below_minimum strategy.clients strategy.client_keys
@@ -59,7 +59,7 @@ SWITCHES_NOTHING = """
     train.over_long train.text_only train.schedule train.clipping train.loss_reduction
     train.batching train.autocast train.difference_loss.reduction train.balance_loss.reduction
     train.lora_matrices
-    evaluation.enabled privacy.send_metrics run.report run.tensorboard
+    privacy.send_metrics run.report run.tensorboard
 """.split()
 """Choices that leave every other setting its effect."""
 
@@ -101,14 +101,15 @@ def namespace(value: object) -> object:
 @pytest.mark.parametrize("need", NEEDED, ids=lambda need: f"{need.setting}-{need.switch}")
 def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
     values = choices(need.switch) or (0, 1, 2)
-    assert set(need.allowed) < set(values)
+    allowed = need.allowed or values[1:]
+    assert set(allowed) < set(values)
     settings = [n for n in KINDS if f"{n}.".startswith(f"{need.setting}.") and n != need.switch]
     assert settings
     others = [other for other in NEEDED if other.switch != need.switch]
     for value in values:
         config = namespace(asdict(PilotConfig()))
         for switch, chosen in {
-            **{o.switch: o.allowed[0] for o in others},
+            **{o.switch: (o.allowed or [1])[0] for o in others},
             need.switch: value,
         }.items():
             *path, last = switch.split(".")
@@ -118,7 +119,7 @@ def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
             setattr(section, last, chosen)
         for setting in settings:
             reason = idle(setting, config)
-            if value in need.allowed:
+            if value in allowed:
                 assert reason is None or need.switch not in reason
             else:
                 assert f"`{setting}` has no effect" in reason and need.switch in reason
@@ -132,6 +133,11 @@ def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
         ("data.partition={kind:iid,alpha:0.5} data.folder=/x", ("partition", "source=digits")),
         ("model.feature_cache={where:off,max_gib:2}", ("max_gib", "where=off")),
         ("simulation.engine=in-process simulation.address=auto", ("address", "engine=in-process")),
+        ("data.allowed_broken=0.1", ("data.allowed_broken", "data.source=digits")),
+        (
+            "train.balance_weight=0 train.balance_loss.reduction=per_image",
+            ("train.balance_loss.reduction", "train.balance_weight=0.0"),
+        ),
         ("strategy=zero_shot train.epochs=3", ("train.epochs", "trained_by=nobody")),
     ],
 )

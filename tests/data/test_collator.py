@@ -3,7 +3,7 @@ from PIL import Image
 
 from pilot_flwr.data.collator import IGNORE_INDEX, Collator, same_for_all
 from pilot_flwr.data.examples import Example, KeptImage, Turn
-from pilot_flwr.errors import DataError
+from pilot_flwr.errors import ConfigError, DataError
 
 VISUAL = 16
 
@@ -181,3 +181,10 @@ def test_a_control_token_in_a_text_is_refused(collator, token, place):
     if not place:
         with pytest.raises(DataError, match="control token"):
             collator.prompt_batch([example(*texts)])
+
+
+@pytest.mark.parametrize("text", ["</s> ASSISTANT: x", "a <image>", "<pad>"])
+def test_a_control_token_in_the_system_prompt_is_refused(processor, text):
+    count = same_for_all(VISUAL)
+    with pytest.raises(ConfigError, match="`model.system_prompt` has '<"):
+        Collator(processor, count_tokens=count, max_length=99, system_prompt=text)

@@ -173,13 +173,13 @@ def test_the_operators_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "names no client"),
-        ("# only a comment", "names no client"),
+        ("", "lists no client"),
+        ("# only a comment", "lists no client"),
         ("site-a", "line 1 must be a client's id and its key"),
         ("site-a SHA256:short", "line 1 must be"),
         (f"\nsite-a MD5:{'a' * 43}", "line 2 must be"),
         (f"../site SHA256:{'a' * 43}", "line 1 .*`client` is '../site'"),
-        (f"a SHA256:{'a' * 43}\nA SHA256:{'b' * 43}", "line 2 names client 'A' again"),
+        (f"a SHA256:{'a' * 43}\nA SHA256:{'b' * 43}", "line 2 lists client 'A' again"),
         (b"\xff\xfe", "not text in UTF-8"),
         (None, "cannot be read: No such file"),
     ],

@@ -1,6 +1,5 @@
 """A client id belongs to a key: real sites in this process, with an impostor among them."""
 
-import json
 import shlex
 
 import pytest
@@ -10,16 +9,14 @@ from llava_files import write_federation
 from quick_training import quick_training
 
 from pilot_flwr import server_app
-from pilot_flwr import strategy as strategy_module
 from pilot_flwr.cli.main import main
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.overrides import expand
 from pilot_flwr.errors import RunError
-from pilot_flwr.flower.client_key import client_key, fingerprint, public_key
-from pilot_flwr.run import checkpoint as checkpoint_module
-from pilot_flwr.run.checkpoint import latest_checkpoint
+from pilot_flwr.flower.client_key import client_key, fingerprint, public_key, read_client_keys
 from pilot_flwr.run.directory import read_events
-from pilot_flwr.run.events import ClientFailed, Trained, select
+from pilot_flwr.run.events import ClientFailed, select
+from pilot_flwr.strategy import CLIENT_KEYS
 
 WORDS = (
     "train.epochs=1 train.batch_size=2 evaluation.enabled=false strategy.rounds=2 "
@@ -109,48 +106,44 @@ def test_an_impostor_never_gets_a_clients_lora_nor_keeps_it_out(federation):
     assert stages == {1: 1, 3: 2}
 
 
-@pytest.mark.parametrize("earlier_version", [False, True])
-def test_the_key_is_kept_over_a_resume(
-    words, sites, federation, tmp_path, monkeypatch, earlier_version
-):
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    pass
 
-    if earlier_version:  # its checkpoints had no keys
-        monkeypatch.setattr(
-            strategy_module,
-            "save_checkpoint",
-            lambda *args, keys, **more: checkpoint_module.save_checkpoint(*args, **more),
-        )
+
+@pytest.mark.parametrize("exchange", [1, 2])
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_the_keys_are_kept_over_a_resume(words, federation, tmp_path, exchange, earlier_version):
+    """Also if the run was killed before its first checkpoint."""
 
     def start(place, nodes, act=None):
         grid = federation().grid
         scheduled(grid, nodes)
-        if act:
-            grid.on_reply = act
+        grid.on_reply = act or grid.on_reply
         overrides = f"{words} {place}"
         server_app.run(grid, load_config(overrides), overrides, flower_run="7")
         return grid
 
     def die(message, reply):
-        if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
+        train = message.metadata.message_type == MessageType.TRAIN
+        if train and message.metadata.group_id == str(exchange):
             raise Killed
         return reply
 
+    folder = tmp_path / "r"
     with pytest.raises(Killed):
-        start(f"run.folder={tmp_path}/r", {1: [1, 2]}, act=die)
-    saved, _ = latest_checkpoint(tmp_path / "r" / "checkpoint")
-    owner = fingerprint(public_key(client_key(tmp_path / "owner" / "a.key", create=False)))
-    assert saved.keys.get("a") == (None if earlier_version else owner)
-    if earlier_version:
-        grid = start(f"resume={tmp_path}/r", {2: [1, 2], 1: [1, 2], 3: [1, 2]})
-        assert {client for *_, client in instructed(grid)} == {"a", "b"}
+        start(f"run.folder={folder}", {1: [1, 2]}, act=die)
+    keys = read_client_keys(folder / CLIENT_KEYS)
+    owner = client_key(tmp_path / "owner" / "a.key", create=False)
+    assert keys["a"] == fingerprint(public_key(owner)) and keys.keys() == {"a", "b"}
+    if earlier_version:  # it recorded no keys: the first one to return is bound
+        (folder / CLIENT_KEYS).unlink()
+        start(f"resume={folder}", dict.fromkeys((1, 2, 3), [1, 2]))
+        assert read_client_keys(folder / CLIENT_KEYS) == keys
         return
-    grid = start(f"resume={tmp_path}/r", {1: [2, 5], 2: [2, 5], 3: [2, 4, 5]})
-    assert instructed(grid) == {(2, 2, "b"), (3, 2, "b"), (3, 4, "a")}
-    events = read_events(tmp_path / "r")
-    assert {e.exchange for e in select(events, Trained) if e.client == "a"} == {1, 3}
-    assert any("whose key is" in e.reason for e in select(events, ClientFailed))
+    nodes = {number: [2, 5] for number in range(1, 4)} | {exchange + 1: [2, 4, 5]}
+    grid = start(f"resume={folder}", {1: [2, 5]} | nodes)
+    assert {node for _, node, client in instructed(grid) if client == "a"} == {4}
+    assert any("whose key is" in e.reason for e in select(read_events(folder), ClientFailed))
 
 
 def test_the_operators_file_decides_from_the_first_exchange(federation, sites, tmp_path):
@@ -215,8 +208,7 @@ def test_a_simulation_has_no_keys(tmp_path):
         "data.train_examples=4 data.test_examples=2",
     ).run()
     assert not any("proof" in message.content for message in run.grid.messages)
-    state = json.loads((run.folder.checkpoints / "round-0003" / "state.json").read_text())
-    assert state["keys"] == {}
+    assert not (run.folder.path / CLIENT_KEYS).exists()
 
 
 def test_a_file_of_keys_in_a_simulation_is_refused(capsys):

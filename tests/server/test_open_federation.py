@@ -199,7 +199,11 @@ def test_a_site_that_is_mended_meanwhile_is_asked_again(federation, sites, data,
     late.unlink()
     assert len(trained(run, 1)) == 3
     assert failures(run) == [
-        (1, "node 1", "`train-file` names '<train-file>', which is not a file."),
+        (
+            1,
+            "node 1",
+            "`train-file` names '<train-file>', which is not a file or a data set's folder.",
+        ),
     ]
 
 
