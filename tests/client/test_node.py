@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from pilot_flwr.client.node import find_site, is_simulated, site_client, site_config, site_model
+from pilot_flwr.client.node import (
+    SHARED_FOLDERS,
+    find_site,
+    is_simulated,
+    site_client,
+    site_config,
+    site_model,
+)
 from pilot_flwr.client.node_config import NodeSettings, read_node_config
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import ModelConfig
