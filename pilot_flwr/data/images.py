@@ -38,6 +38,7 @@ MOST_STRETCHED = 100
 
 _TOO_LARGE = f"has more than {MOST_PIXELS:,} pixels"
 
+_BITS_PER_SAMPLE = 258  # in TIFF
 _ORIENTATION = 0x0112  # in EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,7 +109,7 @@ def expand_to_square(image: Image.Image, colour: Colour) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, *, official: bool = False) -> Image.Image:
-    """Return an image in RGB: transparency on white, 16-bit greys as their upper 8 bits.
+    """Return an image in RGB: transparency on white, greys of 12 and 16 bits as their upper 8.
 
     With `official`, transparency is dropped and shows the colours below it.
 
@@ -117,17 +118,22 @@ def to_rgb(image: Image.Image, *, official: bool = False) -> Image.Image:
     ImageError
         If the grey values have no known range, so that Pillow would clip them.
     """
-    if image.mode.startswith("I;16"):
-        levels = np.asarray(image).astype(np.uint16) >> 8
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        values = np.asarray(image)
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 65_535):
+    transparent = image.info.get("transparency")
+    if image.mode == "F":
+        raise ImageError("has floating-point grey values; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        (bits, *_) = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+        if bits > 16:  # nothing says which of the values is white
+            raise ImageError(f"has grey values of {bits} bits; save it with 8 or 16 bits")
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0 or values.max() > 65_535:
             raise ImageError("has grey values outside 0 to 65,535; save it with 8 or 16 bits")
-        if image.mode == "F":
-            raise ImageError("has floating-point grey values; save it with 8 or 16 bits")
-        # Pillow reads 16-bit files in this mode too.
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        levels = values >> (bits - 8)
+        if transparent is not None and not official:
+            levels[values == transparent] = 255
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if isinstance(transparent, tuple) and max(transparent) > 255 and not official:
+        raise ImageError("has a transparent colour of 16 bits; save it with 8 bits")
     if official:
         image.info.pop("transparency", None)  # Pillow would warn of a palette's
     elif image.has_transparency_data:

@@ -39,8 +39,10 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:(//|image/)", re.IGNORECASE)
 _DATA_ADDRESS = re.compile(r"data:image/[\w.+-]+(;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _IMAGES = ("image", "images")
 _KNOWN = (*_IMAGES, "id", "conversations", "messages", "prompt", "completion", "text", "references")
-_UNTRAINED = ("system", "tools")
+_UNTRAINED = ("system", "system_prompt", "system_message", "tools", "functions", "history")
 """Fields that other tools put into the prompt."""
+_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_mask", "loss_scale")
+"""Fields by which other tools weight a row in the loss."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,17 @@ def to_example(
     if lost:
         raise DataError(f"{origin}: `{lost}` is not read. {REMEDY}; remove what is not needed.")
     if lost := next((name for name in _UNTRAINED if row.get(name)), None):
+        remedy = "write its turns into the conversation" if lost == "history" else "remove it"
         raise DataError(
-            f"{origin}: `{lost}` is not read; remove it. `model.system_prompt` sets a system "
+            f"{origin}: `{lost}` is not read; {remedy}. `model.system_prompt` sets a system "
             "prompt for all rows."
         )
+    for name in _WEIGHTS:
+        if isinstance(row.get(name), int | float | list) and row[name] != 1:
+            raise DataError(
+                f"{origin}: `{name}` is not supported: every row is trained on, with weight 1. "
+                "Remove the field, or the row."
+            )
     found = read_conversation(row, origin, answered=answered)
     images = _images(row, found.pictures, origin, reading)
     turns = found.turns

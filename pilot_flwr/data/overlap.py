@@ -39,9 +39,10 @@ class Overlap(NamedTuple):
         return self.rows > allowed * self.total
 
     def __str__(self) -> str:
+        example = f", such as {self.first}" if self.first else ""
         return (
             f"{self.rows} of {self.total} test rows are training rows too (same images and "
-            f"question), such as {self.first}"
+            f"question){example}"
         )
 
 
@@ -59,6 +60,14 @@ class _Row(NamedTuple):
 
     origin: str
     images: tuple[int, ...]
+
+
+class _Place(NamedTuple):
+    """The place of an embedded image: the rows, the row's position, the image's number there."""
+
+    rows: LlavaExamples
+    position: int
+    number: int
 
 
 _Group = tuple[list[_Row], list[_Row]]
@@ -100,22 +109,24 @@ def _same_questions(
     asked = {_questions(example)[-1] for _, example in _readable(test)}
     groups: dict[tuple[str, ...], _Group] = defaultdict(lambda: ([], []))
     for part in train:
-        for origin, example in _readable(part):
+        for position, example in _readable(part):
             for question in asked.intersection(_questions(example)):
-                groups[question][1].append(_Row(origin, images.add(example.images)))
-    for origin, example in _readable(test):
+                row = _Row(part.origin(position), images.add(part, position, example.images))
+                groups[question][1].append(row)
+    for position, example in _readable(test):
         if (question := _questions(example)[-1]) in groups:
-            groups[question][0].append(_Row(origin, images.add(example.images)))
+            row = _Row(test.origin(position), images.add(test, position, example.images))
+            groups[question][0].append(row)
     return list(groups.values())
 
 
-def _readable(examples: LlavaExamples) -> Iterator[tuple[str, Example]]:
+def _readable(examples: LlavaExamples) -> Iterator[tuple[int, Example]]:
     for position in range(len(examples)):
         try:
             example: Example = examples[position]
         except DataError:
             continue
-        yield examples.origin(position), example
+        yield position, example
 
 
 def _questions(example: Example) -> list[tuple[str, ...]]:
@@ -126,22 +137,28 @@ def _questions(example: Example) -> list[tuple[str, ...]]:
 
 
 class _Images:
-    """The images of all rows, each file once, read by `workers` threads."""
+    """The images of all rows, each once, read by `workers` threads.
+
+    An image embedded in a row is read from the row again whenever it is needed.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = max(workers, 1)
         self._numbers: dict[object, int] = {}
-        self._sources: list[ImageSource] = []
+        self._sources: list[ImageSource | _Place] = []
         self._jpeg: set[int] = set()
 
-    def add(self, images: Iterable[ImageSource]) -> tuple[int, ...]:
+    def add(
+        self, rows: LlavaExamples, position: int, images: Iterable[ImageSource]
+    ) -> tuple[int, ...]:
         """Return the numbers of a row's images."""
         found = []
-        for image in images:
+        for index, image in enumerate(images):
             key = image.key if isinstance(image, ImageFile) else id(image)
             if key not in self._numbers:
                 self._numbers[key] = len(self._sources)
-                self._sources.append(image)
+                embedded = isinstance(image, ImageFile) and image.data is not None
+                self._sources.append(_Place(rows, position, index) if embedded else image)
             found.append(self._numbers[key])
         return tuple(found)
 
@@ -172,7 +189,7 @@ class _Images:
 
     def facts(self, number: int) -> object:
         """Return an image's height and width."""
-        source = self._sources[number]
+        source = self._source(number)
         if isinstance(source, ImageFile):
             with source.open() as file:
                 if file.read(len(_JPEG)) == _JPEG:
@@ -191,9 +208,16 @@ class _Images:
 
     def pixel_digests(self, number: int) -> object:
         """Return a digest of an image's pixels."""
-        return hashlib.blake2b(self._sources[number].read().tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(self._source(number).read().tobytes(), digest_size=16).digest()
 
     def _open(self, number: int) -> BinaryIO:
-        source = self._sources[number]
+        source = self._source(number)
         assert isinstance(source, ImageFile), "only files are JPEG files"
         return source.open()
+
+    def _source(self, number: int) -> ImageSource:
+        source = self._sources[number]
+        if not isinstance(source, _Place):
+            return source
+        example: Example = source.rows[source.position]
+        return example.images[source.number]

@@ -39,8 +39,11 @@ _PICTURES = ("image", "image_url", "url", "path", "base64")
 """Fields of a message part that hold its image."""
 
 _UNTRAINED = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
-_MASKS = ("weight", "train", "trainable", "loss")
-"""Fields by which other tools leave a turn out of the loss."""
+_MASKS = (
+    *("weight", "loss_weight", "loss_mask", "loss_scale", "loss", "train", "training"),
+    *("trainable", "train_detail", "mask", "masked"),
+)
+"""Fields by which other tools weight an answer in the loss or leave it out."""
 
 _SYSTEM = ("system", "developer")
 
@@ -72,7 +75,7 @@ def read_conversation(row: Mapping[str, Any], origin: str, *, answered: bool) ->
     Unless `answered`, the last answer may be absent, empty or null.
     """
     items = _items(row, origin)
-    if not answered and _ROLES[items[-1].word] == "assistant" and not _has_text(items[-1].content):
+    if not answered and _ROLES[items[-1].word] == "assistant" and _is_blank(items[-1].content):
         items.pop()
     found = Conversation([], [], [])
     for number, item in enumerate(items):
@@ -124,11 +127,12 @@ def kind_of(value: Any) -> str:
 
 def _items(row: Mapping[str, Any], origin: str) -> list[_Item]:
     """Return the turns of the one form that a row has."""
-    lists = [key for key in ("conversations", "messages") if row.get(key) is not None]
-    if len(lists) > 1:
-        raise DataError(f"{origin} has both `conversations` and `messages`; remove one.")
-    if lists:
-        return _turns(row[lists[0]], lists[0], origin)
+    keys = ("conversations", "messages", "prompt", "completion")
+    forms = [key for key in keys if row.get(key) is not None]
+    if forms[:1] != ["prompt"] and len(forms) > 1:
+        raise DataError(f"{origin} has both `{forms[0]}` and `{forms[1]}`; remove one.")
+    if forms and forms[0] in ("conversations", "messages"):
+        return _turns(row[forms[0]], forms[0], origin)
     if row.get("prompt") is not None:
         items = _side(row["prompt"], "prompt", "user", origin)
         if row.get("completion") not in (None, []):
@@ -161,6 +165,8 @@ def _turn(found: Any, where: str, origin: str) -> _Item:
     if not isinstance(word, str) or word not in _ROLES:
         raise _wrong_speaker(f"{where}.{speaker}", word, chat, origin)
     _check_fields(item, (speaker, content), where, origin)
+    if _ROLES[word] == "assistant":
+        _check_weights(item, where, origin)
     return _Item(f"{where}.{content}", word, item.get(content), f"{where}.{speaker}")
 
 
@@ -178,23 +184,35 @@ def _check_fields(item: Mapping[str, Any], known: tuple[str, ...], where: str, o
     """Raise for a field of a turn or a part that would be lost."""
     if item.keys() <= {*known}:
         return
-    lost = unread_field(item, known, pictures=False)
-    lost = lost or next((name for name in _UNTRAINED if item.get(name)), None)
-    if masked := next((name for name in _MASKS if name in item and not item[name]), None):
-        raise DataError(
-            f"{origin}: `{where}.{masked}` is not supported: every answer is trained on."
-        )
-    if lost:
+    if lost := unread_field(item, known, pictures=False):
         raise DataError(
             f"{origin}: `{where}.{lost}` is not read. {REMEDY}; remove what is not needed."
         )
+    if lost := next((name for name in _UNTRAINED if item.get(name)), None):
+        raise DataError(
+            f"{origin}: `{where}.{lost}` is not read: tool calls and reasoning are not supported. "
+            "Remove it, or write it into the turn's text."
+        )
 
 
-def _has_text(content: Any) -> bool:
+def _check_weights(item: Mapping[str, Any], where: str, origin: str) -> None:
+    """Raise for an answer that another tool would weight or leave out; `mask` has two meanings."""
+    for name in _MASKS:
+        if name in item and (item[name] != 1 or name.startswith("mask")):
+            raise DataError(
+                f"{origin}: `{where}.{name}` is not supported: every answer is trained on, with "
+                "weight 1. Remove the field, or the row."
+            )
+
+
+def _is_blank(content: Any) -> bool:
+    """Return whether a turn has no text and no image."""
     if isinstance(content, list):
-        texts = (part.get("text") if isinstance(part, dict) else part for part in content)
-        return any(map(_has_text, texts))
-    return content is not None and bool(str(content).strip())
+        return all(map(_is_blank, content))
+    if isinstance(content, dict):
+        held = [value for key, value in content.items() if key != "type"]
+        return content.get("type", "text") == "text" and all(map(_is_blank, held))
+    return content is None or not str(content).strip()
 
 
 def _text(item: _Item, origin: str, pictures: list[tuple[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -158,21 +159,34 @@ def settings(*overrides):
     )
 
 
-def test_a_site_whose_test_rows_are_training_rows_is_refused(overlapping, tmp_path):
-    """Whatever the server sets, its limit or the rows that it draws."""
+def test_a_site_whose_test_rows_are_training_rows_is_refused(
+    overlapping, tmp_path, caplog, monkeypatch
+):
+    """Whatever the server sets, its limit or the rows that it draws; only the log names rows."""
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     site = Site(Client("a", "vqa"), tmp_path / "state" / "run-1", "cpu", overlapping)
     message = (
-        "1 of 1 test rows .* such as test.json, row 1 and train.json, row 1. .*`allowed-overlap`"
+        r"^1 of 1 test rows .* \(same images and question\). Remove .*`allowed-overlap`, [^0]*0.$"
     )
     for words in ((), ("data.train_examples=1", "seed=1"), ("data.allowed_overlap=1",)):
         with pytest.raises(ConfigError, match=message):
             check_readiness(site, settings(*words))
     assert len(list((tmp_path / "state" / "overlap").iterdir())) == 1
+    assert "such as test.json, row 1 and train.json, row 1." in caplog.text
     check_readiness(site, settings("evaluation.enabled=false"))
     allowed = replace(site, files=replace(overlapping, allowed_overlap=1.0))
     check_readiness(allowed, settings())
     (tmp_path / "test.json").write_text(json.dumps([{"prompt": "Why?", "completion": "x"}]))
     check_readiness(site, settings())
+
+
+def test_a_query_of_a_private_run_does_not_depend_on_the_overlap(overlapping, tmp_path):
+    """Its client never evaluates, and the answer would be a bit about the rows."""
+    site = Site(Client("a", "vqa"), tmp_path / "state" / "run-1", "cpu", overlapping)
+    check_readiness(site, settings("privacy.enabled=true"))
+    assert not (tmp_path / "state" / "overlap").exists()
+    with pytest.raises(ConfigError, match="^1 of 1 test rows"):
+        check_readiness(site, settings("privacy.enabled=true", "privacy.send_metrics=true"))
 
 
 def test_a_simulated_clients_overlap_is_allowed_by_the_run(overlapping, tmp_path):

@@ -159,6 +159,62 @@ def test_sixteen_bit_greys_keep_their_levels(folder):
     Image.fromarray(ramp.astype(np.float32)).save(folder / "float.tif")
     with pytest.raises(ImageError, match="row 17, image 1 has floating-point grey values"):
         image(folder, "float.tif").read()
+    (folder / "ramp.pgm").write_bytes(b"P5 256 256 65535\n" + ramp.astype(">u2").tobytes())
+    assert np.array_equal(np.asarray(image(folder, "ramp.pgm").read())[..., 0], ramp >> 8)
+
+
+@pytest.mark.parametrize("most", [255, 65_535, 2**31 - 1])
+def test_greys_of_thirty_two_bits_have_no_known_range(folder, most):
+    levels = np.linspace(0, most, 256).astype(np.int32).reshape(16, 16)
+    Image.fromarray(levels).save(folder / "ramp.tif")
+    for official in (False, True):
+        with pytest.raises(ImageError, match="image 1 has grey values of 32 bits; save it with 8"):
+            image(folder, "ramp.tif", official=official).read()
+
+
+def test_greys_of_twelve_bits_keep_their_upper_eight(folder):
+    """Two pixels, 0xFFF and 0x800, in three bytes of a TIFF file."""
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf8\x00\0"
+    (folder / "a.tif").write_bytes(data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert np.asarray(image(folder, "a.tif").read())[0, :, 0].tolist() == [0xFF, 0x80]
+
+
+def with_transparent(folder, levels, colour):
+    """Save a PNG of 16 bits with a transparent colour, which Pillow does not write."""
+    kind = 2 if levels.ndim == 3 else 0
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], 16, kind, 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(colour)}H", *colour),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    data = b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks.items()
+    )
+    (folder / "clear.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white(folder):
+    """Only this very level: others with the same upper 8 bits stay."""
+    with_transparent(folder, np.array([[0x1000, 0x1001, 0x2000]], np.uint16), (0x1001,))
+    assert image(folder, "clear.png").header().transparent
+    assert np.asarray(image(folder, "clear.png").read())[0, :, 0].tolist() == [0x10, 0xFF, 0x20]
+    official = image(folder, "clear.png", official=True).read()
+    assert np.asarray(official)[0, :, 0].tolist() == [0x10, 0x10, 0x20]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused(folder):
+    """Pillow keeps 8 bits of each colour, so that it cannot find the transparent pixels."""
+    colour = (0x1001, 0x2002, 0x3003)
+    with_transparent(folder, np.array([[colour, (0, 0, 0)]], np.uint16), colour)
+    with pytest.raises(ImageError, match="image 1 has a transparent colour of 16 bits; save it"):
+        image(folder, "clear.png").read()
+    official = image(folder, "clear.png", official=True).read()
+    assert np.asarray(official)[0].tolist() == [[0x10, 0x20, 0x30], [0, 0, 0]]
 
 
 def test_a_png_with_much_metadata_is_read(folder):

@@ -32,6 +32,20 @@ LOST = {
     "scan": {"path": "a.nii.gz", "bytes": None},
     "mri": {"bytes": "aGk="},
     "content": "data:image/png;base64,aGk=",
+    "coco_url": "http://host/y.jpg?x=1",
+    "link": "https://host/a.PNG#top",
+    "file_name": "000123",
+    "filename": "train2017/000123",
+    "coco_file_name": "000123",
+    "frames": ["f1", "f2"],
+    "screenshot": "s1",
+    "choices": [["A", "a.png"]],
+}
+
+NESTED = {
+    "meta.src.image": {"meta": {"src": {"image": "00012"}}},
+    "views.img": {"views": [{"n": 1}, {"img": "00012"}]},
+    "meta.file_name": {"meta": {"file_name": "00012"}},
 }
 
 HARMLESS = {
@@ -49,6 +63,10 @@ HARMLESS = {
     "url": "https://host/page",
     "file": "train.json",
     "width": 3,
+    "file_name": "train.json",
+    "meta": {"src": {"image_id": "00012", "split": "train"}},
+    "frames": 8,
+    "title": "What is a.png? A file.",
 }
 
 
@@ -57,6 +75,14 @@ def test_a_field_that_holds_a_medium_is_an_error_with_file_and_row(name):
     row = {"id": 1, "conversations": TURNS, name: LOST[name]}
     with pytest.raises(DataError, match=f"^a.json, row 3: `{name}` is not read. Images belong"):
         to_example(row, "3:", "a.json, row 3", Reading())
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_nested_field_that_holds_a_medium_is_an_error_unless_the_row_has_images(name):
+    row = {"id": 1, "conversations": TURNS} | NESTED[name]
+    with pytest.raises(DataError, match=f"^a.json, row 3: `{name}` is not read. Images belong"):
+        to_example(row, "3:", "a.json, row 3", Reading())
+    assert unread_field(NESTED[name], (), pictures=True) is None
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -78,7 +104,24 @@ MARKERS = """
 """.split()
 
 
-@pytest.mark.parametrize("marker", [*MARKERS, "<image 1>", "< image >", "<image id=1>"])
+NAMED = """
+![](ok.png) ![alt](sub/ok.PNG) ![](https://host/a.jpg?x=1) ![](<ok.png>)
+![](data:image/png;base64,aGk=)
+<image:ok.png> <img=ok.png> <|image:ok.png|> <video:a.mp4> <image:"ok.png">
+<image:http://h/a.jpg?x=1>
+[image:ok.png] {image:ok.png} &lt;image:ok.png&gt; <screenshot:a.png>
+""".split()
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        *MARKERS,
+        *NAMED,
+        *("<image 1>", "< image >", "<image id=1>", "<image: ok.png>", "<image ok.png>"),
+        *("![a cat](ok.png)", '![](ok.png "a cat")', "[Image: sub/a cat.jpg]"),
+    ],
+)
 def test_a_marker_that_marks_nothing_is_an_error(marker):
     for text in (marker, f"{marker}\nWhat?", f"<image> and {marker}: which?"):
         assert unread_marker(text, answer=False)
@@ -98,6 +141,10 @@ def test_a_marker_that_marks_nothing_is_an_error(marker):
         "see [1] and [the image below]",
         "{name}",
         "a & b",
+        "<img src=ok.png> <image src='ok.png'>",
+        "[a link](ok.png) and ![](section)",
+        "<image:loc> [image: a dog] {image: a.b}",
+        "[see ok.png] <https://host/a.png>",
         "The image <of a dog>",
     ],
 )
@@ -109,3 +156,5 @@ def test_an_answer_may_explain_html_but_draws_nothing():
     assert unread_marker("Use the <video> element or <img>.", answer=True) is None
     assert unread_marker("<|image_pad|>", answer=True) == "<|image_pad|>"
     assert unread_marker("<image_1>", answer=True) == "<image_1>"
+    assert unread_marker("Write ![](ok.png) or [image:ok.png].", answer=True) is None
+    assert unread_marker("<image:ok.png>", answer=True) == "<image:ok.png>"

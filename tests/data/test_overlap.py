@@ -114,6 +114,23 @@ def test_an_image_in_the_row_is_the_image_in_the_folder(images, name):
     ]
     assert count(images, [([name], "What?")], rows_with) == 1
     assert count(images, rows_with, [([name], "What?")]) == 1
+    assert count(images, rows_with, rows_with[:1]) == 1
+
+
+def test_images_in_rows_are_not_kept_in_memory(images, monkeypatch):
+    """Where all questions coincide, they would be the whole file."""
+    kept = []
+    narrow = overlap._Images.narrow
+
+    def look(self, *args):
+        kept.extend(self._sources)
+        return narrow(self, *args)
+
+    monkeypatch.setattr(overlap._Images, "narrow", look)
+    data = [base64.b64encode((images / f).read_bytes()).decode() for f in ("one.png", "one.bmp")]
+    train, test = ([([{"bytes": text}], "What?")] for text in data)
+    assert count(images, train, test) == 1
+    assert kept and not any(isinstance(source, ImageFile) for source in kept)
 
 
 def test_every_test_row_counts_once_and_one_is_named(images):

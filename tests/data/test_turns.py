@@ -76,13 +76,17 @@ SAME = {
     },
     "weights": {
         "image": "x.png",
-        "conversations": [m | {"weight": 1, "name": "x"} for m in chat("What?", "two")],
+        "weight": 1,
+        "conversations": [
+            chat("What?")[0] | {"loss_mask": 0, "name": "x"},
+            ANSWER | {"weight": 1.0, "loss_mask": 1, "train": True},
+        ],
     },
     "null conversations": {
         "conversations": None,
         "image": "x.png",
         "messages": chat("What?", "two"),
-        "prompt": "What?",
+        "prompt": None,
     },
 }
 
@@ -125,9 +129,16 @@ BAD = [
     ([{"role": "user", "content": "A?", "image": "x"}, ANSWER], r"messages\[0\].image` is not rea"),
     (
         [*chat("A?"), ANSWER | {"tool_calls": [{"name": "f"}]}],
-        r"`messages\[1\].tool_calls` is not read",
+        r"`messages\[1\].tool_calls` is not read: tool calls and reasoning are not supported. Rem",
     ),
     ([*chat("A?"), ANSWER | {"weight": 0}], r"messages\[1\].weight` is not supported: every answ"),
+    *(
+        ([*chat("A?"), ANSWER | mask], rf"messages\[1\].{[*mask][0]}` is not supported: every an")
+        for mask in (
+            *({"loss_mask": 0}, {"loss_mask": [1, 0]}, {"mask": 0}, {"mask": True}),
+            *({"weight": 0.5}, {"loss": False}, {"training": False}, {"loss_scale": 2}),
+        )
+    ),
     (chat([{"text": "A?", "image_2": "x"}], "two"), r"content\[0\].image_2` is not read"),
     ([{"role": "user", "value": "A?"}, ANSWER], r"`messages\[0\]` mixes `from`, `value` with"),
     ({"role": "user"}, "`messages` is an object but must be a list of turns"),
@@ -145,6 +156,27 @@ def test_a_doubtful_message_is_named_by_file_row_and_field(messages, message):
     ("row", "message"),
     [
         ({"messages": chat("A?", "b"), "conversations": []}, "has both `conversations` and `mess"),
+        ({"messages": chat("A?", "b"), "prompt": "A?"}, "has both `messages` and `prompt`; rem"),
+        (
+            {"conversations": chat("A?", "b"), "completion": "c"},
+            "has both `conv.* and `completion`",
+        ),
+        *(
+            (
+                {"prompt": "A?", "completion": "b"} | field,
+                f": `{[*field][0]}` is not read; {remedy}",
+            )
+            for field, remedy in (
+                ({"system": "Be brief."}, "remove it. `model.system_prompt` sets"),
+                ({"system_prompt": "Be brief."}, "remove it"),
+                ({"functions": [{"name": "f"}]}, "remove it"),
+                ({"history": [["A?", "b"]]}, "write its turns into the conversation"),
+            )
+        ),
+        *(
+            ({"prompt": "A?", "completion": "b"} | field, f"`{[*field][0]}` is not supported: eve")
+            for field in ({"weight": 0.0}, {"weight": 0.5}, {"loss_mask": [0]}, {"loss_weight": 2})
+        ),
         ({"prompt": "A?"}, "`prompt` is the last turn, but an answer"),
         ({"completion": "b"}, "`conversations` is missing; a row has"),
         ({"instruction": "A?", "output": "b"}, "`conversations` is missing; a row has"),
@@ -203,6 +235,20 @@ def test_an_answer_that_is_there_is_kept():
     assert read(SAME["parts"], answered=False).turns == EXPECTED.turns
     with pytest.raises(DataError, match="has no question"):
         read({"conversations": [{"from": "gpt", "value": ""}]}, answered=False)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [{"type": "image", "image": "x.png"}],
+        [PLACE],
+        [{"type": "text", "text": ""}, {"type": "image_url", "image_url": {"url": "x.png"}}],
+        [{"path": "x.png"}],
+    ],
+)
+def test_an_answer_that_is_only_an_image_is_not_taken_for_a_missing_one(answer):
+    with pytest.raises(DataError, match=r"^a.json, row 3: `messages\[1\].content"):
+        read({"messages": chat("What?", answer)}, answered=False)
 
 
 def test_the_id_of_an_evaluation_row():
