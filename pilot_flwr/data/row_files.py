@@ -13,7 +13,7 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class TableFile(RowFile):
         self._files = _shards(path)
         self._lock = threading.Lock()
         self._batches: list[Any] | None = None
+        self._broken: DataError | None = None
         self._lines = range(self._count())
 
     def _count(self) -> int:
@@ -76,18 +77,27 @@ class TableFile(RowFile):
 
     def _open_batches(self) -> list[Any]:
         with self._lock:
+            if self._broken is not None:
+                raise DataError(str(self._broken))
             if self._batches is None:
-                self._batches = []
-                for path in self._files:
-                    with self._named(path):
-                        self._batches += _open_table(path)
+                try:
+                    self._batches = self._load()
+                except DataError as error:
+                    self._broken = error
+                    raise
                 sizes = [batch.num_rows for batch in self._batches]
                 self._ends = np.cumsum(sizes, dtype=np.int64)
-                for batch in self._batches[:1]:
-                    names = batch.schema.names
-                    if twice := [name for name in names if names.count(name) > 1]:
-                        raise DataError(f"{self.name} has the column {twice[0]!r} twice.")
         return self._batches
+
+    def _load(self) -> list[Any]:
+        batches = []
+        for path in self._files:
+            with self._named(path):
+                batches += _open_table(path)
+        names = batches[0].schema.names if batches else []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{self.name} has the column {twice[0]!r} twice.")
+        return batches
 
     @contextmanager
     def _named(self, path: Path) -> Iterator[None]:
@@ -190,28 +200,42 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _open_table(path: Path) -> list[Any]:
-    """Return the record batches of a file, memory-mapped."""
+    """Return the record batches of a file, memory-mapped.
+
+    Each is validated before any value is read: Arrow does not check offsets, and a damaged one
+    would end the process or return other memory as text.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     begin = _begin(path)
     if begin.startswith(_PARQUET):
         with parquet.ParquetFile(path) as packed:
-            return _unpacked(packed.schema_arrow, packed.iter_batches(batch_size=_AT_A_TIME))
+            batches = packed.iter_batches(batch_size=_AT_A_TIME)
+            unpacked = _unpacked(packed.schema_arrow, batches)
+            if sum(batch.num_rows for batch in unpacked) != packed.metadata.num_rows:
+                raise pa.ArrowInvalid("The footer has another number of rows.")
+            return unpacked
     source = pa.memory_map(str(path))
     if begin.startswith(_ARROW):
         file = pa.ipc.open_file(source)
         batches = (file.get_batch(number) for number in range(file.num_record_batches))
         return _unpacked(file.schema, batches)
-    return list(pa.ipc.open_stream(source))
+    return list(_validated(pa.ipc.open_stream(source)))
 
 
-def _unpacked(schema: Any, batches: Iterator[Any]) -> list[Any]:
+def _validated(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
+
+
+def _unpacked(schema: Any, batches: Iterable[Any]) -> list[Any]:
     import pyarrow as pa
 
     with tempfile.TemporaryFile() as file:
         with pa.ipc.new_stream(file, schema) as stream:
-            for batch in batches:
+            for batch in _validated(batches):
                 stream.write_batch(batch)
         file.flush()
         return list(

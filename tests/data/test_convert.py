@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import tracemalloc
 
 import pytest
@@ -465,6 +466,22 @@ BAD_ENTRIES = [
     ("boxes", BOXES, (0, "bbox"), [10, 10, 0, 5], "`bbox` has no area"),
     ("boxes", BOXES, (0, "bbox"), [390, 10, 20, 5], "`bbox` exceeds the image"),
     ("boxes", BOXES, (0, "width"), 0, "`width` must be a whole number"),
+    ("boxes", BOXES, (0, "width"), 10**400, "`width` must be a whole number"),
+    ("boxes", BOXES, (0, "bbox"), [math.nan, 2, 30, 20], "`bbox` must be"),
+    ("boxes", BOXES, (0, "bbox"), [1, 2, math.nan, 20], "`bbox` must be"),
+    ("boxes", BOXES, (0, "bbox"), [1, 2, math.inf, 20], "`bbox` must be"),
+    ("boxes", BOXES, (0, "bbox"), [1, 2, 10**400, 20], "`bbox` must be"),
+    ("boxes", BOXES, (0, "category"), "c\ud800", "entry 1: A text has an unpaired surrogate"),
+    ("boxes", BOXES, (0, "expression"), "c\ud800", "is text with an unpaired surrogate"),
+    ("boxes", BOXES, (0, "expression"), "a <video> cat", "entry 1: .* has '<video>', which is not"),
+    ("boxes", BOXES, (0, "image"), "c\udc00.jpg", "entry 1: A text has an unpaired surrogate"),
+    ("boxes", BOXES, (0, "image"), "http://x.org/1.jpg", "entry 1: image 1 is a URL"),
+    ("boxes", BOXES, (0, "id"), "1\0", "entry 1: `id` must be printable"),
+    ("gqa", GQA, ("02930152", "imageId"), "2\0", "02930152: The image's name has a NUL"),
+    ("gqa", GQA, ("02930152", "answer"), "c\ud800", "is text with an unpaired surrogate"),
+    ("textvqa", TEXTVQA, ("data", 0, "question"), "[img] what?", r"has '\[img\]', which is not"),
+    ("scienceqa", PROBLEMS, ("2", "hint"), "<image_1>", "has '<image_1>', which is not"),
+    ("coco_captions", COCO, ("annotations", 0, "caption"), "<image_1>", "has '<image_1>', which"),
 ]
 
 
@@ -473,6 +490,19 @@ def test_an_unusable_entry_is_named(name, content, where, value, message, run, t
     with pytest.raises(DataError, match=message):
         run(name, "train", annotations=[changed(content, *where, value=value)])
     assert [path.name for path in tmp_path.iterdir() if "jsonl" in path.name] == []
+
+
+def test_references_are_texts_that_can_be_read_back(run):
+    bad = changed(TEXTVQA, "data", 0, "answers", 0, value="nous\ud800")
+    with pytest.raises(DataError, match="question 34602: `references` must be a list of texts"):
+        run("textvqa", "val", annotations=[bad])
+
+
+def test_reasons_do_not_name_the_entry(run):
+    bad = changed(GQA, "02930152", "question", value="A <video>?")
+    assert len(run("gqa", "train", annotations=[bad], skip_unusable=True)) == len(GQA) - 1
+    (reason,) = run.report.skipped
+    assert reason.startswith("`conversations[0].value` has '<video>', which is not")
 
 
 def test_unusable_entries_are_left_out_and_counted_if_asked_for(run):

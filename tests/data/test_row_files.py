@@ -247,6 +247,75 @@ def test_what_cannot_be_read_is_named(folder, tmp_path, change, name, message):
     assert str(tmp_path) not in str(error.value)
 
 
+def test_damaged_pages_are_the_same_error_at_every_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"prompt": f"What is {n}?", "completion": str(n)} for n in range(9)]
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes([255]) * 60 + data[64:])
+    rows = open_rows(path)
+    assert len(rows) == 9, "the footer is intact"
+    reads = [
+        lambda: rows[0],
+        lambda: rows[8],
+        lambda: list(rows.scan()),
+        lambda: open_rows(path)[1],
+    ]
+    for read in reads:
+        with pytest.raises(DataError, match="^a.parquet is truncated, damaged"):
+            read()
+
+
+def test_a_footer_with_another_number_of_rows_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"prompt": [str(n) for n in range(55)]}), path)
+    data = path.read_bytes()
+    start = data.rindex(bytes([0x16, 110, 0x19]))  # 55 rows, then the list of row groups
+    path.write_bytes(data[:start] + bytes([0x16, 112, 0x19]) + data[start + 3 :])
+    rows = open_rows(path)
+    assert len(rows) == 56
+    with pytest.raises(DataError, match="^a.parquet is truncated, damaged"):
+        rows[0]
+
+
+def test_two_columns_of_one_name_are_the_same_error_at_every_read(tmp_path):
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    rows = open_rows(tmp_path / "twice.parquet")
+    for _ in range(2):
+        with pytest.raises(DataError, match="^twice.parquet has the column 'a' twice"):
+            rows[0]
+
+
+@pytest.mark.parametrize("damage", [0x7FFFFFF0, -5, 9], ids=["far", "negative", "falling"])
+@pytest.mark.parametrize("form", ["saved", "stream", "file", "feather", "list", "binary"])
+def test_damaged_offsets_are_an_error_before_a_value_is_read(tmp_path, form, damage):
+    """Arrow would read other memory, or end the process."""
+    values = ["a" * (n + 1) for n in range(5)]
+    values = [list(v) for v in values] if form == "list" else values
+    values = [v.encode() for v in values] if form == "binary" else values
+    table, path = pa.table({"prompt": values}), tmp_path / "a.arrow"
+    if form == "saved":
+        Dataset(table).save_to_disk(tmp_path / "saved")
+        (path,) = (tmp_path / "saved").glob("*.arrow")
+    elif form == "feather":
+        feather.write_feather(table, path, compression="uncompressed")
+    else:
+        new = pa.ipc.new_file if form == "file" else pa.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table)
+    offsets = np.array([0, 1, 3, 6, 10, 15], dtype="<i4")
+    damaged = offsets.copy()
+    damaged[2] = damage
+    before = path.read_bytes()
+    path.write_bytes(before.replace(offsets.tobytes(), damaged.tobytes()))
+    assert path.read_bytes() != before
+    name = "saved, data-00000-of-00001.arrow," if form == "saved" else "a.arrow"
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"^{name} is truncated, damaged"):
+            open_rows(tmp_path / "saved" if form == "saved" else path)
+
+
 @pytest.mark.parametrize("value", [{"bytes": "no base64!"}, {"bytes": [1, 999]}])
 def test_bytes_that_are_none_are_the_error_of_their_row(tmp_path, value):
     (tmp_path / "a.json").write_text(json.dumps([ROWS[0] | {"image": value}]))

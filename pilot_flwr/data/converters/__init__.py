@@ -16,6 +16,7 @@ from pathlib import Path
 from pilot_flwr.config.rules import one_of
 from pilot_flwr.data.converters import captions_boxes, vqa
 from pilot_flwr.data.converters.common import SPLITS, Entry, Row, Sources, Unusable
+from pilot_flwr.data.llava import Reading, to_example
 from pilot_flwr.errors import ConfigError, DataError
 
 
@@ -80,6 +81,9 @@ def convert(
             for entry in converter.entries(sources):
                 try:
                     row = converter.row(entry, sources)
+                    if "image" in row:
+                        row["image"] = prefix + row["image"]
+                    line = _line(row, entry.origin)
                 except Unusable as error:
                     if not skip_unusable:
                         raise
@@ -88,11 +92,8 @@ def convert(
                 if entry.id in ids:
                     raise DataError(f"{entry.origin}: the id {entry.id!r} came before.")
                 ids.add(entry.id)
-                if "image" in row:
-                    row["image"] = prefix + row["image"]
-                    images.add(row["image"])
-                # An unpaired surrogate becomes "?", as in the parser.
-                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                images.update([row["image"]] if "image" in row else [])
+                file.write(line)
         if not ids:
             raise DataError(f"There is no row for split {sources.split!r}.")
         os.replace(part, out)
@@ -101,6 +102,18 @@ def convert(
     finally:
         part.unlink(missing_ok=True)
     return ConversionResult(len(ids), len(images), dict(skipped))
+
+
+def _line(row: Row, origin: str) -> bytes:
+    """Return a row as a line of JSONL; raise `Unusable` for a row that could not be read back."""
+    try:
+        to_example(row, "", origin, Reading(images=Path()))
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        reason = "A text has an unpaired surrogate."
+    except DataError as error:
+        reason = str(error).removeprefix(origin).lstrip(" ,:")
+    raise Unusable(origin, reason)
 
 
 def _checked(name: str, sources: Sources, out: Path) -> Converter:

@@ -92,6 +92,9 @@ def caption_row(entry: Entry, sources: Sources) -> Row:
 
 BOX_REQUEST = "Please provide the bounding box coordinate of the region this sentence describes:"
 
+LARGEST = 2**31
+"""Coordinates in pixels are smaller."""
+
 TOLERANCE = 1.0
 """Pixels by which a box may exceed its image; it is clipped to the image's edge."""
 
@@ -138,15 +141,19 @@ def _box(shares: list[float], decimals: int) -> str:
 
 def _positive(entry: Entry, name: str) -> int:
     value = entry.fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or not _is_pixels(value) or value < 1:
         raise Unusable(entry.origin, f"`{name}` must be a whole number of pixels.")
     return value
+
+
+def _is_pixels(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # false for NaN
 
 
 def _edges(entry: Entry, width: int, height: int) -> list[float]:
     """Return left, upper, right and lower edge in pixels, inside the image."""
     match entry.fields.get("bbox"):
-        case [x, y, w, h] if all(type(edge) in (int, float) for edge in (x, y, w, h)):
+        case [x, y, w, h] if all(map(_is_pixels, (x, y, w, h))):
             pass
         case _:
             raise Unusable(entry.origin, "`bbox` must be [x, y, width, height] in pixels.")

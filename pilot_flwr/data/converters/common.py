@@ -189,6 +189,8 @@ def to_row(
     if image:
         if PureWindowsPath(image).anchor or ".." in PureWindowsPath(image).parts:
             raise Unusable(entry.origin, "The image's name is absolute or contains '..'.")
+        if "\0" in image:
+            raise Unusable(entry.origin, "The image's name has a NUL.")
         row["image"] = image
         question = f"{IMAGE_MARKER}\n{question}"
     row["conversations"] = [
