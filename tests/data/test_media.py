@@ -158,3 +158,9 @@ def test_an_answer_may_explain_html_but_draws_nothing():
     assert unread_marker("<image_1>", answer=True) == "<image_1>"
     assert unread_marker("Write ![](ok.png) or [image:ok.png].", answer=True) is None
     assert unread_marker("<image:ok.png>", answer=True) == "<image:ok.png>"
+
+
+@pytest.mark.parametrize("part", ["![a](", "![](a ", "<image:", "<img ", "[image:a ", "![", "{"])
+def test_a_long_text_of_half_markers_takes_no_time(part):
+    """It would take minutes if the expression tried all ways to divide it."""
+    assert unread_marker(part * 10_000, answer=False) is None
