@@ -23,6 +23,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -167,8 +168,18 @@ def to_rgb(image: Image.Image, *, official: bool) -> Image.Image:
     """Return an image in RGB as viewers show it, or as LLaVA's code reads it."""
     if not official:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # greys of 16 bits
-        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I"):  # greys of 12 or 16 bits; 258 is TIFF's BitsPerSample
+        (bits, *_) = getattr(image, "tag_v2", {}).get(258, (16,))
+        values = np.asarray(image).astype(np.int32)
+        if bits > 16 or values.min() < 0 or values.max() > 65_535:
+            raise ValueError("Grey values must have 8 to 16 bits.")
+        levels = values >> (bits - 8)
+        if transparent is not None and not official:
+            levels[values == transparent] = 255
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or (isinstance(transparent, tuple) and max(transparent) > 255):
+        raise ValueError("Colours must have 8 bits, and greys at most 16.")
     if official:
         image = image.copy()
         image.info.pop("transparency", None)  # Pillow would warn of a palette's

@@ -157,7 +157,7 @@ def test_its_code_needs_nothing_but_published_packages(exported):
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     needed = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    assert needed == {"torch", "transformers", "peft", "safetensors", "PIL"}
+    assert needed == {"numpy", "torch", "transformers", "peft", "safetensors", "PIL"}
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_images_are_padded_as_the_run_padded_them(make_model, processor, tmp_pat
 
 
 @pytest.mark.parametrize("reading", ["viewer", "official"])
-@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "turned"])
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "I;16 transparent", "turned"])
 def test_images_are_read_as_in_the_run(processor_of, processor, tmp_path, reading, mode):
     """Of an export's processor and of `ImageFile`, from one file."""
     exif, options = Image.Exif(), {}
@@ -299,9 +299,10 @@ def test_images_are_read_as_in_the_run(processor_of, processor, tmp_path, readin
     picture = Image.fromarray(pixels)
     if mode == "P":
         picture, options = picture.convert("RGB").convert("P"), {"transparency": b"\0" * 128}
-    if mode == "I;16":
+    if mode.startswith("I;16"):
         ramp = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
         picture = Image.fromarray(ramp)
+        options = {"transparency": 777} if mode.endswith("transparent") else {}
     if mode == "turned":
         exif[0x0112] = 6
     picture.save(tmp_path / "a.png", exif=exif, **options)
