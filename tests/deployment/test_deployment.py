@@ -52,7 +52,7 @@ def test_from_nothing_to_personalised_models(tmp_path):
     assert "| **mean over tasks** |" in said
     run = open_run(folder)
     for client, site in lab.sites.items():
-        (state,) = (site.folder / "state").iterdir()
+        (state,) = (site.folder / "state").glob("demo-*")
         model = load_model(run, select_client(run, client, state=state), device=torch.device("cpu"))
         assert model.stage == 2
 

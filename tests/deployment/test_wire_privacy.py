@@ -98,16 +98,19 @@ def wire(tmp_path_factory):
     """A run of two paper rounds, and for each site what passed its wire."""
     lab = Lab(tmp_path_factory.mktemp("wire"), gateway=False)
     recorders = {client: Recorder(lab.port) for client in SITES}
-    marks = {}
+    marks, keys = {}, []
     try:
         log = lab.server.start("superlink", script=lab.server.own_script(SUPERLINK))
         wait_for(log, "Uvicorn running", lab.server)
         for client, task in SITES.items():
             marks[client] = mark_texts(lab.folder / "data" / task, client)
             lab.sites[client] = site = lab.site(client, task, port=recorders[client].port)
+            site.run("key")
             site.run("node")
+            keys.append(f"{client} {(site.folder / 'node-key.pub').read_text()}")
             log = site.start("supernode", script=site.own_script(SUPERNODE))
             wait_for(log, "SuperNode ID", site)
+        (lab.server.folder / "client-keys").write_text("".join(keys))
         lab.server.run("federation")
         more = f"{SMALL} train.batch_size=2 model.feature_cache.where=disk"
         lab.server.run("run", timeout=1200, add=more)
@@ -151,6 +154,8 @@ def test_nothing_private_passes_the_wire(wire):
             assert not any(counts.values()), {n: k for n, k in counts.items() if k}
         assert len(marks[client]) > 40
         assert not [mark for mark in marks[client] if mark.encode() in recording]
+        key = (site / "node-key").read_text().splitlines()[2:-2]  # all that is private of it
+        assert len(key) > 2 and not [line for line in key if line.encode() in recording]
         for path in (site, lab.folder / "data"):
             assert str(path).encode() not in recording
 
