@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from pilot_flwr.config.rules import check_name
@@ -35,7 +35,6 @@ from pilot_flwr.flower.messages import (
     decode_identity,
     decode_member,
     decode_proof,
-    decode_query,
     encode_query,
     refuse_unusable,
 )
@@ -198,15 +197,13 @@ class Roster:
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_replies if self._called else everyone
-        nonce = secrets.token_hex(32)
-        query = encode_query(self.run, server_round, train=train, nonce=nonce)
         deadline = time.monotonic() + self.config.wait_seconds
         answers = _Answers(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
             connected = set(grid.get_node_ids())
             unasked = answers.to_query(connected, retry=not self.simulated)
             seconds = deadline - time.monotonic()
-            for node, answer in self._query(grid, unasked, query, server_round, seconds):
+            for node, answer in self._query(grid, unasked, server_round, train, seconds):
                 answers.add(node, answer)
             present, conflicts = self.clients.resolve(answers.claims, set(grid.get_node_ids()))
             out = len(answers.refused) + len(conflicts)
@@ -246,13 +243,15 @@ class Roster:
             self.on_failure(server_round, client, reason)
 
     def _query(
-        self, grid: Grid, nodes: list[int], query: RecordDict, server_round: int, seconds: float
+        self, grid: Grid, nodes: list[int], server_round: int, train: bool, seconds: float
     ) -> Iterator[tuple[int, Claim | str]]:
         """Yield each node with its claim, or with the reason why it cannot take part."""
         silence = "No reply to the roster query in time."
         if seconds <= 0:
             yield from ((node, silence) for node in nodes)
             return
+        nonce = secrets.token_hex(32)
+        query = encode_query(self.run, server_round, train=train, nonce=nonce)
         kind, group = MessageType.QUERY, str(server_round)
         messages = [Message(query, node, kind, ttl=seconds, group_id=group) for node in nodes]
         for index, reply in match(messages, grid.send_and_receive(messages, timeout=seconds)):
@@ -261,9 +260,9 @@ class Roster:
             elif reply.has_error():
                 yield nodes[index], decode_error(reply.error, simulated=self.simulated)
             else:
-                yield nodes[index], self._read(reply, messages[index], server_round)
+                yield nodes[index], self._read(reply, nodes[index], server_round, nonce)
 
-    def _read(self, reply: Message, query: Message, server_round: int) -> Claim | str:
+    def _read(self, reply: Message, node: int, server_round: int, nonce: str) -> Claim | str:
         try:
             with refuse_unusable():
                 if found := differences(decode_identity(reply.content), self.identity):
@@ -272,8 +271,6 @@ class Roster:
                 self._check(member)
                 if self.simulated:
                     return Claim(member)
-                _, _, nonce = decode_query(query.content)
-                node = query.metadata.dst_node_id
                 signed = statement(self.run, server_round, nonce, node, member)
                 return Claim(member, verify(decode_proof(reply.content), signed))
         except UpdateError as error:

@@ -67,7 +67,7 @@ def test_the_oldest_entries_make_room_and_a_use_makes_an_entry_young(make, told)
 
 
 def test_nothing_that_this_run_used_is_removed(make, told):
-    """The first entries stay, and the rest is encoded each time; the user is told once."""
+    """Stored entries are kept, the others are encoded on each use, and one warning is printed."""
     folder = make(3, since=time.time_ns() - 10**9)
     for name in "abcde":
         folder.put({name: FEATURES})
