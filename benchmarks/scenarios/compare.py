@@ -36,7 +36,7 @@ from scenarios.sweeps import (
 
 QUICK = (
     "data.train_examples=8", "data.test_examples=2", "data.clients_per_task=1", "strategy.rounds=1",
-    "train.epochs=1", "evaluation.max_new_tokens=2",
+    "evaluation.max_new_tokens=2",
 )  # fmt: skip
 
 
