@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from pilot_flwr.sweeps.jobs import SweepFolder, expand_jobs
+from pilot_flwr.sweeps.runner import check_jobs
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "scenarios"
 SCENARIOS = ("scenario1", "scenario2")
@@ -111,6 +114,17 @@ def test_ablations_are_compared_at_pilots_rate(scenarios, commands, monkeypatch)
         ("strategy=choice(fedit)", "train.lr_scale=2", "seed=choice(0,1)"),
         ("strategy=choice(pilot,pilot_m1)", "train.lr_scale=0.5", "seed=choice(0,1)"),
     ]
+
+
+def test_no_comparison_sets_what_its_methods_ignore(scenarios, commands, tmp_path):
+    compare, sweeps = scenarios("compare"), scenarios("sweeps")
+    methods = (*sweeps.METHODS, *sweeps.ABLATIONS)
+    compare.compare("scenario1", tmp_path, methods, jobs=1, seeds=[0])
+    compare.main(["--quick"])
+    jobs = [expand_jobs([f"experiment={name}", *words]) for _, name, *words in commands]
+    assert sum(map(len, jobs)) == len(methods) + 2
+    for sweep in jobs:
+        check_jobs(SweepFolder(tmp_path / "new"), sweep)
 
 
 def test_a_sweep_with_a_failed_job_stops_the_comparison(scenarios, monkeypatch, tmp_path):
