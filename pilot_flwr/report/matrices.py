@@ -132,6 +132,10 @@ class Drawing:
         """Return the matrix."""
         return matrices.distances if self.matrix == "distances" else matrices.weights
 
+    def blank(self, cells: Floats) -> Floats:
+        """Leave out the weights that are 0."""
+        return cells if self.matrix == "distances" else np.where(cells == 0, np.nan, cells)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -234,12 +238,12 @@ def _picture(run: RunData, matrices: Matrices, clients: list[str], drawing: Draw
     here = set(matrices.clients)
     few = [c for c in clients if len(clients) <= MOST_CLIENTS or c in here]
     if len(few) <= MOST_CLIENTS:
-        shown = as_array(array, matrices.clients, few)
+        shown = drawing.blank(as_array(array, matrices.clients, few))
         return Picture(shown, [task_of[client] for client in few], few)
     order = clustered(matrices, task_of)
     cells, per_cell = pooled(array[np.ix_(order, order)], drawing.pool)
     tasks = [task_of[matrices.clients[place]] for place in order]
-    return Picture(cells, tasks, [], per_cell)
+    return Picture(drawing.blank(cells), tasks, [], per_cell)
 
 
 def _figure(run: RunData, name: str, title: str, text: str, drawing: Drawing) -> Figure:

@@ -12,7 +12,7 @@ from pilot_flwr.report.scores import learning_curves, losses
 from pilot_flwr.report.timeline import time_line, traffic
 from pilot_flwr.run.events import AggregationMethod, ClientFailed, ClientWarning, Resumed, select
 from pilot_flwr.run.history import RunData, read_run
-from pilot_flwr.run.tables import summary_notes, summary_rows, timeline
+from pilot_flwr.run.tables import MOST_NAMED, summary_notes, summary_rows, timeline
 
 FIGURES: tuple[Callable[[RunData], Figure], ...] = (
     learning_curves,
@@ -23,8 +23,6 @@ FIGURES: tuple[Callable[[RunData], Figure], ...] = (
     traffic,
 )
 """Sections of the page; the router's, which needs the models, comes before the last."""
-
-_SHOWN_FAILURES = 5
 
 
 def write_run_report(
@@ -94,11 +92,12 @@ def _warnings(run: RunData) -> list[str]:
     lines = []
     if run.result.get("error"):
         lines.append(f"The run stopped: {headline(str(run.result['error']))}")
-    failures = select(run.events, ClientFailed)
-    lines += [event.line for event in failures[:_SHOWN_FAILURES]]
-    if len(failures) > _SHOWN_FAILURES:
-        lines.append(f"And {count(len(failures) - _SHOWN_FAILURES, 'more failure')}.")
-    lines += [f"{event.client}: {event.text}" for event in select(run.events, ClientWarning)]
+    failures = [event.line for event in select(run.events, ClientFailed)]
+    warnings = [f"{event.client}: {event.text}" for event in select(run.events, ClientWarning)]
+    for found, noun in ((failures, "failure"), (warnings, "warning")):
+        lines += found[:MOST_NAMED]
+        if len(found) > MOST_NAMED:
+            lines.append(f"And {count(len(found) - MOST_NAMED, f'more {noun}')}.")
     if resumed := len(select(run.events, Resumed)):
         lines.append(f"The run was interrupted and resumed {count(resumed, 'time')}.")
     return lines

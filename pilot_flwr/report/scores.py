@@ -1,14 +1,15 @@
 """Learning curves and losses of a run.
 
-Scores are drawn over exchanges, per task and client; losses as parts stacked to the total, and
-separately.
+Scores are drawn over exchanges, per task and client, or of more than `MOST_CLIENTS` clients as
+their distribution; losses as parts stacked to the total, and separately.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from pilot_flwr.config.schema import TrainConfig
@@ -19,6 +20,7 @@ from pilot_flwr.report.page import (
     Figure,
     Panel,
     Table,
+    colour,
     exchange_axis,
     in_lines,
     math_text,
@@ -27,7 +29,7 @@ from pilot_flwr.report.page import (
 )
 from pilot_flwr.run.events import Trained, select
 from pilot_flwr.run.history import MEAN, RunData
-from pilot_flwr.run.tables import score_text
+from pilot_flwr.run.tables import MOST_CLIENTS, score_text
 
 _MOST_COLOURED = 8
 """Maximum number of clients of a task in separate colours; more are drawn in grey."""
@@ -53,9 +55,15 @@ def learning_curves(run: RunData) -> Figure:
     ]
     alt = f"Scores per task over exchanges: {', '.join(ends)}."
     panels = [Panel(partial(_tasks, run, one_metric, with_mean), alt)]
+    many = len(run.task_of) > MOST_CLIENTS
+    if many:
+        text += (
+            " Of the clients of each task that have a score, the panels show the median, the "
+            "middle half (dark) and the range (light)."
+        )
     for task in run.tasks:
         alt = f"Scores of the clients of {task} over exchanges."
-        panels.append(Panel(partial(_clients, run, task), alt))
+        panels.append(Panel(partial(_spread if many else _clients, run, task), alt))
     return Figure(name, heading, text, panels, [_score_table(run)])
 
 
@@ -67,6 +75,31 @@ def _tasks(run: RunData, one_metric: bool, with_mean: bool, axes: Axes) -> None:
     top = max(_top(run, task) for task in run.tasks)
     metric = run.metric(run.tasks[0]) if one_metric else "score"
     _finish(axes, "all tasks", metric, top, {0}.union(*run.curves.values()))
+
+
+def _distribution(run: RunData, task: str) -> dict[int, list[float]]:
+    """Return exchange → the scores of a task's clients, sorted."""
+    found: dict[int, list[float]] = {}
+    for client in run.clients(task):
+        for number, score in run.scores(client).items():
+            found.setdefault(number, []).append(score)
+    return {number: sorted(found[number]) for number in sorted(found)}
+
+
+def _spread(run: RunData, task: str, axes: Axes) -> None:
+    scores = _distribution(run, task)
+    numbers = list(scores)
+    levels = np.array([np.quantile(found, _QUANTILES) for found in scores.values()]).T
+    for low, high, alpha in ((0, 4, 0.18), (1, 3, 0.4)):
+        style: Any = {"color": colour(0), "alpha": alpha, "linewidth": 0}
+        axes.fill_between(numbers, levels[low], levels[high], **style)
+    median = dict(zip(numbers, levels[2].tolist(), strict=True))
+    _line(axes, median, "median client", color=colour(0), marker="", linewidth=1.4)
+    _line(axes, run.curves.get(task, {}), "task", **_BOLD)
+    _finish(axes, task, run.metric(task), _top(run, task), {0, *scores})
+
+
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def _clients(run: RunData, task: str, axes: Axes) -> None:
@@ -104,6 +137,8 @@ def _top(run: RunData, task: str) -> float:
 
 
 def _score_table(run: RunData) -> Table:
+    if len(run.task_of) > MOST_CLIENTS:
+        return _distribution_table(run)
     curves = {client: run.scores(client) for client in run.task_of}
     numbers = sorted(set().union(*curves.values()))
     rows = [["client", "task", *("zero-shot" if n == 0 else f"exchange {n}" for n in numbers)]]
@@ -111,6 +146,18 @@ def _score_table(run: RunData) -> Table:
         rows.append([client, run.task_of[client], *(score_text(curve.get(n)) for n in numbers)])
     return Table("Score of every client after every exchange", rows)
 
+
+def _distribution_table(run: RunData) -> Table:
+    rows = [["task", "after exchange", "clients with a score", *_SPREAD]]
+    for task in run.tasks:
+        total = len(run.clients(task))
+        for number, scores in _distribution(run, task).items():
+            cells = [f"{value:.3f}" for value in np.quantile(scores, _QUANTILES)]
+            rows.append([task, str(number or "zero-shot"), f"{len(scores)} of {total}", *cells])
+    return Table("Scores of the clients of each task: smallest, quartiles, largest", rows)
+
+
+_SPREAD = ("smallest", "lower quartile", "median", "upper quartile", "largest")
 
 NAMES = {
     "ce": "L_ce, cross-entropy",
@@ -149,7 +196,7 @@ def losses(run: RunData) -> Figure:
         )
         for part in parts
     ]
-    return Figure("losses", heading, text, panels, [_loss_table(trained, parts)])
+    return Figure("losses", heading, text, panels, [_loss_table(run.tasks, trained, parts)])
 
 
 def loss_weights(train: TrainConfig) -> dict[str, float]:
@@ -239,8 +286,11 @@ def _alt(trained: Sequence[Trained]) -> str:
     )
 
 
-def _loss_table(trained: Sequence[Trained], parts: Sequence[str]) -> Table:
-    rows = [["exchange", "client", "stage", "total", *(NAMES.get(p, p) for p in parts)]]
+def _loss_table(tasks: Sequence[str], trained: Sequence[Trained], parts: Sequence[str]) -> Table:
+    names = [NAMES.get(part, part) for part in parts]
+    if len({event.client for event in trained}) > MOST_CLIENTS:
+        return _loss_table_by_task(tasks, trained, parts)
+    rows = [["exchange", "client", "stage", "total", *names]]
     for event in trained:
         values = [event.losses.get(part) for part in parts]
         cells = [f"{value:.4g}" if value else "–" for value in values]
@@ -248,3 +298,24 @@ def _loss_table(trained: Sequence[Trained], parts: Sequence[str]) -> Table:
             [str(event.exchange), event.client, str(event.stage), f"{event.loss:.4f}", *cells]
         )
     return Table("Losses of every client's training", rows)
+
+
+def _loss_table_by_task(
+    tasks: Sequence[str], trained: Sequence[Trained], parts: Sequence[str]
+) -> Table:
+    names = [NAMES.get(part, part) for part in parts]
+    rows = [["exchange", "task", "clients", "total: median", "range", *names]]
+    groups: dict[tuple[int, str], list[Trained]] = {}
+    for event in trained:
+        groups.setdefault((event.exchange, event.task), []).append(event)
+    for (number, task), found in sorted(
+        groups.items(), key=lambda g: (g[0][0], tasks.index(g[0][1]))
+    ):
+        totals = [event.loss for event in found if event.loss is not None]
+        spread = f"{min(totals):.4f}–{max(totals):.4f}"
+        means = [[v for e in found if (v := e.losses.get(part))] for part in parts]
+        cells = [f"{fmean(values):.4g}" if values else "–" for values in means]
+        rows.append([str(number), task, str(len(found)), f"{median(totals):.4f}", spread, *cells])
+    return Table(
+        "Losses by task: of the total the median and the range, of each part the mean", rows
+    )

@@ -250,7 +250,8 @@ class Progress:
         self._asked = (event.exchange, asked)
         if self._crowd is None and asked > MOST_CLIENTS:
             self._crowd = Crowd(asked, event.elapsed, event.elapsed)
-        elif self._crowd:
+            return [f"  evaluating the models after exchange {event.exchange - 1}"]
+        if self._crowd:
             self._crowd.expected = max(self._crowd.expected, asked)
         return []
 

@@ -12,13 +12,16 @@ from pilot_flwr.formatting import headline, human_bytes, human_seconds, plain
 from pilot_flwr.run import progress
 from pilot_flwr.run.events import (
     AggregationMethod,
+    EvaluationClosed,
     ExchangeRepeated,
+    LoraMixing,
     Resumed,
     RosterCalled,
     RosterEntry,
     parse_event,
 )
 from pilot_flwr.run.progress import EventTail, LineTail, Progress, ProgressPrinter
+from pilot_flwr.run.tables import MOST_CLIENTS
 
 
 def squeezed(lines):
@@ -29,12 +32,12 @@ def test_a_round_reads_from_roster_to_duration():
     view = Progress()
     lines = []
     method = AggregationMethod("adaptive")
-    mixed = {"vqa-1": {"vqa-1": 1.0}}
+    mixed = LoraMixing(1, 0, 0, (1,))
     for event in (
         ROSTER,
         evaluated(),
         trained(),
-        replace(AGGREGATED, tasks={"vqa": ("vqa-1",)}, neighbors=mixed, method=method),
+        replace(AGGREGATED, tasks={"vqa": ("vqa-1",)}, mixing=mixed, method=method),
         CLOSED,
         trained(exchange=2),
     ):
@@ -246,3 +249,107 @@ def test_only_the_resumed_part_is_shown_whatever_becomes_of_the_file(tmp_path):
         "Exchange 3",
         "  exchange 3 of 9 done in 1 min 20 s",
     ]
+
+
+def crowd(count, exchange=1, **changes):
+    """The roster of many clients and what each of them reports; seconds grow with the number."""
+    names = [f"{'vqa' if k % 2 else 'ocr'}-{k}" for k in range(count)]
+    roster = RosterCalled(
+        exchange=exchange, clients=tuple(RosterEntry(n, n[:3], 9, 1) for n in names)
+    )
+    replies = [
+        trained(
+            exchange=exchange, client=name, task=name[:3], losses={"total": 1 + k / 100},
+            session_seconds=1.0 + (k >= count - 7) * (k + 1), elapsed=1.0 * k, **changes,
+        )
+        for k, name in enumerate(names)
+    ]  # fmt: skip
+    return roster, replies
+
+
+def test_of_many_clients_there_are_tenths_and_a_line_per_task():
+    roster, replies = crowd(100)
+    view, lines = Progress(), []
+    failed = [replace(FAILED, client=e.client, reason="x\ny") for e in replies[:8]]
+    for event in (roster, *failed, *replies[8:], AGGREGATED, CLOSED):
+        lines += view.lines(event)
+    told = squeezed(lines)
+    assert told[:3] == [
+        "",
+        "Exchange 1: 100 clients, stage 1",
+        "10 of 100 replied, 8 failed, 17.0 s",
+    ]
+    assert [line for line in told if "replied" in line][-2:] == [
+        "90 of 100 replied, 8 failed, 1 min 37 s",
+        "92 of 100 replied, 8 failed, 0.0 s",  # the sample's aggregation is at 0
+    ]
+    (ocr,) = (line for line in told if line.startswith("ocr "))
+    # 46 clients with k = 8, 10, ..., 98: the median loss is that of 52 and 54, 1 + 53 / 100.
+    assert ocr.startswith("ocr 46 clients loss 1.530 (1.080–1.980) 1.0 (1.0–100.0) s down")
+    (slow,) = (line for line in told if line.startswith("slow"))
+    assert slow.endswith(
+        "vqa-99 1 min 41 s, ocr-98 1 min 40 s, vqa-97 1 min 39 s, ocr-96 1 min 38 s, "
+        "vqa-95 1 min 37 s, and 2 more"
+    )
+    (failures,) = (line for line in told if line.startswith("failed"))
+    assert failures.startswith("failed: ocr-0 (x), vqa-1 (x)") and failures.endswith("and 3 more")
+    assert len(told) == 2 + 10 + 2 + 2 + 2
+    assert told[-1].startswith("exchange 1 of 4 done")
+
+
+def test_slow_replies_have_a_line_at_least_every_half_minute():
+    roster, replies = crowd(1000)
+    view = Progress()
+    view.lines(roster)
+    shown = [e.elapsed for e in replies[:200] if view.lines(e)]
+    assert shown == [30, 60, 90, 99, 129, 159, 189, 199]  # 99 and 199 are tenths
+
+
+def test_scores_of_many_are_over_those_that_have_one():
+    roster, replies = crowd(30)
+    view, lines = Progress(), []
+    scores = [evaluated(client=e.client, task=e.task) for e in replies[:10]]
+    for event in (replace(roster, exchange=1), *scores, *replies, CLOSED):
+        lines += view.lines(event)
+    (ocr,) = (line for line in squeezed(lines) if line.startswith("ocr "))
+    assert "ocr 15 clients exact_match 0.610 (0.610–0.610) of 5 before loss" in ocr
+    asked = [sent(exchange=2, phase="evaluate", client=e.client) for e in replies]
+    last = [evaluated(exchange=1, client=e.client, task=e.task) for e in replies]
+    lines = []
+    for event in (*asked, *last, EvaluationClosed(exchange=1, seconds=1.0)):
+        lines += view.lines(event)
+    told = squeezed(lines)
+    assert told[0] == "evaluating the models after exchange 1" and len(told) == 1 + 10 + 2
+    assert told[-1] == "vqa 15 clients exact_match 0.610 (0.610–0.610) after exchange 1"
+
+
+def test_twenty_clients_have_a_line_each_and_twenty_one_have_not():
+    for count, each in ((MOST_CLIENTS, True), (MOST_CLIENTS + 1, False)):
+        roster, replies = crowd(count)
+        view = Progress()
+        view.lines(roster)
+        shown = [line for event in replies for line in view.lines(event)]
+        assert any("loss" in line for line in shown) is each
+        assert len(shown) == (count if each else 10)
+
+
+def test_failures_before_the_roster_are_bounded():
+    view = Progress()
+    absent = [replace(FAILED, phase="roster", client=f"c-{k}") for k in range(300)]
+    lines = [line for event in absent for line in view.lines(event)]
+    assert len(lines) == 2 + MOST_CLIENTS
+    view.lines(crowd(30)[0])
+    assert view.lines(CLOSED)[0] == "  and 280 clients more with a failure or a warning"
+
+
+def test_a_repeated_exchange_of_many_counts_anew():
+    roster, replies = crowd(30)
+    view = Progress()
+    for event in (roster, *(sent(client=e.client) for e in replies), *replies[:15]):
+        view.lines(event)
+    repeated = view.lines(ExchangeRepeated(exchange=1, reason="15 of 30 came.", undone=1))
+    assert repeated[0].startswith("  15 of 30 replied")
+    for event in (roster, *(sent(client=e.client) for e in replies)):
+        view.lines(event)
+    lines = [line for event in replies for line in view.lines(event)]
+    assert lines[-1].startswith("  30 of 30 replied")

@@ -13,6 +13,7 @@ from pilot_flwr.run.events import (
 from pilot_flwr.run.tables import (
     aggregation_lines,
     markdown,
+    names,
     summary,
     summary_rows,
     timeline,
@@ -53,6 +54,17 @@ def test_summary_weights_clients_by_test_examples_and_tasks_equally(tmp_path):
     assert rows["ocr"][3] == "0.200"
     assert rows["mean over tasks"][3] == "0.537"  # (0.875 + 0.2) / 2, half to even
     assert rows["task"][4] == "exchange 1 (stage 1 and 2)"
+
+
+def test_a_score_of_some_of_the_clients_says_of_how_many(tmp_path):
+    rows = {row[0]: row for row in summary_rows(recorded(tmp_path).events)}
+    assert rows["vqa"][4] == "1.000 (1 of 2)" and rows["vqa"][3] == "0.875"
+    assert rows["ocr"][4] == "–"
+
+
+def test_a_list_of_names_is_bounded():
+    assert names(list("abcde")) == "a, b, c, d, e"
+    assert names(list("abcdefg")) == "a, b, c, d, e, and 2 more"
 
 
 def test_summary_does_not_depend_on_who_was_faster(tmp_path):
