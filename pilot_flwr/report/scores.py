@@ -28,7 +28,7 @@ from pilot_flwr.report.page import (
     title,
 )
 from pilot_flwr.run.events import Trained, select
-from pilot_flwr.run.history import MEAN, RunData
+from pilot_flwr.run.history import MEAN, RunData, clients_per_task
 from pilot_flwr.run.tables import MOST_CLIENTS, score_text
 
 _MOST_COLOURED = 8
@@ -149,11 +149,13 @@ def _score_table(run: RunData) -> Table:
 
 def _distribution_table(run: RunData) -> Table:
     rows = [["task", "after exchange", "clients with a score", *_SPREAD]]
+    totals = clients_per_task(run.events)
     for task in run.tasks:
-        total = len(run.clients(task))
         for number, scores in _distribution(run, task).items():
             cells = [f"{value:.3f}" for value in np.quantile(scores, _QUANTILES)]
-            rows.append([task, str(number or "zero-shot"), f"{len(scores)} of {total}", *cells])
+            rows.append(
+                [task, str(number or "zero-shot"), f"{len(scores)} of {totals[task]}", *cells]
+            )
     return Table("Scores of the clients of each task: smallest, quartiles, largest", rows)
 
 

@@ -43,16 +43,22 @@ def tasks_of(events: Sequence[Event]) -> list[str]:
     return sorted(rostered | available | {event.task for event in select(events, Evaluated)})
 
 
-def clients_by_task(events: Sequence[Event]) -> dict[str, set[str]]:
-    """Return the clients of every task that were ever on a roster or have a score."""
-    found: dict[str, set[str]] = {}
+def clients_per_task(events: Sequence[Event]) -> dict[str, int]:
+    """Return task → number of its clients: available, on a roster or with a score at any time."""
+    seen: dict[str, set[str]] = {}
+    available: dict[str, int] = {}
     for event in events:
         if isinstance(event, RosterCalled):
             for entry in event.clients:
-                found.setdefault(entry.task, set()).add(entry.client)
+                seen.setdefault(entry.task, set()).add(entry.client)
+            for task, number in (event.available or {}).items():
+                available[task] = max(number, available.get(task, 0))
         elif isinstance(event, Evaluated):
-            found.setdefault(event.task, set()).add(event.client)
-    return found
+            seen.setdefault(event.task, set()).add(event.client)
+    return {
+        task: max(len(seen.get(task, ())), available.get(task, 0))
+        for task in seen.keys() | available.keys()
+    }
 
 
 def scores_by_task(events: Iterable[Event]) -> dict[str, dict[int, list[Evaluated]]]:

@@ -4,7 +4,6 @@ All figures are observations: clients count the parameters that had a gradient, 
 the serialised arrays in the messages, and aggregations are described from what they returned.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS
@@ -25,7 +24,7 @@ from pilot_flwr.run.events import (
 )
 from pilot_flwr.run.history import (
     MEAN,
-    clients_by_task,
+    clients_per_task,
     gradients,
     observe,
     observe_all,
@@ -128,7 +127,7 @@ def summary_rows(events: Sequence[Event], tasks: Sequence[str] = ()) -> Rows:
     rows = [header]
     curves = score_curves(events)
     by_task = scores_by_task(events)
-    clients = clients_by_task(events)
+    clients = clients_per_task(events)
     for task in [*(t for t in tasks if t in by_task), *sorted(by_task.keys() - set(tasks))]:
         mine = by_task[task]
         all_mine = [event for found in mine.values() for event in found]
@@ -137,8 +136,8 @@ def summary_rows(events: Sequence[Event], tasks: Sequence[str] = ()) -> Rows:
         cells = _scores(curves.get(task, {}), numbers)
         for place, number in enumerate(numbers):
             scored = len({event.client for event in mine.get(number, [])})
-            if 0 < scored < len(clients[task]):
-                cells[place] += f" ({scored} of {len(clients[task])})"
+            if 0 < scored < clients[task]:
+                cells[place] += f" ({scored} of {clients[task]})"
         rows.append([task, metric, str(examples), *cells])
     return [*rows, [MEAN, "", "", *_scores(curves.get(MEAN, {}), numbers)]]
 
@@ -154,24 +153,13 @@ def summary_notes(events: Sequence[Event]) -> list[str]:
     if len({METRICS[event.metric].maximum for event in evaluated}) > 1:
         notes.append("The metrics have different ranges: their mean is not comparable.")
     if any(event.available for event in select(events, RosterCalled)):
-        notes.append(f"Scores are of the clients drawn: {_coverage(events)}.")
+        notes.append("Scores are of the clients drawn, out of those available.")
     last = max(event.exchange for event in evaluated)
     if cut := sum(event.cut for event in evaluated if event.exchange == last):
         notes.append(
             f"{cut} answers of the last evaluation were cut off at `evaluation.max_new_tokens`."
         )
     return notes
-
-
-def _coverage(events: Sequence[Event]) -> str:
-    """Return how many clients the scores after each exchange cover, and how many there are."""
-    known = [sum((e.available or {}).values()) for e in select(events, RosterCalled)]
-    scored = Counter(event.exchange for event in select(events, Evaluated))
-    parts = (
-        f"{n} after exchange {number}" if number else f"{n} in zero-shot"
-        for number, n in sorted(scored.items())
-    )
-    return ", ".join(parts) + f", of {max(known)} clients available"
 
 
 def aggregation_lines(

@@ -84,7 +84,8 @@ def write_run(folder, *, clients, rounds=2, share=1.0, failing=0, listener=None,
             start = clock[0]
             recorder.begin()
             stages = {m.client: min(exchange, 2) for m in drawn}
-            recorder.roster(exchange, drawn, stages)
+            available = {task: clients // 3 for task in TASKS} if share < 1 else None
+            recorder.roster(exchange, drawn, stages, available)
             for m in drawn:
                 recorder.instruction(exchange, "train", m, stages[m.client], sent)
             for place, m in enumerate(drawn):
