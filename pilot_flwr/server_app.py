@@ -100,7 +100,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     from pilot_flwr.algorithm.server_state import ServerState
     from pilot_flwr.flower.client_key import check_client_keys, read_client_keys
     from pilot_flwr.flower.compatibility import identity_of
-    from pilot_flwr.flower.grid import PollingGrid, in_simulation
+    from pilot_flwr.flower.grid import PollingGrid, clients_at_once, in_simulation
     from pilot_flwr.model.loading import initial_state
     from pilot_flwr.server.resume import restored
     from pilot_flwr.strategy import CLIENT_KEYS, PilotStrategy
@@ -130,6 +130,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
         upload_bits=config.model.upload_bits,
         seed=config.seed,
+        at_once=lambda: clients_at_once(grid, config.simulation),
         keys=read_client_keys(recorded) if recorded.is_file() else {},
         operator_keys=operator_keys,
     )

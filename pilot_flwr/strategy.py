@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -22,7 +30,7 @@ from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import BelowMinimum, RunError, UpdateError
 from pilot_flwr.flower.codec import encode_state
-from pilot_flwr.flower.grid import match
+from pilot_flwr.flower.grid import PollingGrid, match
 from pilot_flwr.flower.messages import (
     decode_error,
     decode_result,
@@ -76,10 +84,14 @@ class PilotStrategy(Strategy):
         evaluate: bool = True,
         upload_bits: int = 0,
         seed: int = 0,
+        at_once: Callable[[], int | None] = lambda: None,
         keys: Mapping[str, str] | None = None,
         operator_keys: Mapping[str, str] | None = None,
     ) -> None:
-        """`seed` draws clients; `keys` are the fingerprints recorded so far or the operator's."""
+        """`seed` draws clients; `at_once` returns how many may have unanswered messages.
+
+        `keys` are the fingerprints recorded so far, `operator_keys` the operator's.
+        """
         self.config, self.state, self.run, self.folder = config, state, run, folder
         self.num_exchanges = config.rounds + 1
         self.recorder = EventRecorder(
@@ -103,12 +115,13 @@ class PilotStrategy(Strategy):
         self.first_client = next(iter(expected), "")
         self.identity = RunIdentity(run.name, settings)
         self.simulated, self.evaluate = simulated, evaluate
-        self.upload_bits, self.seed = upload_bits, seed
+        self.upload_bits, self.seed, self.at_once = upload_bits, seed, at_once
         self._keys = dict(keys or {})
         self._available: list[Present] = []
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
-        self._sent: list[tuple[Message, Present]] = []
+        self._asked: list[Present] = []
+        self._sent: list[Metadata] = []
         self._started = 0.0
 
     def start(
@@ -132,16 +145,19 @@ class PilotStrategy(Strategy):
         train_config = train_config or ConfigRecord()
         evaluate_config = evaluate_config or ConfigRecord()
         result = Result(arrays=initial_arrays)
+        polling = grid if isinstance(grid, PollingGrid) else PollingGrid(grid)
+        grid = polling
+
+        def send(messages: Iterable[Message]) -> Iterator[Message]:
+            return polling.send_and_receive(messages, timeout=timeout, at_once=self.at_once())
 
         def train(server_round: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
             messages = self.configure_train(server_round, result.arrays, train_config, grid)
-            replies = grid.send_and_receive(messages, timeout=timeout)
-            return self.aggregate_train(server_round, replies)
+            return self.aggregate_train(server_round, send(messages))
 
         def evaluate(server_round: int) -> MetricRecord | None:
             messages = self.configure_evaluate(server_round, result.arrays, evaluate_config, grid)
-            replies = grid.send_and_receive(messages, timeout=timeout)
-            return self.aggregate_evaluate(server_round, replies)
+            return self.aggregate_evaluate(server_round, send(messages))
 
         for server_round in range(min(self.state.rounds + 1, num_rounds), num_rounds + 1):
             logger.info("[ROUND %s/%s]", server_round, num_rounds)
@@ -247,7 +263,7 @@ class PilotStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """After the last exchange, request the closing evaluation; before, training includes it."""
-        self._sent = []
+        self._asked = []
         if not self.evaluate or server_round < self.num_exchanges:
             return []
         if not self._available:  # the run was resumed after its last exchange
@@ -263,7 +279,7 @@ class PilotStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Record the closing scores; return their mean over tasks."""
-        if not self._sent:
+        if not self._asked:
             return None
         for member, content in self._successful(server_round, "evaluate", replies):
             try:
@@ -310,47 +326,58 @@ class PilotStrategy(Strategy):
     def _trains(self, client: str) -> bool:
         return self.config.trains(first=client == self.first_client)
 
-    def _instruct(self, server_round: int, *, train: bool) -> list[Message]:
-        """Return one message per client that has something to do."""
-        encoded = {task: encode_state(state) for task, state in self.state.adapters.items()}
+    def _instruct(self, server_round: int, *, train: bool) -> Iterator[Message]:
+        """Return one message per client that has something to do, encoded when it is sent."""
         self._sent = []
-        for present in self._present:
-            member = present.member
-            stage = self._stages[member.client]
-            trains = train and self._trains(member.client)
-            if not (trains or self.evaluate):
-                continue
-            tasks = self.state.tasks if stage == 2 else (member.task,)
-            instruction = Instruction(
-                server_round=server_round,
-                stage=stage,
-                tasks=self.state.tasks,
-                adapters={task: self.state.adapters[task] for task in tasks},
-                lora=self.state.lora_for(member.client, member.task),
-                train=trains,
-                evaluate=self.evaluate,
-                residual=self.state.residual,
-            )
-            phase = MessageType.TRAIN if trains else MessageType.EVALUATE
-            message = Message(
-                encode_instruction(instruction, self.run, member.client, adapters=encoded),
-                present.node_id,
-                phase,
-                ttl=self.config.round_timeout_seconds,
-                group_id=str(server_round),
-            )
-            self.recorder.instruction(server_round, phase, member, stage, message.content)
-            self._sent.append((message, present))
-        return [message for message, _ in self._sent]
+        self._asked = [
+            present
+            for present in self._present
+            if self.evaluate or (train and self._trains(present.member.client))
+        ]
+        encoded = {task: encode_state(state) for task, state in self.state.adapters.items()}
+        return (self._message(p, server_round, train, encoded) for p in self._asked)
+
+    def _message(
+        self, present: Present, server_round: int, train: bool, encoded: Mapping[str, ArrayRecord]
+    ) -> Message:
+        """Encode and record one client's instruction; keep its metadata alone."""
+        member = present.member
+        stage = self._stages[member.client]
+        trains = train and self._trains(member.client)
+        tasks = self.state.tasks if stage == 2 else (member.task,)
+        instruction = Instruction(
+            server_round=server_round,
+            stage=stage,
+            tasks=self.state.tasks,
+            adapters={task: self.state.adapters[task] for task in tasks},
+            lora=self.state.lora_for(member.client, member.task),
+            train=trains,
+            evaluate=self.evaluate,
+            residual=self.state.residual,
+        )
+        phase = MessageType.TRAIN if trains else MessageType.EVALUATE
+        message = Message(
+            encode_instruction(instruction, self.run, member.client, adapters=encoded),
+            present.node_id,
+            phase,
+            ttl=self.config.round_timeout_seconds,
+            group_id=str(server_round),
+        )
+        self.recorder.instruction(server_round, phase, member, stage, message.content)
+        self._sent.append(message.metadata)
+        return message
 
     def _successful(
         self, server_round: int, phase: str, replies: Iterable[Message]
     ) -> Iterator[tuple[Member, RecordDict]]:
         """Yield client and content as replies arrive; record errors and silence as failures."""
-        for index, reply in match([message for message, _ in self._sent], replies):
-            member = self._sent[index][1].member
+        for index, reply in match(self._sent, replies):
+            member = self._asked[index].member
             if reply is not None and not reply.has_error():
-                yield member, reply.content
+                content = reply.content
+                del reply  # the next one must not be pulled while this one is in memory
+                yield member, content
+                del content
                 continue
             try:
                 if reply is None:
@@ -361,6 +388,9 @@ class PilotStrategy(Strategy):
                 self.recorder.failure(server_round, phase, member.client, str(error))
                 raise
             self.recorder.failure(server_round, phase, member.client, reason)
+        for present in self._asked[len(self._sent) :]:
+            reason = f"Not reached within {self.config.round_timeout_seconds:g} s."
+            self.recorder.failure(server_round, phase, present.member.client, reason)
 
     def _receive(self, server_round: int, member: Member, content: RecordDict) -> list[Update]:
         """Decode and check all of a reply before any of it is recorded; return its update."""

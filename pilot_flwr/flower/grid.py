@@ -12,6 +12,7 @@ results equal those of a simulation bit for bit.
 """
 
 import logging
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +20,13 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import httpx  # Flower's HTTP client; its errors propagate through the grid
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import InMemoryGrid
+
+from pilot_flwr.config.schema import SimulationConfig
 
 PATIENCE_SECONDS = 300.0
 """How long a SuperLink may answer with server errors before the run ends."""
@@ -35,30 +38,52 @@ logger = logging.getLogger("flwr")
 _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
 """Pause between polls: a share of the time without a reply, within these seconds."""
 
+_QUEUED = 4
+"""Messages sent ahead to a simulation per client that it runs at a time, so that none is idle."""
+
 
 class _YieldingGrid(Grid):
     """Yields replies one by one; a subclass pushes and pulls the messages."""
 
+    pulled = 4
+    """Replies pulled in one request: each may have hundreds of megabytes."""
+
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        at_once: int | None = None,
     ) -> Iterator[Message]:
         """Send messages; yield each reply as it arrives, until all are in or `timeout` (s) is over.
 
-        A reply that is there when the time is over is still yielded.
+        Each message is taken from `messages` when it is sent, and released; at most `at_once` are
+        unanswered, None for any number. A reply that is there when the time is over is still
+        yielded.
         """
-        outgoing = list(messages)
-        if not outgoing:
-            return
-        waiting = dict.fromkeys(i for i in self.push_messages(outgoing) if i)
+        outgoing: Iterator[Message] | None = iter(messages)
+        waiting: dict[str, None] = {}
         last = time.monotonic()
         deadline = last + timeout if timeout is not None else float("inf")
-        while waiting:
-            replies = list(self.pull_messages(list(waiting)))
-            for reply in replies:
-                waiting.pop(reply.metadata.reply_to_message_id, None)
-                yield reply
+        while True:
+            while outgoing is not None and (at_once is None or len(waiting) < at_once):
+                if (message := next(outgoing, None)) is None:
+                    outgoing = None
+                    break
+                waiting |= dict.fromkeys(i for i in self.push_messages([message]) if i)
+                del message
+            if not waiting:
+                return
+            answered = False
+            ids = list(waiting)
+            for at in range(0, len(ids), self.pulled):
+                replies = list(self.pull_messages(ids[at : at + self.pulled]))
+                while replies:
+                    answered = True
+                    waiting.pop(replies[0].metadata.reply_to_message_id, None)
+                    yield replies.pop(0)
             now = time.monotonic()
-            if replies:  # others may be there by now: poll again before looking at the deadline
+            if answered:  # others may be there by now: poll again before looking at the deadline
                 last = now
                 continue
             if now >= deadline:
@@ -83,6 +108,7 @@ class PollingGrid(_YieldingGrid):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self.pulled = getattr(grid, "pulled", self.pulled)
 
     def set_run(self, run: object) -> None:
         """See `flwr.serverapp.Grid`."""
@@ -121,21 +147,24 @@ def _retry(request: Callable[[], Answer]) -> Answer:
 
 
 def match(
-    messages: Sequence[Message], replies: Iterable[Message]
+    sent: Sequence[Metadata], replies: Iterable[Message]
 ) -> Iterator[tuple[int, Message | None]]:
     """Yield each message's index with its reply as it arrives, then with None if there is none.
 
-    Replies to other messages, and second replies, are ignored.
+    `sent` has the metadata of the messages and grows while they are sent. Replies to other
+    messages, and second replies, are ignored.
     """
-    silent = dict.fromkeys(range(len(messages)))
+    index_of: dict[str, int] = {}
+    seen = 0
     for reply in replies:
-        # The grid assigns the ids when it sends, so look them up only now.
-        index_of = {messages[i].metadata.message_id: i for i in silent}
-        index = index_of.get(reply.metadata.reply_to_message_id)
+        while seen < len(sent):  # the grid has assigned the ids by now
+            index_of[sent[seen].message_id] = seen
+            seen += 1
+        index = index_of.pop(reply.metadata.reply_to_message_id, None)
         if index is not None:
-            del silent[index]
             yield index, reply
-    for index in silent:
+        del reply
+    for index in sorted([*index_of.values(), *range(seen, len(sent))]):
         yield index, None
 
 
@@ -146,6 +175,8 @@ class InProcessGrid(_YieldingGrid):
     threads for torch while a client computes, None for torch's own. `nodes` are the connected
     nodes.
     """
+
+    pulled = sys.maxsize  # one reply in any case, of the oldest message
 
     def __init__(
         self,
@@ -219,6 +250,23 @@ class InProcessGrid(_YieldingGrid):
 def in_simulation(grid: Grid) -> bool:
     """Return whether a grid's clients are simulated: a fact of the grid, not a client's claim."""
     return isinstance(grid, InMemoryGrid) or (isinstance(grid, InProcessGrid) and grid.simulated)
+
+
+def clients_at_once(grid: Grid, simulation: SimulationConfig) -> int | None:
+    """Return how many messages a simulation's clients can use at a time; None at real sites."""
+    if isinstance(grid, InProcessGrid):
+        return _QUEUED
+    if not isinstance(grid, InMemoryGrid):
+        return None
+    import ray  # runs in this process, on one machine or on a cluster
+
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    gpus = simulation.client_gpus
+    if gpus == -1:
+        gpus = float(resources.get("GPU", 0) >= 1)
+    fit = int(resources.get("CPU", 0) / simulation.client_cpus)
+    fit = min(fit, int(resources.get("GPU", 0) / gpus)) if gpus else fit
+    return _QUEUED * fit if fit else None
 
 
 @contextmanager

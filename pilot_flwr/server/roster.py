@@ -257,7 +257,8 @@ class Roster:
         query = encode_query(self.run, server_round, train=train, nonce=nonce)
         kind, group = MessageType.QUERY, str(server_round)
         messages = [Message(query, node, kind, ttl=seconds, group_id=group) for node in nodes]
-        for index, reply in match(messages, grid.send_and_receive(messages, timeout=seconds)):
+        sent = [message.metadata for message in messages]
+        for index, reply in match(sent, grid.send_and_receive(messages, timeout=seconds)):
             if reply is None:
                 yield nodes[index], silence
             elif reply.has_error():

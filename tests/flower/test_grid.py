@@ -1,9 +1,12 @@
 """Replies are handed over one by one, and waiting is bounded."""
 
 import types
+import weakref
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pilot_flwr.flower import grid as module
 from pilot_flwr.flower.grid import PollingGrid, match
@@ -28,10 +31,11 @@ class SlowGrid:
     """Answers message i after `delays[i]` seconds; None means never."""
 
     def __init__(self, clock, delays):
-        self.clock, self.delays = clock, delays
+        self.clock, self.delays, self.pushed = clock, delays, 0
 
     def push_messages(self, messages):
-        return [str(i) for i, _ in enumerate(messages)]
+        first, self.pushed = self.pushed, self.pushed + len(messages)
+        return [str(i) for i in range(first, self.pushed)]
 
     def pull_messages(self, ids):
         return [
@@ -112,11 +116,56 @@ def test_no_message_is_no_wait(clock):
     assert clock.naps == []
 
 
+@given(st.integers(1, 12), st.integers(1, 5))
+def test_messages_are_made_one_by_one_and_no_more_are_out_than_allowed(total, at_once):
+    clock = Clock()
+    grid = SlowGrid(clock, [None] * total)
+    out = set()
+
+    def messages():
+        for number in range(total):
+            assert len(out) < at_once
+            out.add(str(number))
+            yield number
+
+    def pull(ids):
+        assert set(ids) <= out
+        return SlowGrid.pull_messages(grid, ids)
+
+    grid.delays, grid.pull_messages = [0.0] * total, pull
+    answered = []
+    for reply in PollingGrid(grid).send_and_receive(messages(), at_once=at_once):
+        answered.append(reply.metadata.reply_to_message_id)
+        out.remove(answered[-1])
+    assert sorted(answered, key=int) == [str(number) for number in range(total)]
+
+
+def test_a_reply_is_released_before_the_next_is_pulled(clock):
+    grid, alive = SlowGrid(clock, [0.0] * 9), weakref.WeakSet()
+
+    class Reply(types.SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def pull(ids):
+        assert len(alive) == 0
+        found = [Reply(metadata=r.metadata) for r in SlowGrid.pull_messages(grid, ids)]
+        alive.update(found)
+        assert len(found) <= PollingGrid.pulled
+        return found
+
+    grid.pull_messages = pull
+    number = 0
+    for reply in PollingGrid(grid).send_and_receive(range(9)):
+        number += 1
+        del reply
+    assert number == 9
+
+
 def test_replies_are_matched_with_messages_once_and_silence_comes_last():
     def message(**values):
         return types.SimpleNamespace(metadata=types.SimpleNamespace(**values))
 
-    messages = [message(message_id=name) for name in "abc"]
+    messages = [message(message_id=name).metadata for name in "abc"]
     replies = [message(reply_to_message_id=name) for name in ("c", "older", "c", "a")]
     found = list(match(messages, replies))
     assert found == [(2, replies[0]), (0, replies[3]), (1, None)]

@@ -15,6 +15,7 @@ from quick_training import quick_training
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import ConfigError
+from pilot_flwr.flower.grid import clients_at_once
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.provenance import RunIdentity
@@ -212,3 +213,27 @@ def test_a_resumed_run_draws_the_same_and_ends_the_same(half, tmp_path):
     for mine, theirs in ((state.adapters, whole.adapters), (state.loras, whole.loras)):
         for name, tensors in theirs.items():
             assert all(torch.equal(t, mine[name][key]) for key, t in tensors.items())
+
+
+def test_a_simulation_has_no_more_messages_out_than_its_clients_can_use(tmp_path):
+    """Of 12 clients, and contents are released: the grid alone could keep them."""
+    overrides = (
+        f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=6 strategy.rounds=1 "
+        "evaluation.enabled=false"
+    )
+    federation = Federation(tmp_path, overrides)
+    grid, most = federation.grid, Counter()
+    push = grid.push_messages
+
+    def count(messages):
+        ids = push(list(messages))
+        kinds = Counter(m.metadata.message_type for m in grid._waiting.values())
+        for kind, number in kinds.items():
+            most[kind] = max(most[kind], number)
+        return ids
+
+    grid.push_messages = count
+    with quick_training():
+        federation.run()
+    assert most["train"] == clients_at_once(grid, federation.config.simulation) < 12
+    assert len(federation.events("train", round=2)) == 12
