@@ -198,7 +198,9 @@ class _WeightedSum:
         self.weights = weights
         self.sparse = _DENSE_SPEED * self.most <= weights.shape[1]
         self.product = np.empty(len(weights) * width)
-        self.gathered = np.empty(len(weights) * width if self.sparse else 0)
+        # So many rows at once stay in the L2 cache while their clients are added to them.
+        self.step = max(1, _BLOCK_ELEMENTS // (2 * width))
+        self.gathered = np.empty(self.step * width if self.sparse else 0)
 
     def __call__(self, block: Matrix) -> Matrix:
         rows, width = len(self.weights), block.shape[1]
@@ -208,12 +210,7 @@ class _WeightedSum:
         mixed = _reshaped(self.product, rows, width)
         out, source = torch.from_numpy(mixed), torch.from_numpy(block)
         if self.sparse:
-            clients, factors = torch.from_numpy(self.clients), torch.from_numpy(self.factors)
-            gathered = torch.from_numpy(_reshaped(self.gathered, rows, width))
-            out.zero_()
-            for place in range(self.most):
-                torch.index_select(source, 0, clients[:, place], out=gathered)
-                out.addcmul_(gathered, factors[:, place, None])
+            self._add_named(source, out)
         else:
             torch.mm(torch.from_numpy(self.weights), source, out=out)
         # A float64 sum of equal values may be off by a bit, so equal rows are copied.
@@ -223,6 +220,16 @@ class _WeightedSum:
             if all((block[other] == block[origin]).all() for other in others):
                 mixed[row] = block[origin]
         return mixed
+
+    def _add_named(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        clients, factors = torch.from_numpy(self.clients), torch.from_numpy(self.factors)
+        for start in range(0, len(out), self.step):
+            rows = slice(start, min(len(out), start + self.step))
+            target = out[rows].zero_()
+            gathered = torch.from_numpy(_reshaped(self.gathered, *target.shape))
+            for place in range(self.most):
+                torch.index_select(source, 0, clients[rows, place], out=gathered)
+                target.addcmul_(gathered, factors[rows, place, None])
 
 
 def _staging(states: Sequence[NamedArrays]) -> Matrix:
