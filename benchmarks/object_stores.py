@@ -1,4 +1,4 @@
-"""Measure the memory of Flower's object stores, where a SuperLink keeps replies until they are read.
+"""Measure the memory of Flower's object stores, where a SuperLink keeps unread replies.
 
 Each store is filled with replies in a process of its own, which has neither a SuperLink's network
 nor its other state. A SuperLink without ``--database`` uses the first, one with a file the second.

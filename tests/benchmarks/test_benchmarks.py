@@ -37,7 +37,10 @@ def result_files() -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (FOLDER / "results").glob("*.json")}
 
 
-@pytest.mark.parametrize("name", ["connector", "client_session", "demo", "rows", "plan", "privacy"])
+@pytest.mark.parametrize(
+    "name",
+    ["connector", "client_session", "demo", "object_stores", "rows", "plan", "privacy"],
+)
 def test_quick_size_runs_and_writes_nothing(name, benchmark, capsys):
     before = result_files()
     benchmark(name).main(["--quick"])
