@@ -11,7 +11,7 @@ from pilot_flwr.report.router import router_figures
 from pilot_flwr.report.scores import learning_curves, losses
 from pilot_flwr.report.timeline import time_line, traffic
 from pilot_flwr.run.events import AggregationMethod, ClientFailed, ClientWarning, Resumed, select
-from pilot_flwr.run.history import RunData, read_run
+from pilot_flwr.run.history import RunData, clients_per_task, read_run
 from pilot_flwr.run.tables import MOST_NAMED, summary_notes, summary_rows, timeline
 
 FIGURES: tuple[Callable[[RunData], Figure], ...] = (
@@ -47,7 +47,8 @@ def run_page(run: RunData, figures: list[Figure]) -> Page:
     status = str(run.result.get("status")) if run.result else "running, or ended without a result"
     if run.result.get("seconds") is not None:
         status += f" after {human_seconds(float(run.result['seconds']))}"
-    tasks = ", ".join(f"{task} ({len(run.clients(task))})" for task in run.tasks)
+    clients = clients_per_task(run.events)
+    tasks = ", ".join(f"{task} ({clients[task]})" for task in run.tasks)
     code = json.dumps(run.code, indent=2) if run.code else "This run folder has no code.json."
     closed = sum(exchange.seconds is not None for exchange in run.exchanges)
     return Page(
