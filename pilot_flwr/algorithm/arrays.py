@@ -208,11 +208,10 @@ class _WeightedSum:
         if (first == first[0]).all() and (block == block[0]).all():
             return block[:rows]
         mixed = _reshaped(self.product, rows, width)
-        out, source = torch.from_numpy(mixed), torch.from_numpy(block)
         if self.sparse:
-            self._add_named(source, out)
+            self._add_named(block, mixed)
         else:
-            torch.mm(torch.from_numpy(self.weights), source, out=out)
+            np.matmul(self.weights, block, out=mixed)
         # A float64 sum of equal values may be off by a bit, so equal rows are copied.
         leading = first[self.clients]
         for row in np.flatnonzero((leading == leading[:, :1]).all(axis=1)):
@@ -221,15 +220,17 @@ class _WeightedSum:
                 mixed[row] = block[origin]
         return mixed
 
-    def _add_named(self, source: torch.Tensor, out: torch.Tensor) -> None:
-        clients, factors = torch.from_numpy(self.clients), torch.from_numpy(self.factors)
+    def _add_named(self, block: Matrix, out: Matrix) -> None:
+        # In numpy: starting torch's threads for pieces of this size takes longer than the sum.
         for start in range(0, len(out), self.step):
-            rows = slice(start, min(len(out), start + self.step))
-            target = out[rows].zero_()
-            gathered = torch.from_numpy(_reshaped(self.gathered, *target.shape))
+            target = out[start : start + self.step]
+            rows = slice(start, start + len(target))
+            gathered = _reshaped(self.gathered, *target.shape)
+            target[:] = 0
             for place in range(self.most):
-                torch.index_select(source, 0, clients[rows, place], out=gathered)
-                target.addcmul_(gathered, factors[rows, place, None])
+                np.take(block, self.clients[rows, place], axis=0, out=gathered, mode="clip")
+                gathered *= self.factors[rows, place, None]
+                target += gathered
 
 
 def _staging(states: Sequence[NamedArrays]) -> Matrix:
