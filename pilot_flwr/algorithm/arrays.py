@@ -10,12 +10,14 @@ that start from the same base differ by little beside their norms, so inner prod
 differences to the first client: a common offset cancels before it costs digits.
 
 Time and memory: columns of all clients are staged in blocks, so that every value is read and
-converted once per pass, and products use all cores. A mixture costs by the clients that its row
-names. Results are written straight into their final arrays. NaN and Inf are found in the same pass.
+converted once per pass, and the inner products use all cores. A mixture costs by the clients that
+its row names. Results are written straight into their final arrays. NaN and Inf are found in the
+same pass.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,6 +41,17 @@ _BLOCK_COLUMNS = 2048
 
 # A sum over the named clients alone costs as much per client as so many of a matrix product.
 _DENSE_SPEED = 8
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Limit torch to one thread: synchronising busy cores takes longer than a block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool = True) -> str:
@@ -92,6 +105,7 @@ def check_tensors(what: str, state: State, expected: State) -> None:
             raise UpdateError(f"`{name}` of its {what} has values that are not finite")
 
 
+@_one_thread()
 @np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def combine(
     states: Sequence[NamedArrays],
@@ -211,7 +225,8 @@ class _WeightedSum:
         if self.sparse:
             self._add_named(block, mixed)
         else:
-            np.matmul(self.weights, block, out=mixed)
+            factors, source = torch.from_numpy(self.weights), torch.from_numpy(block)
+            torch.mm(factors, source, out=torch.from_numpy(mixed))
         # A float64 sum of equal values may be off by a bit, so equal rows are copied.
         leading = first[self.clients]
         for row in np.flatnonzero((leading == leading[:, :1]).all(axis=1)):
@@ -221,7 +236,6 @@ class _WeightedSum:
         return mixed
 
     def _add_named(self, block: Matrix, out: Matrix) -> None:
-        # In numpy: starting torch's threads for pieces of this size takes longer than the sum.
         for start in range(0, len(out), self.step):
             target = out[start : start + self.step]
             rows = slice(start, start + len(target))
