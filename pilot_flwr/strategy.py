@@ -145,8 +145,7 @@ class PilotStrategy(Strategy):
         train_config = train_config or ConfigRecord()
         evaluate_config = evaluate_config or ConfigRecord()
         result = Result(arrays=initial_arrays)
-        polling = grid if isinstance(grid, PollingGrid) else PollingGrid(grid)
-        grid = polling
+        grid = polling = grid if isinstance(grid, PollingGrid) else PollingGrid(grid)
 
         def send(messages: Iterable[Message]) -> Iterator[Message]:
             return polling.send_and_receive(messages, timeout=timeout, at_once=self.at_once())
@@ -254,6 +253,7 @@ class PilotStrategy(Strategy):
             self.state.rounds += 1
         loss = self.recorder.close(server_round, time.perf_counter() - self._started)
         self._save(server_round)
+        self.roster.used({update.client: self._stages[update.client] for update in updates})
         metrics = MetricRecord({"updates": len(updates)})
         if loss is not None:
             metrics["loss"] = loss
@@ -365,6 +365,8 @@ class PilotStrategy(Strategy):
         )
         self.recorder.instruction(server_round, phase, member, stage, message.content)
         self._sent.append(message.metadata)
+        if trains:
+            self.roster.instructed(present)
         return message
 
     def _successful(

@@ -1,8 +1,9 @@
 """Find out which clients take part in an exchange, and at which node each of them is.
 
-Node ids are random in every run and say nothing about the client, so every exchange begins with a
-query. Its replies also say whether a client holds stage-1 state, which its stage depends on.
-Replies are foreign input; they are checked here, once.
+Node ids are random in every run and say nothing about the client, so a node is queried before it
+takes part. Its reply also says whether the client holds stage-1 state, which its stage depends on.
+Replies are foreign input; they are checked here, once. A node that stays connected is queried again
+only after a turn that did not succeed: a success tells all that a query would.
 
 A real site proves in its reply that it holds the client's key (`pilot_flwr.flower.client_key`). A
 client id is bound to the first key that took part under it in the run, or to the one in the
@@ -18,7 +19,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from flwr.app import Message, MessageType
@@ -45,6 +46,10 @@ logger = logging.getLogger("flwr")
 RETRY_SECONDS = 30.0
 """Pause before a refused node of a real site is queried again, as its owner may fix it."""
 
+NEWCOMER_SECONDS = 60.0
+"""How long an exchange with enough known clients waits for the reply of a node that connected."""
+
+_SILENCE = "No reply to the roster query in time."
 _UNIQUE = "`client-id` must be different at every node."
 
 
@@ -181,28 +186,49 @@ class Roster:
         self.operator_keys = operator_keys
         self.on_failure, self.identity, self.simulated = on_failure, identity, simulated
         self._called = False
+        self._claims: dict[int, Claim] = {}
+        self._instructed: dict[str, Present] = {}
+        self._silences: dict[int, int] = {}
+        self._asked_from: dict[int, int] = {}
 
     @property
     def size(self) -> int:
         """Number of clients for which the first exchange of a new run waits."""
         return self.config.clients or len(self.expected)
 
+    def instructed(self, present: Present) -> None:
+        """Note that a client is asked to train: what it holds is not known until it succeeds."""
+        self._instructed[present.member.client] = present
+        self._claims.pop(present.node_id, None)
+
+    def used(self, stages: Mapping[str, int]) -> None:
+        """Note whose updates a closed exchange used, with the stage that each now holds."""
+        for client, stage in stages.items():
+            node, found = self._instructed[client].node_id, self._instructed[client]
+            self._claims[node] = Claim(replace(found.member, stage_trained=stage), found.key)
+
     def call(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
         """Return the clients that take part in an exchange, ordered by id.
 
         The first call, also in a resumed run, waits for all clients of the federation, later calls
-        for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. A missing client
-        and a refused node are failures of the exchange, not of the run. Without `train`, clients
-        only evaluate.
+        for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. With enough known
+        clients, a queried node has `NEWCOMER_SECONDS`; one that stays silent is left alone for 1,
+        2, 4, … exchanges. A missing client and a refused node are failures of the exchange, not of
+        the run. Without `train`, clients only evaluate.
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_available if self._called else everyone
         deadline = time.monotonic() + self.config.wait_seconds
-        answers = _Answers(lambda node, why: self.on_failure(server_round, f"node {node}", why))
+        answers = _Answers(
+            lambda node, why: self.on_failure(server_round, f"node {node}", why), self._claims
+        )
         while True:
             connected = set(grid.get_node_ids())
             unasked = answers.to_query(connected, retry=not self.simulated)
             seconds = deadline - time.monotonic()
+            if len(answers.claims) >= wanted and not self.simulated:
+                unasked = [n for n in unasked if self._asked_from.get(n, 0) <= server_round]
+                seconds = min(seconds, NEWCOMER_SECONDS)
             for node, answer in self._query(grid, unasked, server_round, train, seconds):
                 answers.add(node, answer)
             present, conflicts = self.clients.resolve(answers.claims, set(grid.get_node_ids()))
@@ -217,10 +243,20 @@ class Roster:
             time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         for node, why in conflicts.items():
             self.on_failure(server_round, f"node {node}", why)
+        self._keep(present, answers, server_round)
         self._check_enough(present, [*answers.refused.values(), *conflicts.values()], server_round)
         self.clients.remember(present)
         self._called = True
         return [present[client] for client in sorted(present)]
+
+    def _keep(self, present: Mapping[str, Present], answers: "_Answers", server_round: int) -> None:
+        """Keep the claims of the present clients, and when each silent node is queried again."""
+        self._claims = {p.node_id: Claim(p.member, p.key) for p in present.values()}
+        for node in self._claims:
+            self._silences.pop(node, None)
+        for node in [node for node, why in answers.refused.items() if why == _SILENCE]:
+            self._silences[node] = self._silences.get(node, 0) + 1
+            self._asked_from[node] = server_round + 1 + 2 ** (self._silences[node] - 1)
 
     def _check_enough(
         self, present: Mapping[str, Present], refused: list[str], server_round: int
@@ -249,9 +285,8 @@ class Roster:
         self, grid: Grid, nodes: list[int], server_round: int, train: bool, seconds: float
     ) -> Iterator[tuple[int, Claim | str]]:
         """Yield each node with its claim, or with the reason why it cannot take part."""
-        silence = "No reply to the roster query in time."
         if seconds <= 0:
-            yield from ((node, silence) for node in nodes)
+            yield from ((node, _SILENCE) for node in nodes)
             return
         nonce = secrets.token_hex(32)
         query = encode_query(self.run, server_round, train=train, nonce=nonce)
@@ -260,7 +295,7 @@ class Roster:
         sent = [message.metadata for message in messages]
         for index, reply in match(sent, grid.send_and_receive(messages, timeout=seconds)):
             if reply is None:
-                yield nodes[index], silence
+                yield nodes[index], _SILENCE
             elif reply.has_error():
                 yield nodes[index], decode_error(reply.error, simulated=self.simulated)
             else:
@@ -314,10 +349,11 @@ class Roster:
 class _Answers:
     """Replies to one exchange's query, while nodes connect, leave and are queried again."""
 
-    def __init__(self, on_refusal: Callable[[int, str], None]) -> None:
+    def __init__(self, on_refusal: Callable[[int, str], None], known: Mapping[int, Claim]) -> None:
+        """`known` has the claims of nodes that need no query while they stay connected."""
         self.on_refusal = on_refusal
-        self.queried: dict[int, float] = {}
-        self.claims: dict[int, Claim] = {}
+        self.queried: dict[int, float] = dict.fromkeys(known, time.monotonic())
+        self.claims: dict[int, Claim] = dict(known)
         self.refused: dict[int, str] = {}
         self._reported: dict[int, str] = {}
 

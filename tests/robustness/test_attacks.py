@@ -261,8 +261,17 @@ def test_a_client_that_declares_too_many_examples_is_refused(tmp_path):
 
 
 def test_a_change_of_the_declared_examples_is_told(tmp_path):
+    """A client is asked again after a failure alone: an attacker would fail on purpose."""
     run = Federation(tmp_path, OVERRIDES)
-    run.grid.on_reply = declares(4000, exchanges="2")
+    lie = declares(4000, exchanges="2")
+
+    def fail_first(message, reply):
+        kind, number = message.metadata.message_type, message.metadata.group_id
+        if (kind, number, message.metadata.dst_node_id) == (MessageType.TRAIN, "1", 1):
+            return Message(Error(0, "on purpose"), reply_to=message)
+        return lie(message, reply)
+
+    run.grid.on_reply = fail_first
     run.run()
     (warning,) = run.events("warning")
     assert (warning["round"], warning["client"]) == (2, WRONG)

@@ -166,10 +166,10 @@ def test_a_client_whose_state_is_damaged_is_refused_until_it_is_taken_away(
         sites.store().newest().unlink()
         yield
 
-    sites.before[MessageType.QUERY, "2", 1] = damaged
+    sites.before[MessageType.TRAIN, "2", 1] = damaged
     sites.before[MessageType.QUERY, "3", 1] = taken_away
     sites.run()
-    reasons = [reason for number, _, client, reason in sites.failures() if client == "node 1"]
+    reasons = [reason for number, _, client, reason in sites.failures() if client == WRONG]
     (reason,) = reasons
     assert "<state-folder>/test-1/private-0001.safetensors " in reason
     words = {

@@ -1,12 +1,16 @@
 """Which node is which client, decided without Flower."""
 
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilot_flwr.errors import UpdateError
-from pilot_flwr.protocol import Member
-from pilot_flwr.server.roster import Claim, ClientNodes
+from pilot_flwr.config.schema import StrategyConfig
+from pilot_flwr.errors import BelowMinimum, UpdateError
+from pilot_flwr.protocol import Member, RunInfo
+from pilot_flwr.server.roster import NEWCOMER_SECONDS, Claim, ClientNodes, Roster
 
 
 def member(client, task="vqa"):
@@ -127,3 +131,51 @@ def test_no_other_key_takes_part_as_a_client_once_it_has_taken_part(exchanges):
         # The one node with the client's key is never kept out by the others.
         right = [node for node, key in nodes.items() if key == first]
         assert first is None or len(right) != 1 or present["a"].node_id == right[0]
+
+
+def test_a_silent_node_is_asked_ever_more_rarely_and_known_clients_not_at_all():
+    """A grid of two sites: one answers, one is silent in every exchange after it connects."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
+    asked = []
+
+    class Clients(Grid):
+        nodes = [1]
+
+        def get_node_ids(self):
+            return self.nodes
+
+        def send_and_receive(self, messages, *, timeout=None):
+            for message in messages:
+                number = int(message.metadata.group_id)
+                asked.append((number, message.metadata.dst_node_id, timeout))
+                message.metadata.__dict__["_message_id"] = f"{number}/{len(asked)}"
+                if message.metadata.dst_node_id == 1:
+                    reply = Message(RecordDict(), reply_to=message)
+                    yield reply
+
+        run = create_message = pull_messages = push_messages = set_run = None
+
+    roster = Roster(
+        RunInfo("r", "/r", "t"), ("vqa",), {}, StrategyConfig(clients=1), lambda *_: None,
+        identity={}, known={}, simulated=False, keys={}, operator_keys={},
+    )  # fmt: skip
+    roster._read = lambda reply, node, number, nonce: Claim(member("a"), "K1")
+    grid = Clients()
+    assert [p.member.client for p in roster.call(grid, 1)] == ["a"]
+    grid.nodes = [1, 2]
+    for number in range(2, 20):
+        (present,) = roster.call(grid, number)
+        roster.instructed(present)
+        roster.used({"a": 2})
+        assert roster.call(grid, number)[0].member.stage_trained == 2  # and nobody is asked
+    assert {(number, node) for number, node, _ in asked if node == 1} == {(1, 1)}
+    exchanges = sorted({number for number, node, _ in asked if node == 2})
+    assert exchanges == [2, 4, 7, 12]  # left alone for 1, 2, 4, 8 exchanges
+    assert all(seconds <= NEWCOMER_SECONDS for number, node, seconds in asked if node == 2)
+    grid.nodes = [2]  # the known one leaves, and must be asked when it returns
+    with pytest.raises(BelowMinimum):
+        roster.config = StrategyConfig(clients=1, wait_seconds=0.01)
+        roster.call(grid, 20)
+    grid.nodes = [1]
+    roster.call(grid, 21)
+    assert (21, 1) in {(number, node) for number, node, _ in asked}

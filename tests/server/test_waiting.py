@@ -147,13 +147,70 @@ def test_a_client_that_leaves_for_good_is_missed_and_the_others_go_on(tmp_path):
 
 
 def test_a_client_that_lost_its_state_folder_begins_again_with_stage_1(tmp_path):
-    federation = Federation(tmp_path, f"{QUICK} strategy.rounds=2")
+    """It is not queried after its success, so it fails once and then says what it holds."""
+    federation = Federation(tmp_path, f"{QUICK} strategy.rounds=3")
 
     def lose(message, reply):
-        shutil.rmtree(federation.folder.path / "clients" / "vqa-1", ignore_errors=True)
+        if message.content["instruction"]["client"] == "vqa-1":
+            shutil.rmtree(federation.folder.path / "clients" / "vqa-1")
         return reply
 
     on_train(federation, 2, lose)
     federation.run()
-    stages = {e["client"]: e["stage"] for e in federation.events("train", round=3)}
+    (failure,) = federation.events("failure")
+    assert (failure["client"], failure["round"], failure["phase"]) == ("vqa-1", 3, "train")
+    assert "holds no stage-1 state" in failure["reason"]
+    stages = {e["client"]: e["stage"] for e in federation.events("train", round=4)}
     assert stages == {"vqa-0": 2, "vqa-1": 1, "counting-0": 2, "counting-1": 2}
+
+
+def queries(federation, exchange):
+    return [
+        m.metadata.dst_node_id
+        for m in federation.grid.messages
+        if m.metadata.message_type == MessageType.QUERY
+        and m.metadata.group_id == str(exchange)
+        and not m.metadata.reply_to_message_id
+    ]
+
+
+def test_a_client_is_queried_once_and_again_after_a_failure_alone(tmp_path):
+    federation = Federation(tmp_path, f"{QUICK} strategy.rounds=3")
+    on_train(
+        federation,
+        2,
+        lambda m, reply: (
+            Message(Error(0, "boom"), reply_to=m)
+            if m.content["instruction"]["client"] == "vqa-0"
+            else reply
+        ),
+    )
+    federation.run()
+    assert [len(queries(federation, number)) for number in (1, 2, 3, 4)] == [4, 0, 1, 0]
+    assert len(trained(federation, 4)) == 4
+
+
+def test_a_repeated_exchange_asks_all_that_took_part_what_they_hold(tmp_path):
+    """A late joiner's first exchange is repeated: it must train stage 1 again, not stage 2."""
+    federation = Federation(tmp_path, PATIENT.replace("min_replies=4", "min_replies=3"))
+    everyone, failed = federation.grid.nodes, []
+    federation.grid.nodes = everyone[:3]
+
+    def act(message, reply):
+        if message.metadata.message_type != MessageType.TRAIN:
+            return reply
+        federation.grid.nodes = everyone
+        if message.metadata.group_id == "2" and len(failed) < 2:
+            if message.content["instruction"]["client"] != "counting-1":
+                failed.append(message)
+                return Message(Error(0, "boom"), reply_to=message)
+        return reply
+
+    federation.grid.on_reply = act
+    federation.run()
+    assert len(federation.events("repeat")) == 1
+    joined = set(trained(federation, 2)) - set(trained(federation, 1))
+    assert len(joined) == 1
+    stages = {e["client"]: e["stage"] for e in federation.events("train", round=2)}
+    assert stages == {c: 1 if c in joined else 2 for c in stages} and len(stages) == 4
+    assert len(queries(federation, 2)) == 1 + 4
