@@ -17,8 +17,6 @@ from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Message,
-    MessageType,
-    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -28,23 +26,18 @@ from flwr.serverapp.strategy import Result, Strategy
 from pilot_flwr.algorithm.norm_bounds import check_norms
 from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.config.schema import StrategyConfig
-from pilot_flwr.errors import BelowMinimum, RunError, UpdateError
+from pilot_flwr.errors import BelowMinimum, UpdateError
 from pilot_flwr.flower.codec import encode_state
-from pilot_flwr.flower.grid import PollingGrid, match
-from pilot_flwr.flower.messages import (
-    decode_error,
-    decode_result,
-    decode_update,
-    encode_instruction,
-    refuse_unusable,
-)
-from pilot_flwr.protocol import Instruction, Member, RunInfo, State, Update
+from pilot_flwr.flower.grid import PollingGrid
+from pilot_flwr.flower.messages import decode_result, decode_update, refuse_unusable
+from pilot_flwr.protocol import Member, RunInfo, State, Update
 from pilot_flwr.run.atomic import spool_tensors
 from pilot_flwr.run.checkpoint import create_lora, remove_partial, save_checkpoint
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.events import AggregationMethod
 from pilot_flwr.run.provenance import RunIdentity
 from pilot_flwr.server.event_recorder import EventRecorder
+from pilot_flwr.server.instructions import Instructions
 from pilot_flwr.server.roster import Present, Roster
 from pilot_flwr.server.sampling import draw
 
@@ -113,15 +106,23 @@ class PilotStrategy(Strategy):
             operator_keys=operator_keys or {},
         )
         self.first_client = next(iter(expected), "")
+        self.instructions = Instructions(
+            config,
+            state,
+            run,
+            roster=self.roster,
+            recorder=self.recorder,
+            first_client=self.first_client,
+            evaluate=evaluate,
+            simulated=simulated,
+        )
         self.identity = RunIdentity(run.name, settings)
-        self.simulated, self.evaluate = simulated, evaluate
+        self.evaluate = evaluate
         self.upload_bits, self.seed, self.at_once = upload_bits, seed, at_once
         self._keys = dict(keys or {})
         self._available: list[Present] = []
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
-        self._asked: list[Present] = []
-        self._sent: list[Metadata] = []
         self._started = 0.0
 
     def start(
@@ -213,7 +214,7 @@ class PilotStrategy(Strategy):
             self._stages,
             available if sampled else None,
         )
-        return self._instruct(server_round, train=True)
+        return self.instructions.messages(server_round, self._present, self._stages, train=True)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -224,7 +225,7 @@ class PilotStrategy(Strategy):
         if a Ray worker process died.
         """
         updates = []
-        for member, content in self._successful(server_round, "train", replies):
+        for member, content in self.instructions.replies(server_round, "train", replies):
             try:
                 updates += self._receive(server_round, member, content)
             except UpdateError as error:
@@ -263,9 +264,8 @@ class PilotStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """After the last exchange, request the closing evaluation; before, training includes it."""
-        self._asked = []
         if not self.evaluate or server_round < self.num_exchanges:
-            return []
+            return self.instructions.messages(server_round, [], {}, train=False)
         if not self._available:  # the run was resumed after its last exchange
             self._available = self._call_roster(grid, server_round + 1, train=False)
         self._present = self._draw(server_round + 1, train=False)
@@ -273,15 +273,17 @@ class PilotStrategy(Strategy):
         # server does not know that stage: so every client gets all task adapters.
         self._stages = {p.member.client: self.config.stages for p in self._present}
         self._started = time.perf_counter()
-        return self._instruct(server_round + 1, train=False)
+        return self.instructions.messages(
+            server_round + 1, self._present, self._stages, train=False
+        )
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Record the closing scores; return their mean over tasks."""
-        if not self._asked:
+        if not self.instructions.asked:
             return None
-        for member, content in self._successful(server_round, "evaluate", replies):
+        for member, content in self.instructions.replies(server_round, "evaluate", replies):
             try:
                 with refuse_unusable():
                     result = decode_result(content)
@@ -323,82 +325,11 @@ class PilotStrategy(Strategy):
         )
         return [p for p in self._available if p.member.client in drawn]
 
-    def _trains(self, client: str) -> bool:
-        return self.config.trains(first=client == self.first_client)
-
-    def _instruct(self, server_round: int, *, train: bool) -> Iterator[Message]:
-        """Return one message per client that has something to do, encoded when it is sent."""
-        self._sent = []
-        self._asked = [
-            present
-            for present in self._present
-            if self.evaluate or (train and self._trains(present.member.client))
-        ]
-        encoded = {task: encode_state(state) for task, state in self.state.adapters.items()}
-        return (self._message(p, server_round, train, encoded) for p in self._asked)
-
-    def _message(
-        self, present: Present, server_round: int, train: bool, encoded: Mapping[str, ArrayRecord]
-    ) -> Message:
-        """Encode and record one client's instruction; keep its metadata alone."""
-        member = present.member
-        stage = self._stages[member.client]
-        trains = train and self._trains(member.client)
-        tasks = self.state.tasks if stage == 2 else (member.task,)
-        instruction = Instruction(
-            server_round=server_round,
-            stage=stage,
-            tasks=self.state.tasks,
-            adapters={task: self.state.adapters[task] for task in tasks},
-            lora=self.state.lora_for(member.client, member.task),
-            train=trains,
-            evaluate=self.evaluate,
-            residual=self.state.residual,
-        )
-        phase = MessageType.TRAIN if trains else MessageType.EVALUATE
-        message = Message(
-            encode_instruction(instruction, self.run, member.client, adapters=encoded),
-            present.node_id,
-            phase,
-            ttl=self.config.round_timeout_seconds,
-            group_id=str(server_round),
-        )
-        self.recorder.instruction(server_round, phase, member, stage, message.content)
-        self._sent.append(message.metadata)
-        if trains:
-            self.roster.instructed(present)
-        return message
-
-    def _successful(
-        self, server_round: int, phase: str, replies: Iterable[Message]
-    ) -> Iterator[tuple[Member, RecordDict]]:
-        """Yield client and content as replies arrive; record errors and silence as failures."""
-        for index, reply in match(self._sent, replies):
-            member = self._asked[index].member
-            if reply is not None and not reply.has_error():
-                content = reply.content
-                del reply  # the next one must not be pulled while this one is in memory
-                yield member, content
-                del content
-                continue
-            try:
-                if reply is None:
-                    reason = f"No reply within {self.config.round_timeout_seconds:g} s."
-                else:
-                    reason = decode_error(reply.error, simulated=self.simulated)
-            except RunError as error:
-                self.recorder.failure(server_round, phase, member.client, str(error))
-                raise
-            self.recorder.failure(server_round, phase, member.client, reason)
-        for present in self._asked[len(self._sent) :]:
-            reason = f"Not reached within {self.config.round_timeout_seconds:g} s."
-            self.recorder.failure(server_round, phase, present.member.client, reason)
-
     def _receive(self, server_round: int, member: Member, content: RecordDict) -> list[Update]:
         """Decode and check all of a reply before any of it is recorded; return its update."""
         with refuse_unusable():
             result = decode_result(content)
-            updates = [decode_update(content)] if self._trains(member.client) else []
+            updates = [decode_update(content)] if self.instructions.trains(member.client) else []
             if self.upload_bits:
                 updates = [self.state.restore(u, member, self.upload_bits) for u in updates]
             for update in updates:
