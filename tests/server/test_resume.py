@@ -132,9 +132,7 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(interrupted, differen
     compare_all(interrupted, lambda taken: taken[3 :: len(taken) // SHOWN], differences)
 
 
-def test_a_run_that_died_between_spooled_uploads_ends_as_one_that_did_not(
-    interrupted, differences
-):
+def test_a_run_that_died_between_spooled_uploads_ends_as_one_that_did_not(interrupted, differences):
     def spooled(taken):
         found = [folder for folder in taken if [*folder.rglob(".spooled.*")]]
         assert len(found) > 4  # an adapter and a LoRA of every client and exchange
