@@ -59,8 +59,7 @@ class PilotStrategy(Strategy):
     `Result`. `expected` maps the federation's clients to their tasks, `identity` has the hashes
     that clients must share (`pilot_flwr.flower.compatibility`), `settings` is the hash of the
     run's settings, for its checkpoints, and `upload_bits` the width of compressed uploads, 0 if
-    they are not. If `simulated`, all clients exist from the start and error
-    replies may come from Ray.
+    they are not. If `simulated`, all clients exist from the start and Ray may send error replies.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class PilotStrategy(Strategy):
         keys: Mapping[str, str] | None = None,
         operator_keys: Mapping[str, str] | None = None,
     ) -> None:
-        """`seed` draws clients; `at_once` returns how many may have unanswered messages.
+        """`seed` draws clients and sketches, `at_once` returns how many messages may be unanswered.
 
         `keys` are the fingerprints recorded so far, `operator_keys` the operator's.
         """
@@ -244,6 +243,7 @@ class PilotStrategy(Strategy):
             done = self.state.aggregate(
                 updates,
                 self.config,
+                seed=self.seed,
                 allocate=lambda client: create_lora(
                     self.folder.checkpoints, server_round, client, self.state.initial.lora
                 ),

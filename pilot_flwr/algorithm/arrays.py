@@ -1,9 +1,9 @@
 """Compare, check and reduce the named arrays of several clients.
 
 A *state* is a mapping from names to tensors, each a ``numpy.ndarray`` or a CPU ``torch.Tensor``
-of dtype float16, bfloat16 (torch only), float32 or float64. `combine` and `centred_gram` are the
-two passes over the values of K states; the equations of :mod:`pilot_flwr.algorithm.aggregation`
-are built on them.
+of dtype float16, bfloat16 (torch only), float32 or float64. `combine`, `centred_gram` and
+`sketch` are the passes over the values of K states; the equations of
+:mod:`pilot_flwr.algorithm.aggregation` are built on them.
 
 Accuracy: products and sums are float64, and results are rounded to the clients' dtype once. Clients
 that start from the same base differ by little beside their norms, so inner products are those of
@@ -202,6 +202,57 @@ def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
     return total
 
 
+@np.errstate(invalid="ignore", over="ignore")  # raised as errors below
+def sketch(states: Sequence[NamedArrays], size: int, generator: np.random.Generator) -> Matrix:
+    """Project the clients' differences to the first client onto `size` sums with random signs.
+
+    ::
+
+        Y_kc = sum_{i: h(i) = c} s_i D_ki,   D_k = S_k - S_0   (all tensors as one vector)
+
+    The signs s_i are independent. Runs of at most `size` neighbouring values go to neighbouring
+    columns from a random one on, so two values share a column with probability at most 1 / size.
+
+    Parameters
+    ----------
+    states : sequence of state
+        One per client, checked by :func:`check_states`.
+    size : int
+        Columns m of the sketch.
+    generator : numpy.random.Generator
+        Draws s and h, which depend on its seed, `size` and the states' layout alone.
+
+    Returns
+    -------
+    ndarray of float64, shape (K, size)
+        Y; identical clients have identical rows, and the first client's is 0.
+
+    Raises
+    ------
+    UpdateError
+        A tensor holds NaN or Inf, or its sums overflow.
+    """
+    sketches = np.zeros((len(states), size))
+    for name in states[0]:
+        vectors = [_vector(state[name]) for state in states]
+        for start in range(0, vectors[0].shape[0], size):
+            columns = slice(start, min(start + size, vectors[0].shape[0]))
+            width = columns.stop - start
+            signs, first = 1.0 - 2 * generator.integers(0, 2, width), int(generator.integers(size))
+            fits = min(width, size - first)
+            reference, row = np.empty(width), np.empty(width)
+            _copy_into(reference, vectors[0][columns])
+            for vector, total in zip(vectors, sketches, strict=True):
+                _copy_into(row, vector[columns])
+                row -= reference
+                row *= signs
+                total[first : first + fits] += row[:fits]
+                total[: width - fits] += row[fits:]
+        if not np.isfinite(sketches.sum()):  # NaN and Inf survive the sums
+            raise _not_finite(name, vectors, range(len(states)))
+    return sketches
+
+
 class _WeightedSum:
     """Weighted sums of the rows of a block: over the named rows alone where these are few."""
 
@@ -269,12 +320,15 @@ def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, M
         columns = slice(start, min(size, start + width))
         block = _reshaped(buffer, clients, columns.stop - start)
         for row, vector in zip(block, vectors, strict=True):
-            part = vector[columns]
-            if isinstance(part, torch.Tensor):
-                torch.from_numpy(row).copy_(part)
-            else:
-                row[:] = part
+            _copy_into(row, vector[columns])
         yield columns, block
+
+
+def _copy_into(row: Matrix, part: Array) -> None:
+    if isinstance(part, torch.Tensor):
+        torch.from_numpy(row).copy_(part)
+    else:
+        row[:] = part
 
 
 def _reshaped(buffer: Matrix, rows: int, columns: int) -> Matrix:

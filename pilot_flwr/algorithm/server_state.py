@@ -18,6 +18,7 @@ from pilot_flwr.algorithm.aggregation import (
     LORA_RULES,
     mix,
     pairwise_distances,
+    sketched_distances,
     task_aware_average,
     weighted_average,
 )
@@ -171,7 +172,7 @@ class Aggregation:
     neighbors: Matrix | None
     """Weights (K, K) of the clients' LoRAs in every client's Θ̄_l; None if LoRAs are not shared."""
     distances: Matrix | None
-    """‖Θ_l,k − Θ_l,j‖₂ (K, K), or None."""
+    """‖Θ_l,k − Θ_l,j‖₂ (K, K), exact or estimated, or None."""
 
 
 @dataclass
@@ -261,6 +262,7 @@ class ServerState:
         updates: Sequence[Update],
         config: StrategyConfig,
         *,
+        seed: int = 0,
         allocate: Callable[[str], State] | None = None,
         keep: Callable[[State], State] = _in_memory,
     ) -> Aggregation:
@@ -272,6 +274,8 @@ class ServerState:
             Each accepted by `check`.
         config : StrategyConfig
             Aggregation rules.
+        seed : int
+            The run's; sketches of LoRAs depend on it and on the number of the exchange.
         allocate : callable, optional
             Maps a client to a state like `initial.lora`, which its new LoRA is written into. By
             default, new LoRAs are in memory.
@@ -288,7 +292,7 @@ class ServerState:
         if not updates:
             raise UpdateError("There is no update to aggregate.")
         averaged = self._average_adapters(updates, config)
-        neighbors, distances = self._mix_loras(updates, config, allocate, keep)
+        neighbors, distances = self._mix_loras(updates, config, seed, allocate, keep)
         self._means.clear()
         self.task_of |= {update.client: update.task for update in updates}
         self.rounds += 1
@@ -320,6 +324,7 @@ class ServerState:
         self,
         updates: Sequence[Update],
         config: StrategyConfig,
+        seed: int,
         allocate: Callable[[str], State] | None,
         keep: Callable[[State], State],
     ) -> tuple[Matrix | None, Matrix | None]:
@@ -329,7 +334,11 @@ class ServerState:
             return None, None
         clients, tasks = [u.client for u in updates], [u.task for u in updates]
         loras, examples = [u.lora for u in updates], [u.num_examples for u in updates]
-        rule, distances = LORA_RULES[config.lora], pairwise_distances(loras)
+        if config.distances == "sketch":
+            distances = sketched_distances(loras, seed=[seed, self.rounds])
+        else:
+            distances = pairwise_distances(loras)
+        rule = LORA_RULES[config.lora]
         weights = rule.weights(distances, tasks, examples, config)
         new: dict[str, State] = {}
         place: Callable[[int], dict[str, Array]] | None = None

@@ -246,6 +246,8 @@ NEEDED = (
     Need("strategy.lora", "strategy.sharing.lora", ("AB", "A", "B")),
     Need("strategy.num_neighbors", "strategy.lora", ("adaptive",)),
     Need("strategy.num_neighbors", "strategy.sharing.lora", ("AB", "A", "B")),
+    Need("strategy.distances", "strategy.trained_by", ("clients",)),
+    Need("strategy.distances", "strategy.sharing.lora", ("AB", "A", "B")),
     *(
         Need(f"strategy.{name}", "strategy.trained_by", _TRAINS)
         for name in ("adapters", "lora", "num_neighbors", "sharing")

@@ -62,6 +62,8 @@ def distances(run: RunData) -> Figure:
         "LoRAs that the clients sent, before aggregation; darker is closer. All panels share one "
         "colour scale. "
     )
+    if strategy.distances == "sketch":
+        text += "The distances are estimates from a sketch of every LoRA. "
     if strategy.lora == "adaptive":
         own = "the client itself and " if strategy.self_weight else ""
         text += (

@@ -56,7 +56,7 @@ SWITCHES_NOTHING = """
     model.gradient_checkpointing model.compile
     data.image_aspect_ratio data.image_reading data.check_images data.evaluate_on
     data.shift.mirrored
-    strategy.adapters strategy.sampling strategy.below_minimum
+    strategy.adapters strategy.distances strategy.sampling strategy.below_minimum
     train.over_long train.text_only train.schedule train.clipping train.loss_reduction
     train.batching train.autocast train.difference_loss.reduction train.balance_loss.reduction
     train.lora_matrices
@@ -140,6 +140,8 @@ def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
             ("train.balance_loss.reduction", "train.balance_weight=0.0"),
         ),
         ("strategy=zero_shot train.epochs=3", ("train.epochs", "trained_by=nobody")),
+        ("strategy=local strategy.distances=sketch", ("distances", "sharing.lora=none")),
+        ("strategy=centralised strategy.distances=sketch", ("distances", "trained_by=pooled")),
     ],
 )
 def test_an_override_without_effect_is_refused(overrides, names, capsys):
