@@ -10,21 +10,30 @@ that start from the same base differ by little beside their norms, so inner prod
 differences to the first client: a common offset cancels before it costs digits.
 
 Time and memory: columns of all clients are staged in blocks, so that every value is read and
-converted once per pass, and the inner products use all cores. A mixture costs by the clients that
-its row names. Results are written straight into their final arrays. NaN and Inf are found in the
-same pass.
+converted once per pass, on all cores (:mod:`pilot_flwr.algorithm.blocks`). A mixture costs by the
+clients that its row names. Results are written straight into their final arrays. NaN and Inf are
+found in the same pass.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pilot_flwr.algorithm.mapped import read_soon
+from pilot_flwr.algorithm.blocks import (
+    BLOCK_ELEMENTS,
+    Columns,
+    block_width,
+    blocks,
+    copy_into,
+    in_threads,
+    reshaped,
+    threads,
+)
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import State
 
@@ -35,27 +44,8 @@ Matrix: TypeAlias = NDArray[np.float64]
 _NUMPY_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache. With many
-# clients a block has at least so many columns that adding its (K, K) product costs little.
-_BLOCK_ELEMENTS = 1 << 17
-_BLOCK_COLUMNS = 2048
-
-# Bytes of all clients' mapped files that the system reads ahead together.
-_READ_AHEAD_BYTES = 1 << 26
-
 # A sum over the named clients alone costs as much per client as so many of a matrix product.
 _DENSE_SPEED = 8
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: synchronising busy cores takes longer than a block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool = True) -> str:
@@ -109,8 +99,6 @@ def check_tensors(what: str, state: State, expected: State) -> None:
             raise UpdateError(f"`{name}` of its {what} has values that are not finite")
 
 
-@_one_thread()
-@np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def combine(
     states: Sequence[NamedArrays],
     weights: Matrix,
@@ -146,28 +134,30 @@ def combine(
     UpdateError
         A tensor holds NaN or Inf, or its sum overflows.
     """
-    rows = len(weights)
-    # Allocated before the results: between these, they would fragment the heap.
-    staging = _staging(states)
-    weighted_sum = _WeightedSum(weights, staging.size // len(states))
-    if allocate is None:
-        results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
-    else:
-        results = [allocate(row) for row in range(rows)]
-        assert not any(layout_difference(result, states[0]) for result in results)
-    for name in states[0]:
-        vectors = [_vector(state[name]) for state in states]
-        targets = [_vector(result[name]) for result in results]
-        for columns, block in _blocks(vectors, staging):
-            if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
-                raise _not_finite(name, vectors, clients)
-            mixed = weighted_sum(block)
-            for target, source in zip(targets, mixed, strict=True):
-                _round_into(target[columns], source)
+    rows, width = len(weights), block_width(states)
+
+    def mix_block(source: Columns, target: Columns, weighted_sum: _WeightedSum) -> None:
+        block = source.stage(weighted_sum.staging)
+        if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
+            raise _not_finite(source.name, source.vectors, clients)
+        for vector, mixed in zip(target.vectors, weighted_sum(block), strict=True):
+            _round_into(vector[target.columns], mixed)
+
+    with threads(8 * width * (len(states) + rows)) as number:
+        # Allocated before the results: between these, they would fragment the heap.
+        sums = [_WeightedSum(weights, width) for _ in range(number)]
+        if allocate is None:
+            results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
+        else:
+            results = [allocate(row) for row in range(rows)]
+            assert not any(layout_difference(result, states[0]) for result in results)
+        places = zip(blocks(states, width), blocks(results, width, read=False), strict=True)
+        jobs = (functools.partial(mix_block, *place) for place in places)
+        for _ in in_threads(jobs, sums):
+            pass
     return results
 
 
-@np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
     """Compute the inner products of the clients' differences to the first client.
 
@@ -190,15 +180,21 @@ def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
     UpdateError
         A tensor holds NaN or Inf, or its squares overflow.
     """
-    total = np.zeros((len(states), len(states)))
-    staging = _staging(states)
-    for name in states[0]:
-        vectors = [_vector(state[name]) for state in states]
-        for _, block in _blocks(vectors, staging):
-            block -= block[0].copy()
-            total += block @ block.T  # one triangle, mirrored: BLAS `syrk`
-        if not np.isfinite(total.trace()):  # NaN and Inf survive the squares
-            raise _not_finite(name, vectors, range(len(states)))
+    clients, width = len(states), block_width(states)
+    total = np.zeros((clients, clients))
+
+    def product(source: Columns, staging: Matrix) -> tuple[Columns, Matrix]:
+        block = source.stage(staging)
+        block -= block[0].copy()
+        return source, block @ block.T  # one triangle, mirrored: BLAS `syrk`
+
+    with threads(8 * (clients * width + 2 * clients**2)) as number:
+        staging = [np.empty(clients * width) for _ in range(number)]
+        jobs = (functools.partial(product, source) for source in blocks(states, width))
+        for source, part in in_threads(jobs, staging):
+            total += part
+            if not np.isfinite(total.trace()):  # NaN and Inf survive the squares
+                raise _not_finite(source.name, source.vectors, range(clients))
     return total
 
 
@@ -233,28 +229,28 @@ def sketch(states: Sequence[NamedArrays], size: int, generator: np.random.Genera
         A tensor holds NaN or Inf, or its sums overflow.
     """
     sketches = np.zeros((len(states), size))
-    for name in states[0]:
-        vectors = [_vector(state[name]) for state in states]
-        for start in range(0, vectors[0].shape[0], size):
-            columns = slice(start, min(start + size, vectors[0].shape[0]))
-            width = columns.stop - start
-            signs, first = 1.0 - 2 * generator.integers(0, 2, width), int(generator.integers(size))
-            fits = min(width, size - first)
-            reference, row = np.empty(width), np.empty(width)
-            _copy_into(reference, vectors[0][columns])
-            for vector, total in zip(vectors, sketches, strict=True):
-                _copy_into(row, vector[columns])
-                row -= reference
-                row *= signs
-                total[first : first + fits] += row[:fits]
-                total[: width - fits] += row[fits:]
-        if not np.isfinite(sketches.sum()):  # NaN and Inf survive the sums
-            raise _not_finite(name, vectors, range(len(states)))
+    reference, row = np.empty((2, size))
+    for name, vectors, columns in blocks(states, size):
+        width = columns.stop - columns.start
+        signs, first = 1.0 - 2 * generator.integers(0, 2, width), int(generator.integers(size))
+        fits = min(width, size - first)
+        copy_into(reference[:width], vectors[0][columns])
+        for one, total in zip(vectors, sketches, strict=True):
+            copy_into(row[:width], one[columns])
+            row[:width] -= reference[:width]
+            row[:width] *= signs
+            total[first : first + fits] += row[:fits]
+            total[: width - fits] += row[fits:width]
+        if columns.stop == vectors[0].shape[0] and not np.isfinite(sketches.sum()):
+            raise _not_finite(name, vectors, range(len(states)))  # they survive the sums
     return sketches
 
 
 class _WeightedSum:
-    """Weighted sums of the rows of a block: over the named rows alone where these are few."""
+    """Weighted sums of the rows of a block: over the named rows alone where these are few.
+
+    `staging` has room for a block.
+    """
 
     def __init__(self, weights: Matrix, width: int) -> None:
         named = weights > 0
@@ -265,10 +261,11 @@ class _WeightedSum:
         self.factors = np.where(unnamed, 0, np.take_along_axis(weights, self.clients, axis=1))
         self.clients = np.where(unnamed, self.clients[:, :1], self.clients)
         self.weights = weights
+        self.staging = np.empty(weights.shape[1] * width)
         self.sparse = _DENSE_SPEED * self.most <= weights.shape[1]
         self.product = np.empty(len(weights) * width)
         # So many rows at once stay in the L2 cache while their clients are added to them.
-        self.step = max(1, _BLOCK_ELEMENTS // (2 * width))
+        self.step = max(1, BLOCK_ELEMENTS // (2 * width))
         self.gathered = np.empty(self.step * width if self.sparse else 0)
 
     def __call__(self, block: Matrix) -> Matrix:
@@ -276,7 +273,7 @@ class _WeightedSum:
         first = block[:, 0]
         if (first == first[0]).all() and (block == block[0]).all():
             return block[:rows]
-        mixed = _reshaped(self.product, rows, width)
+        mixed = reshaped(self.product, rows, width)
         if self.sparse:
             self._add_named(block, mixed)
         else:
@@ -294,45 +291,12 @@ class _WeightedSum:
         for start in range(0, len(out), self.step):
             target = out[start : start + self.step]
             rows = slice(start, start + len(target))
-            gathered = _reshaped(self.gathered, *target.shape)
+            gathered = reshaped(self.gathered, *target.shape)
             target[:] = 0
             for place in range(self.most):
                 np.take(block, self.clients[rows, place], axis=0, out=gathered, mode="clip")
                 gathered *= self.factors[rows, place, None]
                 target += gathered
-
-
-def _staging(states: Sequence[NamedArrays]) -> Matrix:
-    """Allocate a block of all clients."""
-    clients = len(states)
-    widest = max(math.prod(value.shape) for value in states[0].values())
-    return np.empty(clients * max(1, min(widest, max(_BLOCK_ELEMENTS // clients, _BLOCK_COLUMNS))))
-
-
-def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, Matrix]]:
-    """Yield the columns of K vectors as float64 (K, width) blocks, each staged in `buffer`."""
-    size, clients = vectors[0].shape[0], len(vectors)
-    width = buffer.size // clients
-    ahead = width * max(1, _READ_AHEAD_BYTES // (clients * width * vectors[0].itemsize))
-    for start in range(0, size, width):
-        if start % ahead == 0:
-            read_soon(vectors, slice(start, start + ahead))
-        columns = slice(start, min(size, start + width))
-        block = _reshaped(buffer, clients, columns.stop - start)
-        for row, vector in zip(block, vectors, strict=True):
-            _copy_into(row, vector[columns])
-        yield columns, block
-
-
-def _copy_into(row: Matrix, part: Array) -> None:
-    if isinstance(part, torch.Tensor):
-        torch.from_numpy(row).copy_(part)
-    else:
-        row[:] = part
-
-
-def _reshaped(buffer: Matrix, rows: int, columns: int) -> Matrix:
-    return buffer[: rows * columns].reshape(rows, columns)
 
 
 def _round_into(target: Array, source: Matrix) -> None:
@@ -359,17 +323,6 @@ def _describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"numpy {value.dtype} {value.shape}"
     return f"of type {type(value).__name__}"
-
-
-def _vector(value: Array) -> Array:
-    """Return all elements as a vector; a view where the memory layout allows it.
-
-    An ndarray where numpy has the dtype: its short copies cost a fraction of torch's.
-    """
-    if isinstance(value, torch.Tensor):
-        vector = value.detach().reshape(-1)
-        return vector if vector.dtype == torch.bfloat16 else vector.numpy()
-    return value.reshape(-1)
 
 
 def _empty_like(value: Array) -> Array:

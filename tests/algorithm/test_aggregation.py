@@ -114,8 +114,8 @@ def test_distances_of_every_dtype(dtype: object) -> None:
 def test_tensors_that_span_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     states, weights = make_states(5), np.random.default_rng(1).dirichlet(np.ones(5), 5)
     distances, mixed = pairwise_distances(states), mix(states, weights)
-    monkeypatch.setattr("pilot_flwr.algorithm.arrays._BLOCK_ELEMENTS", 5 * 7)
-    monkeypatch.setattr("pilot_flwr.algorithm.arrays._BLOCK_COLUMNS", 1)  # 132 = 18 * 7 + 6 columns
+    monkeypatch.setattr("pilot_flwr.algorithm.blocks.BLOCK_ELEMENTS", 5 * 7)
+    monkeypatch.setattr("pilot_flwr.algorithm.blocks._BLOCK_COLUMNS", 1)  # 132 = 18 * 7 + 6 columns
     assert_allclose(pairwise_distances(states), distances, rtol=1e-14)
     for one, many in zip(mixed, mix(states, weights), strict=True):
         assert_array_equal(flat(one), flat(many))

@@ -1,9 +1,11 @@
 """What the passes over named arrays accept, leave alone and refuse."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -13,6 +15,8 @@ from pilot_flwr.algorithm.aggregation import (
     task_aware_average,
     weighted_average,
 )
+from pilot_flwr.algorithm.arrays import centred_gram
+from pilot_flwr.algorithm.blocks import in_threads, threads
 from pilot_flwr.errors import UpdateError
 
 SHAPES = {"q.lora_A": (4, 33), "q.lora_B": (33, 4), "scale": ()}
@@ -188,3 +192,60 @@ def test_task_errors_name_the_client_in_the_whole_list() -> None:
         task_aware_average(states, ["a", "b", "a", "b"], [1] * 4)
     with pytest.raises(UpdateError, match="4 adapters but 3 tasks"):
         task_aware_average(states, ["a", "b", "a"], [1] * 4)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_results_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """12 blocks of 3,000 columns; each number of threads takes other blocks at other times."""
+    rng = np.random.default_rng(1)
+    states = [{"a": rng.standard_normal(33_000).astype(np.float32)} for _ in range(20)]
+    weights = rng.dirichlet(np.ones(20), 20)
+    monkeypatch.setattr("pilot_flwr.algorithm.blocks.BLOCK_ELEMENTS", 20 * 3000)
+    before = torch.get_num_threads()
+    expected = 0
+    for start in range(0, 33_000, 3000):  # one thread, block by block
+        block = np.stack([s["a"][start : start + 3000] for s in states]).astype(np.float64)
+        block -= block[0].copy()
+        with threadpoolctl.threadpool_limits(1):
+            expected = expected + block @ block.T
+    torch.set_num_threads(number)
+    try:
+        assert_array_equal(centred_gram(states), expected)
+        mixed = mix(states, weights)
+        assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+    assert_array_equal(
+        np.stack([m["a"] for m in mixed]), np.stack([m["a"] for m in mix(states, weights)])
+    )
+
+
+def test_a_job_that_fails_ends_the_others() -> None:
+    """The first failure in the order of the jobs is raised; few jobs run ahead of it."""
+    done = []
+
+    def job(number: int, buffer: str) -> str:
+        done.append(number)
+        if number == 3:
+            raise UpdateError("the third")
+        return buffer + str(number)
+
+    jobs = (functools.partial(job, number) for number in range(1, 100))
+    results = in_threads(jobs, ["b", "b"])
+    assert [next(results), next(results)] == ["b1", "b2"]
+    with pytest.raises(UpdateError, match="the third"):
+        next(results)
+    assert max(done) <= 6
+
+
+def test_threads_are_as_many_as_their_buffers_allow() -> None:
+    cores = torch.get_num_threads()
+    with threads(1) as number:
+        assert (number, torch.get_num_threads()) == (cores, 1)
+    with threads(1 << 40) as number:  # one product at a time, on all cores
+        assert number == 1
+        blas = [i for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"]
+        assert all(library["num_threads"] == cores for library in blas)
+    assert torch.get_num_threads() == cores
