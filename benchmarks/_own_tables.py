@@ -1,10 +1,11 @@
 """Tables of single result files, and the note below every table."""
 
+import statistics
 from collections.abc import Callable
 
 from _rows import Results, epsilon_text
 
-from pilot_flwr.formatting import human_bytes
+from pilot_flwr.formatting import human_bytes, human_seconds
 from pilot_flwr.run.tables import markdown
 
 
@@ -87,6 +88,39 @@ def payload_table(record: Results) -> str:
     return f"{markdown(rows)}\n{markdown(memory)}\n{note(record)}\n"
 
 
+def clients_table(record: Results) -> str:
+    """Return the tables of ``clients.json``: costs by number of clients, and scores."""
+    thousand = record["results"]["thousand"]
+    columns = [*record["results"]["same_number_drawn"], thousand]
+    lines: list[tuple[str, Callable[[Results], str]]] = [
+        ("clients that train in an exchange", lambda one: str(one["trained_per_exchange"][0])),
+        ("exchanges", lambda one: str(len(one["exchange_seconds"]))),
+        ("the run", lambda one: human_seconds(one["run_seconds"])),
+        ("the first roster", lambda one: human_seconds(one["roster_seconds"][0])),
+        (
+            "an exchange after the first, median",
+            lambda one: human_seconds(statistics.median(one["exchange_seconds"][1:])),
+        ),
+        ("run folder, on disk", lambda one: human_bytes(one["folder_bytes"])),
+        ("of it `metrics.jsonl`", lambda one: human_bytes(one["metrics_bytes"])),
+    ]
+    header = [f"{one['clients']:,} clients" for one in columns[:-1]]
+    rows = [["", *header, f"{thousand['clients']:,} clients, `experiment=thousand`"]]
+    rows += [[title, *map(value, columns)] for title, value in lines]
+    memory = [["peak resident memory (anonymous)", *rows[0][1:]]]
+    for name in sorted(
+        thousand["peak_bytes"], key=lambda n: -thousand["peak_bytes"][n]["resident"]
+    ):
+        cells = [
+            f"{human_bytes(peak['resident'])} ({human_bytes(peak['anonymous'])})"
+            for peak in (one["peak_bytes"][name] for one in columns)
+        ]
+        memory.append([name, *cells])
+    found = thousand["score_by_exchange"]
+    scores = [["exchange", *found], ["mean score", *(f"{score:.3f}" for score in found.values())]]
+    return f"{markdown(rows)}\n{markdown(memory)}\n{markdown(scores)}\n{note(record)}\n"
+
+
 def plan_table(record: Results) -> str:
     """Return the table of ``plan.json``: a row per base model."""
     plans = record["results"]
@@ -148,5 +182,6 @@ OWN_TABLES: dict[str, Callable[[Results], str]] = {
     "privacy": privacy_table,
     "deployment": deployment_table,
     "payload": payload_table,
+    "clients": clients_table,
 }
 """Tables of single result files, by the file's name."""

@@ -182,6 +182,35 @@ def server_memory_rows(results: Results) -> Rows:
     ]
 
 
+def clients_rows(results: Results) -> Rows:
+    """Rows of ``clients.json``, which also has its own table, `clients_table`."""
+    sizes, thousand = results["same_number_drawn"], results["thousand"]
+    peaks = [human_bytes(server_peak(one)["resident"]) for one in sizes]
+    drawn = thousand["trained_per_exchange"]
+    return [
+        [
+            "peak resident memory of ServerApp and Flower's simulation engine, one process, with "
+            f"{', '.join(str(one['clients']) for one in sizes)} clients of which "
+            f"{sizes[0]['trained_per_exchange'][0]} train in each exchange; largest to smallest",
+            f"{', '.join(peaks)}; {1 + results['server_spread']['resident']:.3f} x",
+            "<= 1.1 x",
+        ],
+        [
+            f"`experiment=thousand`, {thousand['clients']:,} clients, {drawn[0]} in each of "
+            f"{len(drawn)} exchanges, the tiny model: the run; the same process's peak",
+            f"{thousand['run_seconds'] / 60:.0f} min; "
+            f"{human_bytes(server_peak(thousand)['resident'])}",
+            "",
+        ],
+    ]
+
+
+def server_peak(measured: Results) -> dict[str, int]:
+    """Return the peak memory of the process with the ServerApp, by kind."""
+    peaks: dict[str, dict[str, int]] = measured["peak_bytes"]
+    return next(peak for name, peak in peaks.items() if name.startswith("ServerApp"))
+
+
 def object_stores_rows(results: Results) -> Rows:
     """Rows of ``object_stores.json``."""
     return [
@@ -307,6 +336,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "aggregation": aggregation_rows,
     "server_memory": server_memory_rows,
     "object_stores": object_stores_rows,
+    "clients": clients_rows,
     "client_session": client_session_rows,
     "demo": demo_rows,
     "rows": rows_rows,

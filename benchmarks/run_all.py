@@ -22,6 +22,7 @@ BENCHMARKS = (
     "aggregation",
     "server_memory",
     "object_stores",
+    "clients",
     "client_session",
     "demo",
     "rows",

@@ -21,7 +21,8 @@ PAGES = {
     "docs/tutorials/first-run.md": ("demo", "timeline"),
     "docs/how-to/deployment.md": ("deployment", "payload"),
     "docs/how-to/privacy.md": ("privacy",),
-    "docs/explanation/results.md": ("scenario1", "scenario2", "ablations"),
+    "docs/how-to/many-clients.md": ("clients",),
+    "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
     "docs/explanation/scenarios.md": ("rates",),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan"),
 }

@@ -1,8 +1,10 @@
 """Compare compressed uploads with bfloat16 on the two scenarios: Pilot, five seeds, test split.
 
-Run ``python benchmarks/scenarios/compression.py`` (about 20 minutes on 2 cores; repeat it to
-resume) to update ``benchmarks/results/scenarios/compression-*.csv``, or ``--quick`` for a tiny run
-that writes nothing. ``make tables`` writes the table of docs/explanation/results.md from them.
+The learning rate is Pilot's, from the search of the comparison of methods, which is the default.
+Run ``python benchmarks/scenarios/compression.py`` (an hour on 2 cores; repeat it to resume) to
+update ``benchmarks/results/scenarios/compression-*.csv``, then
+``python benchmarks/tables.py --readme`` to update the table of docs/explanation/results.md.
+``--quick`` makes a tiny run and writes nothing.
 """
 
 import argparse
@@ -48,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = options.out / scenario
         compare(scenario, folder, jobs=options.jobs)
         shutil.copyfile(folder / "results.csv", FOLDER / f"compression-{scenario}.csv")
-    write_record(FOLDER / "compression.json", {"side_by_side": options.jobs}, packages=PACKAGES)
+    results = {"side_by_side": options.jobs, "wall_seconds": None}  # parts may be resumed ones
+    write_record(FOLDER / "compression.json", results, packages=PACKAGES)
 
 
 if __name__ == "__main__":

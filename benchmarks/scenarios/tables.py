@@ -1,10 +1,11 @@
-"""Tables of the two scenarios, of Pilot's ablations and of the search."""
+"""Tables of the two scenarios, of Pilot's ablations, of compressed uploads and of the search."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pilot_flwr.formatting import human_bytes
 from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.compare import (
     Comparison,
@@ -16,6 +17,7 @@ from pilot_flwr.sweeps.compare import (
     p_text,
 )
 from pilot_flwr.sweeps.results import read_rows
+from scenarios.compression import DTYPES
 from scenarios.search import CANDIDATES, FIRST, chosen, read_scores, searched, trained_methods
 from scenarios.sweeps import ABLATIONS, METHODS, SCENARIOS
 
@@ -34,6 +36,8 @@ def scenario_tables(folder: Path) -> dict[str, str]:
     if len(tables) == len(SCENARIOS):
         tables["ablations"] = ablations_table(folder)
         tables["overview"] = overview_table(folder)
+    if all((folder / f"compression-{scenario}.csv").exists() for scenario in SCENARIOS):
+        tables["compression"] = compression_table(folder)
     if all((folder / f"search-{scenario}.csv").exists() for scenario in SCENARIOS):
         tables["rates"] = rates_table(folder)
     return tables
@@ -65,6 +69,32 @@ def overview_table(folder: Path) -> str:
 def ablations_table(folder: Path) -> str:
     """Return Pilot's ablations on both scenarios: means, and differences to Pilot with their p."""
     found = [comparison(folder / f"{name}.csv", (PILOT, *ABLATIONS)) for name in SCENARIOS]
+    rows = beside(found, (PILOT, *ABLATIONS))
+    sources = [effort(folder, scenario, ABLATIONS) for scenario in SCENARIOS]
+    below = legend(found, PILOT, len(ABLATIONS))
+    return f"{markdown(rows)}\n{below}\n\n{sources[0]}\n\n{sources[1]}\n"
+
+
+def compression_table(folder: Path) -> str:
+    """Return Pilot with compressed uploads on both scenarios, against bfloat16."""
+    labels = [f"{PILOT} model.sent_dtype={dtype}" for dtype in DTYPES]
+    files = [f"compression-{scenario}" for scenario in SCENARIOS]
+    data = [read_rows(folder / f"{name}.csv") for name in files]
+    found = [compare(rows, labels[0])[0] for rows in data]
+    sent = {method.label: method.costs.get("bytes_up") for method in found[0].methods}
+    header, *rows = beside(found, labels)
+    rows = [[*row, human_bytes(sent[row[0]] or 0)] for row in rows]
+    below = legend(found, DTYPES[0], len(DTYPES) - 1)
+    machine = machine_of(folder / "compression.json", "")
+    sources = [
+        f"`{name}.csv`: {code_of(rows)}{machine}" for name, rows in zip(files, data, strict=True)
+    ]
+    table = markdown([[*header, "sent up in a run"], *rows])
+    return f"{table}\n{below}\n\n{sources[0]}\n\n{sources[1]}\n"
+
+
+def beside(found: Sequence[Comparison], labels: Sequence[str]) -> list[list[str]]:
+    """Return the methods with these labels, both scenarios side by side, header first."""
     methods = [{method.label: method for method in one.methods} for one in found]
     header = ["method"]
     for scenario in SCENARIOS:
@@ -72,20 +102,23 @@ def ablations_table(folder: Path) -> str:
     rows = [
         [label, *(cell for one in methods for cell in cells(one[label]))]
         for label in methods[0]
-        if label in (PILOT, *ABLATIONS)
+        if label in labels
     ]
-    seeds = sorted({len(method.seeds) for one in methods for method in one.values()})
-    legend = (
+    return [header, *rows]
+
+
+def legend(found: Sequence[Comparison], baseline: str, comparisons: int) -> str:
+    """Explain the columns of `beside`."""
+    seeds = sorted({len(method.seeds) for one in found for method in one.methods})
+    return (
         f"Mean over tasks and {', '.join(map(str, seeds))} seeds ± half the width of its 95 % "
-        f"interval (Student's t). p: two-sided paired t-test over seeds against pilot, "
-        f"Holm-corrected for {len(ABLATIONS)} comparisons in each scenario."
+        f"interval (Student's t). p: two-sided paired t-test over seeds against {baseline}, "
+        f"Holm-corrected for {comparisons} comparisons in each scenario."
     )
-    sources = [effort(folder, scenario, ABLATIONS) for scenario in SCENARIOS]
-    return f"{markdown([header, *rows])}\n{legend}\n\n{sources[0]}\n\n{sources[1]}\n"
 
 
 def cells(method: MethodScores) -> list[str]:
-    """Return a method's mean, difference to Pilot and p."""
+    """Return a method's mean, difference to the baseline and p."""
     difference = interval_text(method.test.difference, sign="+") if method.test else ""
     return [interval_text(method.interval()), difference, p_text(method.p)]
 

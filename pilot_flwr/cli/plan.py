@@ -75,7 +75,7 @@ def plan(
         memory = {stage: part.memory.total for stage, part in figures.stages.items()}
         print(json.dumps({**asdict(figures), "memory_total": memory}, indent=2))
     else:
-        _show(figures, num_clients=config.num_clients, rounds=config.strategy.rounds)
+        _show(figures, exchanges=config.strategy.rounds + 1)
     return SUCCESS
 
 
@@ -88,8 +88,8 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
-    from pilot_flwr.formatting import human_bytes
+def _show(plan: "Plan", *, exchanges: int) -> None:
+    from pilot_flwr.formatting import count, human_bytes
     from pilot_flwr.run.tables import markdown
 
     print(f"{plan.path} ({plan.architecture})")
@@ -112,9 +112,23 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
         if any(sizes)
     ]
     print(markdown([["one client, one exchange", *stages], up, down, *rows]))
+    asked, everyone = plan.server[0], plan.server[-1]
+    drawn = asked.clients < everyone.clients
+    sides = [f"{count(asked.clients, 'client')}{' drawn' * drawn}"]
+    sides += [f"all {everyone.clients:,}"] * drawn
+    rows = [
+        ["the server, one exchange", *sides],
+        ["receives", *(human_bytes(side.up_bytes) for side in plan.server)],
+        ["sends", *(human_bytes(side.down_bytes) for side in plan.server)],
+        [
+            "uploads and checkpoints on its disk, at most",
+            *(human_bytes(side.disk_bytes) for side in plan.server),
+        ],
+    ]
+    print(markdown(rows))
     print(
-        f"The whole run, {num_clients} clients and {rounds + 1} exchanges: "
-        f"{human_bytes(plan.total_bytes)} of tensors\n"
+        f"The whole run, {exchanges} exchanges{' with the clients drawn' * drawn}: "
+        f"{'at most ' * drawn}{human_bytes(plan.total_bytes)} of tensors\n"
     )
     memory = [
         [title, *(_gib(getattr(part.memory, name)) for part in parts)]

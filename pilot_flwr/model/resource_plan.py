@@ -22,6 +22,7 @@ from pilot_flwr.model.architectures import Size, feature_size, known_config, spe
 from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
 from pilot_flwr.model.shapes import DTYPE_BYTES, numel
 from pilot_flwr.protocol import GroupName
+from pilot_flwr.run.checkpoint import KEPT_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,19 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class ServerPlan:
+    """One exchange with so many clients, all in the last stage."""
+
+    clients: int
+    """Clients that the server instructs."""
+    up_bytes: int
+    down_bytes: int
+    disk_bytes: int
+    """Upper bound of adapters and LoRAs in the run folder: an exchange's uploads until they are
+    aggregated, and `pilot_flwr.run.checkpoint.KEPT_ROUNDS` checkpoints beside the next one."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The figures that `pilot-flwr plan` prints."""
 
@@ -62,8 +76,11 @@ class Plan:
     batch: MicroBatch
     """The micro-batch of the memory estimate."""
     stages: dict[int, StagePlan]
+    server: tuple[ServerPlan, ...]
+    """With the clients that an exchange draws; if these are not all, also with all."""
     total_bytes: int
-    """Tensors of the whole run, in both directions, with the closing evaluation."""
+    """Tensors of the whole run, in both directions, with the closing evaluation; an upper bound if
+    clients are drawn: the first exchange of a client takes less."""
     max_length: int
     """`train.max_length`: `train.over_long` decides on longer examples."""
 
@@ -92,6 +109,7 @@ def make_plan(
         answer_tokens,
     )
     last = config.strategy.stages
+    drawn = config.strategy.num_drawn(config.num_clients, train=True)
     stages = {stage: _stage_plan(config, base, stage, batch) for stage in range(1, last + 1)}
     tokens, channels = feature_size(base)
     return Plan(
@@ -102,17 +120,48 @@ def make_plan(
         text_channels=base.text_config.hidden_size,
         batch=batch,
         stages=stages,
+        server=tuple(
+            _server_plan(config, stages[last], clients)
+            for clients in sorted({drawn, config.num_clients})
+        ),
         total_bytes=_total_bytes(config, stages[1], stages[last]),
         max_length=config.train.max_length,
     )
 
 
+def _trainers(config: PilotConfig, clients: int) -> int:
+    return sum(config.strategy.trains(first=client == 0) for client in range(clients))
+
+
+def _server_plan(config: PilotConfig, stage: StagePlan, clients: int) -> ServerPlan:
+    strategy, width = config.strategy, DTYPE_BYTES[config.model.wire_dtype]
+    trainers = _trainers(config, clients)
+    receivers = clients if config.evaluation.enabled else trainers
+    tasks = len(config.data.tasks)
+    # LoRAs that an exchange replaces, and those that there are in the end.
+    new = {"adaptive": trainers, "task": tasks}.get(strategy.lora, 1)
+    kept = new
+    if strategy.lora == "adaptive":
+        kept = min(_trainers(config, config.num_clients), new * (strategy.rounds + 1))
+    loras = trainers + kept + KEPT_ROUNDS * new
+    adapters = trainers + (1 + KEPT_ROUNDS) * tasks
+    numbers = loras * stage.sent_of["lora"] + adapters * stage.sent_of["own_task_adapter"]
+    return ServerPlan(
+        clients=receivers,
+        up_bytes=trainers * stage.up_bytes,
+        down_bytes=receivers * stage.down_bytes,
+        disk_bytes=numbers * width,
+    )
+
+
 def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
     """Return the bytes of a whole run; clients that only evaluate send nothing."""
-    rounds, clients = config.strategy.rounds, config.num_clients
-    trainers = sum(config.strategy.trains(first=client == 0) for client in range(clients))
-    evaluated = config.evaluation.enabled
-    receivers, closing = (clients, clients) if evaluated else (trainers, 0)
+    rounds, strategy = config.strategy.rounds, config.strategy
+    clients = strategy.num_drawn(config.num_clients, train=True)
+    trainers = _trainers(config, clients)
+    receivers, closing = trainers, 0
+    if config.evaluation.enabled:
+        receivers, closing = clients, strategy.num_drawn(config.num_clients, train=False)
     residual = last.residual_bytes[-1]
     up = trainers * (first.up_bytes + rounds * last.up_bytes)
     down = receivers * (first.down_bytes + rounds * last.down_bytes - (1 + rounds) * residual)

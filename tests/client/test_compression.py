@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flwr.app import MessageType
+from flwr.common.serde import recorddict_to_proto
 from inprocess import SMALL, Federation
 from quick_training import quick_training
 
@@ -206,11 +207,20 @@ def test_a_bad_compressed_update_is_rejected_and_the_others_are_used(tmp_path, s
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("int8", 185e6), ("int4", 95e6)])
-def test_the_upload_of_llava_7b(dtype, limit):
+def test_the_upload_of_llava_7b(run, dtype, limit):
+    """Names, headers and the other records of a message add at most 1,000 bytes per tensor."""
+    small = make_plan(run(dtype).config)
+    for reply, event in zip(
+        run(dtype).replies(MessageType.TRAIN), run(dtype).events("train"), strict=True
+    ):
+        message = recorddict_to_proto(reply.content).ByteSize()
+        assert 0 < message - small.stages[event["stage"]].up_bytes <= 1000 * (4 * 7 * 2 + 4)
     plan = make_plan(load_config(f"model=llava-1.5-7b model.sent_dtype={dtype}"))
     plain = make_plan(load_config("model=llava-1.5-7b"))
     for number, stage in plan.stages.items():
-        assert stage.up_bytes < limit < plain.stages[number].up_bytes / 1.9
+        assert (
+            stage.up_bytes + 1000 * (32 * 7 * 2 + 4) < limit < plain.stages[number].up_bytes / 1.9
+        )
         assert stage.down_bytes == plain.stages[number].down_bytes
 
 

@@ -88,6 +88,33 @@ def test_what_exact_aggregation_adds_is_counted():
     assert stage.memory.total > other.memory.total
 
 
+def test_a_server_is_planned_with_the_clients_drawn_and_with_all():
+    """50 of 1,002 in each of 10 exchanges: 500 have a LoRA of their own in the end, at most."""
+    plan = plan_of("experiment=thousand")
+    drawn, everyone = plan.server
+    lora, adapter = 4 * 58368, 4 * 15552
+    assert (drawn.clients, everyone.clients) == (50, 1002)
+    for side, own in ((drawn, 500), (everyone, 1002)):
+        n = side.clients
+        assert side.up_bytes == n * (lora + adapter)
+        assert side.down_bytes == n * (lora + 3 * adapter)
+        # Uploads, and checkpoints: three versions of the adapters and of each replaced LoRA.
+        assert side.disk_bytes == side.up_bytes + (own + 2 * n) * lora + 3 * 3 * adapter
+    assert plan.total_bytes == 50 * (
+        10 * (lora + adapter)  # up
+        + (lora + adapter)  # the first exchange
+        + 10 * (lora + 3 * adapter)  # nine more, and the closing evaluation
+    )
+
+
+@pytest.mark.parametrize(("lora", "kept"), [("adaptive", 6), ("task", 2), ("global", 1)])
+def test_clients_that_share_a_lora_take_its_bytes_once(lora, kept):
+    plan = plan_of(f"{TINY} strategy.lora={lora}")
+    (side,) = plan.server
+    numbers = 58368 * (6 + 3 * kept) + 15552 * (6 + 3 * 2)
+    assert side.clients == 6 and side.disk_bytes == 4 * numbers
+
+
 TINY = "model=tiny data.tasks=[vqa,counting] data.clients_per_task=3 strategy.rounds=2"
 D, C = 64, 96
 
@@ -405,6 +432,11 @@ def test_the_command_prints_all_of_it(capsys):
         assert words in out
     assert "A micro-batch of 2 examples" in out
     assert "Largest micro-batch:" in out
+    assert "| 9 clients |" in out and "The whole run, 4 exchanges: 32.3 GB of tensors" in out
+    assert cli.main(["plan", "experiment=thousand"]) == 0
+    out = capsys.readouterr().out
+    assert "| 50 clients drawn | all 1,002 |" in out
+    assert "The whole run, 10 exchanges with the clients drawn: at most 372.7 MB of tensors" in out
     assert cli.main(["plan", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["stages"]["1"]["sent"] == 58368 + 15552
