@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from pilot_flwr.config.loading import check_effect, load_config
 from pilot_flwr.config.overrides import default_run_folder
-from pilot_flwr.config.rules import expanded
+from pilot_flwr.config.rules import check_simulation, expanded
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
@@ -98,7 +98,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     """Run the remaining exchanges over `grid`; return the strategy with its final state."""
     from pilot_flwr.algorithm.parameter_groups import Sharing
     from pilot_flwr.algorithm.server_state import ServerState
-    from pilot_flwr.flower.client_key import check_client_keys, read_client_keys
+    from pilot_flwr.flower.client_key import read_client_keys
     from pilot_flwr.flower.compatibility import identity_of
     from pilot_flwr.flower.grid import PollingGrid, clients_at_once, in_simulation
     from pilot_flwr.model.loading import initial_state
@@ -113,7 +113,8 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
     else:
         state = ServerState(tasks, initial)
     simulated, operator_keys, recorded = in_simulation(grid), {}, folder.path / CLIENT_KEYS
-    check_client_keys(config.strategy.client_keys, simulated=simulated)
+    if simulated:
+        check_simulation(config.strategy)
     if config.strategy.client_keys:
         operator_keys = read_client_keys(
             expanded("strategy.client_keys", config.strategy.client_keys)

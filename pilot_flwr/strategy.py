@@ -148,7 +148,13 @@ class PilotStrategy(Strategy):
         grid = polling = grid if isinstance(grid, PollingGrid) else PollingGrid(grid)
 
         def send(messages: Iterable[Message]) -> Iterator[Message]:
-            return polling.send_and_receive(messages, timeout=timeout, at_once=self.at_once())
+            return polling.send_and_receive(
+                messages,
+                timeout=timeout,
+                at_once=self.at_once(),
+                closes=self.instructions.closes,
+                late=self.instructions.late,
+            )
 
         def train(server_round: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
             messages = self.configure_train(server_round, result.arrays, train_config, grid)
@@ -228,10 +234,7 @@ class PilotStrategy(Strategy):
             try:
                 updates += self._receive(server_round, member, content)
             except UpdateError as error:
-                reason = f"Rejected: {error}."
-                self.recorder.failure(
-                    server_round, "train", member.client, reason, received=content
-                )
+                self.instructions.fail(member, f"Rejected: {error}.", received=content)
         updates, checks = check_norms(
             updates, self.state, self.config.update_norm, keep=self._spool
         )
@@ -268,6 +271,9 @@ class PilotStrategy(Strategy):
             return self.instructions.messages(server_round, [], {}, train=False)
         if not self._available:  # the run was resumed after its last exchange
             self._available = self._call_roster(grid, server_round + 1, train=False)
+        elif busy := self.instructions.busy(grid, server_round):
+            self._available = [p for p in self._available if p.node_id not in busy]
+            self._record_busy(server_round)
         self._present = self._draw(server_round + 1, train=False)
         # A client evaluates the architecture that it last trained. If its reply was lost, the
         # server does not know that stage: so every client gets all task adapters.
@@ -288,8 +294,7 @@ class PilotStrategy(Strategy):
                 with refuse_unusable():
                     result = decode_result(content)
             except UpdateError as error:
-                reason = f"Rejected: {error}."
-                self.recorder.failure(server_round, "evaluate", member.client, reason)
+                self.instructions.fail(member, f"Rejected: {error}.")
                 continue
             self.recorder.evaluation(server_round, member, result.evaluation)
         score = self.recorder.close_evaluation(server_round, time.perf_counter() - self._started)
@@ -306,13 +311,24 @@ class PilotStrategy(Strategy):
 
     def _call_roster(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
         """Call the roster; the keys that it binds are on disk before anything is sent."""
-        present = self.roster.call(grid, server_round, train=train)
+        present = self.roster.call(
+            grid,
+            server_round,
+            train=train,
+            busy=lambda: self.instructions.busy(grid, server_round),
+        )
+        self._record_busy(server_round)
         if (keys := self.roster.clients.key_of) != self._keys:
             self.folder.write(
                 CLIENT_KEYS, "".join(f"{client} {key}\n" for client, key in keys.items())
             )
             self._keys = dict(keys)
         return present
+
+    def _record_busy(self, server_round: int) -> None:
+        for late in self.instructions.late.values():
+            text = f"still works on exchange {late.exchange}, so it is not asked."
+            self.recorder.warning(server_round, late.client, text)
 
     def _draw(self, server_round: int, *, train: bool) -> list[Present]:
         """Return the available clients that an exchange draws, ordered by id."""

@@ -186,4 +186,4 @@ def test_faults_are_documented_with_their_defaults_and_tests():
         assert defaults[group][key] == float(value), key
     (table,) = re.findall(r"^\| what \| what happens \| test.*?\n\n", text, re.DOTALL | re.M)
     rows = table.strip().splitlines()[2:]
-    assert len(rows) == 10 and all(TEST.search(row) for row in rows)
+    assert len(rows) == 11 and all(TEST.search(row) for row in rows)

@@ -338,5 +338,20 @@ def check_sampling(strategy: Any, clients: int, tasks: int) -> None:
             )
 
 
+def check_simulation(strategy: Any) -> None:
+    """Raise `ConfigError` for settings of real sites in a simulation."""
+    if strategy.client_keys:
+        raise ConfigError(
+            "`strategy.client_keys` lists the keys of real sites, but simulated clients have none: "
+            "omit it, or use `--superlink`."
+        )
+    if strategy.close_after.fraction < 1:
+        raise ConfigError(
+            f"`strategy.close_after.fraction` is {strategy.close_after.fraction:g} but must be 1 "
+            "in a simulation: when a simulated client answers depends on this machine, so results "
+            "could not be repeated. Omit it, or use `--superlink`."
+        )
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)

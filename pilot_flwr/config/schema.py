@@ -105,6 +105,26 @@ class SharingConfig(Section, prefix="strategy.sharing"):
 
 
 @dataclass(frozen=True)
+class CloseAfterConfig(Section, prefix="strategy.close_after"):
+    """When an exchange of real sites closes before all of them have answered."""
+
+    fraction: Annotated[float, PART] = 1.0
+    """Share of the asked clients whose replies an exchange waits for, failed ones not counted;
+    1 waits for all. At least `strategy.min_replies`."""
+    grace_seconds: Annotated[float, minimum(0)] = 60.0
+    """Seconds that the exchange then waits for the others. Their replies are not used later."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fraction == 1 and self.grace_seconds != type(self).grace_seconds:
+            raise ConfigError(
+                f"`strategy.close_after.grace_seconds` is {self.grace_seconds:g}, which has no "
+                "effect with `strategy.close_after.fraction=1`: set the fraction below 1, or omit "
+                "the setting."
+            )
+
+
+@dataclass(frozen=True)
 class StrategyConfig(Section, prefix="strategy"):
     """The server: exchanges, aggregation and timeouts.
 
@@ -164,6 +184,7 @@ class StrategyConfig(Section, prefix="strategy"):
     """Seconds to wait for clients to connect."""
     round_timeout_seconds: Annotated[float, POSITIVE] = 86400.0
     """Seconds to wait for the replies of an exchange."""
+    close_after: CloseAfterConfig = field(default_factory=CloseAfterConfig)
     update_norm: UpdateNormConfig = field(default_factory=UpdateNormConfig)
 
     def __post_init__(self) -> None:
@@ -177,6 +198,13 @@ class StrategyConfig(Section, prefix="strategy"):
             raise ConfigError(
                 "`strategy.sampling` is stratified, which has no effect without a "
                 "`strategy.fraction_train` or `strategy.fraction_evaluate` below 1."
+            )
+        rule = self.close_after
+        if rule.fraction < 1 and rule.grace_seconds >= self.round_timeout_seconds:
+            raise ConfigError(
+                f"`strategy.close_after.grace_seconds` is {rule.grace_seconds:g} but must be below "
+                f"`strategy.round_timeout_seconds`, {self.round_timeout_seconds:g}, which closes "
+                "an exchange in any case."
             )
 
     def trains(self, *, first: bool) -> bool:

@@ -109,15 +109,6 @@ def client_key(path: Path, *, create: bool) -> Any:
     return _load_private(content, path)
 
 
-def check_client_keys(setting: str, *, simulated: bool) -> None:
-    """Raise `ConfigError` if `strategy.client_keys` is set in a simulation."""
-    if setting and simulated:
-        raise ConfigError(
-            "`strategy.client_keys` lists the keys of real sites, but simulated clients have none: "
-            "omit it, or use `--superlink`."
-        )
-
-
 def read_client_keys(path: Path) -> dict[str, str]:
     """Read the operator's file of client keys; return each client's fingerprint.
 

@@ -12,10 +12,11 @@ results equal those of a simulation bit for bit.
 """
 
 import logging
+import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -54,17 +55,20 @@ class _YieldingGrid(Grid):
         *,
         timeout: float | None = None,
         at_once: int | None = None,
+        closes: Callable[[], float] = lambda: math.inf,
+        late: Collection[str] = (),
     ) -> Iterator[Message]:
         """Send messages; yield each reply as it arrives, until all are in or `timeout` (s) is over.
 
         Each message is taken from `messages` when it is sent, and released; at most `at_once` are
-        unanswered, None for any number. A reply that is there when the time is over is still
-        yielded.
+        unanswered, None for any number. The end may also be the time `closes()`, by
+        `time.monotonic`, which may change with every reply. A reply that is there at the end is
+        still yielded. Replies to the earlier messages `late` are yielded, but not waited for.
         """
         outgoing: Iterator[Message] | None = iter(messages)
         waiting: dict[str, None] = {}
         last = time.monotonic()
-        deadline = last + timeout if timeout is not None else float("inf")
+        latest = last + timeout if timeout is not None else math.inf
         while True:
             while outgoing is not None and (at_once is None or len(waiting) < at_once):
                 if (message := next(outgoing, None)) is None:
@@ -75,14 +79,14 @@ class _YieldingGrid(Grid):
             if not waiting:
                 return
             answered = False
-            ids = list(waiting)
+            ids = [*waiting, *late]
             for at in range(0, len(ids), self.pulled):
                 replies = list(self.pull_messages(ids[at : at + self.pulled]))
                 while replies:
                     answered = True
                     waiting.pop(replies[0].metadata.reply_to_message_id, None)
                     yield replies.pop(0)
-            now = time.monotonic()
+            now, deadline = time.monotonic(), min(latest, closes())
             if answered:  # others may be there by now: poll again before looking at the deadline
                 last = now
                 continue

@@ -19,12 +19,11 @@ from pilot_flwr.config.overrides import (
     run_folder,
     with_folder,
 )
-from pilot_flwr.config.rules import expanded
+from pilot_flwr.config.rules import check_simulation, expanded
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import simulated_paths
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError
-from pilot_flwr.flower.client_key import check_client_keys
 from pilot_flwr.launch.flower_cli import check_installation
 from pilot_flwr.launch.ray_cluster import address_of
 from pilot_flwr.model.checkpoints import checkpoint_path
@@ -114,7 +113,8 @@ def check_settings(
             f"`strategy.clients` is {config.strategy.clients}, a number of real sites, but a "
             "simulation takes its clients from the configuration: leave it 0, or use `--superlink`."
         )
-    check_client_keys(config.strategy.client_keys, simulated=simulated)
+    if simulated:
+        check_simulation(config.strategy)
     federation_clients(config.data)  # rejects an unknown task before the run starts
     config, whole = with_folder(config, list(overrides))
     if simulated and config.data.source == "llava":

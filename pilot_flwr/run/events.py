@@ -276,6 +276,8 @@ class ClientWarning(Event):
     kind: ClassVar[str] = "warning"
     client: str
     text: str
+    up: dict[str, int] | None = None
+    """Bytes by part of a reply that came after its exchange had closed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import (
     Aggregated,
     ClientFailed,
+    ClientWarning,
     Evaluated,
     EvaluationClosed,
     Event,
@@ -122,8 +123,10 @@ def bytes_down(events: Iterable[Event], exchange: int | None = None) -> dict[str
 
 def bytes_up(events: Sequence[Event], exchange: int | None = None) -> dict[str, int]:
     """Return part of the model → bytes that clients sent, including rejected replies."""
+    used = (event.up for event in select(events, Trained, exchange))
     failed = (event.up or {} for event in select(events, ClientFailed, exchange))
-    return _sums([*(event.up for event in select(events, Trained, exchange)), *failed])
+    late = (event.up or {} for event in select(events, ClientWarning, exchange))
+    return _sums([*used, *failed, *late])
 
 
 def _sums(messages: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -112,6 +112,7 @@ FREE = (
     "strategy.client_keys",
     "strategy.wait_seconds",
     "strategy.round_timeout_seconds",
+    "strategy.close_after",
     "train.log_every_seconds",
     "data.workers",
 )

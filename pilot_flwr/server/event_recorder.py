@@ -87,8 +87,7 @@ class EventRecorder:
         for m in members:
             if (before := declared.get(m.client, m.examples)) != m.examples:
                 text = f"declares {m.examples} training examples, and declared {before} before."
-                logger.warning("Exchange %d, %s: %s", server_round, m.client, text)
-                self.folder.record(ClientWarning(exchange=server_round, client=m.client, text=text))
+                self.warning(server_round, m.client, text)
         clients = [RosterEntry(m.client, m.task, m.examples, stages[m.client]) for m in members]
         self.folder.record(
             RosterCalled(
@@ -216,6 +215,15 @@ class EventRecorder:
         self.folder.record(
             ClientFailed(exchange=server_round, phase=phase, client=client, reason=reason, up=up)
         )
+
+    def warning(
+        self, server_round: int, client: str, text: str, *, received: RecordDict | None = None
+    ) -> None:
+        """Record and log a warning about a client, with the bytes of a reply that is not used."""
+        text = one_line(text)
+        logger.warning("Exchange %d, %s: %s", server_round, client, text)
+        up = None if received is None else num_bytes(received)
+        self.folder.record(ClientWarning(exchange=server_round, client=client, text=text, up=up))
 
     def begin(self) -> None:
         """Mark the beginning of an attempt at an exchange."""

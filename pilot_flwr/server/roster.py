@@ -207,14 +207,22 @@ class Roster:
             node, found = self._instructed[client].node_id, self._instructed[client]
             self._claims[node] = Claim(replace(found.member, stage_trained=stage), found.key)
 
-    def call(self, grid: Grid, server_round: int, *, train: bool = True) -> list[Present]:
+    def call(
+        self,
+        grid: Grid,
+        server_round: int,
+        *,
+        train: bool = True,
+        busy: Callable[[], set[int]] = set,
+    ) -> list[Present]:
         """Return the clients that take part in an exchange, ordered by id.
 
         The first call, also in a resumed run, waits for all clients of the federation, later calls
         for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. With enough known
         clients, a queried node has `NEWCOMER_SECONDS`; one that stays silent is left alone for 1,
         2, 4, … exchanges. A missing client and a refused node are failures of the exchange, not of
-        the run. Without `train`, clients only evaluate.
+        the run. Without `train`, clients only evaluate. Nodes that are still `busy` with an earlier
+        instruction are neither queried nor missed.
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_available if self._called else everyone
@@ -223,7 +231,8 @@ class Roster:
             lambda node, why: self.on_failure(server_round, f"node {node}", why), self._claims
         )
         while True:
-            connected = set(grid.get_node_ids())
+            away = busy()
+            connected = set(grid.get_node_ids()) - away
             unasked = answers.to_query(connected, retry=not self.simulated)
             seconds = deadline - time.monotonic()
             if len(answers.claims) >= wanted and not self.simulated:
@@ -244,7 +253,10 @@ class Roster:
         for node, why in conflicts.items():
             self.on_failure(server_round, f"node {node}", why)
         self._keep(present, answers, server_round)
-        self._check_enough(present, [*answers.refused.values(), *conflicts.values()], server_round)
+        reasons = [*answers.refused.values(), *conflicts.values()]
+        if away:
+            reasons.append(f"{count(len(away), 'client')} still at work on an earlier exchange.")
+        self._check_enough(present, reasons, server_round, away)
         self.clients.remember(present)
         self._called = True
         return [present[client] for client in sorted(present)]
@@ -259,7 +271,11 @@ class Roster:
             self._asked_from[node] = server_round + 1 + 2 ** (self._silences[node] - 1)
 
     def _check_enough(
-        self, present: Mapping[str, Present], refused: list[str], server_round: int
+        self,
+        present: Mapping[str, Present],
+        refused: list[str],
+        server_round: int,
+        away: Collection[int],
     ) -> None:
         least = self.config.min_available
         if len(present) < least:
@@ -278,6 +294,8 @@ class Roster:
                 f"{human_seconds(self.config.wait_seconds)}; others can join later.",
             )
         for client in sorted(self.clients.task_of.keys() - present.keys()):
+            if self.clients.node_of.get(client) in away:
+                continue
             reason = "No connected node identified itself as this client."
             self.on_failure(server_round, client, reason)
 

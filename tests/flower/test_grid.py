@@ -74,6 +74,36 @@ def test_the_time_limit_holds(clock):
     assert 10 <= clock.now < 11
 
 
+def test_the_end_may_come_with_the_replies_and_late_ones_are_yielded(clock):
+    """Of four messages, two are enough: the loop ends 5 s after the second, at 7 s."""
+    grid = SlowGrid(clock, [4.0, 1.0, 2.0, 6.9, 7.1])
+    late = dict.fromkeys(grid.push_messages(["an earlier one"]))
+    ends, seen = [], []
+
+    def closes():
+        return ends[1] + 5 if len(ends) > 1 else float("inf")
+
+    for reply in PollingGrid(grid).send_and_receive("abcd", timeout=99, closes=closes, late=late):
+        seen.append(reply.metadata.reply_to_message_id)
+        if seen[-1] in late:
+            del late[seen[-1]]
+        else:
+            ends.append({"1": 1.0, "2": 2.0, "3": 6.9}[seen[-1]])
+    assert seen == ["1", "2", "0", "3"]
+    assert clock.now == pytest.approx(7.0)
+
+
+def test_messages_that_wait_for_their_turn_are_not_sent_after_the_end(clock):
+    grid = SlowGrid(clock, [0.0, None, None, None, None])
+    answered = []
+    replies = PollingGrid(grid).send_and_receive(
+        iter("abcde"), at_once=2, closes=lambda: 3.0 if answered else float("inf")
+    )
+    answered += replies
+    assert len(answered) == 1 and 3.0 <= clock.now < 3.1
+    assert grid.pushed == 3
+
+
 class AilingGrid(SlowGrid):
     """Answers with an error for the first `seconds`."""
 
