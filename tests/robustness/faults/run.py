@@ -139,9 +139,12 @@ def exchanges_done(path: Path) -> int:
 
 def make_example(folder: Path) -> None:
     """Write two finished runs that differ in times and in having been resumed, in nothing else."""
+    import numpy as np
     import torch
 
+    from pilot_flwr.algorithm.server_state import Aggregation
     from pilot_flwr.client.private_state import PrivateState, PrivateStore
+    from pilot_flwr.run.aggregations import write_matrices
     from pilot_flwr.run.checkpoint import save_checkpoint
     from pilot_flwr.run.provenance import RunIdentity
 
@@ -157,6 +160,8 @@ def make_example(folder: Path) -> None:
         result = {"status": "completed", "failures": [], "scores": {"vqa-0": 0.5}}
         (path / "result.json").write_text(json.dumps(result))
         (path / "summary.md").write_text("| task |\n|---|\n")
+        ones = np.ones((1, 1))
+        write_matrices(path, 1, Aggregation(["vqa-0"], {"vqa": ["vqa-0"]}, ones, 0 * ones))
         save_checkpoint(
             path / "checkpoint",
             server_round=1,
