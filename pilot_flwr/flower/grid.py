@@ -39,6 +39,9 @@ logger = logging.getLogger("flwr")
 _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
 """Pause between polls: a share of the time without a reply, within these seconds."""
 
+_PULLED = 4
+"""Replies pulled in one request: each may have hundreds of megabytes."""
+
 _QUEUED = 4
 """Messages sent ahead to a simulation per client that it runs at a time, so that none is idle."""
 
@@ -46,8 +49,7 @@ _QUEUED = 4
 class _YieldingGrid(Grid):
     """Yields replies one by one; a subclass pushes and pulls the messages."""
 
-    pulled = 4
-    """Replies pulled in one request: each may have hundreds of megabytes."""
+    pulled = _PULLED
 
     def send_and_receive(
         self,
@@ -79,13 +81,11 @@ class _YieldingGrid(Grid):
             if not waiting:
                 return
             answered = False
-            ids = [*waiting, *late]
-            for at in range(0, len(ids), self.pulled):
-                replies = list(self.pull_messages(ids[at : at + self.pulled]))
-                while replies:
-                    answered = True
-                    waiting.pop(replies[0].metadata.reply_to_message_id, None)
-                    yield replies.pop(0)
+            for reply in pull(self, [*waiting, *late]):
+                answered = True
+                waiting.pop(reply.metadata.reply_to_message_id, None)
+                yield reply
+                del reply
             now, deadline = time.monotonic(), min(latest, closes())
             if answered:  # others may be there by now: poll again before looking at the deadline
                 last = now
@@ -135,6 +135,15 @@ class PollingGrid(_YieldingGrid):
         """See `flwr.serverapp.Grid`."""
         wanted = list(message_ids)
         return _retry(lambda: self._grid.pull_messages(wanted))
+
+
+def pull(grid: Grid, message_ids: Sequence[str]) -> Iterator[Message]:
+    """Yield the replies that have come, pulled a few at a time and released one by one."""
+    most = getattr(grid, "pulled", _PULLED)
+    for at in range(0, len(message_ids), most):
+        replies = list(grid.pull_messages(message_ids[at : at + most]))
+        while replies:
+            yield replies.pop(0)
 
 
 def _retry(request: Callable[[], Answer]) -> Answer:

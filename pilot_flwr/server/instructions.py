@@ -21,7 +21,7 @@ from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import RunError
 from pilot_flwr.flower.codec import encode_state
-from pilot_flwr.flower.grid import match
+from pilot_flwr.flower.grid import match, pull
 from pilot_flwr.flower.messages import decode_error, encode_instruction
 from pilot_flwr.formatting import human_seconds
 from pilot_flwr.protocol import Instruction, Member, RunInfo
@@ -228,7 +228,7 @@ class Instructions:
             if unanswered.expired:
                 del self.late[message_id]
             else:
-                for _ in self._without_late(grid.pull_messages([message_id])):
+                for _ in self._without_late(pull(grid, [message_id])):
                     pass
         return {unanswered.present.node_id for unanswered in self.late.values()}
 

@@ -3,7 +3,8 @@
 Node ids are random in every run and say nothing about the client, so a node is queried before it
 takes part. Its reply also says whether the client holds stage-1 state, which its stage depends on.
 Replies are foreign input; they are checked here, once. A node that stays connected is queried again
-only after a turn that did not succeed: a success tells all that a query would.
+only after a turn that did not succeed: a success tells all that a query would. No exchange waits
+twice for a silent node; its query stays open, and a later exchange collects the reply.
 
 A real site proves in its reply that it holds the client's key (`pilot_flwr.flower.client_key`). A
 client id is bound to the first key that took part under it in the run, or to the one in the
@@ -16,9 +17,10 @@ differ only in case count as one.
 """
 
 import logging
+import math
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import BelowMinimum, ConfigError, UpdateError
 from pilot_flwr.flower.client_key import statement, verify
 from pilot_flwr.flower.compatibility import differences
-from pilot_flwr.flower.grid import match
+from pilot_flwr.flower.grid import pull
 from pilot_flwr.flower.messages import (
     decode_error,
     decode_identity,
@@ -46,8 +48,11 @@ logger = logging.getLogger("flwr")
 RETRY_SECONDS = 30.0
 """Pause before a refused node of a real site is queried again, as its owner may fix it."""
 
-NEWCOMER_SECONDS = 60.0
-"""How long an exchange with enough known clients waits for the reply of a node that connected."""
+NEWCOMER_SECONDS = 30.0
+"""How long an exchange with enough clients waits for the reply to a node's first query."""
+
+_SHORTEST, _LONGEST, _SHARE = 0.05, 1.0, 0.05
+"""Pause between polls: a share of the time since the call, within these seconds."""
 
 _SILENCE = "No reply to the roster query in time."
 _UNIQUE = "`client-id` must be different at every node."
@@ -66,6 +71,15 @@ class Present(NamedTuple):
     member: Member
     key: str
     node_id: int
+
+
+class _Query(NamedTuple):
+    """A query without a reply."""
+
+    node: int
+    exchange: int
+    nonce: str
+    expires: float
 
 
 @dataclass
@@ -188,6 +202,7 @@ class Roster:
         self._called = False
         self._claims: dict[int, Claim] = {}
         self._instructed: dict[str, Present] = {}
+        self._open: dict[str, _Query] = {}
         self._silences: dict[int, int] = {}
         self._asked_from: dict[int, int] = {}
 
@@ -218,41 +233,48 @@ class Roster:
         """Return the clients that take part in an exchange, ordered by id.
 
         The first call, also in a resumed run, waits for all clients of the federation, later calls
-        for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. With enough known
-        clients, a queried node has `NEWCOMER_SECONDS`; one that stays silent is left alone for 1,
-        2, 4, … exchanges. A missing client and a refused node are failures of the exchange, not of
-        the run. Without `train`, clients only evaluate. Nodes that are still `busy` with an earlier
-        instruction are neither queried nor missed.
+        for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. Once there are
+        enough clients at real sites, a node has `NEWCOMER_SECONDS` for its first query; one that
+        stays silent is not waited for again, and queried again after 1, 2, 4, … exchanges. A
+        missing client and a refused node are failures of the exchange, not of the run. Without
+        `train`, clients only evaluate. Nodes that are still `busy` with an earlier instruction are
+        neither queried nor missed.
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_available if self._called else everyone
-        deadline = time.monotonic() + self.config.wait_seconds
+        began = time.monotonic()
+        deadline, enough_since = began + self.config.wait_seconds, math.inf
         answers = _Answers(
             lambda node, why: self.on_failure(server_round, f"node {node}", why), self._claims
         )
+        asked: set[int] = set()
         while True:
             away = busy()
             connected = set(grid.get_node_ids()) - away
             unasked = answers.to_query(connected, retry=not self.simulated)
-            seconds = deadline - time.monotonic()
             if len(answers.claims) >= wanted and not self.simulated:
                 unasked = [n for n in unasked if self._asked_from.get(n, 0) <= server_round]
-                seconds = min(seconds, NEWCOMER_SECONDS)
-            for node, answer in self._query(grid, unasked, server_round, train, seconds):
-                answers.add(node, answer)
+            self._send(grid, unasked, server_round, train)
+            asked.update(unasked)
+            heard = self._collect(grid, answers, connected)
             present, conflicts = self.clients.resolve(answers.claims, set(grid.get_node_ids()))
             out = len(answers.refused) + len(conflicts)
             # A simulation has all its nodes from the start, so a refused one is a missing client.
             # At real sites, nodes may still start or be fixed, and a refused one may be a stranger.
             decided = len(present) + (out if self.simulated else 0)
-            if decided >= wanted or time.monotonic() >= deadline:
+            now, new = time.monotonic(), self._silent(asked) - self._silences.keys()
+            if decided >= wanted:
+                enough_since = min(enough_since, now)
+                if not new or (not self.simulated and now >= enough_since + NEWCOMER_SECONDS):
+                    break
+            if now >= deadline or (self.simulated and out and out == len(answers.queried)):
                 break
-            if self.simulated and out and out == len(answers.queried):
-                break
-            time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
+            if not heard:
+                pause = min(max(_SHORTEST, _SHARE * (now - began)), _LONGEST)
+                time.sleep(min(pause, deadline - now))
         for node, why in conflicts.items():
             self.on_failure(server_round, f"node {node}", why)
-        self._keep(present, answers, server_round)
+        self._keep(present, answers, self._silent(asked), server_round)
         reasons = [*answers.refused.values(), *conflicts.values()]
         if away:
             reasons.append(f"{count(len(away), 'client')} still at work on an earlier exchange.")
@@ -261,14 +283,23 @@ class Roster:
         self._called = True
         return [present[client] for client in sorted(present)]
 
-    def _keep(self, present: Mapping[str, Present], answers: "_Answers", server_round: int) -> None:
+    def _silent(self, nodes: Collection[int]) -> set[int]:
+        """Return those of the nodes that have not answered their query."""
+        return {query.node for query in self._open.values()} & set(nodes)
+
+    def _keep(
+        self,
+        present: Mapping[str, Present],
+        answers: "_Answers",
+        silent: Collection[int],
+        server_round: int,
+    ) -> None:
         """Keep the claims of the present clients, and when each silent node is queried again."""
         self._claims = {p.node_id: Claim(p.member, p.key) for p in present.values()}
-        for node in self._claims:
-            self._silences.pop(node, None)
-        for node in [node for node, why in answers.refused.items() if why == _SILENCE]:
+        for node in silent:
             self._silences[node] = self._silences.get(node, 0) + 1
             self._asked_from[node] = server_round + 1 + 2 ** (self._silences[node] - 1)
+            answers.add(node, _SILENCE)
 
     def _check_enough(
         self,
@@ -299,27 +330,37 @@ class Roster:
             reason = "No connected node identified itself as this client."
             self.on_failure(server_round, client, reason)
 
-    def _query(
-        self, grid: Grid, nodes: list[int], server_round: int, train: bool, seconds: float
-    ) -> Iterator[tuple[int, Claim | str]]:
-        """Yield each node with its claim, or with the reason why it cannot take part."""
-        if seconds <= 0:
-            yield from ((node, _SILENCE) for node in nodes)
-            return
-        nonce = secrets.token_hex(32)
-        query = encode_query(self.run, server_round, train=train, nonce=nonce)
-        kind, group = MessageType.QUERY, str(server_round)
-        messages = [Message(query, node, kind, ttl=seconds, group_id=group) for node in nodes]
-        sent = [message.metadata for message in messages]
-        for index, reply in match(sent, grid.send_and_receive(messages, timeout=seconds)):
-            if reply is None:
-                yield nodes[index], _SILENCE
-            elif reply.has_error():
-                yield nodes[index], decode_error(reply.error, simulated=self.simulated)
-            else:
-                yield nodes[index], self._read(reply, nodes[index], server_round, nonce)
+    def _send(self, grid: Grid, nodes: Iterable[int], server_round: int, train: bool) -> None:
+        """Query nodes; a reply is valid until the next exchange, however long this one takes."""
+        ttl = self.config.wait_seconds + self.config.round_timeout_seconds
+        for node in nodes:
+            nonce, expires = secrets.token_hex(32), time.monotonic() + ttl
+            content = encode_query(self.run, server_round, train=train, nonce=nonce)
+            message = Message(content, node, MessageType.QUERY, ttl=ttl, group_id=str(server_round))
+            for message_id in filter(None, grid.push_messages([message])):
+                self._open[message_id] = _Query(node, server_round, nonce, expires)
 
-    def _read(self, reply: Message, node: int, server_round: int, nonce: str) -> Claim | str:
+    def _collect(self, grid: Grid, answers: "_Answers", connected: Collection[int]) -> bool:
+        """Add the replies that have come; return whether there were any."""
+        now = time.monotonic()
+        self._open = {
+            key: q for key, q in self._open.items() if q.node in connected and now < q.expires
+        }
+        before = len(self._open)
+        while replies := list(pull(grid, list(self._open))):
+            for reply in replies:
+                query = self._open.get(reply.metadata.reply_to_message_id)
+                if query is None:  # the node has answered another one
+                    continue
+                self._open = {key: q for key, q in self._open.items() if q.node != query.node}
+                self._silences.pop(query.node, None)
+                if reply.has_error():
+                    answers.add(query.node, decode_error(reply.error, simulated=self.simulated))
+                else:
+                    answers.add(query.node, self._read(reply, query))
+        return len(self._open) < before
+
+    def _read(self, reply: Message, query: _Query) -> Claim | str:
         try:
             with refuse_unusable():
                 if found := differences(decode_identity(reply.content), self.identity):
@@ -328,7 +369,7 @@ class Roster:
                 self._check(member)
                 if self.simulated:
                     return Claim(member)
-                signed = statement(self.run, server_round, nonce, node, member)
+                signed = statement(self.run, query.exchange, query.nonce, query.node, member)
                 return Claim(member, verify(decode_proof(reply.content), signed))
         except UpdateError as error:
             return one_line(f"Its reply to the roster query is refused: {error}.")

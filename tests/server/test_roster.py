@@ -1,5 +1,8 @@
 """Which node is which client, decided without Flower."""
 
+import math
+import time
+
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -133,49 +136,116 @@ def test_no_other_key_takes_part_as_a_client_once_it_has_taken_part(exchanges):
         assert first is None or len(right) != 1 or present["a"].node_id == right[0]
 
 
-def test_a_silent_node_is_asked_ever_more_rarely_and_known_clients_not_at_all():
-    """A grid of two sites: one answers, one is silent in every exchange after it connects."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
-    asked = []
+class Nodes(Grid):
+    """Nodes that answer a query after `delays[node]` seconds, of a time that passes by sleeping."""
 
-    class Clients(Grid):
-        nodes = [1]
+    run = create_message = send_and_receive = set_run = None
 
-        def get_node_ids(self):
-            return self.nodes
+    def __init__(self, monkeypatch, delays):
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
+        self.now, self.delays, self.nodes, self.asked, self.waiting = 0.0, delays, [1], [], {}
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
 
-        def send_and_receive(self, messages, *, timeout=None):
-            for message in messages:
-                number = int(message.metadata.group_id)
-                asked.append((number, message.metadata.dst_node_id, timeout))
-                message.metadata.__dict__["_message_id"] = f"{number}/{len(asked)}"
-                if message.metadata.dst_node_id == 1:
-                    reply = Message(RecordDict(), reply_to=message)
-                    yield reply
+    def sleep(self, seconds):
+        self.now += seconds
 
-        run = create_message = pull_messages = push_messages = set_run = None
+    def get_node_ids(self):
+        return self.nodes
 
+    def push_messages(self, messages):
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self.asked.append((int(message.metadata.group_id), node))
+            name = message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
+            self.waiting[name] = message, self.now + self.delays[node]
+            yield name
+
+    def pull_messages(self, message_ids):
+        for name in message_ids:
+            if self.now >= self.waiting[name][1]:
+                yield Message(RecordDict(), reply_to=self.waiting[name][0])
+
+
+def roster_of(**config):
+    """A roster of an open federation whose node n is client "cn", of any key."""
     roster = Roster(
-        RunInfo("r", "/r", "t"), ("vqa",), {}, StrategyConfig(clients=1), lambda *_: None,
+        RunInfo("r", "/r", "t"), ("vqa",), {}, StrategyConfig(clients=1, **config),
+        lambda *failure: roster.failures.append(failure),
         identity={}, known={}, simulated=False, keys={}, operator_keys={},
     )  # fmt: skip
-    roster._read = lambda reply, node, number, nonce: Claim(member("a"), "K1")
-    grid = Clients()
-    assert [p.member.client for p in roster.call(grid, 1)] == ["a"]
+    roster.failures = []
+    roster._read = lambda reply, query: Claim(member(f"c{query.node}"), f"K{query.node}")
+    return roster
+
+
+def test_a_silent_node_costs_one_wait_and_known_clients_are_not_asked(monkeypatch):
+    grid, roster = Nodes(monkeypatch, {1: 2.0, 2: math.inf}), roster_of()
+    assert [p.member.client for p in roster.call(grid, 1)] == ["c1"]
     grid.nodes = [1, 2]
+    seconds = []
     for number in range(2, 20):
+        before = grid.now
         (present,) = roster.call(grid, number)
+        seconds.append(grid.now - before)
         roster.instructed(present)
-        roster.used({"a": 2})
+        roster.used({"c1": 2})
         assert roster.call(grid, number)[0].member.stage_trained == 2  # and nobody is asked
-    assert {(number, node) for number, node, _ in asked if node == 1} == {(1, 1)}
-    exchanges = sorted({number for number, node, _ in asked if node == 2})
+    assert NEWCOMER_SECONDS <= seconds[0] < NEWCOMER_SECONDS + 1
+    assert set(seconds[1:]) == {0.0}
+    assert [number for number, node in grid.asked if node == 1] == [1]
+    exchanges = [number for number, node in grid.asked if node == 2]
     assert exchanges == [2, 4, 7, 12]  # left alone for 1, 2, 4, 8 exchanges
-    assert all(seconds <= NEWCOMER_SECONDS for number, node, seconds in asked if node == 2)
     grid.nodes = [2]  # the known one leaves, and must be asked when it returns
     with pytest.raises(BelowMinimum):
         roster.config = StrategyConfig(clients=1, wait_seconds=0.01)
         roster.call(grid, 20)
-    grid.nodes = [1]
+    grid.nodes, grid.delays[1] = [1], 0.0
     roster.call(grid, 21)
-    assert (21, 1) in {(number, node) for number, node, _ in asked}
+    assert (21, 1) in grid.asked
+
+
+def test_the_reply_of_a_silent_node_is_collected_at_the_next_exchange(monkeypatch):
+    """It comes 100 s after the query, while an exchange of an hour is running."""
+    grid, roster = Nodes(monkeypatch, {1: 2.0, 2: 100.0, 3: 12.0}), roster_of()
+    roster.call(grid, 1)
+    grid.nodes = [1, 2, 3]
+    assert [p.member.client for p in roster.call(grid, 2)] == ["c1", "c3"]  # 3 is new, and in time
+    silence = ("node 2", "No reply to the roster query in time.")
+    assert [failure[1:] for failure in roster.failures] == [silence]
+    grid.now += 3600
+    before = grid.now
+    assert [p.member.client for p in roster.call(grid, 3)] == ["c1", "c2", "c3"]
+    assert grid.now == before and len(grid.asked) == 3
+
+
+def test_of_several_queries_of_a_node_the_first_reply_counts(monkeypatch):
+    """A second reply would say what the client held before it took part."""
+    grid, roster = Nodes(monkeypatch, {1: 2.0, 2: math.inf}), roster_of()
+    roster.call(grid, 1)
+    grid.nodes = [1, 2]
+    for number in (2, 3, 4):
+        roster.call(grid, number)
+    queries = [name for name, (message, _) in grid.waiting.items()
+               if message.metadata.dst_node_id == 2]  # fmt: skip
+    assert len(queries) == 2
+    grid.waiting[queries[1]] = grid.waiting[queries[1]][0], grid.now
+    for present in roster.call(grid, 5):
+        roster.instructed(present)
+    roster.used({"c1": 1, "c2": 1})
+    grid.waiting[queries[0]] = grid.waiting[queries[0]][0], grid.now
+    assert {p.member.client: p.member.stage_trained for p in roster.call(grid, 6)} == {
+        "c1": 1,
+        "c2": 1,
+    }
+
+
+def test_enough_replies_end_the_wait_for_a_silent_node(monkeypatch):
+    """No client is known any more, as all failed: one answers, the other is not waited for."""
+    grid, roster = Nodes(monkeypatch, {1: 2.0, 2: 2.0}), roster_of(wait_seconds=300)
+    grid.nodes = [1, 2]
+    for present in roster.call(grid, 1):
+        roster.instructed(present)
+    grid.delays, before = {1: 5.0, 2: math.inf}, grid.now
+    assert [p.member.client for p in roster.call(grid, 2)] == ["c1"]
+    assert grid.now - before < 5 + NEWCOMER_SECONDS + 1
