@@ -7,7 +7,6 @@ They need the base model, the clients' images and private states, which a simula
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +57,7 @@ class Routed:
 def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
     """Return the router's figures; if there are none, one whose text explains why."""
     try:
-        routed = list(_routed(run.folder, say))
+        routed = list(_routed(run, say))
     except PilotError as error:
         text = f"The router's probabilities cannot be shown: {headline(str(error))}"
         return [Figure("router", "Router", text)]
@@ -111,20 +110,23 @@ def route(
     return total / max(1, tokens), images, maps
 
 
-def _routed(folder: Path, say: Callable[[str], None]) -> Iterator[Routed]:
+def _routed(finished: RunData, say: Callable[[str], None]) -> Iterator[Routed]:
     import torch
 
     from pilot_flwr.data.federation import client_examples, padding_colour
     from pilot_flwr.inference.runs import load_model, open_run, select_client
     from pilot_flwr.model.loading import load_processor
 
-    run = open_run(folder)
+    run = open_run(finished.folder)
     model_config, data = run.config.model, run.config.data
     processor = load_processor(model_config.path, model_config.revision).image_processor
     colour = padding_colour(data, processor)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shown_tasks: set[str] = set()
-    here = [c for c in run.clients() if (run.folder / "clients" / c.id).is_dir()]
+    events = (event for exchange in finished.exchanges for event in exchange.trained)
+    reached = {event.client for event in events if event.stage == 2}
+    folders = run.folder / "clients"
+    here = [c for c in run.clients() if c.id in reached and (folders / c.id).is_dir()]
     for client in some(here, MOST_CLIENTS):  # loading one takes seconds
         selected = select_client(run, client.id)
         if selected.private is None or selected.private.stage != 2:

@@ -65,6 +65,9 @@ _STAGE_FILL = {1: "#EAF4FB", 2: "#FDF3E3"}
 _TOP, _BOTTOM = 0.82, 0.50
 """Ends of the arrows at the server's and the clients' boxes."""
 
+_HEIGHT = 3.1
+"""Height of a panel whose clients are in one stage; another stage adds the share `_BOTTOM`."""
+
 
 def time_line(run: RunData) -> Figure:
     """Return one panel per exchange: stages, trained groups, messages and their bytes."""
@@ -86,9 +89,11 @@ def time_line(run: RunData) -> Figure:
         text += " Each client also trains a personal model v, by which it is scored (Ditto)."
     if left_out := len(by_number) - len(shown):
         text += f" {count(left_out, 'exchange')} of {len(by_number)} not drawn."
+    exchanges = [by_number[number] for number in shown]
+    floor = _BOTTOM - _BOTTOM * max(1, *(len(exchange.stages) for exchange in exchanges))
     panels = [
-        Panel(partial(_exchange, run, by_number[number]), _alt(run, by_number[number]), height=3.1)
-        for number in shown
+        Panel(partial(_exchange, run, one, floor), _alt(run, one), height=_HEIGHT * (1 - floor))
+        for one in exchanges
     ]
     return Figure("timeline", "Timeline", text, panels)
 
@@ -99,10 +104,11 @@ def _server_lines(run: RunData, exchange: Exchange) -> list[str]:
     )
 
 
-def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
+def _exchange(run: RunData, exchange: Exchange, floor: float, axes: Axes) -> None:
+    """Draw an exchange from 1, the top, down to `floor`, below 0 if clients are in two stages."""
     axes.set_axis_off()
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(floor, 1)
     seconds = "not closed" if exchange.seconds is None else human_seconds(exchange.seconds)
     number = f"{exchange.number} of {run.config.strategy.rounds + 1}"
     axes.set_title(f"exchange {number}, {seconds}")
@@ -118,9 +124,8 @@ def _exchange(run: RunData, exchange: Exchange, axes: Axes) -> None:
         sizes = "\n".join(f"{math_text(symbol(n))}  {human_bytes(size)}" for n, size in way.items())
         middle = (_TOP + _BOTTOM) / 2
         axes.text(x + 0.07, middle, sizes or f"nothing {name}", va="center", fontsize=8.5)
-    height = _BOTTOM / max(1, len(exchange.stages))
     for row, stage in enumerate(exchange.stages):
-        _clients(axes, run, exchange, stage, _BOTTOM - (row + 1) * height, height)
+        _clients(axes, run, exchange, stage, _BOTTOM - (row + 1) * _BOTTOM, _BOTTOM)
 
 
 def _clients(

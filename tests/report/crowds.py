@@ -15,6 +15,7 @@ from pilot_flwr.run.events import AggregationMethod
 from pilot_flwr.server.event_recorder import EventRecorder
 
 TASKS = ("vqa", "counting", "captioning")
+GRADIENTS = ("lora", "own_task_adapter", "cross_task_adapters", "router")
 
 
 def members(count):
@@ -56,7 +57,7 @@ def write_run(folder, *, clients, rounds=2, share=1.0, failing=0, listener=None,
     rng, everyone, began = np.random.default_rng(seed), members(clients), time.time()
     sent = {"lora": encode_state({}), "task_adapters": encode_state({})}
     sizes = {"lora": 239_000, "task_adapters": 62_700}
-    clock = [began]
+    clock, seen = [began], set()
 
     def result(member, exchange, training=True):
         score = float(np.clip(0.3 + 0.1 * exchange + 0.15 * rng.standard_normal(), 0, 1))
@@ -64,7 +65,7 @@ def write_run(folder, *, clients, rounds=2, share=1.0, failing=0, listener=None,
         trained = TrainingResult(
             losses={"total": 1 / (1 + exchange) + 0.1 * float(rng.random()), "ce": 0.1},
             examples=member.examples, steps=6, seconds=seconds,
-            gradients={"lora": 58_368, "own_task_adapter": 15_552},
+            gradients=dict(zip(GRADIENTS, (58_368, 15_552, 31_104, 192), strict=True)),
         )  # fmt: skip
         evaluation = EvaluationResult(score, "exact_match", 20, 0.5)
         return SessionResult(
@@ -83,7 +84,8 @@ def write_run(folder, *, clients, rounds=2, share=1.0, failing=0, listener=None,
             drawn = [everyone[k] for k in sorted(picked)]
             start = clock[0]
             recorder.begin()
-            stages = {m.client: min(exchange, 2) for m in drawn}
+            stages = {m.client: 1 + (m.client in seen) for m in drawn}
+            seen |= stages.keys()
             available = {task: clients // 3 for task in TASKS} if share < 1 else None
             recorder.roster(exchange, drawn, stages, available)
             for m in drawn:

@@ -127,6 +127,25 @@ def test_no_name_is_cut_off(run, figure):
         assert cut_texts(drawn(panel)) == [], panel.alt
 
 
+def test_a_panel_of_two_stages_has_room_for_both(tmp_path):
+    """Under sampling, clients are in both stages: no chip is lower than its text."""
+    run = read_run(write_run(tmp_path / "run", clients=60, share=0.5))
+    panels = timeline.time_line(run).panels
+    assert [len(exchange.stages) for exchange in run.exchanges] == [1, 2, 2]
+    assert len({panel.height for panel in panels}) == 1
+    for panel in panels:
+        canvas = drawn(panel)
+        (axes,) = canvas.axes
+        boxes = [patch.get_window_extent() for patch in axes.patches]
+        texts = [text for text in axes.texts if "58,368" in text.get_text()]
+        assert texts and not cut_texts(canvas)
+        for text in texts:
+            extent = text.get_window_extent()
+            x, y = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+            chip = min((box for box in boxes if box.contains(x, y)), key=lambda box: box.height)
+            assert chip.height > extent.height
+
+
 @pytest.mark.slow
 def test_the_report_of_a_thousand_is_no_larger_than_three_times_that_of_nine(tmp_path):
     sizes, seconds = {}, {}

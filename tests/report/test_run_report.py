@@ -269,6 +269,18 @@ def test_the_report_says_why_it_has_no_router(finished, tmp_path):
     assert not figure.panels and "private states are not here" in figure.text
 
 
+def test_routers_are_shown_of_clients_that_have_one(finished, monkeypatch):
+    """Under sampling most clients have not reached stage 2 when the run ends."""
+    run = read_run(finished.folder.path)
+    for exchange in run.exchanges:
+        kept = [e for e in exchange.trained if e.client != "vqa-0" or e.stage == 1]
+        exchange.trained[:] = kept
+    offered = []
+    monkeypatch.setattr(router, "some", lambda clients, most: offered.extend(clients) or [])
+    router.router_figures(run, lambda line: None)
+    assert {client.id for client in offered} == set(run.task_of) - {"vqa-0"}
+
+
 @pytest.mark.parametrize("figure", FIGURES, ids=[figure.__name__ for figure in FIGURES])
 def test_no_name_is_cut_off_nor_takes_the_plots_room(run, figure):
     for panel in figure(run).panels:
