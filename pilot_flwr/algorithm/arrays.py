@@ -151,7 +151,8 @@ def combine(
         else:
             results = [allocate(row) for row in range(rows)]
             assert not any(layout_difference(result, states[0]) for result in results)
-        places = zip(blocks(states, width), blocks(results, width, read=False), strict=True)
+        targets = [{name: result[name] for name in states[0]} for result in results]
+        places = zip(blocks(states, width), blocks(targets, width, read=False), strict=True)
         jobs = (functools.partial(mix_block, *place) for place in places)
         for _ in in_threads(jobs, sums):
             pass
