@@ -219,6 +219,7 @@ class PilotStrategy(Strategy):
             self._stages,
             available if sampled else None,
         )
+        self._record_busy(server_round)
         return self.instructions.messages(server_round, self._present, self._stages, train=True)
 
     def aggregate_train(
@@ -317,7 +318,6 @@ class PilotStrategy(Strategy):
             train=train,
             busy=lambda: self.instructions.busy(grid, server_round),
         )
-        self._record_busy(server_round)
         if (keys := self.roster.clients.key_of) != self._keys:
             self.folder.write(
                 CLIENT_KEYS, "".join(f"{client} {key}\n" for client, key in keys.items())

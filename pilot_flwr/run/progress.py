@@ -169,6 +169,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._exchange: int | None = None
+        self._roster_of: int | None = None
         self._scores: dict[str, str] = {}
         self._client_width = 8
         self._task_width = 6
@@ -241,7 +242,10 @@ class Progress:
             about += f", stage {' and '.join(stages)}"
         if len(event.clients) > MOST_CLIENTS:
             self._crowd = Crowd(len(event.clients), event.elapsed, event.elapsed)
-        return self._heading(event.exchange, about)
+        known, self._roster_of = self._roster_of == event.exchange, event.exchange
+        if (heading := self._heading(event.exchange, about)) or known:
+            return heading
+        return [f"  {about.removeprefix(': ')}"]  # a failed query or a late reply came before
 
     def _instructed(self, event: InstructionSent) -> list[str]:
         """Expect the replies of many: the closing evaluation has no roster of its own."""

@@ -13,6 +13,7 @@ from pilot_flwr.formatting import headline, human_bytes, human_seconds, plain
 from pilot_flwr.run import progress
 from pilot_flwr.run.events import (
     AggregationMethod,
+    ClientWarning,
     EvaluationClosed,
     ExchangeRepeated,
     LoraMixing,
@@ -212,6 +213,14 @@ def test_a_resumed_run_says_where_it_resumes_and_what_it_passed_over():
         "  not usable: round-0003 is torn",
     ]
     assert progress.lines(replace(ROSTER, exchange=3))[1].startswith("Exchange 3: 2 clients")
+
+
+def test_a_late_reply_before_the_roster_does_not_hide_the_roster():
+    progress = Progress()
+    late = ClientWarning(exchange=1, client="a", text="answered exchange 0; not used.")
+    assert progress.lines(late)[:2] == ["", "Exchange 1"]
+    assert progress.lines(ROSTER) == ["  2 clients, stage 1"]
+    assert progress.lines(ROSTER) == []
 
 
 def test_a_repeated_exchange_has_its_heading_again():

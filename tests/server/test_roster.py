@@ -167,10 +167,10 @@ class Nodes(Grid):
                 yield Message(RecordDict(), reply_to=self.waiting[name][0])
 
 
-def roster_of(**config):
+def roster_of(clients=1, **config):
     """A roster of an open federation whose node n is client "cn", of any key."""
     roster = Roster(
-        RunInfo("r", "/r", "t"), ("vqa",), {}, StrategyConfig(clients=1, **config),
+        RunInfo("r", "/r", "t"), ("vqa",), {}, StrategyConfig(clients=clients, **config),
         lambda *failure: roster.failures.append(failure),
         identity={}, known={}, simulated=False, keys={}, operator_keys={},
     )  # fmt: skip
@@ -249,3 +249,12 @@ def test_enough_replies_end_the_wait_for_a_silent_node(monkeypatch):
     grid.delays, before = {1: 5.0, 2: math.inf}, grid.now
     assert [p.member.client for p in roster.call(grid, 2)] == ["c1"]
     assert grid.now - before < 5 + NEWCOMER_SECONDS + 1
+
+
+@pytest.mark.parametrize("setting", ["min_replies", "min_train_nodes", "min_available_nodes"])
+def test_fewer_nodes_than_a_minimum_are_an_error_that_names_it(monkeypatch, setting):
+    grid = Nodes(monkeypatch, {1: 2.0})
+    roster = roster_of(clients=4, wait_seconds=20, **{setting: 3})
+    with pytest.raises(BelowMinimum, match=f"1 of 4 clients .* `strategy.{setting}` is 3"):
+        roster.call(grid, 1)
+    assert 20 <= grid.now < 21
