@@ -123,6 +123,7 @@ class PilotStrategy(Strategy):
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
         self._started = 0.0
+        self._repetition = 0
 
     def start(
         self,
@@ -180,6 +181,7 @@ class PilotStrategy(Strategy):
 
     def _with_enough(self, phase: Callable[[int], Aggregated], server_round: int) -> Aggregated:
         """Run a phase; below the minimum, stop or repeat it (`strategy.below_minimum`)."""
+        self._repetition = 0
         while True:
             self.recorder.begin()
             try:
@@ -188,6 +190,7 @@ class PilotStrategy(Strategy):
                 if self.config.below_minimum == "stop":
                     raise
                 self.recorder.repeat(server_round, str(error))
+                self._repetition += 1
             time.sleep(min(LONGEST_PAUSE_SECONDS, self.config.wait_seconds))
 
     def summary(self) -> None:
@@ -338,6 +341,7 @@ class PilotStrategy(Strategy):
             stratified=self.config.sampling == "stratified",
             seed=self.seed,
             exchange=server_round,
+            repetition=self._repetition,
         )
         return [p for p in self._available if p.member.client in drawn]
 

@@ -1,8 +1,8 @@
 """Draw the clients of an exchange from those available (docs/explanation/method.md, section 3).
 
-`StrategyConfig.num_drawn` sets their number. A draw depends on the run's seed, the exchange and the
-available clients alone, so a resumed run draws the same clients. To sample otherwise, write a
-function like `draw` and a value of `strategy.sampling`.
+`StrategyConfig.num_drawn` sets their number. A draw depends on the run's seed, the exchange, the
+number of times it was repeated and the available clients alone, so a resumed run draws the same
+clients. To sample otherwise, write a function like `draw` and a value of `strategy.sampling`.
 """
 
 from collections import Counter
@@ -12,14 +12,20 @@ import numpy as np
 
 
 def draw(
-    task_of: Mapping[str, str], size: int, *, stratified: bool, seed: int, exchange: int
+    task_of: Mapping[str, str],
+    size: int,
+    *,
+    stratified: bool,
+    seed: int,
+    exchange: int,
+    repetition: int = 0,
 ) -> set[str]:
     """Draw `size` of the available clients, whose tasks are `task_of`, without replacement.
 
     All clients are equally likely; if `stratified`, all clients of a task are, and every task has
     its number of `seats`, so that at least one client per task is drawn even if `size` is smaller.
     """
-    generator = np.random.default_rng([seed, exchange])
+    generator = np.random.default_rng([seed, exchange, repetition])
     clients = sorted(task_of)
     order = [clients[index] for index in generator.permutation(len(clients))]
     if not stratified:

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from flwr.app import Error, Message, MessageType
 from hypothesis import given
 from hypothesis import strategies as st
 from inprocess import SMALL, Federation
@@ -142,6 +143,25 @@ def test_an_exchange_asks_those_that_are_drawn_alone(half):
     closing = draw(task_of, 3, stratified=True, seed=3, exchange=6)
     assert {e["client"] for e in half.events("evaluate", round=5)} == closing
     assert half.events("failure") == []
+
+
+def test_clients_that_always_fail_do_not_hold_up_the_others(tmp_path):
+    """A repeated exchange draws again."""
+    patient = "strategy.below_minimum=wait strategy.min_replies=3 strategy.wait_seconds=0.01"
+
+    def act(message, reply):
+        training = message.metadata.message_type == MessageType.TRAIN
+        if training and message.content["instruction"]["client"] == "vqa-1":
+            return Message(Error(0, "out of memory"), reply_to=message)
+        return reply
+
+    with quick_training():
+        federation = Federation(tmp_path, f"{HALF} {patient}")
+        federation.grid.on_reply = act
+        federation.run()
+    trained = {e["round"]: e["client"] for e in federation.events("train")}
+    assert len(trained) == 5 and "vqa-1" not in trained.values()
+    assert federation.events("repeat")
 
 
 def test_the_first_participation_is_stage_1_and_all_others_stage_2(half):
