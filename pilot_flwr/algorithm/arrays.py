@@ -10,9 +10,9 @@ that start from the same base differ by little beside their norms, so inner prod
 differences to the first client: a common offset cancels before it costs digits.
 
 Time and memory: columns of all clients are staged in blocks, so that every value is read and
-converted once per pass, on all cores (:mod:`pilot_flwr.algorithm.blocks`). A mixture costs by the
-clients that its row names. Results are written straight into their final arrays. NaN and Inf are
-found in the same pass.
+converted once per pass (:mod:`pilot_flwr.algorithm.blocks`); inner products use all cores. A
+mixture costs by the clients that its row names. Results are written straight into their final
+arrays. NaN and Inf are found in the same pass.
 """
 
 import functools
@@ -136,26 +136,25 @@ def combine(
     """
     rows, width = len(weights), block_width(states)
 
-    def mix_block(source: Columns, target: Columns, weighted_sum: _WeightedSum) -> None:
-        block = source.stage(weighted_sum.staging)
-        if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
-            raise _not_finite(source.name, source.vectors, clients)
-        for vector, mixed in zip(target.vectors, weighted_sum(block), strict=True):
-            _round_into(vector[target.columns], mixed)
-
-    with threads(8 * width * (len(states) + rows)) as number:
+    # One thread: several wait for the same memory, and cost more than they save.
+    with threads(8 * width * (len(states) + rows), most=1):
         # Allocated before the results: between these, they would fragment the heap.
-        sums = [_WeightedSum(weights, width) for _ in range(number)]
+        weighted_sum = _WeightedSum(weights, width)
         if allocate is None:
             results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
         else:
             results = [allocate(row) for row in range(rows)]
             assert not any(layout_difference(result, states[0]) for result in results)
+        # By name: a given state may order its tensors otherwise.
         targets = [{name: result[name] for name in states[0]} for result in results]
         places = zip(blocks(states, width), blocks(targets, width, read=False), strict=True)
-        jobs = (functools.partial(mix_block, *place) for place in places)
-        for _ in in_threads(jobs, sums):
-            pass
+        for source, target in places:
+            with np.errstate(invalid="ignore", over="ignore"):  # raised as errors below
+                block = source.stage(weighted_sum.staging)
+                if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
+                    raise _not_finite(source.name, source.vectors, clients)
+                for vector, mixed in zip(target.vectors, weighted_sum(block), strict=True):
+                    _round_into(vector[target.columns], mixed)
     return results
 
 

@@ -76,13 +76,13 @@ def blocks(
 
 
 @contextmanager
-def threads(bytes_each: int) -> Iterator[int]:
+def threads(bytes_each: int, *, most: int = 1 << 10) -> Iterator[int]:
     """Yield the number of threads for the blocks; the buffers of one have `bytes_each`.
 
     Until the end torch uses one thread, and BLAS the cores that remain for each of the threads.
     """
     cores = torch.get_num_threads()
-    number = max(1, min(cores, _THREAD_BYTES // bytes_each))
+    number = max(1, min(cores, most, _THREAD_BYTES // bytes_each))
     torch.set_num_threads(1)
     try:
         with _libraries().limit(limits=cores // number, user_api="blas"):
