@@ -48,7 +48,7 @@ logger = logging.getLogger("flwr")
 RETRY_SECONDS = 30.0
 """Pause before a refused node of a real site is queried again, as its owner may fix it."""
 
-NEWCOMER_SECONDS = 30.0
+NEWCOMER_SECONDS = 60.0
 """How long an exchange with enough clients waits for the reply to a node's first query."""
 
 _SHORTEST, _LONGEST, _SHARE = 0.05, 1.0, 0.05

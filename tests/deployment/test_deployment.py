@@ -14,7 +14,9 @@ import torch
 from guide import blocks, has_nginx, wait_for, wait_for_either, wait_until
 from lab import SITES, SMALL, Lab
 
+from pilot_flwr.client.session import SESSION_LOCK
 from pilot_flwr.inference.runs import load_model, open_run, select_client
+from pilot_flwr.run.atomic import hold
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -125,6 +127,37 @@ def test_a_server_that_dies_goes_on(tmp_path):
     assert (result["status"], result["failures"], result["resumed"]) == ("completed", [], 1)
     trained = [(e["round"], e["client"]) for e in lab.events(folder, "train")]
     assert sorted(trained) == [(n, client) for n in (1, 2, 3) for client in sorted(SITES)]
+
+
+def test_a_site_that_is_late_is_left_out_and_taken_back(tmp_path):
+    """Its first session waits for the lock of its state folder, which this test holds."""
+    folder = tmp_path / "server" / "runs" / "first"
+    rule = "strategy.close_after.fraction=0.6 strategy.close_after.grace_seconds=15"
+    with Lab(tmp_path) as lab:
+        lab.start_server()
+        for site in lab.sites.values():
+            lab.prepare(site)
+        lab.start_sites()
+        lab.server.run("federation")
+        lab.server.start("run", script=f"{lab.server.script('run')} {SMALL} {rule}")
+        wait_until(lambda: len(lab.events(folder, "order")) == 3, seconds=400)
+        (state,) = (lab.sites["west-clinic"].folder / "state").glob("demo-*")
+        with hold(state / SESSION_LOCK, "the state folder"):
+            wait_until(lambda: lab.events(folder, "round"), seconds=300)
+        wait_until(lambda: (folder / "result.json").exists(), seconds=600)
+    failure = lab.events(folder, "failure")[0]  # a loaded machine may have other late sites
+    assert (failure["round"], failure["client"]) == (1, "west-clinic")
+    assert "2 of 3 clients had answered; the exchange closed" in failure["reason"]
+    warnings = [e for e in lab.events(folder, "warning") if "exchange 1" in e["text"]]
+    assert {event["client"] for event in warnings} == {"west-clinic"}
+    late = warnings[-1]
+    assert late["text"].startswith("answered exchange 1 after") and sum(late["up"].values()) > 0
+    busy = {event["round"] for event in warnings if "still works" in event["text"]}
+    asked = {e["round"] for e in lab.events(folder, "order") if e["client"] == "west-clinic"}
+    assert busy and asked.isdisjoint(busy)
+    stages = [e["stage"] for e in lab.events(folder, "train") if e["client"] == "west-clinic"]
+    assert set(stages) <= {2}  # its stage 1 is done, although it was not used
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
 
 
 @pytest.mark.skipif(not has_nginx(), reason="needs nginx")
