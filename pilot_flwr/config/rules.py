@@ -139,6 +139,11 @@ class Rule(NamedTuple):
 
 _ALL_SHARED = {"strategy.sharing.adapter": True, "strategy.sharing.lora": "AB"}
 _ONE_CONNECTOR = {"strategy.stages": 1, "model.client_adapter": False}
+_NOTHING_SHARED: dict[str, object] = {
+    "strategy.sharing.adapter": False,
+    "strategy.sharing.lora": "none",
+}
+_NO_TRAINING: dict[str, object] = {"strategy.trained_by": "nobody"}
 
 RULES = (
     # One model for all clients: nothing is private to a client.
@@ -152,6 +157,7 @@ RULES = (
             "strategy.clients": 0,
             "strategy.fraction_train": 1,
             "strategy.fraction_evaluate": 1,
+            "strategy.min_train_nodes": 0,  # one client trains
             "train.ditto.enabled": False,
             "privacy.enabled": False,
         },
@@ -190,20 +196,24 @@ RULES = (
     ),
     # Without training only scores remain.
     Rule(
-        {"strategy.trained_by": "nobody"},
+        _NO_TRAINING,
         {
             "evaluation.enabled": True,
             "privacy.enabled": False,
             "strategy.fraction_train": 1,  # `strategy.fraction_evaluate` draws who evaluates
+            "strategy.min_train_nodes": 0,
             "strategy.server_optimizer.name": "none",
             "train.proximal_weight": 0,
         },
     ),
     Rule({"strategy.self_weight": False}, {"strategy.lora": "adaptive"}),
     # Nothing is sent, so there is nothing to pull towards and nothing to protect.
-    Rule(
-        {"strategy.sharing.adapter": False, "strategy.sharing.lora": "none"},
-        {"train.proximal_weight": 0, "privacy.enabled": False},
+    Rule(_NOTHING_SHARED, {"train.proximal_weight": 0, "privacy.enabled": False}),
+    # Only uploads are compressed.
+    *(
+        Rule({**no_uploads, "model.sent_dtype": compressed}, {"model.sent_dtype": "bfloat16"})
+        for no_uploads in (_NO_TRAINING, _NOTHING_SHARED)
+        for compressed in ("int8", "int4")
     ),
 )
 

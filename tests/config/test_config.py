@@ -249,6 +249,12 @@ def test_yaml_that_is_no_configuration_is_refused(text, overrides, words):
         ("strategy.client_keys=keys", ("strategy.client_keys", "absolute path")),
         ("model.revision=v1", ("model.revision", "model.path")),
         ("strategy=fedit strategy.self_weight=false", ("self_weight", "strategy.lora")),
+        ("strategy=zero_shot model.sent_dtype=int8", ("trained_by=nobody", "model.sent_dtype")),
+        ("strategy=zero_shot model.sent_dtype=int4", ("trained_by=nobody", "model.sent_dtype")),
+        ("strategy=local model.sent_dtype=int8", ("strategy.sharing.lora", "model.sent_dtype")),
+        ("strategy=local model.sent_dtype=int4", ("strategy.sharing.lora", "model.sent_dtype")),
+        ("strategy=centralised strategy.min_train_nodes=3", ("pooled", "min_train_nodes")),
+        ("strategy=zero_shot strategy.min_train_nodes=3", ("nobody", "min_train_nodes")),
     ],
 )
 def test_settings_that_cannot_go_together_are_both_named(overrides, names):
@@ -260,3 +266,18 @@ def test_settings_that_cannot_go_together_are_both_named(overrides, names):
 def test_an_absurd_number_of_examples_is_above_the_default_limit():
     assert 665_298 < load_config().strategy.max_examples < 10**7
     load_config("strategy=zero_shot model.dtype=float16 train.autocast=off")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "strategy=local model.sent_dtype=bfloat16",
+        "strategy=zero_shot model=llava-1.5-7b",
+        "strategy=centralised model.sent_dtype=int8",
+        "strategy.sharing.lora=none model.sent_dtype=int4",
+        "strategy.stages=1 strategy.sharing.adapter=false model.sent_dtype=int4",
+        "strategy=local strategy.min_train_nodes=3",
+    ],
+)
+def test_settings_are_allowed_where_they_have_an_effect(overrides):
+    load_config(overrides)

@@ -42,7 +42,7 @@ ALWAYS = """
     strategy.fraction_train strategy.min_train_nodes strategy.min_available_nodes strategy.sampling
     strategy.min_replies strategy.below_minimum strategy.clients strategy.client_keys
     strategy.max_examples strategy.wait_seconds strategy.round_timeout_seconds
-    strategy.server_optimizer.name
+    strategy.close_after.fraction strategy.close_after.grace_seconds strategy.server_optimizer.name
     train.max_length train.autocast train.proximal_weight train.ditto.enabled
     evaluation.enabled evaluation.batch_size evaluation.max_new_tokens
     privacy.enabled
