@@ -132,6 +132,9 @@ def save_checkpoint(
         for name, state in states.items():
             path = _path(part, name)
             files[path.as_posix()] = _store(state, temporary / path, {_PARTS[part]: name})
+    for path in (temporary / "lora").glob("*"):  # created for a result that nobody got
+        if path.relative_to(temporary).as_posix() not in files:
+            path.unlink()
     content = {
         "format": FORMAT,
         "round": server_round,

@@ -1,6 +1,8 @@
 """The examples run as they are published."""
 
+import ast
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,17 @@ SMALL = """OVERRIDES = (
     "data.clients_per_task=1 data.train_examples=16 data.test_examples=16 train.epochs=1 "
     "strategy.rounds=1 run.report=false run.tensorboard=false"
 )"""
+
+
+def test_what_the_notebook_imports_exists():
+    notebook = json.loads((EXAMPLES / "demo.ipynb").read_text())
+    source = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
+    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    assert len(imports) > 5
+    for statement in imports:
+        module = importlib.import_module(statement.module)
+        for name in statement.names:
+            assert hasattr(module, name.name), f"{statement.module}.{name.name}"
 
 
 @pytest.mark.slow

@@ -156,6 +156,15 @@ def test_a_lora_created_in_the_next_checkpoint_is_not_written_again(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_lora_that_nobody_got_is_not_in_the_checkpoint(tmp_path):
+    kept, other = (create_lora(tmp_path, 1, client, LAYOUT) for client in ("a", "b"))
+    kept["a"].fill_(1)
+    other["a"].fill_(2)
+    save(tmp_path, 1, {"a": kept, "b": kept})
+    assert files(tmp_path, 1).keys() == {"a"}
+    assert values(tmp_path, 1) == {"a": 1, "b": 1}
+
+
 def test_a_full_disk_is_an_error_before_a_page_is_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
