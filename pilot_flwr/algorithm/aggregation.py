@@ -89,7 +89,7 @@ def sketched_distances(states: Sequence[NamedArrays], *, seed: Sequence[int]) ->
         d_kj = || Y_k - Y_j ||_2,   Y = C D,   D_k = S_k - S_0
 
     C is a CountSketch: every value is added to one of m columns with a random sign. For every
-    pair, whatever the states are::
+    pair of states that were chosen without knowledge of C::
 
         E d_kj^2 = || S_k - S_j ||^2,   Var d_kj^2 <= 2 / m || S_k - S_j ||^4
 
