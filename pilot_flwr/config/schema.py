@@ -150,8 +150,8 @@ class StrategyConfig(Section, prefix="strategy"):
     """M: neighbours of a client in the adaptive aggregation."""
     distances: Annotated[str, choice("exact", "sketch")] = "exact"
     """Distances between LoRAs: `exact`, or estimated from a seeded random `sketch` of every LoRA
-    with a standard error of about 1 %, which saves time with hundreds of clients per exchange. All
-    clients know the seed: one that abuses it can appear near to others, so it is for trusted ones."""
+    with a standard error of about 1 %, which saves time with hundreds of clients per exchange.
+    For trusted clients: one that knows the seed can appear close to others."""
     self_weight: bool = True
     """Include a client's own LoRA in the adaptive aggregation."""
     sharing: SharingConfig = field(default_factory=SharingConfig)
