@@ -222,7 +222,7 @@ class PilotStrategy(Strategy):
             self._stages,
             available if sampled else None,
         )
-        self._record_busy(server_round)
+        self._record_busy(grid, server_round)
         return self.instructions.messages(server_round, self._present, self._stages, train=True)
 
     def aggregate_train(
@@ -277,7 +277,7 @@ class PilotStrategy(Strategy):
             self._available = self._call_roster(grid, server_round + 1, train=False)
         elif busy := self.instructions.busy(grid, server_round):
             self._available = [p for p in self._available if p.node_id not in busy]
-            self._record_busy(server_round)
+            self._record_busy(grid, server_round)
         self._present = self._draw(server_round + 1, train=False)
         # A client evaluates the architecture that it last trained. If its reply was lost, the
         # server does not know that stage: so every client gets all task adapters.
@@ -328,8 +328,13 @@ class PilotStrategy(Strategy):
             self._keys = dict(keys)
         return present
 
-    def _record_busy(self, server_round: int) -> None:
+    def _record_busy(self, grid: Grid, server_round: int) -> None:
+        """Warn of clients at work, except those whose node left: they may be at another one."""
+        connected = set(grid.get_node_ids())
+        present = {p.member.client for p in self._available}
         for late in self.instructions.late.values():
+            if late.present.node_id not in connected or late.client in present:
+                continue
             text = f"still works on exchange {late.exchange}, so it is not asked."
             self.recorder.warning(server_round, late.client, text)
 

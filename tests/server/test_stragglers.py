@@ -261,6 +261,25 @@ def test_a_busy_client_whose_node_leaves_is_free_to_return_at_another(tmp_path, 
     assert run.trained(3)["vqa-1"] == 1  # it never trained
 
 
+def test_a_client_that_takes_part_at_another_node_is_not_reported_as_busy(tmp_path, clock):
+    """Its old node is gone, and Flower has not answered for it."""
+    run = Sites(tmp_path, MOST, clock, slow(("vqa-1", 1, 1e9), ("vqa-0", 2, 9.0)))
+    run.grid.node_configs.append(run.grid.node_configs[3])  # the site of node 4
+    run.grid.nodes, pull = [1, 2, 3, 4], run.grid.pull_messages
+
+    def leave(ids):
+        if clock.now > 1015:
+            run.grid.nodes = [1, 2, 3, 5]
+        return pull(ids)
+
+    run.grid.pull_messages = leave
+    run.run()
+    assert "vqa-1" in run.trained(3) and run.strategy.instructions.late
+    assert [warning[::2] for warning in run.warnings()] == [
+        (2, "still works on exchange 1, so it is not asked.")
+    ]
+
+
 def test_the_closing_evaluation_leaves_busy_clients_out(tmp_path, clock):
     overrides = MOST.replace("evaluation.enabled=false", "") + " strategy.rounds=1"
     run = Sites(tmp_path, overrides, clock, slow(("vqa-1", 2, 1e6), ("vqa-0", 3, 50.0))).run()
