@@ -223,12 +223,16 @@ def object_stores_rows(results: Results) -> Rows:
     """Rows of ``object_stores.json``."""
     return [
         [
-            f"resident memory of Flower's {name}, alone in a process, with {one['replies']} "
-            f"unread replies of {human_bytes(one['bytes'] // one['replies'])}",
-            human_bytes(one["resident_bytes_when_full"]),
+            f"resident memory of Flower's {name}, alone in a process, {when} {one['replies']} "
+            f"{which} of {human_bytes(one['bytes'] // one['replies'])}",
+            human_bytes(one[f"resident_bytes_{key}"]),
             "",
         ]
         for name, one in results.items()
+        for key, when, which in (
+            ("when_full", "with", "unread replies"),
+            ("after_deletion", "after the deletion of", "replies"),
+        )
     ]
 
 
