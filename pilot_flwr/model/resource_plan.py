@@ -60,8 +60,10 @@ class ServerPlan:
     up_bytes: int
     down_bytes: int
     disk_bytes: int
-    """Upper bound of adapters and LoRAs in the run folder: an exchange's uploads until they are
-    aggregated, and `pilot_flwr.run.checkpoint.KEPT_ROUNDS` checkpoints beside the next one."""
+    """Upper bound of tensors in the run folder, on a file system with hard links: an exchange's
+    uploads until they are aggregated, with clipped copies and the server optimizer's mixtures; and
+    `pilot_flwr.run.checkpoint.KEPT_ROUNDS` checkpoints beside the next one, with moments and
+    residual."""
 
 
 @dataclass(frozen=True)
@@ -134,24 +136,37 @@ def _trainers(config: PilotConfig, clients: int) -> int:
 
 
 def _server_plan(config: PilotConfig, stage: StagePlan, clients: int) -> ServerPlan:
-    strategy, width = config.strategy, DTYPE_BYTES[config.model.wire_dtype]
     trainers = _trainers(config, clients)
     receivers = clients if config.evaluation.enabled else trainers
-    tasks = len(config.data.tasks)
+    return ServerPlan(
+        clients=receivers,
+        up_bytes=trainers * stage.up_bytes,
+        down_bytes=receivers * stage.down_bytes,
+        disk_bytes=_disk_bytes(config, stage, trainers),
+    )
+
+
+def _disk_bytes(config: PilotConfig, stage: StagePlan, trainers: int) -> int:
+    strategy, width = config.strategy, DTYPE_BYTES[config.model.wire_dtype]
+    lora, adapter = stage.sent_of["lora"], stage.sent_of["own_task_adapter"]
+    tasks, versions = len(config.data.tasks), 1 + KEPT_ROUNDS
     # LoRAs that an exchange replaces, and those that there are in the end.
     new = {"adaptive": trainers, "task": tasks}.get(strategy.lora, 1)
     kept = new
     if strategy.lora == "adaptive":
         kept = min(_trainers(config, config.num_clients), new * (strategy.rounds + 1))
-    loras = trainers + kept + KEPT_ROUNDS * new
-    adapters = trainers + (1 + KEPT_ROUNDS) * tasks
-    numbers = loras * stage.sent_of["lora"] + adapters * stage.sent_of["own_task_adapter"]
-    return ServerPlan(
-        clients=receivers,
-        up_bytes=trainers * stage.up_bytes,
-        down_bytes=receivers * stage.down_bytes,
-        disk_bytes=numbers * width,
-    )
+    loras, adapters = trainers + kept + KEPT_ROUNDS * new, trainers + versions * tasks
+    if strategy.update_norm.action == "clip":  # the norms of at most half exceed the median
+        loras, adapters = loras + trainers // 2, adapters + trainers // 2
+    moments = 0
+    if strategy.server_optimizer.name != "none":
+        # Mixtures, and LoRAs mapped beside their files in checkpoints: the new ones and all others.
+        loras += 2 * new + kept
+        # Checkpoints write all moments anew; the server maps one more version, of one LoRA two.
+        moments = (versions + 1) * (kept * lora + tasks * adapter) + lora
+    numbers = loras * lora + adapters * adapter
+    residuals = (versions + 1) * stage.residual_bytes[-1]  # one may be mapped after a resume
+    return numbers * width + 2 * DTYPE_BYTES["float32"] * moments + residuals
 
 
 def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:

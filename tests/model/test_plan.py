@@ -107,15 +107,42 @@ def test_a_server_is_planned_with_the_clients_drawn_and_with_all():
     )
 
 
+TINY = "model=tiny data.tasks=[vqa,counting] data.clients_per_task=3 strategy.rounds=2"
+ADAM = "strategy.server_optimizer.name=adam"
+LORA, ADAPTER = 58368, 15552
+
+
 @pytest.mark.parametrize(("lora", "kept"), [("adaptive", 6), ("task", 2), ("global", 1)])
 def test_clients_that_share_a_lora_take_its_bytes_once(lora, kept):
     plan = plan_of(f"{TINY} strategy.lora={lora}")
     (side,) = plan.server
-    numbers = 58368 * (6 + 3 * kept) + 15552 * (6 + 3 * 2)
+    numbers = LORA * (6 + 3 * kept) + ADAPTER * (6 + 3 * 2)
     assert side.clients == 6 and side.disk_bytes == 4 * numbers
 
 
-TINY = "model=tiny data.tasks=[vqa,counting] data.clients_per_task=3 strategy.rounds=2"
+@pytest.mark.parametrize(
+    ("overrides", "extra_loras", "extra_adapters", "moments"),
+    [  # six clients in two tasks: in float32 as everything, moments are two numbers each
+        ("strategy.update_norm.action=clip", 3, 3, 0),
+        (f"{ADAM} strategy.lora=adaptive", 2 * 6 + 6, 0, 4 * (6 * LORA + 2 * ADAPTER) + LORA),
+        (f"{ADAM} strategy.lora=task", 2 * 2 + 2, 0, 4 * (2 * LORA + 2 * ADAPTER) + LORA),
+    ],
+)
+def test_what_server_optimizer_and_clipping_write_is_counted(
+    overrides, extra_loras, extra_adapters, moments
+):
+    kept = 2 if "lora=task" in overrides else 6
+    (side,) = plan_of(f"{TINY} {overrides}").server
+    loras, adapters = 6 + 3 * kept + extra_loras, 6 + 3 * 2 + extra_adapters
+    assert side.disk_bytes == 4 * (loras * LORA + adapters * ADAPTER + 2 * moments)
+
+
+def test_the_residual_of_exact_aggregation_is_counted_on_the_servers_disk():
+    (exact,) = (plan := plan_of(f"{TINY} strategy=fedex_lora")).server
+    (mean,) = plan_of(f"{TINY} strategy=fedit").server
+    assert exact.disk_bytes - mean.disk_bytes == 4 * plan.stages[1].residual_bytes[-1]
+
+
 D, C = 64, 96
 
 
