@@ -58,8 +58,9 @@ class PilotStrategy(Strategy):
     `state` has the task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its
     `Result`. `expected` maps the federation's clients to their tasks, `identity` has the hashes
     that clients must share (`pilot_flwr.flower.compatibility`), `settings` is the hash of the
-    run's settings, for its checkpoints, and `upload_bits` the width of compressed uploads, 0 if
-    they are not. If `simulated`, all clients exist from the start and Ray may send error replies.
+    run's settings, for its checkpoints, and `upload_bits` the width of compressed uploads, 0
+    without compression. If `simulated`, all clients exist from the start and Ray may send error
+    replies.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class PilotStrategy(Strategy):
         keys: Mapping[str, str] | None = None,
         operator_keys: Mapping[str, str] | None = None,
     ) -> None:
-        """`seed` draws clients and sketches, `at_once` returns how many messages may be unanswered.
+        """`seed` seeds sampling and sketches, `at_once` returns the maximum of unanswered messages.
 
         `keys` are the fingerprints recorded so far, `operator_keys` the operator's.
         """
@@ -364,7 +365,7 @@ class PilotStrategy(Strategy):
             self.recorder.training(
                 server_round, member, self._stages[member.client], result, content
             )
-        # On disk from here on: the memory of an exchange must not grow with its clients.
+        # On disk from here on: an exchange's memory must not grow with the number of clients.
         return [
             replace(update, adapter=self._spool(update.adapter), lora=self._spool(update.lora))
             for update in updates

@@ -38,7 +38,7 @@ EVERYONE = "all-tasks"
 """Name of the group of all clients."""
 
 SKETCH_SIZE = 8192
-"""Columns m of the sketch of a client."""
+"""Number m of columns of a sketch."""
 
 _CANCELLATION = 1e-6
 """Below this share of G_kk + G_jj, too few of the 16 digits of G_kk + G_jj - 2 G_kj are left."""
@@ -82,7 +82,7 @@ def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
 
 
 def sketched_distances(states: Sequence[NamedArrays], *, seed: Sequence[int]) -> Matrix:
-    """Estimate the distances of :func:`pairwise_distances` from sketches of m = `SKETCH_SIZE` sums.
+    """Estimate :func:`pairwise_distances` from sketches with m = `SKETCH_SIZE` columns.
 
     ::
 
@@ -93,15 +93,15 @@ def sketched_distances(states: Sequence[NamedArrays], *, seed: Sequence[int]) ->
 
         E d_kj^2 = || S_k - S_j ||^2,   Var d_kj^2 <= 2 / m || S_k - S_j ||^4
 
-    so the relative standard error of d^2 is at most 1.6 %, that of d about half of it, and that of
-    d^2 exceeds x with probability at most 2 / (m x^2) (Chebyshev).
+    so the relative standard error of d^2 is at most 1.6 %, and that of d about half as large. The
+    relative error of d^2 exceeds x with probability at most 2 / (m x^2) (Chebyshev).
 
     Parameters
     ----------
     states : sequence of state
         One per client, with the same names, shapes and dtypes.
     seed : sequence of int
-        Seeds C, which otherwise depends on the states' layout alone.
+        Seed of C, which otherwise depends only on the states' layout.
 
     Returns
     -------
@@ -213,9 +213,9 @@ def mix(
     weights : ndarray, shape (K, K)
         Row-stochastic.
     allocate : callable, optional
-        Returns a contiguous state with the layout of `states[0]`, to be filled with the result of
-        a client: the first, by index, of those with its row of weights. By default, states are
-        allocated in memory.
+        Returns a contiguous state with the layout of `states[0]` for the result of a client, given
+        by index. Clients with equal rows of weights share the state of the first of them. By
+        default, states are allocated in memory.
 
     Returns
     -------
@@ -415,7 +415,7 @@ def _components(linked: NDArray[np.bool_]) -> list[list[int]]:
     """Return the connected components with at least two members of a symmetric relation."""
     if not linked.any():
         return []
-    from scipy.sparse import csgraph  # takes a fraction of a second to import, and is seldom needed
+    from scipy.sparse import csgraph  # slow to import, and seldom needed
 
     count, labels = csgraph.connected_components(linked, directed=False)
     order = np.argsort(labels, kind="stable")

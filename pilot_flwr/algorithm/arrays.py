@@ -10,8 +10,8 @@ that start from the same base differ by little beside their norms, so inner prod
 differences to the first client: a common offset cancels before it costs digits.
 
 Time and memory: columns of all clients are staged in blocks, so that every value is read and
-converted once per pass (:mod:`pilot_flwr.algorithm.blocks`); inner products use all cores. A
-mixture costs by the clients that its row names. Results are written straight into their final
+converted once per pass (:mod:`pilot_flwr.algorithm.blocks`); inner products use all cores. The time
+of a weighted sum grows with the number of its nonzero weights. Results are written into their final
 arrays. NaN and Inf are found in the same pass.
 """
 
@@ -44,7 +44,7 @@ Matrix: TypeAlias = NDArray[np.float64]
 _NUMPY_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# A sum over the named clients alone costs as much per client as so many of a matrix product.
+# Per client, a sum over the nonzero weights alone takes this many times as long as a product.
 _DENSE_SPEED = 8
 
 
@@ -126,8 +126,8 @@ def combine(
     Returns
     -------
     list of state
-        R new states of the inputs' containers and dtypes. Identical bits of all clients with
-        weight in a row are kept.
+        R new states of the inputs' containers and dtypes. A value that is the same in all clients
+        with weight in a row is kept bit for bit.
 
     Raises
     ------
@@ -206,8 +206,9 @@ def sketch(states: Sequence[NamedArrays], size: int, generator: np.random.Genera
 
         Y_kc = sum_{i: h(i) = c} s_i D_ki,   D_k = S_k - S_0   (all tensors as one vector)
 
-    The signs s_i are independent. Runs of at most `size` neighbouring values go to neighbouring
-    columns from a random one on, so two values share a column with probability at most 1 / size.
+    The signs s_i are independent. Each run of at most `size` consecutive values maps to consecutive
+    columns, cyclically from a random one, so two values share a column with probability at most
+    1 / size.
 
     Parameters
     ----------
@@ -216,7 +217,7 @@ def sketch(states: Sequence[NamedArrays], size: int, generator: np.random.Genera
     size : int
         Columns m of the sketch.
     generator : numpy.random.Generator
-        Draws s and h, which depend on its seed, `size` and the states' layout alone.
+        Draws s and h, which depend only on its seed, `size` and the states' layout.
 
     Returns
     -------
@@ -247,15 +248,15 @@ def sketch(states: Sequence[NamedArrays], size: int, generator: np.random.Genera
 
 
 class _WeightedSum:
-    """Weighted sums of the rows of a block: over the named rows alone where these are few.
+    """Weighted sums of the rows of a block, over the rows with nonzero weight alone if few.
 
-    `staging` has room for a block.
+    `staging` is a buffer for one block.
     """
 
     def __init__(self, weights: Matrix, width: int) -> None:
         named = weights > 0
         self.most = int(named.sum(axis=1).max())
-        # The named clients of each row in order, then the first of them again with weight 0.
+        # The clients with weight in each row, padded with the first of them at weight 0.
         self.clients = np.argsort(~named, axis=1, kind="stable")[:, : self.most]
         unnamed = ~np.take_along_axis(named, self.clients, axis=1)
         self.factors = np.where(unnamed, 0, np.take_along_axis(weights, self.clients, axis=1))
@@ -264,7 +265,7 @@ class _WeightedSum:
         self.staging = np.empty(weights.shape[1] * width)
         self.sparse = _DENSE_SPEED * self.most <= weights.shape[1]
         self.product = np.empty(len(weights) * width)
-        # So many rows at once stay in the L2 cache while their clients are added to them.
+        # Number of rows that stay in the L2 cache while clients are added to them.
         self.step = max(1, BLOCK_ELEMENTS // (2 * width))
         self.gathered = np.empty(self.step * width if self.sparse else 0)
 

@@ -1,9 +1,9 @@
-"""Columns of many clients' tensors, in blocks that are staged in float64 and shared out to threads.
+"""Stage columns of many clients' tensors in float64 blocks, and process these in a pool of threads.
 
-The passes of :mod:`pilot_flwr.algorithm.arrays` are functions of one block. Each thread has buffers
-of its own, and the libraries that it calls use one thread: threads that work together on one small
-product wait for each other, and on a busy machine for long. Results come in the order of the
-blocks, so that sums do not depend on the number of threads.
+The passes of :mod:`pilot_flwr.algorithm.arrays` are functions of one block. Each thread has its own
+buffers and calls single-threaded libraries: threads that share one small product wait for each
+other, on a busy machine for long. Results are yielded in the order of the blocks, so that sums do
+not depend on the number of threads.
 """
 
 import functools
@@ -20,18 +20,18 @@ import threadpoolctl
 import torch
 from numpy.typing import NDArray
 
-from pilot_flwr.algorithm.mapped import Vector, read_soon
+from pilot_flwr.algorithm.mapped import Vector, prefetch
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache."""
 
 _BLOCK_COLUMNS = 2048
-"""Fewest columns with many clients, so that adding a block's (K, K) product costs little."""
+"""Minimum number of columns for many clients, so that adding a block's (K, K) product is cheap."""
 
 _THREAD_BYTES = 1 << 29
-"""Most bytes of all threads' buffers; larger products are shared out by BLAS itself."""
+"""Maximum size of all threads' buffers; larger products are parallelised by BLAS itself."""
 
-# Bytes of all clients' mapped files that the system reads ahead together.
+# Bytes to prefetch at a time from the mapped files of all clients together.
 _READ_AHEAD_BYTES = 1 << 26
 
 _Rows: TypeAlias = NDArray[np.float64]
@@ -64,14 +64,14 @@ def block_width(states: Sequence[Mapping[str, Vector]]) -> int:
 def blocks(
     states: Sequence[Mapping[str, Vector]], width: int, *, read: bool = True
 ) -> Iterator[Columns]:
-    """Yield all columns of all tensors, `width` at a time; `read` mapped files ahead."""
+    """Yield all columns of all tensors, `width` at a time; with `read`, prefetch mapped files."""
     for name in states[0]:
         vectors = [_vector(state[name]) for state in states]
         size = vectors[0].shape[0]
         ahead = width * max(1, _READ_AHEAD_BYTES // (len(states) * width * vectors[0].itemsize))
         for start in range(0, size, width):
             if read and start % ahead == 0:
-                read_soon(vectors, slice(start, start + ahead))
+                prefetch(vectors, slice(start, start + ahead))
             yield Columns(name, vectors, slice(start, min(size, start + width)))
 
 
@@ -79,7 +79,7 @@ def blocks(
 def threads(bytes_each: int, *, most: int = 1 << 10) -> Iterator[int]:
     """Yield the number of threads for the blocks; the buffers of one have `bytes_each`.
 
-    Until the end torch uses one thread, and BLAS the cores that remain for each of the threads.
+    Within the context, torch uses one thread, and BLAS an equal share of the cores in each thread.
     """
     cores = torch.get_num_threads()
     number = max(1, min(cores, most, _THREAD_BYTES // bytes_each))
@@ -93,13 +93,13 @@ def threads(bytes_each: int, *, most: int = 1 << 10) -> Iterator[int]:
 
 @functools.cache
 def _libraries() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController()  # looks for the libraries of the process
+    return threadpoolctl.ThreadpoolController()  # scans the libraries of the process
 
 
 def in_threads(
     jobs: Iterable[Callable[[_Buffers], _Result]], buffers: Sequence[_Buffers]
 ) -> Iterator[_Result]:
-    """Run jobs in one thread for each of the buffers; yield their results in order."""
+    """Run jobs in a pool with one thread per buffer; yield their results in order."""
     free: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
     for one in buffers:
         free.put(one)

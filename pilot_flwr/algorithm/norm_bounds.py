@@ -205,7 +205,7 @@ def check_norms(
     config : UpdateNormConfig
         Action and factor.
     keep : callable
-        Returns a copy of a clipped part where it is stored. By default, it stays in memory.
+        Stores a clipped part and returns the stored copy. By default, it stays in memory.
 
     Returns
     -------

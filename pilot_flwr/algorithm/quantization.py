@@ -4,9 +4,9 @@ A client uploads the quantised change since the tensors that it received, and ke
 was rounded away for its next upload. For one tensor, received as S, trained to Θ, with the error e
 of the previous upload::
 
-    x = Θ - S + e                                        what the server should receive
+    x = Θ - S + e                                        the change to send
     q = round(x / s),   s = max |x| / L in each block    L: 127 (8 bits), 7 (4 bits)
-    U = S + s q                                          what the server restores
+    U = S + s q                                          the upload as restored by the server
     e' = x - (U - S)                                     kept by the client, never sent
 
 ``|x - s q| <= s / 2`` for every element, so ``|e'|`` is at most half a scale plus the rounding of U
@@ -139,7 +139,7 @@ def compress(trained: State, received: State, error: State, bits: int) -> tuple[
 
 
 def restore(compressed: State, received: State, bits: int) -> State:
-    """Restore an upload from what the client was sent.
+    """Restore an upload from the tensors that the client received.
 
     Parameters
     ----------

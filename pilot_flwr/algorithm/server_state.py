@@ -194,7 +194,7 @@ class ServerState:
     rounds: int = 0
     """Aggregated exchanges."""
     _means: dict[str, State] = field(default_factory=dict)
-    """Task → LoRA of its newcomers, since the last aggregation."""
+    """Task → LoRA of its newcomers; cleared by every aggregation."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -217,7 +217,7 @@ class ServerState:
         return self._means[task]
 
     def restore(self, update: Update, member: Member, bits: int) -> Update:
-        """Restore a compressed update of `bits` bits from what its client was sent.
+        """Restore an update compressed to `bits` bits from the tensors that its client received.
 
         Raises
         ------
@@ -275,13 +275,13 @@ class ServerState:
         config : StrategyConfig
             Aggregation rules.
         seed : int
-            The run's; sketches of LoRAs depend on it and on the number of the exchange.
+            Seed of the run. Sketches of LoRAs depend on it and on the exchange.
         allocate : callable, optional
-            Maps a client to a state like `initial.lora`, which its new LoRA is written into. By
-            default, new LoRAs are in memory.
+            Returns a state like `initial.lora` for the new LoRA of a client, given by its id. By
+            default, new LoRAs are allocated in memory.
         keep : callable
-            Returns a copy of a state where the server optimizer's mixtures, LoRAs and moments are
-            stored. By default, they stay in memory.
+            Stores a mixture, LoRA or moments of the server optimizer and returns the stored copy.
+            By default, they stay in memory.
 
         Raises
         ------
@@ -343,7 +343,7 @@ class ServerState:
         new: dict[str, State] = {}
         place: Callable[[int], dict[str, Array]] | None = None
         if allocate is not None:
-            # The server optimizer replaces the mixtures, so they do not become anyone's LoRA.
+            # The server optimizer replaces the mixtures, so they are no client's LoRA.
             own = config.server_optimizer.name == "none"
             place = lambda row: cast(  # noqa: E731
                 dict[str, Array], allocate(clients[row]) if own else keep(self.initial.lora)

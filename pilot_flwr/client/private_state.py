@@ -64,7 +64,7 @@ class PrivateState:
 
     `stage` is the last one trained; after stage 2, `tasks` has the T tasks in the router's order.
     `groups` has the private groups and the unsent tensors of the others, `personal` all tensors of
-    Ditto's personal model, `errors` what the compression of the last upload rounded away
+    Ditto's personal model, `errors` the compression errors of the last upload
     (`model.sent_dtype`), `moments` AdamW's of the trained tensors (`train.schedule=run`).
     """
 

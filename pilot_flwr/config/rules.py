@@ -200,7 +200,7 @@ RULES = (
         {
             "evaluation.enabled": True,
             "privacy.enabled": False,
-            "strategy.fraction_train": 1,  # `strategy.fraction_evaluate` draws who evaluates
+            "strategy.fraction_train": 1,  # `strategy.fraction_evaluate` samples instead
             "strategy.min_train_nodes": 0,
             "strategy.server_optimizer.name": "none",
             "train.proximal_weight": 0,
@@ -359,7 +359,7 @@ def check_simulation(strategy: Any) -> None:
         raise ConfigError(
             f"`strategy.close_after.fraction` is {strategy.close_after.fraction:g} but must be 1 "
             "in a simulation: when a simulated client answers depends on this machine, so results "
-            "could not be repeated. Omit it, or use `--superlink`."
+            "would not be reproducible. Omit it, or use `--superlink`."
         )
 
 

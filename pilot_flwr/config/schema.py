@@ -109,10 +109,10 @@ class CloseAfterConfig(Section, prefix="strategy.close_after"):
     """When an exchange of real sites closes before all of them have answered."""
 
     fraction: Annotated[float, PART] = 1.0
-    """Share of the asked clients whose replies an exchange waits for, failed ones not counted;
-    1 waits for all. At least `strategy.min_replies`."""
+    """Share of the instructed clients whose replies an exchange waits for, failed ones not counted;
+    1 waits for all. At least `strategy.min_replies` are waited for."""
     grace_seconds: Annotated[float, minimum(0)] = 60.0
-    """Seconds that the exchange then waits for the others. Their replies are not used later."""
+    """Seconds that the exchange then waits for the others. Later replies are discarded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,7 +214,7 @@ class StrategyConfig(Section, prefix="strategy"):
 
     @property
     def min_available(self) -> int:
-        """Number of clients without which no exchange can be drawn or closed."""
+        """Minimum number of available clients that an exchange needs."""
         return max(self.min_replies, self.min_train_nodes, self.min_available_nodes)
 
     def num_drawn(self, available: int, *, train: bool) -> int:

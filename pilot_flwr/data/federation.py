@@ -106,7 +106,7 @@ def count_examples(
     data: DataConfig, client: Client, split: Split, *, seed: int, files: SiteFiles | None = None
 ) -> int:
     """Return the number of examples of one client's split, without reading any."""
-    if data.source == "digits":  # which exist once they are drawn
+    if data.source == "digits":  # generated when they are first read
         return _num_digits(data, client, split)
     return len(_read(data, client, split, seed, files, None))
 

@@ -40,10 +40,10 @@ _SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
 """Pause between polls: a share of the time without a reply, within these seconds."""
 
 _PULLED = 4
-"""Replies pulled in one request: each may have hundreds of megabytes."""
+"""Maximum number of replies pulled in one request: each may have hundreds of megabytes."""
 
 _QUEUED = 4
-"""Messages sent ahead to a simulation per client that it runs at a time, so that none is idle."""
+"""Unanswered messages per client that a simulation runs at a time, so that no worker is idle."""
 
 
 class _YieldingGrid(Grid):
@@ -62,10 +62,10 @@ class _YieldingGrid(Grid):
     ) -> Iterator[Message]:
         """Send messages; yield each reply as it arrives, until all are in or `timeout` (s) is over.
 
-        Each message is taken from `messages` when it is sent, and released; at most `at_once` are
-        unanswered, None for any number. The end may also be the time `closes()`, by
-        `time.monotonic`, which may change with every reply. A reply that is there at the end is
-        still yielded. Replies to the earlier messages `late` are yielded, but not waited for.
+        Each message is taken from `messages` when it is sent, then released; at most `at_once` are
+        unanswered, None for any number. Receiving also ends at `closes()`, a time of
+        `time.monotonic` that may change with every reply. Replies that have arrived by then are
+        still yielded. Replies to the earlier messages `late` are yielded but not waited for.
         """
         outgoing: Iterator[Message] | None = iter(messages)
         waiting: dict[str, None] = {}
@@ -87,7 +87,7 @@ class _YieldingGrid(Grid):
                 yield reply
                 del reply
             now, deadline = time.monotonic(), min(latest, closes())
-            if answered:  # others may be there by now: poll again before looking at the deadline
+            if answered:  # others may have arrived by now: poll again before checking the deadline
                 last = now
                 continue
             if now >= deadline:
@@ -138,7 +138,7 @@ class PollingGrid(_YieldingGrid):
 
 
 def pull(grid: Grid, message_ids: Sequence[str]) -> Iterator[Message]:
-    """Yield the replies that have come, pulled a few at a time and released one by one."""
+    """Yield the replies that have arrived, pulled a few at a time and released one by one."""
     most = getattr(grid, "pulled", _PULLED)
     for at in range(0, len(message_ids), most):
         replies = list(grid.pull_messages(message_ids[at : at + most]))
@@ -266,7 +266,7 @@ def in_simulation(grid: Grid) -> bool:
 
 
 def clients_at_once(grid: Grid, simulation: SimulationConfig) -> int | None:
-    """Return how many messages a simulation's clients can use at a time; None at real sites."""
+    """Return the maximum of unanswered messages in a simulation; None at real sites."""
     if isinstance(grid, InProcessGrid):
         return _QUEUED
     if not isinstance(grid, InMemoryGrid):

@@ -53,7 +53,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """One exchange with so many clients, all in the last stage."""
+    """Costs of one exchange at the server, with all clients in the last stage."""
 
     clients: int
     """Clients that the server instructs."""
@@ -79,7 +79,7 @@ class Plan:
     """The micro-batch of the memory estimate."""
     stages: dict[int, StagePlan]
     server: tuple[ServerPlan, ...]
-    """With the clients that an exchange draws; if these are not all, also with all."""
+    """For the clients that an exchange draws; if these are not all, also for all clients."""
     total_bytes: int
     """Tensors of the whole run, in both directions, with the closing evaluation; an upper bound if
     clients are drawn: the first exchange of a client takes less."""

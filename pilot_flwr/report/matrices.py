@@ -30,7 +30,7 @@ MOST_EXCHANGES = 6
 """Maximum number of exchanges drawn."""
 
 MOST_CLUSTERED = 2000
-"""Maximum number of clients of a picture; of more, a sample, evenly spaced within every task."""
+"""Maximum number of clients in a picture; beyond it, an evenly spaced sample of every task."""
 
 _MOST_CELLS = 200
 _SIDE = 3.5
@@ -141,7 +141,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picture:
-    """A matrix as it is drawn: `cells` with `per_cell` clients a side, whose `tasks` are in order.
+    """A matrix as it is drawn: `cells` of `per_cell` clients a side; `tasks` has each client's.
 
     `clients` are the names of the rows, empty if they are not drawn one by one.
     """
@@ -173,7 +173,7 @@ def cluster(distances: Floats) -> list[int]:
 
 
 def clustered(matrices: Matrices, task_of: dict[str, str]) -> list[int]:
-    """Return the places of the clients to draw: by task, clustered within it, sampled if many."""
+    """Return the indices of the clients to draw: by task, clustered within it, sampled if many."""
     by_task: dict[str, list[int]] = {task: [] for task in task_of.values()}
     for place, client in enumerate(matrices.clients):
         by_task.setdefault(task_of[client], []).append(place)
@@ -189,7 +189,7 @@ def clustered(matrices: Matrices, task_of: dict[str, str]) -> list[int]:
 
 
 def pooled(array: Floats, pool: Callable[..., Floats]) -> tuple[Floats, int]:
-    """Reduce a matrix to at most `_MOST_CELLS` cells a side; return it and the clients a cell."""
+    """Reduce a matrix to at most `_MOST_CELLS` cells a side; return it and the clients per cell."""
     per_cell = -(-len(array) // _MOST_CELLS)
     missing = -len(array) % per_cell
     padded = np.pad(array, (0, missing), mode="edge")
@@ -227,7 +227,7 @@ def _matrices(run: RunData) -> tuple[dict[int, Matrices], list[str]]:
             continue
         known = [i for i, client in enumerate(matrices.clients) if client in run.task_of]
         if unknown := len(matrices.clients) - len(known):
-            notes.append(f"Exchange {number} has {count(unknown, 'client')} that no roster names.")
+            notes.append(f"Exchange {number} has {count(unknown, 'client')} that are on no roster.")
             matrices = _of(matrices, known)
         if len(known) > 1:
             found[number] = matrices
@@ -299,7 +299,7 @@ def _about(found: dict[int, Matrices], pictures: dict[int, Picture], drawing: Dr
     largest = max(many, key=lambda number: len(found[number].clients))
     drawn, clients = len(pictures[largest].tasks), len(found[largest].clients)
     if drawn < clients:
-        notes.append(f"Drawn are {drawn:,} of {clients:,} clients, evenly spaced within each task.")
+        notes.append(f"{drawn:,} of {clients:,} clients are shown, evenly spaced within each task.")
     if (per_cell := pictures[largest].per_cell) > 1:
         value = "the mean distance" if drawing.matrix == "distances" else "the largest share"
         notes.append(f"A cell is {value} of up to {per_cell} × {per_cell} clients.")

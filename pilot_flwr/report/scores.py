@@ -1,7 +1,7 @@
 """Learning curves and losses of a run.
 
-Scores are drawn over exchanges, per task and client, or of more than `MOST_CLIENTS` clients as
-their distribution; losses as parts stacked to the total, and separately.
+Scores are drawn over exchanges, per task and client, or as a distribution if there are more than
+`MOST_CLIENTS` clients; losses as parts stacked to the total, and separately.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,8 +93,8 @@ def _spread(run: RunData, task: str, axes: Axes) -> None:
     for low, high, alpha in ((0, 4, 0.18), (1, 3, 0.4)):
         style: Any = {"color": colour(0), "alpha": alpha, "linewidth": 0}
         axes.fill_between(numbers, levels[low], levels[high], **style)
-    median = dict(zip(numbers, levels[2].tolist(), strict=True))
-    _line(axes, median, "median client", color=colour(0), marker="", linewidth=1.4)
+    middle = dict(zip(numbers, levels[2].tolist(), strict=True))
+    _line(axes, middle, "median client", color=colour(0), marker="", linewidth=1.4)
     _line(axes, run.curves.get(task, {}), "task", **_BOLD)
     _finish(axes, task, run.metric(task), _top(run, task), {0, *scores})
 
@@ -318,6 +318,4 @@ def _loss_table_by_task(
         means = [[v for e in found if (v := e.losses.get(part))] for part in parts]
         cells = [f"{fmean(values):.4g}" if values else "–" for values in means]
         rows.append([str(number), task, str(len(found)), f"{median(totals):.4f}", spread, *cells])
-    return Table(
-        "Losses by task: of the total the median and the range, of each part the mean", rows
-    )
+    return Table("Losses by task: median and range of the total, mean of each part", rows)

@@ -10,13 +10,13 @@ clients       uint8               the clients' ids, a JSON list in UTF-8
 distances     float32, K(K-1)/2   ‖Θ_l,k − Θ_l,j‖₂ for k < j, row by row
 weights       float64             the weights that are not 0 of every distinct row, row by row
 columns       int64               the client of each weight
-ends          int64               for each distinct row, the place after its last weight
+ends          int64               for each distinct row, the index after its last weight
 rows          int64, K            the distinct row of each client
 ============  ==================  ==========================================================
 
-Clients with the same row share one, so that averages over all clients take K weights, not K².
-The file is written, atomically, before the event that names it. A run folder may be anyone's, so
-a file is checked in full when it is read.
+Clients with equal rows share one, so an average over all clients takes K weights, not K². The file
+is written atomically, before the event that names it. A run folder may come from an untrusted
+source, so a file is validated in full when it is read.
 """
 
 import json
@@ -35,7 +35,7 @@ from pilot_flwr.run.events import Aggregated, LoraMixing
 
 FOLDER = "aggregations"
 _FILE = re.compile(rf"{FOLDER}/(\d{{4,}})\.safetensors")
-_KINDS = {
+_DTYPES = {
     "clients": np.uint8,
     "distances": np.float32,
     "weights": np.float64,
@@ -84,7 +84,7 @@ def read_matrices(folder: Path, event: Aggregated) -> Matrices | None:
     Raises
     ------
     StateError
-        The event names a file that is missing, damaged, or none of its run folder.
+        The event names a file that is missing, damaged or outside `folder`.
     """
     if event.file is None:
         return _of_earlier_version(event)
@@ -103,7 +103,7 @@ def read_matrices(folder: Path, event: Aggregated) -> Matrices | None:
 
 
 def remove_matrices(folder: Path, after: int) -> None:
-    """Remove the files of the exchanges `after` one, which a resumed run repeats."""
+    """Remove the files of exchanges later than `after`, which a resumed run repeats."""
     remove_leftovers(folder / FOLDER)
     for path in (folder / FOLDER).glob("*.safetensors"):
         named = _FILE.fullmatch(f"{FOLDER}/{path.name}")
@@ -112,14 +112,14 @@ def remove_matrices(folder: Path, after: int) -> None:
 
 
 def mixing(event: Aggregated) -> LoraMixing | None:
-    """Return how an aggregation mixed the LoRAs; None if it mixed none."""
+    """Return a summary of an aggregation's mixing weights; None if it mixed no LoRAs."""
     if event.mixing is None and event.neighbors:
         return describe(_dense(event.neighbors, sorted(event.neighbors)))
     return event.mixing
 
 
 def describe(weights: NDArray[np.float64]) -> LoraMixing:
-    """Describe mixing weights (K, K) in numbers."""
+    """Summarise mixing weights (K, K)."""
     used = weights > 0
     others = np.count_nonzero(used & ~np.eye(len(used), dtype=bool), axis=1)
     sizes = dict.fromkeys((row.tobytes(), int(row.sum())) for row in used)
@@ -144,20 +144,20 @@ def _dense(
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the tensors, each one-dimensional and of its type."""
+    """Read the tensors; `ValueError` unless each is one-dimensional and of its dtype."""
     from safetensors import SafetensorError, safe_open
 
     read_metadata(path)
     try:
         with safe_open(path, framework="np") as file:
             names = set(file.keys())
-            if names != _KINDS.keys():
+            if names != _DTYPES.keys():
                 raise ValueError(f"its tensors are {sorted(names)[:9]}")
-            arrays = {name: file.get_tensor(name) for name in _KINDS}
+            arrays = {name: file.get_tensor(name) for name in _DTYPES}
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(str(error)) from None
     for name, array in arrays.items():
-        if array.dtype != _KINDS[name] or array.ndim != 1:
+        if array.dtype != _DTYPES[name] or array.ndim != 1:
             raise ValueError(f"`{name}` is {array.dtype} of shape {array.shape}")
     return arrays
 
@@ -166,7 +166,7 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Matrices:
     """Return the matrices of a file; `ValueError` if its tensors contradict each other."""
     clients = json.loads(arrays["clients"].tobytes().decode())
     if not isinstance(clients, list) or not all(isinstance(name, str) for name in clients):
-        raise ValueError("`clients` is no list of ids")
+        raise ValueError("`clients` is not a list of ids")
     size, (upper, values) = len(clients), (arrays["distances"], arrays["weights"])
     columns, ends, rows = arrays["columns"], arrays["ends"], arrays["rows"]
     if size == 0 or len(set(clients)) != size:

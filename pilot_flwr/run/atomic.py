@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from pilot_flwr.algorithm.mapped import written_in_pieces
+from pilot_flwr.algorithm.mapped import read_around
 from pilot_flwr.errors import RunError, StateError
 from pilot_flwr.protocol import State
 
@@ -102,7 +102,7 @@ def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
 
 
 class TensorFile(dict[str, "Tensor"]):
-    """The tensors of a file, mapped: the system reads, writes and forgets their pages.
+    """The tensors of a file, mapped into memory: the kernel pages them in and out.
 
     Such a file is never changed once it is complete, so it may be linked into other folders.
     `sha256` is empty until it has been computed.
@@ -135,17 +135,17 @@ def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> Te
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        # Reserved now: a disk that is full when a mapped page is written kills the process.
+        # Reserved now: writing a mapped page to a full disk kills the process.
         file.flush()
         try:
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
     tensors: State = {}
-    # Unlike a `numpy.memmap`, it keeps no file descriptor: there may be a thousand of these files.
+    # Unlike `numpy.memmap`, it keeps no file descriptor: there may be a thousand of these files.
     size = 8 + len(text) + end
     mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[size - end :]
-    written_in_pieces(mapped, True)
+    read_around(mapped, enabled=False)
     for name, tensor in layout.items():
         start, end = header[name]["data_offsets"]
         tensors[name] = mapped[start:end].view(tensor.dtype).view(tensor.shape)
@@ -153,13 +153,13 @@ def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> Te
 
 
 def complete(created: TensorFile) -> None:
-    """End the writing of a file of `create_tensors`: from now on it is read from end to end."""
+    """Mark a file of `create_tensors` as written; page faults read around from now on."""
     for tensor in created.values():
-        written_in_pieces(tensor, False)
+        read_around(tensor, enabled=True)
 
 
 def spool_tensors(tensors: State, folder: Path) -> State:
-    """Write tensors to a nameless file in `folder`, which is gone after their last use; map it."""
+    """Write tensors to an unlinked file in `folder` and map it; its space is freed with them."""
     if not tensors:
         return {}
     folder.mkdir(parents=True, exist_ok=True)

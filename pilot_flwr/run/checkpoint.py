@@ -69,11 +69,11 @@ def discard(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def remove_partial(folder: Path, *, but: Path | None = None) -> None:
-    """Remove the partial checkpoints of killed writers, `but` one."""
+def remove_partial(folder: Path, *, keep: Path | None = None) -> None:
+    """Remove the partial checkpoints of killed writers, except `keep`."""
     remove_leftovers(folder)
     for leftover in folder.glob(".round-*"):
-        if leftover != but:
+        if leftover != keep:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -89,7 +89,7 @@ EVERYONE = "everyone"
 
 
 def create_lora(folder: Path, server_round: int, client: str, layout: State) -> TensorFile:
-    """Create a client's LoRA in the checkpoint that will be saved next, mapped, to be filled."""
+    """Create a client's LoRA, mapped for writing, in the next checkpoint."""
     path = _partial(folder, server_round) / _path("lora", client)
     return create_tensors(path, layout, {_PARTS["lora"]: client})
 
@@ -119,7 +119,7 @@ def save_checkpoint(
     temporary = _partial(folder, server_round)
     mapped = [state for state in loras.values() if isinstance(state, TensorFile)]
     begun = any(state.path.is_relative_to(temporary) for state in mapped)
-    remove_partial(folder, but=temporary if begun else None)
+    remove_partial(folder, keep=temporary if begun else None)
     lora_of = _lora_files(loras)
     parts: dict[str, Mapping[str, State]] = {
         "task_adapters": adapters,
@@ -169,10 +169,10 @@ def _path(part: str, name: str) -> Path:
 
 
 def _lora_files(loras: Mapping[str, State]) -> dict[str, str]:
-    """Return the client whose name the file of each client's LoRA gets.
+    """Map each client to the name of its LoRA's file: the id of a client that shares the LoRA.
 
-    It is one of those that share the LoRA, so that no two files get the same name: the one whose
-    name the file has already, else the first.
+    Names are therefore unique. A file keeps its name while that client shares it; a new file is
+    named after the first of its clients.
     """
     sharing: dict[int, list[str]] = {}
     for client in sorted(loras):
@@ -203,7 +203,7 @@ def _store(state: State, path: Path, metadata: Mapping[str, str]) -> str:
             shutil.copyfile(state.path, path)
     flush(path)
     flush(path.parent)
-    # A file is hashed once: a byte that changes on the disk must not get a new checksum.
+    # A file is hashed once: a file that is damaged later must not get a new checksum.
     state.sha256 = state.sha256 or sha256(path)
     return state.sha256
 
@@ -212,9 +212,9 @@ def _store(state: State, path: Path, metadata: Mapping[str, str]) -> str:
 class Checkpoint:
     """A complete checkpoint folder; its tensors are read on demand.
 
-    `task_of` has the clients with a LoRA, `lora_of` the client whose name each one's file has,
-    `files` the checksums; `events` is the number of lines in ``metrics.jsonl`` at
-    the time, and `moments` names the server optimizer's targets.
+    `task_of` has the clients with a LoRA, `lora_of` the name of each one's LoRA file, `files` the
+    checksums; `events` is the number of lines in ``metrics.jsonl`` at the time, and `moments` names
+    the server optimizer's targets.
     """
 
     folder: Path

@@ -88,7 +88,7 @@ class InstructionSent(Event):
     """Part of the message → bytes of its arrays."""
 
     asked: int = 0
-    """Clients that are sent an instruction with this one, 0 in files of earlier versions."""
+    """Number of clients that are instructed in this phase; 0 in files of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +195,9 @@ class AggregationMethod:
 
 @dataclass(frozen=True)
 class LoraMixing:
-    """How an aggregation mixed the LoRAs: their number, and the other clients' in each of them.
+    """Summary of mixing weights: the number of LoRAs, and of other clients mixed into each.
 
-    `groups` has the sizes of the groups of clients that share a mean; empty if rows overlap.
+    `groups` has the sizes of the groups of clients that share a mean; empty if groups overlap.
     """
 
     loras: int
@@ -221,7 +221,7 @@ class Aggregated(Event):
     None if no LoRAs were mixed."""
 
     mixing: LoraMixing | None = None
-    """The mixing weights in numbers."""
+    """Summary of the mixing weights."""
 
     neighbors: dict[str, dict[str, float]] | None = None
     """In files of versions without `file`: client l → client k → weight of Θ_l,k in Θ̄_l."""
@@ -277,7 +277,7 @@ class ClientWarning(Event):
     client: str
     text: str
     up: dict[str, int] | None = None
-    """Bytes by part of a reply that came after its exchange had closed."""
+    """Part of a reply that came after its exchange had closed → bytes of its arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def tasks_of(events: Sequence[Event]) -> list[str]:
 
 
 def clients_per_task(events: Sequence[Event]) -> dict[str, int]:
-    """Return task → number of its clients: available, on a roster or with a score at any time."""
+    """Return task → number of clients that were ever available, on a roster or scored."""
     seen: dict[str, set[str]] = {}
     available: dict[str, int] = {}
     for event in events:
@@ -179,7 +179,7 @@ def observe(events: Sequence[Event], number: int) -> Exchange:
 
 
 def observe_all(events: Sequence[Event]) -> dict[int, Exchange]:
-    """Return what was observed of every exchange that has events, in one pass over them."""
+    """Observe every exchange that has events, in one pass over them."""
     by_exchange: dict[int, list[Event]] = {}
     for event in events:
         number = event.exchange + isinstance(event, EvaluationClosed)

@@ -1,9 +1,9 @@
 """Live output of a run: the lines of ``metrics.jsonl`` as text, while they are written.
 
 `EventTail` reads new events, `Progress` formats them under a heading per exchange, and
-`ProgressPrinter` prints them. Up to `MOST_CLIENTS` clients have a line each; of more, `Crowd` shows
-a bar of the replies, then one line per task, and names the slow and the failed ones. To show
-another kind of event, add a case to `Progress.lines`.
+`ProgressPrinter` prints them. Up to `MOST_CLIENTS` clients have a line each; for more, `Summary`
+shows a bar of the replies, then one line per task, and lists slow and failed clients by name. To
+show another kind of event, add a case to `Progress.lines`.
 """
 
 import os
@@ -80,10 +80,10 @@ class EventTail:
 
 
 @dataclass
-class Crowd:
-    """The replies of an exchange to more clients than are shown one by one.
+class Summary:
+    """Summary of the replies of an exchange with more clients than are shown one by one.
 
-    `since` and `shown` are the events' times of its beginning and of its last line.
+    `since` and `shown` are the event times of the exchange's start and of the last printed line.
     """
 
     expected: int = 0
@@ -96,13 +96,13 @@ class Crowd:
     """Client → reason."""
     warned: dict[str, str] = field(default_factory=dict)
 
-    RAREST_LINE_SECONDS = 30.0
+    LONGEST_PAUSE_SECONDS = 30.0
 
     def replied(self, now: float) -> list[str]:
         """Return a line of progress at each tenth of the replies, and at least every 30 s."""
         done = len(self.trained) or len(self.scores)
         tenths = 10 * done // max(1, self.expected)
-        if tenths == self.tenths and now - self.shown < self.RAREST_LINE_SECONDS:
+        if tenths == self.tenths and now - self.shown < self.LONGEST_PAUSE_SECONDS:
             return []
         self.tenths, self.shown = tenths, now
         return [self._replies(done, now)]
@@ -134,7 +134,7 @@ class Crowd:
         return lines
 
     def _task(self, task: str, when: str) -> str:
-        """Return a task's spread: median and range of score, loss and seconds, over how many."""
+        """Return a task's clients, median and range of score, loss and seconds, ε, and bytes."""
         trained = [event for event in self.trained if event.task == task]
         scores = [event for event in self.scores if event.task == task]
         losses = [event.loss for event in trained if event.loss is not None]
@@ -173,7 +173,7 @@ class Progress:
         self._scores: dict[str, str] = {}
         self._client_width = 8
         self._task_width = 6
-        self._crowd: Crowd | None = None
+        self._summary: Summary | None = None
         self._troubled: set[str] = set()
 
     def lines(self, event: Event) -> list[str]:
@@ -185,9 +185,9 @@ class Progress:
                 return self._instructed(event)
             case Evaluated():
                 return self._evaluated(event)
-            case Trained() if self._crowd:
-                self._crowd.trained.append(event)
-                return self._crowd.replied(event.elapsed)
+            case Trained() if self._summary:
+                self._summary.trained.append(event)
+                return self._summary.replied(event.elapsed)
             case Trained():
                 return [*self._heading(event.exchange), self._trained(event)]
             case ClientFailed() | NormChecked(action="warned" | "clipped") | ClientWarning():
@@ -209,7 +209,7 @@ class Progress:
             case Resumed():
                 number = event.exchange
                 self._exchange = number or None
-                self._scores, self._crowd, self._troubled = {}, None, set()
+                self._scores, self._summary, self._troubled = {}, None, set()
                 where = f"after exchange {number}" if number else "from the beginning"
                 reasons = [f"  not usable: {plain(reason)}" for reason in event.passed_over]
                 return ["", f"Resumed {where}", *reasons]
@@ -241,16 +241,16 @@ class Progress:
         if stages := sorted({str(entry.stage) for entry in event.clients}):
             about += f", stage {' and '.join(stages)}"
         if len(event.clients) > MOST_CLIENTS:
-            self._crowd = Crowd(len(event.clients), event.elapsed, event.elapsed)
+            self._summary = Summary(len(event.clients), event.elapsed, event.elapsed)
         known, self._roster_of = self._roster_of == event.exchange, event.exchange
         if (heading := self._heading(event.exchange, about)) or known:
             return heading
         return [f"  {about.removeprefix(': ')}"]  # a failed query or a late reply came before
 
     def _instructed(self, event: InstructionSent) -> list[str]:
-        """Expect the replies of many: the closing evaluation has no roster of its own."""
-        if self._crowd is None and event.asked > MOST_CLIENTS:
-            self._crowd = Crowd(event.asked, event.elapsed, event.elapsed)
+        """Start the summary of a closing evaluation, which has no roster event."""
+        if self._summary is None and event.asked > MOST_CLIENTS:
+            self._summary = Summary(event.asked, event.elapsed, event.elapsed)
             return [f"  evaluating the models after exchange {event.exchange - 1}"]
         return []
 
@@ -263,29 +263,30 @@ class Progress:
                 text = f"{event.action.upper()}: {event.reason}"
             case ClientWarning():
                 text = f"WARNING: {event.text}"
-        if self._crowd:
-            failed = isinstance(event, ClientFailed)
-            reason = headline(event.reason) if isinstance(event, ClientFailed) else text
-            (self._crowd.failed if failed else self._crowd.warned).setdefault(event.client, reason)
-            return self._crowd.replied(event.elapsed)
+        if self._summary:
+            if isinstance(event, ClientFailed):
+                self._summary.failed.setdefault(event.client, headline(event.reason))
+            else:
+                self._summary.warned.setdefault(event.client, text)
+            return self._summary.replied(event.elapsed)
         self._troubled.add(event.client)
-        if len(self._troubled) > MOST_CLIENTS:  # before the roster of many is known
+        if len(self._troubled) > MOST_CLIENTS:  # the roster event may be later
             return []
         return [*self._heading(event.exchange), self._row(event.client, "", text)]
 
     def _end(self, event: Event, when: str = "before") -> list[str]:
-        """Return what a crowd did in an exchange, once."""
-        crowd, self._crowd = self._crowd, None
+        """End the summary of an exchange and return its lines."""
+        summary, self._summary = self._summary, None
         more = len(self._troubled) - MOST_CLIENTS
         self._troubled = set()
         lines = [f"  and {count(more, 'client')} more with a failure or a warning"] * (more > 0)
-        return [*lines, *(crowd.lines(when, event.elapsed) if crowd else [])]
+        return [*lines, *(summary.lines(when, event.elapsed) if summary else [])]
 
     def _evaluated(self, event: Evaluated) -> list[str]:
         """Keep the score of an incoming model for the client's training line; show a last one."""
-        if self._crowd:
-            self._crowd.scores.append(event)
-            return self._crowd.replied(event.elapsed)
+        if self._summary:
+            self._summary.scores.append(event)
+            return self._summary.replied(event.elapsed)
         cell = f"{event.metric} {event.score:.3f}"
         if self._exchange is not None and event.exchange < self._exchange:
             self._scores[event.client] = cell

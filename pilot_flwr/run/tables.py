@@ -153,7 +153,7 @@ def summary_notes(events: Sequence[Event]) -> list[str]:
     if len({METRICS[event.metric].maximum for event in evaluated}) > 1:
         notes.append("The metrics have different ranges: their mean is not comparable.")
     if any(event.available for event in select(events, RosterCalled)):
-        notes.append("Scores are of the clients drawn, out of those available.")
+        notes.append("Scores cover the clients drawn, out of those available.")
     last = max(event.exchange for event in evaluated)
     if cut := sum(event.cut for event in evaluated if event.exchange == last):
         notes.append(
@@ -212,7 +212,7 @@ def _sizes(groups: Sequence[int], width: int) -> str:
 
 
 def names(shown: Sequence[str]) -> str:
-    """Return a list as text, of many the first `MOST_NAMED` and the number of the others."""
+    """Join names; after the first `MOST_NAMED`, only count the others."""
     more = f", and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
     return ", ".join(shown[:MOST_NAMED]) + more
 

@@ -107,7 +107,7 @@ class EventRecorder:
         *,
         asked: int,
     ) -> None:
-        """Record the bytes sent to a client, one of `asked`."""
+        """Record the bytes sent to one of `asked` clients."""
         down = num_bytes(content)
         self._down[member.client] = sum(down.values())
         self.folder.record(
@@ -171,7 +171,7 @@ class EventRecorder:
             )
 
     def aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
-        """Record an aggregation; its matrices are in their file before the event names it."""
+        """Write an aggregation's matrices, then record the event that names their file."""
         file = write_matrices(self.folder.path, server_round, done)
         self.folder.record(
             Aggregated(

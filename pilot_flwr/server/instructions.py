@@ -36,7 +36,7 @@ class Unanswered(NamedTuple):
     exchange: int
     sent: float
     limit: float
-    """Seconds for which the message is valid, after which nothing is known of the client."""
+    """Seconds until the instruction expires, after which the node is queried again."""
 
     @property
     def client(self) -> str:
@@ -55,7 +55,7 @@ class Unanswered(NamedTuple):
 
 
 class Instructions:
-    """The instructions of one exchange after the other, and the replies to them.
+    """The instructions of the current exchange, and the replies to them.
 
     `first_client` is the one that trains with ``strategy.trained_by=pooled``; `evaluate` asks for
     the score of the incoming model; in a simulation, error replies may come from Ray.
@@ -99,7 +99,7 @@ class Instructions:
         *,
         train: bool,
     ) -> Iterator[Message]:
-        """Return one message per client that has something to do, encoded when it is sent."""
+        """Return one message per client that trains or evaluates, encoded when it is sent."""
         self._sent, self._times, self._train = [], [], train
         self._answered, self._failed, self._enough_since = set(), set(), math.inf
         self.asked = [
@@ -122,7 +122,7 @@ class Instructions:
         train: bool,
         encoded: Mapping[str, ArrayRecord],
     ) -> Message:
-        """Encode and record one client's instruction; keep its metadata alone."""
+        """Encode and record one client's instruction; keep only its metadata."""
         member = present.member
         trains = train and self.trains(member.client)
         tasks = self.state.tasks if stage == 2 else (member.task,)
@@ -193,7 +193,7 @@ class Instructions:
     # Stragglers.
 
     def closes(self) -> float:
-        """Return when the exchange closes without the others, by `time.monotonic`."""
+        """Return the `time.monotonic` at which the exchange closes without further replies."""
         return self._enough_since + self.config.close_after.grace_seconds
 
     def _now_if_enough(self) -> float:
@@ -213,7 +213,7 @@ class Instructions:
             self.fail(present.member, f"No reply within {limit:g} s.")
             return
         self.late[self._sent[index].message_id] = unanswered
-        self.roster.instructed(present)  # what the client will hold is unknown
+        self.roster.instructed(present)  # the client's stage is unknown from now on
         waited = human_seconds(self.config.close_after.grace_seconds)
         self.fail(
             present.member,
@@ -249,5 +249,5 @@ class Instructions:
             self.recorder.warning(self._place[0], member.client, text)
             return
         after = human_seconds(late.seconds)
-        text = f"answered exchange {number} after {after}, when it had closed; not used."
+        text = f"answered exchange {number} after {after}, when it had closed; discarded."
         self.recorder.warning(self._place[0], member.client, text, received=reply.content)

@@ -3,7 +3,7 @@
 Node ids are random in every run and say nothing about the client, so a node is queried before it
 takes part. Its reply also says whether the client holds stage-1 state, which its stage depends on.
 Replies are foreign input; they are checked here, once. A node that stays connected is queried again
-only after a turn that did not succeed: a success tells all that a query would. No exchange waits
+only after a failure: the state of a client follows from a successful session. No exchange waits
 twice for a silent node; its query stays open, and a later exchange collects the reply.
 
 A real site proves in its reply that it holds the client's key (`pilot_flwr.flower.client_key`). A
@@ -212,12 +212,12 @@ class Roster:
         return self.config.clients or len(self.expected)
 
     def instructed(self, present: Present) -> None:
-        """Note that a client is asked to train: what it holds is not known until it succeeds."""
+        """Record that a client is asked to train; its stage is unknown until it succeeds."""
         self._instructed[present.member.client] = present
         self._claims.pop(present.node_id, None)
 
     def used(self, stages: Mapping[str, int]) -> None:
-        """Note whose updates a closed exchange used, with the stage that each now holds."""
+        """Record the clients of a closed exchange's updates, with the stage that each now holds."""
         for client, stage in stages.items():
             node, found = self._instructed[client].node_id, self._instructed[client]
             self._claims[node] = Claim(replace(found.member, stage_trained=stage), found.key)
@@ -235,10 +235,10 @@ class Roster:
         The first call, also in a resumed run, waits for all clients of the federation, later calls
         for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. Once there are
         enough clients at real sites, a node has `NEWCOMER_SECONDS` for its first query; one that
-        stays silent is not waited for again, and queried again after 1, 2, 4, … exchanges. A
+        stays silent is not waited for again, and is queried again after 1, 2, 4, … exchanges. A
         missing client and a refused node are failures of the exchange, not of the run. Without
         `train`, clients only evaluate. Nodes that are still `busy` with an earlier instruction are
-        neither queried nor missed.
+        neither queried nor reported missing.
         """
         everyone = max(self.size, len(self.clients.task_of))
         wanted = self.config.min_available if self._called else everyone
@@ -350,7 +350,7 @@ class Roster:
         while replies := list(pull(grid, list(self._open))):
             for reply in replies:
                 query = self._open.get(reply.metadata.reply_to_message_id)
-                if query is None:  # the node has answered another one
+                if query is None:  # the node has answered another query
                     continue
                 self._open = {key: q for key, q in self._open.items() if q.node != query.node}
                 self._silences.pop(query.node, None)

@@ -2,7 +2,7 @@
 
 `StrategyConfig.num_drawn` sets their number. A draw depends on the run's seed, the exchange, the
 number of times it was repeated and the available clients alone, so a resumed run draws the same
-clients. To sample otherwise, write a function like `draw` and a value of `strategy.sampling`.
+clients. To add a scheme, write a function like `draw` and add a value to `strategy.sampling`.
 """
 
 from collections import Counter
@@ -22,8 +22,8 @@ def draw(
 ) -> set[str]:
     """Draw `size` of the available clients, whose tasks are `task_of`, without replacement.
 
-    All clients are equally likely; if `stratified`, all clients of a task are, and every task has
-    its number of `seats`, so that at least one client per task is drawn even if `size` is smaller.
+    All clients are equally likely. If `stratified`, every task has its number of `seats`, and its
+    clients are equally likely; at least one client per task is drawn even if `size` is smaller.
     """
     generator = np.random.default_rng([seed, exchange, repetition])
     clients = sorted(task_of)

@@ -1,4 +1,4 @@
-"""Advice about mapped files reaches the system; checked with what the kernel tells of a process."""
+"""Advice about mapped files reaches the system; checked with the kernel's record of the process."""
 
 import ctypes
 import mmap
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pilot_flwr.algorithm.arrays import centred_gram
-from pilot_flwr.algorithm.mapped import read_soon
+from pilot_flwr.algorithm.mapped import prefetch
 from pilot_flwr.run.atomic import complete, create_tensors
 
 ELEMENTS = 2**20
@@ -58,10 +58,10 @@ def test_a_file_that_is_being_filled_is_read_without_its_surroundings(tmp_path):
     assert "rr" not in flags(created["w"]) and "rr" not in flags(created["v"][-1:])
 
 
-def test_what_is_read_soon_is_in_memory_before_it_is_read(tmp_path):
+def test_prefetched_pages_are_in_memory_before_they_are_read(tmp_path):
     half = slice(0, ELEMENTS // 2)
     mapped = on_disk(tmp_path / "a")
-    read_soon([mapped], half)
+    prefetch([mapped], half)
     deadline = time.monotonic() + 20
     while resident(mapped[half]) < 1 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -73,4 +73,4 @@ def test_advice_about_memory_that_is_not_a_file_changes_nothing():
     states = [{"w": torch.full((10_000,), float(k))} for k in range(3)]
     expected = 10_000 * np.outer(range(3), range(3))
     assert np.array_equal(centred_gram(states), expected)
-    read_soon([np.zeros(7), torch.zeros(0)], slice(2, 90))
+    prefetch([np.zeros(7), torch.zeros(0)], slice(2, 90))

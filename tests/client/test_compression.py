@@ -72,7 +72,7 @@ def test_the_plan_counts_the_bytes_on_the_wire(run, dtype):
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_the_server_restores_what_it_was_sent_from_what_it_sent(run, dtype):
+def test_the_server_restores_uploads_from_the_tensors_that_it_sent(run, dtype):
     (first, lora, adapter), (second, *_) = exchanges(run(dtype), "vqa-0")
     for compressed, sent in ((lora, first.lora), (adapter, first.adapters["vqa"])):
         assert not compressed.keys() & sent.keys()
@@ -224,7 +224,7 @@ def test_the_upload_of_llava_7b(run, dtype, limit):
         assert stage.down_bytes == plain.stages[number].down_bytes
 
 
-def test_levels_are_what_the_settings_offer():
+def test_the_settings_offer_every_level():
     config = load_config()
     offered = {replace(config.model, sent_dtype=dtype).upload_bits for dtype in DTYPES}
     assert offered == {0, *LEVELS}

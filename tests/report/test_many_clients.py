@@ -1,4 +1,4 @@
-"""The report of many clients: as large, and as long in the making, as that of few."""
+"""The report of many clients: its size and drawing time do not grow with their number."""
 
 import itertools
 import shutil

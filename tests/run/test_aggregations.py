@@ -44,7 +44,7 @@ def written(folder, done, exchange=1):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 99), st.sampled_from(["adaptive", "task", "global"]))
-def test_what_is_read_is_what_was_aggregated(tmp_path_factory, count, seed, rule):
+def test_matrices_are_read_as_they_were_aggregated(tmp_path_factory, count, seed, rule):
     folder, done = tmp_path_factory.mktemp("run"), aggregation(count, seed, rule)
     found = read_matrices(folder, written(folder, done))
     assert found.clients == done.clients

@@ -283,28 +283,28 @@ def test_of_many_clients_there_are_tenths_and_a_line_per_task():
     failed = [replace(FAILED, client=e.client, reason="x\ny") for e in replies[:8]]
     for event in (roster, *failed, *replies[8:], AGGREGATED, CLOSED):
         lines += view.lines(event)
-    told = squeezed(lines)
-    assert told[:3] == [
+    printed = squeezed(lines)
+    assert printed[:3] == [
         "",
         "Exchange 1: 100 clients, stage 1",
         "█░░░░░░░░░ 10 of 100 replied, 8 failed, 17.0 s",
     ]
-    assert [line for line in told if "replied" in line][-2:] == [
+    assert [line for line in printed if "replied" in line][-2:] == [
         "█████████░ 90 of 100 replied, 8 failed, 1 min 37 s",
         "█████████░ 92 of 100 replied, 8 failed, 0.0 s",  # the sample's aggregation is at 0
     ]
-    (ocr,) = (line for line in told if line.startswith("ocr "))
+    (ocr,) = (line for line in printed if line.startswith("ocr "))
     # 46 clients with k = 8, 10, ..., 98: the median loss is that of 52 and 54, 1 + 53 / 100.
     assert ocr.startswith("ocr 46 clients loss 1.530 (1.080–1.980) 1.0 (1.0–100.0) s down")
-    (slow,) = (line for line in told if line.startswith("slow"))
+    (slow,) = (line for line in printed if line.startswith("slow"))
     assert slow.endswith(
         "vqa-99 1 min 41 s, ocr-98 1 min 40 s, vqa-97 1 min 39 s, ocr-96 1 min 38 s, "
         "vqa-95 1 min 37 s, and 2 more"
     )
-    (failures,) = (line for line in told if line.startswith("failed"))
+    (failures,) = (line for line in printed if line.startswith("failed"))
     assert failures.startswith("failed: ocr-0 (x), vqa-1 (x)") and failures.endswith("and 3 more")
-    assert len(told) == 2 + 10 + 2 + 2 + 2
-    assert told[-1].startswith("exchange 1 of 4 done")
+    assert len(printed) == 2 + 10 + 2 + 2 + 2
+    assert printed[-1].startswith("exchange 1 of 4 done")
 
 
 def test_slow_replies_have_a_line_at_least_every_half_minute():
@@ -329,10 +329,10 @@ def test_scores_of_many_are_over_those_that_have_one():
     closing = itertools.chain(*pairs, [EvaluationClosed(exchange=1, seconds=1.0)])
     for event in closing:
         lines += view.lines(event)
-    told = squeezed(lines)
-    assert told[0] == "evaluating the models after exchange 1" and len(told) == 1 + 10 + 2
-    assert told[1] == "█░░░░░░░░░ 3 of 30 replied, 0.0 s"
-    assert told[-1] == "vqa 15 clients exact_match 0.610 (0.610–0.610) after exchange 1"
+    printed = squeezed(lines)
+    assert printed[0] == "evaluating the models after exchange 1" and len(printed) == 1 + 10 + 2
+    assert printed[1] == "█░░░░░░░░░ 3 of 30 replied, 0.0 s"
+    assert printed[-1] == "vqa 15 clients exact_match 0.610 (0.610–0.610) after exchange 1"
 
 
 def test_twenty_clients_have_a_line_each_and_twenty_one_have_not():

@@ -59,7 +59,7 @@ def test_a_lora_that_clients_share_is_one_file(tmp_path):
     assert again["b"] is again["c"] and again["a"] is not again["b"]
 
 
-def test_what_has_not_changed_is_linked_and_outlives_the_older_checkpoint(tmp_path):
+def test_an_unchanged_lora_is_linked_and_outlives_the_older_checkpoint(tmp_path):
     save(tmp_path, 1, {"a": lora(1), "b": lora(2)})
     state = restored(tmp_path, 1)
     for number in (2, 3, 4):
@@ -182,7 +182,7 @@ def test_spooled_tensors_leave_no_name(tmp_path):
     assert spool_tensors({}, tmp_path / "none") == {} and not (tmp_path / "none").exists()
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     save_tensors(tmp_path / ".spooled.123.tmp", lora(1), {})
     create_lora(tmp_path, 7, "gone", LAYOUT)
     save(tmp_path, 1, {"a": lora(1)})

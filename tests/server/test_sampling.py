@@ -32,7 +32,7 @@ seeds = {"seed": st.integers(0, 2**63 - 1), "exchange": st.integers(1, 10_000)}
 
 
 @given(federations, st.data(), st.booleans())
-def test_a_draw_depends_on_seed_exchange_and_clients_alone(task_of, data, stratified):
+def test_a_draw_depends_only_on_seed_exchange_and_clients(task_of, data, stratified):
     size = data.draw(st.integers(1, len(task_of)))
     chosen = {name: data.draw(values) for name, values in seeds.items()}
     drawn = draw(task_of, size, stratified=stratified, **chosen)
@@ -130,7 +130,7 @@ def drawn_in(federation, exchange):
             for e in event["clients"]]  # fmt: skip
 
 
-def test_an_exchange_asks_those_that_are_drawn_alone(half):
+def test_an_exchange_instructs_only_the_clients_drawn(half):
     task_of = {f"{task}-{n}": task for task in ("vqa", "counting") for n in range(3)}
     for number in range(1, 6):
         expected = draw(task_of, 3, stratified=True, seed=3, exchange=number)
@@ -173,7 +173,7 @@ def test_the_first_participation_is_stage_1_and_all_others_stage_2(half):
     assert max(firsts) > 1  # else this test shows nothing
 
 
-def test_who_is_not_drawn_keeps_its_lora_and_a_task_its_adapter(tmp_path):
+def test_a_client_that_is_not_drawn_keeps_its_lora_and_a_task_its_adapter(tmp_path):
     """Uniform draws of one of two clients: one task is missing in every exchange."""
     overrides = (
         f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=1 strategy.rounds=3 "
@@ -203,7 +203,7 @@ def test_who_is_not_drawn_keeps_its_lora_and_a_task_its_adapter(tmp_path):
 
 def test_the_summary_says_how_many_clients_its_scores_cover(half):
     text = summary(half.folder.events, ("vqa", "counting"))
-    assert "Scores are of the clients drawn" in text
+    assert "Scores cover the clients drawn" in text
     rows = [line.split("|")[4:6] for line in text.splitlines() if " of 3)" in line]
     for zero_shot_and_first in zip(*rows, strict=True):  # of each task's three, three in all
         scored = re.findall(r"\((\d) of 3\)", " ".join(zero_shot_and_first))

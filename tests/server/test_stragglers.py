@@ -128,9 +128,9 @@ def test_a_straggler_equals_a_client_whose_reply_is_lost_and_that_is_away(tmp_pa
     assert failure == (1, "vqa-1", "No reply 10.0 s after 3 of 4 clients had answered; the "
                        "exchange closed (`strategy.close_after`).")  # fmt: skip
     busy, late = run.warnings()
-    assert busy == (2, "vqa-1", "still works on exchange 1, so it is not asked.")
+    assert busy == (2, "vqa-1", "still works on exchange 1, so it is not instructed.")
     assert late[:2] == (2, "vqa-1")
-    assert re.fullmatch("answered exchange 1 after 18.. s, when it had closed; not used.", late[2])
+    assert re.fullmatch("answered exchange 1 after 18.. s, when it had closed; discarded.", late[2])
     up = run.events("warning")[1]["up"]
     assert sum(up.values()) > 0  # of the late reply
     trained = sum(sum(e["up"].values()) for e in run.events("train", round=2))
@@ -238,7 +238,7 @@ def test_a_client_is_busy_until_its_time_limit_and_is_then_queried_again(tmp_pat
     assert asked == [1, 4, 5]  # not at 19 and 28 s, but at 37 s
 
 
-def test_a_busy_client_whose_node_leaves_is_free_to_return_at_another(tmp_path, clock):
+def test_a_busy_client_may_return_at_another_node(tmp_path, clock):
     """Flower answers for a node that is gone."""
     run = Sites(tmp_path, MOST, clock, slow(("vqa-1", 1, 1e9), ("vqa-0", 2, 9.0)))
     run.grid.node_configs.append(run.grid.node_configs[3])  # the site of node 4
@@ -285,7 +285,7 @@ def test_the_closing_evaluation_leaves_busy_clients_out(tmp_path, clock):
     run = Sites(tmp_path, overrides, clock, slow(("vqa-1", 2, 1e6), ("vqa-0", 3, 50.0))).run()
     scored = [e["client"] for e in run.events("evaluate", round=2)]
     assert sorted(scored) == ["counting-0", "counting-1", "vqa-0"]  # all of three must answer
-    assert run.warnings() == [(2, "vqa-1", "still works on exchange 2, so it is not asked.")]
+    assert run.warnings() == [(2, "vqa-1", "still works on exchange 2, so it is not instructed.")]
 
 
 def test_draws_are_of_the_clients_that_are_not_busy(tmp_path, clock):
@@ -293,7 +293,7 @@ def test_draws_are_of_the_clients_that_are_not_busy(tmp_path, clock):
     run = Sites(tmp_path, overrides, clock, lambda client, n: 22.0 if client == "vqa-1" else 6.0)
     run.run()
     assert len(run.failures()) >= 2  # drawn, late and busy; then drawn again
-    busy = {number for number, client, text in run.warnings() if "not asked" in text}
+    busy = {number for number, client, text in run.warnings() if "not instructed" in text}
     for number in range(1, 7):
         (roster,) = run.events("roster", round=number)
         assert roster["available"] == {"vqa": 2 - (number in busy), "counting": 2}
@@ -321,7 +321,7 @@ def test_an_account_counts_the_upload_that_came_too_late(tmp_path, clock):
         ),
     ],
 )
-def test_what_means_nothing_is_refused(overrides, message):
+def test_settings_without_effect_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(f"strategy.close_after.{overrides}")
 

@@ -174,7 +174,7 @@ def queries(federation, exchange):
     ]
 
 
-def test_a_client_is_queried_once_and_again_after_a_failure_alone(tmp_path):
+def test_a_client_is_queried_again_only_after_a_failure(tmp_path):
     federation = Federation(tmp_path, f"{QUICK} strategy.rounds=3")
     on_train(
         federation,
@@ -190,7 +190,7 @@ def test_a_client_is_queried_once_and_again_after_a_failure_alone(tmp_path):
     assert len(trained(federation, 4)) == 4
 
 
-def test_a_repeated_exchange_asks_all_that_took_part_what_they_hold(tmp_path):
+def test_a_repeated_exchange_queries_all_that_took_part_again(tmp_path):
     """A late joiner's first exchange is repeated: it must train stage 1 again, not stage 2."""
     federation = Federation(tmp_path, PATIENT.replace("min_replies=4", "min_replies=3"))
     everyone, failed = federation.grid.nodes, []
