@@ -336,7 +336,7 @@ class PilotStrategy(Strategy):
         for late in self.instructions.late.values():
             if late.present.node_id not in connected or late.client in present:
                 continue
-            text = f"still works on exchange {late.exchange}, so it is not asked."
+            text = f"still works on exchange {late.exchange}, so it is not instructed."
             self.recorder.warning(server_round, late.client, text)
 
     def _draw(self, server_round: int, *, train: bool) -> list[Present]:

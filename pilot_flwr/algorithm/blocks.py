@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import threadpoolctl
 import torch
 from numpy.typing import NDArray
 
-from pilot_flwr.algorithm.mapped import Vector, prefetch
+from pilot_flwr.algorithm.mapped import prefetch
 
 BLOCK_ELEMENTS = 1 << 17
 """Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache."""
@@ -33,6 +33,8 @@ _THREAD_BYTES = 1 << 29
 
 # Bytes to prefetch at a time from the mapped files of all clients together.
 _READ_AHEAD_BYTES = 1 << 26
+
+Vector: TypeAlias = NDArray[Any] | torch.Tensor
 
 _Rows: TypeAlias = NDArray[np.float64]
 _Buffers = TypeVar("_Buffers")

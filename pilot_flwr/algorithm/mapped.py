@@ -9,25 +9,24 @@ none is needed if memory suffices.
 import ctypes
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import torch
-from numpy.typing import NDArray
-
-Vector: TypeAlias = NDArray[Any] | torch.Tensor
+if TYPE_CHECKING:  # torch takes seconds to import
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 _advise: Callable[[Any, Any, int], int] = ctypes.CDLL(None).madvise
 
 
-def prefetch(vectors: Sequence[Vector], columns: slice) -> None:
+def prefetch(vectors: Sequence["NDArray[Any] | Tensor"], columns: slice) -> None:
     """Start to read the same elements of contiguous vectors from disk, where they are mapped."""
     for vector in vectors:
         part = vector[columns]
-        start = part.data_ptr() if isinstance(part, torch.Tensor) else part.ctypes.data
+        start = part.data_ptr() if hasattr(part, "data_ptr") else part.ctypes.data
         _advise_range(start, part.nbytes, mmap.MADV_WILLNEED)
 
 
-def read_around(mapped: torch.Tensor, enabled: bool) -> None:
+def read_around(mapped: "Tensor", enabled: bool) -> None:
     """Let page faults of a mapped file read the pages around them, or the missing page alone."""
     advice = mmap.MADV_NORMAL if enabled else mmap.MADV_RANDOM
     _advise_range(mapped.data_ptr(), mapped.nbytes, advice)

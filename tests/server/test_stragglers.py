@@ -276,7 +276,7 @@ def test_a_client_that_takes_part_at_another_node_is_not_reported_as_busy(tmp_pa
     run.run()
     assert "vqa-1" in run.trained(3) and run.strategy.instructions.late
     assert [warning[::2] for warning in run.warnings()] == [
-        (2, "still works on exchange 1, so it is not asked.")
+        (2, "still works on exchange 1, so it is not instructed.")
     ]
 
 
