@@ -132,7 +132,7 @@ def test_a_server_that_dies_goes_on(tmp_path):
 def test_a_site_that_is_late_is_left_out_and_taken_back(tmp_path):
     """Its first session waits for the lock of its state folder, which this test holds."""
     folder = tmp_path / "server" / "runs" / "first"
-    rule = "strategy.close_after.fraction=0.6 strategy.close_after.grace_seconds=15"
+    rule = "strategy.close_after.fraction=0.6 strategy.close_after.grace_seconds=40"
     with Lab(tmp_path) as lab:
         lab.start_server()
         for site in lab.sites.values():
@@ -156,7 +156,7 @@ def test_a_site_that_is_late_is_left_out_and_taken_back(tmp_path):
     asked = {e["round"] for e in lab.events(folder, "order") if e["client"] == "west-clinic"}
     assert busy and asked.isdisjoint(busy)
     stages = [e["stage"] for e in lab.events(folder, "train") if e["client"] == "west-clinic"]
-    assert set(stages) <= {2}  # its stage 1 is done, although it was not used
+    assert set(stages) == {2}  # its stage 1 is done, although it was not used
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
 
 
