@@ -35,11 +35,9 @@ def test_the_rules_weights_are_those_of_its_equation(rule):
 def test_the_rule_mixes_the_loras_of_a_run(rule, tmp_path, capsys):
     mixed = rule.main(tmp_path / "run")
     printed = capsys.readouterr().out
-    assert len(mixed) == 6
-    for client, shares in mixed.items():
-        assert set(shares) == set(mixed) and min(shares.values()) > 0  # Pilot mixes with two
-        assert sum(shares.values()) == pytest.approx(1)
-        assert f"  {client} " in printed
+    assert mixed.weights.shape == (6, 6) and (mixed.weights > 0).all()  # Pilot mixes with two
+    assert mixed.weights.sum(axis=1) == pytest.approx(np.ones(6))
+    assert all(f"  {client} " in printed for client in mixed.clients)
 
 
 SMALL = """OVERRIDES = (
