@@ -143,7 +143,12 @@ def adaptive_weights(
     return weights
 
 
-def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]]:
+def mix(
+    states: Sequence[NamedArrays],
+    weights: Matrix,
+    *,
+    allocate: Callable[[int], dict[str, Array]] | None = None,
+) -> list[dict[str, Array]]:
     """Mix the states of all clients into one personalised state per client.
 
     ::
@@ -158,6 +163,10 @@ def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]
         One per client, with the same names, shapes and dtypes.
     weights : ndarray, shape (K, K)
         Row-stochastic.
+    allocate : callable, optional
+        Returns a contiguous state with the layout of `states[0]`, to be filled with the result of
+        a client: the first, by index, of those with its row of weights. By default, states are
+        allocated in memory.
 
     Returns
     -------
@@ -180,7 +189,8 @@ def mix(states: Sequence[NamedArrays], weights: Matrix) -> list[dict[str, Array]
     matrix = matrix / matrix.sum(axis=1, keepdims=True)
     _, first, row_of = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
     distinct = np.sort(first)
-    results = combine(states, matrix[distinct], clients)
+    place = None if allocate is None else lambda row: allocate(int(distinct[row]))
+    results = combine(states, matrix[distinct], clients, place)
     return [results[place] for place in np.searchsorted(distinct, first[row_of.ravel()])]
 
 

@@ -14,7 +14,7 @@ their final arrays. NaN and Inf are found in the same pass.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -101,7 +101,10 @@ def check_tensors(what: str, state: State, expected: State) -> None:
 @_one_thread()
 @np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def combine(
-    states: Sequence[NamedArrays], weights: Matrix, clients: Sequence[int]
+    states: Sequence[NamedArrays],
+    weights: Matrix,
+    clients: Sequence[int],
+    allocate: Callable[[int], dict[str, Array]] | None = None,
 ) -> list[dict[str, Array]]:
     """Compute weighted sums of states.
 
@@ -117,6 +120,9 @@ def combine(
         R <= K row-stochastic rows.
     clients : sequence of int
         The clients' indices in errors.
+    allocate : callable, optional
+        Returns a contiguous state of the inputs' layout, to be filled with the r-th sum. By
+        default, states are allocated in memory.
 
     Returns
     -------
@@ -132,11 +138,14 @@ def combine(
     factors = torch.from_numpy(weights)
     # Allocated before the results: between these, they would fragment the heap.
     staging, product = np.empty(_BLOCK_ELEMENTS), np.empty(_BLOCK_ELEMENTS)
-    results: list[dict[str, Array]] = [{} for _ in range(rows)]
-    for name, template in states[0].items():
+    if allocate is None:
+        results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
+    else:
+        results = [allocate(row) for row in range(rows)]
+        assert not any(layout_difference(result, states[0]) for result in results)
+    for name in states[0]:
         vectors = [_vector(state[name]) for state in states]
-        outputs = [_empty_like(template) for _ in range(rows)]
-        targets = [_vector(output) for output in outputs]
+        targets = [_vector(result[name]) for result in results]
         for columns, block in _blocks(vectors, staging):
             stacked = torch.from_numpy(block)
             if not np.isfinite(stacked.sum().item()):  # NaN and Inf survive the sum
@@ -148,8 +157,6 @@ def combine(
                 torch.mm(factors, stacked, out=torch.from_numpy(mixed))
             for target, source in zip(targets, mixed, strict=True):
                 _round_into(target[columns], source)
-        for result, output in zip(results, outputs, strict=True):
-            result[name] = output
     return results
 
 

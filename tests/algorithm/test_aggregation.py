@@ -1,5 +1,7 @@
 """The aggregation equations against naive loops, and the inputs that they refuse."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -203,6 +205,32 @@ def test_zero_distances_take_all_the_neighbours_weight() -> None:
     # The limit: a distance of 1e-300 gives the same.
     near = np.where(distances == 0, 1e-300, distances)
     assert_allclose(adaptive_weights(near, [2, 3, 5, 7], 3), weights, rtol=1e-15, atol=1e-299)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, torch.bfloat16], ids=str)
+def test_results_are_written_into_the_given_states(dtype: object, tmp_path: Path) -> None:
+    states = as_dtype(make_states(4), dtype)
+    weights = np.random.default_rng(6).dirichlet(np.ones(4), 4)
+    weights[3] = weights[1]
+    given: dict[int, dict] = {}
+
+    def allocate(row: int) -> dict:
+        given[row] = {}
+        for name, value in states[0].items():
+            path = str(tmp_path / f"{row}.{name}")
+            if isinstance(value, torch.Tensor):
+                empty = torch.from_file(path, True, value.numel(), dtype=value.dtype)
+                given[row][name] = empty.reshape(value.shape)
+            else:
+                given[row][name] = np.full(value.shape, np.nan, value.dtype)
+        return given[row]
+
+    mixed = mix(states, weights, allocate=allocate)
+    assert list(given) == [0, 1, 2]
+    for row, state in enumerate(mixed):
+        assert state is given[1 if row == 3 else row]
+    for found, expected in zip(mixed, mix(states, weights), strict=True):
+        assert_array_equal(flat(found), flat(expected))
 
 
 def test_one_client_is_its_own_mixture() -> None:
