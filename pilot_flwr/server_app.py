@@ -128,6 +128,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         settings=identity.settings,
         simulated=simulated,
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
+        upload_bits=config.model.upload_bits,
         keys=read_client_keys(recorded) if recorded.is_file() else {},
         operator_keys=operator_keys,
     )

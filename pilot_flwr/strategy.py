@@ -53,7 +53,8 @@ class PilotStrategy(Strategy):
     `state` has the task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its
     `Result`. `expected` maps the federation's clients to their tasks, `identity` has the hashes
     that clients must share (`pilot_flwr.flower.compatibility`), `settings` is the hash of the
-    run's settings, for its checkpoints. If `simulated`, all clients exist from the start and error
+    run's settings, for its checkpoints, and `upload_bits` the width of compressed uploads, 0 if
+    they are not. If `simulated`, all clients exist from the start and error
     replies may come from Ray.
     """
 
@@ -69,6 +70,7 @@ class PilotStrategy(Strategy):
         settings: str = "",
         simulated: bool = False,
         evaluate: bool = True,
+        upload_bits: int = 0,
         keys: Mapping[str, str] | None = None,
         operator_keys: Mapping[str, str] | None = None,
     ) -> None:
@@ -95,7 +97,7 @@ class PilotStrategy(Strategy):
         )
         self.first_client = next(iter(expected), "")
         self.identity = RunIdentity(run.name, settings)
-        self.simulated, self.evaluate = simulated, evaluate
+        self.simulated, self.evaluate, self.upload_bits = simulated, evaluate, upload_bits
         self._keys = dict(keys or {})
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
@@ -328,6 +330,8 @@ class PilotStrategy(Strategy):
         with refuse_unusable():
             result = decode_result(content)
             updates = [decode_update(content)] if self._trains(member.client) else []
+            if self.upload_bits:
+                updates = [self.state.restore(u, member, self.upload_bits) for u in updates]
             for update in updates:
                 self.state.check(update, member, server_round)
         self.recorder.evaluation(server_round - 1, member, result.evaluation)

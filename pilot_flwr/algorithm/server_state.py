@@ -6,8 +6,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pilot_flwr.algorithm.aggregation import (
 from pilot_flwr.algorithm.arrays import Array, Matrix, check_tensors, layout_difference
 from pilot_flwr.algorithm.fedex_lora import product_residual
 from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.algorithm.quantization import restore
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import Member, State, Update
@@ -203,6 +204,21 @@ class ServerState:
         """Return the `current_lora` of a client, or Θ_l⁰ before any client has trained."""
         lora = current_lora(self.task_of, self.loras.__getitem__, task, client)
         return self.initial.lora if lora is None else lora
+
+    def restore(self, update: Update, member: Member, bits: int) -> Update:
+        """Restore a compressed update of `bits` bits from what its client was sent.
+
+        Raises
+        ------
+        UpdateError
+            As :func:`pilot_flwr.algorithm.quantization.restore`; it names the part.
+        """
+        sent = {
+            "adapter": self.adapters[member.task],
+            "lora": self.lora_for(member.client, member.task),
+        }
+        parts: dict[str, Any] = {p: restore(getattr(update, p), s, bits) for p, s in sent.items()}
+        return replace(update, **parts)
 
     def check(self, update: Update, member: Member, server_round: int) -> None:
         """Validate an update.

@@ -102,9 +102,16 @@ def _show(plan: "Plan", *, num_clients: int, rounds: int) -> None:
     print(markdown([["parameters", *stages, "leaves the client"], *_parameter_rows(plan)]))
     up = ["sent up", *(human_bytes(part.up_bytes) for part in parts)]
     down = ["received", *(human_bytes(part.down_bytes) for part in parts)]
-    kept = ["AdamW's moments, kept on its disk", *(human_bytes(p.moments_bytes) for p in parts)]
-    rows = [up, down, kept] if any(part.moments_bytes for part in parts) else [up, down]
-    print(markdown([["one client, one exchange", *stages], *rows]))
+    kept = {
+        "AdamW's moments": [part.moments_bytes for part in parts],
+        "compression errors": [part.error_bytes for part in parts],
+    }
+    rows = [
+        [f"{what}, kept on its disk", *map(human_bytes, sizes)]
+        for what, sizes in kept.items()
+        if any(sizes)
+    ]
+    print(markdown([["one client, one exchange", *stages], up, down, *rows]))
     print(
         f"The whole run, {num_clients} clients and {rounds + 1} exchanges: "
         f"{human_bytes(plan.total_bytes)} of tensors\n"

@@ -50,7 +50,7 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
     layout = layout_of(config.model, tasks, sharing, stages=stages)
     personal = layout.personal_bytes if config.train.ditto.enabled else 0
     moments = layout.moments_bytes if config.train.schedule == "run" else 0
-    check_room(site.state_folder, layout.private_bytes + personal + moments)
+    check_room(site.state_folder, layout.private_bytes + personal + moments + layout.error_bytes)
 
 
 def check_files(files: SiteFiles, *, evaluated: bool) -> None:

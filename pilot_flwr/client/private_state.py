@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from pilot_flwr.errors import StateError
 from pilot_flwr.protocol import GroupName, State
@@ -39,13 +40,22 @@ ADVICE = (
 _PERSONAL = "personal/"
 """Prefix of the tensor names of Ditto's personal model."""
 
+_ERRORS = "errors/"
+"""Prefix of the tensor names of an upload's compression errors."""
+
 _MOMENTS = "moments/"
 """Prefix of the tensor names of AdamW's moments."""
+
+_PREFIXES = ("", _PERSONAL, _ERRORS)
+"""Prefixes of the tensors that are stored by group."""
 
 _FIRST_KEYS = {"format", "stage", "tasks", "client", "task"}
 """Metadata of the first versions, whose files have no checksum."""
 
 _NAME = re.compile(r"private-(\d{4,})\.safetensors")
+
+
+Groups: TypeAlias = dict[GroupName, State]
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,15 @@ class PrivateState:
 
     `stage` is the last one trained; after stage 2, `tasks` has the T tasks in the router's order.
     `groups` has the private groups and the unsent tensors of the others, `personal` all tensors of
-    Ditto's personal model, `moments` AdamW's of the trained tensors (`train.schedule=run`).
+    Ditto's personal model, `errors` what the compression of the last upload rounded away
+    (`model.sent_dtype`), `moments` AdamW's of the trained tensors (`train.schedule=run`).
     """
 
     stage: int
     tasks: tuple[str, ...] = ()
     groups: dict[GroupName, State] = field(default_factory=dict)
     personal: dict[GroupName, State] = field(default_factory=dict)
+    errors: dict[GroupName, State] = field(default_factory=dict)
     moments: State = field(default_factory=dict)
 
     @property
@@ -157,7 +169,9 @@ class PrivateStore:
             flush(self.folder)
         tensors = {
             f"{prefix}{group}/{name}": tensor
-            for prefix, groups in (("", state.groups), (_PERSONAL, state.personal))
+            for prefix, groups in zip(
+                _PREFIXES, (state.groups, state.personal, state.errors), strict=True
+            )
             for group, named in groups.items()
             for name, tensor in named.items()
         }
@@ -217,23 +231,24 @@ def _whole(text: str, path: Path) -> int:
     return int(text)
 
 
-def _read_groups(path: Path) -> tuple[dict[GroupName, State], dict[GroupName, State], State]:
-    """Read `PrivateState.groups`, `.personal` and `.moments`."""
+def _read_groups(path: Path) -> tuple[Groups, Groups, Groups, State]:
+    """Read `PrivateState.groups`, `.personal`, `.errors` and `.moments`."""
     from pilot_flwr.algorithm.parameter_groups import GROUPS  # the roster query needs no torch
 
-    groups: dict[GroupName, State] = {group: {} for group, row in GROUPS.items() if row.private}
-    personal: dict[GroupName, State] = {}
+    found: dict[str, Groups] = {prefix: {} for prefix in _PREFIXES}
+    found[""] = {group: {} for group, row in GROUPS.items() if row.private}
     tensors = load_tensors(path)[0]
     moments = {n: tensors.pop(n) for n in list(tensors) if n.startswith(_MOMENTS)}
     try:
         for name, tensor in tensors.items():
-            prefix, key = name.removeprefix(_PERSONAL).split("/", 1)
-            group = next(g for g, row in GROUPS.items() if g == prefix and row.may_be_kept)
-            kept = personal if name.startswith(_PERSONAL) else groups
-            kept.setdefault(group, {})[key] = tensor
+            prefix = next((p for p in (_PERSONAL, _ERRORS) if name.startswith(p)), "")
+            owner, key = name.removeprefix(prefix).split("/", 1)
+            group = next(g for g, row in GROUPS.items() if g == owner and row.may_be_kept)
+            found[prefix].setdefault(group, {})[key] = tensor
     except (StopIteration, ValueError) as error:
         raise StateError(f"{path} is not a private state: {error}") from error
-    return groups, personal, {n.removeprefix(_MOMENTS): t for n, t in moments.items()}
+    groups, personal, errors = (found[prefix] for prefix in _PREFIXES)
+    return groups, personal, errors, {n.removeprefix(_MOMENTS): t for n, t in moments.items()}
 
 
 @contextlib.contextmanager

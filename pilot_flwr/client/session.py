@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.algorithm.quantization import compress
 from pilot_flwr.client.client_data import ClientData
 from pilot_flwr.client.evaluation import evaluate
 from pilot_flwr.client.node import Site, find_device
@@ -224,7 +225,9 @@ class Session:
         with out_of_memory_explained(self.config, self.model.stage):
             training = self._fit(generator, Proximal(sent, weight) if sent else None, schedule)
         check_finite(self.model)
-        result, trained = self._upload(), extract_private_state(self.model, self.sharing)
+        trained = extract_private_state(self.model, self.sharing)
+        result, errors = self._upload()
+        trained = replace(trained, errors=errors)
         if schedule is not None:
             trained = replace(trained, moments=schedule.moments)
         if self.config.train.ditto.enabled:
@@ -327,8 +330,11 @@ class Session:
             return replace(training, examples=examples)
         return TrainingResult(losses={}, steps=0, examples=examples, seconds=0.0, gradients={})
 
-    def _upload(self) -> SessionResult:
-        """Return the upload, clipped and noised in a private run."""
+    def _upload(self) -> tuple[SessionResult, dict[GroupName, State]]:
+        """Return the upload, clipped and noised in a private run, and its compression errors.
+
+        In a private run the noisy release is compressed, so its errors disclose no more than it.
+        """
         privacy = self.config.privacy
         upload: dict[GroupName, State] = {
             group: {
@@ -336,11 +342,11 @@ class Session:
             }
             for group in SHARED
         }
+        sent: dict[GroupName, State] = {
+            "own_task_adapter": self.instruction.adapters.get(self.site.client.task, {}),
+            "lora": self.instruction.lora,
+        }
         if privacy.enabled:
-            sent: dict[GroupName, State] = {
-                "own_task_adapter": self.instruction.adapters.get(self.site.client.task, {}),
-                "lora": self.instruction.lora,
-            }
             upload, clipping = release(
                 upload,
                 sent,
@@ -350,6 +356,15 @@ class Session:
             self.data.progress(
                 f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added"
             )
-        dtype = getattr(torch, self.model.config.wire_dtype)
-        adapter, lora = ({n: t.to(dtype) for n, t in upload[group].items()} for group in SHARED)
-        return SessionResult(adapter, lora, spent=self.spent)
+        errors: dict[GroupName, State] = {}
+        if bits := self.model.config.upload_bits:
+            before = self.private.errors if self.private else {}
+            for group in SHARED:
+                upload[group], errors[group] = compress(
+                    upload[group], sent[group], before.get(group, {}), bits
+                )
+        else:
+            dtype = getattr(torch, self.model.config.wire_dtype)
+            upload = {g: {n: t.to(dtype) for n, t in state.items()} for g, state in upload.items()}
+        adapter, lora = (upload[group] for group in SHARED)
+        return SessionResult(adapter, lora, spent=self.spent), errors

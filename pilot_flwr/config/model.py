@@ -53,8 +53,9 @@ class ModelConfig(Section, prefix="model"):
     """Data type of the frozen base model."""
     adapter_dtype: Annotated[str, choice("float32", "bfloat16")] = "float32"
     """Data type of the trained parameters."""
-    sent_dtype: Annotated[str, choice("same", "float32", "bfloat16")] = "same"
-    """Data type in which parameters are sent and aggregated; `same` is `model.adapter_dtype`."""
+    sent_dtype: Annotated[str, choice("same", "float32", "bfloat16", "int8", "int4")] = "same"
+    """Data type in which parameters are sent and aggregated; `same` is `model.adapter_dtype`. With
+    `int8` and `int4` it is bfloat16, and clients upload their change in 8 or 4 bits."""
     initialisation: Annotated[str, choice("identity", "official")] = "identity"
     """Start of new adapters: `identity` keeps the base model's output, `official` copies the
     pretrained projector into every adapter."""
@@ -97,4 +98,11 @@ class ModelConfig(Section, prefix="model"):
     @property
     def wire_dtype(self) -> str:
         """Data type of parameters that are sent, aggregated and checkpointed."""
+        if self.upload_bits:
+            return "bfloat16"
         return self.adapter_dtype if self.sent_dtype == "same" else self.sent_dtype
+
+    @property
+    def upload_bits(self) -> int:
+        """Bits per parameter of a compressed upload, 0 if uploads are not compressed."""
+        return {"int8": 8, "int4": 4}.get(self.sent_dtype, 0)

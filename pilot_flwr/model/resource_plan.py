@@ -4,6 +4,7 @@ Nothing is loaded. Training uses the same parameter groups
 (`pilot_flwr.algorithm.parameter_groups.GROUPS`), so plan and run cannot differ.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from pilot_flwr.algorithm.fedex_lora import largest_residual
 from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing
+from pilot_flwr.algorithm.quantization import compressed_bytes
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.formatting import human_bytes
@@ -44,6 +46,8 @@ class StagePlan:
     """Peak of one training step."""
     moments_bytes: int
     """AdamW's moments in the client's private state: 0 unless `train.schedule=run`."""
+    error_bytes: int
+    """Errors of compressed uploads there: 0 unless `model.sent_dtype` compresses them."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,24 @@ def _stage_plan(config: PilotConfig, base: Any, number: int, batch: MicroBatch) 
         sent=sum(sent.values()),
         private=sum(kept.values()),
         frozen=sum(numbers.values()) - sum(trained.values()),
-        up_bytes=sum(sent.values()) * width,
+        up_bytes=_up_bytes(stage, sharing),
         down_bytes=(sent["lora"] + adapters * sent["own_task_adapter"]) * width + residuals[-1],
         residual_bytes=residuals,
         memory=training_memory(stage, batch),
         moments_bytes=(config.train.schedule == "run")
         * (2 * DTYPE_BYTES[config.model.adapter_dtype] * sum(trained.values())),
+        error_bytes=sum(sent.values()) * width if config.model.upload_bits else 0,
+    )
+
+
+def _up_bytes(stage: Stage, sharing: Sharing) -> int:
+    """Return the bytes of one upload, compressed or not."""
+    bits, width = stage.config.upload_bits, DTYPE_BYTES[stage.config.wire_dtype]
+    return sum(
+        compressed_bytes(shape, bits) if bits else width * math.prod(shape)
+        for group, shapes in stage.groups.items()
+        for name, shape in shapes.items()
+        if sharing.sends(group, name)
     )
 
 

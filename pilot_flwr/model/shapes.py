@@ -178,6 +178,8 @@ class Layout:
     """Size of Ditto's second copy of Θ_a and Θ_l (`train.ditto`)."""
     moments_bytes: int
     """Size of AdamW's two moments of all tensors that the last stage trains (`train.schedule`)."""
+    error_bytes: int
+    """Size of the errors of compressed uploads (`model.sent_dtype`), 0 without compression."""
 
 
 def layout_of(
@@ -205,5 +207,12 @@ def layout_of(
             for group, row in GROUPS.items()
             if stages in row.stages
         )
-        _LAYOUTS[key] = Layout(sent, width * private, width * personal, 2 * width * trained)
+        uploads = sum(math.prod(shape) for shapes in sent.values() for shape in shapes.values())
+        _LAYOUTS[key] = Layout(
+            sent,
+            private_bytes=width * private,
+            personal_bytes=width * personal,
+            moments_bytes=2 * width * trained,
+            error_bytes=DTYPE_BYTES[config.wire_dtype] * uploads if config.upload_bits else 0,
+        )
     return _LAYOUTS[key]

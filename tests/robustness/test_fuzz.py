@@ -23,6 +23,7 @@ from pilot_flwr.server.event_recorder import RESULT, read_announcement
 
 NAMES = (
     *("array", "order", "run", "query", "member", "identity", "update", "report"),
+    "compressed update",
     *("private state", "checkpoint, tensors", "checkpoint, state", "privacy account", "events"),
     *("rows, array", "rows, lines", "image", "image name", "node config", "overrides"),
     *("config.yaml", "federation file", "line of a log", "live output"),

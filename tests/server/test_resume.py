@@ -137,12 +137,15 @@ def test_a_run_that_died_at_any_point_at_all_ends_as_one_that_did_not(interrupte
     compare_all(interrupted, lambda taken: taken, differences)
 
 
-@pytest.mark.parametrize("schedule", ["exchange", "run"])
-def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, schedule):
+@pytest.mark.parametrize(
+    ("setting", "stored"),
+    [("train.schedule=run", "moments/lora/"), ("model.sent_dtype=int4", "errors/lora/")],
+)
+def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, setting, stored):
     monkeypatch.setattr(session, "train", training.train)
 
     short = TWO.replace("rounds=2", "rounds=1") + " data.train_examples=4 data.test_examples=1"
-    short += f" train.schedule={schedule}"
+    short += f" {setting}"
 
     def die(message, reply):
         if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
@@ -156,7 +159,7 @@ def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, sc
     assert differences(tmp_path / "whole", tmp_path / "run") == []
     states = list((tmp_path / "run").rglob("private-*.safetensors"))
     kept = [name for state in states for name in load_tensors(state)[0]]
-    assert any(name.startswith("moments/lora/") for name in kept) == (schedule == "run")
+    assert any(name.startswith(stored) for name in kept)
 
 
 def test_it_can_die_again_and_again(interrupted, differences, tmp_path):

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fuzz.inputs import ODD_VALUES, files, json_bytes, mutated_tree, texts
+from pilot_flwr.algorithm.quantization import compress, restore
 from pilot_flwr.client.node import find_site, site_config
 from pilot_flwr.client.node_config import private_paths, read_node_config
 from pilot_flwr.client.privacy_accountant import PrivacyAccount
@@ -147,9 +148,12 @@ def message_targets() -> dict[str, Target]:
         Spent(1.0, 1e-5, 1),
     )
     member = messages.encode_member(Member("vqa-0", "vqa", 90, 1), {"app": "0.1"})
+    packed_change = compress({n: t.float() + 1 for n, t in state.items()}, state, {}, 4)[0]
+    compressed = replace(result, adapter=packed_change, lora=packed_change)
     contents = {
         "order": messages.encode_instruction(order, run, "vqa-0", adapters=packed),
         "update": messages.encode_result(result, order, "vqa-0", "vqa"),
+        "compressed": messages.encode_result(compressed, order, "vqa-0", "vqa"),
         "member": member,
         "query": messages.encode_query(run, 3),
     }
@@ -165,6 +169,11 @@ def message_targets() -> dict[str, Target]:
         "identity": Target(odd["member"], messages.decode_identity, refused),
         "update": Target(odd["update"], messages.decode_update, refused),
         "report": Target(odd["update"], messages.decode_result, refused),
+        "compressed update": Target(
+            odd["compressed"],
+            lambda content: restore(messages.decode_update(content).lora, state, 4),
+            refused,
+        ),
     }
 
 
