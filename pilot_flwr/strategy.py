@@ -9,6 +9,7 @@ last exchange, one evaluate phase scores the final models. `strategy.trained_by`
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -29,7 +30,8 @@ from pilot_flwr.flower.messages import (
     refuse_unusable,
 )
 from pilot_flwr.protocol import Instruction, Member, RunInfo, State, Update
-from pilot_flwr.run.checkpoint import save_checkpoint
+from pilot_flwr.run.atomic import spool_tensors
+from pilot_flwr.run.checkpoint import create_lora, remove_partial, save_checkpoint
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.events import AggregationMethod
 from pilot_flwr.run.provenance import RunIdentity
@@ -207,7 +209,14 @@ class PilotStrategy(Strategy):
         self._check_enough(server_round, len(updates))
         started = time.perf_counter()
         if updates:
-            done = self.state.aggregate(updates, self.config)
+            remove_partial(self.folder.checkpoints)
+            done = self.state.aggregate(
+                updates,
+                self.config,
+                allocate=lambda client: create_lora(
+                    self.folder.checkpoints, server_round, client, self.state.initial.lora
+                ),
+            )
             self.recorder.aggregation(server_round, done, time.perf_counter() - started)
         else:  # nobody trains
             self.state.rounds += 1
@@ -339,7 +348,15 @@ class PilotStrategy(Strategy):
             self.recorder.training(
                 server_round, member, self._stages[member.client], result, content
             )
-        return updates
+        # On disk from here on: the memory of an exchange must not grow with its clients.
+        return [
+            replace(
+                update,
+                adapter=spool_tensors(update.adapter, self.folder.checkpoints),
+                lora=spool_tensors(update.lora, self.folder.checkpoints),
+            )
+            for update in updates
+        ]
 
     def _check_enough(self, server_round: int, updates: int) -> None:
         problem = ""

@@ -188,6 +188,8 @@ class ServerState:
     """LoRA that ``strategy.lora=exact`` adds to the frozen base of every client."""
     rounds: int = 0
     """Aggregated exchanges."""
+    _means: dict[str, State] = field(default_factory=dict)
+    """Task → LoRA of its newcomers, since the last aggregation."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -202,8 +204,12 @@ class ServerState:
 
     def lora_for(self, client: str, task: str) -> State:
         """Return the `current_lora` of a client, or Θ_l⁰ before any client has trained."""
-        lora = current_lora(self.task_of, self.loras.__getitem__, task, client)
-        return self.initial.lora if lora is None else lora
+        if client in self.loras:
+            return self.loras[client]
+        if task not in self._means:
+            lora = current_lora(self.task_of, self.loras.__getitem__, task)
+            self._means[task] = self.initial.lora if lora is None else lora
+        return self._means[task]
 
     def restore(self, update: Update, member: Member, bits: int) -> Update:
         """Restore a compressed update of `bits` bits from what its client was sent.
@@ -246,7 +252,13 @@ class ServerState:
         check_tensors("task adapter", update.adapter, self.initial.adapter)
         check_tensors("LoRA", update.lora, self.initial.lora)
 
-    def aggregate(self, updates: Sequence[Update], config: StrategyConfig) -> Aggregation:
+    def aggregate(
+        self,
+        updates: Sequence[Update],
+        config: StrategyConfig,
+        *,
+        allocate: Callable[[str], State] | None = None,
+    ) -> Aggregation:
         """Average the task adapters per task and mix the LoRAs, in place.
 
         Parameters
@@ -255,6 +267,9 @@ class ServerState:
             Each accepted by `check`.
         config : StrategyConfig
             Aggregation rules.
+        allocate : callable, optional
+            Maps a client to a state like `initial.lora`, which its new LoRA is written into. By
+            default, new LoRAs are in memory.
 
         Raises
         ------
@@ -265,7 +280,8 @@ class ServerState:
         if not updates:
             raise UpdateError("There is no update to aggregate.")
         averaged = self._average_adapters(updates, config)
-        neighbors, distances = self._mix_loras(updates, config)
+        neighbors, distances = self._mix_loras(updates, config, allocate)
+        self._means.clear()
         self.task_of |= {update.client: update.task for update in updates}
         self.rounds += 1
         return Aggregation([u.client for u in updates], averaged, neighbors, distances)
@@ -293,18 +309,26 @@ class ServerState:
         }
 
     def _mix_loras(
-        self, updates: Sequence[Update], config: StrategyConfig
+        self,
+        updates: Sequence[Update],
+        config: StrategyConfig,
+        allocate: Callable[[str], State] | None,
     ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
         """Mix the LoRAs in place; return weights and distances, empty if LoRAs are not shared."""
         if not self.initial.lora:
-            self.loras |= {update.client: {} for update in updates}
+            self.loras |= dict.fromkeys((update.client for update in updates), self.initial.lora)
             return {}, {}
         clients, tasks = [u.client for u in updates], [u.task for u in updates]
         loras, examples = [u.lora for u in updates], [u.num_examples for u in updates]
         rule, distances = LORA_RULES[config.lora], pairwise_distances(loras)
         weights = rule.weights(distances, tasks, examples, config)
         new: dict[str, State] = {}
-        for client, task, lora in zip(clients, tasks, mix(loras, weights), strict=True):
+        # The server optimizer replaces the mixtures, so they need no place of their own.
+        place: Callable[[int], dict[str, Array]] | None = None
+        if allocate is not None and config.server_optimizer.name == "none":
+            place = lambda row: cast(dict[str, Array], allocate(clients[row]))  # noqa: E731
+        mixed = mix(loras, weights, allocate=place)
+        for client, task, lora in zip(clients, tasks, mixed, strict=True):
             owner = rule.owner(client, task)
             if owner not in new:
                 start = self.lora_for(client, task)
@@ -321,7 +345,9 @@ class ServerState:
     ) -> State:
         """Return the new state: the average, or the server optimizer's step towards it."""
         # In the server's order, so that sums do not depend on a client's.
-        state = _state({name: average[name] for name in start})
+        if [*average] != [*start]:
+            average = {name: average[name] for name in start}
+        state = _state(average)
         optimizer = config.server_optimizer
         if optimizer.name == "none":
             return state

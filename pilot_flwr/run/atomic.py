@@ -18,12 +18,15 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from pilot_flwr.errors import RunError, StateError
 from pilot_flwr.protocol import State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "pilot-flwr-2"
 """Format of private states and checkpoints."""
@@ -33,6 +36,7 @@ CHECKSUM = "checksum"
 """Key of a file's metadata: the SHA-256 of the file with zeros in place of its digits."""
 
 _ZEROS = "0" * 64
+_SPOOL = ".spooled."
 
 
 def save_tensors(
@@ -96,6 +100,71 @@ def load_tensors(path: Path) -> tuple[State, dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
+class TensorFile(dict[str, "Tensor"]):
+    """The tensors of a file, mapped: the system reads, writes and forgets their pages.
+
+    Such a file is never changed once it is complete, so it may be linked into other folders.
+    `sha256` is empty until it has been computed.
+    """
+
+    def __init__(self, path: Path, tensors: State, sha256: str = "") -> None:
+        super().__init__(tensors)
+        self.path, self.sha256 = path, sha256
+
+
+_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> TensorFile:
+    """Create a file of zeros with the names, shapes and dtypes of `layout`; map it for writing.
+
+    Raises `OSError` if the disk has no room for it.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **metadata}}
+    end = 0
+    for name, tensor in layout.items():
+        start, end = end, end + tensor.nbytes
+        dtype = _SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        offsets = [start, end]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        # Reserved now: a disk that is full when a mapped page is written kills the process.
+        file.flush()
+        try:
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
+    tensors: State = {}
+    # Unlike a `numpy.memmap`, it keeps no file descriptor: there may be a thousand of these files.
+    storage = torch.UntypedStorage.from_file(str(path), True, 8 + len(text) + end)
+    mapped = torch.empty(0, dtype=torch.uint8).set_(storage)[8 + len(text) :]
+    for name, tensor in layout.items():
+        start, end = header[name]["data_offsets"]
+        tensors[name] = mapped[start:end].view(tensor.dtype).view(tensor.shape)
+    return TensorFile(path, tensors)
+
+
+def spool_tensors(tensors: State, folder: Path) -> State:
+    """Write tensors to a nameless file in `folder`, which is gone after their last use; map it."""
+    if not tensors:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_SPOOL}{os.getpid()}.tmp"
+    try:
+        mapped = create_tensors(path, tensors, {})
+        for name, tensor in tensors.items():
+            mapped[name].copy_(tensor)
+    finally:
+        path.unlink(missing_ok=True)
+    return mapped
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Read only the metadata; `StateError` if the file is truncated or of another format."""
     try:
@@ -154,7 +223,7 @@ def flush(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of killed writers from `folder`."""
     for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a folder is not removed
             path.unlink()
 
 

@@ -3,6 +3,9 @@
 ``state.json`` has the SHA-256 of every file, the run's identity, the number of events recorded so
 far and its own checksum. A folder is written under a hidden name, flushed and then renamed; none
 is removed before its successor is complete. A folder with any defect is refused.
+
+A LoRA that several clients share is one file, and a LoRA that has not changed is a hard link to
+the file of the previous checkpoint, or a copy on a file system without links.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,12 @@ from pilot_flwr.errors import StateError
 from pilot_flwr.protocol import State
 from pilot_flwr.run.atomic import (
     FORMAT,
+    TensorFile,
+    create_tensors,
     flush,
     load_tensors,
     read_metadata,
+    remove_leftovers,
     save_tensors,
     sha256,
     write_text,
@@ -62,10 +68,16 @@ def discard(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove the partial checkpoints of killed writers."""
+def remove_partial(folder: Path, *, but: Path | None = None) -> None:
+    """Remove the partial checkpoints of killed writers, `but` one."""
+    remove_leftovers(folder)
     for leftover in folder.glob(".round-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover != but:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _partial(folder: Path, server_round: int) -> Path:
+    return folder / f".round-{server_round:04d}.tmp"
 
 
 _PARTS = {"task_adapters": "task", "lora": "client", "moments": "target", "residual": "owner"}
@@ -73,6 +85,12 @@ _PARTS = {"task_adapters": "task", "lora": "client", "moments": "target", "resid
 
 EVERYONE = "everyone"
 """File name of the residual."""
+
+
+def create_lora(folder: Path, server_round: int, client: str, layout: State) -> TensorFile:
+    """Create a client's LoRA in the checkpoint that will be saved next, mapped, to be filled."""
+    path = _partial(folder, server_round) / _path("lora", client)
+    return create_tensors(path, layout, {_PARTS["lora"]: client})
 
 
 def save_checkpoint(
@@ -91,36 +109,40 @@ def save_checkpoint(
     """Write ``round-NNNN/`` into the folder of all checkpoints, atomically; prune older ones.
 
     `adapters` maps tasks to ψ_t, `loras` clients to Θ̄_l and `task_of` the same clients to their
-    tasks; `events` is the number of lines in ``metrics.jsonl``. `moments` are the server
-    optimizer's, by target; `residual` is what exact aggregation adds to the frozen base.
+    tasks. Clients share a LoRA if theirs is the same object. A `TensorFile` is not written again;
+    it gets its new path and its checksum. `events` is the number of lines in ``metrics.jsonl``,
+    `moments` are the server optimizer's, by target, and `residual` is what exact aggregation adds
+    to the frozen base.
     """
     target = folder / f"round-{server_round:04d}"
-    temporary = folder / f".{target.name}.tmp"
-    remove_partial(folder)
+    temporary = _partial(folder, server_round)
+    mapped = [state for state in loras.values() if isinstance(state, TensorFile)]
+    begun = any(state.path.is_relative_to(temporary) for state in mapped)
+    remove_partial(folder, but=temporary if begun else None)
+    lora_of = _lora_files(loras)
     parts: dict[str, Mapping[str, State]] = {
         "task_adapters": adapters,
-        "lora": loras,
+        "lora": {lora_of[client]: state for client, state in loras.items()},
         "moments": moments or {},
         "residual": {EVERYONE: residual} if residual else {},
     }
-    written = [
-        (Path(part) / f"{name}.safetensors", state, {_PARTS[part]: name})
-        for part, states in parts.items()
-        for name, state in states.items()
-    ]
-    for path, state, metadata in written:
-        save_tensors(temporary / path, state, metadata)
+    files: dict[str, str] = {}
+    for part, states in parts.items():
+        for name, state in states.items():
+            path = _path(part, name)
+            files[path.as_posix()] = _store(state, temporary / path, {_PARTS[part]: name})
     content = {
         "format": FORMAT,
         "round": server_round,
         "tasks": list(tasks),
         "task_of": dict(task_of),
+        "lora_of": lora_of,
         "run": run.name,
         "settings": run.settings,
         "events": events,
         "moments": sorted(parts["moments"]),
         "residual": sorted(parts["residual"]),
-        "files": {path.as_posix(): sha256(temporary / path) for path, _, _ in written},
+        "files": files,
     }
     content["checksum"] = _checksum(content)
     write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
@@ -130,16 +152,62 @@ def save_checkpoint(
         os.replace(target, replaced)
     os.replace(temporary, target)
     flush(folder)
+    for client, name in lora_of.items():
+        if isinstance(state := loras[client], TensorFile):
+            state.path = target / _path("lora", name)
     discard(replaced)
     prune_checkpoints(folder)
     return target
+
+
+def _path(part: str, name: str) -> Path:
+    return Path(part) / f"{name}.safetensors"
+
+
+def _lora_files(loras: Mapping[str, State]) -> dict[str, str]:
+    """Return the client whose name the file of each client's LoRA gets.
+
+    It is one of those that share the LoRA, so that no two files get the same name: the one whose
+    name the file has already, else the first.
+    """
+    sharing: dict[int, list[str]] = {}
+    for client in sorted(loras):
+        sharing.setdefault(id(loras[client]), []).append(client)
+    names: dict[str, str] = {}
+    for clients in sharing.values():
+        state = loras[clients[0]]
+        kept = state.path.stem if isinstance(state, TensorFile) else ""
+        names |= dict.fromkeys(clients, kept if kept in clients else clients[0])
+    return names
+
+
+def _store(state: State, path: Path, metadata: Mapping[str, str]) -> str:
+    """Write, link or copy a state to `path`, unless it is there; return its SHA-256."""
+    if not isinstance(state, TensorFile) or state.path.stem != path.stem:
+        save_tensors(path, state, metadata)
+        digest = sha256(path)
+        if isinstance(state, TensorFile):
+            state.sha256 = digest
+        return digest
+    if state.path != path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(state.path, path)
+        except OSError:  # no hard links here
+            shutil.copyfile(state.path, path)
+    flush(path)
+    flush(path.parent)
+    # A file is hashed once: a byte that changes on the disk must not get a new checksum.
+    state.sha256 = state.sha256 or sha256(path)
+    return state.sha256
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint folder; its tensors are read on demand.
 
-    `task_of` has the clients with a LoRA, `events` is the number of lines in ``metrics.jsonl`` at
+    `task_of` has the clients with a LoRA, `lora_of` the client whose name each one's file has,
+    `files` the checksums; `events` is the number of lines in ``metrics.jsonl`` at
     the time, and `moments` names the server optimizer's targets.
     """
 
@@ -151,14 +219,19 @@ class Checkpoint:
     events: int = 0
     moments: tuple[str, ...] = ()
     has_residual: bool = False
+    lora_of: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def adapter(self, task: str) -> State:
         """Read a task's adapter ψ_t."""
         return self._read("task_adapters", task)
 
-    def lora(self, client: str) -> State:
-        """Read a client's LoRA Θ̄_l."""
-        return self._read("lora", client)
+    def lora(self, client: str) -> TensorFile:
+        """Map a client's LoRA Θ̄_l."""
+        path = _path("lora", self.lora_of[client])
+        return TensorFile(
+            self.folder / path, load_tensors(self.folder / path)[0], self.files[path.as_posix()]
+        )
 
     def moments_of(self, target: str) -> State:
         """Read the server optimizer's packed moments of a target."""
@@ -169,7 +242,7 @@ class Checkpoint:
         return self._read("residual", EVERYONE) if self.has_residual else {}
 
     def _read(self, part: str, name: str) -> State:
-        return load_tensors(self.folder / part / f"{name}.safetensors")[0]
+        return load_tensors(self.folder / _path(part, name))[0]
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -190,9 +263,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             _whole_number(content, "events"),
             tuple(content.get("moments", ())),
             content.get("residual", []) == [EVERYONE],
+            # Earlier versions wrote one file per client.
+            dict(content.get("lora_of", {client: client for client in content["task_of"]})),
+            dict(content["files"]),
         )
-        files = dict(content["files"])
-        tasks = [*checkpoint.tasks, *checkpoint.task_of.values()]
+        files, shared = checkpoint.files, checkpoint.lora_of
+        if shared.keys() != checkpoint.task_of.keys():
+            raise ValueError("`lora_of` and `task_of` have different clients")
+        tasks = [*checkpoint.tasks, *checkpoint.task_of.values(), *shared.values()]
         if not all(isinstance(n, str) for n in (*tasks, *checkpoint.moments, *files.values())):
             raise TypeError("a name is not text")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -205,7 +283,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
     if unknown := set(checkpoint.task_of.values()) - set(checkpoint.tasks):
         raise StateError(f"{path} has clients of tasks {sorted(unknown)}, which it does not list.")
-    _check_files(checkpoint, files)
+    _check_files(checkpoint)
     return checkpoint
 
 
@@ -236,11 +314,11 @@ def _whole_number(content: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _check_files(checkpoint: Checkpoint, files: Mapping[str, str]) -> None:
-    folder = checkpoint.folder
+def _check_files(checkpoint: Checkpoint) -> None:
+    folder, files = checkpoint.folder, checkpoint.files
     parts: dict[str, Collection[str]] = {
         "task_adapters": checkpoint.tasks,
-        "lora": checkpoint.task_of,
+        "lora": set(checkpoint.lora_of.values()),
         "moments": checkpoint.moments,
         "residual": [EVERYONE] * checkpoint.has_residual,
     }

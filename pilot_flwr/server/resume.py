@@ -19,7 +19,7 @@ from pilot_flwr.config.loading import from_yaml, to_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.protocol import State
-from pilot_flwr.run.atomic import flush, write_bytes
+from pilot_flwr.run.atomic import TensorFile, flush, write_bytes
 from pilot_flwr.run.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -142,7 +142,7 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
         tasks,
         initial,
         adapters={task: _like(checkpoint.adapter(task), initial.adapter) for task in tasks},
-        loras={name: _like(checkpoint.lora(name), initial.lora) for name in checkpoint.task_of},
+        loras=_loras(checkpoint, initial.lora),
         task_of=dict(checkpoint.task_of),
         residual=checkpoint.residual(),
     )
@@ -154,6 +154,16 @@ def restored(checkpoint: Checkpoint, tasks: tuple[str, ...], initial: InitialSta
         except (KeyError, ValueError) as error:
             raise StateError(f"The checkpoint's moments of {target!r}: {error}.") from None
     return state
+
+
+def _loras(checkpoint: Checkpoint, pattern: State) -> dict[str, State]:
+    """Map all LoRAs; clients that share a file share its state."""
+    files: dict[str, State] = {}
+    for client, name in checkpoint.lora_of.items():
+        if name not in files:
+            found = checkpoint.lora(client)
+            files[name] = TensorFile(found.path, _like(found, pattern), found.sha256)
+    return {client: files[checkpoint.lora_of[client]] for client in checkpoint.task_of}
 
 
 def _like(state: State, pattern: State) -> State:

@@ -231,7 +231,7 @@ def test_a_server_whose_disk_is_full_stops_and_its_last_checkpoint_is_whole(tmp_
         return reply
 
     grid.on_reply = fill_up
-    with filled, pytest.raises(OSError, match="File too large.*round-0002"):
+    with filled, pytest.raises(OSError, match="File too large.*checkpoint"):
         server_app.run(grid, config, overrides, flower_run="1")
     assert (folder / "result.json").exists()
     checkpoint, passed_over = latest_checkpoint(folder / "checkpoint")

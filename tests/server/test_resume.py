@@ -226,12 +226,12 @@ def test_killed_before_the_closing_evaluation_only_that_is_run(copy):
 def test_a_torn_checkpoint_is_passed_over_aloud(interrupted, differences, tmp_path):
     folder = Path(shutil.copytree(interrupted[0], tmp_path / "run"))
     (folder / "result.json").unlink()
-    file = folder / "checkpoint/round-0003/lora/vqa-0.safetensors"
+    file = folder / "checkpoint/round-0003/lora/counting-0.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     go_on(folder)
     (event,) = select(read_events(folder), Resumed)
     assert event.exchange == 2
-    assert "round-0003/lora/vqa-0.safetensors cannot be read" in event.passed_over[0]
+    assert "round-0003/lora/counting-0.safetensors cannot be read" in event.passed_over[0]
     assert differences(interrupted[0], folder) == []
     assert (folder / "checkpoint/refused-1-round-0003").is_dir()  # kept for whoever looks into it
 
