@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pilot_flwr.algorithm.aggregation import LORA_RULES, LoraRule
 from pilot_flwr.launch.in_process import run_in_process
+from pilot_flwr.run.aggregations import Matrices, read_matrices
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import Aggregated, select
 
@@ -46,18 +47,19 @@ RULE = LoraRule(
 """The rule, as a row of `LORA_RULES`."""
 
 
-def main(folder: Path) -> dict[str, dict[str, float]]:
-    """Run a federation with the rule in place of Pilot's; return the last mixing weights."""
+def main(folder: Path) -> Matrices:
+    """Run a federation with the rule in place of Pilot's; return its last matrices."""
     with patch.dict(LORA_RULES, adaptive=RULE):
         outcome = run_in_process(f"{SMALL} run.folder={folder}", folder, out=print)
     if not outcome.succeeded:
         raise SystemExit("\n".join(outcome.explanation))
-    last = select(read_events(folder), Aggregated)[-1]
+    found = read_matrices(folder, select(read_events(folder), Aggregated)[-1])
+    assert found is not None
     print("\nShare of each client's LoRA in the next one:")
-    for client, shares in last.neighbors.items():
-        row = "  ".join(f"{other} {share:.2f}" for other, share in shares.items())
-        print(f"  {client:<14}{row}")
-    return last.neighbors
+    for client, shares in zip(found.clients, found.weights, strict=True):
+        named = zip(found.clients, shares, strict=True)
+        print(f"  {client:<14}" + "  ".join(f"{other} {share:.2f}" for other, share in named))
+    return found
 
 
 if __name__ == "__main__":

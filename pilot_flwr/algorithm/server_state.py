@@ -164,10 +164,10 @@ class Aggregation:
     clients: list[str]
     tasks: dict[str, list[str]]
     """Group (a task, or `EVERYONE`) → clients whose adapters were averaged."""
-    neighbors: dict[str, dict[str, float]]
-    """Client → neighbour, or the client itself → share in the client's Θ̄_l."""
-    distances: dict[str, dict[str, float]]
-    """Client → client → ‖Θ_l,k − Θ_l,j‖₂."""
+    neighbors: Matrix | None
+    """Weights (K, K) of the clients' LoRAs in every client's Θ̄_l; None if LoRAs are not shared."""
+    distances: Matrix | None
+    """‖Θ_l,k − Θ_l,j‖₂ (K, K), or None."""
 
 
 @dataclass
@@ -313,11 +313,11 @@ class ServerState:
         updates: Sequence[Update],
         config: StrategyConfig,
         allocate: Callable[[str], State] | None,
-    ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-        """Mix the LoRAs in place; return weights and distances, empty if LoRAs are not shared."""
+    ) -> tuple[Matrix | None, Matrix | None]:
+        """Mix the LoRAs in place; return weights and distances, None if LoRAs are not shared."""
         if not self.initial.lora:
             self.loras |= dict.fromkeys((update.client for update in updates), self.initial.lora)
-            return {}, {}
+            return None, None
         clients, tasks = [u.client for u in updates], [u.task for u in updates]
         loras, examples = [u.lora for u in updates], [u.num_examples for u in updates]
         rule, distances = LORA_RULES[config.lora], pairwise_distances(loras)
@@ -338,7 +338,7 @@ class ServerState:
         for client, task in (self.task_of | dict(zip(clients, tasks, strict=True))).items():
             if (owner := rule.owner(client, task)) in new:
                 self.loras[client] = new[owner]
-        return _as_dict(clients, weights, drop_zero=True), _as_dict(clients, distances)
+        return weights, distances
 
     def _stepped(
         self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
@@ -394,12 +394,3 @@ def current_lora(
 def _state(arrays: Mapping[str, Array]) -> State:
     """Narrow the type: aggregating tensors yields tensors."""
     return cast(State, arrays)
-
-
-def _as_dict(
-    clients: list[str], matrix: Matrix, *, drop_zero: bool = False
-) -> dict[str, dict[str, float]]:
-    return {
-        client: {c: v for c, v in zip(clients, row, strict=True) if v != 0 or not drop_zero}
-        for client, row in zip(clients, matrix.tolist(), strict=True)
-    }

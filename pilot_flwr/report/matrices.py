@@ -1,49 +1,38 @@
-"""Matrices: LoRA distances and mixing weights between clients, and the router's probabilities.
+"""Matrices between clients: LoRA distances and mixing weights.
 
-The router's probabilities need the base model, the clients' images and private states, which a
-simulation keeps in ``clients/`` of the run folder and a real site only on its own disk. To
-describe another aggregation rule, add it to `_LORA_USE` and `_MIXED`, and to
-`aggregation_lines`.
+Up to `MOST_CLIENTS` clients are drawn one by one and named. More are clustered within their task by
+distance, and pooled into a picture of at most `_MOST_CELLS` cells a side, so that neither the page
+nor the time to draw it grows with K². To describe another aggregation rule, add it to `_LORA_USE`
+and `_MIXED`, and to `aggregation_lines`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.config.schema import PilotConfig
-from pilot_flwr.errors import PilotError
-from pilot_flwr.formatting import count, headline
+from pilot_flwr.errors import StateError
+from pilot_flwr.formatting import count
 from pilot_flwr.report.page import Figure, Panel, Table, short, some
+from pilot_flwr.run.aggregations import Matrices, read_matrices
 from pilot_flwr.run.history import RunData
-
-if TYPE_CHECKING:  # heavy imports stay in the functions that compute with them
-    from pilot_flwr.data.examples import Example
-    from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.run.tables import MOST_CLIENTS
 
 Floats = NDArray[np.float64]
-Matrix = dict[str, dict[str, float]]
 
 MOST_EXCHANGES = 6
 """Maximum number of exchanges drawn."""
 
-MOST_EXAMPLES = 64
-"""Maximum number of a client's evaluation examples over which probabilities are averaged."""
+MOST_CLUSTERED = 2000
+"""Maximum number of clients of a picture; of more, a sample, evenly spaced within every task."""
 
-IMAGES = 3
-"""Number of images of a client shown with their heat maps."""
-
-_MOST_NAMED = 20
-"""Maximum number of clients named at the axes; of more, only the tasks are named."""
-
-_BATCH = 16
+_MOST_CELLS = 200
 _SIDE = 3.5
 
 _LORA_USE = {
@@ -82,9 +71,9 @@ def distances(run: RunData) -> Figure:
         )
     else:
         text += f"This method does not use them: {_LORA_USE[strategy.lora]}"
-    matrices = {e.number: e.aggregated.distances for e in run.exchanges if e.aggregated}
     title = "Distances between the clients' LoRAs"
-    return _figure(run, "lora-distances", title, text, matrices, "distance", "viridis")
+    drawing = Drawing("distance", "viridis", "distances", np.mean)
+    return _figure(run, "lora-distances", title, text, drawing)
 
 
 def mixing_weights(run: RunData) -> Figure:
@@ -105,9 +94,8 @@ def mixing_weights(run: RunData) -> Figure:
         trained = other in config.train.lora_matrices
         fate = "stays on the client" if trained else "keeps its initial value"
         text += f" Only the matrices {sent} are sent and mixed; {other} {fate}."
-    matrices = {e.number: e.aggregated.neighbors for e in run.exchanges if e.aggregated}
-    title = "Mixing weights"
-    return _figure(run, "mixing-weights", title, text, matrices, "share", "viridis_r", ceiling=1.0)
+    drawing = Drawing("share", "viridis_r", "weights", np.max, ceiling=1.0)
+    return _figure(run, "mixing-weights", "Mixing weights", text, drawing)
 
 
 def _sent_matrix(config: PilotConfig) -> str:
@@ -130,59 +118,186 @@ def _no_matrices(config: PilotConfig) -> str:
     return "No exchange aggregated the LoRAs of several clients."
 
 
-def as_array(matrix: Matrix, clients: list[str]) -> Floats:
-    """Return a matrix in the clients' order, NaN where it has no value."""
-    rows = [[matrix.get(k, {}).get(j, np.nan) for j in clients] for k in clients]
-    return np.array(rows, dtype=np.float64)
+@dataclass(frozen=True)
+class Drawing:
+    """How one of the two matrices is drawn; `pool` reduces the values of a cell of many clients."""
+
+    label: str
+    colours: str
+    matrix: Literal["distances", "weights"]
+    pool: Callable[..., Floats]
+    ceiling: float | None = None
+
+    def of(self, matrices: Matrices) -> Floats:
+        """Return the matrix."""
+        return matrices.distances if self.matrix == "distances" else matrices.weights
 
 
-def _figure(
-    run: RunData,
-    name: str,
-    title: str,
-    text: str,
-    matrices: dict[int, Matrix],
-    label: str,
-    colours: str,
-    ceiling: float | None = None,
-) -> Figure:
-    matrices = {number: matrix for number, matrix in matrices.items() if len(matrix) > 1}
-    if not matrices:
-        return Figure(name, title, _no_matrices(run.config))
+@dataclass(frozen=True)
+class Picture:
+    """A matrix as it is drawn: `cells` with `per_cell` clients a side, whose `tasks` are in order.
+
+    `clients` are the names of the rows, empty if they are not drawn one by one.
+    """
+
+    cells: Floats
+    tasks: list[str]
+    clients: list[str]
+    per_cell: int = 1
+
+
+def as_array(matrix: Floats, known: list[str], clients: list[str]) -> Floats:
+    """Return a matrix of the `known` clients in the order of `clients`, NaN for the others."""
+    place = {client: index for index, client in enumerate(known)}
+    found = np.array([place.get(client, -1) for client in clients])
+    array: Floats = np.where(
+        (found < 0)[:, None] | (found < 0), np.nan, matrix[np.ix_(found, found)]
+    )
+    return array
+
+
+def cluster(distances: Floats) -> list[int]:
+    """Return an order in which close clients are neighbours: average-linkage clustering."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    if len(distances) < 3:
+        return list(range(len(distances)))
+    condensed = distances[np.triu_indices(len(distances), 1)]
+    return [int(leaf) for leaf in leaves_list(linkage(condensed, "average"))]
+
+
+def clustered(matrices: Matrices, task_of: dict[str, str]) -> list[int]:
+    """Return the places of the clients to draw: by task, clustered within it, sampled if many."""
+    by_task: dict[str, list[int]] = {task: [] for task in task_of.values()}
+    for place, client in enumerate(matrices.clients):
+        by_task.setdefault(task_of[client], []).append(place)
+    share = min(1.0, MOST_CLUSTERED / len(matrices.clients))
+    order = []
+    for places in by_task.values():
+        if places:
+            drawn = np.array(some(places, max(1, int(share * len(places)))))
+            order += drawn[
+                cluster(np.nan_to_num(matrices.distances[np.ix_(drawn, drawn)]))
+            ].tolist()
+    return order
+
+
+def pooled(array: Floats, pool: Callable[..., Floats]) -> tuple[Floats, int]:
+    """Reduce a matrix to at most `_MOST_CELLS` cells a side; return it and the clients a cell."""
+    per_cell = -(-len(array) // _MOST_CELLS)
+    missing = -len(array) % per_cell
+    padded = np.pad(array, (0, missing), mode="edge")
+    side = len(padded) // per_cell
+    return pool(padded.reshape(side, per_cell, side, per_cell), axis=(1, 3)), per_cell
+
+
+def _of(matrices: Matrices, places: list[int]) -> Matrices:
+    """Return the matrices of some of the clients."""
+    square = np.ix_(places, places)
+    clients = [matrices.clients[place] for place in places]
+    return Matrices(clients, matrices.distances[square], matrices.weights[square])
+
+
+def _matrices(run: RunData) -> tuple[dict[int, Matrices], list[str]]:
+    """Return the matrices of the exchanges to draw, and notes on the others."""
+    mixed = {
+        e.number: e.aggregated
+        for e in run.exchanges
+        if e.aggregated and (e.aggregated.file or e.aggregated.neighbors)
+    }
+    if all(event.clients < 2 for event in mixed.values()):
+        return {}, []
+    found, notes = {}, []
+    shown = some(list(mixed), MOST_EXCHANGES)
+    if len(shown) < len(mixed):
+        notes.append(f"{count(len(mixed) - len(shown), 'exchange')} of {len(mixed)} not drawn.")
+    for number in shown:
+        try:
+            matrices = read_matrices(run.folder, mixed[number])
+        except StateError as error:
+            notes.append(f"Exchange {number} is not drawn: {error}")
+            continue
+        if matrices is None:
+            continue
+        known = [i for i, client in enumerate(matrices.clients) if client in run.task_of]
+        if unknown := len(matrices.clients) - len(known):
+            notes.append(f"Exchange {number} has {count(unknown, 'client')} that no roster names.")
+            matrices = _of(matrices, known)
+        if len(known) > 1:
+            found[number] = matrices
+    return found, notes
+
+
+def _picture(run: RunData, matrices: Matrices, clients: list[str], drawing: Drawing) -> Picture:
+    """Return an exchange's picture; `clients` are those of all exchanges."""
+    task_of, array = run.task_of, drawing.of(matrices)
+    here = set(matrices.clients)
+    few = [c for c in clients if len(clients) <= MOST_CLIENTS or c in here]
+    if len(few) <= MOST_CLIENTS:
+        shown = as_array(array, matrices.clients, few)
+        return Picture(shown, [task_of[client] for client in few], few)
+    order = clustered(matrices, task_of)
+    cells, per_cell = pooled(array[np.ix_(order, order)], drawing.pool)
+    tasks = [task_of[matrices.clients[place]] for place in order]
+    return Picture(cells, tasks, [], per_cell)
+
+
+def _figure(run: RunData, name: str, title: str, text: str, drawing: Drawing) -> Figure:
+    found, notes = _matrices(run)
+    if not found:
+        return Figure(name, title, " ".join(notes) or _no_matrices(run.config))
     if run.config.train.ditto.enabled:
         text += (
             " This is the shared model; a client is scored by its personal model v, which is "
             "trained towards the shared one and never sent (Ditto)."
         )
-    clients = [client for client in run.task_of if any(client in m for m in matrices.values())]
-    shown = some(list(matrices), MOST_EXCHANGES)
-    if len(shown) < len(matrices):
-        text += f" {count(len(matrices) - len(shown), 'exchange')} of {len(matrices)} not drawn."
-    arrays = {number: as_array(matrices[number], clients) for number in matrices}
-    high = ceiling or max(float(np.nanmax(array)) for array in arrays.values())
-    tasks = [run.task_of[client] for client in clients]
+    seen = {client for matrices in found.values() for client in matrices.clients}
+    clients = [client for client in run.task_of if client in seen]
+    pictures = {number: _picture(run, m, clients, drawing) for number, m in found.items()}
+    text = " ".join([text, *_about(found, pictures, drawing), *notes])
+    high = drawing.ceiling or max(float(np.nanmax(p.cells)) for p in pictures.values())
 
     def draw(number: int, axes: Axes) -> None:
-        heat_map(axes, arrays[number], high or 1.0, colours, label)
-        _name_clients(axes, clients, tasks)
+        picture = pictures[number]
+        heat_map(axes, picture.cells, high or 1.0, drawing.colours, drawing.label)
+        _name_clients(axes, picture)
         axes.set_title(f"exchange {number}")
 
-    alt = f"{len(clients)} by {len(clients)} clients."
     panels = [
         Panel(
             partial(draw, number),
-            f"{title} after exchange {number}: {alt}",
+            f"{title} after exchange {number}: {len(m.clients)} by {len(m.clients)} clients.",
             height=_SIDE,
             continuous=True,
         )
-        for number in shown
+        for number, m in found.items()
     ]
     tables = [
-        Table(f"Exchange {number}", _rows(clients, arrays[number]))
-        for number in shown
-        if len(clients) <= _MOST_NAMED
+        Table(f"Exchange {number}", _rows(picture.clients, picture.cells))
+        if picture.clients
+        else Table(*_task_rows(run, number, found[number], drawing))
+        for number, picture in pictures.items()
     ]
     return Figure(name, title, text, panels, tables)
+
+
+def _about(found: dict[int, Matrices], pictures: dict[int, Picture], drawing: Drawing) -> list[str]:
+    """Describe pictures of many clients."""
+    many = [number for number, picture in pictures.items() if not picture.clients]
+    if not many:
+        return []
+    notes = [
+        "Clients are ordered by task and, within a task and an exchange, by hierarchical "
+        "clustering of their distances (average linkage)."
+    ]
+    largest = max(many, key=lambda number: len(found[number].clients))
+    drawn, clients = len(pictures[largest].tasks), len(found[largest].clients)
+    if drawn < clients:
+        notes.append(f"Drawn are {drawn:,} of {clients:,} clients, evenly spaced within each task.")
+    if (per_cell := pictures[largest].per_cell) > 1:
+        value = "the mean distance" if drawing.matrix == "distances" else "the largest share"
+        notes.append(f"A cell is {value} of up to {per_cell} × {per_cell} clients.")
+    return notes
 
 
 def heat_map(
@@ -203,20 +318,23 @@ def heat_map(
     bar.outline.set_visible(False)
 
 
-def _name_clients(axes: Axes, clients: list[str], tasks: list[str]) -> None:
+def _name_clients(axes: Axes, picture: Picture) -> None:
     """Name the clients at both axes, or the tasks of many clients; draw lines between tasks."""
+    clients, tasks = picture.clients, picture.tasks
     names: dict[float, str] = {place: short(client) for place, client in enumerate(clients)}
     size = 8.0 if len(clients) <= 12 else 6.0
-    if len(clients) > _MOST_NAMED:
+    if not clients:
         places = {t: [i for i, task in enumerate(tasks) if task == t] for t in tasks}
-        names = {(p[0] + p[-1]) / 2: short(task) for task, p in places.items()}
+        ends = ((short(task), p[0], p[-1]) for task, p in places.items())
+        names = {((a + b + 1) / 2 / picture.per_cell - 0.5): task for task, a, b in ends}
         size = 8.5
     axes.set_xticks(list(names), list(names.values()), rotation=90, fontsize=size)
     axes.set_yticks(list(names), list(names.values()), fontsize=size)
-    for place in range(1, len(clients)):
+    for place in range(1, len(tasks)):
         if tasks[place] != tasks[place - 1]:
             for line in (axes.axhline, axes.axvline):
-                line(place - 0.5, color="#666666", linewidth=0.9, linestyle="-", marker="")
+                style: Any = {"color": "#666666", "linewidth": 0.9, "linestyle": "-", "marker": ""}
+                line(place / picture.per_cell - 0.5, **style)
 
 
 def _rows(clients: list[str], array: Floats) -> list[list[str]]:
@@ -226,206 +344,22 @@ def _rows(clients: list[str], array: Floats) -> list[list[str]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Routed:
-    """The router's probabilities for some of a client's evaluation images.
-
-    `tasks` are the T experts, the client's own first, and `mean` (T,) the mean probabilities over
-    all tokens of `examples` images. The first `images` (height, width, 3) are as the vision tower
-    sees them, in [0, 1]; their `maps` (side, side, T) have the probabilities of every token.
-    """
-
-    client: str
-    task: str
-    tasks: tuple[str, ...]
-    mean: Floats
-    examples: int
-    images: list[Floats]
-    maps: list[Floats]
-
-
-def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
-    """Return the router's figures; if there are none, one whose text explains why."""
-    try:
-        routed = list(_routed(run.folder, say))
-    except PilotError as error:
-        text = f"The router's probabilities cannot be shown: {headline(str(error))}"
-        return [Figure("router", "Router", text)]
-    if not routed:
-        text = (
-            "No router is available: the method has no stage 2, no client has reached it, or the "
-            "private states are not here (real sites keep them on their own disks)."
-        )
-        return [Figure("router", "Router", text)]
-    return [_means(run, routed), *_heat_maps(run, routed)]
-
-
-def route(
-    model: "PilotModel", image_processor: Any, examples: Sequence["Example"], *, shown: int
-) -> tuple[Floats, list[Floats], list[Floats]]:
-    """Send examples through the router of a model in stage 2.
-
-    Return the mean probability of each expert (T,) over all tokens, the first `shown` images
-    (height, width, 3) in [0, 1], and their probabilities (side, side, T).
-    """
-    import torch
-
-    from pilot_flwr.algorithm.connector import CrossTaskMoA
-    from pilot_flwr.model.feature_cache import FeatureCache
-
-    connector = model.connector
-    assert isinstance(connector, CrossTaskMoA)
-    uncached = replace(model.config.feature_cache, where="off")
-    features = FeatureCache(uncached)
-    total, tokens = np.zeros(len(connector.tasks)), 0
-    images: list[Floats] = []
-    maps: list[Floats] = []
-    visible = [example for example in examples if example.images]
-    for start in range(0, len(visible), _BATCH):
-        batch = visible[start : start + _BATCH]
-        visual = features.encode(model, image_processor, batch)
-        with torch.no_grad():
-            logits = connector.router_logits(visual.features.to(model.device))
-        probabilities = logits.softmax(-1).double().cpu().numpy()  # (rows, N, T)
-        total += probabilities.sum((0, 1))
-        tokens += probabilities.shape[0] * probabilities.shape[1]
-        side = round(probabilities.shape[1] ** 0.5)
-        first = 0  # row of the example's first image
-        shapes = iter(visual.images)
-        for example in batch:
-            if len(images) < shown and side * side == probabilities.shape[1]:
-                images.append(_as_seen(model, image_processor, example))
-                maps.append(probabilities[first].reshape(side, side, -1))
-            first += sum(next(shapes).rows for _ in example.images)
-    return total / max(1, tokens), images, maps
-
-
-def _routed(folder: Path, say: Callable[[str], None]) -> Iterator[Routed]:
-    import torch
-
-    from pilot_flwr.data.federation import client_examples, padding_colour
-    from pilot_flwr.inference.runs import load_model, open_run, select_client
-    from pilot_flwr.model.loading import load_processor
-
-    run = open_run(folder)
-    model_config, data = run.config.model, run.config.data
-    processor = load_processor(model_config.path, model_config.revision).image_processor
-    colour = padding_colour(data, processor)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shown_tasks: set[str] = set()
-    for client in run.clients():
-        if not (run.folder / "clients" / client.id).is_dir():
-            continue
-        selected = select_client(run, client.id)
-        if selected.private is None or selected.private.stage != 2:
-            continue
-        say(f"router of {client.id}")
-        model = load_model(run, selected, device=device)
-        split = client_examples(data, client, "test", seed=run.config.seed, background=colour)
-        examples = [split[index] for index in range(min(MOST_EXAMPLES, len(split)))]
-        shown = 0 if client.task in shown_tasks else IMAGES
-        mean, images, maps = route(model, processor, examples, shown=shown)
-        shown_tasks.add(client.task)
-        tasks = selected.private.tasks
-        yield Routed(client.id, client.task, tasks, mean, len(examples), images, maps)
-
-
-def _as_seen(model: "PilotModel", image_processor: Any, example: "Example") -> Floats:
-    """Return the first row of an example's first image as the vision tower sees it, in RGB."""
-    images = [image.read() for image in example.images]
-    pixels = model.spec.crops(image_processor, images)[0][0].double().numpy()
-    mean = np.array(image_processor.image_mean)[:, None, None]
-    std = np.array(image_processor.image_std)[:, None, None]
-    seen: Floats = (pixels * std + mean).clip(0, 1).transpose(1, 2, 0)
-    return seen
-
-
-def _means(run: RunData, routed: list[Routed]) -> Figure:
-    tasks = run.tasks
-    array = np.array(
-        [
-            [row.mean[row.tasks.index(task)] if task in row.tasks else np.nan for task in tasks]
-            for row in routed
-        ]
-    )
-
-    def draw(axes: Axes) -> None:
-        heat_map(axes, array, 1.0, aspect="auto")
-        axes.set_xticks(range(len(tasks)), tasks, rotation=20 if len(tasks) > 3 else 0)
-        axes.set_yticks(range(len(routed)), [short(row.client) for row in routed])
-        for index, row in enumerate(routed):
-            corner = (tasks.index(row.task) - 0.47, index - 0.44)
-            frame: Any = {"fill": False, "edgecolor": "white", "linewidth": 1.4}
-            axes.add_patch(Rectangle(corner, 0.94, 0.88, **frame))
-            for place, value in enumerate(array[index]):
-                style: Any = {"fontsize": 8, "color": "white" if value < 0.6 else "black"}
-                axes.text(place, index, f"{value:.2f}", ha="center", va="center", **style)
-        axes.set_title("experts by client")
-
-    text = (
-        "Mean probability of each task's expert over all visual tokens of at most "
-        f"{max(row.examples for row in routed)} evaluation images per client, after the last "
-        "exchange. A row sums to 1; the client's own task is framed."
-    )
-    rows = [["client", *tasks]]
-    for row, values in zip(routed, array, strict=True):
-        rows.append([row.client, *(f"{value:.3f}" for value in values)])
-    alt = "Mean router probability of every client for every task."
-    height = max(2.4, min(1.3 + 0.24 * len(routed), 12.0))
-    panel = Panel(draw, alt, height=height, continuous=True)
-    title = "Router: mean probability per task"
-    return Figure("router", title, text, [panel], [Table("Mean probabilities", rows)])
-
-
-def _heat_maps(run: RunData, routed: list[Routed]) -> list[Figure]:
-    shown = [row for row in routed if row.images]
-    if not shown:
-        return []
-    side = shown[0].maps[0].shape[0]
-    text = (
-        "Probability of each task's expert at every visual token, for evaluation images of one "
-        f"client per task as its vision tower sees them: {side} × {side} tokens over the image in "
-        "grey. All maps share the scale on the right; the client's own task is in bold."
-    )
-    panels = [
-        Panel(
-            partial(_heat_map, row, index, run.tasks),
-            f"{row.client}, image {index + 1}: router probabilities of {', '.join(run.tasks)} over "
-            "the image.",
-            width=3.6 if len(run.tasks) <= 3 else 3.6 * (len(run.tasks) + 1) / 4,
-            height=1.35,
-            plot=(0.0, 0.0),
-            continuous=True,
-        )
-        for row in shown
-        for index in range(len(row.images))
-    ]
-    return [Figure("router-heat-maps", "Router: probability per visual token", text, panels)]
-
-
-def _heat_map(row: Routed, index: int, tasks: list[str], axes: Axes) -> None:
-    """Draw the image, and beside it the map of each expert over the image in grey."""
-    axes.set_axis_off()
-    axes.text(0, 1, f"{row.client}, image {index + 1}", weight="bold", va="top")
-    image, probabilities = row.images[index], row.maps[index]
-    height, width = image.shape[:2]
-    style: Any = {"extent": (0.0, float(width), float(height), 0.0)}
-    luminance = image @ np.array([0.299, 0.587, 0.114])
-    grey = 0.2 + 0.6 * luminance  # low contrast, to keep the colours readable
-    columns = ["image", *[task for task in tasks if task in row.tasks]]
-    scale: Any = None
-    for place, task in enumerate(columns):
-        part = axes.inset_axes((place / len(columns), 0, 0.95 / len(columns), 0.7))
-        part.set_axis_off()
-        if place == 0:
-            part.imshow(image, interpolation="nearest", **style)
-        else:
-            part.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest", **style)
-            own = probabilities[:, :, row.tasks.index(task)]
-            scale = part.imshow(own, vmin=0, vmax=1, alpha=0.62, cmap="viridis", **style)
-        weight = "bold" if task == row.task else "normal"
-        part.set_title(task, fontsize=7.5, weight=weight, pad=2, loc="left")
-    if scale is not None:
-        bar = axes.figure.colorbar(scale, ax=axes, aspect=12, pad=0.01, ticks=[0, 0.5, 1])
-        bar.solids.set_alpha(1)  # type: ignore[union-attr]
-        bar.ax.tick_params(labelsize=7)
+def _task_rows(
+    run: RunData, number: int, matrices: Matrices, drawing: Drawing
+) -> tuple[str, list[list[str]]]:
+    """Return a table of many clients by task: mean distance, or mean sum of the shares."""
+    tasks = np.array([run.task_of[client] for client in matrices.clients])
+    groups = {task: np.flatnonzero(tasks == task) for task in run.tasks if task in tasks}
+    array, rows = drawing.of(matrices), [["", *groups]]
+    for task, mine in groups.items():
+        blocks = [(array[np.ix_(mine, theirs)], theirs) for theirs in groups.values()]
+        if drawing.matrix == "weights":
+            values = [float(block.sum(axis=1).mean()) for block, _ in blocks]
+        else:  # the distance of a client to itself does not count
+            pairs = [block.size - (theirs is mine) * len(mine) for block, theirs in blocks]
+            values = [
+                float(b.sum()) / n if n else np.nan for (b, _), n in zip(blocks, pairs, strict=True)
+            ]
+        rows.append([task, *("–" if np.isnan(value) else f"{value:.3f}" for value in values)])
+    mean = "mean distance" if drawing.matrix == "distances" else "mean share of each task's clients"
+    return f"Exchange {number}, {count(len(matrices.clients), 'client')}: {mean}, by task", rows

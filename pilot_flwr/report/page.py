@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import matplotlib
@@ -34,6 +34,8 @@ from PIL import Image
 from pilot_flwr import __version__
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.run.atomic import write_text
+
+Item = TypeVar("Item")
 
 PAGE = "index.html"
 _GENERATOR = '<meta name="generator" content="pilot-flwr '
@@ -379,7 +381,7 @@ def stacked_bars(
     return total
 
 
-def some(numbers: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` numbers, evenly spaced and including the first and the last."""
-    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
-    return [numbers[place] for place in places]
+def some(items: Sequence[Item], most: int) -> list[Item]:
+    """Return at most `most` items, evenly spaced and including the first and the last."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]

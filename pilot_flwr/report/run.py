@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pilot_flwr.formatting import count, headline, human_seconds
-from pilot_flwr.report.matrices import distances, mixing_weights, router_figures
+from pilot_flwr.report.matrices import distances, mixing_weights
 from pilot_flwr.report.page import Figure, Page, Table, write_page
+from pilot_flwr.report.router import router_figures
 from pilot_flwr.report.scores import learning_curves, losses
 from pilot_flwr.report.timeline import time_line, traffic
 from pilot_flwr.run.events import AggregationMethod, ClientFailed, ClientWarning, Resumed, select

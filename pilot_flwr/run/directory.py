@@ -7,6 +7,7 @@
     code.json        commit and versions of the code
     run.json         the run's identity: its name, as clients know it, and a hash of its settings
     metrics.jsonl    one event per line
+    aggregations/    distances and mixing weights of every exchange
     interrupted-N.jsonl  events after the checkpoint that the N-th resumption started from
     timeline.md      one row per exchange, from the events
     summary.md       scores per task and exchange, from the events
@@ -20,22 +21,21 @@
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pilot_flwr.errors import StateError
 from pilot_flwr.run.atomic import flush, write_text
 from pilot_flwr.run.events import (
     AnyEvent,
     ClientFailed,
     Evaluated,
     Event,
+    ExchangeRepeated,
     Resumed,
-    append,
-    history,
     parse_event,
-    parse_events,
     select,
 )
 
@@ -55,6 +55,32 @@ def read_events(folder: Path) -> list[Event]:
         except ValueError:
             lines.pop()
     return history(parse_events(lines, path))
+
+
+def parse_events(lines: Iterable[bytes], path: Path) -> list[Event]:
+    """Read lines of the file `path`, from its first; `StateError` if one is not an event."""
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(parse_event(line))
+        except ValueError as error:
+            raise StateError(f"{path}, line {number}, is not an event of a run: {error}.") from None
+    return events
+
+
+def history(events: Iterable[Event]) -> list[Event]:
+    """Return the events without discarded attempts at an exchange; the repetitions stay."""
+    kept: list[Event] = []
+    for event in events:
+        append(kept, event)
+    return kept
+
+
+def append(kept: list[Event], event: Event) -> None:
+    """Append an event to a history; one that repeats an exchange removes the discarded attempt."""
+    if isinstance(event, ExchangeRepeated) and event.undone:
+        del kept[-event.undone :]
+    kept.append(event)
 
 
 def holds_token(folder: Path, token: str) -> bool:

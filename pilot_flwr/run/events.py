@@ -14,11 +14,9 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pilot_flwr.config.schema import StrategyConfig
-from pilot_flwr.errors import StateError
 from pilot_flwr.formatting import headline
 
 _KEYS = {"exchange": "round", "session_seconds": "turn_seconds"}
@@ -191,6 +189,19 @@ class AggregationMethod:
         return cls(strategy.lora, optimizer, sharing, strategy.trained_by)
 
 
+@dataclass(frozen=True)
+class LoraMixing:
+    """How an aggregation mixed the LoRAs: their number, and the other clients' in each of them.
+
+    `groups` has the sizes of the groups of clients that share a mean; empty if rows overlap.
+    """
+
+    loras: int
+    fewest_others: int
+    most_others: int
+    groups: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Aggregated(Event):
     """The server aggregated the updates of an exchange."""
@@ -201,11 +212,18 @@ class Aggregated(Event):
     tasks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Group (a task, or all) → clients whose task adapters were averaged."""
 
-    neighbors: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Client l → client k → weight of Θ_l,k in the aggregated Θ̄_l."""
+    file: str | None = None
+    """File in the run folder with distances and mixing weights, see `pilot_flwr.run.aggregations`;
+    None if no LoRAs were mixed."""
 
-    distances: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Client k → client j → ‖Θ_l,k − Θ_l,j‖₂."""
+    mixing: LoraMixing | None = None
+    """The mixing weights in numbers."""
+
+    neighbors: dict[str, dict[str, float]] | None = None
+    """In files of versions without `file`: client l → client k → weight of Θ_l,k in Θ̄_l."""
+
+    distances: dict[str, dict[str, float]] | None = None
+    """In the same files: client k → client j → ‖Θ_l,k − Θ_l,j‖₂."""
 
     method: AggregationMethod | None = None
     """None in files of versions that did not record it."""
@@ -345,32 +363,6 @@ def parse_event(line: str | bytes) -> Event:
     if kind not in KINDS:
         return UnknownEvent(exchange=0, name=kind, elapsed=_number(values.get("elapsed", 0.0)))
     return KINDS[kind].from_dict(values)
-
-
-def parse_events(lines: Iterable[bytes], path: Path) -> list[Event]:
-    """Read lines of the file `path`, from its first; `StateError` if one is not an event."""
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(parse_event(line))
-        except ValueError as error:
-            raise StateError(f"{path}, line {number}, is not an event of a run: {error}.") from None
-    return events
-
-
-def history(events: Iterable[Event]) -> list[Event]:
-    """Return the events without discarded attempts at an exchange; the repetitions stay."""
-    kept: list[Event] = []
-    for event in events:
-        append(kept, event)
-    return kept
-
-
-def append(kept: list[Event], event: Event) -> None:
-    """Append an event to a history; one that repeats an exchange removes the discarded attempt."""
-    if isinstance(event, ExchangeRepeated) and event.undone:
-        del kept[-event.undone :]
-    kept.append(event)
 
 
 def select(

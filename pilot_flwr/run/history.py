@@ -41,6 +41,26 @@ def tasks_of(events: Sequence[Event]) -> list[str]:
     return sorted(rostered | {event.task for event in select(events, Evaluated)})
 
 
+def clients_by_task(events: Sequence[Event]) -> dict[str, set[str]]:
+    """Return the clients of every task that were ever on a roster or have a score."""
+    found: dict[str, set[str]] = {}
+    for event in events:
+        if isinstance(event, RosterCalled):
+            for entry in event.clients:
+                found.setdefault(entry.task, set()).add(entry.client)
+        elif isinstance(event, Evaluated):
+            found.setdefault(event.task, set()).add(event.client)
+    return found
+
+
+def scores_by_task(events: Iterable[Event]) -> dict[str, dict[int, list[Evaluated]]]:
+    """Return task → exchange → the evaluations of its clients."""
+    found: dict[str, dict[int, list[Evaluated]]] = {}
+    for event in select(events, Evaluated):
+        found.setdefault(event.task, {}).setdefault(event.exchange, []).append(event)
+    return found
+
+
 def task_scores(events: Iterable[Event], exchange: int) -> dict[str, float]:
     """Compute every task's score of the models after an exchange; 0 is before any training.
 
@@ -75,8 +95,11 @@ def score_curves(events: Sequence[Event]) -> dict[str, dict[int, float]]:
     """Return the learning curves of a run: task, or `MEAN`, → exchange → score."""
     tasks = tasks_of(events)
     curves: dict[str, dict[int, float]] = {}
-    for number in sorted({event.exchange for event in select(events, Evaluated)}):
-        scores = task_scores(events, number)
+    by_exchange: dict[int, list[Evaluated]] = {}
+    for event in select(events, Evaluated):
+        by_exchange.setdefault(event.exchange, []).append(event)
+    for number in sorted(by_exchange):
+        scores = task_scores(by_exchange[number], number)
         if (mean := mean_over_tasks(scores, tasks)) is not None:
             scores[MEAN] = mean
         for name, score in scores.items():
@@ -144,6 +167,15 @@ def observe(events: Sequence[Event], number: int) -> Exchange:
     )
 
 
+def observe_all(events: Sequence[Event]) -> dict[int, Exchange]:
+    """Return what was observed of every exchange that has events, in one pass over them."""
+    by_exchange: dict[int, list[Event]] = {}
+    for event in events:
+        number = event.exchange + isinstance(event, EvaluationClosed)
+        by_exchange.setdefault(number, []).append(event)
+    return {number: observe(found, number) for number, found in sorted(by_exchange.items())}
+
+
 def gradients(trained: Sequence[Trained]) -> dict[str, tuple[int, int]]:
     """Return group → fewest and most of its parameters that had a gradient on a client."""
     counts = {g: [event.gradients.get(g, 0) for event in trained] for g in GROUPS}
@@ -168,7 +200,7 @@ class RunData:
         kinds = (InstructionSent, Trained, ExchangeClosed)
         seen = {event.exchange for event in self.events if isinstance(event, kinds)}
         last = self.config.strategy.rounds + 1
-        return [observe(self.events, number) for number in sorted(seen) if number <= last]
+        return [e for n, e in observe_all(self.events).items() if n in seen and n <= last]
 
     @cached_property
     def closing(self) -> Exchange | None:
@@ -205,10 +237,16 @@ class RunData:
         """The `score_curves`."""
         return score_curves(self.events)
 
+    @cached_property
+    def _scores(self) -> dict[str, dict[int, float]]:
+        found: dict[str, dict[int, float]] = {}
+        for event in select(self.events, Evaluated):
+            found.setdefault(event.client, {})[event.exchange] = event.score
+        return found
+
     def scores(self, client: str) -> dict[int, float]:
         """Return a client's score after each exchange; 0 is before any training."""
-        evaluated = select(self.events, Evaluated)
-        return {event.exchange: event.score for event in evaluated if event.client == client}
+        return self._scores.get(client, {})
 
     def metric(self, task: str) -> str:
         """Return the name of a task's metric, empty if it has no score."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.formatting import count, human_bytes
 from pilot_flwr.metrics import METRICS
+from pilot_flwr.run.aggregations import mixing
 from pilot_flwr.run.events import (
     Aggregated,
     AggregationMethod,
@@ -20,10 +21,24 @@ from pilot_flwr.run.events import (
     Trained,
     select,
 )
-from pilot_flwr.run.history import MEAN, gradients, observe, score_curves
+from pilot_flwr.run.history import (
+    MEAN,
+    clients_by_task,
+    gradients,
+    observe,
+    observe_all,
+    score_curves,
+    scores_by_task,
+)
 
 PART_GROUPS = {"lora": "lora", "task_adapters": "own_task_adapter", "residual": "residual"}
 """Part of a message → the group of parameters that it carries."""
+
+MOST_CLIENTS = 20
+"""Maximum number of clients shown one by one; more are summarised by task."""
+
+MOST_NAMED = 5
+"""Maximum number of clients named in a line."""
 
 Rows = list[list[str]]
 """The header first; a cell may have several lines."""
@@ -57,8 +72,9 @@ def timeline_rows(events: Sequence[Event], method: AggregationMethod | None = No
     """
     header = ["exchange", "stage: clients", "parameters with gradients, per client"]
     rows = [[*header, "sent down", "sent up", "server", "seconds"]]
+    observed = observe_all(events)
     for closed in select(events, ExchangeClosed):
-        seen = observe(events, closed.exchange)
+        seen = observed[closed.exchange]
         clients = [f"stage {n}: {len(trained)} clients" for n, trained in seen.stages.items()]
         clients += [f"failed: {seen.failures}"] * bool(seen.failures)
         cells = [
@@ -93,26 +109,35 @@ def summary(events: Sequence[Event], tasks: Sequence[str] = ()) -> str:
 def summary_rows(events: Sequence[Event], tasks: Sequence[str] = ()) -> Rows:
     """Return one row per task with its score after each exchange, and one for their mean.
 
-    Rows follow the order of `tasks`, further ones are sorted. Without scores there are no rows,
-    and an exchange in which a task of the run has no score has no mean.
+    Rows follow the order of `tasks`, further ones are sorted. A score of only some of the task's
+    clients has their number beside it. Without scores there are no rows, and an exchange in which a
+    task of the run has no score has no mean.
     """
     evaluated = select(events, Evaluated)
     if not evaluated:
         return []
     numbers = sorted({event.exchange for event in evaluated})
     header = ["task", "metric", "test examples"]
+    observed = observe_all(events)
     for number in numbers:
-        stages = " and ".join(map(str, observe(events, number).stages))
+        stages = " and ".join(map(str, observed[number].stages)) if number in observed else ""
         title = f"exchange {number}" + (f" (stage {stages})" if stages else "")
         header.append(title if number else "zero-shot")
     rows = [header]
     curves = score_curves(events)
-    scored = {event.task for event in evaluated}
-    for task in [*(t for t in tasks if t in scored), *sorted(scored - set(tasks))]:
-        mine = [event for event in evaluated if event.task == task]
-        metric = mine[0].metric + " (approximate)" * any(event.approximate for event in mine)
-        examples = sum(event.examples for event in mine if event.exchange == numbers[0])
-        rows.append([task, metric, str(examples), *_scores(curves.get(task, {}), numbers)])
+    by_task = scores_by_task(events)
+    clients = clients_by_task(events)
+    for task in [*(t for t in tasks if t in by_task), *sorted(by_task.keys() - set(tasks))]:
+        mine = by_task[task]
+        all_mine = [event for found in mine.values() for event in found]
+        metric = all_mine[0].metric + " (approximate)" * any(e.approximate for e in all_mine)
+        examples = sum(event.examples for event in mine.get(numbers[0], []))
+        cells = _scores(curves.get(task, {}), numbers)
+        for place, number in enumerate(numbers):
+            scored = len({event.client for event in mine.get(number, [])})
+            if 0 < scored < len(clients[task]):
+                cells[place] += f" ({scored} of {len(clients[task])})"
+        rows.append([task, metric, str(examples), *cells])
     return [*rows, [MEAN, "", "", *_scores(curves.get(MEAN, {}), numbers)]]
 
 
@@ -145,7 +170,8 @@ def aggregation_lines(
     `method` is the run's, for an event that does not record it. With a `width`, several groups are
     listed by their sizes, in at most that many characters, instead of by name.
     """
-    if event is None or not (event.tasks or event.neighbors):
+    mixed = None if event is None else mixing(event)
+    if event is None or not (event.tasks or mixed):
         return ["no aggregation"]
     method = event.method or method
     adam = method is not None and method.optimizer == "adam"
@@ -156,28 +182,36 @@ def aggregation_lines(
     lines = []
     if event.tasks:
         lines.append(f"{verb} {symbol('task_adapters')} {_groups(event.tasks, width)}")
-    if event.neighbors and (method is None or method.lora == "adaptive"):
-        others = sorted({len({*shares} - {own}) for own, shares in event.neighbors.items()})
+    if mixed and (method is None or method.lora == "adaptive" or not mixed.groups):
+        others = "–".join(map(str, sorted({mixed.fewest_others, mixed.most_others})))
         mixes = "mixes" if method else "combines"
         verb = f"steps by Adam: {mixes} of" if adam else mixes
-        with_others = "–".join(map(str, others))
-        lines.append(f"{verb} {len(event.neighbors)} {lora}, each with {with_others} others")
-    elif event.neighbors and method is not None:
+        lines.append(f"{verb} {mixed.loras} {lora}, each with {others} others")
+    elif mixed and method is not None:
         matrices = {"A": "A of ", "B": "B of "}.get(method.matrices, "")
-        groups = {", ".join(sorted(s)): tuple(sorted(s)) for s in event.neighbors.values()}
         rest = f", the rest in {symbol('residual')}" if method.lora == "exact" else ""
-        members = _groups(dict(sorted(groups.items())), 10 if width is None else width)
+        members = _sizes(mixed.groups, 10 if width is None else width)
         lines.append(f"{verb} {matrices}{lora} {members}{rest}")
     return lines
 
 
 def _groups(groups: Mapping[str, Sequence[str]], width: int | None) -> str:
-    if len(groups) == 1:
-        return f"of {count(len(next(iter(groups.values()))), 'client')}"
-    if width is None:
+    if width is None and len(groups) > 1:
         return "per task: " + ", ".join(f"{task} of {len(c)}" for task, c in groups.items())
-    sizes = ", ".join(str(len(clients)) for clients in groups.values())
+    return _sizes([len(clients) for clients in groups.values()], width or 0)
+
+
+def _sizes(groups: Sequence[int], width: int) -> str:
+    if len(groups) == 1:
+        return f"of {count(groups[0], 'client')}"
+    sizes = ", ".join(map(str, groups))
     return f"per task, of {sizes} clients" if len(sizes) <= width else f"in {len(groups)} tasks"
+
+
+def names(shown: Sequence[str]) -> str:
+    """Return a list as text, of many the first `MOST_NAMED` and the number of the others."""
+    more = f", and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
+    return ", ".join(shown[:MOST_NAMED]) + more
 
 
 def symbol(name: str) -> str:

@@ -21,6 +21,7 @@ from pilot_flwr.algorithm.server_state import Aggregation
 from pilot_flwr.flower.codec import num_bytes
 from pilot_flwr.formatting import one_line, plain
 from pilot_flwr.protocol import LOSSES, EvaluationResult, Member, SessionResult
+from pilot_flwr.run.aggregations import describe, write_matrices
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.events import (
     Aggregated,
@@ -150,15 +151,16 @@ class EventRecorder:
             )
 
     def aggregation(self, server_round: int, done: Aggregation, seconds: float) -> None:
-        """Record an aggregation."""
+        """Record an aggregation; its matrices are in their file before the event names it."""
+        file = write_matrices(self.folder.path, server_round, done)
         self.folder.record(
             Aggregated(
                 exchange=server_round,
                 seconds=seconds,
                 clients=len(done.clients),
                 tasks={group: tuple(clients) for group, clients in done.tasks.items()},
-                neighbors=done.neighbors,
-                distances=done.distances,
+                file=file,
+                mixing=None if done.neighbors is None else describe(done.neighbors),
                 method=self.method,
             )
         )

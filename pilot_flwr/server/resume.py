@@ -19,6 +19,7 @@ from pilot_flwr.config.loading import from_yaml, to_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.protocol import State
+from pilot_flwr.run.aggregations import remove_matrices
 from pilot_flwr.run.atomic import TensorFile, flush, write_bytes
 from pilot_flwr.run.checkpoint import (
     Checkpoint,
@@ -26,8 +27,8 @@ from pilot_flwr.run.checkpoint import (
     latest_checkpoint,
     prune_checkpoints,
 )
-from pilot_flwr.run.directory import RunFolder
-from pilot_flwr.run.events import Resumed, parse_events
+from pilot_flwr.run.directory import RunFolder, parse_events
+from pilot_flwr.run.events import Resumed
 from pilot_flwr.run.provenance import RunIdentity, differences, keep_provenance, settings_hash
 
 logger = logging.getLogger("flwr")
@@ -112,6 +113,7 @@ def resume_run(
     events = parse_events(kept, log)
     attempt = 1 + max(_previous_attempts(path, lines), default=0)
     archive = _archive_events(path, lines, kept, attempt)
+    remove_matrices(path, after=checkpoint.server_round if checkpoint else 0)
     _archive_checkpoints(path / "checkpoint", checkpoint, attempt)
     prune_checkpoints(path / "checkpoint")  # the run may have died before it did
     (path / "result.json").unlink(missing_ok=True)

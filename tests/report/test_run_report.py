@@ -23,13 +23,14 @@ from pilot_flwr.errors import RunError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.inference.runs import client_model, open_run
 from pilot_flwr.model.loading import load_processor
-from pilot_flwr.report import matrices
+from pilot_flwr.report import router
 from pilot_flwr.report import scores as losses
 from pilot_flwr.report import timeline as traffic
 from pilot_flwr.report.page import Figure, Page, Panel, render, some, text_on
 from pilot_flwr.report.run import FIGURES
+from pilot_flwr.run.aggregations import read_matrices
 from pilot_flwr.run.directory import read_events
-from pilot_flwr.run.events import KINDS, Trained, select
+from pilot_flwr.run.events import KINDS, Aggregated, Trained, select
 from pilot_flwr.run.history import MEAN, gradients, read_run
 from pilot_flwr.sweeps import results as rows
 
@@ -127,12 +128,10 @@ def test_what_was_observed_is_what_the_events_say(run):
         assert sum(exchange.up.values()) == sum(e["bytes_up"] for e in trained)
         assert {e.client for e in exchange.trained} == {e["client"] for e in trained}
         (aggregated,) = [e for e in events if e["event"] == "aggregate" and e["round"] == number]
-        array = matrices.as_array(exchange.aggregated.neighbors, list(run.task_of))
-        for row, client in enumerate(run.task_of):
-            for column, other in enumerate(run.task_of):
-                expected = aggregated["neighbors"][client].get(other, np.nan)
-                assert np.array_equal(array[row, column], expected, equal_nan=True)
-        np.testing.assert_allclose(np.nansum(array, axis=1), 1)
+        assert "neighbors" not in aggregated and "distances" not in aggregated
+        found = read_matrices(run.folder, exchange.aggregated)
+        assert found.clients == sorted(e["client"] for e in trained)
+        np.testing.assert_allclose(found.weights.sum(axis=1), 1)
     assert [e.number for e in run.exchanges] == [1, 2]
     assert list(run.exchanges[0].stages) == [1] and list(run.exchanges[1].stages) == [2]
     first, second = (gradients(exchange.trained) for exchange in run.exchanges)
@@ -241,7 +240,7 @@ def test_router_probabilities_are_the_softmax_of_each_token(finished):
     processor = load_processor(opened.config.model.path).image_processor
     client = client_by_id(opened.config.data, "vqa-1")
     examples = client_examples(opened.config.data, client, "test", seed=opened.config.seed)[:5]
-    mean, images, maps = matrices.route(model, processor, examples, shown=2)
+    mean, images, maps = router.route(model, processor, examples, shown=2)
     assert len(images) == len(maps) == 2
     weight = finished.private("vqa-1").groups["router"]["weight"].double()
     total = np.zeros(2)
@@ -266,7 +265,7 @@ def test_router_probabilities_are_the_softmax_of_each_token(finished):
 def test_the_report_says_why_it_has_no_router(finished, tmp_path):
     folder = Path(shutil.copytree(finished.folder.path, tmp_path / "run"))
     shutil.rmtree(folder / "clients")
-    (figure,) = matrices.router_figures(read_run(folder), lambda line: None)
+    (figure,) = router.router_figures(read_run(folder), lambda line: None)
     assert not figure.panels and "private states are not here" in figure.text
 
 
@@ -284,13 +283,25 @@ def test_no_name_is_cut_off_nor_takes_the_plots_room(run, figure):
         assert min(plot.width, plot.height) > 1.1 * canvas.dpi, panel.alt
 
 
+def as_of_earlier_versions(run, event):
+    """The event's JSON object, with the names of the clients in an aggregation's matrices."""
+    values = event.to_dict()
+    if isinstance(event, Aggregated):
+        found = read_matrices(run.folder, event)
+        for key, matrix in (("neighbors", found.weights), ("distances", found.distances)):
+            rows = zip(found.clients, matrix.tolist(), strict=True)
+            values[key] = {c: dict(zip(found.clients, row, strict=True)) for c, row in rows}
+        del values["file"], values["mixing"]
+    return values
+
+
 def with_long_names(run):
     """The same run of clients and tasks with names as long as names of people's sites are."""
     tasks = {
         "vqa": "visual-question-answering-of-scanned-documents",
         "counting": "counting-of-objects-in-photographs-of-shelves",
     }
-    text = json.dumps([event.to_dict() for event in run.events])
+    text = json.dumps([as_of_earlier_versions(run, event) for event in run.events])
     for short, long in tasks.items():
         text = re.sub(rf'"{short}-(\d+)"', rf'"university-hospital-of-{long}-department-\1"', text)
         text = text.replace(f'"{short}"', f'"{long}"')

@@ -25,6 +25,7 @@ NAMES = (
     *("array", "order", "run", "query", "member", "identity", "update", "report"),
     "compressed update",
     *("private state", "checkpoint, tensors", "checkpoint, state", "privacy account", "events"),
+    "matrices",
     *("rows, array", "rows, lines", "image", "image name", "node config", "overrides"),
     *("config.yaml", "federation file", "line of a log", "live output"),
 )

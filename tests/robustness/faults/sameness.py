@@ -26,10 +26,10 @@ def differences(reference: Path, other: Path) -> list[str]:
     Returns
     -------
     list of str
-        Empty if checkpoints, private states, events, scores and tables are the same.
+        Empty if checkpoints, private states, matrices, events, scores and tables are the same.
     """
     found = []
-    for part in ("checkpoint", "clients"):
+    for part in ("checkpoint", "clients", "aggregations"):
         found += _differing_tensors(reference / part, other / part, part)
     found += _differing_state(reference, other)
     if comparable_events(reference) != comparable_events(other):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from fuzz.inputs import ODD_VALUES, files, json_bytes, mutated_tree, texts
 from pilot_flwr.algorithm.quantization import compress, restore
+from pilot_flwr.algorithm.server_state import Aggregation
 from pilot_flwr.client.node import find_site, site_config
 from pilot_flwr.client.node_config import private_paths, read_node_config
 from pilot_flwr.client.privacy_accountant import PrivacyAccount
@@ -43,6 +44,7 @@ from pilot_flwr.protocol import (
     Spent,
     TrainingResult,
 )
+from pilot_flwr.run.aggregations import read_matrices, write_matrices
 from pilot_flwr.run.checkpoint import _checksum, load_checkpoint, save_checkpoint
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import (
@@ -52,6 +54,7 @@ from pilot_flwr.run.events import (
     Evaluated,
     ExchangeClosed,
     ExchangeRepeated,
+    LoraMixing,
     Resumed,
     RosterCalled,
     RosterEntry,
@@ -111,6 +114,8 @@ EVENTS = [
             seconds=0.1,
             clients=2,
             tasks={"t": ("a",)},
+            file="aggregations/0001.safetensors",
+            mixing=LoraMixing(1, 0, 0, (1,)),
             neighbors={"a": {"a": 1.0}},
             method=AggregationMethod("adaptive"),
         ),
@@ -252,7 +257,14 @@ def state_targets(folder: Path) -> dict[str, Target]:
     events.mkdir(exist_ok=True)
     lines = b"".join(json.dumps(event).encode() + b"\n" for event in EVENTS)
     json_of = json.loads((saved / "state.json").read_text())
-    kept = {path: path.read_bytes() for path in (store.path(3), tensors, saved / "state.json")}
+    square = np.array([[0.25, 0.75], [0.5, 0.5]])
+    done = Aggregation(["a", "b"], {}, square, 1 - np.eye(2))
+    file = write_matrices(events, 1, done)
+    mixed = Aggregated(exchange=1, seconds=0.1, clients=2, file=file)
+    matrices = events / str(file)
+    kept = {
+        path: path.read_bytes() for path in (store.path(3), tensors, saved / "state.json", matrices)
+    }
 
     def after(path: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
         def run(data: bytes) -> object:
@@ -293,6 +305,11 @@ def state_targets(folder: Path) -> dict[str, Target]:
                 mutated_tree([json.loads(account.read_text())]).map(json_bytes),
             ),
             after(account, spend.releases),
+            refused,
+        ),
+        "matrices": Target(
+            st.one_of(files([kept[matrices]]), tensor_files(kept[matrices])),
+            after(matrices, lambda: read_matrices(events, mixed)),
             refused,
         ),
         "events": Target(
