@@ -129,6 +129,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         simulated=simulated,
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,
         upload_bits=config.model.upload_bits,
+        seed=config.seed,
         keys=read_client_keys(recorded) if recorded.is_file() else {},
         operator_keys=operator_keys,
     )

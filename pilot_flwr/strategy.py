@@ -8,6 +8,7 @@ last exchange, one evaluate phase scores the final models. `strategy.trained_by`
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -37,6 +38,7 @@ from pilot_flwr.run.events import AggregationMethod
 from pilot_flwr.run.provenance import RunIdentity
 from pilot_flwr.server.event_recorder import EventRecorder
 from pilot_flwr.server.roster import Present, Roster
+from pilot_flwr.server.sampling import draw
 
 logger = logging.getLogger("flwr")
 
@@ -73,10 +75,11 @@ class PilotStrategy(Strategy):
         simulated: bool = False,
         evaluate: bool = True,
         upload_bits: int = 0,
+        seed: int = 0,
         keys: Mapping[str, str] | None = None,
         operator_keys: Mapping[str, str] | None = None,
     ) -> None:
-        """`keys` has the fingerprints recorded so far, `operator_keys` the operator's."""
+        """`seed` draws clients; `keys` are the fingerprints recorded so far or the operator's."""
         self.config, self.state, self.run, self.folder = config, state, run, folder
         self.num_exchanges = config.rounds + 1
         self.recorder = EventRecorder(
@@ -99,8 +102,10 @@ class PilotStrategy(Strategy):
         )
         self.first_client = next(iter(expected), "")
         self.identity = RunIdentity(run.name, settings)
-        self.simulated, self.evaluate, self.upload_bits = simulated, evaluate, upload_bits
+        self.simulated, self.evaluate = simulated, evaluate
+        self.upload_bits, self.seed = upload_bits, seed
         self._keys = dict(keys or {})
+        self._available: list[Present] = []
         self._present: list[Present] = []
         self._stages: dict[str, int] = {}
         self._sent: list[tuple[Message, Present]] = []
@@ -177,14 +182,22 @@ class PilotStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Call the roster and instruct every client: stage, Θ̄_l and task adapters."""
+        """Call the roster, draw clients and instruct them: stage, Θ̄_l and task adapters."""
         self._started = time.perf_counter()
-        self._present = self._call_roster(grid, server_round)
+        self._available = self._call_roster(grid, server_round)
+        self._present = self._draw(server_round, train=True)
         self._stages = {
             p.member.client: self.state.stage_for(p.member, self.config.stages)
             for p in self._present
         }
-        self.recorder.roster(server_round, [p.member for p in self._present], self._stages)
+        available = Counter(p.member.task for p in self._available)
+        sampled = len(self._present) < len(self._available)
+        self.recorder.roster(
+            server_round,
+            [p.member for p in self._present],
+            self._stages,
+            available if sampled else None,
+        )
         return self._instruct(server_round, train=True)
 
     def aggregate_train(
@@ -234,8 +247,9 @@ class PilotStrategy(Strategy):
         self._sent = []
         if not self.evaluate or server_round < self.num_exchanges:
             return []
-        if not self._present:  # the run was resumed after its last exchange
-            self._present = self._call_roster(grid, server_round + 1, train=False)
+        if not self._available:  # the run was resumed after its last exchange
+            self._available = self._call_roster(grid, server_round + 1, train=False)
+        self._present = self._draw(server_round + 1, train=False)
         # A client evaluates the architecture that it last trained. If its reply was lost, the
         # server does not know that stage: so every client gets all task adapters.
         self._stages = {p.member.client: self.config.stages for p in self._present}
@@ -278,6 +292,17 @@ class PilotStrategy(Strategy):
             )
             self._keys = dict(keys)
         return present
+
+    def _draw(self, server_round: int, *, train: bool) -> list[Present]:
+        """Return the available clients that an exchange draws, ordered by id."""
+        drawn = draw(
+            {p.member.client: p.member.task for p in self._available},
+            self.config.num_drawn(len(self._available), train=train),
+            stratified=self.config.sampling == "stratified",
+            seed=self.seed,
+            exchange=server_round,
+        )
+        return [p for p in self._available if p.member.client in drawn]
 
     def _trains(self, client: str) -> bool:
         return self.config.trains(first=client == self.first_client)

@@ -77,6 +77,7 @@ def _limit(allowed: str, holds: Callable[[Any], bool]) -> Limit:
 
 POSITIVE = _limit("above 0 and finite", lambda value: 0 < value < math.inf)
 FRACTION = _limit("at least 0 and below 1", lambda value: 0 <= value < 1)
+PART = _limit("above 0 and at most 1", lambda value: 0 < value <= 1)
 SHARE = _limit("from 0 to 1", lambda value: 0 <= value <= 1)
 ABSOLUTE = _limit("empty or an absolute path", lambda value: not value or value[0] in "/~")
 NOT_EMPTY = _limit("non-empty", bool)
@@ -149,6 +150,8 @@ RULES = (
             "strategy.adapters": "global",
             "strategy.lora": "global",
             "strategy.clients": 0,
+            "strategy.fraction_train": 1,
+            "strategy.fraction_evaluate": 1,
             "train.ditto.enabled": False,
             "privacy.enabled": False,
         },
@@ -191,6 +194,7 @@ RULES = (
         {
             "evaluation.enabled": True,
             "privacy.enabled": False,
+            "strategy.fraction_train": 1,  # `strategy.fraction_evaluate` draws who evaluates
             "strategy.server_optimizer.name": "none",
             "train.proximal_weight": 0,
         },
@@ -246,6 +250,7 @@ NEEDED = (
         Need(f"strategy.{name}", "strategy.trained_by", _TRAINS)
         for name in ("adapters", "lora", "num_neighbors", "sharing")
     ),
+    Need("strategy.fraction_evaluate", "evaluation.enabled", (True,)),
     Need("strategy.server_optimizer", "strategy.server_optimizer.name", ("adam",)),
     Need("strategy.update_norm", "strategy.trained_by", ("clients",)),
     Need("strategy.update_norm.factor", "strategy.update_norm.action", ("warn", "clip", "reject")),
@@ -301,6 +306,34 @@ def check_combinations(config: object) -> None:
                 raise ConfigError(
                     f"`{name}` is {_text(found)} but must be {_text(value)} with `{reason}`."
                 )
+
+
+def check_sampling(strategy: Any, clients: int, tasks: int) -> None:
+    """Raise `ConfigError` unless a federation of `clients` can satisfy the sampling settings."""
+    for name in ("min_replies", "min_train_nodes", "min_available_nodes"):
+        if (least := getattr(strategy, name)) > clients:
+            raise ConfigError(
+                f"`strategy.{name}` is {least} but must be at most the number of clients, "
+                f"{clients}."
+            )
+    least_share = f"it must be at least {math.ceil(1e6 / clients) / 1e6:g}"
+    for name, least in (("fraction_train", strategy.min_train_nodes), ("fraction_evaluate", 0)):
+        drawn = max(int(clients * getattr(strategy, name)), least)
+        which = f"`strategy.{name}` is {getattr(strategy, name)}, which draws "
+        if not drawn:
+            other = ", or set `strategy.min_train_nodes`" * (name == "fraction_train")
+            raise ConfigError(f"{which}none of {clients} clients: {least_share}{other}.")
+        if name == "fraction_train" and drawn < strategy.min_replies:
+            raise ConfigError(
+                f"`strategy.min_replies` is {strategy.min_replies} but an exchange draws "
+                f"{drawn} of {clients} clients: raise `strategy.fraction_train` or "
+                "`strategy.min_train_nodes`."
+            )
+        if strategy.sampling == "stratified" and drawn < tasks:
+            raise ConfigError(
+                f"{which}{drawn} of {clients} clients, but `strategy.sampling=stratified` needs "
+                f"one for each of {tasks} tasks."
+            )
 
 
 def _text(value: object) -> str:

@@ -15,11 +15,13 @@ from pilot_flwr.config.rules import (
     ABSOLUTE,
     FRACTION,
     NAME,
+    PART,
     POSITIVE,
     Section,
     at_least,
     check_combinations,
     check_limits,
+    check_sampling,
     choice,
     maximum,
     minimum,
@@ -130,6 +132,18 @@ class StrategyConfig(Section, prefix="strategy"):
     """Include a client's own LoRA in the adaptive aggregation."""
     sharing: SharingConfig = field(default_factory=SharingConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
+    fraction_train: Annotated[float, PART] = 1.0
+    """Share of the available clients that an exchange draws to train, as in Flower's FedAvg:
+    `max(int(clients * fraction_train), min_train_nodes)`, and at least `strategy.min_replies`."""
+    fraction_evaluate: Annotated[float, PART] = 1.0
+    """Share of the available clients that the closing evaluation draws."""
+    min_train_nodes: Annotated[int, minimum(0)] = 0
+    """Minimum number of clients that an exchange draws."""
+    min_available_nodes: Annotated[int, minimum(0)] = 0
+    """Minimum number of available clients to draw from; fewer are treated as too few replies."""
+    sampling: Annotated[str, choice("uniform", "stratified")] = "uniform"
+    """Draw from all available clients, or from every task in proportion to its available clients
+    and at least one."""
     min_replies: Annotated[int, minimum(1)] = 1
     """Minimum number of usable replies per exchange; at most the number of clients."""
     below_minimum: Annotated[str, choice("stop", "wait")] = "stop"
@@ -156,10 +170,27 @@ class StrategyConfig(Section, prefix="strategy"):
                 "`strategy.stages` is 2 but must be 1 with `strategy.sharing.adapter=false`: "
                 "CT-MoA mixes the task adapters that clients share."
             )
+        if self.sampling == "stratified" and self.fraction_train == self.fraction_evaluate == 1:
+            raise ConfigError(
+                "`strategy.sampling` is stratified, which has no effect without a "
+                "`strategy.fraction_train` or `strategy.fraction_evaluate` below 1."
+            )
 
     def trains(self, *, first: bool) -> bool:
         """Return whether a client trains; `first` marks the federation's first client."""
         return {"clients": True, "pooled": first, "nobody": False}[self.trained_by]
+
+    @property
+    def min_available(self) -> int:
+        """Number of clients without which no exchange can be drawn or closed."""
+        return max(self.min_replies, self.min_train_nodes, self.min_available_nodes)
+
+    def num_drawn(self, available: int, *, train: bool) -> int:
+        """Return how many of the available clients an exchange or the closing evaluation draws."""
+        if train:
+            number = max(int(available * self.fraction_train), self.min_train_nodes)
+            return min(available, max(number, self.min_replies))
+        return min(available, max(int(available * self.fraction_evaluate), 1))
 
 
 @dataclass(frozen=True)
@@ -363,11 +394,7 @@ class PilotConfig(Section, prefix=""):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strategy.min_replies > self.num_clients:
-            raise ConfigError(
-                f"`strategy.min_replies` is {self.strategy.min_replies} but must be at most "
-                f"the number of clients, {self.num_clients}."
-            )
+        check_sampling(self.strategy, self.num_clients, len(self.data.tasks))
         check_combinations(self)
 
     @property

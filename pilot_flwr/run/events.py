@@ -70,6 +70,8 @@ class RosterCalled(Event):
 
     kind: ClassVar[str] = "roster"
     clients: tuple[RosterEntry, ...]
+    available: dict[str, int] | None = None
+    """Task → number of available clients, if `clients` are a sample of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,9 +36,11 @@ MEAN = "mean over tasks"
 
 
 def tasks_of(events: Sequence[Event]) -> list[str]:
-    """Return the tasks of all clients on a roster or with a score, sorted."""
-    rostered = {entry.task for event in select(events, RosterCalled) for entry in event.clients}
-    return sorted(rostered | {event.task for event in select(events, Evaluated)})
+    """Return the tasks of all clients that were available or have a score, sorted."""
+    rosters = select(events, RosterCalled)
+    rostered = {entry.task for event in rosters for entry in event.clients}
+    available = {task for event in rosters for task in event.available or ()}
+    return sorted(rostered | available | {event.task for event in select(events, Evaluated)})
 
 
 def clients_by_task(events: Sequence[Event]) -> dict[str, set[str]]:

@@ -235,6 +235,8 @@ class Progress:
             self._client_width = max(self._client_width, len(entry.client))
             self._task_width = max(self._task_width, len(entry.task))
         about = f": {count(len(event.clients), 'client')}"
+        if event.available:
+            about += f" of {sum(event.available.values())}"
         if stages := sorted({str(entry.stage) for entry in event.clients}):
             about += f", stage {' and '.join(stages)}"
         if len(event.clients) > MOST_CLIENTS:

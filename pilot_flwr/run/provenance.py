@@ -107,6 +107,7 @@ FREE = (
     "resume",
     "strategy.min_replies",
     "strategy.below_minimum",
+    "strategy.min_available_nodes",
     "strategy.max_examples",
     "strategy.client_keys",
     "strategy.wait_seconds",

@@ -4,6 +4,7 @@ All figures are observations: clients count the parameters that had a gradient, 
 the serialised arrays in the messages, and aggregations are described from what they returned.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from pilot_flwr.algorithm.parameter_groups import GROUPS
@@ -18,6 +19,7 @@ from pilot_flwr.run.events import (
     Event,
     ExchangeClosed,
     InstructionSent,
+    RosterCalled,
     Trained,
     select,
 )
@@ -151,12 +153,25 @@ def summary_notes(events: Sequence[Event]) -> list[str]:
     notes = []
     if len({METRICS[event.metric].maximum for event in evaluated}) > 1:
         notes.append("The metrics have different ranges: their mean is not comparable.")
+    if any(event.available for event in select(events, RosterCalled)):
+        notes.append(f"Scores are of the clients drawn: {_coverage(events)}.")
     last = max(event.exchange for event in evaluated)
     if cut := sum(event.cut for event in evaluated if event.exchange == last):
         notes.append(
             f"{cut} answers of the last evaluation were cut off at `evaluation.max_new_tokens`."
         )
     return notes
+
+
+def _coverage(events: Sequence[Event]) -> str:
+    """Return how many clients the scores after each exchange cover, and how many there are."""
+    known = [sum((e.available or {}).values()) for e in select(events, RosterCalled)]
+    scored = Counter(event.exchange for event in select(events, Evaluated))
+    parts = (
+        f"{n} after exchange {number}" if number else f"{n} in zero-shot"
+        for number, n in sorted(scored.items())
+    )
+    return ", ".join(parts) + f", of {max(known)} clients available"
 
 
 def aggregation_lines(

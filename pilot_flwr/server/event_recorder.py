@@ -69,9 +69,16 @@ class EventRecorder:
         self._rejected: set[str] = set()
 
     def roster(
-        self, server_round: int, members: Sequence[Member], stages: Mapping[str, int]
+        self,
+        server_round: int,
+        members: Sequence[Member],
+        stages: Mapping[str, int],
+        available: Mapping[str, int] | None = None,
     ) -> None:
-        """Record the clients and their stages; warn if a number of examples has changed."""
+        """Record the clients and their stages; warn if a number of examples has changed.
+
+        `available` counts each task's clients if `members` are a sample of them.
+        """
         declared = {
             entry.client: entry.examples
             for event in self.folder.select(RosterCalled)
@@ -83,7 +90,13 @@ class EventRecorder:
                 logger.warning("Exchange %d, %s: %s", server_round, m.client, text)
                 self.folder.record(ClientWarning(exchange=server_round, client=m.client, text=text))
         clients = [RosterEntry(m.client, m.task, m.examples, stages[m.client]) for m in members]
-        self.folder.record(RosterCalled(exchange=server_round, clients=tuple(clients)))
+        self.folder.record(
+            RosterCalled(
+                exchange=server_round,
+                clients=tuple(clients),
+                available=None if available is None else dict(available),
+            )
+        )
 
     def instruction(
         self, server_round: int, phase: str, member: Member, stage: int, content: RecordDict

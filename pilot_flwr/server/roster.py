@@ -191,12 +191,12 @@ class Roster:
         """Return the clients that take part in an exchange, ordered by id.
 
         The first call, also in a resumed run, waits for all clients of the federation, later calls
-        for `strategy.min_replies`; both at most `strategy.wait_seconds`. A missing client and a
-        refused node are failures of the exchange, not of the run. Without `train`, clients only
-        evaluate.
+        for `StrategyConfig.min_available`; both at most `strategy.wait_seconds`. A missing client
+        and a refused node are failures of the exchange, not of the run. Without `train`, clients
+        only evaluate.
         """
         everyone = max(self.size, len(self.clients.task_of))
-        wanted = self.config.min_replies if self._called else everyone
+        wanted = self.config.min_available if self._called else everyone
         deadline = time.monotonic() + self.config.wait_seconds
         answers = _Answers(lambda node, why: self.on_failure(server_round, f"node {node}", why))
         while True:
@@ -225,10 +225,13 @@ class Roster:
     def _check_enough(
         self, present: Mapping[str, Present], refused: list[str], server_round: int
     ) -> None:
-        if len(present) < self.config.min_replies:
+        least = self.config.min_available
+        if len(present) < least:
+            names = ("min_replies", "min_train_nodes", "min_available_nodes")
+            setting = next(name for name in names if getattr(self.config, name) == least)
             raise BelowMinimum(
                 f"Exchange {server_round}: {len(present)} of {self.size} clients can "
-                f"take part but `strategy.min_replies` is {self.config.min_replies}."
+                f"take part but `strategy.{setting}` is {least}."
                 + "".join(f"\n{reason}" for reason in dict.fromkeys(refused))
             )
         if self.open and server_round == 1 and len(present) < self.size:

@@ -135,6 +135,7 @@ def outside(limit):
         "at least 0 and below 1": 1,
         "non-empty": "",
         "from 0 to 1": 1.1,
+        "above 0 and at most 1": 0,
     }
     return forbidden.get(limit.allowed, "no such/choice")
 

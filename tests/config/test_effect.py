@@ -39,6 +39,7 @@ ALWAYS = """
     data.workers data.evaluate_on
     data.shift.rotation data.shift.mirrored
     strategy.name strategy.rounds strategy.trained_by strategy.stages strategy.self_weight
+    strategy.fraction_train strategy.min_train_nodes strategy.min_available_nodes strategy.sampling
     strategy.min_replies strategy.below_minimum strategy.clients strategy.client_keys
     strategy.max_examples strategy.wait_seconds strategy.round_timeout_seconds
     strategy.server_optimizer.name
@@ -55,7 +56,7 @@ SWITCHES_NOTHING = """
     model.gradient_checkpointing model.compile
     data.image_aspect_ratio data.image_reading data.check_images data.evaluate_on
     data.shift.mirrored
-    strategy.adapters strategy.below_minimum
+    strategy.adapters strategy.sampling strategy.below_minimum
     train.over_long train.text_only train.schedule train.clipping train.loss_reduction
     train.batching train.autocast train.difference_loss.reduction train.balance_loss.reduction
     train.lora_matrices
