@@ -32,7 +32,6 @@ class Event:
     kind: ClassVar[str] = ""
     elapsed: float = 0.0
     """Seconds since the run began, set by `RunFolder.record`."""
-
     exchange: int
     """From 1. For scores, the exchange that produced the model; 0 is before any training."""
 
@@ -317,7 +316,6 @@ class Resumed(Event):
     """Archive of the `moved` events after the checkpoint, empty if there were none."""
 
     moved: int = 0
-
     passed_over: tuple[str, ...] = ()
     """Why later checkpoints were not used."""
 
