@@ -217,7 +217,9 @@ class PilotStrategy(Strategy):
                 self.recorder.failure(
                     server_round, "train", member.client, reason, received=content
                 )
-        updates, checks = check_norms(updates, self.state, self.config.update_norm)
+        updates, checks = check_norms(
+            updates, self.state, self.config.update_norm, keep=self._spool
+        )
         self.recorder.update_norms(server_round, checks)
         self._check_enough(server_round, len(updates))
         started = time.perf_counter()
@@ -229,6 +231,7 @@ class PilotStrategy(Strategy):
                 allocate=lambda client: create_lora(
                     self.folder.checkpoints, server_round, client, self.state.initial.lora
                 ),
+                keep=self._spool,
             )
             self.recorder.aggregation(server_round, done, time.perf_counter() - started)
         else:  # nobody trains
@@ -375,13 +378,12 @@ class PilotStrategy(Strategy):
             )
         # On disk from here on: the memory of an exchange must not grow with its clients.
         return [
-            replace(
-                update,
-                adapter=spool_tensors(update.adapter, self.folder.checkpoints),
-                lora=spool_tensors(update.lora, self.folder.checkpoints),
-            )
+            replace(update, adapter=self._spool(update.adapter), lora=self._spool(update.lora))
             for update in updates
         ]
+
+    def _spool(self, state: State) -> State:
+        return spool_tensors(state, self.folder.checkpoints)
 
     def _check_enough(self, server_round: int, updates: int) -> None:
         problem = ""

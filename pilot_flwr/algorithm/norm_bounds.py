@@ -27,9 +27,9 @@ Clipping to a constant norm as a defence: Sun et al., "Can You Really Backdoor F
 Learning?", 2019, arXiv 1911.07963.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from pilot_flwr.algorithm.arrays import (
 )
 from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.config.schema import UpdateNormConfig
-from pilot_flwr.protocol import Update
+from pilot_flwr.protocol import State, Update
 
 FEWEST = 3
 """Fewest norms that define a bound."""
@@ -186,7 +186,11 @@ class NormCheck:
 
 
 def check_norms(
-    updates: Sequence[Update], state: ServerState, config: UpdateNormConfig
+    updates: Sequence[Update],
+    state: ServerState,
+    config: UpdateNormConfig,
+    *,
+    keep: Callable[[State], State] = lambda state: state,
 ) -> tuple[list[Update], list[NormCheck]]:
     """Compute the norms of an exchange's updates and act on those above the bound.
 
@@ -200,6 +204,8 @@ def check_norms(
         As when the instructions were sent; not changed.
     config : UpdateNormConfig
         Action and factor.
+    keep : callable
+        Returns a copy of a clipped part where it is stored. By default, it stays in memory.
 
     Returns
     -------
@@ -232,10 +238,10 @@ def check_norms(
         action = _ACTIONS_TAKEN[config.action] if over else "accepted" if bounds else "unchecked"
         checks.append(NormCheck(update.client, values, bounds, action))
         if action == "clipped":
-            parts: dict[str, Any] = {
-                part: shortened(getattr(update, part), start[part], bounds[part] / values[part])
-                for part in over
-            }
+            parts: dict[str, Any] = {}
+            for part in over:
+                clipped = shortened(getattr(update, part), start[part], bounds[part] / values[part])
+                parts[part] = keep(cast(State, clipped))
             update = replace(update, **parts)
         if action != "rejected":
             kept.append(update)

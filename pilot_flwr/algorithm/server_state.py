@@ -157,6 +157,10 @@ def adam_step(
     return new, Moments(steps, first, second)
 
 
+def _in_memory(state: State) -> State:
+    return state
+
+
 @dataclass(frozen=True)
 class Aggregation:
     """Record of an exchange's aggregation; `clients` are the senders of its updates, sorted."""
@@ -258,6 +262,7 @@ class ServerState:
         config: StrategyConfig,
         *,
         allocate: Callable[[str], State] | None = None,
+        keep: Callable[[State], State] = _in_memory,
     ) -> Aggregation:
         """Average the task adapters per task and mix the LoRAs, in place.
 
@@ -270,6 +275,9 @@ class ServerState:
         allocate : callable, optional
             Maps a client to a state like `initial.lora`, which its new LoRA is written into. By
             default, new LoRAs are in memory.
+        keep : callable
+            Returns a copy of a state where the server optimizer's mixtures, LoRAs and moments are
+            stored. By default, they stay in memory.
 
         Raises
         ------
@@ -280,7 +288,7 @@ class ServerState:
         if not updates:
             raise UpdateError("There is no update to aggregate.")
         averaged = self._average_adapters(updates, config)
-        neighbors, distances = self._mix_loras(updates, config, allocate)
+        neighbors, distances = self._mix_loras(updates, config, allocate, keep)
         self._means.clear()
         self.task_of |= {update.client: update.task for update in updates}
         self.rounds += 1
@@ -313,6 +321,7 @@ class ServerState:
         updates: Sequence[Update],
         config: StrategyConfig,
         allocate: Callable[[str], State] | None,
+        keep: Callable[[State], State],
     ) -> tuple[Matrix | None, Matrix | None]:
         """Mix the LoRAs in place; return weights and distances, None if LoRAs are not shared."""
         if not self.initial.lora:
@@ -323,16 +332,19 @@ class ServerState:
         rule, distances = LORA_RULES[config.lora], pairwise_distances(loras)
         weights = rule.weights(distances, tasks, examples, config)
         new: dict[str, State] = {}
-        # The server optimizer replaces the mixtures, so they need no place of their own.
         place: Callable[[int], dict[str, Array]] | None = None
-        if allocate is not None and config.server_optimizer.name == "none":
-            place = lambda row: cast(dict[str, Array], allocate(clients[row]))  # noqa: E731
+        if allocate is not None:
+            # The server optimizer replaces the mixtures, so they do not become anyone's LoRA.
+            own = config.server_optimizer.name == "none"
+            place = lambda row: cast(  # noqa: E731
+                dict[str, Array], allocate(clients[row]) if own else keep(self.initial.lora)
+            )
         mixed = mix(loras, weights, allocate=place)
         for client, task, lora in zip(clients, tasks, mixed, strict=True):
             owner = rule.owner(client, task)
             if owner not in new:
                 start = self.lora_for(client, task)
-                new[owner] = self._stepped(f"lora.{owner}", start, lora, config)
+                new[owner] = self._stepped(f"lora.{owner}", start, lora, config, keep)
         if rule.exact:
             self.residual = _state(product_residual(loras, examples, new[EVERYONE], self.residual))
         for client, task in (self.task_of | dict(zip(clients, tasks, strict=True))).items():
@@ -341,7 +353,12 @@ class ServerState:
         return weights, distances
 
     def _stepped(
-        self, target: str, start: State, average: Mapping[str, Array], config: StrategyConfig
+        self,
+        target: str,
+        start: State,
+        average: Mapping[str, Array],
+        config: StrategyConfig,
+        keep: Callable[[State], State] = _in_memory,
     ) -> State:
         """Return the new state: the average, or the server optimizer's step towards it."""
         # In the server's order, so that sums do not depend on a client's.
@@ -351,7 +368,7 @@ class ServerState:
         optimizer = config.server_optimizer
         if optimizer.name == "none":
             return state
-        new, self.moments[target] = adam_step(
+        new, moments = adam_step(
             start,
             state,
             self.moments.get(target),
@@ -360,7 +377,9 @@ class ServerState:
             beta_2=optimizer.beta_2,
             tau=optimizer.tau,
         )
-        return new
+        first, second = keep(moments.first), keep(moments.second)
+        self.moments[target] = Moments(moments.steps, first, second)
+        return keep(new)
 
 
 def current_lora(

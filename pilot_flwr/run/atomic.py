@@ -142,8 +142,8 @@ def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> Te
             raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
     tensors: State = {}
     # Unlike a `numpy.memmap`, it keeps no file descriptor: there may be a thousand of these files.
-    storage = torch.UntypedStorage.from_file(str(path), True, 8 + len(text) + end)
-    mapped = torch.empty(0, dtype=torch.uint8).set_(storage)[8 + len(text) :]
+    size = 8 + len(text) + end
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[size - end :]
     for name, tensor in layout.items():
         start, end = header[name]["data_offsets"]
         tensors[name] = mapped[start:end].view(tensor.dtype).view(tensor.shape)

@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from pilot_flwr.algorithm.norm_bounds import FEWEST, bounds_of, outliers, shortened, update_norm
+from pilot_flwr.algorithm.norm_bounds import (
+    FEWEST,
+    bounds_of,
+    check_norms,
+    outliers,
+    shortened,
+    update_norm,
+)
+from pilot_flwr.algorithm.server_state import InitialState, ServerState
+from pilot_flwr.config.schema import UpdateNormConfig
 from pilot_flwr.errors import UpdateError
+from pilot_flwr.protocol import Update
 
 DTYPES = [np.float16, np.float32, np.float64, torch.float16, torch.bfloat16, torch.float32]
 SHAPES = {"a": (4, 33), "b": (7,), "scale": ()}
@@ -201,3 +211,17 @@ def test_an_update_of_any_size_is_shortened_to_the_bound():
     state = {"w": np.full(100, np.finfo(np.float32).max)}
     norm = update_norm(state, start)
     assert_allclose(update_norm(shortened(state, start, 2.5 / norm), start), 2.5, rtol=1e-6)
+
+
+def test_clipped_parts_are_kept_where_the_caller_says():
+    start = {"w": torch.zeros(4)}
+    state = ServerState(("t",), InitialState(start, start))
+    updates = [
+        Update(f"c{k}", "t", 1, 1, {"w": torch.ones(4)}, {"w": torch.full((4,), size)})
+        for k, size in enumerate([1.0, 1.0, 100.0])
+    ]
+    config, kept = UpdateNormConfig(action="clip", factor=2.0), []
+    found, checks = check_norms(updates, state, config, keep=lambda part: kept.append(part) or part)
+    assert [check.action for check in checks] == ["accepted", "accepted", "clipped"]
+    assert len(kept) == 1 and found[2].lora is kept[0]
+    assert found[2].lora["w"].tolist() == [2.0] * 4

@@ -11,6 +11,7 @@ from pilot_flwr.algorithm.aggregation import weighted_average
 from pilot_flwr.algorithm.server_state import InitialState, Moments, ServerState, adam_step
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.protocol import Update
+from pilot_flwr.run.atomic import TensorFile, spool_tensors
 from pilot_flwr.run.checkpoint import load_checkpoint, save_checkpoint
 from pilot_flwr.run.provenance import RunIdentity
 from pilot_flwr.server.resume import restored
@@ -158,6 +159,31 @@ def test_the_server_steps_every_average_by_itself():
     for client in ("x-0", "x-1", "y-0"):
         for name, tensor in expected.items():
             np.testing.assert_array_equal(state.loras[client][name], tensor)
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "task"])
+def test_states_that_are_kept_elsewhere_are_the_same_bit_by_bit(tmp_path, rule):
+    """Nothing that grows with the clients stays in memory: all of it is handed to `keep`."""
+    config = load_config(f"strategy=fedadam strategy.lora={rule}").strategy
+    plain, mapped = server(), server()
+    for number in (1, 2):
+        plain.aggregate(updates(number), config)
+        mapped.aggregate(
+            updates(number),
+            config,
+            allocate=lambda client: pytest.fail("a mixture is nobody's LoRA"),
+            keep=lambda state: spool_tensors(state, tmp_path),
+        )
+    assert (
+        plain.loras.keys() == mapped.loras.keys() and plain.moments.keys() == mapped.moments.keys()
+    )
+    for client, lora in mapped.loras.items():
+        assert isinstance(lora, TensorFile)
+        assert all(torch.equal(tensor, plain.loras[client][n]) for n, tensor in lora.items())
+    for target, moments in mapped.moments.items():
+        assert isinstance(moments.first, TensorFile) == target.startswith("lora.")
+        for name, tensor in plain.moments[target].pack().items():
+            assert torch.equal(moments.pack()[name], tensor)
 
 
 def test_moments_of_another_model_are_refused():

@@ -185,3 +185,11 @@ def test_restored_loras_are_mapped_files(tmp_path):
     (state,) = restored(tmp_path, 1).values()
     assert isinstance(state, TensorFile)
     assert state.path == tmp_path / "round-0001/lora/a.safetensors" and len(state.sha256) == 64
+
+
+def test_a_mapped_file_keeps_no_descriptor(tmp_path):
+    """A thousand clients have more files than a process may open."""
+    before = len(os.listdir("/dev/fd"))
+    mapped = [create_lora(tmp_path, 1, f"c{number}", LAYOUT) for number in range(20)]
+    mapped += [spool_tensors(lora(number), tmp_path) for number in range(20)]
+    assert len(mapped) == 40 and len(os.listdir("/dev/fd")) == before
