@@ -364,11 +364,14 @@ def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
 
 def _components(linked: NDArray[np.bool_]) -> list[list[int]]:
     """Return the connected components with at least two members of a symmetric relation."""
-    labels = np.arange(len(linked))
-    for _ in labels:  # labels spread by one link per step, and no path has more than K
-        labels = np.minimum(labels, np.where(linked, labels, len(labels)).min(axis=1))
-    groups = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-    return [group for group in groups if len(group) > 1]
+    if not linked.any():
+        return []
+    from scipy.sparse import csgraph  # takes a fraction of a second to import, and is seldom needed
+
+    count, labels = csgraph.connected_components(linked, directed=False)
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.searchsorted(labels[order], np.arange(1, count)))
+    return [group.tolist() for group in groups if len(group) > 1]
 
 
 def _check_examples(num_examples: Sequence[float], clients: int) -> Matrix:

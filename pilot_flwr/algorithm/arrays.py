@@ -9,13 +9,13 @@ Accuracy: products and sums are float64, and results are rounded to the clients'
 that start from the same base differ by little beside their norms, so inner products are those of
 differences to the first client: a common offset cancels before it costs digits.
 
-Memory: columns are staged in blocks that stay in cache, and results are written straight into
-their final arrays. NaN and Inf are found in the same pass.
+Time and memory: columns of all clients are staged in blocks, so that every value is read and
+converted once per pass, and products use all cores. A mixture costs by the clients that its row
+names. Results are written straight into their final arrays. NaN and Inf are found in the same pass.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,19 +32,13 @@ Matrix: TypeAlias = NDArray[np.float64]
 _NUMPY_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache.
+# Elements of a staged (K, width) block: 1 MiB in float64, which stays in the L2 cache. With many
+# clients a block has at least so many columns that adding its (K, K) product costs little.
 _BLOCK_ELEMENTS = 1 << 17
+_BLOCK_COLUMNS = 2048
 
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread: synchronising busy cores takes longer than a block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+# A sum over the named clients alone costs as much per client as so many of a matrix product.
+_DENSE_SPEED = 8
 
 
 def layout_difference(state: NamedArrays, pattern: NamedArrays, *, dtypes: bool = True) -> str:
@@ -98,7 +92,6 @@ def check_tensors(what: str, state: State, expected: State) -> None:
             raise UpdateError(f"`{name}` of its {what} has values that are not finite")
 
 
-@_one_thread()
 @np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def combine(
     states: Sequence[NamedArrays],
@@ -127,7 +120,8 @@ def combine(
     Returns
     -------
     list of state
-        R new states of the inputs' containers and dtypes. Identical bits of all clients are kept.
+        R new states of the inputs' containers and dtypes. Identical bits of all clients with
+        weight in a row are kept.
 
     Raises
     ------
@@ -135,9 +129,9 @@ def combine(
         A tensor holds NaN or Inf, or its sum overflows.
     """
     rows = len(weights)
-    factors = torch.from_numpy(weights)
     # Allocated before the results: between these, they would fragment the heap.
-    staging, product = np.empty(_BLOCK_ELEMENTS), np.empty(_BLOCK_ELEMENTS)
+    staging = _staging(states)
+    weighted_sum = _WeightedSum(weights, staging.size // len(states))
     if allocate is None:
         results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
     else:
@@ -147,20 +141,14 @@ def combine(
         vectors = [_vector(state[name]) for state in states]
         targets = [_vector(result[name]) for result in results]
         for columns, block in _blocks(vectors, staging):
-            stacked = torch.from_numpy(block)
-            if not np.isfinite(stacked.sum().item()):  # NaN and Inf survive the sum
+            if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
                 raise _not_finite(name, vectors, clients)
-            # A float64 sum of equal values may be off by a bit, so equal rows are copied.
-            equal = (block[:, 0] == block[0, 0]).all() and (block == block[0]).all()
-            mixed = block[:rows] if equal else _reshaped(product, rows, block.shape[1])
-            if not equal:
-                torch.mm(factors, stacked, out=torch.from_numpy(mixed))
+            mixed = weighted_sum(block)
             for target, source in zip(targets, mixed, strict=True):
                 _round_into(target[columns], source)
     return results
 
 
-@_one_thread()
 @np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
     """Compute the inner products of the clients' differences to the first client.
@@ -185,16 +173,63 @@ def centred_gram(states: Sequence[NamedArrays]) -> Matrix:
         A tensor holds NaN or Inf, or its squares overflow.
     """
     total = np.zeros((len(states), len(states)))
-    staging = np.empty(_BLOCK_ELEMENTS)
+    staging = _staging(states)
     for name in states[0]:
         vectors = [_vector(state[name]) for state in states]
         for _, block in _blocks(vectors, staging):
             block -= block[0].copy()
-            differences = torch.from_numpy(block)
-            total += torch.mm(differences, differences.T).numpy()
+            total += block @ block.T  # one triangle, mirrored: BLAS `syrk`
         if not np.isfinite(total.trace()):  # NaN and Inf survive the squares
             raise _not_finite(name, vectors, range(len(states)))
     return total
+
+
+class _WeightedSum:
+    """Weighted sums of the rows of a block: over the named rows alone where these are few."""
+
+    def __init__(self, weights: Matrix, width: int) -> None:
+        named = weights > 0
+        self.most = int(named.sum(axis=1).max())
+        # The named clients of each row in order, then the first of them again with weight 0.
+        self.clients = np.argsort(~named, axis=1, kind="stable")[:, : self.most]
+        unnamed = ~np.take_along_axis(named, self.clients, axis=1)
+        self.factors = np.where(unnamed, 0, np.take_along_axis(weights, self.clients, axis=1))
+        self.clients = np.where(unnamed, self.clients[:, :1], self.clients)
+        self.weights = weights
+        self.sparse = _DENSE_SPEED * self.most <= weights.shape[1]
+        self.product = np.empty(len(weights) * width)
+        self.gathered = np.empty(len(weights) * width if self.sparse else 0)
+
+    def __call__(self, block: Matrix) -> Matrix:
+        rows, width = len(self.weights), block.shape[1]
+        first = block[:, 0]
+        if (first == first[0]).all() and (block == block[0]).all():
+            return block[:rows]
+        mixed = _reshaped(self.product, rows, width)
+        out, source = torch.from_numpy(mixed), torch.from_numpy(block)
+        if self.sparse:
+            clients, factors = torch.from_numpy(self.clients), torch.from_numpy(self.factors)
+            gathered = torch.from_numpy(_reshaped(self.gathered, rows, width))
+            out.zero_()
+            for place in range(self.most):
+                torch.index_select(source, 0, clients[:, place], out=gathered)
+                out.addcmul_(gathered, factors[:, place, None])
+        else:
+            torch.mm(torch.from_numpy(self.weights), source, out=out)
+        # A float64 sum of equal values may be off by a bit, so equal rows are copied.
+        leading = first[self.clients]
+        for row in np.flatnonzero((leading == leading[:, :1]).all(axis=1)):
+            origin, *others = self.clients[row]
+            if all((block[other] == block[origin]).all() for other in others):
+                mixed[row] = block[origin]
+        return mixed
+
+
+def _staging(states: Sequence[NamedArrays]) -> Matrix:
+    """Allocate a block of all clients."""
+    clients = len(states)
+    widest = max(math.prod(value.shape) for value in states[0].values())
+    return np.empty(clients * max(1, min(widest, max(_BLOCK_ELEMENTS // clients, _BLOCK_COLUMNS))))
 
 
 def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, Matrix]]:
@@ -244,8 +279,14 @@ def _describe(value: object) -> str:
 
 
 def _vector(value: Array) -> Array:
-    """Return all elements as a vector; a view where the memory layout allows it."""
-    return value.detach().reshape(-1) if isinstance(value, torch.Tensor) else value.reshape(-1)
+    """Return all elements as a vector; a view where the memory layout allows it.
+
+    An ndarray where numpy has the dtype: its short copies cost a fraction of torch's.
+    """
+    if isinstance(value, torch.Tensor):
+        vector = value.detach().reshape(-1)
+        return vector if vector.dtype == torch.bfloat16 else vector.numpy()
+    return value.reshape(-1)
 
 
 def _empty_like(value: Array) -> Array:

@@ -114,12 +114,42 @@ def test_distances_of_every_dtype(dtype: object) -> None:
 def test_tensors_that_span_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     states, weights = make_states(5), np.random.default_rng(1).dirichlet(np.ones(5), 5)
     distances, mixed = pairwise_distances(states), mix(states, weights)
-    monkeypatch.setattr(
-        "pilot_flwr.algorithm.arrays._BLOCK_ELEMENTS", 5 * 7
-    )  # 132 = 18 * 7 + 6 columns
+    monkeypatch.setattr("pilot_flwr.algorithm.arrays._BLOCK_ELEMENTS", 5 * 7)
+    monkeypatch.setattr("pilot_flwr.algorithm.arrays._BLOCK_COLUMNS", 1)  # 132 = 18 * 7 + 6 columns
     assert_allclose(pairwise_distances(states), distances, rtol=1e-14)
     for one, many in zip(mixed, mix(states, weights), strict=True):
         assert_array_equal(flat(one), flat(many))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, torch.bfloat16], ids=str)
+def test_rows_that_name_few_of_many_clients(dtype: object) -> None:
+    count, rng = 40, np.random.default_rng(7)
+    states = as_dtype(make_states(count), dtype)
+    twin = {n: v.clone() if torch.is_tensor(v) else v.copy() for n, v in states[3].items()}
+    states[11] = twin
+    weights = np.zeros((count, count))
+    for row in weights:
+        row[rng.choice(count, rng.integers(1, 5), replace=False)] = rng.random() + 0.1
+    weights[5] = np.eye(count)[8]
+    weights[6] = 0.3 * np.eye(count)[3] + 0.7 * np.eye(count)[11]
+    weights /= weights.sum(axis=1, keepdims=True)
+    mixed = mix(states, weights)
+    for row, state in zip(weights, mixed, strict=True):
+        expected = naive_sum(states, row)
+        bound = half_ulp(dtype) * np.abs(expected) * 1.0001 + 1e-14
+        assert np.all(np.abs(flat(state) - expected) <= bound)
+    # Clients with the same bits keep them, whatever the rest of the federation sent.
+    assert_array_equal(flat(mixed[5]), flat(states[8]))
+    assert_array_equal(flat(mixed[6]), flat(states[3]))
+
+
+def test_nan_of_a_client_that_no_row_names_is_found() -> None:
+    states = make_states(40)
+    states[17]["q.lora_B"][2, 1] = np.nan
+    weights = np.zeros((40, 40))
+    weights[:, 4] = 1
+    with pytest.raises(UpdateError, match="client 17: tensor `q.lora_B` holds NaN or Inf"):
+        mix(states, weights)
 
 
 def test_common_offset_costs_no_accuracy() -> None:
@@ -193,6 +223,34 @@ def test_clusters_are_found_along_chains() -> None:
     for k, j in [(8, 1), (1, 7), (7, 2), (2, 6), (3, 5)]:
         linked[k, j] = linked[j, k] = True
     assert _components(linked) == [[1, 2, 6, 7, 8], [3, 5]]
+
+
+def staged_clients(states: list[State], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Count the clients that all passes of `pairwise_distances` stage; check the distances."""
+    staged = []
+
+    def counted(members: list[State]) -> np.ndarray:
+        staged.append(len(members))
+        return arrays.centred_gram(members)
+
+    monkeypatch.setattr("pilot_flwr.algorithm.aggregation.centred_gram", counted)
+    distances = pairwise_distances(states)
+    assert_allclose(distances, naive_distances(states).astype(float), rtol=1e-8)
+    return sum(staged)
+
+
+def test_many_close_pairs_cost_one_more_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    centres = rng.standard_normal((30, 64))
+    points = np.repeat(centres, 2, axis=0) + 1e-5 * rng.standard_normal((60, 64))
+    assert staged_clients([{"a": p} for p in points], monkeypatch) <= 2 * 60
+
+
+def test_a_long_chain_of_close_clients_costs_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    steps = rng.standard_normal((100, 64)) * 5e-4 / 8
+    points = np.concatenate([np.zeros((1, 64)), rng.standard_normal(64) + steps.cumsum(axis=0)])
+    assert staged_clients([{"a": p} for p in points], monkeypatch) <= 3 * 101
 
 
 def test_zero_distances_take_all_the_neighbours_weight() -> None:
