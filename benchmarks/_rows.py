@@ -167,6 +167,21 @@ def faults_rows(results: Results) -> Rows:
     ]
 
 
+def server_memory_rows(results: Results) -> Rows:
+    """Rows of ``server_memory.json``."""
+    return [
+        [
+            f"the server's memory, {one['clients']} clients x {one['parameters'] / 1e6:g} M "
+            f"bfloat16 ({one['upload_bytes'] / 1e9:.1f} GB of uploads): its own at the peak; the "
+            "limit that the system set, mapped pages included",
+            f"{one['peak_anonymous_bytes'] / 2**30:.2f} GiB; "
+            + (f"{one['limit_bytes'] / 2**30:g} GiB" if one["limit_bytes"] else "none"),
+            "<= 2 GiB",
+        ]
+        for one in results.values()
+    ]
+
+
 def privacy_rows(results: Results) -> Rows:
     """Rows of ``privacy.json``, which also has its own table, `privacy_table`."""
     measured = [results["untrained"], *results["settings"]]
@@ -277,6 +292,7 @@ def milliseconds(seconds: float) -> str:
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
+    "server_memory": server_memory_rows,
     "client_session": client_session_rows,
     "demo": demo_rows,
     "rows": rows_rows,

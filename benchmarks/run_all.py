@@ -1,8 +1,9 @@
 """Run every benchmark, one after the other, each in its own process.
 
-Run ``python benchmarks/run_all.py`` (about 45 minutes, 7 GiB) on an idle machine to update
-``benchmarks/results``, or ``--quick`` for a smoke test of all. To add a benchmark, add its file (or
-a folder with a ``run.py``) to this folder, its name to `BENCHMARKS` and its rows to ``_rows.py``.
+Run ``python benchmarks/run_all.py`` (about an hour, 7 GiB of memory, 18 GB of disk) on an idle
+machine to update ``benchmarks/results``, or ``--quick`` for a smoke test of all. To add a
+benchmark, add its file (or a folder with a ``run.py``) to this folder, its name to `BENCHMARKS` and
+its rows to ``_rows.py``.
 Without a GPU the GPU benchmark is skipped, with a message.
 """
 
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).resolve().parent
 BENCHMARKS = (
     "connector",
     "aggregation",
+    "server_memory",
     "client_session",
     "demo",
     "rows",
