@@ -182,6 +182,19 @@ def server_memory_rows(results: Results) -> Rows:
     ]
 
 
+def object_stores_rows(results: Results) -> Rows:
+    """Rows of ``object_stores.json``."""
+    return [
+        [
+            f"resident memory of Flower's {name}, alone in a process, with {one['replies']} "
+            f"unread replies of {human_bytes(one['bytes'] // one['replies'])}",
+            human_bytes(one["resident_bytes_when_full"]),
+            "",
+        ]
+        for name, one in results.items()
+    ]
+
+
 def privacy_rows(results: Results) -> Rows:
     """Rows of ``privacy.json``, which also has its own table, `privacy_table`."""
     measured = [results["untrained"], *results["settings"]]
@@ -293,6 +306,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
     "server_memory": server_memory_rows,
+    "object_stores": object_stores_rows,
     "client_session": client_session_rows,
     "demo": demo_rows,
     "rows": rows_rows,

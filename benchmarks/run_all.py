@@ -21,6 +21,7 @@ BENCHMARKS = (
     "connector",
     "aggregation",
     "server_memory",
+    "object_stores",
     "client_session",
     "demo",
     "rows",
