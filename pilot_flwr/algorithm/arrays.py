@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pilot_flwr.algorithm.mapped import read_soon
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import State
 
@@ -38,6 +39,9 @@ _TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # clients a block has at least so many columns that adding its (K, K) product costs little.
 _BLOCK_ELEMENTS = 1 << 17
 _BLOCK_COLUMNS = 2048
+
+# Bytes of all clients' mapped files that the system reads ahead together.
+_READ_AHEAD_BYTES = 1 << 26
 
 # A sum over the named clients alone costs as much per client as so many of a matrix product.
 _DENSE_SPEED = 8
@@ -258,7 +262,10 @@ def _blocks(vectors: Sequence[Array], buffer: Matrix) -> Iterator[tuple[slice, M
     """Yield the columns of K vectors as float64 (K, width) blocks, each staged in `buffer`."""
     size, clients = vectors[0].shape[0], len(vectors)
     width = buffer.size // clients
+    ahead = width * max(1, _READ_AHEAD_BYTES // (clients * width * vectors[0].itemsize))
     for start in range(0, size, width):
+        if start % ahead == 0:
+            read_soon(vectors, slice(start, start + ahead))
         columns = slice(start, min(size, start + width))
         block = _reshaped(buffer, clients, columns.stop - start)
         for row, vector in zip(block, vectors, strict=True):

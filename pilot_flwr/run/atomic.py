@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from pilot_flwr.algorithm.mapped import written_in_pieces
 from pilot_flwr.errors import RunError, StateError
 from pilot_flwr.protocol import State
 
@@ -118,7 +119,7 @@ _SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bf
 def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> TensorFile:
     """Create a file of zeros with the names, shapes and dtypes of `layout`; map it for writing.
 
-    Raises `OSError` if the disk has no room for it.
+    Call `complete` when it is filled. Raises `OSError` if the disk has no room for it.
     """
     import torch
 
@@ -144,10 +145,17 @@ def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> Te
     # Unlike a `numpy.memmap`, it keeps no file descriptor: there may be a thousand of these files.
     size = 8 + len(text) + end
     mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[size - end :]
+    written_in_pieces(mapped, True)
     for name, tensor in layout.items():
         start, end = header[name]["data_offsets"]
         tensors[name] = mapped[start:end].view(tensor.dtype).view(tensor.shape)
     return TensorFile(path, tensors)
+
+
+def complete(created: TensorFile) -> None:
+    """End the writing of a file of `create_tensors`: from now on it is read from end to end."""
+    for tensor in created.values():
+        written_in_pieces(tensor, False)
 
 
 def spool_tensors(tensors: State, folder: Path) -> State:
@@ -160,6 +168,7 @@ def spool_tensors(tensors: State, folder: Path) -> State:
         mapped = create_tensors(path, tensors, {})
         for name, tensor in tensors.items():
             mapped[name].copy_(tensor)
+        complete(mapped)
     finally:
         path.unlink(missing_ok=True)
     return mapped

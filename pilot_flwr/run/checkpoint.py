@@ -23,6 +23,7 @@ from pilot_flwr.protocol import State
 from pilot_flwr.run.atomic import (
     FORMAT,
     TensorFile,
+    complete,
     create_tensors,
     flush,
     load_tensors,
@@ -189,7 +190,9 @@ def _store(state: State, path: Path, metadata: Mapping[str, str]) -> str:
         if isinstance(state, TensorFile):
             state.sha256 = digest
         return digest
-    if state.path != path:
+    if state.path == path:
+        complete(state)
+    else:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(state.path, path)
