@@ -239,6 +239,7 @@ def client_scan_indices(client_index: int, *, num_clients: int) -> _Ints:
     return np.sort(np.concatenate([s[client_index % shares :: shares] for s in _by_digit("train")]))
 
 
+@lru_cache(maxsize=len(SPLIT_SHARES))
 def _by_digit(subset: str) -> list[_Ints]:
     """Return a subset's scans, one shuffled array per digit."""
     rng = np.random.default_rng(_SPLIT_SEED)

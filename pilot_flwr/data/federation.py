@@ -106,6 +106,8 @@ def count_examples(
     data: DataConfig, client: Client, split: Split, *, seed: int, files: SiteFiles | None = None
 ) -> int:
     """Return the number of examples of one client's split, without reading any."""
+    if data.source == "digits":  # which exist once they are drawn
+        return _num_digits(data, client, split)
     return len(_read(data, client, split, seed, files, None))
 
 
@@ -157,24 +159,31 @@ def check_references(metric: str, example: Example) -> None:
 _demo_examples = functools.lru_cache(maxsize=64)(demo.client_examples)
 
 
-def _digits(
-    data: DataConfig, client: Client, split: Split, seed: int, *_: object
-) -> Sequence[Example]:
+def _num_digits(data: DataConfig, client: Client, split: Split) -> int:
+    """Return the size of a split of the demo's data."""
     if client.index is None:
         names = ", ".join(known.id for known in federation_clients(data))
         raise ConfigError(
             f"`data.source` is digits, the demo's, with data for {names} only, but `client-id` is "
             f"{client.id!r}. Real sites need a run with `data.source=llava`."
         )
+    if split == "test":
+        return data.test_examples
     num_clients = len(data.tasks) * data.clients_per_task
-    training = split == "train"
-    sizes = demo.client_sizes(num_clients, data.train_examples)
+    return demo.client_sizes(num_clients, data.train_examples)[client.index]
+
+
+def _digits(
+    data: DataConfig, client: Client, split: Split, seed: int, *_: object
+) -> Sequence[Example]:
+    num_examples = _num_digits(data, client, split)
+    assert client.index is not None
     return _demo_examples(
         client.task,
         client_index=client.index,
-        num_clients=num_clients,
-        split="train" if training else data.evaluate_on,
-        num_examples=sizes[client.index] if training else data.test_examples,
+        num_clients=len(data.tasks) * data.clients_per_task,
+        split="train" if split == "train" else data.evaluate_on,
+        num_examples=num_examples,
         seed=seed,
         rotation=data.shift.rotation,
         mirrored=data.shift.mirrored,
