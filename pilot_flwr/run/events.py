@@ -87,6 +87,9 @@ class InstructionSent(Event):
     down: dict[str, int]
     """Part of the message → bytes of its arrays."""
 
+    asked: int = 0
+    """Clients that are sent an instruction with this one, 0 in files of earlier versions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Event):

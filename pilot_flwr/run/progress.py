@@ -1,8 +1,8 @@
 """Live output of a run: the lines of ``metrics.jsonl`` as text, while they are written.
 
 `EventTail` reads new events, `Progress` formats them under a heading per exchange, and
-`ProgressPrinter` prints them. Up to `MOST_CLIENTS` clients have a line each; of more, `Crowd` says
-how many have replied, then one line per task, and names the slow and the failed ones. To show
+`ProgressPrinter` prints them. Up to `MOST_CLIENTS` clients have a line each; of more, `Crowd` shows
+a bar of the replies, then one line per task, and names the slow and the failed ones. To show
 another kind of event, add a case to `Progress.lines`.
 """
 
@@ -110,7 +110,8 @@ class Crowd:
     def _replies(self, done: int, now: float) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         elapsed = human_seconds(max(0.0, now - self.since))
-        return f"  {done} of {self.expected} replied{failed}, {elapsed}"
+        bar = "█" * (10 * done // max(1, self.expected))
+        return f"  {bar:░<10}  {done} of {self.expected} replied{failed}, {elapsed}"
 
     def lines(self, when: str, now: float) -> list[str]:
         """Return a line per task, then the slow, the warned and the failed clients by name."""
@@ -171,7 +172,6 @@ class Progress:
         self._scores: dict[str, str] = {}
         self._client_width = 8
         self._task_width = 6
-        self._asked: tuple[int, int] = (0, 0)
         self._crowd: Crowd | None = None
         self._troubled: set[str] = set()
 
@@ -197,7 +197,7 @@ class Progress:
                 return [*self._heading(event.exchange), *self._end(event), line]
             case ExchangeRepeated():
                 lines = self._end(event)
-                self._exchange, self._asked = event.exchange - 1, (0, 0)
+                self._exchange = event.exchange - 1
                 return [*lines, f"  {headline(event.reason)} Waiting; the exchange is repeated."]
             case ExchangeClosed():
                 done = f"exchange {event.exchange} of {event.exchanges} done"
@@ -207,7 +207,7 @@ class Progress:
                 return self._end(event, f"after exchange {event.exchange}")
             case Resumed():
                 number = event.exchange
-                self._exchange, self._asked = number or None, (0, 0)
+                self._exchange = number or None
                 self._scores, self._crowd, self._troubled = {}, None, set()
                 where = f"after exchange {number}" if number else "from the beginning"
                 reasons = [f"  not usable: {plain(reason)}" for reason in event.passed_over]
@@ -244,15 +244,10 @@ class Progress:
         return self._heading(event.exchange, about)
 
     def _instructed(self, event: InstructionSent) -> list[str]:
-        """Count the clients asked: the closing evaluation has no roster of its own."""
-        number, asked = self._asked
-        asked = asked + 1 if number == event.exchange else 1
-        self._asked = (event.exchange, asked)
-        if self._crowd is None and asked > MOST_CLIENTS:
-            self._crowd = Crowd(asked, event.elapsed, event.elapsed)
+        """Expect the replies of many: the closing evaluation has no roster of its own."""
+        if self._crowd is None and event.asked > MOST_CLIENTS:
+            self._crowd = Crowd(event.asked, event.elapsed, event.elapsed)
             return [f"  evaluating the models after exchange {event.exchange - 1}"]
-        if self._crowd:
-            self._crowd.expected = max(self._crowd.expected, asked)
         return []
 
     def _problem(self, event: ClientFailed | NormChecked | ClientWarning) -> list[str]:

@@ -99,9 +99,16 @@ class EventRecorder:
         )
 
     def instruction(
-        self, server_round: int, phase: str, member: Member, stage: int, content: RecordDict
+        self,
+        server_round: int,
+        phase: str,
+        member: Member,
+        stage: int,
+        content: RecordDict,
+        *,
+        asked: int,
     ) -> None:
-        """Record the bytes sent to a client."""
+        """Record the bytes sent to a client, one of `asked`."""
         down = num_bytes(content)
         self._down[member.client] = sum(down.values())
         self.folder.record(
@@ -112,6 +119,7 @@ class EventRecorder:
                 task=member.task,
                 stage=stage,
                 down=down,
+                asked=asked,
             )
         )
 

@@ -100,7 +100,9 @@ class Instructions:
             ttl=self.config.round_timeout_seconds,
             group_id=str(server_round),
         )
-        self.recorder.instruction(server_round, phase, member, stage, message.content)
+        self.recorder.instruction(
+            server_round, phase, member, stage, message.content, asked=len(self.asked)
+        )
         self._sent.append(message.metadata)
         if trains:
             self.roster.instructed(present)

@@ -87,7 +87,7 @@ def write_run(folder, *, clients, rounds=2, share=1.0, failing=0, listener=None,
             available = {task: clients // 3 for task in TASKS} if share < 1 else None
             recorder.roster(exchange, drawn, stages, available)
             for m in drawn:
-                recorder.instruction(exchange, "train", m, stages[m.client], sent)
+                recorder.instruction(exchange, "train", m, stages[m.client], sent, asked=len(drawn))
             for place, m in enumerate(drawn):
                 clock[0] = start + 100 * (place + 1) / len(drawn)
                 if place < failing:
@@ -99,7 +99,7 @@ def write_run(folder, *, clients, rounds=2, share=1.0, failing=0, listener=None,
             recorder.aggregation(exchange, aggregation(drawn[failing:], rng), 1.5)
             recorder.close(exchange, 101.0)
         for m in drawn:
-            recorder.instruction(rounds + 2, "evaluate", m, 2, sent)
+            recorder.instruction(rounds + 2, "evaluate", m, 2, sent, asked=len(drawn))
         for m in drawn:
             recorder.evaluation(rounds + 1, m, result(m, rounds + 1, False).evaluation)
         recorder.close_evaluation(rounds + 1, 12.0)

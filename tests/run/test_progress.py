@@ -1,5 +1,6 @@
 """The live output: which line for which event, whatever the file looks like at the moment."""
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -277,11 +278,11 @@ def test_of_many_clients_there_are_tenths_and_a_line_per_task():
     assert told[:3] == [
         "",
         "Exchange 1: 100 clients, stage 1",
-        "10 of 100 replied, 8 failed, 17.0 s",
+        "█░░░░░░░░░ 10 of 100 replied, 8 failed, 17.0 s",
     ]
     assert [line for line in told if "replied" in line][-2:] == [
-        "90 of 100 replied, 8 failed, 1 min 37 s",
-        "92 of 100 replied, 8 failed, 0.0 s",  # the sample's aggregation is at 0
+        "█████████░ 90 of 100 replied, 8 failed, 1 min 37 s",
+        "█████████░ 92 of 100 replied, 8 failed, 0.0 s",  # the sample's aggregation is at 0
     ]
     (ocr,) = (line for line in told if line.startswith("ocr "))
     # 46 clients with k = 8, 10, ..., 98: the median loss is that of 52 and 54, 1 + 53 / 100.
@@ -313,13 +314,15 @@ def test_scores_of_many_are_over_those_that_have_one():
         lines += view.lines(event)
     (ocr,) = (line for line in squeezed(lines) if line.startswith("ocr "))
     assert "ocr 15 clients exact_match 0.610 (0.610–0.610) of 5 before loss" in ocr
-    asked = [sent(exchange=2, phase="evaluate", client=e.client) for e in replies]
+    asked = [sent(exchange=2, phase="evaluate", client=e.client, asked=30) for e in replies]
     last = [evaluated(exchange=1, client=e.client, task=e.task) for e in replies]
-    lines = []
-    for event in (*asked, *last, EvaluationClosed(exchange=1, seconds=1.0)):
+    lines, pairs = [], zip(asked, last, strict=True)  # instructions leave as replies arrive
+    closing = itertools.chain(*pairs, [EvaluationClosed(exchange=1, seconds=1.0)])
+    for event in closing:
         lines += view.lines(event)
     told = squeezed(lines)
     assert told[0] == "evaluating the models after exchange 1" and len(told) == 1 + 10 + 2
+    assert told[1] == "█░░░░░░░░░ 3 of 30 replied, 0.0 s"
     assert told[-1] == "vqa 15 clients exact_match 0.610 (0.610–0.610) after exchange 1"
 
 
@@ -348,8 +351,8 @@ def test_a_repeated_exchange_of_many_counts_anew():
     for event in (roster, *(sent(client=e.client) for e in replies), *replies[:15]):
         view.lines(event)
     repeated = view.lines(ExchangeRepeated(exchange=1, reason="15 of 30 came.", undone=1))
-    assert repeated[0].startswith("  15 of 30 replied")
+    assert repeated[0].startswith("  █████░░░░░  15 of 30 replied")
     for event in (roster, *(sent(client=e.client) for e in replies)):
         view.lines(event)
     lines = [line for event in replies for line in view.lines(event)]
-    assert lines[-1].startswith("  30 of 30 replied")
+    assert lines[-1].startswith("  ██████████  30 of 30 replied")
