@@ -113,14 +113,17 @@ def observe(folder: Path, peaks: Peaks) -> dict[str, Any]:
 
 def federation(clients: int, drawn: int, exchanges: int) -> list[str]:
     """Return the settings of `clients` clients of which `drawn` train in each exchange."""
-    fraction = (drawn + 0.5) / clients  # rounded down to `drawn`
-    return [
+    words = [
         "experiment=thousand",
         f"data.clients_per_task={clients // TASKS}",
         f"strategy.rounds={exchanges - 1}",
-        f"strategy.fraction_train={min(1.0, fraction):.6f}",
-        f"strategy.fraction_evaluate={min(1.0, fraction):.6f}",
     ]
+    if drawn == clients:
+        whole = {"fraction_train": 1, "fraction_evaluate": 1, "sampling": "uniform"}
+        return words + [f"strategy.{key}={value}" for key, value in whole.items()]
+    fraction = (drawn + 0.5) / clients  # rounded down to `drawn`
+    words += [f"strategy.fraction_{phase}={fraction:.6f}" for phase in ("train", "evaluate")]
+    return words
 
 
 def measure(folder: Path, words: Sequence[str]) -> dict[str, Any]:
