@@ -152,6 +152,53 @@ def plan_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
+def aggregation_table(record: Results) -> str:
+    """Return the cost curves of ``aggregation.json``: seconds of every step by K and P."""
+    rows = [["K", "P", "distances", "from sketches", "exact to sketched", "weights", "mixtures"]]
+    for one in record["results"]["costs"]:
+        seconds = one["seconds"]
+        gain = seconds["distances"] / seconds["sketched_distances"]
+        rows.append(
+            [
+                f"{one['clients']:,}",
+                f"{one['parameters']:,}",
+                *(f"{seconds[name]:.3g} s" for name in ("distances", "sketched_distances")),
+                f"{gain:.2g} x",
+                *(f"{seconds[name]:.3g} s" for name in ("weights", "mix")),
+            ]
+        )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def sketch_table(record: Results) -> str:
+    """Return the table of ``sketch.json``: neighbours from sketches against the exact ones."""
+    rows = [
+        [
+            "exchange",
+            "M",
+            "the same neighbours",
+            "worst seed",
+            "by chance",
+            "further away, mean",
+            "weight on other clients",
+        ]
+    ]
+    for number, one in record["results"]["exchanges"].items():
+        for m, found in one["neighbors"].items():
+            rows.append(
+                [
+                    number,
+                    m,
+                    f"{found['agreement']:.1%}",
+                    f"{found['agreement_worst_seed']:.1%}",
+                    f"{found['by_chance']:.1%}",
+                    f"{found['mean_distance_excess']:.2%}",
+                    f"{found['weight_moved']:.1%}",
+                ]
+            )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
 def note(record: Results) -> str:
     """Return command (with the script's present path), machine, versions and date of a result."""
     command = record["command"]
@@ -178,6 +225,8 @@ MOVED = {
 """Former → present path of scripts that have moved since a result was recorded."""
 
 OWN_TABLES: dict[str, Callable[[Results], str]] = {
+    "aggregation": aggregation_table,
+    "sketch": sketch_table,
     "plan": plan_table,
     "privacy": privacy_table,
     "deployment": deployment_table,

@@ -49,31 +49,28 @@ def connector_rows(results: Results) -> Rows:
 
 def aggregation_rows(results: Results) -> Rows:
     """Rows of ``aggregation.json``."""
-    main, accuracy = results["main"], results["accuracy"]
+    main, many, accuracy = results["main"], results["many"], results["accuracy"]
     memory, ratio = main["memory"], main["wall"]["ratio"]
     allowed = memory["output_mib"] + memory["largest_stacked_tensor_mib"]
-    size = f"{main['clients']} clients x {main['parameters'] / 1e6:.1f} M float32"
-    curve = [
-        f"{point['clients']}: {point['wall']['ratio']['to_flower']:.2f} x"
-        for point in results["curve"]
-    ]
+    size = f"{main['clients']} clients x {main['parameters'] / 1e6:.1f} M"
+    low, high = main["wall"]["ratio_range"]["to_flower"]
+    least, most = many["wall"]["ratio_range"]["to_product"]
     return [
         [
-            f"distances + ATA, {size}, to Flower's own weighted average",
-            f"{ratio['to_flower']:.2f} x",
-            "<= 4 x",
+            f"distances + ATA, {size} float32, to Flower's own weighted average; range",
+            f"{ratio['to_flower']:.2f} x; {low:.2f} to {high:.2f}",
+            "<= 2 x",
         ],
         [
-            "the same, in 56 large tensors (r=64)",
-            f"{results['few_large_tensors']['wall']['ratio']['to_flower']:.2f} x",
+            "the same in bfloat16; compared with the arithmetic of Flower's function, float32",
+            f"{ratio['bfloat16_to_flower']:.2f} x; {ratio['to_flower_arithmetic_alone']:.2f} x",
             "",
         ],
         [
-            "the same, including the decoding of records as in Flower's function; compared with "
-            "the arithmetic of Flower's function alone",
-            f"{ratio['with_decoding_to_flower']:.2f} x; "
-            f"{ratio['to_flower_arithmetic_alone']:.2f} x",
-            "",
+            f"distances + ATA, {many['clients']:,} clients x {many['parameters']:,}, to one "
+            "float64 product X Xᵀ; range",
+            f"{many['wall']['ratio']['to_product']:.2f} x; {least:.2f} to {most:.2f}",
+            "<= 2 x",
         ],
         [
             "extra peak memory of distances; of ATA",
@@ -86,11 +83,22 @@ def aggregation_rows(results: Results) -> Rows:
             f"{accuracy['distances_max_relative_error']:.1e}",
             "<= 1e-6",
         ],
+    ]
+
+
+def sketch_rows(results: Results) -> Rows:
+    """Rows of ``sketch.json``, which also has its own table, `sketch_table`."""
+    found = {number: one["neighbors"]["2"] for number, one in results["exchanges"].items()}
+    agreement = ", ".join(f"{one['agreement']:.1%}" for one in found.values())
+    further = ", ".join(f"{one['mean_distance_excess']:.2%}" for one in found.values())
+    return [
         [
-            f"the same ratio by number of clients, {results['curve'][0]['parameters'] / 1e6:.1f} M",
-            ", ".join(curve),
+            f"`strategy.distances=sketch`: share of the 2 nearest neighbours that are the exact "
+            f"ones, {results['clients']} clients' LoRAs of {results['parameters']:,} parameters, "
+            "exchanges 1, 2; how much further away the neighbours are",
+            f"{agreement}; {further}",
             "",
-        ],
+        ]
     ]
 
 
@@ -334,6 +342,7 @@ def milliseconds(seconds: float) -> str:
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
+    "sketch": sketch_rows,
     "server_memory": server_memory_rows,
     "object_stores": object_stores_rows,
     "clients": clients_rows,

@@ -1,10 +1,12 @@
-"""Benchmark distances + ATA against Flower's own weighted average, over the same LoRA arrays.
+"""Benchmark the aggregation of few large and of many small LoRAs, and its costs by K and P.
 
-Goals: at most 4 times the time of ``flwr...strategy_utils.aggregate_arrayrecords``; extra peak
-memory of at most the output plus one stacked tensor; distances within 1e-6 relative of a float64
-reference when all clients share an offset 1,000 times their differences.
+Goals: 16 clients with 20 M parameters in at most twice the time of Flower's own weighted average
+``flwr...strategy_utils.aggregate_arrayrecords``; 1,000 clients with 100,000 parameters in at most
+twice the time of one float64 product X X^T of the same matrix; extra peak memory of at most the
+output plus one stacked tensor; distances within 1e-6 relative of a float64 reference when all
+clients share an offset 1,000 times their differences.
 
-Run ``python benchmarks/aggregation.py`` (several minutes, 6 GiB) to update
+Run ``python benchmarks/aggregation.py`` (about 6 minutes, 10 GiB) to update
 ``benchmarks/results/aggregation.json``, or ``--quick`` for a smoke test.
 """
 
@@ -20,11 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from _record import RESULTS, write_record
+from _timing import summarize, take_turns
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from pilot_flwr.algorithm.aggregation import adaptive_weights, mix, pairwise_distances
+from pilot_flwr.algorithm.aggregation import (
+    adaptive_weights,
+    mix,
+    pairwise_distances,
+    sketched_distances,
+)
 
 State = dict[str, np.ndarray]
 
@@ -65,11 +74,6 @@ def flower_records(states: list[State]) -> list[RecordDict]:
     ]
 
 
-def decode(records: list[RecordDict]) -> list[State]:
-    """Unpack the arrays of all replies, as Flower's function does."""
-    return [{n: a.numpy() for n, a in record["arrays"].items()} for record in records]
-
-
 def flower_arithmetic(states: list[State], factors: list[float]) -> State:
     """Repeat the loop of Flower's function on decoded arrays."""
     total: State = {}
@@ -89,50 +93,72 @@ def aggregate(states: list[State]) -> list[dict[str, Any]]:
 
 
 def measure_times(states: list[State], repeats: int) -> dict[str, Any]:
-    """Time the parts alternately, `repeats` times: medians, and ratios within each turn."""
+    """Time the parts alternately against Flower's average of the same arrays."""
     records = flower_records(states)
-    counts = [100 + k for k in range(len(states))]
-    weights = adaptive_weights(pairwise_distances(states), counts, NEIGHBORS)
-    factors = [count / sum(counts) for count in counts]
+    weights = adaptive_weights(pairwise_distances(states), [1] * len(states), NEIGHBORS)
+    factors = [1 / len(states)] * len(states)
+    halves = [{n: torch.from_numpy(v).bfloat16() for n, v in s.items()} for s in states]
     parts: dict[str, Callable[[], object]] = {
         "flower": lambda: aggregate_arrayrecords(records, "num-examples"),
         "flower_arithmetic_alone": lambda: flower_arithmetic(states, factors),
-        "decode": lambda: decode(records),
         "distances": lambda: pairwise_distances(states),
         "mix": lambda: mix(states, weights),
         "distances_and_ata": lambda: aggregate(states),
+        "distances_and_ata_bfloat16": lambda: aggregate(halves),
     }
-    wall: dict[str, list[float]] = {name: [] for name in parts}
-    cpu: dict[str, list[float]] = {name: [] for name in parts}
+    ratios = {
+        "to_flower": ("distances_and_ata", "flower"),
+        "bfloat16_to_flower": ("distances_and_ata_bfloat16", "flower"),
+        "to_flower_arithmetic_alone": ("distances_and_ata", "flower_arithmetic_alone"),
+    }
+    return summarize(take_turns(parts, repeats=repeats), ratios)
+
+
+def measure_many(clients: int, parameters: int, repeats: int) -> dict[str, Any]:
+    """Time distances, weights and mixtures of many clients against one product X X^T."""
+    states = many_states(clients, parameters)
+    matrix = np.stack([np.concatenate([*state.values()]) for state in states]).astype(np.float64)
+    parts: dict[str, Callable[[], object]] = {
+        "product": lambda: matrix @ matrix.T,
+        "distances_and_ata": lambda: aggregate(states),
+        "sketched_distances": lambda: sketched_distances(states, seed=[0]),
+    }
+    ratios = {"to_product": ("distances_and_ata", "product")}
+    size = {"clients": clients, "parameters": parameters, "repeats": repeats}
+    return size | summarize(take_turns(parts, repeats=repeats), ratios)
+
+
+def many_states(clients: int, parameters: int) -> list[State]:
+    """Draw states of two tensors around a common point."""
+    rng = np.random.default_rng(1)
+    half = parameters // 2
+    base = OFFSET * rng.standard_normal(parameters, dtype=np.float32)
+    points = (base + rng.standard_normal(parameters, dtype=np.float32) for _ in range(clients))
+    return [{"lora_A": point[:half], "lora_B": point[half:]} for point in points]
+
+
+def measure_costs(clients: int, parameters: int, repeats: int) -> dict[str, Any]:
+    """Return the median seconds of every step, for the curves over K and P."""
+    states = many_states(clients, parameters)
+    distances = sketched_distances(states, seed=[0])
+    weights = adaptive_weights(distances, [1] * clients, NEIGHBORS)
+    steps: dict[str, Callable[[], object]] = {
+        "distances": lambda: pairwise_distances(states),
+        "sketched_distances": lambda: sketched_distances(states, seed=[0]),
+        "weights": lambda: adaptive_weights(distances, [1] * clients, NEIGHBORS),
+        "mix": lambda: mix(states, weights),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
-        for name, part in parts.items():
-            started, cpu_started = time.perf_counter(), time.process_time()
-            part()
-            cpu[name].append(time.process_time() - cpu_started)
-            wall[name].append(time.perf_counter() - started)
-    return {"wall": summarize(wall), "cpu": summarize(cpu)}
-
-
-def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Return median seconds of the parts, and their ratios to Flower's.
-
-    ``ratio`` is the median of the ratios within each turn; ``ratio_of_fastest`` compares the
-    fastest run of each, which other load on the machine disturbs least.
-    """
-    ours, unpacking = seconds["distances_and_ata"], seconds["decode"]
-    pairs = {
-        "to_flower": (ours, seconds["flower"]),
-        "with_decoding_to_flower": (np.add(ours, unpacking), seconds["flower"]),
-        "to_flower_arithmetic_alone": (ours, seconds["flower_arithmetic_alone"]),
-    }
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
     return {
-        "median_seconds": {n: round(statistics.median(values), 4) for n, values in seconds.items()},
-        "ratio": {n: round(float(np.median(np.divide(a, b))), 2) for n, (a, b) in pairs.items()},
-        "ratio_of_fastest": {n: round(min(a) / min(b), 2) for n, (a, b) in pairs.items()},
-        "ratio_range": {
-            n: [round(float(f(np.divide(a, b))), 2) for f in (np.min, np.max)]
-            for n, (a, b) in pairs.items()
-        },
+        "clients": clients,
+        "parameters": parameters,
+        "repeats": repeats,
+        "seconds": {n: float(f"{statistics.median(v):.3g}") for n, v in seconds.items()},
     }
 
 
@@ -222,6 +248,12 @@ def measure(clients: int, layers: int, rank: int, repeats: int) -> dict[str, Any
     return size | {"memory": memory, "repeats": repeats} | measure_times(states, repeats)
 
 
+BY_CLIENTS = [(k, 100_000, 3) for k in (10, 30, 100, 300, 1000)] + [(3000, 100_000, 1)]
+BY_PARAMETERS = [(100, p, 3) for p in (10_000, 100_000, 1_000_000, 4_000_000)]
+LARGE = (1000, 1_000_000, 1)
+"""K, P and repeats of the cost curves."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run all measurements, print them, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -229,19 +261,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="another result file")
     options = parser.parse_args(arguments)
     quick = options.quick
-    layers, repeats = (1, 2) if quick else (32, 9)
+    layers, repeats, few = (1, 2, 4) if quick else (32, 5, 16)
     output = options.output or (None if quick else RESULTS / "aggregation.json")
-
-    curve = (2, 4) if quick else (4, 8, 16, 32, 64)
+    curves = [(2, 1000, 1), (4, 1000, 1)] if quick else [*BY_CLIENTS, *BY_PARAMETERS, LARGE]
     results = {
-        "main": measure(4 if quick else 16, layers, 8, repeats),
-        "few_large_tensors": measure(4 if quick else 16, max(1, layers // 8), 64, repeats),
-        "curve": [measure(clients, max(1, layers // 4), 8, repeats) for clients in curve],
-        "accuracy": measure_accuracy(make_states(4 if quick else 16, layers, 8)),
+        "main": measure(few, layers, 8, repeats),
+        "many": measure_many(8, 1000, repeats) if quick else measure_many(1000, 100_000, repeats),
+        "accuracy": measure_accuracy(make_states(few, max(1, layers // 8), 8)),
+        "costs": [measure_costs(*point) for point in dict.fromkeys(curves)],
     }
     print(json.dumps(results, indent=2))
     if output:
-        write_record(output, results, packages=("pilot-flwr", "flwr", "numpy", "torch"))
+        packages = ("pilot-flwr", "flwr", "numpy", "scipy", "threadpoolctl", "torch")
+        write_record(output, results, packages=packages)
 
 
 if __name__ == "__main__":

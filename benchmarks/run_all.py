@@ -20,6 +20,7 @@ FOLDER = Path(__file__).resolve().parent
 BENCHMARKS = (
     "connector",
     "aggregation",
+    "sketch",
     "server_memory",
     "object_stores",
     "clients",

@@ -28,5 +28,6 @@ def test_quick_run_writes_a_full_record(tmp_path: Path) -> None:
     assert results["accuracy"]["distances_max_relative_error"] < 1e-6
     assert results["accuracy"]["float32_gram_expansion_max_relative_error"] > 1e-6
     assert results["accuracy"]["mix_max_error_half_ulps"] <= 1.001
-    assert [point["clients"] for point in results["curve"]] == [2, 4]
+    assert [point["clients"] for point in results["costs"]] == [2, 4]
     assert results["main"]["wall"]["ratio"]["to_flower"] > 0
+    assert results["many"]["wall"]["ratio"]["to_product"] > 0
