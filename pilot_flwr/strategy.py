@@ -105,19 +105,17 @@ class PilotStrategy(Strategy):
             keys=keys or {},
             operator_keys=operator_keys or {},
         )
-        self.first_client = next(iter(expected), "")
         self.instructions = Instructions(
             config,
             state,
             run,
             roster=self.roster,
             recorder=self.recorder,
-            first_client=self.first_client,
+            first_client=next(iter(expected), ""),
             evaluate=evaluate,
             simulated=simulated,
         )
         self.identity = RunIdentity(run.name, settings)
-        self.evaluate = evaluate
         self.upload_bits, self.seed, self.at_once = upload_bits, seed, at_once
         self._keys = dict(keys or {})
         self._available: list[Present] = []
@@ -272,7 +270,7 @@ class PilotStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """After the last exchange, request the closing evaluation; before, training includes it."""
-        if not self.evaluate or server_round < self.num_exchanges:
+        if not self.instructions.evaluate or server_round < self.num_exchanges:
             return self.instructions.messages(server_round, [], {}, train=False)
         if not self._available:  # the run was resumed after its last exchange
             self._available = self._call_roster(grid, server_round + 1, train=False)
@@ -331,10 +329,11 @@ class PilotStrategy(Strategy):
 
     def _record_busy(self, grid: Grid, server_round: int) -> None:
         """Warn of clients at work, except those whose node left: they may be at another one."""
-        connected = set(grid.get_node_ids())
         present = {p.member.client for p in self._available}
-        for late in self.instructions.late.values():
-            if late.present.node_id not in connected or late.client in present:
+        busy = [late for late in self.instructions.late.values() if late.client not in present]
+        connected = set(grid.get_node_ids()) if busy else set()
+        for late in busy:
+            if late.present.node_id not in connected:
                 continue
             text = f"still works on exchange {late.exchange}, so it is not instructed."
             self.recorder.warning(server_round, late.client, text)
@@ -378,8 +377,8 @@ class PilotStrategy(Strategy):
         problem = ""
         if self.config.trained_by == "pooled" and not updates:
             problem = (
-                f"client {self.first_client!r}, which trains on the pooled data, delivered no "
-                "usable update."
+                f"client {self.instructions.first_client!r}, which trains on the pooled data, "
+                "delivered no usable update."
             )
         elif self.config.trained_by == "clients" and updates < self.config.min_replies:
             problem = (

@@ -31,6 +31,7 @@ from pilot_flwr.algorithm.blocks import (
     blocks,
     copy_into,
     in_threads,
+    one_thread,
     reshaped,
     threads,
 )
@@ -99,6 +100,8 @@ def check_tensors(what: str, state: State, expected: State) -> None:
             raise UpdateError(f"`{name}` of its {what} has values that are not finite")
 
 
+@one_thread()  # several wait for the same memory, and cost more than they save
+@np.errstate(invalid="ignore", over="ignore")  # raised as errors below
 def combine(
     states: Sequence[NamedArrays],
     weights: Matrix,
@@ -136,25 +139,22 @@ def combine(
     """
     rows, width = len(weights), block_width(states)
 
-    # One thread: several wait for the same memory, and cost more than they save.
-    with threads(8 * width * (len(states) + rows), most=1):
-        # Allocated before the results: between these, they would fragment the heap.
-        weighted_sum = _WeightedSum(weights, width)
-        if allocate is None:
-            results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
-        else:
-            results = [allocate(row) for row in range(rows)]
-            assert not any(layout_difference(result, states[0]) for result in results)
-        # By name: a given state may order its tensors otherwise.
-        targets = [{name: result[name] for name in states[0]} for result in results]
-        places = zip(blocks(states, width), blocks(targets, width, read=False), strict=True)
-        for source, target in places:
-            with np.errstate(invalid="ignore", over="ignore"):  # raised as errors below
-                block = source.stage(weighted_sum.staging)
-                if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
-                    raise _not_finite(source.name, source.vectors, clients)
-                for vector, mixed in zip(target.vectors, weighted_sum(block), strict=True):
-                    _round_into(vector[target.columns], mixed)
+    # Allocated before the results: between these, they would fragment the heap.
+    weighted_sum, staging = _WeightedSum(weights, width), np.empty(len(states) * width)
+    if allocate is None:
+        results = [{n: _empty_like(v) for n, v in states[0].items()} for _ in range(rows)]
+    else:
+        results = [allocate(row) for row in range(rows)]
+        assert not any(layout_difference(result, states[0]) for result in results)
+    # By name: a given state may order its tensors otherwise.
+    targets = [{name: result[name] for name in states[0]} for result in results]
+    places = zip(blocks(states, width), blocks(targets, width, read=False), strict=True)
+    for source, target in places:
+        block = source.stage(staging)
+        if not np.isfinite(block.sum()):  # NaN and Inf survive the sum
+            raise _not_finite(source.name, source.vectors, clients)
+        for vector, mixed in zip(target.vectors, weighted_sum(block), strict=True):
+            _round_into(vector[target.columns], mixed)
     return results
 
 
@@ -248,10 +248,7 @@ def sketch(states: Sequence[NamedArrays], size: int, generator: np.random.Genera
 
 
 class _WeightedSum:
-    """Weighted sums of the rows of a block, over the rows with nonzero weight alone if few.
-
-    `staging` is a buffer for one block.
-    """
+    """Weighted sums of the rows of a block, over the rows with nonzero weight alone if few."""
 
     def __init__(self, weights: Matrix, width: int) -> None:
         named = weights > 0
@@ -262,7 +259,6 @@ class _WeightedSum:
         self.factors = np.where(unnamed, 0, np.take_along_axis(weights, self.clients, axis=1))
         self.clients = np.where(unnamed, self.clients[:, :1], self.clients)
         self.weights = weights
-        self.staging = np.empty(weights.shape[1] * width)
         self.sparse = _DENSE_SPEED * self.most <= weights.shape[1]
         self.product = np.empty(len(weights) * width)
         # Number of rows that stay in the L2 cache while clients are added to them.

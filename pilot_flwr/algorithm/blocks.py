@@ -78,19 +78,26 @@ def blocks(
 
 
 @contextmanager
-def threads(bytes_each: int, *, most: int = 1 << 10) -> Iterator[int]:
+def one_thread() -> Iterator[int]:
+    """Limit torch to one thread within the context; yield the number that it used before."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)
+
+
+@contextmanager
+def threads(bytes_each: int) -> Iterator[int]:
     """Yield the number of threads for the blocks; the buffers of one have `bytes_each`.
 
     Within the context, torch uses one thread, and BLAS an equal share of the cores in each thread.
     """
-    cores = torch.get_num_threads()
-    number = max(1, min(cores, most, _THREAD_BYTES // bytes_each))
-    torch.set_num_threads(1)
-    try:
+    with one_thread() as cores:
+        number = max(1, min(cores, _THREAD_BYTES // bytes_each))
         with _libraries().limit(limits=cores // number, user_api="blas"):
             yield number
-    finally:
-        torch.set_num_threads(cores)
 
 
 @functools.cache

@@ -141,7 +141,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picture:
-    """A matrix as it is drawn: `cells` of `per_cell` clients a side; `tasks` has each client's.
+    """A matrix ready to plot: each side of a cell is `per_cell` clients, whose tasks are `tasks`.
 
     `clients` are the names of the rows, empty if they are not drawn one by one.
     """

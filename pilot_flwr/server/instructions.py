@@ -224,12 +224,10 @@ class Instructions:
     def busy(self, grid: Grid, server_round: int) -> set[int]:
         """Record the replies to earlier exchanges that have come; return the nodes still busy."""
         self._place = server_round, "train"
-        for message_id, unanswered in list(self.late.items()):
-            if unanswered.expired:
-                del self.late[message_id]
-            else:
-                for _ in self._without_late(pull(grid, [message_id])):
-                    pass
+        for message_id in [key for key, unanswered in self.late.items() if unanswered.expired]:
+            del self.late[message_id]
+        for _ in self._without_late(pull(grid, list(self.late))):
+            pass
         return {unanswered.present.node_id for unanswered in self.late.values()}
 
     def _without_late(self, replies: Iterable[Message]) -> Iterator[Message]:

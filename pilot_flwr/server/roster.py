@@ -346,19 +346,20 @@ class Roster:
         self._open = {
             key: q for key, q in self._open.items() if q.node in connected and now < q.expires
         }
-        before = len(self._open)
+        heard: set[int] = set()
         while replies := list(pull(grid, list(self._open))):
             for reply in replies:
                 query = self._open.get(reply.metadata.reply_to_message_id)
-                if query is None:  # the node has answered another query
+                if query is None or query.node in heard:  # the node has answered another query
                     continue
-                self._open = {key: q for key, q in self._open.items() if q.node != query.node}
+                heard.add(query.node)
                 self._silences.pop(query.node, None)
                 if reply.has_error():
                     answers.add(query.node, decode_error(reply.error, simulated=self.simulated))
                 else:
                     answers.add(query.node, self._read(reply, query))
-        return len(self._open) < before
+            self._open = {key: q for key, q in self._open.items() if q.node not in heard}
+        return bool(heard)
 
     def _read(self, reply: Message, query: _Query) -> Claim | str:
         try:
