@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
 from flwr.app import Message
 
 from pilot_flwr.client.private_state import PrivateStore
@@ -15,6 +17,7 @@ from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.flower import grid as in_process
+from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.provenance import RunIdentity
 from pilot_flwr.server.resume import OpenRun
@@ -97,6 +100,34 @@ class Federation:
         return PrivateStore(
             self.folder.path / "clients" / client, client, client.rsplit("-", 1)[0]
         ).load()
+
+
+def resumed(folder, overrides, *, exchange):
+    """Run until the server dies in an exchange, then resume the run; return what did so."""
+    first = Federation(folder, overrides)
+
+    def die(message, reply):
+        if message.metadata.group_id == str(exchange):
+            raise KeyboardInterrupt
+        return reply
+
+    first.grid.on_reply = die
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    checkpoint, _ = latest_checkpoint(folder / "checkpoint")
+    assert checkpoint.server_round == exchange - 1
+    second = Federation(folder, overrides)
+    opened = OpenRun(second.folder, RunIdentity("test-1"), checkpoint)
+    second.strategy = federate(second.grid, second.config, opened)
+    return second
+
+
+def assert_same_state(one, two):
+    """Fail unless two servers have the same task adapters and LoRAs, bit for bit."""
+    for mine, theirs in ((one.adapters, two.adapters), (one.loras, two.loras)):
+        assert mine.keys() == theirs.keys()
+        for name, tensors in mine.items():
+            assert all(torch.equal(t, theirs[name][key]) for key, t in tensors.items())
 
 
 def finish(folder, overrides):

@@ -6,8 +6,6 @@ validation scans, with seeds that neither the search nor the comparison of metho
 resume) to update ``benchmarks/results/scenarios/balance.json``.
 """
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +13,10 @@ from pathlib import Path
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import ROOT, write_record
+from _record import write_record
 
 from pilot_flwr.sweeps.results import DONE, read_rows
-from scenarios.sweeps import FOLDER, PACKAGES, SCENARIOS, choice, sweep
+from scenarios.sweeps import FOLDER, PACKAGES, SCENARIOS, choice, sweep, sweep_parser
 
 SETTING = "train.balance_loss.reduction"
 REDUCTIONS = ("pooled", "per_image")
@@ -27,10 +25,7 @@ SEEDS = (200, 201, 202, 203, 204)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run both reductions on both scenarios, and write their scores by seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
-    options = parser.parse_args(arguments)
+    options = sweep_parser(__doc__).parse_args(arguments)
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for scenario in SCENARIOS:
         folder = options.out / f"balance-{scenario}"

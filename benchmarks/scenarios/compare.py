@@ -7,8 +7,6 @@ Every method uses the learning rate that ``search.py`` chose for it on validatio
 nothing.
 """
 
-import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -19,7 +17,7 @@ from pathlib import Path
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import ROOT, write_record
+from _record import write_record
 
 from scenarios.sweeps import (
     ABLATIONS,
@@ -32,6 +30,7 @@ from scenarios.sweeps import (
     choice,
     read_rates,
     sweep,
+    sweep_parser,
 )
 
 QUICK = (
@@ -58,9 +57,7 @@ def compare(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare, and copy the results into ``benchmarks/results``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
+    parser = sweep_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny, write nothing")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -7,8 +7,6 @@ update ``benchmarks/results/scenarios/compression-*.csv``, then
 ``--quick`` makes a tiny run and writes nothing.
 """
 
-import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -18,10 +16,10 @@ from pathlib import Path
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import ROOT, write_record
+from _record import write_record
 
 from scenarios.compare import QUICK
-from scenarios.sweeps import FOLDER, PACKAGES, SCENARIOS, SEEDS, choice, sweep
+from scenarios.sweeps import FOLDER, PACKAGES, SCENARIOS, SEEDS, choice, sweep, sweep_parser
 
 DTYPES = ("bfloat16", "int8", "int4")
 """Values of `model.sent_dtype`; the first is the baseline."""
@@ -37,9 +35,7 @@ def compare(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare, and copy the results into ``benchmarks/results``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "compression")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
+    parser = sweep_parser(__doc__, folder="compression")
     parser.add_argument("--quick", action="store_true", help="tiny, write nothing")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -11,10 +11,8 @@ Run ``python benchmarks/scenarios/search.py`` (47 minutes on 2 cores with other 
 resume) to update ``benchmarks/scenarios/rates.json`` and the results behind it.
 """
 
-import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -24,7 +22,7 @@ from pathlib import Path
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import ROOT, write_record
+from _record import write_record
 
 from pilot_flwr.sweeps.results import DONE, OPEN, read_rows
 from scenarios.sweeps import (
@@ -37,6 +35,7 @@ from scenarios.sweeps import (
     by_rate,
     choice,
     sweep,
+    sweep_parser,
 )
 
 SCALE, SERVER_RATE = "train.lr_scale", "strategy.server_optimizer.learning_rate"
@@ -108,10 +107,7 @@ def rate_of(override: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search, and write the chosen rates with their results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "scenarios")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
-    options = parser.parse_args(arguments)
+    options = sweep_parser(__doc__).parse_args(arguments)
     rates: Rates = {}
     new = not any((options.out / f"search-{scenario}").exists() for scenario in SCENARIOS)
     started = time.perf_counter()

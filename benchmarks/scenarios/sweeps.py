@@ -1,6 +1,8 @@
 """The methods compared on the scenarios, and their sweeps with ``pilot-flwr sweep``."""
 
+import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -48,6 +50,14 @@ FAILED = 1
 """Exit code of a sweep with a failed job."""
 
 Rates = dict[str, dict[str, str]]
+
+
+def sweep_parser(doc: str, folder: str = "scenarios") -> argparse.ArgumentParser:
+    """Return a script's parser, with the options of its sweeps; `folder` is below ``outputs``."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / folder)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="jobs in parallel")
+    return parser
 
 
 def sweep(folder: Path, scenario: str, *words: str, jobs: int, may_fail: bool = False) -> None:

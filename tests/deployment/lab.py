@@ -98,6 +98,14 @@ class Lab:
         for site, log in logs.items():
             wait_for(log, "SuperNode ID", site)
 
+    def start(self) -> None:
+        """Steps 2 to 7 with all sites, and the federation of step 8."""
+        self.start_server()
+        for site in self.sites.values():
+            self.prepare(site)
+        self.start_sites()
+        self.server.run("federation")
+
     def events(self, run: Path, kind: str) -> list[dict]:
         """Return the events of one kind of a run folder, which may not be there yet."""
         file = run / "metrics.jsonl"

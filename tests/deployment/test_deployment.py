@@ -104,11 +104,7 @@ def test_a_server_that_dies_goes_on(tmp_path):
     """kill -9 of all that the server runs; a new certificate; nobody does anything at the sites."""
     folder = tmp_path / "server" / "runs" / "first"
     with Lab(tmp_path) as lab:
-        lab.start_server()
-        for site in lab.sites.values():
-            lab.prepare(site)
-        lab.start_sites()
-        lab.server.run("federation")
+        lab.start()
         lab.server.start("run", script=f"{lab.server.script('run')} {SMALL}")
         wait_until(lambda: len(lab.events(folder, "order")) == 6, seconds=400)
         lab.server.kill()
@@ -134,11 +130,7 @@ def test_a_site_that_is_late_is_left_out_and_taken_back(tmp_path):
     folder = tmp_path / "server" / "runs" / "first"
     rule = "strategy.close_after.fraction=0.6 strategy.close_after.grace_seconds=40"
     with Lab(tmp_path) as lab:
-        lab.start_server()
-        for site in lab.sites.values():
-            lab.prepare(site)
-        lab.start_sites()
-        lab.server.run("federation")
+        lab.start()
         lab.server.start("run", script=f"{lab.server.script('run')} {SMALL} {rule}")
         wait_until(lambda: len(lab.events(folder, "order")) == 3, seconds=400)
         (state,) = (lab.sites["west-clinic"].folder / "state").glob("demo-*")

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from collections import Counter
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from flwr.app import Error, Message, MessageType
 from hypothesis import given
 from hypothesis import strategies as st
-from inprocess import SMALL, Federation
+from inprocess import SMALL, Federation, assert_same_state, resumed
 from quick_training import quick_training
 
 from pilot_flwr.config.loading import load_config
@@ -18,12 +17,8 @@ from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import ConfigError
 from pilot_flwr.flower.grid import clients_at_once
 from pilot_flwr.run.checkpoint import latest_checkpoint
-from pilot_flwr.run.directory import RunFolder
-from pilot_flwr.run.provenance import RunIdentity
 from pilot_flwr.run.tables import summary
-from pilot_flwr.server.resume import OpenRun
 from pilot_flwr.server.sampling import draw, seats
-from pilot_flwr.server_app import federate
 
 federations = st.dictionaries(
     st.text("abc", min_size=1, max_size=4), st.sampled_from(["vqa", "ocr", "count"]), min_size=1
@@ -212,27 +207,8 @@ def test_the_summary_says_how_many_clients_its_scores_cover(half):
 
 def test_a_resumed_run_draws_the_same_and_ends_the_same(half, tmp_path):
     with quick_training():
-        first = Federation(tmp_path, HALF)
-
-        def die(message, reply):
-            if message.metadata.group_id == "4":
-                raise KeyboardInterrupt
-            return reply
-
-        first.grid.on_reply = die
-        with pytest.raises(KeyboardInterrupt):
-            first.run()
-        checkpoint, _ = latest_checkpoint(tmp_path / "checkpoint", fits=lambda _: "")
-        assert checkpoint.server_round == 3
-        second = Federation(tmp_path / "unused", HALF)
-        opened = OpenRun(RunFolder(tmp_path, []), RunIdentity("test-1"), checkpoint)
-        shutil.rmtree(tmp_path / "unused", ignore_errors=True)
-        state = federate(second.grid, second.config, opened).state
-    whole = half.strategy.state
-    assert state.loras.keys() == whole.loras.keys()
-    for mine, theirs in ((state.adapters, whole.adapters), (state.loras, whole.loras)):
-        for name, tensors in theirs.items():
-            assert all(torch.equal(t, mine[name][key]) for key, t in tensors.items())
+        second = resumed(tmp_path, HALF, exchange=4)
+    assert_same_state(second.strategy.state, half.strategy.state)
 
 
 def test_a_simulation_has_no_more_messages_out_than_its_clients_can_use(tmp_path):

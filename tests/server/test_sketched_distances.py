@@ -1,11 +1,7 @@
 """Runs whose distances are estimated from sketches: neighbours of real LoRAs, and resume."""
 
-import shutil
-
 import numpy as np
-import pytest
-import torch
-from inprocess import SMALL, Federation
+from inprocess import SMALL, Federation, assert_same_state, resumed
 from quick_training import quick_training
 
 from pilot_flwr.algorithm.aggregation import (
@@ -15,12 +11,7 @@ from pilot_flwr.algorithm.aggregation import (
 )
 from pilot_flwr.flower.messages import decode_update
 from pilot_flwr.run.aggregations import read_matrices
-from pilot_flwr.run.checkpoint import latest_checkpoint
-from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.events import Aggregated
-from pilot_flwr.run.provenance import RunIdentity
-from pilot_flwr.server.resume import OpenRun
-from pilot_flwr.server_app import federate
 
 SKETCHED = (
     f"{SMALL} data.tasks=[vqa,counting] evaluation.enabled=false strategy.distances=sketch seed=5"
@@ -59,25 +50,8 @@ def test_a_resumed_run_has_the_same_sketches(tmp_path):
     overrides = f"{SKETCHED} data.clients_per_task=2 strategy.rounds=2"
     with quick_training():
         whole = Federation(tmp_path / "whole", overrides).run()
-        first = Federation(tmp_path / "run", overrides)
-
-        def die(message, reply):
-            if message.metadata.group_id == "2":
-                raise KeyboardInterrupt
-            return reply
-
-        first.grid.on_reply = die
-        with pytest.raises(KeyboardInterrupt):
-            first.run()
-        checkpoint, _ = latest_checkpoint(tmp_path / "run" / "checkpoint", fits=lambda _: "")
-        assert checkpoint.server_round == 1
-        second = Federation(tmp_path / "unused", overrides)
-        second.folder = RunFolder(tmp_path / "run", [])
-        shutil.rmtree(tmp_path / "unused", ignore_errors=True)
-        opened = OpenRun(second.folder, RunIdentity("test-1"), checkpoint)
-        state = federate(second.grid, second.config, opened).state
-    expected = whole.strategy.state.loras
-    assert all(torch.equal(t, state.loras[c][n]) for c in expected for n, t in expected[c].items())
+        second = resumed(tmp_path / "run", overrides, exchange=2)
+    assert_same_state(second.strategy.state, whole.strategy.state)
     later = matrices(whole)[1:]
     for mine, theirs in zip(matrices(second)[-2:], later, strict=True):
         np.testing.assert_array_equal(mine.distances, theirs.distances)

@@ -4,9 +4,8 @@ import re
 import time
 
 import pytest
-import torch
 from flwr.app import Error, Message, MessageType
-from inprocess import TWO_TASKS, Federation
+from inprocess import TWO_TASKS, Federation, assert_same_state
 from quick_training import quick_training
 
 from pilot_flwr.config.loading import load_config
@@ -84,13 +83,6 @@ def slow(*slow_ones):
     return lambda client, exchange: seconds.get((client, exchange), 0.0)
 
 
-def same_state(one, two):
-    for mine, theirs in ((one.adapters, two.adapters), (one.loras, two.loras)):
-        assert mine.keys() == theirs.keys()
-        for name, tensors in mine.items():
-            assert all(torch.equal(t, theirs[name][key]) for key, t in tensors.items())
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -123,7 +115,7 @@ def test_a_straggler_equals_a_client_whose_reply_is_lost_and_that_is_away(tmp_pa
     assert run.trained(3)["vqa-1"] == reference.trained(3)["vqa-1"] == 2
     for number in (1, 2, 3):
         assert run.trained(number) == reference.trained(number)
-    same_state(run.strategy.state, reference.strategy.state)
+    assert_same_state(run.strategy.state, reference.strategy.state)
     (failure,) = run.failures()
     assert failure == (1, "vqa-1", "No reply 10.0 s after 3 of 4 clients had answered; the "
                        "exchange closed (`strategy.close_after`).")  # fmt: skip
@@ -162,7 +154,7 @@ def test_a_run_whose_sites_are_in_time_is_the_run_without_the_setting(tmp_path, 
         for run in runs
     ]  # fmt: skip
     assert events[0] == events[1]
-    same_state(*(run.strategy.state for run in runs))
+    assert_same_state(*(run.strategy.state for run in runs))
 
 
 def test_failed_clients_are_no_answers_and_the_minimum_comes_first(tmp_path, clock):
@@ -238,23 +230,28 @@ def test_a_client_is_busy_until_its_time_limit_and_is_then_queried_again(tmp_pat
     assert asked == [1, 4, 5]  # not at 19 and 28 s, but at 37 s
 
 
-def test_a_busy_client_may_return_at_another_node(tmp_path, clock):
-    """Flower answers for a node that is gone."""
-    run = Sites(tmp_path, MOST, clock, slow(("vqa-1", 1, 1e9), ("vqa-0", 2, 9.0)))
+def moves_from_node_4_to_5(folder, clock, *, answers):
+    """A site that is busy at node 4 returns at node 5; whether Flower answers for node 4."""
+    run = Sites(folder, MOST, clock, slow(("vqa-1", 1, 1e9), ("vqa-0", 2, 9.0)))
     run.grid.node_configs.append(run.grid.node_configs[3])  # the site of node 4
     run.grid.nodes, pull = [1, 2, 3, 4], run.grid.pull_messages
 
     def leave(ids):
         if clock.now > 1015:
             run.grid.nodes = [1, 2, 3, 5]
-            for message_id in [i for i in ids if i in run.grid._waiting]:
+            for message_id in [i for i in ids if answers and i in run.grid._waiting]:
                 if run.grid._waiting[message_id].metadata.dst_node_id == 4:
                     message = run.grid._waiting.pop(message_id)
                     return [Message(Error(3, "Node Unavailable"), reply_to=message)]
         return pull(ids)
 
     run.grid.pull_messages = leave
-    run.run()
+    return run
+
+
+def test_a_busy_client_may_return_at_another_node(tmp_path, clock):
+    """Flower answers for a node that is gone."""
+    run = moves_from_node_4_to_5(tmp_path, clock, answers=True).run()
     busy, left = run.warnings()
     assert left[::2] == (2, "failed in exchange 1, which had closed: Node Unavailable")
     assert "vqa-1" not in run.asked(2)
@@ -263,17 +260,7 @@ def test_a_busy_client_may_return_at_another_node(tmp_path, clock):
 
 def test_a_client_that_takes_part_at_another_node_is_not_reported_as_busy(tmp_path, clock):
     """Its old node is gone, and Flower has not answered for it."""
-    run = Sites(tmp_path, MOST, clock, slow(("vqa-1", 1, 1e9), ("vqa-0", 2, 9.0)))
-    run.grid.node_configs.append(run.grid.node_configs[3])  # the site of node 4
-    run.grid.nodes, pull = [1, 2, 3, 4], run.grid.pull_messages
-
-    def leave(ids):
-        if clock.now > 1015:
-            run.grid.nodes = [1, 2, 3, 5]
-        return pull(ids)
-
-    run.grid.pull_messages = leave
-    run.run()
+    run = moves_from_node_4_to_5(tmp_path, clock, answers=False).run()
     assert "vqa-1" in run.trained(3) and run.strategy.instructions.late
     assert [warning[::2] for warning in run.warnings()] == [
         (2, "still works on exchange 1, so it is not instructed.")
