@@ -13,7 +13,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from pilot_flwr import __version__
-from pilot_flwr.cli import data, models, plan, run, sweep
+from pilot_flwr.cli import data, models, plan, run, site, sweep
 from pilot_flwr.cli.common import FAILURE, SUCCESS, USAGE
 from pilot_flwr.errors import ConfigError, PilotError
 
@@ -41,6 +41,9 @@ data_app = typer.Typer(name="data", help="Convert and check data.", **_OPTIONS)
 data_app.command(cls=data.SeveralValues)(data.convert)
 data_app.command()(data.check)
 app.add_typer(data_app)
+site_app = typer.Typer(name="site", help="Run and inspect a real site.", **_OPTIONS)
+site_app.command()(site.serve)
+app.add_typer(site_app)
 
 
 def _print_version(wanted: bool) -> None:

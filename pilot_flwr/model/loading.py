@@ -47,6 +47,11 @@ def loaded_model(
     return _LOADED[key]
 
 
+def is_loaded() -> bool:
+    """Return whether this process has loaded a model."""
+    return bool(_LOADED)
+
+
 def load_base(config: ModelConfig, device: torch.device) -> Any:
     """Load a base model with `from_pretrained` straight to `device` and check every key."""
     import torch

@@ -29,6 +29,7 @@ from pilot_flwr.flower.messages import (
 )
 from pilot_flwr.model.loading import initial_state
 from pilot_flwr.protocol import Instruction, RunInfo
+from pilot_flwr.site import handlers
 
 PACKAGE = Path(session_module.__file__).parents[1]
 DEMANDS = {"max-epsilon": 1.0, "min-noise-multiplier": 10.0}
@@ -154,7 +155,7 @@ def test_any_exception_at_any_place_is_answered_alike(site, kind, error, monkeyp
     def fail(*_, **__):
         raise error
 
-    place = {"query": (client_app, "declared_examples"), "evaluate": (session_module, "Session")}
+    place = {"query": (handlers, "declared_examples"), "evaluate": (session_module, "Session")}
     monkeypatch.setattr(*place.get(kind, (ClientData, "examples")), fail)
     assert is_constant(site.send(kind, PRIVATE))
     assert len(site.account.releases()) == (kind == "train")

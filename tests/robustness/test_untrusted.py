@@ -28,6 +28,7 @@ from pilot_flwr.protocol import RunInfo
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.history import read_run
 from pilot_flwr.server.resume import check_resumable
+from pilot_flwr.site import handlers
 from pilot_flwr.sweeps.runner import sweep
 
 SECRET = "hunter2-of-the-site"
@@ -254,7 +255,7 @@ def test_an_unexpected_error_quotes_nothing_of_a_site(site, monkeypatch, tmp_pat
     def fail(*_, **__):
         raise KeyError(f"Ann Smith, {tmp_path}/patients.json")
 
-    monkeypatch.setattr(client_app, "declared_examples", fail)
+    monkeypatch.setattr(handlers, "declared_examples", fail)
     reply = ask(ONE, site)
     assert reply.error.code == OWN_ERROR
     assert reply.error.reason == "KeyError; see the client's own log."
@@ -269,7 +270,7 @@ def test_a_typed_error_keeps_its_words(site, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise DataError(f"train.json, row 4, cannot be used: {tmp_path}/state of the site/x y.png")
 
-    monkeypatch.setattr(client_app, "declared_examples", fail)
+    monkeypatch.setattr(handlers, "declared_examples", fail)
     reason = ask(ONE, site).error.reason
     assert reason == "train.json, row 4, cannot be used: <state-folder>/x y.png"
 

@@ -273,7 +273,7 @@ def test_sites_that_contradict_themselves_are_told_in_both_places(federation, si
         logging.getLogger("flwr").removeHandler(caplog.handler)
     assert set(trained(run, 2)) == {"clinic-7", "vqa-0"}
     server = {who: why for number, who, why in failures(run) if number == 1}
-    own = [r for r in caplog.records if r.pathname.endswith("client_app.py") and r.levelno > 20]
+    own = [r for r in caplog.records if r.pathname.endswith("handlers.py") and r.levelno > 20]
     assert not [r for r in own if r.exc_info]  # lines, no traceback: an engineer is to read them
     logged = dict.fromkeys(r.getMessage() for r in own)
     for node, log, (change, message) in zip(range(3, 12), logged, WRONG.values(), strict=True):
