@@ -1,0 +1,103 @@
+"""Hand a message over from Flower's ClientApp to the site's warm service.
+
+Flower starts a process for every message; this one imports neither torch nor transformers. Its log
+repeats that of the worker, and its end ends the worker's session: a session lives no longer than
+the ClientApp that was asked for it, warm or not.
+"""
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flwr.app import Context, Error, RecordDict
+
+from pilot_flwr.client.node_config import FLOWER_KEYS, NodeConfig, read_node_config
+from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.flower.compatibility import code_hash
+from pilot_flwr.site.handlers import Answer, Kind
+from pilot_flwr.site.transport import HungUp, connect, receive, send
+
+PATIENCE_SECONDS = 60.0
+"""How long a service may take to answer a greeting, which it does even while it computes."""
+
+logger = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Service:
+    """An open connection to a service that has accepted this process's code and node config."""
+
+    connection: socket.socket
+
+    def run(self, kind: Kind, content: RecordDict, context: Context) -> Answer:
+        """Let the worker answer a message, whose arrays are released; log its progress.
+
+        Raises `RunError` if the worker dies or its service stops.
+        """
+        request = {
+            "kind": kind,
+            "overrides": str(context.run_config["overrides"]),
+            "node_config": dict(context.node_config),
+            "run_id": context.run_id,
+            "node_id": context.node_id,
+        }
+        self.connection.settimeout(None)
+        try:
+            send(self.connection, request, content)
+            while True:
+                packet, reply = receive(self.connection)
+                if "log" in packet:
+                    logger.log(packet["log"], "%s", packet["text"])
+                elif "failed" in packet:
+                    raise RunError(packet["failed"])
+                elif "error" in packet:
+                    return Error(packet["error"], packet["reason"])
+                else:
+                    return reply
+        except HungUp:
+            raise RunError(
+                "The site's service has ended during the session. Nothing has been overwritten: "
+                "the client resumes from the private state of the exchange before."
+            ) from None
+
+
+@contextlib.contextmanager
+def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
+    """Yield a connection to the service of this site's state folder, None if none listens there.
+
+    Raises `ConfigError` if it runs other code or has another node config.
+    """
+    folder = read_node_config(node_config).state_folder
+    connection = None
+    try:
+        if folder is not None and folder.is_dir():
+            connection = connect(folder)
+    except ConnectionRefusedError:
+        logger.warning(
+            "The service of %s is not running, but has left its socket: this message is answered "
+            "without it. Start it again with `pilot-flwr site serve`.",
+            folder,
+        )
+    if connection is None:
+        yield None
+        return
+    with connection:
+        connection.settimeout(PATIENCE_SECONDS)
+        try:
+            send(connection, greeting(node_config))
+            packet, _ = receive(connection)
+        except (HungUp, TimeoutError):
+            raise RunError(
+                f"The site's service does not answer. Restart `pilot-flwr site serve` of {folder}."
+            ) from None
+        if refusal := packet.get("refused"):
+            raise ConfigError(str(refusal))
+        yield Service(connection)
+
+
+def greeting(node_config: NodeConfig) -> dict[str, object]:
+    """Return the first packet of a ClientApp: its code and its node config."""
+    own = {key: value for key, value in node_config.items() if key not in FLOWER_KEYS}
+    return {"code": code_hash(), "node_config": own}

@@ -1,0 +1,323 @@
+"""A warm site: keep the base model ready between Flower's messages.
+
+The service of a site (``pilot-flwr site serve``) listens on a socket in the site's state folder
+and runs one worker process at a time (`pilot_flwr.site.worker`), which imports torch, loads the
+base model with its first message and keeps it. Each message's ClientApp connects, shows its code
+and node config, and then talks with the worker directly.
+
+The service computes nothing, so that it outlives whatever happens to a worker. A worker is killed
+when its ClientApp ends before the reply, when it has been idle for long, and when the service
+stops; that is as safe as the end of a ClientApp without a service, since a private state is
+replaced atomically and a session starts from the state of an earlier exchange. The next worker is
+started at once.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pilot_flwr.client.node_config import NodeConfig, read_node_config
+from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.flower.compatibility import code_hash
+from pilot_flwr.formatting import human_seconds
+from pilot_flwr.run.atomic import hold
+from pilot_flwr.site.door import greeting
+from pilot_flwr.site.transport import SOCKET, HungUp, check_peer, connect, listen, receive, send
+
+LOCK = ".worker.lock"
+"""File in a ``state-folder``, locked by its service."""
+
+GREETING_SECONDS = 10.0
+"""How long a new connection may take to greet, and a ClientApp then to send its message."""
+
+START_SECONDS = 300.0
+"""How long a worker may take to import its libraries, from a slow disk."""
+
+_TICK_SECONDS = 1.0
+_HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+_RESUMES = (
+    "Nothing has been overwritten: the client resumes from the private state of the exchange "
+    "before."
+)
+logger = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a service does: `started` is in seconds since 1970, `busy` the last line of progress.
+
+    `warm` tells whether the base model is loaded, `turns` how many messages have been answered.
+    """
+
+    pid: int
+    started: float
+    warm: bool
+    busy: str
+    turns: int
+
+
+def status(state_folder: Path) -> Status | None:
+    """Return the status of the service of a state folder; None if none listens there."""
+    try:
+        connection = connect(state_folder)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    if connection is None:
+        return None
+    with connection:
+        connection.settimeout(GREETING_SECONDS)
+        try:
+            send(connection, {"status": True})
+            packet, _ = receive(connection)
+        except (HungUp, TimeoutError):
+            raise RunError(f"The service of {state_folder} does not answer.") from None
+    return Status(**packet)
+
+
+def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
+    """Serve the site of a node config until the process is stopped by an exception.
+
+    A worker that has been idle for `idle_release` seconds is replaced by one without a model, 0
+    for never. Raises `ConfigError` for a wrong node config and `RunError` if the state folder has a
+    service already.
+    """
+    settings = read_node_config(node_config)
+    folder = settings.state_folder
+    if folder is None or not settings.client_id:
+        key = "client-id" if folder is not None else "state-folder"
+        raise ConfigError(f"`{key}` is missing in the node config; a service needs it.")
+    with hold(folder / LOCK, f"The service of {folder}"), listen(folder) as listener:
+        try:
+            _Server(node_config, idle_release).run(listener)
+        finally:
+            (folder / SOCKET).unlink(missing_ok=True)
+
+
+class _Worker:
+    """A worker process, ready to answer."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(  # nosec B603  # no shell, this package
+                [sys.executable, "-P", "-m", "pilot_flwr.site.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self.warm = False
+        self.busy = ""
+        self._greeted = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def run(self, connection: socket.socket) -> None:
+        """Let it answer the message that waits in a connection.
+
+        Raises `HungUp` if the ClientApp ends before; then the worker still computes and must be
+        ended. Raises `RunError` if the worker dies.
+        """
+        self._greet()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is heard below
+            socket.send_fds(self._control, [b"."], [connection.fileno()])
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN | _HUNG_UP)
+        poller.register(connection, _HUNG_UP)
+        while True:
+            events = dict(poller.poll())
+            if self._control.fileno() not in events:
+                raise HungUp
+            packet = self._hear()
+            if packet.get("done"):
+                self.warm, self.busy = bool(packet["warm"]), ""
+                return
+            self.busy = str(packet.get("busy", ""))
+
+    def kill(self) -> int:
+        """Kill the process, whatever it does; return its exit code."""
+        self._process.kill()
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Kill the process and release its socket, which no other thread may use."""
+        self.kill()
+        self._control.close()
+
+    def _greet(self) -> None:
+        """Wait until the worker has imported its libraries; check that its code is this one's."""
+        if self._greeted:
+            return
+        self._control.settimeout(START_SECONDS)
+        code = self._hear()["code"]
+        self._control.settimeout(None)
+        if code != code_hash():
+            raise RunError(
+                "The installed pilot-flwr has changed since the site's service was started: "
+                "restart `pilot-flwr site serve`."
+            )
+        self._greeted = True
+
+    def _hear(self) -> dict[str, Any]:
+        try:
+            return receive(self._control)[0]
+        except (HungUp, TimeoutError):
+            code = self.kill()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise RunError(
+                f"The worker process of the site's service {how} (often: out of memory; the log of "
+                f"`pilot-flwr site serve` has more). {_RESUMES}"
+            ) from None
+
+
+class _Server:
+    """Accepts connections; gives them to the worker one at a time."""
+
+    def __init__(self, node_config: NodeConfig, idle_release: float) -> None:
+        self._own = greeting(node_config)
+        self._idle_release = idle_release
+        self._started, self._used = time.time(), time.monotonic()
+        self._turns = 0
+        self._turn = threading.Lock()
+        self._stopping = False
+        self._worker = _Worker()
+
+    def run(self, listener: socket.socket) -> None:
+        """Accept connections until an exception in this thread, such as that of a signal."""
+        listener.settimeout(_TICK_SECONDS)
+        try:
+            while True:
+                self._release_if_idle()
+                with contextlib.suppress(TimeoutError):
+                    connection, _ = listener.accept()
+                    threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        finally:
+            self._stopping = True
+            self._worker.kill()
+            if self._turn.acquire(timeout=GREETING_SECONDS):  # the ClientApp has its error
+                self._worker.close()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Answer one connection: a question for the status, a query, or a message."""
+        with connection:
+            try:
+                check_peer(connection)
+                connection.settimeout(GREETING_SECONDS)
+                packet, _ = receive(connection)
+                if "status" in packet:
+                    send(connection, asdict(self._status()))
+                    return
+                if refusal := self._refusal(packet):
+                    logger.warning("A ClientApp is refused: %s", refusal)
+                    send(connection, {"refused": refusal})
+                    return
+                send(connection, {})
+                if _has_message(connection):
+                    self._answer(connection)
+            except HungUp:
+                pass
+            except (RunError, TimeoutError, OSError) as error:
+                logger.warning("A connection to the site's socket is closed: %s", error)
+
+    def _answer(self, connection: socket.socket) -> None:
+        with self._one_turn(connection):
+            try:
+                self._worker.run(connection)
+                self._turns += 1
+            except HungUp:
+                logger.warning("The ClientApp ended before its session. %s", _RESUMES)
+                self._replace_worker()
+            except RunError as error:
+                if not self._stopping:
+                    logger.error("%s", error)
+                    self._replace_worker()
+                text = str(error) if not self._stopping else _STOPPED
+                with contextlib.suppress(HungUp):
+                    send(connection, {"failed": text})
+            self._used = time.monotonic()
+
+    @contextlib.contextmanager
+    def _one_turn(self, connection: socket.socket) -> Iterator[None]:
+        """Wait for the turn of a ClientApp; raise `HungUp` if it has ended meanwhile."""
+        while not self._turn.acquire(timeout=_TICK_SECONDS):
+            _check_connected(connection)
+        try:
+            _check_connected(connection)
+            yield
+        finally:
+            self._turn.release()
+
+    def _release_if_idle(self) -> None:
+        """Replace a worker that has been idle for long, or has died; a new one has no model."""
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            idle = time.monotonic() - self._used
+            if not self._worker.alive:
+                logger.warning("The idle worker process has ended; another one is started.")
+                self._replace_worker()
+            elif self._worker.warm and 0 < self._idle_release <= idle:
+                logger.info("Idle for %s: the base model is released.", human_seconds(idle))
+                self._replace_worker()
+        finally:
+            self._turn.release()
+
+    def _replace_worker(self) -> None:
+        self._worker.close()
+        if not self._stopping:
+            self._worker = _Worker()
+
+    def _status(self) -> Status:
+        worker = self._worker
+        return Status(os.getpid(), self._started, worker.warm, worker.busy, self._turns)
+
+    def _refusal(self, packet: dict[str, Any]) -> str:
+        """Return why a ClientApp is refused: other code, or another node config."""
+        own, other = self._own["code"], packet.get("code")
+        if own != other:
+            return (
+                f"The site's service runs pilot-flwr with code {own} but this run has code {other}:"
+                " install the run's version at the site and restart `pilot-flwr site serve`."
+            )
+        ours, theirs = self._own["node_config"], packet.get("node_config")
+        assert isinstance(ours, dict)
+        if not isinstance(theirs, dict):
+            return "The ClientApp sent no node config."
+        keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        if not keys:
+            return ""
+        named = ", ".join(f"`{key}`" for key in keys)
+        return (
+            f"The site's service and its SuperNode were started with different node configs, which "
+            f"differ in {named}: restart both with the same file."
+        )
+
+
+_STOPPED = f"The site's service was stopped during the session. {_RESUMES}"
+
+
+def _has_message(connection: socket.socket) -> bool:
+    """Wait until a ClientApp sends its message; a query ends here, once it knows it is welcome."""
+    poller = select.poll()
+    poller.register(connection, select.POLLIN | _HUNG_UP)
+    events = dict(poller.poll(GREETING_SECONDS * 1000))
+    return bool(events) and not events[connection.fileno()] & _HUNG_UP
+
+
+def _check_connected(connection: socket.socket) -> None:
+    poller = select.poll()
+    poller.register(connection, _HUNG_UP)
+    if poller.poll(0):
+        raise HungUp

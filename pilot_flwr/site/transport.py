@@ -1,0 +1,207 @@
+"""Packets over the Unix socket between a ClientApp and its site's warm service.
+
+A packet is a JSON object. The records of a message travel beside it in an anonymous file in memory
+(`memfd_create`) whose descriptor is passed over the socket: arrays are written once and mapped by
+the receiver, nothing has a name that another process could open, and nothing is left behind when a
+process dies. The kernel delivers a packet whole or not at all (`SOCK_SEQPACKET`).
+
+The socket is in the site's state folder, for its owner alone; each side also asks the kernel who
+its peer is, and refuses any other user.
+"""
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from pilot_flwr.errors import RunError
+
+SOCKET = "worker.sock"
+"""Name of the service's socket in a ``state-folder``."""
+
+LONGEST_PACKET = 1 << 16
+LONGEST_TEXT = 1 << 14
+"""Characters of a line of progress; the rest is cut."""
+
+_ALIGNMENT = 64
+_KINDS = {"config": ConfigRecord, "metrics": MetricRecord}
+
+
+class HungUp(Exception):
+    """The other side has closed the connection, or its process has ended."""
+
+
+def listen(folder: Path) -> socket.socket:
+    """Listen on the socket in `folder`, in place of one that a dead service has left."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with _short(folder) as path:
+        Path(path).unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+    listener.listen()
+    return listener
+
+
+def connect(folder: Path) -> socket.socket | None:
+    """Connect to the service that listens in `folder`; None if there is none.
+
+    Raises `ConnectionRefusedError` if a dead service has left its socket, and `RunError` if the
+    socket belongs to another user.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with _short(folder) as path:
+            connection.connect(path)
+        check_peer(connection)
+    except FileNotFoundError:
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Raise `RunError` unless the process at the other end is this process's user's."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    if user != os.geteuid():
+        raise RunError(
+            f"The process at the other end of the site's socket is of user {user} but must be of "
+            f"user {os.geteuid()}: run the SuperNode and `pilot-flwr site serve` as one user."
+        )
+
+
+def send(
+    connection: socket.socket, packet: Mapping[str, Any], content: RecordDict | None = None
+) -> None:
+    """Send a packet and, if given, the records of a message, from which arrays are removed.
+
+    Raises `HungUp` if nobody receives it, and `OSError` if memory is short.
+    """
+    try:
+        if content is None:
+            connection.send(json.dumps(packet).encode())
+            return
+        with _memory_file() as file:
+            place, length = _write(file, packet, content)
+            socket.send_fds(connection, [json.dumps([place, length]).encode()], [file])
+    except (BrokenPipeError, ConnectionResetError):
+        raise HungUp from None
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict]:
+    """Receive a packet and the records sent with it, or none.
+
+    Arrays are views of the sender's memory. Raises `HungUp` if the other side has ended, `RunError`
+    for anything that `send` does not send, and `TimeoutError` as the socket does.
+    """
+    try:
+        data, files, flags, _ = socket.recv_fds(
+            connection, LONGEST_PACKET, 1, socket.MSG_CMSG_CLOEXEC
+        )
+    except ConnectionResetError:
+        raise HungUp from None
+    try:
+        if not data:
+            raise HungUp
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ValueError("it is too long")
+        packet = json.loads(data)
+        content = RecordDict()
+        if files:
+            packet, content = _read(files[0], *packet)
+        if not isinstance(packet, dict):
+            raise ValueError("it is no JSON object")
+        return packet, content
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"A packet on the site's socket cannot be read: {error}.") from error
+    finally:
+        for file in files:
+            os.close(file)
+
+
+@contextlib.contextmanager
+def _memory_file() -> Iterator[int]:
+    file = os.memfd_create("pilot-flwr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _write(file: int, packet: Mapping[str, Any], content: RecordDict) -> tuple[int, int]:
+    """Write a message; return place and length of its index, which comes last."""
+    index: dict[str, Any] = {"packet": packet, "arrays": {}}
+    for kind, of in _KINDS.items():
+        index[kind] = {name: dict(r) for name, r in content.items() if isinstance(r, of)}
+    end = 0
+    for name in list(content.array_records):
+        index["arrays"][name] = entries = {}
+        for key, array in content.array_records[name].items():
+            entries[key] = [array.dtype, array.shape, array.stype, end, len(array.data)]
+            end = _write_all(file, array.data, end)
+            del array
+        del content[name]
+    data = json.dumps(index).encode()
+    _write_all(file, data, end)
+    # The receiver maps the file: were it shortened, a read would kill that process.
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return end, len(data)
+
+
+def _write_all(file: int, data: bytes, place: int) -> int:
+    """Write at a place; return the next aligned one."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, place)
+        view, place = view[written:], place + written
+    return place + -place % _ALIGNMENT
+
+
+def _read(file: int, place: int, length: int) -> tuple[dict[str, Any], RecordDict]:
+    if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError("its memory is not sealed")
+    # Private pages that may be written, which nobody does: torch warns about read-only memory.
+    memory = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
+    index = json.loads(bytes(_part(memory, place, length)))
+    content = RecordDict()
+    for kind, of in _KINDS.items():
+        for name, values in index[kind].items():
+            content[name] = of(values)
+    for name, arrays in index["arrays"].items():
+        record = ArrayRecord()
+        for key, (dtype, shape, stype, start, size) in arrays.items():
+            array = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=b"")
+            array.data = _part(memory, start, size)  # type: ignore[assignment]
+            record[key] = array
+        content[name] = record
+    return index["packet"], content
+
+
+def _part(memory: memoryview, start: int, size: int) -> memoryview:
+    if not 0 <= start <= start + size <= len(memory):
+        raise ValueError("its parts are not in its memory")
+    return memory[start : start + size]
+
+
+@contextlib.contextmanager
+def _short(folder: Path) -> Iterator[str]:
+    """Yield a path of the socket that is short: a socket's path has at most 107 bytes."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)
