@@ -1,23 +1,31 @@
 """The ClientApp: every message is answered by the site's warm service or, without one, here."""
 
+from typing import TYPE_CHECKING
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from pilot_flwr.errors import PilotError
 from pilot_flwr.site.door import find_service
-from pilot_flwr.site.handlers import Kind, answer, failure
+
+if TYPE_CHECKING:
+    from pilot_flwr.site.handlers import Kind
 
 app = ClientApp()
 
 
-def _reply(kind: Kind, message: Message, context: Context) -> Message:
+def _reply(kind: "Kind", message: Message, context: Context) -> Message:
     content = message.content
     try:
         with find_service(context.node_config) as service:
             if service is not None and kind != "query":
                 return Message(service.run(kind, content, context), reply_to=message)
     except (PilotError, OSError) as error:
+        from pilot_flwr.site.handlers import failure
+
         return Message(failure(error, content, context), reply_to=message)
+    from pilot_flwr.site.handlers import answer  # a message for the service needs none of it
+
     return Message(answer(kind, content, context), reply_to=message)
 
 

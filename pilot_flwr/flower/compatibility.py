@@ -7,23 +7,19 @@ micro-batch) are excluded. To compare more, add a row to `NAMES` and its value t
 exclude a setting, add it to `SERVER_ONLY`.
 """
 
-import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from pilot_flwr import __version__
 from pilot_flwr.algorithm.parameter_groups import Sharing
-from pilot_flwr.config.loading import config_folder
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.formatting import plain
 from pilot_flwr.model.architectures import read_config
 from pilot_flwr.model.checkpoints import UNKNOWN, weights_sample
 from pilot_flwr.model.shapes import layout_of
+from pilot_flwr.run.provenance import code_hash, digest
 
 NAMES = {
     "app": "app version",
@@ -86,24 +82,6 @@ def differences(client: Mapping[str, str], server: Mapping[str, str]) -> list[st
         elif theirs != ours and UNKNOWN not in (theirs, ours):
             found.append(f"{name}: {plain(theirs)[:60]} there, {ours} here")
     return found
-
-
-@functools.lru_cache(maxsize=1)
-def code_hash() -> str:
-    """Return a hash of this package's code and configuration files."""
-    package = Path(__file__).resolve().parent.parent
-    files = {path.relative_to(package): path for path in package.rglob("*.py")}
-    files |= {
-        Path("conf") / path.relative_to(config_folder()): path
-        for path in config_folder().rglob("*.yaml")
-    }
-    lines = (f"{name.as_posix()} {digest(files[name].read_text('utf-8'))}" for name in files)
-    return digest(sorted(lines))
-
-
-def digest(value: Any) -> str:
-    """Return the first 12 hexadecimal digits of the SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def common_settings(config: PilotConfig) -> dict[str, Any]:

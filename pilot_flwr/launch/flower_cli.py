@@ -142,7 +142,7 @@ def app_folder(scratch: Path) -> Path:
     """Return the folder of the Flower app: the checkout, or one assembled from the package.
 
     An installed package has no checkout, so its files, ``conf/`` and pyproject.toml are copied
-    to `scratch` in a checkout's layout, so that `pilot_flwr.flower.compatibility.code_hash` is
+    to `scratch` in a checkout's layout, so that `pilot_flwr.run.provenance.code_hash` is
     the same.
     """
     package = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pilot_flwr.config.loading import to_dict
+from pilot_flwr.config.loading import config_folder, to_dict
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.run.atomic import read_json, write_text
 
@@ -33,6 +33,24 @@ PACKAGES = ("pilot-flwr", "flwr", "ray", "torch", "transformers", "peft", "numpy
 """Distributions that results may depend on."""
 
 _PATHS = ("pilot_flwr", "conf", "pyproject.toml")
+
+
+@functools.lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Return a hash of this package's code and configuration files."""
+    package = Path(__file__).resolve().parent.parent
+    files = {path.relative_to(package): path for path in package.rglob("*.py")}
+    files |= {
+        Path("conf") / path.relative_to(config_folder()): path
+        for path in config_folder().rglob("*.yaml")
+    }
+    lines = (f"{name.as_posix()} {digest(files[name].read_text('utf-8'))}" for name in files)
+    return digest(sorted(lines))
+
+
+def digest(value: Any) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def provenance(checkout: Path | None = None) -> dict[str, Any]:

@@ -10,14 +10,17 @@ import logging
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, RecordDict
 
 from pilot_flwr.client.node_config import FLOWER_KEYS, NodeConfig, read_node_config
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.flower.compatibility import code_hash
-from pilot_flwr.site.handlers import Answer, Kind
+from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.transport import HungUp, connect, receive, send
+
+if TYPE_CHECKING:
+    from pilot_flwr.site.handlers import Answer, Kind
 
 PATIENCE_SECONDS = 60.0
 """How long a service may take to answer a greeting, which it does even while it computes."""
@@ -31,7 +34,7 @@ class Service:
 
     connection: socket.socket
 
-    def run(self, kind: Kind, content: RecordDict, context: Context) -> Answer:
+    def run(self, kind: "Kind", content: RecordDict, context: Context) -> "Answer":
         """Let the worker answer a message, whose arrays are released; log its progress.
 
         Raises `RunError` if the worker dies or its service stops.

@@ -28,9 +28,9 @@ from typing import Any
 
 from pilot_flwr.client.node_config import NodeConfig, read_node_config
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.flower.compatibility import code_hash
 from pilot_flwr.formatting import human_seconds
 from pilot_flwr.run.atomic import hold
+from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.door import greeting
 from pilot_flwr.site.transport import SOCKET, HungUp, check_peer, connect, listen, receive, send
 
@@ -43,6 +43,7 @@ GREETING_SECONDS = 10.0
 START_SECONDS = 300.0
 """How long a worker may take to import its libraries, from a slow disk."""
 
+_WORKER = [sys.executable, "-P", "-m", "pilot_flwr.site.worker"]
 _TICK_SECONDS = 1.0
 _HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 _RESUMES = (
@@ -110,7 +111,7 @@ class _Worker:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(  # nosec B603  # no shell, this package
-                [sys.executable, "-P", "-m", "pilot_flwr.site.worker", str(theirs.fileno())],
+                [*_WORKER, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,

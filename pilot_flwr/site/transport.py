@@ -75,7 +75,9 @@ def connect(folder: Path) -> socket.socket | None:
 
 def check_peer(connection: socket.socket) -> None:
     """Raise `RunError` unless the process at the other end is this process's user's."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
     _, user, _ = struct.unpack("3i", credentials)
     if user != os.geteuid():
         raise RunError(

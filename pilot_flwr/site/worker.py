@@ -13,7 +13,7 @@ import threading
 
 from flwr.app import Context, Error, RecordDict
 
-from pilot_flwr.flower.compatibility import code_hash
+from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.handlers import Answer, answer, failure
 from pilot_flwr.site.transport import LONGEST_TEXT, HungUp, receive, send
 
@@ -41,8 +41,8 @@ def main(descriptor: int) -> None:
     """Answer messages until the service ends."""
     control = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
-    from pilot_flwr.model import loading, pilot_model  # noqa: F401  # torch and transformers
     from pilot_flwr.client import session  # noqa: F401
+    from pilot_flwr.model import loading, pilot_model  # noqa: F401  # torch and transformers
 
     send(control, {"code": code_hash()})
     while True:

@@ -9,9 +9,9 @@ from flwr.cli.build import build_fab_from_disk
 
 from pilot_flwr.cli.main import main
 from pilot_flwr.errors import RunError
-from pilot_flwr.flower import compatibility
 from pilot_flwr.launch import flower_cli
 from pilot_flwr.launch.flower_cli import app_folder, flower_program
+from pilot_flwr.run import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,12 +54,12 @@ def test_an_installed_package_gives_the_checkouts_files(installed, tmp_path):
 def test_bundle_and_code_hash_do_not_depend_on_the_installation(installed, tmp_path, monkeypatch):
     apps = [app_folder(tmp_path / name) for name in ("one", "two")]
     assert build_fab_from_disk(apps[0]) == build_fab_from_disk(apps[1])
-    module = apps[0] / "pilot_flwr" / "flower" / "compatibility.py"
-    monkeypatch.setattr(compatibility, "__file__", str(module))
-    monkeypatch.setattr(compatibility, "config_folder", lambda: apps[0] / "conf")
-    hashed = compatibility.code_hash.__wrapped__()
+    module = apps[0] / "pilot_flwr" / "run" / "provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(module))
+    monkeypatch.setattr(provenance, "config_folder", lambda: apps[0] / "conf")
+    hashed = provenance.code_hash.__wrapped__()
     monkeypatch.undo()
-    assert hashed == compatibility.code_hash.__wrapped__()
+    assert hashed == provenance.code_hash.__wrapped__()
 
 
 def test_a_package_without_pyproject_toml_is_an_error(installed, tmp_path):
