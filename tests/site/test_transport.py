@@ -151,9 +151,7 @@ def test_another_users_process_is_refused_at_both_ends(tmp_path, monkeypatch):
                 connect(tmp_path)
 
 
-def test_full_memory_is_an_error_of_the_message_and_leaves_the_connection_usable(
-    pair, monkeypatch
-):
+def test_full_memory_is_an_error_of_the_message_and_leaves_the_connection_usable(pair, monkeypatch):
     """A limit of the size of files holds for memory, too."""
     import resource
     import signal

@@ -1,0 +1,34 @@
+"""A worker without torch, which does what the request's ``overrides`` say."""
+
+import os
+import socket
+import sys
+import time
+
+from flwr.app import ConfigRecord, RecordDict
+
+from pilot_flwr.run.provenance import code_hash
+from pilot_flwr.site.transport import receive, send
+
+control = socket.socket(fileno=int(sys.argv[1]))
+send(control, {"code": os.environ.get("STUB_CODE", code_hash())})
+while True:
+    data, files, _, _ = socket.recv_fds(control, 1, 1)
+    if not data:
+        sys.exit()
+    with socket.socket(fileno=files[0]) as connection:
+        connection.settimeout(None)
+        request, content = receive(connection)
+        send(control, {"busy": f"{request['kind']}, exchange 3"})
+        send(connection, {"log": 20, "text": "at work"})
+        what = request["overrides"]
+        if what == "die":
+            os._exit(3)
+        if what == "sleep":
+            time.sleep(600)
+        send(control, {"done": True, "warm": True})
+        if what == "fail":
+            send(connection, {"error": 1001, "reason": "no"})
+            continue
+        echo = {name: list(record) for name, record in content.array_records.items()}
+        send(connection, {}, RecordDict({"echo": ConfigRecord(echo | {"pid": os.getpid()})}))

@@ -1,0 +1,374 @@
+"""A site's service: one worker, one turn at a time, and every way in which either may end."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from pilot_flwr.client_app import app
+from pilot_flwr.errors import ConfigError, RunError
+from pilot_flwr.flower.grid import InProcessGrid
+from pilot_flwr.flower.messages import OWN_ERROR, PRIVATE_ERROR
+from pilot_flwr.site import service
+from pilot_flwr.site.door import find_service
+from pilot_flwr.site.transport import SOCKET, connect, listen, send
+
+STUB = Path(__file__).with_name("stub_worker.py")
+
+
+class Stop(Exception):
+    """Stops a served site."""
+
+
+class Served:
+    """A site whose service runs in a thread, with a worker that needs no torch."""
+
+    def __init__(self, folder, idle_release=0.0):
+        self.node = {"client-id": "vqa-0", "state-folder": str(folder), "device": "cpu"}
+        self.folder, self.idle_release = folder, idle_release
+        self.server = service._Server(self.node, idle_release)
+        self.listener = listen(folder)
+        self._stop = threading.Event()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self):
+        accept = self.listener.accept
+
+        def stoppable():
+            if self._stop.is_set():
+                raise Stop
+            return accept()
+
+        class Listener:
+            settimeout = self.listener.settimeout
+            accept = staticmethod(stoppable)
+
+        try:
+            self.server.run(Listener())
+        except Stop:
+            pass
+
+    def stop(self):
+        self._stop.set()
+        self.thread.join(20)
+        self.listener.close()
+        assert not self.thread.is_alive()
+
+    def context(self, what="", **changes):
+        return Context(
+            run_id=1,
+            node_id=2,
+            node_config=self.node | changes,
+            state=RecordDict(),
+            run_config={"overrides": what},
+        )
+
+    def turn(self, what="", kind="train"):
+        """Let the service answer as a ClientApp does; return the reply's content or error."""
+        content = RecordDict({"lora": ArrayRecord({"w": Array(np.zeros(3))})})
+        with find_service(self.node) as found:
+            return found.run(kind, content, self.context(what))
+
+    def worker(self):
+        return self.server._worker._process.pid
+
+    def until(self, condition, seconds=10):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    monkeypatch.setattr(service, "_WORKER", [sys.executable, str(STUB)])
+    monkeypatch.setattr(service, "_TICK_SECONDS", 0.05)
+    served = []
+
+    def start(**options):
+        served.append(Served(tmp_path, **options))
+        return served[-1]
+
+    yield start
+    for site in served:
+        site.stop()
+
+
+@contextmanager
+def background(function, *arguments):
+    """Run a function in a thread; yield the list that receives its result or exception."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(function(*arguments))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield outcome
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_one_worker_answers_all_messages_and_its_log_is_the_clientapps(serve, caplog):
+    site = serve()
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO):
+            first, second = site.turn(), site.turn(kind="evaluate")
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    assert first["echo"]["lora"] == ["w"]
+    assert first["echo"]["pid"] == second["echo"]["pid"] == site.worker()
+    assert len({id(r) for r in caplog.records if r.message == "at work"}) == 2
+    found = service.status(site.folder)
+    assert (found.pid, found.warm, found.busy, found.turns) == (os.getpid(), True, "", 2)
+    assert abs(found.started - time.time()) < 60
+
+
+def test_an_error_of_the_worker_is_the_reply(serve):
+    error = serve().turn("fail")
+    assert (error.code, error.reason) == (1001, "no")
+
+
+def test_a_worker_that_dies_fails_its_turn_alone(serve):
+    site = serve()
+    pid = site.worker()
+    with pytest.raises(RunError, match="ended with code 3 .*Nothing has been overwritten"):
+        site.turn("die")
+    assert site.turn()["echo"]["pid"] != pid
+
+
+def test_a_killed_worker_is_replaced_also_when_idle(serve):
+    site = serve()
+    pid = site.worker()
+    os.kill(pid, signal.SIGKILL)
+    site.until(lambda: site.worker() != pid)
+    assert site.turn()["echo"]["pid"] == site.worker()
+
+
+def test_the_end_of_a_clientapp_ends_its_session(serve):
+    site = serve()
+    pid = site.worker()
+    with (
+        find_service(site.node) as found,
+        background(found.run, "train", RecordDict(), site.context("sleep")) as outcome,
+    ):
+        site.until(lambda: service.status(site.folder).busy == "train, exchange 3")
+        found.connection.shutdown(2)
+    assert isinstance(outcome[0], RunError)
+    site.until(lambda: site.worker() != pid)
+    assert not psutil.pid_exists(pid)
+    assert site.turn()["echo"]["pid"] == site.worker()
+    assert service.status(site.folder).turns == 1
+
+
+def test_a_second_clientapp_waits_for_its_turn(serve):
+    site = serve()
+    with (
+        find_service(site.node) as first,
+        background(first.run, "train", RecordDict(), site.context("sleep")),
+    ):
+        site.until(lambda: service.status(site.folder).busy)
+        with background(site.turn) as second:
+            time.sleep(0.3)
+            assert not second
+            first.connection.shutdown(2)
+    assert second[0]["echo"]["pid"] == site.worker()
+
+
+def test_a_clientapp_that_ends_while_it_waits_is_forgotten(serve):
+    site = serve()
+    with (
+        find_service(site.node) as first,
+        background(first.run, "train", RecordDict(), site.context("sleep")),
+    ):
+        site.until(lambda: service.status(site.folder).busy)
+        pid = site.worker()
+        with find_service(site.node) as second:
+            send(second.connection, {}, RecordDict())
+        time.sleep(0.3)
+        assert site.worker() == pid  # the first one computes
+        first.connection.shutdown(2)
+    assert site.turn()["echo"]["pid"] == site.worker()
+
+
+def test_the_end_of_the_service_is_an_error_of_the_session(serve):
+    site = serve()
+    with (
+        find_service(site.node) as found,
+        background(found.run, "train", RecordDict(), site.context("sleep")) as outcome,
+    ):
+        site.until(lambda: service.status(site.folder).busy)
+        site.stop()
+    assert "was stopped during the session. Nothing has been overwritten" in str(outcome[0])
+
+
+def test_an_idle_worker_gives_its_memory_back(serve):
+    site = serve(idle_release=0.4)
+    pid = site.worker()
+    time.sleep(0.6)
+    assert site.worker() == pid  # it has loaded nothing
+    site.turn()
+    assert service.status(site.folder).warm
+    site.until(lambda: site.worker() != pid)
+    assert not service.status(site.folder).warm
+
+
+def test_other_code_is_refused_by_its_name(serve, monkeypatch):
+    site = serve()
+    monkeypatch.setattr("pilot_flwr.site.door.code_hash", lambda: "another")
+    with (
+        pytest.raises(ConfigError, match="has code another: install the run's version .* restart"),
+        find_service(site.node),
+    ):
+        pass
+
+
+def test_code_that_changed_on_disk_is_not_run(serve, monkeypatch):
+    monkeypatch.setenv("STUB_CODE", "newer")
+    with pytest.raises(RunError, match="has changed since .* restart `pilot-flwr site serve`"):
+        serve().turn()
+
+
+def test_another_node_config_is_refused_with_its_keys(serve):
+    site = serve()
+    other = site.node | {"device": "auto", "task": "vqa"}
+    with pytest.raises(ConfigError, match="differ in `device`, `task`: restart both"):
+        with find_service(other):
+            pass
+    with find_service(site.node | {"partition-id": 0, "num-partitions": 1}) as found:
+        assert found is not None  # Flower's own keys
+
+
+def test_a_socket_without_a_service_is_reported_and_not_used(tmp_path, caplog):
+    listen(tmp_path).close()
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        with find_service({"client-id": "a", "state-folder": str(tmp_path)}) as found:
+            assert found is None
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    assert "has left its socket" in caplog.text and str(tmp_path) in caplog.text
+    assert service.status(tmp_path) is None
+
+
+def test_a_service_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("pilot_flwr.site.door.PATIENCE_SECONDS", 0.1)
+    with listen(tmp_path), pytest.raises(RunError, match="does not answer. Restart"):
+        with find_service({"client-id": "a", "state-folder": str(tmp_path)}):
+            pass
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"code": 1}', b'{"node_config": 3}'])
+def test_a_bad_greeting_disturbs_nobody(serve, data):
+    site = serve()
+    with connect(site.folder) as stranger:
+        if data:
+            stranger.send(data)
+        assert site.turn()["echo"]["pid"] == site.worker()
+
+
+def test_half_a_message_fails_its_own_turn_alone(serve):
+    site = serve()
+    pid = site.worker()
+    with find_service(site.node) as found:
+        found.connection.send(b"[0, 99")
+        with pytest.raises(RunError, match="worker process of the site's service"):
+            found.run("train", RecordDict(), site.context())
+    assert site.worker() != pid
+    assert site.turn()["echo"]["pid"] == site.worker()
+
+
+def reply(node, overrides, kind="train"):
+    """Return the ClientApp's reply to a message of the server."""
+    grid = InProcessGrid(app, node_configs=[node], overrides=overrides)
+    run = ConfigRecord({"name": "run-1", "folder": "/nowhere", "token": "x"})
+    (answer,) = grid.send_and_receive([Message(RecordDict({"run": run}), 1, kind, group_id="1")])
+    return answer
+
+
+def test_the_server_learns_of_a_dead_worker_and_in_a_private_run_nothing(serve, monkeypatch):
+    site = serve()
+    monkeypatch.setattr(service._Worker, "run", dies)
+    error = reply(site.node, "experiment=demo").error
+    assert error.code == OWN_ERROR and error.reason == "It died."
+    private = "experiment=demo privacy.enabled=true privacy.noise_multiplier=16"
+    assert reply(site.node, private).error.reason == PRIVATE_ERROR
+
+
+def dies(self, connection):
+    raise RunError("It died.")
+
+
+def test_a_query_is_answered_here_once_the_service_agrees(serve, monkeypatch):
+    site = serve()
+    assert "query" in reply(site.node, "experiment=demo", "query").error.reason  # it has none
+    monkeypatch.setattr("pilot_flwr.site.door.code_hash", lambda: "another")
+    assert "has code another" in reply(site.node, "experiment=demo", "query").error.reason
+    assert service.status(site.folder).turns == 0
+
+
+def command(node, *options):
+    settings = " ".join(f'{key}="{value}"' for key, value in node.items())
+    main = [sys.executable, "-m", "pilot_flwr.cli.main", "site", "serve"]
+    return [*main, "--node-config", settings, *options]
+
+
+def test_the_command_serves_until_it_is_stopped(tmp_path):
+    """A second service is refused; SIGTERM ends the first one, its worker and its socket."""
+    node = {"client-id": "vqa-0", "state-folder": tmp_path}
+    process = subprocess.Popen(command(node))
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := service.status(tmp_path)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        second = subprocess.run(command(node), capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert f"The service of {tmp_path} is in use by another process." in second.stderr
+        assert service.status(tmp_path) == found
+        (worker,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert not worker.is_running()
+        assert not (tmp_path / SOCKET).exists()
+    finally:
+        process.kill()
+
+
+def test_a_node_config_without_a_state_folder_is_refused():
+    with pytest.raises(ConfigError, match="`state-folder` is missing"):
+        service.serve({"client-id": "a"})
+    with pytest.raises(ConfigError, match="`client-id` is missing"):
+        service.serve({"state-folder": "/nowhere"})
+
+
+def test_the_service_dies_and_its_worker_with_it(tmp_path):
+    node = {"client-id": "vqa-0", "state-folder": tmp_path}
+    process = subprocess.Popen(command(node))
+    try:
+        deadline = time.monotonic() + 60
+        while not service.status(tmp_path):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        (worker,) = psutil.Process(process.pid).children()
+    finally:
+        process.kill()
+    gone, alive = psutil.wait_procs([worker], 30)
+    assert gone and not alive
+    with pytest.raises(ConnectionRefusedError):
+        connect(tmp_path)
