@@ -244,9 +244,7 @@ class _Server:
                 if not self._stopping:
                     logger.error("%s", error)
                     self._replace_worker()
-                text = str(error) if not self._stopping else _STOPPED
-                with contextlib.suppress(HungUp):
-                    send(connection, {"failed": text})
+                _fail(connection, _STOPPED if self._stopping else str(error))
             self._used = time.monotonic()
 
     @contextlib.contextmanager
@@ -307,6 +305,18 @@ class _Server:
 
 
 _STOPPED = f"The site's service was stopped during the session. {_RESUMES}"
+
+
+def _fail(connection: socket.socket, text: str) -> None:
+    """Tell a ClientApp why its session failed, and wait until it has read that.
+
+    Its message may still be unread here, and to close a socket with unread data discards what the
+    other side has not read yet.
+    """
+    with contextlib.suppress(HungUp, OSError):
+        send(connection, {"failed": text})
+        while connection.recv(1):
+            pass
 
 
 def _has_message(connection: socket.socket) -> bool:

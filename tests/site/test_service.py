@@ -208,10 +208,7 @@ def test_a_clientapp_that_ends_while_it_waits_is_forgotten(serve):
 
 def test_the_end_of_the_service_is_an_error_of_the_session(serve):
     site = serve()
-    with (
-        find_service(site.node) as found,
-        background(found.run, "train", RecordDict(), site.context("sleep")) as outcome,
-    ):
+    with background(site.turn, "sleep") as outcome:
         site.until(lambda: service.status(site.folder).busy)
         site.stop()
     assert "was stopped during the session. Nothing has been overwritten" in str(outcome[0])
@@ -293,7 +290,7 @@ def test_half_a_message_fails_its_own_turn_alone(serve):
     assert site.turn()["echo"]["pid"] == site.worker()
 
 
-def reply(node, overrides, kind="train"):
+def reply_of(node, overrides, kind="train"):
     """Return the ClientApp's reply to a message of the server."""
     grid = InProcessGrid(app, node_configs=[node], overrides=overrides)
     run = ConfigRecord({"name": "run-1", "folder": "/nowhere", "token": "x"})
@@ -304,10 +301,10 @@ def reply(node, overrides, kind="train"):
 def test_the_server_learns_of_a_dead_worker_and_in_a_private_run_nothing(serve, monkeypatch):
     site = serve()
     monkeypatch.setattr(service._Worker, "run", dies)
-    error = reply(site.node, "experiment=demo").error
+    error = reply_of(site.node, "experiment=demo").error
     assert error.code == OWN_ERROR and error.reason == "It died."
     private = "experiment=demo privacy.enabled=true privacy.noise_multiplier=16"
-    assert reply(site.node, private).error.reason == PRIVATE_ERROR
+    assert reply_of(site.node, private).error.reason == PRIVATE_ERROR
 
 
 def dies(self, connection):
@@ -316,9 +313,9 @@ def dies(self, connection):
 
 def test_a_query_is_answered_here_once_the_service_agrees(serve, monkeypatch):
     site = serve()
-    assert "query" in reply(site.node, "experiment=demo", "query").error.reason  # it has none
+    assert "query" in reply_of(site.node, "experiment=demo", "query").error.reason  # it has none
     monkeypatch.setattr("pilot_flwr.site.door.code_hash", lambda: "another")
-    assert "has code another" in reply(site.node, "experiment=demo", "query").error.reason
+    assert "has code another" in reply_of(site.node, "experiment=demo", "query").error.reason
     assert service.status(site.folder).turns == 0
 
 
