@@ -26,7 +26,7 @@ def serve(
             help="Release the base model, and a GPU's memory, after this time without a message; "
             "0 for never.",
         ),
-    ] = 0.0,
+    ] = 3600.0,
 ) -> int:
     """Keep this site warm: hold the base model ready between the messages of a SuperNode.
 

@@ -50,6 +50,19 @@ def locate(config: ModelConfig) -> str:
     return checkpoint_path(config.path)
 
 
+def files_stamp(path: str) -> tuple[tuple[str, int, int], ...]:
+    """Return names, sizes and times of a local checkpoint's files, which change with them.
+
+    A checkpoint in the hub's cache never changes: it has none.
+    """
+    folder = checkpoint_path(path)
+    if not os.path.isdir(folder):
+        return ()
+    with os.scandir(folder) as entries:
+        found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
 def reference_config(path: str) -> Path | None:
     """Return the shipped configuration of a known hub checkpoint, to plan without a download."""
     file = ASSETS / "configs" / f"{path.replace('/', '--')}.json"

@@ -18,7 +18,13 @@ from pilot_flwr.algorithm.server_state import InitialState, draw_lora
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import read_config, spec_of
-from pilot_flwr.model.checkpoints import PROJECTOR, locate, projector_files, unfit_template
+from pilot_flwr.model.checkpoints import (
+    PROJECTOR,
+    files_stamp,
+    locate,
+    projector_files,
+    unfit_template,
+)
 from pilot_flwr.model.shapes import lora_shapes
 from pilot_flwr.protocol import State
 
@@ -35,10 +41,11 @@ _LOADED: dict[tuple[str, ...], PilotModel] = {}
 def loaded_model(
     config: ModelConfig, *, reduction: str, balance_reduction: str = "pooled", device: torch.device
 ) -> PilotModel:
-    """Return this process's only model, loaded by the first call."""
+    """Return this process's only model, loaded by the first call and when its files change."""
     from pilot_flwr.model.pilot_model import PilotModel
 
-    key = (repr(config), reduction, balance_reduction, str(device))
+    stamp = repr(files_stamp(config.path))
+    key = (repr(config), reduction, balance_reduction, str(device), stamp)
     if key not in _LOADED:
         _LOADED.clear()  # two bases may not fit into memory
         base = load_base(config, device)
@@ -88,9 +95,13 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     return model
 
 
-@functools.lru_cache(maxsize=1)
 def load_processor(path: str, revision: str = "") -> Any:
-    """Load the checkpoint's processor: tokenizer, chat template, image processor."""
+    """Return the checkpoint's processor: tokenizer, chat template, image processor."""
+    return _load_processor(path, revision, files_stamp(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_processor(path: str, revision: str, _stamp: object) -> Any:
     import transformers
 
     config = ModelConfig(path=path, revision=revision)

@@ -99,6 +99,7 @@ def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
         raise ConfigError(f"`{key}` is missing in the node config; a service needs it.")
     with hold(folder / LOCK, f"The service of {folder}"), listen(folder) as listener:
         try:
+            logger.info("Client %s is warm from its first message on.", settings.client_id)
             _Server(node_config, idle_release).run(listener)
         finally:
             (folder / SOCKET).unlink(missing_ok=True)

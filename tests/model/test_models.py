@@ -1,7 +1,9 @@
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from visuals import visual
 
 from pilot_flwr.config.data import DataConfig
@@ -10,7 +12,14 @@ from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model import checkpoints, loading
 from pilot_flwr.model.architectures import known_config, read_config
-from pilot_flwr.model.loading import initial_state, load_base, loaded_model, make_collator
+from pilot_flwr.model.checkpoints import checkpoint_path
+from pilot_flwr.model.loading import (
+    initial_state,
+    load_base,
+    load_processor,
+    loaded_model,
+    make_collator,
+)
 
 TASKS = ("vqa", "counting", "captioning")
 
@@ -167,6 +176,23 @@ def test_a_process_loads_the_base_once():
     assert loaded_model(ModelConfig(), reduction="normalized", device=device) is first
     other = ModelConfig(lora=LoraConfig(rank=4))
     assert loaded_model(other, reduction="normalized", device=device) is not first
+
+
+def test_a_base_whose_files_change_is_loaded_again(tmp_path):
+    """A warm site keeps its process for months."""
+    folder = tmp_path / "base"
+    shutil.copytree(checkpoint_path("tiny-llava"), folder)
+    config, device = ModelConfig(path=str(folder)), torch.device("cpu")
+    first = loaded_model(config, reduction="normalized", device=device)
+    processor = load_processor(str(folder))
+    assert loaded_model(config, reduction="normalized", device=device) is first
+    assert load_processor(str(folder)) is processor
+    weights = folder / "model.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    second = loaded_model(config, reduction="normalized", device=device)
+    assert second.vision_identity != first.vision_identity
+    assert load_processor(str(folder)) is not processor
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "~/nothing"])

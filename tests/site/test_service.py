@@ -345,6 +345,7 @@ def test_the_command_serves_until_it_is_stopped(tmp_path):
         assert not (tmp_path / SOCKET).exists()
     finally:
         process.kill()
+        process.wait()
 
 
 def test_a_node_config_without_a_state_folder_is_refused():
@@ -365,6 +366,7 @@ def test_the_service_dies_and_its_worker_with_it(tmp_path):
         (worker,) = psutil.Process(process.pid).children()
     finally:
         process.kill()
+        process.wait()
     gone, alive = psutil.wait_procs([worker], 30)
     assert gone and not alive
     with pytest.raises(ConnectionRefusedError):

@@ -1,0 +1,126 @@
+"""A warm site's results equal those of a site without a service, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from flwr.app import Error, Message
+from inprocess import SMALL, Federation, assert_same_state
+
+from pilot_flwr.site import service
+
+TWO_CLIENTS = f"{SMALL} data.tasks=[vqa] data.clients_per_task=2 strategy.rounds=1"
+CLIENTS = ("vqa-0", "vqa-1")
+
+
+def nodes(folder):
+    return [{"client-id": c, "state-folder": str(folder / c), "device": "cpu"} for c in CLIENTS]
+
+
+@contextmanager
+def serving(node, log):
+    """Run the service of a node config; yield its process."""
+    os.makedirs(node["state-folder"])
+    settings = " ".join(f'{key}="{value}"' for key, value in node.items())
+    command = [sys.executable, "-m", "pilot_flwr.cli.main", "site", "serve"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "--node-config", settings], stdout=stream, stderr=stream
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not service.status(node["state-folder"]):
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def worker_of(process):
+    (worker,) = psutil.Process(process.pid).children()
+    return worker
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory):
+    """The federation without any service, to compare with."""
+    folder = tmp_path_factory.mktemp("cold")
+    return Federation(folder / "run", TWO_CLIENTS, node_configs=nodes(folder)).run()
+
+
+def test_a_warm_sites_results_are_the_same_bit_for_bit(cold, tmp_path):
+    """One of the two clients is warm: what it receives depends on the other one's as well."""
+    sites = nodes(tmp_path)
+    with serving(sites[0], tmp_path / "log"):
+        warm = Federation(tmp_path / "run", TWO_CLIENTS, node_configs=sites).run()
+        found = service.status(sites[0]["state-folder"])
+    assert found.warm and found.turns == 3  # two exchanges and the closing evaluation
+    assert_same_state(cold.strategy.state, warm.strategy.state)
+    assert warm.events("failure") == []
+
+
+LONG = f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 strategy.num_neighbors=1"
+
+
+def at_work_in(exchange, node):
+    """Wait until the node's worker trains in an exchange."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = service.status(node["state-folder"])
+        if found and f"exchange {exchange}" in found.busy:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the exchange did not begin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["worker", "service"])
+def test_a_session_that_is_killed_is_one_lost_reply(tmp_path, end):
+    """The server ends where one does that lost that reply; the private state is the one before."""
+    lost = Federation(tmp_path / "lost", LONG, node_configs=nodes(tmp_path / "c"))
+    lost.grid.on_reply = lambda message, reply: (
+        Message(Error(0, "lost"), reply_to=message) if is_second(message) else reply
+    )
+    lost.run()
+
+    sites = nodes(tmp_path / "w")
+    states = []
+    with serving(sites[0], tmp_path / "log") as process:
+
+        def kill():
+            at_work_in(2, sites[0])
+            if end == "worker":
+                worker_of(process).kill()
+            else:
+                process.send_signal(signal.SIGTERM)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        warm = Federation(tmp_path / "warm", LONG, node_configs=sites)
+
+        def look(message, reply):
+            if is_second(message):
+                killer.join()
+                states.extend(sorted((tmp_path / "w/vqa-0/test-1").glob("private-*")))
+            return reply
+
+        warm.grid.on_reply = look
+        warm.run()
+    (failure,) = (e for e in warm.events("failure") if e["round"] == 2 and e["phase"] == "train")
+    assert failure["client"] == "vqa-0" and "Nothing has been overwritten" in failure["error"]
+    assert [path.name for path in states] == ["private-0001.safetensors"]
+    assert_same_state(lost.strategy.state, warm.strategy.state)
+
+
+def is_second(message):
+    """Return whether a message asks the first node to train in exchange 2."""
+    metadata = message.metadata
+    return (metadata.message_type, metadata.group_id, metadata.dst_node_id) == ("train", "2", 1)
