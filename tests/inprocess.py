@@ -17,6 +17,7 @@ from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config, to_yaml
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.flower import grid as in_process
+from pilot_flwr.flower.codec import decode_state, encode_state
 from pilot_flwr.run.checkpoint import latest_checkpoint
 from pilot_flwr.run.directory import RunFolder
 from pilot_flwr.run.provenance import RunIdentity
@@ -120,6 +121,13 @@ def resumed(folder, overrides, *, exchange):
     opened = OpenRun(second.folder, RunIdentity("test-1"), checkpoint)
     second.strategy = federate(second.grid, second.config, opened)
     return second
+
+
+def edit(content, part, change):
+    """Let `change` alter a copy of the tensors of a message's part."""
+    state = {name: tensor.clone() for name, tensor in decode_state(content[part]).items()}
+    change(state)
+    content[part] = encode_state(state)
 
 
 def assert_same_state(one, two):

@@ -1,21 +1,17 @@
-"""Convert tensors to Flower's arrays and back, bit for bit; read values from its records.
+"""Convert tensors to Flower's arrays and back, bit for bit; read values from its records."""
 
-Flower's arrays have no bfloat16, so such a tensor is sent as its bit pattern, with ``:bfloat16``
-appended to its name.
-"""
-
-import io
 import math
 import reprlib
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import State
+from pilot_flwr.run import tensor_buffer
 
-_BFLOAT16 = ":bfloat16"
+_TENSORS, _FORMAT = "tensors", "safetensors"
 _KINDS = {ConfigRecord: "record", ArrayRecord: "arrays", MetricRecord: "metrics"}
 _Record = TypeVar("_Record", ConfigRecord, ArrayRecord, MetricRecord)
 _T = TypeVar("_T")
@@ -27,39 +23,34 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 
 
-def encode_state(state: State) -> ArrayRecord:
-    """Encode named tensors."""
-    import torch
+def encode_state(state: State, *, allocate: Callable[[int], Any] = bytearray) -> ArrayRecord:
+    """Encode named tensors; `allocate` returns a writable buffer of a number of bytes.
 
+    Each tensor is copied once. Flower moves every array of a record on its own, in several requests
+    per hop, so all tensors are one array.
+    """
+    header, size = tensor_buffer.layout(state)
+    buffer = allocate(size)
+    memoryview(buffer)[: len(header)] = header
+    for name, place in tensor_buffer.views(buffer).items():
+        place.copy_(state[name])
+    array = Array(dtype="uint8", shape=(size,), stype=_FORMAT, data=b"")
+    array.data = buffer  # the constructor takes only bytes
     record = ArrayRecord()
-    for name, tensor in state.items():
-        if tensor.dtype == torch.bfloat16:
-            record[name + _BFLOAT16] = Array(tensor.view(torch.int16).numpy())
-        else:
-            record[name] = Array(tensor.numpy())
+    record[_TENSORS] = array
     return record
 
 
 def decode_state(record: ArrayRecord) -> State:
-    """Decode named tensors, the inverse of `encode_state`."""
-    import torch
-
-    state: State = {}
-    for name, array in record.items():
-        try:
-            _check_size(array.data)
-            tensor = torch.from_numpy(array.numpy())
-        except Exception as error:  # numpy's header parser raises many kinds
-            reason = f"{type(error).__name__}: {error}"
-            raise UpdateError(f"array `{_cut(name)}` cannot be read: {_cut(reason)}") from error
-        if name.endswith(_BFLOAT16):
-            if tensor.dtype != torch.int16:
-                raise UpdateError(
-                    f"array `{_cut(name)}` has type {tensor.dtype}, not a bit pattern"
-                )
-            name, tensor = name.removesuffix(_BFLOAT16), tensor.view(torch.bfloat16)
-        state[name] = tensor
-    return state
+    """Decode named tensors, the inverse of `encode_state`: views of the array, to be read only."""
+    if list(record) != [_TENSORS] or record[_TENSORS].stype != _FORMAT:
+        names = ", ".join(f"`{_cut(name)}`" for name in list(record)[:3]) or "none"
+        raise UpdateError(f"the arrays must be one, `{_TENSORS}` in {_FORMAT} format, not {names}")
+    try:
+        return tensor_buffer.views(record[_TENSORS].data)
+    except Exception as error:  # whatever a foreign header causes
+        reason = f"{type(error).__name__}: {error}"
+        raise UpdateError(f"array `{_TENSORS}` cannot be read: {_cut(reason)}") from error
 
 
 def num_bytes(content: RecordDict) -> dict[str, int]:
@@ -70,22 +61,6 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
         kind = name if name in ("lora", "residual") else "task_adapters"
         sizes[kind] = sizes.get(kind, 0) + size
     return sizes
-
-
-def _check_size(data: bytes) -> None:
-    """Compare an array's header with its number of bytes before numpy allocates memory."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"numpy format {version}")
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-        raise ValueError(f"its header says {dtype} {shape} but it has {len(data)} bytes")
 
 
 def record_of(content: RecordDict, name: str, kind: type[_Record]) -> _Record:

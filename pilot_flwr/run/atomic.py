@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from pilot_flwr.algorithm.mapped import read_around
 from pilot_flwr.errors import RunError, StateError
 from pilot_flwr.protocol import State
+from pilot_flwr.run import tensor_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,9 +114,6 @@ class TensorFile(dict[str, "Tensor"]):
         self.path, self.sha256 = path, sha256
 
 
-_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
 def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> TensorFile:
     """Create a file of zeros with the names, shapes and dtypes of `layout`; map it for writing.
 
@@ -123,32 +121,20 @@ def create_tensors(path: Path, layout: State, metadata: Mapping[str, str]) -> Te
     """
     import torch
 
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, **metadata}}
-    end = 0
-    for name, tensor in layout.items():
-        start, end = end, end + tensor.nbytes
-        dtype = _SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        offsets = [start, end]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    header, size = tensor_buffer.layout(layout, {"format": FORMAT, **metadata})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         # Reserved now: writing a mapped page to a full disk kills the process.
         file.flush()
         try:
-            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
-    tensors: State = {}
     # Unlike `numpy.memmap`, it keeps no file descriptor: there may be a thousand of these files.
-    size = 8 + len(text) + end
-    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[size - end :]
-    read_around(mapped, enabled=False)
-    for name, tensor in layout.items():
-        start, end = header[name]["data_offsets"]
-        tensors[name] = mapped[start:end].view(tensor.dtype).view(tensor.shape)
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    read_around(mapped[len(header) :], enabled=False)
+    tensors = tensor_buffer.views(mapped.numpy())
     return TensorFile(path, tensors)
 
 

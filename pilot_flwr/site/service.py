@@ -133,6 +133,7 @@ class _Worker:
         ended. Raises `RunError` if the worker dies.
         """
         self._greet()
+        self.busy = "at work"
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is heard below
             socket.send_fds(self._control, [b"."], [connection.fileno()])
         poller = select.poll()

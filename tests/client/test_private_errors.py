@@ -20,7 +20,7 @@ from pilot_flwr.client.privacy_accountant import MOST_COUNTED_NOISE, PrivacyAcco
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.overrides import expand
 from pilot_flwr.errors import DataError
-from pilot_flwr.flower.codec import encode_state
+from pilot_flwr.flower.codec import decode_state, encode_state
 from pilot_flwr.flower.messages import (
     OWN_ERROR,
     PRIVATE_ERROR,
@@ -188,7 +188,7 @@ def test_nothing_is_read_before_the_charge(site, monkeypatch):
 def told(reply):
     """Everything in a reply but the values of its tensors."""
     arrays = {
-        name: [(key, array.dtype, tuple(array.shape)) for key, array in record.items()]
+        name: [(key, t.dtype, tuple(t.shape)) for key, t in decode_state(record).items()]
         for name, record in reply.content.array_records.items()
     }
     rest = {k: dict(v) for k, v in reply.content.items() if k not in arrays}
@@ -216,9 +216,7 @@ def test_a_private_reply_depends_on_the_rows_by_its_noised_tensors_alone(tmp_pat
     assert [told(reply) == first for reply in replies] == [True] * 3
     assert first[1]["training"]["examples"] == 12
     tensors = [
-        torch.cat(
-            [torch.from_numpy(a.numpy()).flatten().double() for a in r.content["lora"].values()]
-        )
+        torch.cat([t.flatten().double() for t in decode_state(r.content["lora"]).values()])
         for r in replies
     ]
     assert not torch.equal(tensors[0], tensors[1])

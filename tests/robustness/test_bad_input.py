@@ -1,11 +1,12 @@
 """Runs in which somebody fails, lies or sends garbage: the others go on."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
-from flwr.app import Array, ConfigRecord, Error, Message, MessageType, MetricRecord
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
-from inprocess import SMALL, TWO_TASKS, Federation, InProcessGrid
+from inprocess import SMALL, TWO_TASKS, Federation, InProcessGrid, edit
 from quick_training import quick_training
 
 from pilot_flwr.errors import RunError
@@ -20,37 +21,32 @@ def quickly():
         yield
 
 
-def corrupt_nan(content):
-    array = content["lora"]
-    name = next(iter(array))
-    value = array[name].numpy().copy()
-    value.flat[0] = np.nan
-    array[name] = Array(value)
+def corrupt_first(change):
+    """Return what replaces the first tensor of the LoRA by `change` of it."""
+
+    def spoil(lora):
+        name = next(iter(lora))
+        lora[name] = change(lora[name])
+
+    return lambda content: edit(content, "lora", spoil)
+
+
+corrupt_nan = corrupt_first(lambda tensor: tensor.index_fill(0, torch.tensor([0]), math.nan))
+corrupt_shape = corrupt_first(lambda tensor: tensor[:1])
+corrupt_dtype = corrupt_first(lambda tensor: tensor.double())
+corrupt_huge = corrupt_first(lambda tensor: torch.zeros(3_000_000))
 
 
 def corrupt_inf(content):
-    array = content["task-adapter.vqa"]
-    array["linear_2.bias"] = Array(np.full_like(array["linear_2.bias"].numpy(), np.inf))
-
-
-def corrupt_shape(content):
-    array = content["lora"]
-    name = next(iter(array))
-    array[name] = Array(array[name].numpy()[:1])
-
-
-def corrupt_dtype(content):
-    array = content["lora"]
-    name = next(iter(array))
-    array[name] = Array(array[name].numpy().astype(np.float64))
+    edit(content, "task-adapter.vqa", lambda adapter: adapter["linear_2.bias"].fill_(math.inf))
 
 
 def corrupt_missing(content):
-    del content["lora"][next(iter(content["lora"]))]
+    edit(content, "lora", lambda lora: lora.pop(next(iter(lora))))
 
 
 def corrupt_extra(content):
-    content["lora"]["router.weight"] = Array(np.zeros(3, np.float32))
+    edit(content, "lora", lambda lora: lora.update({"router.weight": torch.zeros(3)}))
 
 
 def corrupt_task(content):
@@ -66,14 +62,9 @@ def corrupt_examples_fraction(content):
     content["training"]["examples"] = 2.5
 
 
-def corrupt_huge(content):
-    content["lora"][next(iter(content["lora"]))] = Array(np.zeros(3_000_000, np.float32))
-
-
 def corrupt_many(content):
-    one = Array(np.zeros(1, np.float32))
-    for number in range(20_000):
-        content["lora"][f"more.{number}"] = one
+    more = {f"more.{number}": torch.zeros(1) for number in range(20_000)}
+    edit(content, "lora", lambda lora: lora.update(more))
 
 
 def corrupt_zero_examples(content):
@@ -110,10 +101,7 @@ def corrupt_extra_metric(content):
 
 
 def corrupt_zip(content):
-    name = next(iter(content["lora"]))
-    content["lora"][name] = Array(
-        dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"PK\x03\x04 and so on"
-    )
+    content["lora"]["tensors"].data = b"PK\x03\x04 and so on"
 
 
 def corrupt_score(content):
@@ -132,10 +120,8 @@ def corrupt_no_test_examples(content):
 
 
 def corrupt_bytes(content):
-    array = content["lora"]
-    name = next(iter(array))
-    old = array[name]
-    array[name] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=old.data[:50])
+    array = content["lora"]["tensors"]
+    array.data = bytes(array.data[: len(array.data) // 2])
 
 
 def corrupt_result(content):

@@ -6,7 +6,7 @@
 import json
 
 import pytest
-from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.app import MetricRecord
 from fuzz import run as fuzz
 from fuzz.targets import Target
 from hypothesis.strategies import none
@@ -15,7 +15,7 @@ from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.config.loading import from_yaml
 from pilot_flwr.config.overrides import expand
 from pilot_flwr.errors import ConfigError, StateError, UpdateError
-from pilot_flwr.flower.codec import decode_state, number_of
+from pilot_flwr.flower.codec import number_of
 from pilot_flwr.run.atomic import save_tensors
 from pilot_flwr.run.directory import read_events
 from pilot_flwr.run.events import parse_event
@@ -56,25 +56,6 @@ def test_an_error_that_is_not_the_readers_own_ends_the_run():
     target = Target(none(), fails, (UpdateError,))
     with pytest.raises(KeyError, match="odd"):
         fuzz.fuzz(target, inputs=1)
-
-
-def array(header):
-    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
-    return ArrayRecord({"w": Array(dtype="f", shape=(1,), stype="numpy.ndarray", data=data)})
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,)",  # tokenize.TokenError
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1" + b"0" * 400 + b", 0)}",
-        b"(" * 500,
-        b"  {\n 1\n}",
-    ],
-)
-def test_a_header_that_numpy_stumbles_over(header):
-    with pytest.raises(UpdateError, match="array `w` cannot be read: "):
-        decode_state(array(header))
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, 2e300], ids=lambda _: "odd")

@@ -2,11 +2,10 @@
 
 import threading
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Error, Message, MessageType
-from inprocess import SMALL, Federation, InProcessGrid
+from flwr.app import Error, Message, MessageType
+from inprocess import SMALL, Federation, InProcessGrid, edit
 from quick_training import quick_training
 
 from pilot_flwr import server_app
@@ -174,7 +173,7 @@ def test_what_a_site_says_of_an_error_is_one_bounded_printable_line(tmp_path):
         if message.metadata.dst_node_id == 2:
             return Message(Error(OWN_ERROR, forged), reply_to=message)
         if message.metadata.dst_node_id == 3:
-            reply.content["lora"]["n" * 1_000_000] = Array(np.zeros(1, np.float32))
+            edit(reply.content, "lora", lambda lora: lora.update({"n" * 1_000_000: torch.zeros(1)}))
         return reply
 
     run = open_run(tmp_path, on_reply=answer)
@@ -185,6 +184,11 @@ def test_what_a_site_says_of_an_error_is_one_bounded_printable_line(tmp_path):
         assert len(reason) < LONGEST_REASON + 10
     assert reasons[0].startswith("no 2026-01-01 INFO Verdict: all well AAA")
     assert (run.folder.path / "metrics.jsonl").stat().st_size < 100_000
+
+
+def move_away(state, start):
+    for name, before in start.items():
+        state[name] = before + 1000 * (state[name] - before)
 
 
 def test_the_rest_of_several_rejected_updates_is_as_without_them(tmp_path):
@@ -203,9 +207,7 @@ def test_the_rest_of_several_rejected_updates_is_as_without_them(tmp_path):
         )
         if part and not reply.has_error():
             start = decode_state(message.content[part])
-            for name, array in list(reply.content[part].items()):
-                moved = 1000 * (array.numpy() - start[name].numpy())
-                reply.content[part][name] = Array((start[name].numpy() + moved).astype(np.float32))
+            edit(reply.content, part, lambda state: move_away(state, start))
         return reply
 
     def absent(message, reply):

@@ -70,15 +70,13 @@ def test_a_warm_sites_results_are_the_same_bit_for_bit(cold, tmp_path):
 LONG = f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 strategy.num_neighbors=1"
 
 
-def at_work_in(exchange, node):
-    """Wait until the node's worker trains in an exchange."""
+def wait_for_second_turn(node):
+    """Wait until the node's worker is in the midst of its second message."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = service.status(node["state-folder"])
-        if found and f"exchange {exchange}" in found.busy:
-            return
+    while not ((found := service.status(node["state-folder"])) and found.turns and found.busy):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    raise AssertionError("the exchange did not begin")
+    time.sleep(0.5)
 
 
 @pytest.mark.slow
@@ -96,7 +94,7 @@ def test_a_session_that_is_killed_is_one_lost_reply(tmp_path, end):
     with serving(sites[0], tmp_path / "log") as process:
 
         def kill():
-            at_work_in(2, sites[0])
+            wait_for_second_turn(sites[0])
             if end == "worker":
                 worker_of(process).kill()
             else:

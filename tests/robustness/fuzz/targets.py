@@ -164,7 +164,7 @@ def message_targets() -> dict[str, Target]:
     }
     odd = {name: odd_messages(content) for name, content in contents.items()}
     refused = (UpdateError,)
-    arrays = [array.data for array in encode_state(state).values()]
+    arrays = [bytes(array.data) for array in encode_state(state).values()]
     return {
         "array": Target(files(arrays), read_array, refused),
         "order": Target(odd["order"], messages.decode_instruction, refused),
@@ -184,9 +184,8 @@ def message_targets() -> dict[str, Target]:
 
 def read_array(data: bytes) -> object:
     """Read one array of a message."""
-    array = Array(dtype="float32", shape=(2, 3), stype="numpy.ndarray", data=data)
-    name = "w:bfloat16" if b"<i2" in data else "w"
-    return decode_state(ArrayRecord({name: array}))
+    array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+    return decode_state(ArrayRecord({"tensors": array}))
 
 
 def odd_messages(valid: RecordDict) -> st.SearchStrategy[RecordDict]:
@@ -196,9 +195,9 @@ def odd_messages(valid: RecordDict) -> st.SearchStrategy[RecordDict]:
         for name, record in valid.items()
     }
     arrays = {n: r for n, r in valid.items() if isinstance(r, ArrayRecord)}
-    bytes_of = [a.data for record in arrays.values() for a in record.values()]
+    bytes_of = [bytes(a.data) for record in arrays.values() for a in record.values()]
     damaged = files(bytes_of) if bytes_of else st.just(b"")
-    stypes = st.sampled_from(["numpy.ndarray", "numpy.ndarray", "torch", ""])
+    stypes = st.sampled_from(["safetensors", "safetensors", "numpy.ndarray", ""])
 
     def build(values: Any, names: list[str], data: bytes, stype: str) -> RecordDict:
         content = RecordDict()
@@ -206,7 +205,9 @@ def odd_messages(valid: RecordDict) -> st.SearchStrategy[RecordDict]:
             if isinstance(record, dict):
                 content[str(name)] = record_of(record, type(valid.get(name, ConfigRecord())))
         for name, record in arrays.items():
-            kept = ArrayRecord(dict(record))
+            kept = ArrayRecord()
+            for key, array in record.items():
+                kept[key] = array
             if name in names:
                 first = next(iter(kept))
                 kept[first] = Array(dtype="float32", shape=(2,), stype=stype, data=data)

@@ -1,0 +1,104 @@
+"""Tensors in one buffer, in the safetensors format: written with one copy, read with none.
+
+A file or a message has the same bytes: eight for the length of a JSON header, the header with each
+tensor's dtype, shape and place, and the tensors, one after the other without a gap. The safetensors
+library reads them as well, but copies every tensor of a buffer, and maps only files.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from pilot_flwr.protocol import State
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_NAMES = {name: code for code, name in _DTYPES.items()}
+_METADATA = "__metadata__"
+_MOST_DIMENSIONS = 16
+
+
+def layout(tensors: State, metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """Return the bytes before the tensors' own, and the number of all bytes."""
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    header |= dict.fromkeys(tensors)
+    end = 0
+    for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):  # all are aligned
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[str(tensor.dtype).removeprefix("torch.")],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+def views(buffer: Any) -> State:
+    """Return the tensors in a buffer, as views; raise `ValueError` for any other content.
+
+    Nothing is allocated before the header has been compared with the buffer. The views must not be
+    written to if the buffer is read-only.
+    """
+    import torch
+
+    memory = memoryview(buffer)
+    length = int.from_bytes(memory[:8], "little")
+    if len(memory) < 8 + length:
+        raise ValueError(f"it has {len(memory)} bytes but its header says {length}")
+    header = json.loads(bytes(memory[8 : 8 + length]), object_pairs_hook=_unique)
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    header.pop(_METADATA, None)
+    places = {name: _place(name, row) for name, row in header.items()}
+    end = 0
+    for start, stop in sorted(place for *_, place in places.values()):
+        if start != end:
+            raise ValueError("its header says that tensors overlap or leave a gap")
+        end = stop
+    if 8 + length + end != len(memory):
+        raise ValueError(f"it has {len(memory)} bytes but its header says {8 + length + end}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        everything = torch.frombuffer(memory, dtype=torch.uint8)[8 + length :]
+    return {
+        name: everything[start:stop].view(getattr(torch, dtype)).view(shape)
+        for name, (dtype, shape, (start, stop)) in places.items()
+    }
+
+
+def _place(name: str, row: Any) -> tuple[str, list[int], tuple[int, int]]:
+    """Return a tensor's dtype, shape and place, which agree with each other."""
+    import torch
+
+    dtype, shape, (start, stop) = _DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"the shape of `{name[:99]}` has more than {_MOST_DIMENSIONS} dimensions")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in (*shape, start, stop)):
+        raise ValueError(f"shape and place of `{name[:99]}` are not whole numbers")
+    if stop - start != math.prod(shape) * getattr(torch, dtype).itemsize:
+        raise ValueError(
+            f"its header says {dtype} {tuple(shape)} for `{name[:99]}`, and {stop - start} bytes"
+        )
+    return dtype, shape, (start, stop)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has a name twice")
+    return found
