@@ -11,6 +11,9 @@ from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import State
 from pilot_flwr.run import tensor_buffer
 
+Allocate = Callable[[int], Any]
+"""Returns a writable buffer of a number of bytes."""
+
 _TENSORS, _FORMAT = "tensors", "safetensors"
 _KINDS = {ConfigRecord: "record", ArrayRecord: "arrays", MetricRecord: "metrics"}
 _Record = TypeVar("_Record", ConfigRecord, ArrayRecord, MetricRecord)
@@ -23,8 +26,8 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 
 
-def encode_state(state: State, *, allocate: Callable[[int], Any] = bytearray) -> ArrayRecord:
-    """Encode named tensors; `allocate` returns a writable buffer of a number of bytes.
+def encode_state(state: State, *, allocate: Allocate = bytearray) -> ArrayRecord:
+    """Encode named tensors.
 
     Each tensor is copied once. Flower moves every array of a record on its own, in several requests
     per hop, so all tensors are one array.

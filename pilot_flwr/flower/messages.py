@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 
 from pilot_flwr.errors import PilotError, UpdateError, WorkerDied
 from pilot_flwr.flower.codec import (
+    Allocate,
     decode_state,
     encode_state,
     number_of,
@@ -179,7 +180,12 @@ def decode_instruction(content: RecordDict) -> tuple[Instruction, str]:
 
 
 def encode_result(
-    result: SessionResult, instruction: Instruction, client: str, task: str
+    result: SessionResult,
+    instruction: Instruction,
+    client: str,
+    task: str,
+    *,
+    allocate: Allocate = bytearray,
 ) -> RecordDict:
     """Encode the outcome of a session, for `decode_update` and `decode_result`."""
     server_round = instruction.server_round
@@ -197,8 +203,8 @@ def encode_result(
     if (spent := result.spent) is not None:
         content["privacy"] = MetricRecord(asdict(spent))
     if (training := result.training) is not None:
-        content["lora"] = encode_state(result.lora)
-        content[TASK_ADAPTER + task] = encode_state(result.adapter)
+        content["lora"] = encode_state(result.lora, allocate=allocate)
+        content[TASK_ADAPTER + task] = encode_state(result.adapter, allocate=allocate)
         content["training"] = MetricRecord(
             {
                 "examples": training.examples,

@@ -17,7 +17,7 @@ from flwr.app import Context, Error, RecordDict
 from pilot_flwr.client.node_config import FLOWER_KEYS, NodeConfig, read_node_config
 from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.run.provenance import code_hash
-from pilot_flwr.site.transport import HungUp, connect, receive, send
+from pilot_flwr.site.transport import HungUp, Memory, connect, receive, send, send_message
 
 if TYPE_CHECKING:
     from pilot_flwr.site.handlers import Answer, Kind
@@ -48,7 +48,8 @@ class Service:
         }
         self.connection.settimeout(None)
         try:
-            send(self.connection, request, content)
+            with Memory() as memory:
+                send_message(self.connection, request, content, memory)
             while True:
                 packet, reply = receive(self.connection)
                 if "log" in packet:

@@ -7,7 +7,6 @@ They run in the process of Flower's ClientApp or, at a warm site, in the worker 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
 from typing import Literal
 
 from flwr.app import Context, Error, RecordDict
@@ -21,6 +20,7 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import ConfigError, PilotError, UpdateError
 from pilot_flwr.flower.client_key import client_key, fingerprint, prove, public_key, statement
+from pilot_flwr.flower.codec import Allocate
 from pilot_flwr.flower.compatibility import identity_of
 from pilot_flwr.flower.messages import (
     OWN_ERROR,
@@ -39,8 +39,13 @@ Answer = RecordDict | Error
 logger = logging.getLogger("flwr")
 
 
-def answer(kind: Kind, content: RecordDict, context: Context) -> Answer:
-    """Return the content of the reply, or an error that discloses nothing private."""
+def answer(
+    kind: Kind, content: RecordDict, context: Context, *, allocate: Allocate = bytearray
+) -> Answer:
+    """Return the content of the reply, or an error that discloses nothing private.
+
+    `allocate` returns the memory of each of the reply's arrays.
+    """
     try:
         config = _config(context)
         run, node_config = decode_run(content), context.node_config
@@ -56,7 +61,9 @@ def answer(kind: Kind, content: RecordDict, context: Context) -> Answer:
             node_id=context.node_id,
         )
         config = site_config(node, config, simulated=simulated)
-        return _HANDLERS[kind](content, config, site)
+        if kind == "query":
+            return _query(content, config, site)
+        return _run(content, config, site, allocate)
     except Exception as error:
         return failure(error, content, context)
 
@@ -95,7 +102,7 @@ def _query(content: RecordDict, config: PilotConfig, site: Site) -> RecordDict:
     return encode_member(member, identity_of(config), proof)
 
 
-def _run(content: RecordDict, config: PilotConfig, site: Site) -> RecordDict:
+def _run(content: RecordDict, config: PilotConfig, site: Site, allocate: Allocate) -> RecordDict:
     """Evaluate the incoming personalised model, then train it if the instruction says so."""
     from pilot_flwr.client.session import run_session  # imports torch
 
@@ -107,14 +114,7 @@ def _run(content: RecordDict, config: PilotConfig, site: Site) -> RecordDict:
     number = instruction.server_round
     progress = functools.partial(logger.info, "%s, exchange %d: %s", site.client.id, number)
     result = run_session(site, config, instruction, progress=progress)
-    return encode_result(result, instruction, site.client.id, site.client.task)
-
-
-_HANDLERS: dict[Kind, Callable[[RecordDict, PilotConfig, Site], RecordDict]] = {
-    "query": _query,
-    "train": _run,
-    "evaluate": _run,
-}
+    return encode_result(result, instruction, site.client.id, site.client.task, allocate=allocate)
 
 
 def _config(context: Context) -> PilotConfig:

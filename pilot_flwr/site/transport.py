@@ -31,7 +31,6 @@ LONGEST_PACKET = 1 << 16
 LONGEST_TEXT = 1 << 14
 """Characters of a line of progress; the rest is cut."""
 
-_ALIGNMENT = 64
 _KINDS = {"config": ConfigRecord, "metrics": MetricRecord}
 
 
@@ -86,29 +85,75 @@ def check_peer(connection: socket.socket) -> None:
         )
 
 
-def send(
-    connection: socket.socket, packet: Mapping[str, Any], content: RecordDict | None = None
+class Memory:
+    """An anonymous file in memory for one message, closed with the block.
+
+    Arrays that were written into buffers of `allocate` are sent without another copy.
+    """
+
+    def __init__(self) -> None:
+        self.file = os.memfd_create("pilot-flwr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._end = 0
+        self._places: dict[int, int] = {}
+        self._buffers: list[mmap.mmap] = []  # as long as they live, nothing else has their ids
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self.file)
+        self._places.clear()
+        self._buffers.clear()
+
+    def allocate(self, size: int) -> mmap.mmap:
+        """Return a writable buffer in the file, of one byte at least."""
+        size = max(size, 1)
+        place = self._end + -self._end % mmap.ALLOCATIONGRANULARITY
+        os.posix_fallocate(self.file, place, size)  # later, a lack of memory would kill the process
+        buffer = mmap.mmap(self.file, size, offset=place)
+        self._end = place + size
+        self._places[id(buffer)] = place
+        self._buffers.append(buffer)
+        return buffer
+
+    def place_of(self, data: Any) -> int:
+        """Return where an array's bytes are, which are written now unless they are here."""
+        if id(data) not in self._places:
+            self.allocate(len(data))[: len(data)] = data
+            return self._places[id(self._buffers[-1])]
+        return self._places[id(data)]
+
+    def seal(self) -> None:
+        """Let nobody shorten the file: a read of what is gone would kill the receiver."""
+        fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+
+def send(connection: socket.socket, packet: Mapping[str, Any]) -> None:
+    """Send a packet without records; raise `HungUp` if nobody receives it."""
+    with _hang_up_noticed():
+        connection.send(json.dumps(packet).encode())
+
+
+def send_message(
+    connection: socket.socket, packet: Mapping[str, Any], content: RecordDict, memory: Memory
 ) -> None:
-    """Send a packet and, if given, the records of a message, from which arrays are removed.
+    """Send the records of a message, from which arrays are removed, and a packet of any length.
 
     Raises `HungUp` if nobody receives it, and `OSError` if memory is short.
     """
-    try:
-        if content is None:
-            connection.send(json.dumps(packet).encode())
-            return
-        with _memory_file() as file:
-            place, length = _write(file, packet, content)
-            socket.send_fds(connection, [json.dumps([place, length]).encode()], [file])
-    except (BrokenPipeError, ConnectionResetError):
-        raise HungUp from None
+    index = json.dumps(_index(packet, content, memory)).encode()
+    place = memory.place_of(index)
+    memory.seal()
+    with _hang_up_noticed():
+        packed = json.dumps([place, len(index)]).encode()
+        socket.send_fds(connection, [packed], [memory.file])
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict]:
-    """Receive a packet and the records sent with it, or none.
+    """Receive a packet and the records of its message, or none.
 
     Arrays are views of the sender's memory. Raises `HungUp` if the other side has ended, `RunError`
-    for anything that `send` does not send, and `TimeoutError` as the socket does.
+    for anything that nobody here sends, and `TimeoutError` as the socket does.
     """
     try:
         data, files, flags, _ = socket.recv_fds(
@@ -136,41 +181,26 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict]:
 
 
 @contextlib.contextmanager
-def _memory_file() -> Iterator[int]:
-    file = os.memfd_create("pilot-flwr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def _hang_up_noticed() -> Iterator[None]:
     try:
-        yield file
-    finally:
-        os.close(file)
+        yield
+    except (BrokenPipeError, ConnectionResetError):
+        raise HungUp from None
 
 
-def _write(file: int, packet: Mapping[str, Any], content: RecordDict) -> tuple[int, int]:
-    """Write a message; return place and length of its index, which comes last."""
+def _index(packet: Mapping[str, Any], content: RecordDict, memory: Memory) -> dict[str, Any]:
+    """Move the arrays of a message into a memory; return all else, with their places."""
     index: dict[str, Any] = {"packet": packet, "arrays": {}}
     for kind, of in _KINDS.items():
         index[kind] = {name: dict(r) for name, r in content.items() if isinstance(r, of)}
-    end = 0
     for name in list(content.array_records):
         index["arrays"][name] = entries = {}
         for key, array in content.array_records[name].items():
-            entries[key] = [array.dtype, array.shape, array.stype, end, len(array.data)]
-            end = _write_all(file, array.data, end)
+            place = memory.place_of(array.data)
+            entries[key] = [array.dtype, array.shape, array.stype, place, len(array.data)]
             del array
         del content[name]
-    data = json.dumps(index).encode()
-    _write_all(file, data, end)
-    # The receiver maps the file: were it shortened, a read would kill that process.
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return end, len(data)
-
-
-def _write_all(file: int, data: bytes, place: int) -> int:
-    """Write at a place; return the next aligned one."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, place)
-        view, place = view[written:], place + written
-    return place + -place % _ALIGNMENT
+    return index
 
 
 def _read(file: int, place: int, length: int) -> tuple[dict[str, Any], RecordDict]:

@@ -15,7 +15,7 @@ from flwr.app import Context, Error, RecordDict
 
 from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.handlers import Answer, answer, failure
-from pilot_flwr.site.transport import LONGEST_TEXT, HungUp, receive, send
+from pilot_flwr.site.transport import LONGEST_TEXT, HungUp, Memory, receive, send, send_message
 
 logger = logging.getLogger("flwr")
 
@@ -66,23 +66,24 @@ def _answer_one(control: socket.socket, connection: socket.socket) -> None:
             state=RecordDict(),
             run_config={"overrides": request["overrides"]},
         )
-        reply = answer(request["kind"], content, context)
-        send(control, {"done": True, "warm": is_loaded()})
-        try:
-            _send_reply(connection, reply)
-        except OSError as error:  # no memory for it
-            _send_reply(connection, failure(error, content, context))
+        with Memory() as memory:
+            reply = answer(request["kind"], content, context, allocate=memory.allocate)
+            send(control, {"done": True, "warm": is_loaded()})
+            try:
+                _send_reply(connection, reply, memory)
+            except OSError as error:  # no memory for it
+                _send_reply(connection, failure(error, content, context), memory)
     except HungUp:
         logger.warning("The ClientApp ended before it received the reply.")
     finally:
         logger.removeHandler(forward)
 
 
-def _send_reply(connection: socket.socket, reply: Answer) -> None:
+def _send_reply(connection: socket.socket, reply: Answer, memory: Memory) -> None:
     if isinstance(reply, Error):
         send(connection, {"error": reply.code, "reason": reply.reason})
     else:
-        send(connection, {}, reply)
+        send_message(connection, {}, reply, memory)
 
 
 def _end_with(control: socket.socket) -> None:

@@ -8,7 +8,7 @@ import time
 from flwr.app import ConfigRecord, RecordDict
 
 from pilot_flwr.run.provenance import code_hash
-from pilot_flwr.site.transport import receive, send
+from pilot_flwr.site.transport import Memory, receive, send, send_message
 
 control = socket.socket(fileno=int(sys.argv[1]))
 send(control, {"code": os.environ.get("STUB_CODE", code_hash())})
@@ -31,4 +31,6 @@ while True:
             send(connection, {"error": 1001, "reason": "no"})
             continue
         echo = {name: list(record) for name, record in content.array_records.items()}
-        send(connection, {}, RecordDict({"echo": ConfigRecord(echo | {"pid": os.getpid()})}))
+        with Memory() as memory:
+            reply = RecordDict({"echo": ConfigRecord(echo | {"pid": os.getpid()})})
+            send_message(connection, {}, reply, memory)

@@ -21,7 +21,7 @@ from pilot_flwr.flower.grid import InProcessGrid
 from pilot_flwr.flower.messages import OWN_ERROR, PRIVATE_ERROR
 from pilot_flwr.site import service
 from pilot_flwr.site.door import find_service
-from pilot_flwr.site.transport import SOCKET, connect, listen, send
+from pilot_flwr.site.transport import SOCKET, Memory, connect, listen, send_message
 
 STUB = Path(__file__).with_name("stub_worker.py")
 
@@ -199,7 +199,8 @@ def test_a_clientapp_that_ends_while_it_waits_is_forgotten(serve):
         site.until(lambda: service.status(site.folder).busy)
         pid = site.worker()
         with find_service(site.node) as second:
-            send(second.connection, {}, RecordDict())
+            with Memory() as memory:
+                send_message(second.connection, {}, RecordDict(), memory)
         time.sleep(0.3)
         assert site.worker() == pid  # the first one computes
         first.connection.shutdown(2)

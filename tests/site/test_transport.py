@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from pilot_flwr.errors import RunError
 from pilot_flwr.site import transport
-from pilot_flwr.site.transport import SOCKET, HungUp, connect, listen, receive, send
+from pilot_flwr.site.transport import (
+    SOCKET,
+    HungUp,
+    Memory,
+    connect,
+    listen,
+    receive,
+    send,
+    send_message,
+)
 
 names = st.text(string.ascii_letters + ".-é ", min_size=1, max_size=9)
 scalars = st.one_of(
@@ -37,6 +46,11 @@ def pair():
         yield ours, theirs
 
 
+def post(connection, packet, content):
+    with Memory() as memory:
+        send_message(connection, packet, content, memory)
+
+
 def seen(content):
     """Return a content's values, with the types of its records."""
     return {
@@ -57,7 +71,7 @@ def test_a_message_arrives_as_it_was_sent(parts):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         before = seen(RecordDict(parts))
-        send(ours, {"kind": "train", "long": "x" * 10**6}, RecordDict(parts))
+        post(ours, {"kind": "train", "long": "x" * 10**6}, RecordDict(parts))
         packet, content = receive(theirs)
     assert packet == {"kind": "train", "long": "x" * 10**6}
     assert seen(content) == before
@@ -66,7 +80,7 @@ def test_a_message_arrives_as_it_was_sent(parts):
 def test_the_senders_arrays_are_released_and_a_shared_record_is_not_changed(pair):
     shared = ArrayRecord({"w": Array(np.zeros(5))})
     content = RecordDict({"lora": shared, "run": ConfigRecord({"name": "x"})})
-    send(pair[0], {}, content)
+    post(pair[0], {}, content)
     assert list(content) == ["run"] and list(shared) == ["w"]
 
 
@@ -78,7 +92,7 @@ def test_an_end_is_noticed_by_both_sides(pair):
     with pytest.raises(HungUp):
         send(ours, {})
     with pytest.raises(HungUp):
-        send(ours, {}, RecordDict())
+        post(ours, {}, RecordDict())
 
 
 def raw(data: bytes, *, seal: bool = True, index: list[int] | None = None):
@@ -162,7 +176,7 @@ def test_full_memory_is_an_error_of_the_message_and_leaves_the_connection_usable
     try:
         content = RecordDict({"lora": ArrayRecord({"w": Array(np.zeros(1 << 20, np.uint8))})})
         with pytest.raises(OSError, match="File too large"):
-            send(pair[0], {}, content)
+            post(pair[0], {}, content)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
