@@ -28,7 +28,7 @@ from pilot_flwr.errors import ConfigError
 
 if TYPE_CHECKING:  # importing Hydra and OmegaConf takes half a second
     from hydra.core.override_parser.types import Override
-    from omegaconf import DictConfig
+    from omegaconf import Container, DictConfig
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
@@ -77,9 +77,8 @@ def load_config(overrides: str = "") -> PilotConfig:
     return copy.deepcopy(_compose(overrides))
 
 
-@functools.lru_cache(maxsize=32)  # Hydra takes 0.2 seconds, and a launch needs one string often
+@functools.lru_cache(maxsize=32)  # a launch needs one string often
 def _compose(overrides: str) -> PilotConfig:
-    from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -90,10 +89,14 @@ def _compose(overrides: str) -> PilotConfig:
     except ValueError as error:
         raise ConfigError(f"The overrides {overrides!r} cannot be split: {error}.") from None
     try:
-        for override in OverridesParser.create().parse_overrides(arguments):
+        parsed = OverridesParser.create().parse_overrides(arguments)
+        for override in parsed:
             _check_override(override)
-        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            composed = compose("config", overrides=arguments)
+        choices = tuple(override.input_line for override in parsed if _is_choice(override))
+        composed = copy.deepcopy(_compose_choices(choices))
+        for override in parsed:
+            if not _is_choice(override):
+                _set(composed, override)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_readable(error)) from None
@@ -103,6 +106,40 @@ def _compose(overrides: str) -> PilotConfig:
     return config
 
 
+@functools.lru_cache(maxsize=32)  # 0.1 seconds; a sweep's jobs mostly differ in settings alone
+def _compose_choices(choices: tuple[str, ...]) -> "DictConfig":
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        return compose("config", overrides=list(choices))
+
+
+@functools.cache
+def _groups() -> frozenset[str]:
+    return frozenset(folder.name for folder in config_folder().iterdir() if folder.is_dir())
+
+
+def _is_choice(override: "Override") -> bool:
+    """Return whether an override chooses a file of ``conf/``; otherwise it sets a value."""
+    return override.key_or_group in _groups() and not isinstance(override.value(), dict)
+
+
+def _set(config: "Container", override: "Override") -> None:
+    """Set the value of an override as Hydra does: ``+`` and ``++`` may add a key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    word, key, value = override.input_line, override.key_or_group, override.value()
+    add = override.is_add() or override.is_force_add()
+    try:
+        if override.is_add() and not isinstance(value, dict | list):
+            if OmegaConf.select(config, key) is not None:
+                raise ConfigError(f"`{key}` has a value already: {word!r} must be without `+`.")
+        OmegaConf.update(config, key, value, force_add=add)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The override {word!r} is wrong. {_readable(error)}") from None
+
+
 def _check_override(override: "Override") -> None:
     """Raise unless an override sets a plain value or chooses a file of ``conf/``."""
     word, key, value = override.input_line, override.key_or_group, override.value()
@@ -110,8 +147,7 @@ def _check_override(override: "Override") -> None:
         raise ConfigError(f"The override {word!r} must be `key=value` or `+key=value`.")
     if override.is_sweep_override():
         raise ConfigError(f"The override {word!r} must give one value.")
-    groups = {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
-    if key in groups and not isinstance(value, dict):
+    if _is_choice(override):
         one_of(key, value, sorted(file.stem for file in (config_folder() / key).glob("*.yaml")))
     elif key.split(".")[0] not in {field.name for field in fields(PilotConfig)}:
         raise ConfigError(f"Unknown key in {word!r}: there is no setting `{key}`.")
@@ -263,22 +299,24 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
 
     try:
         merged = OmegaConf.merge(_schema(), _escaped(_read_plain(text) or {}))
-        for key, value in map(_key_and_value, overrides):
-            OmegaConf.update(merged, key, value)
+        for override in overrides:
+            _set(merged, _parsed(override))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(_readable(error)) from None
+    except FrozenInstanceError as error:
+        raise ConfigError(f"Unknown key in {list(overrides)!r}: {error}.") from None
     if not isinstance(config, PilotConfig):
         raise ConfigError("It is YAML but not a configuration.")
     return config
 
 
-def _key_and_value(override: str) -> tuple[str, Any]:
+def _parsed(override: str) -> "Override":
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_override(quoted(override))
     _check_override(parsed)
-    return parsed.key_or_group, parsed.value()
+    return parsed
 
 
 def _read_plain(text: str) -> Any:

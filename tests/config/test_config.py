@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pilot_flwr.config import data, model, schema
@@ -188,6 +189,32 @@ def test_every_shipped_choice_composes(path):
     group = path.parent.name
     overrides = "" if group == "conf" else f"{group}={path.stem}"
     assert isinstance(load_config(overrides), PilotConfig)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "seed=3 strategy=fedit train.epochs=2 experiment=paper train.epochs=4",
+        "+data.files={vqa:{train:[a,b],images:c}} data.tasks=[vqa] +train.stage1={lora_lr:0.1}",
+        "strategy.update_norm={action:clip} strategy.update_norm.factor=2 ++seed=4",
+        "train={epochs:3} train=paper data=paper data.clients_per_task=2",
+    ],
+)
+def test_a_configuration_is_what_hydra_itself_composes(words):
+    """Values are set on a kept composition of the chosen files, and leave that as it was."""
+    before = load_config("experiment=paper")
+    found = load_config(words)
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        assert found == OmegaConf.to_object(compose("config", overrides=words.split()))
+    assert load_config("experiment=paper seed=0") == before
+
+
+def test_a_value_that_is_there_is_not_added():
+    with pytest.raises(ConfigError, match=r"`train\.epochs` has a value .* must be without `\+`"):
+        load_config("+train.epochs=2")
+    for word in ("+train.epochs=2", "+train.lrr=1"):
+        with pytest.raises(ConfigError, match=r"train\.epochs|Unknown key .*lrr"):
+            from_yaml("", [word])
 
 
 def test_settings_are_frozen():
