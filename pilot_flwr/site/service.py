@@ -86,11 +86,11 @@ def status(state_folder: Path) -> Status | None:
 
 
 def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
-    """Serve the site of a node config until the process is stopped by an exception.
+    """Serve the site of a node config until an exception, such as that of a signal, ends it.
 
     A worker that has been idle for `idle_release` seconds is replaced by one without a model, 0
-    for never. Raises `ConfigError` for a wrong node config and `RunError` if the state folder has a
-    service already.
+    for never. Raises `ConfigError` for a wrong node config, and `RunError` if the state folder has
+    a service already or the installed code changes.
     """
     settings = read_node_config(node_config)
     folder = settings.state_folder
@@ -103,6 +103,10 @@ def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
             _Server(node_config, idle_release).run(listener)
         finally:
             (folder / SOCKET).unlink(missing_ok=True)
+
+
+class _Outdated(RunError):
+    """The code on disk is no longer that of the running service."""
 
 
 class _Worker:
@@ -167,9 +171,9 @@ class _Worker:
         code = self._hear()["code"]
         self._control.settimeout(None)
         if code != code_hash():
-            raise RunError(
-                "The installed pilot-flwr has changed since the site's service was started: "
-                "restart `pilot-flwr site serve`."
+            raise _Outdated(
+                "The installed pilot-flwr has changed since the site's service was started, which "
+                "ends now: restart `pilot-flwr site serve`."
             )
         self._greeted = True
 
@@ -195,6 +199,7 @@ class _Server:
         self._turns = 0
         self._turn = threading.Lock()
         self._stopping = False
+        self._outdated: _Outdated | None = None
         self._worker = _Worker()
 
     def run(self, listener: socket.socket) -> None:
@@ -202,6 +207,8 @@ class _Server:
         listener.settimeout(_TICK_SECONDS)
         try:
             while True:
+                if self._outdated is not None:
+                    raise self._outdated
                 self._release_if_idle()
                 with contextlib.suppress(TimeoutError):
                     connection, _ = listener.accept()
@@ -243,7 +250,9 @@ class _Server:
                 logger.warning("The ClientApp ended before its session. %s", _RESUMES)
                 self._replace_worker()
             except RunError as error:
-                if not self._stopping:
+                if isinstance(error, _Outdated):
+                    self._outdated = error
+                elif not self._stopping:
                     logger.error("%s", error)
                     self._replace_worker()
                 _fail(connection, _STOPPED if self._stopping else str(error))

@@ -56,8 +56,8 @@ class Served:
 
         try:
             self.server.run(Listener())
-        except Stop:
-            pass
+        except (Stop, RunError) as error:
+            self.ended = error
 
     def stop(self):
         self._stop.set()
@@ -238,8 +238,12 @@ def test_other_code_is_refused_by_its_name(serve, monkeypatch):
 
 def test_code_that_changed_on_disk_is_not_run(serve, monkeypatch):
     monkeypatch.setenv("STUB_CODE", "newer")
+    """The service ends, so that its supervisor starts one with the new code."""
+    site = serve()
     with pytest.raises(RunError, match="has changed since .* restart `pilot-flwr site serve`"):
-        serve().turn()
+        site.turn()
+    site.thread.join(10)
+    assert "has changed" in str(site.ended)
 
 
 def test_another_node_config_is_refused_with_its_keys(serve):

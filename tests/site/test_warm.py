@@ -113,7 +113,7 @@ def test_a_session_that_is_killed_is_one_lost_reply(tmp_path, end):
         warm.grid.on_reply = look
         warm.run()
     (failure,) = (e for e in warm.events("failure") if e["round"] == 2 and e["phase"] == "train")
-    assert failure["client"] == "vqa-0" and "Nothing has been overwritten" in failure["error"]
+    assert failure["client"] == "vqa-0" and "Nothing has been overwritten" in failure["reason"]
     assert [path.name for path in states] == ["private-0001.safetensors"]
     assert_same_state(lost.strategy.state, warm.strategy.state)
 
