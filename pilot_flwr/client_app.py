@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from pilot_flwr.errors import PilotError
 from pilot_flwr.site.door import find_service
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def _reply(kind: "Kind", message: Message, context: Context) -> Message:
         with find_service(context.node_config) as service:
             if service is not None and kind != "query":
                 return Message(service.run(kind, content, context), reply_to=message)
-    except (PilotError, OSError) as error:
+    except Exception as error:
         from pilot_flwr.site.handlers import failure
 
         return Message(failure(error, content, context), reply_to=message)

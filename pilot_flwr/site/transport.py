@@ -128,10 +128,13 @@ class Memory:
         fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
-def send(connection: socket.socket, packet: Mapping[str, Any]) -> None:
-    """Send a packet without records; raise `HungUp` if nobody receives it."""
+def send(connection: socket.socket, packet: Mapping[str, Any], *, wait: bool = True) -> None:
+    """Send a packet without records; raise `HungUp` if nobody receives it.
+
+    Without `wait`, raise `BlockingIOError` if the other side has too much to read.
+    """
     with _hang_up_noticed():
-        connection.send(json.dumps(packet).encode())
+        connection.send(json.dumps(packet).encode(), 0 if wait else socket.MSG_DONTWAIT)
 
 
 def send_message(

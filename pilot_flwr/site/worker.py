@@ -4,6 +4,7 @@
 connection of one ClientApp at a time, answers its message and says so. It ends with its service.
 """
 
+import contextlib
 import logging
 import os
 import select
@@ -30,11 +31,9 @@ class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`; a ClientApp that has ended reads nothing."""
         text = self.format(record)[:LONGEST_TEXT]
-        try:
-            send(self._control, {"busy": text})
-            send(self._connection, {"log": record.levelno, "text": text})
-        except (HungUp, OSError):
-            pass
+        with contextlib.suppress(HungUp, BlockingIOError):  # nobody reads: the work matters more
+            send(self._control, {"busy": text}, wait=False)
+            send(self._connection, {"log": record.levelno, "text": text}, wait=False)
 
 
 def main(descriptor: int) -> None:

@@ -61,7 +61,7 @@ class Served:
 
     def stop(self):
         self._stop.set()
-        self.thread.join(20)
+        self.thread.join(60)
         self.listener.close()
         assert not self.thread.is_alive()
 
@@ -83,7 +83,7 @@ class Served:
     def worker(self):
         return self.server._worker._process.pid
 
-    def until(self, condition, seconds=10):
+    def until(self, condition, seconds=60):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline
@@ -119,7 +119,7 @@ def background(function, *arguments):
     thread = threading.Thread(target=run)
     thread.start()
     yield outcome
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -314,6 +314,16 @@ def test_the_server_learns_of_a_dead_worker_and_in_a_private_run_nothing(serve, 
 
 def dies(self, connection):
     raise RunError("It died.")
+
+
+def test_a_value_that_cannot_travel_is_an_error_without_its_text(serve):
+    """Flower's records may hold bytes, which no message of this app does."""
+    site = serve()
+    secret = ConfigRecord({"x": b"secret", "name": "run-1", "folder": "/", "token": "x"})
+    grid = InProcessGrid(app, node_configs=[site.node], overrides="experiment=demo")
+    message = Message(RecordDict({"run": secret}), 1, "train", group_id="1")
+    (answer,) = grid.send_and_receive([message])
+    assert answer.error.code == OWN_ERROR and answer.error.reason.startswith("TypeError; see the")
 
 
 def test_a_query_is_answered_here_once_the_service_agrees(serve, monkeypatch):

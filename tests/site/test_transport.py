@@ -95,6 +95,13 @@ def test_an_end_is_noticed_by_both_sides(pair):
         post(ours, {}, RecordDict())
 
 
+def test_a_reader_that_is_stopped_stops_no_log(pair):
+    with pytest.raises(BlockingIOError):
+        for _ in range(10_000):
+            send(pair[0], {"text": "x" * 1000}, wait=False)
+    assert receive(pair[1])[0] == {"text": "x" * 1000}
+
+
 def raw(data: bytes, *, seal: bool = True, index: list[int] | None = None):
     """Return a function that sends a memory of these bytes, with the place of its index."""
 
