@@ -4,6 +4,7 @@ The server holds the task adapters ψ_t and the client's LoRA Θ̄_l. The client
 2 ψ_c and φ, and the parts of ψ_t and Θ_l that the run does not send (`strategy.sharing`).
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -94,7 +95,7 @@ def extract_private_state(model: PilotModel, sharing: Sharing) -> PrivateState:
     """Copy the tensors that the client stores after training."""
     groups: dict[GroupName, State] = {}
     for group, row in GROUPS.items():
-        kept = {n: t for n, t in model.state(group).items() if sharing.keeps(group, n)}
+        kept = model.state(group, wanted=functools.partial(sharing.keeps, group))
         if kept or row.private:
             groups[group] = kept
     return PrivateState(model.stage, getattr(model.connector, "tasks", ()), groups)

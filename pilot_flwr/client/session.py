@@ -12,6 +12,7 @@ v starts as the first w sent, never leaves the client, and is evaluated instead 
 two gets half of the epochs, so that a session takes as many steps as with another method.
 """
 
+import functools
 import time
 import zlib
 from collections.abc import Callable
@@ -335,11 +336,13 @@ class Session:
 
         In a private run the noisy release is compressed, so its errors disclose no more than it.
         """
-        privacy = self.config.privacy
+        privacy, bits = self.config.privacy, self.model.config.upload_bits
+        dtype = getattr(torch, self.model.config.wire_dtype)
+        rounded = None if bits or privacy.enabled else dtype  # noise and codes need all digits
         upload: dict[GroupName, State] = {
-            group: {
-                n: t for n, t in self.model.state(group).items() if self.sharing.sends(group, n)
-            }
+            group: self.model.state(
+                group, wanted=functools.partial(self.sharing.sends, group), dtype=rounded
+            )
             for group in SHARED
         }
         sent: dict[GroupName, State] = {
@@ -357,14 +360,13 @@ class Session:
                 f"upload of norm {clipping.norm:.4g} scaled by {clipping.factor:.3g}, noise added"
             )
         errors: dict[GroupName, State] = {}
-        if bits := self.model.config.upload_bits:
+        if bits:
             before = self.private.errors if self.private else {}
             for group in SHARED:
                 upload[group], errors[group] = compress(
                     upload[group], sent[group], before.get(group, {}), bits
                 )
         else:
-            dtype = getattr(torch, self.model.config.wire_dtype)
             upload = {g: {n: t.to(dtype) for n, t in state.items()} for g, state in upload.items()}
         adapter, lora = (upload[group] for group in SHARED)
         return SessionResult(adapter, lora, spent=self.spent), errors

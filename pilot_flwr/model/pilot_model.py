@@ -8,7 +8,7 @@ process: each session swaps adapters in and out, and the base is never loaded ag
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -206,9 +206,22 @@ class PilotModel(nn.Module):
             )
         )
 
-    def state(self, group: GroupName) -> State:
-        """Copy a group's tensors to the CPU; see `pilot_flwr.algorithm.parameter_groups.GROUPS`."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.groups()[group].items()}
+    def state(
+        self,
+        group: GroupName,
+        *,
+        wanted: Callable[[str], bool] = lambda name: True,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """Copy the wanted tensors of a group to the CPU, in their own dtype or in `dtype`.
+
+        See `pilot_flwr.algorithm.parameter_groups.GROUPS`.
+        """
+        return {
+            name: parameter.detach().to("cpu", dtype, copy=True)
+            for name, parameter in self.groups()[group].items()
+            if wanted(name)
+        }
 
     def load(self, group: GroupName, state: State) -> None:
         """Copy tensors into a group; raise `ModelError` if names or shapes differ from its own."""

@@ -14,11 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -47,52 +46,61 @@ def save_tensors(
     """Write tensors and metadata to `path`, atomically; with `checksum`, add `CHECKSUM`."""
     sealed = {CHECKSUM: _ZEROS} if checksum else {}
     with _replacing(path) as temporary:
-        write_safetensors(temporary, tensors, {"format": FORMAT, **metadata, **sealed})
-        if checksum:
-            place, digest = _digest(temporary, _ZEROS)
+        digest = hashlib.sha256() if checksum else None
+        write_safetensors(temporary, tensors, {"format": FORMAT, **metadata, **sealed}, digest)
+        if digest is not None:
             with temporary.open("r+b") as file:
+                _, place = _sealed_header(file, _ZEROS)
                 file.seek(place)
-                file.write(digest.encode())
+                file.write(digest.hexdigest().encode())
 
 
 def check_checksum(path: Path, metadata: Mapping[str, str]) -> None:
     """Raise `StateError` unless a file is what `save_tensors` wrote with `checksum`."""
     written = metadata.get(CHECKSUM, "")
-    if not written or _digest(path, written)[1] != written:
+    if not written or _digest(path, written) != written:
         raise StateError(f"{path} has been changed: its SHA-256 is another one.")
 
 
-def _digest(path: Path, written: str) -> tuple[int, str]:
-    """Return where a file's checksum is `written`, and what it should be."""
+def _digest(path: Path, written: str) -> str:
+    """Return what a file's checksum should be, where it says `written`."""
     with path.open("rb") as file:
-        size = file.read(8)
-        header = file.read(int.from_bytes(size, "little"))
-        field = f'"{CHECKSUM}":"'.encode()
-        place = header.find(field + written.encode() + b'"') + len(field)
-        header = header[:place] + _ZEROS.encode() + header[place + len(_ZEROS) :]
-        digest = hashlib.sha256(size + header)
+        header, _ = _sealed_header(file, written)
+        digest = hashlib.sha256(header)
         while block := file.read(2**20):
             digest.update(block)
-    return 8 + place, digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _sealed_header(file: BinaryIO, written: str) -> tuple[bytes, int]:
+    """Read a header; return it with zeros in place of the checksum `written`, and their place."""
+    size = file.read(8)
+    header = size + file.read(int.from_bytes(size, "little"))
+    field = f'"{CHECKSUM}":"'.encode()
+    place = header.find(field + written.encode() + b'"') + len(field)
+    return header[:place] + _ZEROS.encode() + header[place + len(_ZEROS) :], place
 
 
 def write_safetensors(
-    path: Path, tensors: State, metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: State,
+    metadata: Mapping[str, str] | None = None,
+    digest: "hashlib._Hash | None" = None,
 ) -> None:
-    """Write a safetensors file, neither atomically nor flushed.
+    """Write a safetensors file, neither atomically nor flushed; update `digest` with its bytes.
 
-    If it fails, the `OSError` has the system's error number.
+    Contiguous tensors are written from where they are: the library's `save_file` would copy all of
+    them first.
     """
-    from safetensors.torch import save_file
-
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    header, _ = tensor_buffer.layout(tensors, metadata)
     try:
-        save_file(contiguous, path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # stated only in its text
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        with path.open("wb") as file:
+            for part in (header, *tensor_buffer.contents(tensors)):
+                file.write(part)
+                if digest is not None:
+                    digest.update(part)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def load_tensors(path: Path) -> tuple[State, dict[str, str]]:

@@ -8,7 +8,7 @@ library reads them as well, but copies every tensor of a buffer, and maps only f
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pilot_flwr.protocol import State
@@ -28,6 +28,7 @@ _DTYPES = {
 _NAMES = {name: code for code, name in _DTYPES.items()}
 _METADATA = "__metadata__"
 _MOST_DIMENSIONS = 16
+_LONGEST_HEADER = 2**24  # a 13B model's LoRA has a hundredth; JSON takes many times its length
 
 
 def layout(tensors: State, metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
@@ -35,7 +36,7 @@ def layout(tensors: State, metadata: Mapping[str, str] | None = None) -> tuple[b
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     header |= dict.fromkeys(tensors)
     end = 0
-    for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):  # all are aligned
+    for name in _in_order(tensors):
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
         header[name] = {
@@ -43,9 +44,23 @@ def layout(tensors: State, metadata: Mapping[str, str] | None = None) -> tuple[b
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+def contents(tensors: State) -> Iterator[Any]:
+    """Yield the bytes of each tensor, without a copy if it is contiguous on the CPU."""
+    import torch
+
+    for name in _in_order(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        yield tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _in_order(tensors: State) -> list[str]:
+    """Return the names in the order of the bytes, in which every tensor is aligned."""
+    return sorted(tensors, key=lambda name: -tensors[name].itemsize)
 
 
 def views(buffer: Any) -> State:
@@ -58,6 +73,8 @@ def views(buffer: Any) -> State:
 
     memory = memoryview(buffer)
     length = int.from_bytes(memory[:8], "little")
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"its header has {length} bytes but must have at most {_LONGEST_HEADER}")
     if len(memory) < 8 + length:
         raise ValueError(f"it has {len(memory)} bytes but its header says {length}")
     header = json.loads(bytes(memory[8 : 8 + length]), object_pairs_hook=_unique)

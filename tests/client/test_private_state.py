@@ -1,9 +1,12 @@
 """A client's own states: one file per exchange, each whole, none of them another's."""
 
+import hashlib
 import os
+import tracemalloc
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.errors import StateError
@@ -101,6 +104,33 @@ def test_tensors_that_are_views_are_saved_by_value(tmp_path):
     base = torch.arange(6.0).reshape(2, 3)
     save_tensors(tmp_path / "t.safetensors", {"t": base.T}, {})
     assert torch.equal(load_tensors(tmp_path / "t.safetensors")[0]["t"], base.T)
+
+
+def test_a_file_has_the_tensors_and_checksum_that_others_compute(tmp_path):
+    tensors = {
+        "wide": torch.arange(6.0, dtype=torch.float64).view(2, 3).T,
+        "half": torch.arange(5).bfloat16(),
+        "codes": torch.arange(7, dtype=torch.uint8),
+        "number": torch.tensor(3),
+        "none": torch.empty(0, 4),
+    }
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors, {"client": "a"}, checksum=True)
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(read[n].dtype == t.dtype and torch.equal(read[n], t) for n, t in tensors.items())
+    checksum = load_tensors(path)[1]["checksum"]
+    zeroed = path.read_bytes().replace(checksum.encode(), b"0" * 64)
+    assert hashlib.sha256(zeroed).hexdigest() == checksum
+
+
+def test_a_write_needs_no_copy_of_the_tensors(tmp_path):
+    tensors = {"w": torch.ones(2**21)}
+    tracemalloc.start()  # torch's own memory is not counted, Python's bytes are
+    save_tensors(tmp_path / "x.safetensors", tensors, {}, checksum=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def of(number):

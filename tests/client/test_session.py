@@ -497,6 +497,20 @@ def test_what_is_sent_is_rounded_once_and_what_stays_is_not(sites, initial, make
     assert {t.dtype for t in exact.lora.values()} == {torch.float32}
 
 
+def test_a_session_copies_no_tensor_of_the_frozen_base(sites, make_instruction, seen, monkeypatch):
+    """At 7B, such a copy is 13.5 GB."""
+    state, copied = PilotModel.state, {}
+
+    def noting(model, group, **options):
+        copied[group] = state(model, group, **options)
+        return copied[group]
+
+    monkeypatch.setattr(PilotModel, "state", noting)
+    run(sites["vqa"], make_instruction(1))
+    assert copied["base"] == copied["residual"] == {}
+    assert copied["client_adapter"] and copied["own_task_adapter"]
+
+
 def test_examples_that_were_cut_are_reported(sites, make_instruction, monkeypatch):
     """Their number, in the site's own log: nothing is truncated quietly."""
     lengths = []

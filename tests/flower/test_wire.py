@@ -100,6 +100,7 @@ HOSTILE = {
     "a pickle": pickle.dumps([print]),
     "a header of exabytes": b"\xff" * 16,
     "a header beyond the end": (100).to_bytes(8, "little") + b"{}",
+    "a header of megabytes": packed(b"[" + b"1," * 2**23 + b"1]"),
     "no JSON": packed(b"nonsense"),
     "no UTF-8": packed(b"\xff\xfe"),
     "deep JSON": packed(b"[" * 100_000),
