@@ -112,7 +112,7 @@ def test_the_command_reference_has_every_command_and_the_pages_use_no_other(hook
     described = set(re.findall(r"^## `pilot-flwr ([\w ]+)`$", hooks.command_line_page(), re.M))
     assert {"run", "sweep", "table", "export", "data check", "data convert"} <= described
     for page in PAGES:
-        used = re.findall(r"(?:^|`)pilot-flwr ((?:data )?[a-z]+)", page.read_text(), re.M)
+        used = re.findall(r"(?:^|`)pilot-flwr ((?:data |site )?[a-z]+)", page.read_text(), re.M)
         assert set(used) <= described, page
 
 
@@ -135,7 +135,7 @@ def test_the_pages_use_options_that_exist(hooks):
         name: {option for parameter in command.params for option in parameter.opts}
         for name, command in hooks.commands(click_command())
     }
-    used = re.compile(r"(?:^|`)(pilot-flwr (?:data )?[a-z]+)((?: [^\n`]*)?)", re.MULTILINE)
+    used = re.compile(r"(?:^|`)(pilot-flwr (?:data |site )?[a-z]+)((?: [^\n`]*)?)", re.MULTILINE)
     seen = 0
     for page in PAGES:
         for name, rest in used.findall(page.read_text().replace("\\\n", " ")):

@@ -43,6 +43,8 @@ data_app.command()(data.check)
 app.add_typer(data_app)
 site_app = typer.Typer(name="site", help="Run and inspect a real site.", **_OPTIONS)
 site_app.command()(site.serve)
+site_app.command()(site.check)
+site_app.command()(site.status)
 app.add_typer(site_app)
 
 

@@ -2,8 +2,8 @@
 
 They run when the server queries the node, so that a site that cannot train fails early. Their
 errors name paths, which the site's log shows and
-`pilot_flwr.flower.messages` withholds from the server. To add a check, call it in
-`check_readiness`.
+`pilot_flwr.flower.messages` withholds from the server. To add a check, add it to
+`readiness_checks`, which ``pilot-flwr site check`` reports one by one.
 """
 
 import logging
@@ -39,12 +39,24 @@ ANY_COLOUR = (0, 0, 0)
 
 def check_readiness(site: Site, config: PilotConfig) -> None:
     """Raise `ConfigError` unless a site can read its data and keep its state."""
-    if site.files is not None:
-        check_files(site.files, evaluated=config.evaluation.enabled)
-    check_writable(site.state_folder)
+    for check in readiness_checks(site, config).values():
+        check()
+
+
+def readiness_checks(site: Site, config: PilotConfig) -> dict[str, Callable[[], None]]:
+    """Return the checks of a site by name, in order; each raises `ConfigError`."""
+    checks: dict[str, Callable[[], None]] = {}
     evaluates = config.evaluation.enabled and not config.privacy.withholds_metrics
+    if (files := site.files) is not None:
+        checks["data files"] = lambda: check_files(files, evaluated=config.evaluation.enabled)
+    checks["state folder"] = lambda: check_writable(site.state_folder)
     if config.data.source == "llava" and evaluates:
-        _check_overlap(site, config)
+        checks["overlap"] = lambda: _check_overlap(site, config)
+    checks["disk space"] = lambda: _check_state_room(site, config)
+    return checks
+
+
+def _check_state_room(site: Site, config: PilotConfig) -> None:
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     tasks, stages = tuple(config.data.tasks), config.strategy.stages
     layout = layout_of(config.model, tasks, sharing, stages=stages)
@@ -66,9 +78,11 @@ def check_files(files: SiteFiles, *, evaluated: bool) -> None:
         problems.append(("image-folder", files.images, _folder_problem(files.images)))
     for path in files.linked_folders:
         problems.append(("linked-folders", path, _kind_problem(path, "folder", stat.S_ISDIR)))
-    for key, path, problem in problems:
-        if problem:
-            raise ConfigError(f"`{key}` names {str(path)!r}, {problem}.")
+    found = [
+        f"`{key}` names {str(path)!r}, {problem}." for key, path, problem in problems if problem
+    ]
+    if found:
+        raise ConfigError(" ".join(found))
 
 
 def client_overlap(

@@ -189,6 +189,10 @@ class PrivacyAccount:
         of_run = [release for release in releases if release["run"] == run]
         return _spent(of_run, config.delta), _spent(releases, config.delta)
 
+    def spent(self, delta: float) -> Spent:
+        """Return ε of all releases so far."""
+        return _spent(self.releases(), delta)
+
     def epsilon_after(self, config: PrivacyConfig, delta: float) -> float:
         """Return ε of all releases and one more, without counting it."""
         one_more = {"noise_multiplier": config.noise_multiplier}

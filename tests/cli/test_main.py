@@ -32,7 +32,8 @@ COMMANDS = dict(commands())
 
 def test_the_commands_and_their_order():
     top = ["run", "sweep", "table", "plan", "report", "evaluate", "predict", "chat", "export"]
-    assert [" ".join(words) for words in COMMANDS] == [*top, "data convert", "data check"]
+    inner = ["data convert", "data check", "site serve", "site check", "site status"]
+    assert [" ".join(words) for words in COMMANDS] == [*top, *inner]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -1,6 +1,6 @@
-"""The shell commands of ``docs/how-to/deployment.md``, taken from the page and executed.
+"""The shell commands of ``docs/how-to/deployment.md`` and ``operations.md``, to be executed.
 
-A block of the page that is preceded by ``<!-- block: NAME -->`` has a name. The blocks called
+A block of a page that is preceded by ``<!-- block: NAME -->`` has a name. The blocks called
 ``….settings`` hold the variables that a reader changes: the tests give those values of their own.
 """
 
@@ -21,15 +21,20 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
-GUIDE = ROOT / "docs" / "how-to" / "deployment.md"
+PAGES = [ROOT / "docs" / "how-to" / f"{name}.md" for name in ("deployment", "operations")]
 
 _BLOCK = re.compile(r"<!-- block: (\S+) -->\n```bash\n(.*?)\n```", re.DOTALL)
 _VARIABLE = re.compile(r"^(?:export )?([A-Z_]+)=", re.MULTILINE)
 
 
 def blocks() -> dict[str, str]:
-    """Return the page's blocks by name."""
-    return dict(_BLOCK.findall(GUIDE.read_text(encoding="utf-8")))
+    """Return the pages' blocks by name."""
+    return dict(_BLOCK.findall(text()))
+
+
+def text() -> str:
+    """Return the text of both pages."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def free_port() -> int:

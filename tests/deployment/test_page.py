@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import tomllib
 
+import guide
 import pytest
-from guide import BIN, GUIDE, blocks
+from guide import BIN, blocks
 
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.overrides import expand
@@ -24,8 +25,9 @@ VALUES = {
 
 @pytest.fixture
 def units():
-    found = {name: text for name, _, text in UNIT.findall(GUIDE.read_text(encoding="utf-8"))}
-    assert set(found) == {f"pilot-{n}.service" for n in ("superlink", "gateway", "supernode")}
+    found = {name: text for name, _, text in UNIT.findall(guide.text())}
+    names = ("superlink", "gateway", "site", "supernode")
+    assert set(found) == {f"pilot-{name}.service" for name in names}
     return found
 
 
@@ -41,6 +43,7 @@ def command(text: str) -> list[str]:
     [
         ("superlink", "server.superlink"),
         ("gateway", "server.gateway"),
+        ("site", "site.serve"),
         ("supernode", "site.supernode"),
     ],
 )
