@@ -55,7 +55,8 @@ def contents(tensors: State) -> Iterator[Any]:
 
     for name in _in_order(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        yield tensor.view(-1).view(torch.uint8).numpy()
+        vector = tensor.as_strided((tensor.numel(),), (1,))  # a single element has any stride
+        yield vector.view(torch.uint8).numpy()
 
 
 def _in_order(tensors: State) -> list[str]:

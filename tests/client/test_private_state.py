@@ -112,6 +112,8 @@ def test_a_file_has_the_tensors_and_checksum_that_others_compute(tmp_path):
         "half": torch.arange(5).bfloat16(),
         "codes": torch.arange(7, dtype=torch.uint8),
         "number": torch.tensor(3),
+        "column": torch.arange(8).view(4, 2)[1:2, 1],  # contiguous, of stride 2
+        "last": torch.arange(9.0)[8:],
         "none": torch.empty(0, 4),
     }
     path = tmp_path / "x.safetensors"
