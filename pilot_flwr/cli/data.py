@@ -152,11 +152,9 @@ def check(
         find_shared_rows,
         open_splits,
     )
-    from pilot_flwr.client.node_config import read_node_config
     from pilot_flwr.config.loading import load_config
     from pilot_flwr.config.overrides import expand, with_folder
     from pilot_flwr.config.rules import at_least
-    from pilot_flwr.flower.client_key import client_key, fingerprint, public_key
 
     at_least("--show", show, 0)
     at_least("--workers", workers, 1)
@@ -167,9 +165,6 @@ def check(
     config, _ = with_folder(load_config(shlex.join(expanded)), expanded)
     if config.data.source != "llava":
         raise ConfigError("`data.source` must be llava: only files can be checked.")
-    if node is not None and (key_file := read_node_config(node).identity_key) is not None:
-        key = fingerprint(public_key(client_key(key_file, create=False)))
-        print(f"This client's key is {key}.")
     config, splits = open_splits(config, node, tokens=not no_tokens)
     sources = {file.path.resolve() for _, rows in splits if rows is not None for file in rows.files}
     if json_file is not None and json_file.resolve() in sources:

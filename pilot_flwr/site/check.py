@@ -48,6 +48,7 @@ REMEDIES = {
     "a `state-folder` on another disk.",
     "privacy": 'Install dp-accounting (`pip install "pilot-flwr[privacy]"`), restore the account '
     "from a copy, or raise `max-epsilon`.",
+    "private states": "Restore the file from a copy, or move it away.",
     "service": "Restart `pilot-flwr site serve` as the SuperNode's user, with its node config.",
 }
 """What to do about a refusal, beside what its own text says."""
@@ -227,10 +228,22 @@ def _check_for_run(rows: _Rows, node: NodeSettings, config: PilotConfig) -> None
     finally:
         with contextlib.suppress(OSError):
             site.state_folder.rmdir()
+    with rows.check("private states") as passed:
+        passed(_check_states(site))
     with rows.check("examples") as passed:
         passed(str(declared_examples(config, site.client, files=site.files)))
     if config.privacy.enabled:
         _check_budget(rows, site, config)
+
+
+def _check_states(site: Site) -> str:
+    """Raise `StateError` if the newest private state of a run is damaged or another client's."""
+    runs = sorted(path for path in site.state_folder.parent.glob("*") if path.is_dir())
+    stores = [replace(site, state_folder=run).private_store for run in runs]
+    held = [store for store in stores if store.rounds()]
+    for store in held:
+        store.stage()
+    return f"{count(len(held), 'run')}"
 
 
 def _check_budget(rows: _Rows, site: Site, config: PilotConfig) -> None:

@@ -15,7 +15,6 @@ from pilot_flwr.client import data_check
 from pilot_flwr.data import demo
 from pilot_flwr.data.images import ImageFile
 from pilot_flwr.data.overlap import Overlap
-from pilot_flwr.flower.client_key import client_key, fingerprint, public_key
 from pilot_flwr.model.checkpoints import checkpoint_path
 
 
@@ -229,11 +228,6 @@ def test_a_real_site_checks_its_own_data(federation, tmp_path, capsys):
     assert splits["counting-1 train"]["rows"] == 12
     assert code == 1 and splits["counting-1 train"]["problems"] == {"image": 11}
     capsys.readouterr()
-    own = client_key(tmp_path / "own.key", create=True)
-    words += f' identity-key="{tmp_path}/own.key"'
-    check(federation, "--node-config", words, tmp_path=tmp_path)
-    said = capsys.readouterr().out
-    assert said.startswith(f"This client's key is {fingerprint(public_key(own))}.")
     for wrong in ('client-id="x', "client-id", "client-id=x", 'client-id="x" and more'):
         assert main(["data", "check", f"data={federation}", "--node-config", wrong]) == 2
         assert "but must be KEY=VALUE pairs" in capsys.readouterr().err

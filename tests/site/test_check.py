@@ -163,6 +163,18 @@ def test_what_a_roster_query_refuses_is_refused_with_a_remedy(owner, capsys, fau
     assert owner.query() is not None
 
 
+def test_a_damaged_private_state_is_refused(owner, capsys):
+    state = PrivateState(1, (), {"client_adapter": {"w": torch.zeros(3)}})
+    store = PrivateStore(owner.state / "run-1", "north", "vqa")
+    store.save(state, server_round=1)
+    assert owner.check(capsys)[1]["private states"]["text"] == "1 run"
+    with store.path(1).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    code, rows = owner.check(capsys)
+    assert code == 1 and refused(rows) == {"private states"} and rows["private states"]["remedy"]
+
+
 def test_all_wrong_entries_are_named_at_once(owner, capsys):
     owner.node |= {"trainfile": "/x", "micro-batch": "many", "image-folder": "here"}
     owner.node["identity-key"] = "/no/key"
