@@ -26,7 +26,7 @@ from pilot_flwr.server_app import federate
 
 # Two steps at least: the first layer of an adapter that ends in zero moves at the second.
 SMALL = (
-    "data.train_examples=8 data.test_examples=2 train.epochs=1 train.batch_size=2 "
+    "data.train_examples=4 data.test_examples=2 train.epochs=1 train.batch_size=2 "
     "evaluation.max_new_tokens=2"
 )
 TWO_TASKS = f"{SMALL} data.tasks=[vqa,counting] data.clients_per_task=2 strategy.rounds=1"

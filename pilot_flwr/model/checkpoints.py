@@ -9,6 +9,7 @@ Nothing here needs torch or transformers, so that a client answers the roster qu
 """
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -38,9 +39,14 @@ def checkpoint_path(path: str) -> str:
     folder = ASSETS / path
     if not (folder / BUNDLE).is_file():
         return path
-    bundle = json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
-    whole = all((folder / name).is_file() for name in bundle)
-    return str(folder if whole else _assemble(folder, bundle))
+    whole = all((folder / name).is_file() for name in _bundled_names(folder))
+    return str(folder if whole else _assemble(folder))
+
+
+@functools.cache  # two megabytes, and every message asks for the folder
+def _bundled_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of a shipped checkpoint's files that an app bundle lacks."""
+    return tuple(json.loads((folder / BUNDLE).read_text(encoding="utf-8")))
 
 
 def locate(config: ModelConfig) -> str:
@@ -296,7 +302,7 @@ def write_bundle(folder: Path) -> None:
     (folder / BUNDLE).write_text(json.dumps(bundle, indent=0) + "\n", encoding="utf-8")
 
 
-def _assemble(folder: Path, bundle: dict[str, str]) -> Path:
+def _assemble(folder: Path) -> Path:
     """Assemble the folder in the cache; its name is the hash of its content."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -309,6 +315,7 @@ def _assemble(folder: Path, bundle: dict[str, str]) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=cache))
     try:
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        bundle = json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
         for name, content in bundle.items():
             (temporary / name).write_bytes(base64.b64decode(content))
         os.rename(temporary, target)

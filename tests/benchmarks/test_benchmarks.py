@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from torch.utils.flop_counter import FlopCounterMode
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -39,13 +40,22 @@ def result_files() -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "name",
-    ["connector", "client_session", "demo", "object_stores", "rows", "plan", "privacy"],
+    [
+        *("connector", "client_session", "demo", "rows", "plan", "privacy"),
+        pytest.param("object_stores", marks=pytest.mark.slow),  # starts two processes
+    ],
 )
 def test_quick_size_runs_and_writes_nothing(name, benchmark, capsys):
     before = result_files()
     benchmark(name).main(["--quick"])
     assert capsys.readouterr().out
     assert result_files() == before
+
+
+def test_an_object_store_is_filled_with_replies(benchmark):
+    found = benchmark("object_stores").fill(FLWR_IN_MEMORY_DB_NAME, replies=2, parameters=64_000)
+    assert "InMemory" in found["store"] and found["replies"] == 2
+    assert 2 * 64_000 * 2 < found["bytes"] < 3 * 64_000 * 2  # bfloat16, and its headers
 
 
 def test_run_all_runs_every_script_there_is(benchmark):

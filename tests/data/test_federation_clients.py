@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 from torch import nn
 
@@ -23,9 +20,3 @@ def test_other_names_are_free():
     for task in ("vqa", "counting", "ocr-vqa", "Keys", "task_adapter"):
         nn.ModuleDict({task: nn.Identity()})
         assert not is_reserved(task)
-
-
-def test_looking_at_the_tasks_does_not_load_the_scans():
-    code = "import sys, pilot_flwr.data.federation; print('sklearn' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -25,7 +25,8 @@ from pilot_flwr.run.tables import summary
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One finished run of two exchanges, two tasks × two clients, and their stage-1 states."""
-    federation = Federation(tmp_path_factory.mktemp("run"))
+    words = f"{TWO_TASKS} data.train_examples=8"  # until every private tensor has moved
+    federation = Federation(tmp_path_factory.mktemp("run"), words)
     federation.after_stage1 = {}
 
     def look(message, reply):
