@@ -56,8 +56,8 @@ def locate(config: ModelConfig) -> str:
     return checkpoint_path(config.path)
 
 
-def files_stamp(path: str) -> tuple[tuple[str, int, int], ...]:
-    """Return names, sizes and times of a local checkpoint's files, which change with them.
+def files_stamp(path: str) -> tuple[tuple[object, ...], ...]:
+    """Return what changes whenever a file of a local checkpoint does.
 
     A checkpoint in the hub's cache never changes: it has none.
     """
@@ -66,7 +66,7 @@ def files_stamp(path: str) -> tuple[tuple[str, int, int], ...]:
         return ()
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
-    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+    return tuple(sorted((n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in found))
 
 
 def reference_config(path: str) -> Path | None:

@@ -47,7 +47,11 @@ def loaded_model(
     stamp = repr(files_stamp(config.path))
     key = (repr(config), reduction, balance_reduction, str(device), stamp)
     if key not in _LOADED:
-        _LOADED.clear()  # two bases may not fit into memory
+        if _LOADED:  # two bases may not fit into memory, and features are of one base
+            from pilot_flwr.model.feature_cache import forget_features
+
+            _LOADED.clear()
+            forget_features()
         base = load_base(config, device)
         reductions = {"reduction": reduction, "balance_reduction": balance_reduction}
         _LOADED[key] = PilotModel(base, config, **reductions)

@@ -65,8 +65,13 @@ def provenance(checkout: Path | None = None) -> dict[str, Any]:
     return {
         "commit": commit,
         "changed": None if commit is None or changed is None else bool(changed),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of `PACKAGES`, None for one that is not installed."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES}
 
 
 def keep_provenance(folder: Path) -> None:

@@ -16,7 +16,7 @@ from flwr.app import Context, Error, RecordDict
 
 from pilot_flwr.client.node_config import FLOWER_KEYS, NodeConfig, read_node_config
 from pilot_flwr.errors import ConfigError, RunError
-from pilot_flwr.run.provenance import code_hash
+from pilot_flwr.run.provenance import code_hash, versions
 from pilot_flwr.site.transport import HungUp, Memory, connect, receive, send, send_message
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 60.0
 """How long a service may take to answer a greeting, which it does even while it computes."""
 
+NOTHING_LOST = "No private state is lost: the client can repeat the exchange from the one before."
 logger = logging.getLogger("flwr")
 
 
@@ -62,8 +63,7 @@ class Service:
                     return reply
         except HungUp:
             raise RunError(
-                "The site's service has ended during the session. Nothing has been overwritten: "
-                "the client resumes from the private state of the exchange before."
+                f"The site's service has ended during the session. {NOTHING_LOST}"
             ) from None
 
 
@@ -102,6 +102,6 @@ def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
 
 
 def greeting(node_config: NodeConfig) -> dict[str, object]:
-    """Return the first packet of a ClientApp: its code and its node config."""
+    """Return the first packet of a ClientApp: its code, its libraries and its node config."""
     own = {key: value for key, value in node_config.items() if key not in FLOWER_KEYS}
-    return {"code": code_hash(), "node_config": own}
+    return {"code": code_hash(), "versions": versions(), "node_config": own}

@@ -4,7 +4,6 @@ They run in the process of Flower's ClientApp or, at a warm site, in the worker 
 (`pilot_flwr.site.service`).
 """
 
-import contextlib
 import functools
 import logging
 from typing import Literal
@@ -72,12 +71,16 @@ def failure(error: Exception, content: RecordDict, context: Context) -> Error:
     """Log an error with all its details; return the part that the server may see."""
     private: dict[str, str] | None = {}
     constant = False
-    with contextlib.suppress(Exception):  # until then, an error only quotes the server's own input
+    try:
         constant = _config(context).privacy.enabled
         run = decode_run(content)
         simulated = is_simulated(context.node_config, run.folder, run.token)
         constant = constant and not simulated
         private = None if simulated else private_paths(context.node_config)
+    except Exception as unreadable:  # it quotes the server's own input, any other may quote more
+        if str(unreadable) != str(error):
+            logger.error("%s", error, exc_info=error)
+        error = unreadable
     expected = PilotError if private is None else ConfigError  # needs no traceback
     logger.error("%s", error, exc_info=None if isinstance(error, expected) else error)
     return Error(OWN_ERROR, PRIVATE_ERROR) if constant else encode_error(error, private)

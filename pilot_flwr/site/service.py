@@ -31,7 +31,7 @@ from pilot_flwr.errors import ConfigError, RunError
 from pilot_flwr.formatting import human_seconds
 from pilot_flwr.run.atomic import hold
 from pilot_flwr.run.provenance import code_hash
-from pilot_flwr.site.door import greeting
+from pilot_flwr.site.door import NOTHING_LOST, greeting
 from pilot_flwr.site.transport import SOCKET, HungUp, check_peer, connect, listen, receive, send
 
 LOCK = ".worker.lock"
@@ -45,11 +45,10 @@ START_SECONDS = 300.0
 
 _WORKER = [sys.executable, "-P", "-m", "pilot_flwr.site.worker"]
 _TICK_SECONDS = 1.0
+_GRACE_SECONDS = 1.0
+_LONGEST_STATUS = 200
+_RESTART_SECONDS = 10.0
 _HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-_RESUMES = (
-    "Nothing has been overwritten: the client resumes from the private state of the exchange "
-    "before."
-)
 logger = logging.getLogger("flwr")
 
 
@@ -80,9 +79,11 @@ def status(state_folder: Path) -> Status | None:
         try:
             send(connection, {"status": True})
             packet, _ = receive(connection)
-        except (HungUp, TimeoutError):
-            raise RunError(f"The service of {state_folder} does not answer.") from None
-    return Status(**packet)
+            return Status(**packet)
+        except (HungUp, TimeoutError, TypeError):  # a TypeError: it is of another version
+            raise RunError(
+                f"The service of {state_folder} does not answer: restart `pilot-flwr site serve`."
+            ) from None
 
 
 def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
@@ -108,6 +109,12 @@ def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
 class _Outdated(RunError):
     """The code on disk is no longer that of the running service."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "The installed pilot-flwr has changed since the site's service was started, which ends "
+            "now: restart `pilot-flwr site serve`."
+        )
+
 
 class _Worker:
     """A worker process, ready to answer."""
@@ -123,6 +130,7 @@ class _Worker:
             )
         self.warm = False
         self.busy = ""
+        self.born = time.monotonic()
         self._greeted = False
 
     @property
@@ -143,15 +151,20 @@ class _Worker:
         poller = select.poll()
         poller.register(self._control, select.POLLIN | _HUNG_UP)
         poller.register(connection, _HUNG_UP)
+        gone = False
         while True:
-            events = dict(poller.poll())
-            if self._control.fileno() not in events:
-                raise HungUp
-            packet = self._hear()
+            events = dict(poller.poll(_GRACE_SECONDS * 1000 if gone else None))
+            if connection.fileno() in events:  # it may have its reply, which is reported next
+                poller.unregister(connection)
+                gone = True
+                continue
+            packet = self._hear() if events else {}
             if packet.get("done"):
                 self.warm, self.busy = bool(packet["warm"]), ""
                 return
-            self.busy = str(packet.get("busy", ""))
+            if gone:
+                raise HungUp
+            self.busy = str(packet.get("busy", ""))[:_LONGEST_STATUS]
 
     def kill(self) -> int:
         """Kill the process, whatever it does; return its exit code."""
@@ -171,10 +184,7 @@ class _Worker:
         code = self._hear()["code"]
         self._control.settimeout(None)
         if code != code_hash():
-            raise _Outdated(
-                "The installed pilot-flwr has changed since the site's service was started, which "
-                "ends now: restart `pilot-flwr site serve`."
-            )
+            raise _Outdated
         self._greeted = True
 
     def _hear(self) -> dict[str, Any]:
@@ -185,7 +195,7 @@ class _Worker:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             raise RunError(
                 f"The worker process of the site's service {how} (often: out of memory; the log of "
-                f"`pilot-flwr site serve` has more). {_RESUMES}"
+                f"`pilot-flwr site serve` has more). {NOTHING_LOST}"
             ) from None
 
 
@@ -234,7 +244,7 @@ class _Server:
                     send(connection, {"refused": refusal})
                     return
                 send(connection, {})
-                if _has_message(connection):
+                if not _hung_up(connection, or_sends=True):  # a query ends here
                     self._answer(connection)
             except HungUp:
                 pass
@@ -243,28 +253,35 @@ class _Server:
 
     def _answer(self, connection: socket.socket) -> None:
         with self._one_turn(connection):
+            if not self._worker.alive:
+                self._replace_worker()
             try:
                 self._worker.run(connection)
                 self._turns += 1
             except HungUp:
-                logger.warning("The ClientApp ended before its session. %s", _RESUMES)
+                logger.warning("The ClientApp ended before its session. %s", NOTHING_LOST)
                 self._replace_worker()
             except RunError as error:
+                _fail(connection, _STOPPED if self._stopping else str(error))
                 if isinstance(error, _Outdated):
                     self._outdated = error
                 elif not self._stopping:
                     logger.error("%s", error)
                     self._replace_worker()
-                _fail(connection, _STOPPED if self._stopping else str(error))
             self._used = time.monotonic()
 
     @contextlib.contextmanager
     def _one_turn(self, connection: socket.socket) -> Iterator[None]:
         """Wait for the turn of a ClientApp; raise `HungUp` if it has ended meanwhile."""
-        while not self._turn.acquire(timeout=_TICK_SECONDS):
-            _check_connected(connection)
+        if not self._turn.acquire(blocking=False):
+            text = f"the site's worker is busy, this message waits: {self._worker.busy}"
+            send(connection, {"log": logging.INFO, "text": text})
+            while not self._turn.acquire(timeout=_TICK_SECONDS):
+                if _hung_up(connection):
+                    raise HungUp
         try:
-            _check_connected(connection)
+            if _hung_up(connection):
+                raise HungUp
             yield
         finally:
             self._turn.release()
@@ -276,8 +293,9 @@ class _Server:
         try:
             idle = time.monotonic() - self._used
             if not self._worker.alive:
-                logger.warning("The idle worker process has ended; another one is started.")
-                self._replace_worker()
+                if time.monotonic() > self._worker.born + _RESTART_SECONDS:
+                    logger.warning("The idle worker process has ended; another one is started.")
+                    self._replace_worker()
             elif self._worker.warm and 0 < self._idle_release <= idle:
                 logger.info("Idle for %s: the base model is released.", human_seconds(idle))
                 self._replace_worker()
@@ -294,28 +312,30 @@ class _Server:
         return Status(os.getpid(), self._started, worker.warm, worker.busy, self._turns)
 
     def _refusal(self, packet: dict[str, Any]) -> str:
-        """Return why a ClientApp is refused: other code, or another node config."""
+        """Return why a ClientApp is refused: other code or libraries, or another node config."""
         own, other = self._own["code"], packet.get("code")
+        if code_hash.__wrapped__() != own:  # of the files as they are now
+            self._outdated = _Outdated()
+            return str(self._outdated)
         if own != other:
             return (
                 f"The site's service runs pilot-flwr with code {own} but this run has code {other}:"
                 " install the run's version at the site and restart `pilot-flwr site serve`."
             )
-        ours, theirs = self._own["node_config"], packet.get("node_config")
-        assert isinstance(ours, dict)
-        if not isinstance(theirs, dict):
-            return "The ClientApp sent no node config."
-        keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        if not keys:
-            return ""
-        named = ", ".join(f"`{key}`" for key in keys)
-        return (
-            f"The site's service and its SuperNode were started with different node configs, which "
-            f"differ in {named}: restart both with the same file."
-        )
+        if libraries := _differences(self._own["versions"], packet.get("versions")):
+            return (
+                f"The site's service and its SuperNode have different versions of {libraries}: "
+                "start both from one environment."
+            )
+        if keys := _differences(self._own["node_config"], packet.get("node_config")):
+            return (
+                "The site's service and its SuperNode were started with different node configs, "
+                f"which differ in {keys}: restart both with the same file."
+            )
+        return ""
 
 
-_STOPPED = f"The site's service was stopped during the session. {_RESUMES}"
+_STOPPED = f"The site's service was stopped during the session. {NOTHING_LOST}"
 
 
 def _fail(connection: socket.socket, text: str) -> None:
@@ -330,16 +350,16 @@ def _fail(connection: socket.socket, text: str) -> None:
             pass
 
 
-def _has_message(connection: socket.socket) -> bool:
-    """Wait until a ClientApp sends its message; a query ends here, once it knows it is welcome."""
+def _hung_up(connection: socket.socket, *, or_sends: bool = False) -> bool:
+    """Return whether the other side has ended; with `or_sends`, wait until it has or sends."""
     poller = select.poll()
-    poller.register(connection, select.POLLIN | _HUNG_UP)
-    events = dict(poller.poll(GREETING_SECONDS * 1000))
-    return bool(events) and not events[connection.fileno()] & _HUNG_UP
+    poller.register(connection, _HUNG_UP | (select.POLLIN if or_sends else 0))
+    events = dict(poller.poll(None if or_sends else 0))
+    return bool(events.get(connection.fileno(), 0) & _HUNG_UP)
 
 
-def _check_connected(connection: socket.socket) -> None:
-    poller = select.poll()
-    poller.register(connection, _HUNG_UP)
-    if poller.poll(0):
-        raise HungUp
+def _differences(ours: Any, theirs: Any) -> str:
+    """Return the keys in which two mappings differ."""
+    theirs = theirs if isinstance(theirs, dict) else {}
+    keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    return ", ".join(f"`{key}`" for key in keys)

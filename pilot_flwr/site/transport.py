@@ -28,9 +28,11 @@ SOCKET = "worker.sock"
 """Name of the service's socket in a ``state-folder``."""
 
 LONGEST_PACKET = 1 << 16
-LONGEST_TEXT = 1 << 14
-"""Characters of a line of progress; the rest is cut."""
+LONGEST_TEXT = 10_000
+"""Characters of a line of the log, of which each takes at most six bytes; the rest is cut."""
 
+_DESCRIPTORS = "/proc/self/fd"
+_ONE_USER = "run the SuperNode and `pilot-flwr site serve` as one user."
 _KINDS = {"config": ConfigRecord, "metrics": MetricRecord}
 
 
@@ -55,8 +57,8 @@ def listen(folder: Path) -> socket.socket:
 def connect(folder: Path) -> socket.socket | None:
     """Connect to the service that listens in `folder`; None if there is none.
 
-    Raises `ConnectionRefusedError` if a dead service has left its socket, and `RunError` if the
-    socket belongs to another user.
+    Raises `ConnectionRefusedError` if a dead service has left its socket, and `RunError` if it is
+    another user's.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -66,6 +68,9 @@ def connect(folder: Path) -> socket.socket | None:
     except FileNotFoundError:
         connection.close()
         return None
+    except PermissionError:
+        connection.close()
+        raise RunError(f"The site's socket is of another user: {_ONE_USER}") from None
     except BaseException:
         connection.close()
         raise
@@ -81,7 +86,7 @@ def check_peer(connection: socket.socket) -> None:
     if user != os.geteuid():
         raise RunError(
             f"The process at the other end of the site's socket is of user {user} but must be of "
-            f"user {os.geteuid()}: run the SuperNode and `pilot-flwr site serve` as one user."
+            f"user {os.geteuid()}: {_ONE_USER}"
         )
 
 
@@ -134,7 +139,8 @@ def send(connection: socket.socket, packet: Mapping[str, Any], *, wait: bool = T
     Without `wait`, raise `BlockingIOError` if the other side has too much to read.
     """
     with _hang_up_noticed():
-        connection.send(json.dumps(packet).encode(), 0 if wait else socket.MSG_DONTWAIT)
+        data = json.dumps(packet, ensure_ascii=False).encode("utf-8", "replace")
+        connection.send(data, 0 if wait else socket.MSG_DONTWAIT)
 
 
 def send_message(
@@ -235,8 +241,11 @@ def _part(memory: memoryview, start: int, size: int) -> memoryview:
 @contextlib.contextmanager
 def _short(folder: Path) -> Iterator[str]:
     """Yield a path of the socket that is short: a socket's path has at most 107 bytes."""
+    if not os.path.isdir(_DESCRIPTORS):
+        yield str(folder / SOCKET)
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
+        yield f"{_DESCRIPTORS}/{descriptor}/{SOCKET}"
     finally:
         os.close(descriptor)

@@ -11,12 +11,17 @@ import select
 import socket
 import sys
 import threading
+from typing import Any
 
 from flwr.app import Context, Error, RecordDict
 
+from pilot_flwr.errors import RunError
 from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.handlers import Answer, answer, failure
 from pilot_flwr.site.transport import LONGEST_TEXT, HungUp, Memory, receive, send, send_message
+
+PATIENCE_SECONDS = 60.0
+"""How long a ClientApp may take to send its message, and to read the reply."""
 
 logger = logging.getLogger("flwr")
 
@@ -40,40 +45,52 @@ def main(descriptor: int) -> None:
     """Answer messages until the service ends."""
     control = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
-    from pilot_flwr.client import session  # noqa: F401
-    from pilot_flwr.model import loading, pilot_model  # noqa: F401  # torch and transformers
+    from pilot_flwr.client import session  # noqa: F401  # torch and transformers, before a message
+    from pilot_flwr.model.feature_cache import forget_features
+    from pilot_flwr.model.loading import is_loaded
 
     send(control, {"code": code_hash()})
+    run = None
     while True:
         _, connections, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
         with socket.socket(fileno=connections[0]) as connection:
-            _answer_one(control, connection)
+            connection.settimeout(PATIENCE_SECONDS)
+            try:
+                request, content = receive(connection)
+                if run != (run := request["run_id"]):
+                    forget_features()  # every run starts as in a process of its own
+                _answer(control, connection, request, content)
+            except (HungUp, TimeoutError) as error:
+                logger.warning("The ClientApp has not received its reply: %r", error)
+            except RunError as error:  # no message of this app's
+                send(connection, {"failed": str(error)})
+        send(control, {"done": True, "warm": is_loaded()})
 
 
-def _answer_one(control: socket.socket, connection: socket.socket) -> None:
-    from pilot_flwr.model.loading import is_loaded
-
+def _answer(
+    control: socket.socket,
+    connection: socket.socket,
+    request: dict[str, Any],
+    content: RecordDict,
+) -> None:
+    context = Context(
+        run_id=request["run_id"],
+        node_id=request["node_id"],
+        node_config=request["node_config"],
+        state=RecordDict(),
+        run_config={"overrides": request["overrides"]},
+    )
     forward = _Forward(control, connection)
     logger.addHandler(forward)
-    connection.settimeout(None)  # the service's time limit holds for the descriptor, too
     try:
-        request, content = receive(connection)
-        context = Context(
-            run_id=request["run_id"],
-            node_id=request["node_id"],
-            node_config=request["node_config"],
-            state=RecordDict(),
-            run_config={"overrides": request["overrides"]},
-        )
         with Memory() as memory:
             reply = answer(request["kind"], content, context, allocate=memory.allocate)
-            send(control, {"done": True, "warm": is_loaded()})
             try:
                 _send_reply(connection, reply, memory)
-            except OSError as error:  # no memory for it
+            except (MemoryError, OSError) as error:  # no memory for it
+                if isinstance(error, TimeoutError):
+                    raise
                 _send_reply(connection, failure(error, content, context), memory)
-    except HungUp:
-        logger.warning("The ClientApp ended before it received the reply.")
     finally:
         logger.removeHandler(forward)
 

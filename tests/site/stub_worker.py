@@ -4,9 +4,11 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
 
+from pilot_flwr.errors import RunError
 from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.transport import Memory, receive, send, send_message
 
@@ -18,7 +20,12 @@ while True:
         sys.exit()
     with socket.socket(fileno=files[0]) as connection:
         connection.settimeout(None)
-        request, content = receive(connection)
+        try:
+            request, content = receive(connection)
+        except RunError as error:
+            send(connection, {"failed": str(error)})
+            send(control, {"done": True, "warm": False})
+            continue
         send(control, {"busy": f"{request['kind']}, exchange 3"})
         send(connection, {"log": 20, "text": "at work"})
         what = request["overrides"]
@@ -26,11 +33,14 @@ while True:
             os._exit(3)
         if what == "sleep":
             time.sleep(600)
-        send(control, {"done": True, "warm": True})
+        while what == "wait" and not Path(request["node_config"]["state-folder"], "end").exists():
+            time.sleep(0.05)
         if what == "fail":
             send(connection, {"error": 1001, "reason": "no"})
+            send(control, {"done": True, "warm": True})
             continue
         echo = {name: list(record) for name, record in content.array_records.items()}
         with Memory() as memory:
             reply = RecordDict({"echo": ConfigRecord(echo | {"pid": os.getpid()})})
             send_message(connection, {}, reply, memory)
+        send(control, {"done": True, "warm": True})

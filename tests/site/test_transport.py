@@ -102,6 +102,12 @@ def test_a_reader_that_is_stopped_stops_no_log(pair):
     assert receive(pair[1])[0] == {"text": "x" * 1000}
 
 
+def test_any_line_of_a_log_arrives(pair):
+    for text in ("患" * 20_000, "\U0001f600" * 20_000, "\x00" * 20_000, "\ud800" * 20_000):
+        send(pair[0], {"text": text[: transport.LONGEST_TEXT]})
+        assert len(receive(pair[1])[0]["text"]) == transport.LONGEST_TEXT
+
+
 def raw(data: bytes, *, seal: bool = True, index: list[int] | None = None):
     """Return a function that sends a memory of these bytes, with the place of its index."""
 

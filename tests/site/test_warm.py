@@ -61,7 +61,8 @@ def test_a_warm_sites_results_are_the_same_bit_for_bit(cold, tmp_path):
     sites = nodes(tmp_path)
     with serving(sites[0], tmp_path / "log"):
         warm = Federation(tmp_path / "run", TWO_CLIENTS, node_configs=sites).run()
-        found = service.status(sites[0]["state-folder"])
+        while (found := service.status(sites[0]["state-folder"])).busy:
+            time.sleep(0.1)
     assert found.warm and found.turns == 3  # two exchanges and the closing evaluation
     assert_same_state(cold.strategy.state, warm.strategy.state)
     assert warm.events("failure") == []
@@ -113,7 +114,7 @@ def test_a_session_that_is_killed_is_one_lost_reply(tmp_path, end):
         warm.grid.on_reply = look
         warm.run()
     (failure,) = (e for e in warm.events("failure") if e["round"] == 2 and e["phase"] == "train")
-    assert failure["client"] == "vqa-0" and "Nothing has been overwritten" in failure["reason"]
+    assert failure["client"] == "vqa-0" and "No private state is lost" in failure["reason"]
     assert [path.name for path in states] == ["private-0001.safetensors"]
     assert_same_state(lost.strategy.state, warm.strategy.state)
 
