@@ -9,10 +9,10 @@ import guide
 from guide import Machine, free_port, wait_for, wait_for_either, wait_for_port, wait_until
 from llava_files import write_federation
 
+from pilot_flwr.site.transport import SOCKET
+
 SITES = {"north-hospital": "vqa", "south-hospital": "counting", "west-clinic": "captioning"}
 SMALL = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1"
-
-SERVE = 'cd "$SITE"; pilot-flwr site serve --node-config site.toml'
 
 
 class Lab:
@@ -129,6 +129,6 @@ def start_service(service: Machine) -> None:
     service.start(
         "serve", script=service.own_script(SERVE)
     )  # the block site.serve, once it is there
-    socket = service.folder / "state" / "worker.sock"
+    socket = service.folder / "state" / SOCKET
     wait_until(lambda: socket.exists() or not service.is_running(), seconds=60)
     assert service.is_running(), (service.folder / "serve.log").read_text()

@@ -46,7 +46,7 @@ for _folder in (TESTS / "deployment", TESTS, TESTS / "robustness"):
         sys.path.append(str(_folder))
 
 from guide import Machine  # noqa: E402
-from lab import SERVE, SITES, Lab  # noqa: E402
+from lab import SITES, Lab  # noqa: E402
 
 from faults.sameness import differences  # noqa: E402
 
@@ -260,10 +260,7 @@ def supervised(lab: Lab) -> Iterator[None]:
                 machine.kill()  # what it has left behind
                 if enough.wait(RESTART_SECONDS[kind]):
                     return
-                if kind == "service":
-                    machine.start("serve", script=machine.own_script(SERVE))
-                else:
-                    machine.start("supernode")
+                machine.start("serve" if kind == "service" else "supernode")
 
     machines = [(machine, "SuperNode") for machine in lab.sites.values()]
     machines += [(machine, "service") for machine in lab.services.values()]
