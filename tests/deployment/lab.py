@@ -126,9 +126,7 @@ class Lab:
 
 def start_service(service: Machine) -> None:
     """Start a site's warm service and wait until it accepts messages."""
-    service.start(
-        "serve", script=service.own_script(SERVE)
-    )  # the block site.serve, once it is there
+    service.start("serve")
     socket = service.folder / "state" / SOCKET
     wait_until(lambda: socket.exists() or not service.is_running(), seconds=60)
     assert service.is_running(), (service.folder / "serve.log").read_text()
