@@ -1,4 +1,4 @@
-"""The ClientApp: every message is answered by the site's warm service or, without one, here."""
+"""The ClientApp: hand train and evaluate messages to the site's warm service, or answer here."""
 
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ def _reply(kind: "Kind", message: Message, context: Context) -> Message:
         from pilot_flwr.site.handlers import failure
 
         return Message(failure(error, content, context), reply_to=message)
-    from pilot_flwr.site.handlers import answer  # a message for the service needs none of it
+    from pilot_flwr.site.handlers import answer  # not needed if a service answers
 
     return Message(answer(kind, content, context), reply_to=message)
 

@@ -1,4 +1,4 @@
-"""``pilot-flwr site``: commands for a real site's machine."""
+"""``pilot-flwr site``: serve and inspect a real site, on its machine."""
 
 import json
 import shlex
@@ -31,14 +31,14 @@ def serve(
         typer.Option(
             metavar="SECONDS",
             min=0,
-            help="Release the base model, and a GPU's memory, after this time without a message; "
-            "0 for never.",
+            help="Release the base model and its GPU memory after this time without a message; "
+            "0: never.",
         ),
     ] = 3600.0,
 ) -> int:
-    """Keep this site warm: hold the base model ready between the messages of a SuperNode.
+    """Keep this site warm: keep the base model loaded between the SuperNode's messages.
 
-    Run it as the SuperNode's user, with the same node config. It ends with SIGTERM or Ctrl-C.
+    Run it as the SuperNode's user, with the same node config. Stop it with SIGTERM or Ctrl-C.
     """
     from pilot_flwr.cli.data import parse_node_config
     from pilot_flwr.launch.processes import Interrupted, StopSignals
@@ -57,13 +57,13 @@ def check(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> int:
-    """Check everything for which a run's server would refuse this site, with remedies.
+    """Check everything for which a run's server would refuse this site; print remedies.
 
-    Run it as the SuperNode's user. With the overrides of a run, such as `data=federation.yaml
-    strategy.clients=3`, all that depends on the run is checked as well. `data check` reads every
-    row and image, which this command does not.
+    Run it as the SuperNode's user. Add the overrides of a run, such as `data=federation.yaml
+    strategy.clients=3`, to check what depends on the run. The base model's hashes are printed, not
+    compared with the server's. To validate every row and image, use `data check`.
 
-    Exit code: 0 nothing would be refused, 1 something would, 2 wrong usage or configuration.
+    Exit code: 0 if all checks pass, 1 if one fails, 2 for wrong usage or overrides.
     """
     from dataclasses import asdict
 
@@ -93,9 +93,9 @@ def status(
     node_config: NodeConfigOption,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
-    """Show this site's service, its last exchange of each run, its privacy budget and its disk.
+    """Show this site's service, the last exchange of each run, the privacy budget and disk usage.
 
-    Exit code: 0 if its service answers, 1 if none does, 2 if the node config is wrong.
+    Exit code: 0 if a service answers, 1 if none does, 2 if the node config is wrong.
     """
     from dataclasses import asdict
 
@@ -126,7 +126,7 @@ def status(
 
 def _service(found: "Status | None") -> str:
     if found is None:
-        return "cold: no service runs, each message loads the base model anew"
+        return "cold: no service is running; each message loads the base model"
     model = "the base model is loaded" if found.warm else "no base model is loaded yet"
     busy = f"; busy: {found.busy}" if found.busy else "; idle"
     turns = count(found.turns, "message")

@@ -3,7 +3,7 @@
 They run when the server queries the node, so that a site that cannot train fails early. Their
 errors name paths, which the site's log shows and
 `pilot_flwr.flower.messages` withholds from the server. To add a check, add it to
-`readiness_checks`, which ``pilot-flwr site check`` reports one by one.
+`readiness_checks`; ``pilot-flwr site check`` reports each of them.
 """
 
 import logging
@@ -44,7 +44,7 @@ def check_readiness(site: Site, config: PilotConfig) -> None:
 
 
 def readiness_checks(site: Site, config: PilotConfig) -> dict[str, Callable[[], None]]:
-    """Return the checks of a site by name, in order; each raises `ConfigError`."""
+    """Return the checks of a site by name, in order; a failed one raises `ConfigError`."""
     checks: dict[str, Callable[[], None]] = {}
     evaluates = config.evaluation.enabled and not config.privacy.withholds_metrics
     if (files := site.files) is not None:

@@ -338,7 +338,7 @@ class Session:
         """
         privacy, bits = self.config.privacy, self.model.config.upload_bits
         dtype = getattr(torch, self.model.config.wire_dtype)
-        rounded = None if bits or privacy.enabled else dtype  # noise and codes need all digits
+        rounded = None if bits or privacy.enabled else dtype  # both need full precision
         upload: dict[GroupName, State] = {
             group: self.model.state(
                 group, wanted=functools.partial(self.sharing.sends, group), dtype=rounded

@@ -106,7 +106,7 @@ def _compose(overrides: str) -> PilotConfig:
     return config
 
 
-@functools.lru_cache(maxsize=32)  # 0.1 seconds; a sweep's jobs mostly differ in settings alone
+@functools.lru_cache(maxsize=32)  # 0.1 seconds; a sweep's jobs mostly choose the same files
 def _compose_choices(choices: tuple[str, ...]) -> "DictConfig":
     from hydra import compose, initialize_config_dir
 
@@ -120,7 +120,7 @@ def _groups() -> frozenset[str]:
 
 
 def _is_choice(override: "Override") -> bool:
-    """Return whether an override chooses a file of ``conf/``; otherwise it sets a value."""
+    """Return whether an override chooses a file of ``conf/``, rather than setting a value."""
     return override.key_or_group in _groups() and not isinstance(override.value(), dict)
 
 
@@ -134,7 +134,7 @@ def _set(config: "Container", override: "Override") -> None:
     try:
         if override.is_add() and not isinstance(value, dict | list):
             if OmegaConf.select(config, key) is not None:
-                raise ConfigError(f"`{key}` has a value already: {word!r} must be without `+`.")
+                raise ConfigError(f"`{key}` has a value already: remove the `+` of {word!r}.")
         OmegaConf.update(config, key, value, force_add=add)
     except OmegaConfBaseException as error:
         raise ConfigError(f"The override {word!r} is wrong. {_readable(error)}") from None

@@ -12,7 +12,7 @@ from pilot_flwr.protocol import State
 from pilot_flwr.run import tensor_buffer
 
 Allocate = Callable[[int], Any]
-"""Returns a writable buffer of a number of bytes."""
+"""Returns a writable buffer of the given number of bytes."""
 
 _TENSORS, _FORMAT = "tensors", "safetensors"
 _KINDS = {ConfigRecord: "record", ArrayRecord: "arrays", MetricRecord: "metrics"}
@@ -29,8 +29,8 @@ _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 def encode_state(state: State, *, allocate: Allocate = bytearray) -> ArrayRecord:
     """Encode named tensors.
 
-    Each tensor is copied once. Flower moves every array of a record on its own, in several requests
-    per hop, so all tensors are one array.
+    Each tensor is copied once, into a buffer from `allocate`. All tensors are one array, because
+    Flower transfers each array of a record separately, with several requests per hop.
     """
     header, size = tensor_buffer.layout(state)
     buffer = allocate(size)
@@ -45,13 +45,15 @@ def encode_state(state: State, *, allocate: Allocate = bytearray) -> ArrayRecord
 
 
 def decode_state(record: ArrayRecord) -> State:
-    """Decode named tensors, the inverse of `encode_state`: views of the array, to be read only."""
+    """Decode named tensors, the inverse of `encode_state`, as views of the array; read only."""
     if list(record) != [_TENSORS] or record[_TENSORS].stype != _FORMAT:
         names = ", ".join(f"`{_cut(name)}`" for name in list(record)[:3]) or "none"
-        raise UpdateError(f"the arrays must be one, `{_TENSORS}` in {_FORMAT} format, not {names}")
+        raise UpdateError(
+            f"the arrays must be one array, `{_TENSORS}` in {_FORMAT} format, not {names}"
+        )
     try:
         return tensor_buffer.views(record[_TENSORS].data)
-    except Exception as error:  # whatever a foreign header causes
+    except Exception as error:  # a foreign header may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise UpdateError(f"array `{_TENSORS}` cannot be read: {_cut(reason)}") from error
 

@@ -43,7 +43,7 @@ def checkpoint_path(path: str) -> str:
     return str(folder if whole else _assemble(folder))
 
 
-@functools.cache  # two megabytes, and every message asks for the folder
+@functools.cache  # a file of two megabytes, needed for every message
 def _bundled_names(folder: Path) -> tuple[str, ...]:
     """Return the names of a shipped checkpoint's files that an app bundle lacks."""
     return tuple(json.loads((folder / BUNDLE).read_text(encoding="utf-8")))
@@ -57,9 +57,9 @@ def locate(config: ModelConfig) -> str:
 
 
 def files_stamp(path: str) -> tuple[tuple[object, ...], ...]:
-    """Return what changes whenever a file of a local checkpoint does.
+    """Return a stamp that changes whenever a file of a local checkpoint does.
 
-    A checkpoint in the hub's cache never changes: it has none.
+    It is empty for a checkpoint in the hub's cache, which never changes.
     """
     folder = checkpoint_path(path)
     if not os.path.isdir(folder):

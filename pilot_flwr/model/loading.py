@@ -41,13 +41,13 @@ _LOADED: dict[tuple[str, ...], PilotModel] = {}
 def loaded_model(
     config: ModelConfig, *, reduction: str, balance_reduction: str = "pooled", device: torch.device
 ) -> PilotModel:
-    """Return this process's only model, loaded by the first call and when its files change."""
+    """Return this process's only model; load it at the first call and when its files change."""
     from pilot_flwr.model.pilot_model import PilotModel
 
     stamp = repr(files_stamp(config.path))
     key = (repr(config), reduction, balance_reduction, str(device), stamp)
     if key not in _LOADED:
-        if _LOADED:  # two bases may not fit into memory, and features are of one base
+        if _LOADED:  # memory may not hold two bases; features belong to one
             from pilot_flwr.model.feature_cache import forget_features
 
             _LOADED.clear()

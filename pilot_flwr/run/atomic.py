@@ -63,7 +63,7 @@ def check_checksum(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _digest(path: Path, written: str) -> str:
-    """Return what a file's checksum should be, where it says `written`."""
+    """Return the checksum of a file whose header has the checksum `written`."""
     with path.open("rb") as file:
         header, _ = _sealed_header(file, written)
         digest = hashlib.sha256(header)
@@ -73,7 +73,7 @@ def _digest(path: Path, written: str) -> str:
 
 
 def _sealed_header(file: BinaryIO, written: str) -> tuple[bytes, int]:
-    """Read a header; return it with zeros in place of the checksum `written`, and their place."""
+    """Read a header; return it with zeros for the checksum `written`, and their offset."""
     size = file.read(8)
     header = size + file.read(int.from_bytes(size, "little"))
     field = f'"{CHECKSUM}":"'.encode()
@@ -89,8 +89,8 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, neither atomically nor flushed; update `digest` with its bytes.
 
-    Contiguous tensors are written from where they are: the library's `save_file` would copy all of
-    them first.
+    Contiguous tensors are written without a copy; the library's `save_file` would copy all of them
+    first.
     """
     header, _ = tensor_buffer.layout(tensors, metadata)
     try:
@@ -250,7 +250,7 @@ def hold(path: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
     deadline = time.monotonic() + patience
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        with contextlib.suppress(PermissionError):  # whoever can open it can lock it
+        with contextlib.suppress(PermissionError):  # a user who can open it can block it
             os.fchmod(descriptor, 0o600)
         while True:
             try:

@@ -1,8 +1,8 @@
-"""Tensors in one buffer, in the safetensors format: written with one copy, read with none.
+"""Tensors in one buffer in the safetensors format: write with one copy, read with none.
 
-A file or a message has the same bytes: eight for the length of a JSON header, the header with each
-tensor's dtype, shape and place, and the tensors, one after the other without a gap. The safetensors
-library reads them as well, but copies every tensor of a buffer, and maps only files.
+Files and messages have the same layout: eight bytes for the length of a JSON header, the header
+with each tensor's dtype, shape and offsets, then the tensors without gaps. The safetensors library
+reads this layout too, but copies every tensor of a buffer and maps only files.
 """
 
 import json
@@ -28,11 +28,11 @@ _DTYPES = {
 _NAMES = {name: code for code, name in _DTYPES.items()}
 _METADATA = "__metadata__"
 _MOST_DIMENSIONS = 16
-_LONGEST_HEADER = 2**22  # 30,000 tensors; parsed JSON takes thirty times its length
+_LONGEST_HEADER = 2**22  # 30,000 tensors; parsed, it takes thirty times its length
 
 
 def layout(tensors: State, metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
-    """Return the bytes before the tensors' own, and the number of all bytes."""
+    """Return the bytes before the first tensor, and the total number of bytes."""
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     header |= dict.fromkeys(tensors)
     end = 0
@@ -55,20 +55,20 @@ def contents(tensors: State) -> Iterator[Any]:
 
     for name in _in_order(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        vector = tensor.as_strided((tensor.numel(),), (1,))  # a single element has any stride
+        vector = tensor.as_strided((tensor.numel(),), (1,))  # one element may have any stride
         yield vector.view(torch.uint8).numpy()
 
 
 def _in_order(tensors: State) -> list[str]:
-    """Return the names in the order of the bytes, in which every tensor is aligned."""
+    """Return the names in the order of storage, which aligns every tensor."""
     return sorted(tensors, key=lambda name: -tensors[name].itemsize)
 
 
 def views(buffer: Any) -> State:
-    """Return the tensors in a buffer, as views; raise `ValueError` for any other content.
+    """Return the tensors in a buffer as views; raise `ValueError` if its header is inconsistent.
 
-    Nothing is allocated before the header has been compared with the buffer. The views must not be
-    written to if the buffer is read-only.
+    Nothing is allocated before the header has been compared with the buffer. Do not write to the
+    views of a read-only buffer.
     """
     import torch
 
@@ -100,14 +100,14 @@ def views(buffer: Any) -> State:
 
 
 def _place(name: str, row: Any) -> tuple[str, list[int], tuple[int, int]]:
-    """Return a tensor's dtype, shape and place, which agree with each other."""
+    """Return a tensor's dtype, shape and offsets; raise `ValueError` unless they agree."""
     import torch
 
     dtype, shape, (start, stop) = _DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"the shape of `{name[:99]}` has more than {_MOST_DIMENSIONS} dimensions")
     if any(type(number) is not int or not 0 <= number < 2**63 for number in (*shape, start, stop)):
-        raise ValueError(f"shape and place of `{name[:99]}` are not whole numbers")
+        raise ValueError(f"shape or offsets of `{name[:99]}` are not whole numbers")
     if stop - start != math.prod(shape) * getattr(torch, dtype).itemsize:
         raise ValueError(
             f"its header says {dtype} {tuple(shape)} for `{name[:99]}`, and {stop - start} bytes"
@@ -118,5 +118,5 @@ def _place(name: str, row: Any) -> tuple[str, list[int], tuple[int, int]]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("its header has a name twice")
+        raise ValueError("a name occurs twice in its header")
     return found

@@ -1,1 +1,1 @@
-"""A site's side of a federation: answer Flower's messages, here or in a warm service."""
+"""A site's side of a federation: answer messages, in the ClientApp or in a warm service."""

@@ -1,7 +1,8 @@
-"""Everything for which the roster would refuse a site, checked at the site and all at once.
+"""Check at a site, all at once, everything for which the roster would refuse it.
 
-Each row calls what a roster query calls (`pilot_flwr.site.handlers`). ``pilot-flwr site check``
-prints the rows. To add one, add a line to `check_site` and a remedy to `REMEDIES`.
+Each row runs the code of a roster query (`pilot_flwr.site.handlers`); ``pilot-flwr site check``
+prints the rows. Hashes are only printed: the server compares them with its own. To add a row, add
+a line to `check_site` and a remedy to `REMEDIES`.
 """
 
 import contextlib
@@ -32,31 +33,31 @@ from pilot_flwr.site.door import find_service
 Result = Literal["ok", "refused", "note"]
 
 REMEDIES = {
-    "node config": "Correct these entries; docs/reference/sites.md has all keys.",
-    "packages": "Install the package again, in the version of the other machines.",
+    "node config": "Correct these entries; docs/reference/sites.md lists all keys.",
+    "packages": "Reinstall the package, in the version that the other machines have.",
     "device": "`nvidia-smi -L` lists the GPUs; `CUDA_VISIBLE_DEVICES` may hide them.",
-    "identity key": '`chmod 600` it, or make one: `ssh-keygen -t ecdsa -b 384 -N "" -f FILE`.',
+    "identity key": '`chmod 600` it, or generate one: `ssh-keygen -t ecdsa -b 384 -N "" -f FILE`.',
     "base model": "Set `model-path` to a complete copy of the server's base model.",
-    "processor": "Copy the tokenizer's, processor's and chat template's files of the base model.",
-    "run": "Agree with the server's operator on these settings, or change the node config.",
-    "data files": "Correct the paths, or let this user read them: `namei -l PATH` shows where the "
-    "permission ends.",
+    "processor": "Copy the base model's files of tokenizer, processor and chat template.",
+    "run": "Agree on these settings with the server's operator, or change the node config.",
+    "data files": "Correct the paths, or let this user read them: `namei -l PATH` shows which "
+    "folder denies access.",
     "state folder": "Create it for this user alone: `install -d -m 700 -o USER FOLDER`.",
-    "overlap": "`pilot-flwr data check --node-config` names the first such row.",
+    "overlap": "`pilot-flwr data check --node-config` names the first shared row.",
     "examples": "Correct `train-file`.",
-    "disk space": "Delete the folders of old runs (`pilot-flwr site status` lists them), or name "
-    "a `state-folder` on another disk.",
+    "disk space": "Delete the folders of old runs (`pilot-flwr site status` lists them), or set "
+    "`state-folder` to another disk.",
     "privacy": 'Install dp-accounting (`pip install "pilot-flwr[privacy]"`), restore the account '
-    "from a copy, or raise `max-epsilon`.",
-    "private states": "Restore the file from a copy, or move it away.",
+    "from a backup, or raise `max-epsilon`.",
+    "private states": "Restore the file from a backup, or move it away.",
     "service": "Restart `pilot-flwr site serve` as the SuperNode's user, with its node config.",
 }
-"""What to do about a refusal, beside what its own text says."""
+"""Remedy for each refusal, in addition to its text."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check: its name, its result, and a text for the site's owner, which may name paths."""
+    """Name, result and text of one check; the text is for the site's owner and may name paths."""
 
     check: str
     result: Result
@@ -64,19 +65,19 @@ class Row:
 
     @property
     def remedy(self) -> str:
-        """What to do about a refusal, otherwise empty."""
+        """The remedy if the check refused the site, otherwise empty."""
         return REMEDIES[self.check] if self.result == "refused" else ""
 
 
 @dataclass
 class _Rows:
-    """Collects rows; an expected error within `check` becomes a refusal."""
+    """Collects rows; an expected error inside `check` becomes a refusal."""
 
     found: list[Row] = field(default_factory=list)
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Run a check; it passes with the text given to the yielded function."""
+        """Run a check; the yielded function takes the text of the row if it passes."""
         passed: list[str] = []
         try:
             yield passed.append
@@ -86,15 +87,15 @@ class _Rows:
             self.found.append(Row(name, "ok", " ".join(passed)))
 
     def note(self, name: str, text: str) -> None:
-        """Add a row that is no reason for a refusal."""
+        """Add a row that does not refuse the site."""
         self.found.append(Row(name, "note", text))
 
 
 def check_site(values: NodeConfig, config: PilotConfig | None) -> list[Row]:
-    """Check a site, for a run's `config` if there is one; return a row per check.
+    """Check a site, for a run if its `config` is given; return a row per check.
 
-    Creates the state folder if it can, as a query does, and nothing that stays in it but the cached
-    overlap.
+    Like a query, this creates the state folder if possible, and leaves nothing in it except the
+    cached overlap.
     """
     rows = _Rows()
     node, problems = _parse(values)
@@ -108,20 +109,20 @@ def check_site(values: NodeConfig, config: PilotConfig | None) -> list[Row]:
         check_device(node.device)
         passed(node.device)
     if rows.found[-1].result == "refused":
-        node = replace(node, device="auto")  # reported; the rest is checked all the same
+        node = replace(node, device="auto")  # already reported; check the rest nevertheless
     _check_key(rows, node)
     if config is None:
         _check_alone(rows, node)
-        rows.note("run", "not checked: give the run's overrides to check all that depends on them")
+        rows.note("run", "not checked: add the run's overrides to check what depends on them")
     else:
         _check_for_run(rows, node, config)
     with rows.check("service") as passed, find_service(_readable(values, node)) as service:
-        passed("accepts this code and node config" if service else "none: each message starts cold")
+        passed("accepts this code and node config" if service else "none: the site is cold")
     return rows.found
 
 
 def _parse(values: NodeConfig) -> tuple[NodeSettings, list[str]]:
-    """Parse a node config without its wrong entries; return the errors of all of them."""
+    """Parse a node config without its invalid entries; return it with all their errors."""
     problems: list[str] = []
     while True:
         try:
@@ -135,7 +136,7 @@ def _parse(values: NodeConfig) -> tuple[NodeSettings, list[str]]:
 
 
 def _readable(values: NodeConfig, node: NodeSettings) -> NodeConfig:
-    """Return the node config for the service, at least its state folder if others are wrong."""
+    """Return the node config for the service, or only its state folder if it is invalid."""
     with contextlib.suppress(ConfigError):
         read_node_config(values)
         return values
@@ -143,7 +144,7 @@ def _readable(values: NodeConfig, node: NodeSettings) -> NodeConfig:
 
 
 def _check_packages() -> str:
-    """Raise `ConfigError` unless the installed packages are those that this one pins."""
+    """Raise `ConfigError` unless the installed packages have the versions that this one pins."""
     wrong, fitting = [], 0
     for requirement in map(Requirement, requires("pilot-flwr") or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -175,7 +176,7 @@ def _check_key(rows: _Rows, node: NodeSettings) -> None:
 
 
 def _check_alone(rows: _Rows, node: NodeSettings) -> None:
-    """Check what does not depend on a run."""
+    """Check everything that does not depend on a run."""
     if node.model_path is not None:
         with rows.check("base model") as passed:
             if not node.model_path.is_dir():
@@ -207,7 +208,7 @@ def _check_alone(rows: _Rows, node: NodeSettings) -> None:
 
 
 def _check_for_run(rows: _Rows, node: NodeSettings, config: PilotConfig) -> None:
-    """Check what a roster query of a run would."""
+    """Check everything that a roster query of the run checks."""
     site = None
     with rows.check("run") as passed:
         site = find_site(node, config, run_name="site-check", run_folder="", simulated=False)
@@ -237,7 +238,7 @@ def _check_for_run(rows: _Rows, node: NodeSettings, config: PilotConfig) -> None
 
 
 def _check_states(site: Site) -> str:
-    """Raise `StateError` if the newest private state of a run is damaged or another client's."""
+    """Raise `StateError` if a run's newest private state is damaged or of another client."""
     runs = sorted(path for path in site.state_folder.parent.glob("*") if path.is_dir())
     stores = [replace(site, state_folder=run).private_store for run in runs]
     held = [store for store in stores if store.rounds()]

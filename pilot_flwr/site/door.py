@@ -1,8 +1,8 @@
 """Hand a message over from Flower's ClientApp to the site's warm service.
 
-Flower starts a process for every message; this one imports neither torch nor transformers. Its log
-repeats that of the worker, and its end ends the worker's session: a session lives no longer than
-the ClientApp that was asked for it, warm or not.
+Flower starts a process for every message. This one imports neither torch nor transformers, and
+repeats the worker's log in its own. If it ends, the service ends the worker's session: warm or not,
+a session never outlives its ClientApp.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from pilot_flwr.site.handlers import Answer, Kind
 
 PATIENCE_SECONDS = 60.0
-"""How long a service may take to answer a greeting, which it does even while it computes."""
+"""Limit for the answer to a greeting; a service answers even while its worker computes."""
 
-NOTHING_LOST = "No private state is lost: the client can repeat the exchange from the one before."
+NOTHING_LOST = "No private state is lost: the client can repeat the exchange."
 logger = logging.getLogger("flwr")
 
 
 @dataclass(frozen=True)
 class Service:
-    """An open connection to a service that has accepted this process's code and node config."""
+    """An open connection to a service that has accepted this code and node config."""
 
     connection: socket.socket
 
     def run(self, kind: "Kind", content: RecordDict, context: Context) -> "Answer":
-        """Let the worker answer a message, whose arrays are released; log its progress.
+        """Let the worker answer a message, and log its progress; the message's arrays are released.
 
-        Raises `RunError` if the worker dies or its service stops.
+        Raises `RunError` if the worker dies or the service stops.
         """
         request = {
             "kind": kind,
@@ -62,16 +62,15 @@ class Service:
                 else:
                     return reply
         except HungUp:
-            raise RunError(
-                f"The site's service has ended during the session. {NOTHING_LOST}"
-            ) from None
+            raise RunError(f"The site's service ended during the session. {NOTHING_LOST}") from None
 
 
 @contextlib.contextmanager
 def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
-    """Yield a connection to the service of this site's state folder, None if none listens there.
+    """Yield a connection to the service of this site's state folder; None if none listens there.
 
-    Raises `ConfigError` if it runs other code or has another node config.
+    Raises `ConfigError` if the service has other code, other libraries or another node config, and
+    `RunError` if it does not answer.
     """
     folder = read_node_config(node_config).state_folder
     connection = None
@@ -81,7 +80,7 @@ def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
     except ConnectionRefusedError:
         logger.warning(
             "The service of %s is not running, but has left its socket: this message is answered "
-            "without it. Start it again with `pilot-flwr site serve`.",
+            "without it. Restart `pilot-flwr site serve`.",
             folder,
         )
     if connection is None:
@@ -94,7 +93,7 @@ def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
             packet, _ = receive(connection)
         except (HungUp, TimeoutError):
             raise RunError(
-                f"The site's service does not answer. Restart `pilot-flwr site serve` of {folder}."
+                f"The site's service does not answer. Restart `pilot-flwr site serve` for {folder}."
             ) from None
         if refusal := packet.get("refused"):
             raise ConfigError(str(refusal))
@@ -102,6 +101,6 @@ def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
 
 
 def greeting(node_config: NodeConfig) -> dict[str, object]:
-    """Return the first packet of a ClientApp: its code, its libraries and its node config."""
+    """Return a ClientApp's first packet: its code hash, library versions and node config."""
     own = {key: value for key, value in node_config.items() if key not in FLOWER_KEYS}
     return {"code": code_hash(), "versions": versions(), "node_config": own}

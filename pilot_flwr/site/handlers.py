@@ -1,7 +1,7 @@
 """Answer the three kinds of messages that a client receives: query, train and evaluate.
 
-They run in the process of Flower's ClientApp or, at a warm site, in the worker of its service
-(`pilot_flwr.site.service`).
+A query is answered in the process of Flower's ClientApp; so are the other messages, except at a
+warm site, where the service's worker answers them (`pilot_flwr.site.service`).
 """
 
 import functools
@@ -43,7 +43,7 @@ def answer(
 ) -> Answer:
     """Return the content of the reply, or an error that discloses nothing private.
 
-    `allocate` returns the memory of each of the reply's arrays.
+    `allocate` provides the memory of the reply's arrays.
     """
     try:
         config = _config(context)
@@ -77,7 +77,7 @@ def failure(error: Exception, content: RecordDict, context: Context) -> Error:
         simulated = is_simulated(context.node_config, run.folder, run.token)
         constant = constant and not simulated
         private = None if simulated else private_paths(context.node_config)
-    except Exception as unreadable:  # it quotes the server's own input, any other may quote more
+    except Exception as unreadable:  # quotes only the server's own input
         if str(unreadable) != str(error):
             logger.error("%s", error, exc_info=error)
         error = unreadable

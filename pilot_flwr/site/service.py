@@ -1,15 +1,15 @@
 """A warm site: keep the base model ready between Flower's messages.
 
-The service of a site (``pilot-flwr site serve``) listens on a socket in the site's state folder
-and runs one worker process at a time (`pilot_flwr.site.worker`), which imports torch, loads the
-base model with its first message and keeps it. Each message's ClientApp connects, shows its code
-and node config, and then talks with the worker directly.
+A site's service (``pilot-flwr site serve``) listens on a socket in the state folder and runs one
+worker process at a time (`pilot_flwr.site.worker`), which imports torch, loads the base model with
+its first message and keeps it. The ClientApp of each message connects and sends its code hash and
+node config; the service then passes the connection to the worker.
 
-The service computes nothing, so that it outlives whatever happens to a worker. A worker is killed
-when its ClientApp ends before the reply, when it has been idle for long, and when the service
-stops; that is as safe as the end of a ClientApp without a service, since a private state is
-replaced atomically and a session starts from the state of an earlier exchange. The next worker is
-started at once.
+The service itself computes nothing, so a crash of the worker does not affect it. It kills the
+worker when the ClientApp ends before the reply, when the worker has been idle for long, and when
+the service stops. Killing it is as safe as killing a ClientApp: a private state is replaced
+atomically, and a session starts from the state of an earlier exchange. Unless the service stops,
+it starts the next worker at once.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from pilot_flwr.site.door import NOTHING_LOST, greeting
 from pilot_flwr.site.transport import SOCKET, HungUp, check_peer, connect, listen, receive, send
 
 LOCK = ".worker.lock"
-"""File in a ``state-folder``, locked by its service."""
+"""Lock file in a ``state-folder``, held by its service."""
 
 GREETING_SECONDS = 10.0
-"""How long a new connection may take to greet, and a ClientApp then to send its message."""
+"""Limit for a greeting, for the answer to a status request, and for a session's end on stopping."""
 
 START_SECONDS = 300.0
-"""How long a worker may take to import its libraries, from a slow disk."""
+"""Limit for a worker's imports, which take long from a slow disk."""
 
 _WORKER = [sys.executable, "-P", "-m", "pilot_flwr.site.worker"]
 _TICK_SECONDS = 1.0
@@ -54,9 +54,9 @@ logger = logging.getLogger("flwr")
 
 @dataclass(frozen=True)
 class Status:
-    """What a service does: `started` is in seconds since 1970, `busy` the last line of progress.
+    """Status of a service: `started` is in seconds since 1970, `busy` the last line of progress.
 
-    `warm` tells whether the base model is loaded, `turns` how many messages have been answered.
+    `warm` is true if the base model is loaded; `turns` counts the messages answered so far.
     """
 
     pid: int
@@ -80,44 +80,44 @@ def status(state_folder: Path) -> Status | None:
             send(connection, {"status": True})
             packet, _ = receive(connection)
             return Status(**packet)
-        except (HungUp, TimeoutError, TypeError):  # a TypeError: it is of another version
+        except (HungUp, TimeoutError, TypeError):  # TypeError: a service of another version
             raise RunError(
                 f"The service of {state_folder} does not answer: restart `pilot-flwr site serve`."
             ) from None
 
 
 def serve(node_config: NodeConfig, *, idle_release: float = 0.0) -> None:
-    """Serve the site of a node config until an exception, such as that of a signal, ends it.
+    """Serve a site until an exception, such as that of a signal, stops the service.
 
-    A worker that has been idle for `idle_release` seconds is replaced by one without a model, 0
-    for never. Raises `ConfigError` for a wrong node config, and `RunError` if the state folder has
-    a service already or the installed code changes.
+    A worker with a model is replaced by one without after `idle_release` idle seconds; 0 means
+    never. Raises `ConfigError` for a wrong node config, and `RunError` if the state folder already
+    has a service or the installed code changes.
     """
     settings = read_node_config(node_config)
     folder = settings.state_folder
     if folder is None or not settings.client_id:
         key = "client-id" if folder is not None else "state-folder"
-        raise ConfigError(f"`{key}` is missing in the node config; a service needs it.")
+        raise ConfigError(f"`{key}` is missing in the node config but a service needs it.")
     with hold(folder / LOCK, f"The service of {folder}"), listen(folder) as listener:
         try:
-            logger.info("Client %s is warm from its first message on.", settings.client_id)
+            logger.info("Serving client %s; the first message loads its model.", settings.client_id)
             _Server(node_config, idle_release).run(listener)
         finally:
             (folder / SOCKET).unlink(missing_ok=True)
 
 
 class _Outdated(RunError):
-    """The code on disk is no longer that of the running service."""
+    """The code on disk differs from that of the running service."""
 
     def __init__(self) -> None:
         super().__init__(
-            "The installed pilot-flwr has changed since the site's service was started, which ends "
-            "now: restart `pilot-flwr site serve`."
+            "The installed pilot-flwr has changed since the site's service started. The service "
+            "stops: restart `pilot-flwr site serve`."
         )
 
 
 class _Worker:
-    """A worker process, ready to answer."""
+    """A worker process and the socket to control it."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -135,18 +135,18 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def run(self, connection: socket.socket) -> None:
-        """Let it answer the message that waits in a connection.
+        """Let the worker answer the message that waits in a connection.
 
-        Raises `HungUp` if the ClientApp ends before; then the worker still computes and must be
-        ended. Raises `RunError` if the worker dies.
+        Raises `HungUp` if the ClientApp ends first; the worker then still computes and must be
+        killed. Raises `RunError` if the worker dies.
         """
         self._greet()
         self.busy = "at work"
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is heard below
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_hear` reports it
             socket.send_fds(self._control, [b"."], [connection.fileno()])
         poller = select.poll()
         poller.register(self._control, select.POLLIN | _HUNG_UP)
@@ -154,7 +154,7 @@ class _Worker:
         gone = False
         while True:
             events = dict(poller.poll(_GRACE_SECONDS * 1000 if gone else None))
-            if connection.fileno() in events:  # it may have its reply, which is reported next
+            if connection.fileno() in events:  # perhaps with its reply: `done` follows
                 poller.unregister(connection)
                 gone = True
                 continue
@@ -167,17 +167,17 @@ class _Worker:
             self.busy = str(packet.get("busy", ""))[:_LONGEST_STATUS]
 
     def kill(self) -> int:
-        """Kill the process, whatever it does; return its exit code."""
+        """Kill the process; return its exit code."""
         self._process.kill()
         return self._process.wait()
 
     def close(self) -> None:
-        """Kill the process and release its socket, which no other thread may use."""
+        """Kill the process and close its socket, which no other thread may be using."""
         self.kill()
         self._control.close()
 
     def _greet(self) -> None:
-        """Wait until the worker has imported its libraries; check that its code is this one's."""
+        """Wait until the worker has imported its libraries; check that it has the same code."""
         if self._greeted:
             return
         self._control.settimeout(START_SECONDS)
@@ -194,13 +194,13 @@ class _Worker:
             code = self.kill()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             raise RunError(
-                f"The worker process of the site's service {how} (often: out of memory; the log of "
-                f"`pilot-flwr site serve` has more). {NOTHING_LOST}"
+                f"The worker process of the site's service {how} (often out of memory; see the log "
+                f"of `pilot-flwr site serve`). {NOTHING_LOST}"
             ) from None
 
 
 class _Server:
-    """Accepts connections; gives them to the worker one at a time."""
+    """Accepts connections and passes them to the worker one at a time."""
 
     def __init__(self, node_config: NodeConfig, idle_release: float) -> None:
         self._own = greeting(node_config)
@@ -213,7 +213,7 @@ class _Server:
         self._worker = _Worker()
 
     def run(self, listener: socket.socket) -> None:
-        """Accept connections until an exception in this thread, such as that of a signal."""
+        """Accept connections until an exception, such as that of a signal, stops this thread."""
         listener.settimeout(_TICK_SECONDS)
         try:
             while True:
@@ -226,11 +226,11 @@ class _Server:
         finally:
             self._stopping = True
             self._worker.kill()
-            if self._turn.acquire(timeout=GREETING_SECONDS):  # the ClientApp has its error
+            if self._turn.acquire(timeout=GREETING_SECONDS):  # the ClientApp has read its error
                 self._worker.close()
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer one connection: a question for the status, a query, or a message."""
+        """Answer one connection: a status request, a query's greeting, or a message."""
         with connection:
             try:
                 check_peer(connection)
@@ -240,16 +240,16 @@ class _Server:
                     send(connection, asdict(self._status()))
                     return
                 if refusal := self._refusal(packet):
-                    logger.warning("A ClientApp is refused: %s", refusal)
+                    logger.warning("Refused a ClientApp: %s", refusal)
                     send(connection, {"refused": refusal})
                     return
                 send(connection, {})
-                if not _hung_up(connection, or_sends=True):  # a query ends here
+                if not _hung_up(connection, or_sends=True):  # a query only greets
                     self._answer(connection)
             except HungUp:
                 pass
             except (RunError, TimeoutError, OSError) as error:
-                logger.warning("A connection to the site's socket is closed: %s", error)
+                logger.warning("Closed a connection to the site's socket: %s", error)
 
     def _answer(self, connection: socket.socket) -> None:
         with self._one_turn(connection):
@@ -259,7 +259,10 @@ class _Server:
                 self._worker.run(connection)
                 self._turns += 1
             except HungUp:
-                logger.warning("The ClientApp ended before its session. %s", NOTHING_LOST)
+                logger.warning(
+                    "The ClientApp ended before its session; restarting the worker. %s",
+                    NOTHING_LOST,
+                )
                 self._replace_worker()
             except RunError as error:
                 _fail(connection, _STOPPED if self._stopping else str(error))
@@ -272,9 +275,9 @@ class _Server:
 
     @contextlib.contextmanager
     def _one_turn(self, connection: socket.socket) -> Iterator[None]:
-        """Wait for the turn of a ClientApp; raise `HungUp` if it has ended meanwhile."""
+        """Wait until the worker is free; raise `HungUp` if the ClientApp ends meanwhile."""
         if not self._turn.acquire(blocking=False):
-            text = f"the site's worker is busy, this message waits: {self._worker.busy}"
+            text = f"the site's worker is busy; this message waits for: {self._worker.busy}"
             send(connection, {"log": logging.INFO, "text": text})
             while not self._turn.acquire(timeout=_TICK_SECONDS):
                 if _hung_up(connection):
@@ -287,17 +290,17 @@ class _Server:
             self._turn.release()
 
     def _release_if_idle(self) -> None:
-        """Replace a worker that has been idle for long, or has died; a new one has no model."""
+        """Replace a worker that has died, or has kept a model idle for too long."""
         if not self._turn.acquire(blocking=False):
             return
         try:
             idle = time.monotonic() - self._used
             if not self._worker.alive:
                 if time.monotonic() > self._worker.born + _RESTART_SECONDS:
-                    logger.warning("The idle worker process has ended; another one is started.")
+                    logger.warning("The idle worker process has died; starting another.")
                     self._replace_worker()
             elif self._worker.warm and 0 < self._idle_release <= idle:
-                logger.info("Idle for %s: the base model is released.", human_seconds(idle))
+                logger.info("Idle for %s; releasing the base model.", human_seconds(idle))
                 self._replace_worker()
         finally:
             self._turn.release()
@@ -312,9 +315,9 @@ class _Server:
         return Status(os.getpid(), self._started, worker.warm, worker.busy, self._turns)
 
     def _refusal(self, packet: dict[str, Any]) -> str:
-        """Return why a ClientApp is refused: other code or libraries, or another node config."""
+        """Return why to refuse a ClientApp: other code, other libraries, another node config."""
         own, other = self._own["code"], packet.get("code")
-        if code_hash.__wrapped__() != own:  # of the files as they are now
+        if code_hash.__wrapped__() != own:  # uncached: the files may have changed
             self._outdated = _Outdated()
             return str(self._outdated)
         if own != other:
@@ -339,9 +342,9 @@ _STOPPED = f"The site's service was stopped during the session. {NOTHING_LOST}"
 
 
 def _fail(connection: socket.socket, text: str) -> None:
-    """Tell a ClientApp why its session failed, and wait until it has read that.
+    """Report to a ClientApp why its session failed, and wait until it has read the report.
 
-    Its message may still be unread here, and to close a socket with unread data discards what the
+    Its message may still be unread here, and closing a socket with unread data discards what the
     other side has not read yet.
     """
     with contextlib.suppress(HungUp, OSError):
@@ -351,7 +354,7 @@ def _fail(connection: socket.socket, text: str) -> None:
 
 
 def _hung_up(connection: socket.socket, *, or_sends: bool = False) -> bool:
-    """Return whether the other side has ended; with `or_sends`, wait until it has or sends."""
+    """Return whether the other side has hung up; with `or_sends`, wait until it does or sends."""
     poller = select.poll()
     poller.register(connection, _HUNG_UP | (select.POLLIN if or_sends else 0))
     events = dict(poller.poll(None if or_sends else 0))

@@ -1,6 +1,6 @@
-"""A site's state at a glance: its service, its runs, its privacy account, its disk.
+"""A site's status: its service, runs, privacy account and disk usage.
 
-Only the state folder is read, and the service asked; no run needs to be going. ``pilot-flwr site
+The status is read from the state folder and the service; it needs no run. ``pilot-flwr site
 status`` prints it.
 """
 
@@ -19,7 +19,7 @@ from pilot_flwr.site import service
 
 @dataclass(frozen=True)
 class RunState:
-    """The newest private state of one run: exchange, stage, time of writing; size of all."""
+    """A run's newest private state: exchange, stage, time of writing; and the folder's size."""
 
     run: str
     exchange: int
@@ -30,7 +30,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Privacy:
-    """Uploads counted so far; ε is None without dp-accounting, `problem` says why."""
+    """Uploads counted so far; if ε cannot be computed it is None, and `problem` says why."""
 
     releases: int
     epsilon: float | None
@@ -41,7 +41,7 @@ class Privacy:
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """What `site_status` found; sizes are in bytes, `shared` has the folders of all runs."""
+    """A site's status; sizes are in bytes, `shared` has the folders that all runs share."""
 
     client: str
     state_folder: str

@@ -1,12 +1,12 @@
 """Packets over the Unix socket between a ClientApp and its site's warm service.
 
-A packet is a JSON object. The records of a message travel beside it in an anonymous file in memory
-(`memfd_create`) whose descriptor is passed over the socket: arrays are written once and mapped by
-the receiver, nothing has a name that another process could open, and nothing is left behind when a
+A packet is a JSON object. The records of a message travel in an anonymous file in memory
+(`memfd_create`), whose descriptor is sent over the socket: arrays are written once and mapped by
+the receiver, the file has no name that another process could open, and nothing is left when a
 process dies. The kernel delivers a packet whole or not at all (`SOCK_SEQPACKET`).
 
-The socket is in the site's state folder, for its owner alone; each side also asks the kernel who
-its peer is, and refuses any other user.
+The socket is in the site's state folder and accessible to its owner only; each side also obtains
+its peer's user id from the kernel, and refuses any other user.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SOCKET = "worker.sock"
 
 LONGEST_PACKET = 1 << 16
 LONGEST_TEXT = 10_000
-"""Characters of a line of the log, of which each takes at most six bytes; the rest is cut."""
+"""Limit for a line of the log in characters, which take at most six bytes each in a packet."""
 
 _DESCRIPTORS = "/proc/self/fd"
 _ONE_USER = "run the SuperNode and `pilot-flwr site serve` as one user."
@@ -37,11 +37,11 @@ _KINDS = {"config": ConfigRecord, "metrics": MetricRecord}
 
 
 class HungUp(Exception):
-    """The other side has closed the connection, or its process has ended."""
+    """The other side has closed the connection or died."""
 
 
 def listen(folder: Path) -> socket.socket:
-    """Listen on the socket in `folder`, in place of one that a dead service has left."""
+    """Listen on the socket in `folder`; replace one that a dead service has left."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with _short(folder) as path:
         Path(path).unlink(missing_ok=True)
@@ -57,8 +57,8 @@ def listen(folder: Path) -> socket.socket:
 def connect(folder: Path) -> socket.socket | None:
     """Connect to the service that listens in `folder`; None if there is none.
 
-    Raises `ConnectionRefusedError` if a dead service has left its socket, and `RunError` if it is
-    another user's.
+    Raises `ConnectionRefusedError` if a dead service has left its socket, and `RunError` if the
+    socket belongs to another user.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -70,7 +70,7 @@ def connect(folder: Path) -> socket.socket | None:
         return None
     except PermissionError:
         connection.close()
-        raise RunError(f"The site's socket is of another user: {_ONE_USER}") from None
+        raise RunError(f"The site's socket belongs to another user: {_ONE_USER}") from None
     except BaseException:
         connection.close()
         raise
@@ -78,29 +78,29 @@ def connect(folder: Path) -> socket.socket | None:
 
 
 def check_peer(connection: socket.socket) -> None:
-    """Raise `RunError` unless the process at the other end is this process's user's."""
+    """Raise `RunError` unless the process at the other end has this process's user."""
     credentials = connection.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
     )
     _, user, _ = struct.unpack("3i", credentials)
     if user != os.geteuid():
         raise RunError(
-            f"The process at the other end of the site's socket is of user {user} but must be of "
-            f"user {os.geteuid()}: {_ONE_USER}"
+            f"The process at the other end of the site's socket runs as user {user} but must run "
+            f"as user {os.geteuid()}: {_ONE_USER}"
         )
 
 
 class Memory:
-    """An anonymous file in memory for one message, closed with the block.
+    """An anonymous file in memory for one message, closed at the end of the block.
 
-    Arrays that were written into buffers of `allocate` are sent without another copy.
+    Arrays in buffers from `allocate` are sent without another copy.
     """
 
     def __init__(self) -> None:
         self.file = os.memfd_create("pilot-flwr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._end = 0
         self._places: dict[int, int] = {}
-        self._buffers: list[mmap.mmap] = []  # as long as they live, nothing else has their ids
+        self._buffers: list[mmap.mmap] = []  # kept alive, so that their ids stay unique
 
     def __enter__(self) -> "Memory":
         return self
@@ -111,10 +111,10 @@ class Memory:
         self._buffers.clear()
 
     def allocate(self, size: int) -> mmap.mmap:
-        """Return a writable buffer in the file, of one byte at least."""
+        """Return a writable buffer in the file, of at least one byte."""
         size = max(size, 1)
         place = self._end + -self._end % mmap.ALLOCATIONGRANULARITY
-        os.posix_fallocate(self.file, place, size)  # later, a lack of memory would kill the process
+        os.posix_fallocate(self.file, place, size)  # otherwise full memory kills the process later
         buffer = mmap.mmap(self.file, size, offset=place)
         self._end = place + size
         self._places[id(buffer)] = place
@@ -122,21 +122,21 @@ class Memory:
         return buffer
 
     def place_of(self, data: Any) -> int:
-        """Return where an array's bytes are, which are written now unless they are here."""
+        """Return the offset of an array's bytes in the file; write them if they are elsewhere."""
         if id(data) not in self._places:
             self.allocate(len(data))[: len(data)] = data
             return self._places[id(self._buffers[-1])]
         return self._places[id(data)]
 
     def seal(self) -> None:
-        """Let nobody shorten the file: a read of what is gone would kill the receiver."""
+        """Fix the file's size: reading beyond the end of a shrunk file would kill the receiver."""
         fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 def send(connection: socket.socket, packet: Mapping[str, Any], *, wait: bool = True) -> None:
-    """Send a packet without records; raise `HungUp` if nobody receives it.
+    """Send a packet without records; raise `HungUp` if the other side has hung up.
 
-    Without `wait`, raise `BlockingIOError` if the other side has too much to read.
+    Without `wait`, raise `BlockingIOError` if the other side reads too slowly.
     """
     with _hang_up_noticed():
         data = json.dumps(packet, ensure_ascii=False).encode("utf-8", "replace")
@@ -146,9 +146,9 @@ def send(connection: socket.socket, packet: Mapping[str, Any], *, wait: bool = T
 def send_message(
     connection: socket.socket, packet: Mapping[str, Any], content: RecordDict, memory: Memory
 ) -> None:
-    """Send the records of a message, from which arrays are removed, and a packet of any length.
+    """Send a packet of any length and the records of a message, whose arrays are removed from it.
 
-    Raises `HungUp` if nobody receives it, and `OSError` if memory is short.
+    Raises `HungUp` if the other side has hung up, and `OSError` if there is too little memory.
     """
     index = json.dumps(_index(packet, content, memory)).encode()
     place = memory.place_of(index)
@@ -159,10 +159,10 @@ def send_message(
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict]:
-    """Receive a packet and the records of its message, or none.
+    """Receive a packet and the records of its message, if it has any.
 
-    Arrays are views of the sender's memory. Raises `HungUp` if the other side has ended, `RunError`
-    for anything that nobody here sends, and `TimeoutError` as the socket does.
+    Arrays are views of the sender's memory. Raises `HungUp` if the other side has hung up,
+    `RunError` for a malformed packet, and `TimeoutError` as the socket does.
     """
     try:
         data, files, flags, _ = socket.recv_fds(
@@ -180,7 +180,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], RecordDict]:
         if files:
             packet, content = _read(files[0], *packet)
         if not isinstance(packet, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return packet, content
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"A packet on the site's socket cannot be read: {error}.") from error
@@ -198,7 +198,7 @@ def _hang_up_noticed() -> Iterator[None]:
 
 
 def _index(packet: Mapping[str, Any], content: RecordDict, memory: Memory) -> dict[str, Any]:
-    """Move the arrays of a message into a memory; return all else, with their places."""
+    """Move a message's arrays into `memory`; return everything else, with their offsets."""
     index: dict[str, Any] = {"packet": packet, "arrays": {}}
     for kind, of in _KINDS.items():
         index[kind] = {name: dict(r) for name, r in content.items() if isinstance(r, of)}
@@ -215,7 +215,7 @@ def _index(packet: Mapping[str, Any], content: RecordDict, memory: Memory) -> di
 def _read(file: int, place: int, length: int) -> tuple[dict[str, Any], RecordDict]:
     if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         raise ValueError("its memory is not sealed")
-    # Private pages that may be written, which nobody does: torch warns about read-only memory.
+    # Writable private pages, never written to: torch warns about read-only memory.
     memory = memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_COPY))
     index = json.loads(bytes(_part(memory, place, length)))
     content = RecordDict()
@@ -234,13 +234,13 @@ def _read(file: int, place: int, length: int) -> tuple[dict[str, Any], RecordDic
 
 def _part(memory: memoryview, start: int, size: int) -> memoryview:
     if not 0 <= start <= start + size <= len(memory):
-        raise ValueError("its parts are not in its memory")
+        raise ValueError("its parts lie outside its memory")
     return memory[start : start + size]
 
 
 @contextlib.contextmanager
 def _short(folder: Path) -> Iterator[str]:
-    """Yield a path of the socket that is short: a socket's path has at most 107 bytes."""
+    """Yield a short path of the socket: the system allows 107 bytes."""
     if not os.path.isdir(_DESCRIPTORS):
         yield str(folder / SOCKET)
         return

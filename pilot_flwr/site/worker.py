@@ -1,7 +1,8 @@
-"""The process of a warm service that computes: it keeps the base model, features and processor.
+"""The worker of a warm site: answer messages, keeping base model, features and processor.
 
-``python -P -m pilot_flwr.site.worker DESCRIPTOR`` receives, over the socket of that descriptor, the
-connection of one ClientApp at a time, answers its message and says so. It ends with its service.
+``python -P -m pilot_flwr.site.worker DESCRIPTOR`` receives one ClientApp's connection at a time
+over the socket of that descriptor, answers the message and reports completion to the service. It
+ends when its service does.
 """
 
 import contextlib
@@ -21,22 +22,22 @@ from pilot_flwr.site.handlers import Answer, answer, failure
 from pilot_flwr.site.transport import LONGEST_TEXT, HungUp, Memory, receive, send, send_message
 
 PATIENCE_SECONDS = 60.0
-"""How long a ClientApp may take to send its message, and to read the reply."""
+"""Limit for a ClientApp to send its message, and to read the reply."""
 
 logger = logging.getLogger("flwr")
 
 
 class _Forward(logging.Handler):
-    """Sends the log to the ClientApp, and its last line to the service, as its status."""
+    """Forwards each line of the log to the ClientApp, and to the service as its status."""
 
     def __init__(self, control: socket.socket, connection: socket.socket) -> None:
         super().__init__(logging.INFO)
         self._control, self._connection = control, connection
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See `logging.Handler`; a ClientApp that has ended reads nothing."""
+        """See `logging.Handler`; a line that cannot be sent is dropped."""
         text = self.format(record)[:LONGEST_TEXT]
-        with contextlib.suppress(HungUp, BlockingIOError):  # nobody reads: the work matters more
+        with contextlib.suppress(HungUp, BlockingIOError):  # nobody reads it
             send(self._control, {"busy": text}, wait=False)
             send(self._connection, {"log": record.levelno, "text": text}, wait=False)
 
@@ -45,7 +46,7 @@ def main(descriptor: int) -> None:
     """Answer messages until the service ends."""
     control = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
-    from pilot_flwr.client import session  # noqa: F401  # torch and transformers, before a message
+    from pilot_flwr.client import session  # noqa: F401  # imports torch before the first message
     from pilot_flwr.model.feature_cache import forget_features
     from pilot_flwr.model.loading import is_loaded
 
@@ -60,11 +61,11 @@ def main(descriptor: int) -> None:
             try:
                 request, content = receive(connection)
                 if run != (run := request["run_id"]):
-                    forget_features()  # every run starts as in a process of its own
+                    forget_features()  # features are kept within a run
                 _answer(control, connection, request, content)
             except (HungUp, TimeoutError) as error:
-                logger.warning("The ClientApp has not received its reply: %r", error)
-            except RunError as error:  # no message of this app's
+                logger.warning("The ClientApp did not receive a reply: %r", error)
+            except RunError as error:  # a malformed message
                 send(connection, {"failed": str(error)})
         send(control, {"done": True, "warm": is_loaded()})
 
@@ -89,7 +90,7 @@ def _answer(
             reply = answer(request["kind"], content, context, allocate=memory.allocate)
             try:
                 _send_reply(connection, reply, memory)
-            except (MemoryError, OSError) as error:  # no memory for it
+            except (MemoryError, OSError) as error:  # too little memory
                 if isinstance(error, TimeoutError):
                     raise
                 _send_reply(connection, failure(error, content, context), memory)
@@ -105,7 +106,7 @@ def _send_reply(connection: socket.socket, reply: Answer, memory: Memory) -> Non
 
 
 def _end_with(control: socket.socket) -> None:
-    """End this process when the service has ended, whatever the main thread does."""
+    """End this process when the service ends, even while the main thread computes."""
     poller = select.poll()
     poller.register(control, select.POLLRDHUP)
     poller.poll()

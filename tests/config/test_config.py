@@ -210,7 +210,7 @@ def test_a_configuration_is_what_hydra_itself_composes(words):
 
 
 def test_a_value_that_is_there_is_not_added():
-    with pytest.raises(ConfigError, match=r"`train\.epochs` has a value .* must be without `\+`"):
+    with pytest.raises(ConfigError, match=r"`train\.epochs` has a value already: remove the `\+`"):
         load_config("+train.epochs=2")
     for word in ("+train.epochs=2", "+train.lrr=1"):
         with pytest.raises(ConfigError, match=r"train\.epochs|Unknown key .*lrr"):

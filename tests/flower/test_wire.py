@@ -167,7 +167,7 @@ def test_the_safetensors_library_reads_what_is_written_and_the_reverse():
     ids=["none", "another name", "numpy's format"],
 )
 def test_arrays_in_another_form_are_refused(record):
-    with pytest.raises(UpdateError, match="the arrays must be one, `tensors` in safetensors"):
+    with pytest.raises(UpdateError, match="the arrays must be one array, `tensors` in safetensors"):
         decode_state(record)
 
 

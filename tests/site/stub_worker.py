@@ -1,4 +1,4 @@
-"""A worker without torch, which does what the request's ``overrides`` say."""
+"""A worker without torch; the request's ``overrides`` select its behaviour."""
 
 import os
 import socket

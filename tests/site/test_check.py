@@ -1,4 +1,4 @@
-"""``pilot-flwr site check`` refuses what a roster query refuses, and ``site status``."""
+"""``pilot-flwr site check`` refuses everything that a roster query refuses; ``site status``."""
 
 import json
 import os
@@ -36,7 +36,7 @@ PRIVATE = "privacy.enabled=true privacy.noise_multiplier=4 privacy.clip_norm=1".
 
 
 class Owner:
-    """A site with its node config, and a run that it fits."""
+    """A site with its node config, and a run in which it can take part."""
 
     def __init__(self, folder):
         federation = write_federation(folder, tasks=("vqa", "counting"), train=6, test=4)

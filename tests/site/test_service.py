@@ -1,4 +1,4 @@
-"""A site's service: one worker, one turn at a time, and every way in which either may end."""
+"""A site's service: one worker, one session at a time, and every way in which either ends."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ STUB = Path(__file__).with_name("stub_worker.py")
 
 
 class Stop(Exception):
-    """Stops a served site."""
+    """Stops the service of a test."""
 
 
 class Served:
@@ -211,12 +211,12 @@ def test_a_clientapp_that_ends_while_it_waits_is_forgotten(serve, caplog):
         find_service(site.node) as first,
         background(first.run, "train", RecordDict(), site.context("wait")) as outcome,
     ):
-        site.until(lambda: service.status(site.folder).busy)
+        site.until(lambda: service.status(site.folder).busy == "train, exchange 3")
         pid = site.worker()
         with find_service(site.node) as second, Memory() as memory:
             send_message(second.connection, {}, RecordDict(), memory)
             packet, _ = receive(second.connection)
-            assert "busy, this message waits: train, exchange 3" in packet["text"]
+            assert "busy; this message waits for: train, exchange 3" in packet["text"]
         (site.folder / "end").touch()
     assert outcome[0]["echo"]["pid"] == pid
     assert site.turn()["echo"]["pid"] == pid == site.worker()
@@ -376,7 +376,7 @@ def test_while_the_run_may_be_private_an_error_quotes_the_servers_own_input(tmp_
 
 def test_a_query_is_answered_here_once_the_service_agrees(serve, monkeypatch):
     site = serve()
-    assert "query" in reply_of(site.node, "experiment=demo", "query").error.reason  # it has none
+    assert "query" in reply_of(site.node, "experiment=demo", "query").error.reason  # without one
     monkeypatch.setattr("pilot_flwr.site.door.code_hash", lambda: "another")
     assert "has code another" in reply_of(site.node, "experiment=demo", "query").error.reason
     assert service.status(site.folder).turns == 0

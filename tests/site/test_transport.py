@@ -1,4 +1,4 @@
-"""What travels over a site's socket arrives whole and unchanged, or not at all."""
+"""A packet on a site's socket arrives whole and unchanged, or not at all."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_any_line_of_a_log_arrives(pair):
 
 
 def raw(data: bytes, *, seal: bool = True, index: list[int] | None = None):
-    """Return a function that sends a memory of these bytes, with the place of its index."""
+    """Return a function that sends a memory file of these bytes and the offset of its index."""
 
     def do(connection):
         file = os.memfd_create("test", os.MFD_ALLOW_SEALING)
@@ -172,14 +172,14 @@ def test_another_users_process_is_refused_at_both_ends(tmp_path, monkeypatch):
         own = os.geteuid()
         with connect(tmp_path), listener.accept()[0] as other:
             monkeypatch.setattr(os, "geteuid", lambda: own + 1)
-            with pytest.raises(RunError, match=f"is of user {own} but must be of user {own + 1}"):
+            with pytest.raises(RunError, match=f"as user {own} but must run as user {own + 1}"):
                 transport.check_peer(other)
             with pytest.raises(RunError, match="run the SuperNode and"):
                 connect(tmp_path)
 
 
 def test_full_memory_is_an_error_of_the_message_and_leaves_the_connection_usable(pair, monkeypatch):
-    """A limit of the size of files holds for memory, too."""
+    """The limit on file sizes applies to memory files, too."""
     import resource
     import signal
 

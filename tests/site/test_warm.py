@@ -57,7 +57,7 @@ def cold(tmp_path_factory):
 
 
 def test_a_warm_sites_results_are_the_same_bit_for_bit(cold, tmp_path):
-    """One of the two clients is warm: what it receives depends on the other one's as well."""
+    """One of the two clients is warm; the mixtures that it receives depend on both."""
     sites = nodes(tmp_path)
     with serving(sites[0], tmp_path / "log"):
         warm = Federation(tmp_path / "run", TWO_CLIENTS, node_configs=sites).run()
@@ -72,7 +72,7 @@ LONG = f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 strategy.num_neighb
 
 
 def wait_for_second_turn(node):
-    """Wait until the node's worker is in the midst of its second message."""
+    """Wait until the node's worker is answering its second message."""
     deadline = time.monotonic() + 120
     while not ((found := service.status(node["state-folder"])) and found.turns and found.busy):
         assert time.monotonic() < deadline
@@ -83,7 +83,7 @@ def wait_for_second_turn(node):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["worker", "service"])
 def test_a_session_that_is_killed_is_one_lost_reply(tmp_path, end):
-    """The server ends where one does that lost that reply; the private state is the one before."""
+    """The server's state equals one after a lost reply; the private state is that of exchange 1."""
     lost = Federation(tmp_path / "lost", LONG, node_configs=nodes(tmp_path / "c"))
     lost.grid.on_reply = lambda message, reply: (
         Message(Error(0, "lost"), reply_to=message) if is_second(message) else reply
