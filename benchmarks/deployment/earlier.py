@@ -1,4 +1,4 @@
-"""Run the same federation with the code of an earlier commit, beside the present one's."""
+"""Run the same federation with the code and benchmark of an earlier commit."""
 
 import json
 import os
@@ -32,7 +32,7 @@ Path(result).write_text(json.dumps([done.events, done.began, done.gateway, lives
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """Check a commit out into a folder of its own for as long as the block runs."""
+    """Check out a commit into a temporary folder while the block runs."""
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name) / "tree"
         _git("worktree", "add", "--quiet", "--detach", str(tree), commit)
@@ -47,7 +47,7 @@ def run_earlier(
 ) -> tuple[list[dict[str, Any]], float, bool, list[tuple[float, str]]]:
     """Run a federation of one site with a checkout's own code and benchmark.
 
-    Returns the events, the run's start, whether there was a gateway, and the site's moments.
+    Returns the events, the start of the run, whether it had a gateway, and the site's moments.
     """
     result = folder.with_suffix(".json")
     arguments = json.dumps([str(folder), {site: task}, words, more, str(result)])
@@ -73,7 +73,7 @@ def run_earlier(
 
 
 def write_script(path: Path, tree: Path) -> None:
-    """Write the command of a checkout, whose entry point may not be the installed one."""
+    """Write a checkout's command; its entry point may differ from the installed one."""
     scripts = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]
     module, function = scripts[path.name].split(":")
     path.parent.mkdir()

@@ -26,7 +26,7 @@ from typing import Any
 
 Event = dict[str, Any]
 Moments = Mapping[str, Sequence[tuple[float, str]]]
-"""Client → (seconds since 1970, what) of its SuperNode and processes, see `MARKS`."""
+"""Client → (seconds since 1970, kind) of moments of its SuperNode and processes; see `MARKS`."""
 
 PARTS = (
     "roster",
@@ -47,7 +47,7 @@ MARKS = {
     "running": "Start `flwr-clientapp` process",
     "sending": "Sending: train message",
 }
-"""Moments of a SuperNode's log, by its words; ``process`` is the start of a ClientApp's process."""
+"""Moments in a SuperNode's log, with their text; ``process`` is the start of a ClientApp."""
 
 
 def measure_exchanges(
@@ -62,7 +62,7 @@ def measure_exchanges(
     began : float
         Seconds since 1970 from which `elapsed` counts.
     moments : Moments
-        What happened at the clients.
+        The clients' moments.
     """
     ends = {e["round"]: began + e["elapsed"] for e in events if e["event"] == "round"}
     found = []

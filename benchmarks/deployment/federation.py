@@ -1,7 +1,7 @@
 """Run a federation on loopback with the commands of the deployment guide, and watch it.
 
 ``tests/deployment`` executes the guide's blocks: a server with TLS, node keys and, where nginx is
-installed, the gateway; and sites with their own data, with their warm services or without.
+installed, the gateway; and sites with their own data, with or without their services.
 """
 
 import json
@@ -29,7 +29,7 @@ SERVER = "server"
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: events, start (seconds since 1970), processes, what happened at the sites."""
+    """A finished run: events, start (seconds since 1970), processes, moments at the sites."""
 
     events: list[dict[str, Any]]
     began: float
@@ -106,7 +106,7 @@ def lives(watch: Watch, client: str) -> list[float]:
 def site_moments(
     lines: Iterable[tuple[float, str]], processes: Sequence[float]
 ) -> list[tuple[float, str]]:
-    """Return what happened at a site, from its SuperNode's log and its ClientApps' starts."""
+    """Return a site's moments, from its SuperNode's log and the starts of its ClientApps."""
     found = [(when, kind) for when, text in lines for kind, m in MARKS.items() if m in text]
     return sorted([*found, *((when, "process") for when in processes)])
 

@@ -14,8 +14,8 @@ from the operating system's file cache, the best case. The site has its own copy
 kernel reports how often its weights are opened.
 
 Run ``python benchmarks/deployment/run.py`` (about 14 minutes, 6 GiB, 3 GB of disk) to update
-``benchmarks/results/deployment.json``, with ``--model`` and ``--mode`` in parts: results of the
-same commit are kept. ``--quick`` splits a made-up run and writes nothing.
+``benchmarks/results/deployment.json``; ``--model`` and ``--mode`` update it in parts and keep other
+results of the same commit. ``--quick`` splits a made-up run and writes nothing.
 """
 
 import argparse
@@ -47,7 +47,7 @@ MODES = ("base", "cold", "warm")
 SETTINGS = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1"
 ROUNDS = 3
 EXAMPLES = {TINY: {}, HALF: {"train": 4, "test": 2}}
-"""Of the site: few for the larger base, whose training is not what is measured."""
+"""Examples of the site: few for the larger base, because training is not measured."""
 SITE, TASK = "north-hospital", "vqa"
 
 
@@ -186,7 +186,7 @@ def run_modes(
 
 
 def of_this_commit(path: Path) -> dict[str, Any]:
-    """Return the results of a file that this commit has written, so that parts add up."""
+    """Return the results in a file if this commit has written them, to add further parts."""
     if not path.exists():
         return {}
     record = json.loads(path.read_text())

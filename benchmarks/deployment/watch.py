@@ -1,7 +1,7 @@
-"""Observe a deployment while it runs: processes, log lines, and who opens the base model.
+"""Observe a deployment while it runs: processes, log lines, and openings of the base model.
 
-`Watch` has lifetime and memory of each process. All processes are sampled several times a second
-from outside; nothing is added to the programs. Memory is a process's resident memory as the
+`Watch` records the lifetime and memory of each process. All processes are sampled several times a
+second from outside; nothing is added to the programs. Memory is a process's resident memory as the
 operating system counts it, so memory that several processes share (libraries, a file mapped by
 both) is counted for each.
 """
@@ -33,7 +33,7 @@ PROGRAMS = (
 )
 
 CORRECTION = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - psutil.boot_time()
-"""To be added to psutil's start of a process, which counts from the boot in whole seconds."""
+"""Correction of psutil's start times, which count from a boot time in whole seconds."""
 
 
 @dataclass
@@ -150,19 +150,19 @@ class _Thread:
             self.step()
 
     def step(self) -> None:
-        """Look once."""
+        """Observe once."""
         raise NotImplementedError
 
 
 class LogTimes(_Thread):
-    """When the lines of a log were written, which need not exist yet, in seconds since 1970."""
+    """Times at which a log's lines appeared, in seconds since 1970; the log need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at = path, 0
         self.lines: list[tuple[float, str]] = []
 
     def step(self) -> None:
-        """Read what is new; half a line waits for its rest."""
+        """Read the new lines; leave an incomplete one for the next step."""
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
@@ -178,7 +178,7 @@ class LogTimes(_Thread):
 
 
 class Opened(_Thread):
-    """When any process opened a file, in seconds since 1970, as the kernel reports it (inotify)."""
+    """Times at which any process opened a file, seconds since 1970, from the kernel (inotify)."""
 
     _OPEN = 0x20
     _HEADER = struct.Struct("iIII")
@@ -195,7 +195,7 @@ class Opened(_Thread):
         os.close(self._file)
 
     def step(self) -> None:
-        """Read the kernel's events, each without a name."""
+        """Read the kernel's events, which have no names."""
         with suppress(BlockingIOError):
             events = os.read(self._file, 1 << 16)
             self.times += [time.time()] * (len(events) // self._HEADER.size)

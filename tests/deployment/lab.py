@@ -70,7 +70,7 @@ class Lab:
         return self.made[-1]
 
     def service(self, site: Machine) -> Machine:
-        """Return a site again, for its warm service: another unit, which dies on its own."""
+        """Return another machine for a site's service, which is stopped separately."""
         self.made.append(Machine("site", site.folder, site.values))
         return self.made[-1]
 

@@ -1,4 +1,4 @@
-"""Kill what runs at real sites at random points, and compare with an undisturbed federation.
+"""Kill programs at real sites at random points, and compare with an undisturbed federation.
 
 Three sites over TLS, with their warm services, train in ten exchanges. SIGKILL hits, at points
 drawn from a seed, half of them while the site's session runs,
@@ -8,8 +8,8 @@ drawn from a seed, half of them while the site's session runs,
 - the ClientApp that Flower has started for a message;
 - the SuperNode.
 
-What has ended is started again after a pause, as systemd does. A killed session is a client that
-fails; with ``strategy.below_minimum=wait`` and as many ``strategy.min_replies`` as sites the
+A program that has ended is started again after a pause, as by systemd. A killed session is a client
+that fails; with ``strategy.below_minimum=wait`` and as many ``strategy.min_replies`` as sites the
 exchange is repeated until all have taken part. So the result must equal, bit for bit, that of a
 federation of the same sites in one process, without Flower's programs, a service or a kill:
 checkpoints, private states, mixing matrices, events without times, scores and tables. After every
@@ -202,7 +202,7 @@ def carry_out(lab: Lab, run: Path, kill: Kill) -> dict[str, Any]:
 
 
 def poll(lab: Lab, find: Callable[[], Found | None]) -> Found:
-    """Return what `find` finds, as soon as that is anything; fail if the run ends before."""
+    """Poll `find` until it returns a result; fail if the run ends first."""
     while not (found := find()):
         assert lab.server.is_running(), (lab.server.folder / "run.log").read_text()
         time.sleep(0.02)
@@ -210,7 +210,7 @@ def poll(lab: Lab, find: Callable[[], Found | None]) -> Found:
 
 
 def in_session(lab: Lab, client: str) -> bool:
-    """Return whether a process holds the lock of a site's session, as the kernel says."""
+    """Return whether a process holds the lock of a site's session, as the kernel reports it."""
     from pilot_flwr.client.session import SESSION_LOCK
 
     files = (lab.sites[client].folder / "state").glob(f"demo-*/{SESSION_LOCK}")
@@ -220,14 +220,14 @@ def in_session(lab: Lab, client: str) -> bool:
 
 
 def find(lab: Lab, kill: Kill) -> psutil.Process | None:
-    """Return the newest process of a kind at a site: None if none runs at this moment."""
+    """Return the newest process of a kind at a site, None if none is running."""
     machine = (lab.services if kill.kind in ("worker", "service") else lab.sites)[kill.site]
     found = [process for process in machine.processes() if _runs(process, kill.kind)]
     return found[-1] if found else None
 
 
 def _runs(process: psutil.Process, kind: str) -> bool:
-    """Return whether a process runs a program, also as a script of Python."""
+    """Return whether a process runs a program, directly or as a Python script."""
     with suppress(psutil.Error):
         words = process.cmdline()[:4]
         return PROGRAM[kind] in {word.rsplit("/", 1)[-1] for word in words}
@@ -251,13 +251,13 @@ def read_private_state(lab: Lab, client: str) -> int | None:
 
 @contextmanager
 def supervised(lab: Lab) -> Iterator[None]:
-    """Start SuperNodes and services again when they have ended, after a pause, as systemd does."""
+    """Restart SuperNodes and services that have ended after a pause, as systemd does."""
     enough = threading.Event()
 
     def watch(machine: Machine, kind: str) -> None:
         while not enough.wait(0.2):
             if not machine.is_running():
-                machine.kill()  # what it has left behind
+                machine.kill()  # ends processes that it has left
                 if enough.wait(RESTART_SECONDS[kind]):
                     return
                 machine.start("serve" if kind == "service" else "supernode")
