@@ -1,7 +1,7 @@
 """The yardstick of ``payload.py``: plain HTTPS between two processes, and a write to disk.
 
-Nothing but Python's own HTTP server, httpx and the certificates of the federation: what the same
-bytes cost if they are only downloaded, uploaded and written.
+It uses only Python's HTTP server, httpx and the federation's certificates, to measure the cost of
+downloading, uploading and writing the same bytes.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ _REPETITIONS = 5
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """``GET /<bytes>`` sends as many bytes, ``PUT`` receives some; both hold all in memory."""
+    """``GET /<bytes>`` sends that many bytes, ``PUT`` receives some; both hold them in memory."""
 
     protocol_version = "HTTP/1.1"
 
@@ -67,9 +67,9 @@ def plain_seconds(tls: Path, folder: Path, *, down: int, up: int) -> dict[str, f
     tls : Path
         Folder with ``ca.crt``, ``server.crt`` (of localhost) and ``server.key``.
     folder : Path
-        Gets the file that is written, and removed.
+        Folder for the written file, which is removed.
     down, up : int
-        Bytes.
+        Numbers of bytes.
     """
     spawn = multiprocessing.get_context("spawn")
     parent, child = spawn.Pipe()

@@ -9,15 +9,15 @@ other tasks' adapters. Codec, strategy, aggregation, checkpoint and private stat
 
 The federation runs without and with the site's warm service (``pilot-flwr site serve``). After
 each run, the same bytes are downloaded and uploaded over plain HTTPS between two processes, with
-the same certificates, and the upload is written to disk: that is the yardstick for the seconds of
-an exchange without training and evaluation.
+the same certificates, and the upload is written to disk, as a yardstick for the seconds of an
+exchange without training and evaluation.
 
 Memory is the peak of resident memory, sampled five times a second, of each machine's processes
 together and of each program.
 
 Run ``python benchmarks/payload.py`` (about 10 minutes, 10 GiB, 6 GB of disk) to update
 ``benchmarks/results/payload.json``, ``--mode warm`` or ``--mode cold`` to measure one of the two
-(the other is kept if it is of the same commit), or ``--quick`` to send a small payload and write
+(and keep the other if it is of the same commit), or ``--quick`` to send a small payload and write
 nothing.
 """
 

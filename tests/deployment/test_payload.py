@@ -1,4 +1,4 @@
-"""What a client of LLaVA-1.5-7B sends, through a whole deployment."""
+"""Send the payload of LLaVA-1.5-7B through a whole deployment."""
 
 import importlib
 import json

@@ -159,7 +159,7 @@ def test_an_error_of_the_worker_is_the_reply(serve):
     assert (error.code, error.reason) == (1001, "no")
 
 
-def test_a_worker_that_dies_fails_its_turn_alone(serve):
+def test_a_worker_that_dies_fails_its_session_alone(serve):
     site = serve()
     pid = site.worker()
     with pytest.raises(RunError, match="ended with code 3 .*No private state is lost"):
@@ -191,7 +191,7 @@ def test_the_end_of_a_clientapp_ends_its_session(serve):
     site.until(lambda: service.status(site.folder).turns == 1)
 
 
-def test_a_second_clientapp_waits_for_its_turn(serve):
+def test_a_second_clientapp_waits_until_the_worker_is_free(serve):
     site = serve()
     with (
         find_service(site.node) as first,
@@ -324,7 +324,7 @@ def test_a_bad_greeting_disturbs_nobody(serve, data):
         assert site.turn()["echo"]["pid"] == site.worker()
 
 
-def test_half_a_message_fails_its_own_turn_alone(serve):
+def test_half_a_message_fails_its_own_session_alone(serve):
     site = serve()
     with find_service(site.node) as found:
         found.connection.send(b"[0, 99")
