@@ -45,7 +45,6 @@ START_SECONDS = 300.0
 
 _WORKER = [sys.executable, "-P", "-m", "pilot_flwr.site.worker"]
 _TICK_SECONDS = 1.0
-_GRACE_SECONDS = 1.0
 _LONGEST_STATUS = 200
 _RESTART_SECONDS = 10.0
 _HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -151,20 +150,16 @@ class _Worker:
         poller = select.poll()
         poller.register(self._control, select.POLLIN | _HUNG_UP)
         poller.register(connection, _HUNG_UP)
-        gone = False
         while True:
-            events = dict(poller.poll(_GRACE_SECONDS * 1000 if gone else None))
-            if connection.fileno() in events:  # perhaps with its reply: `done` follows
-                poller.unregister(connection)
-                gone = True
-                continue
-            packet = self._hear() if events else {}
+            if self._control.fileno() not in dict(poller.poll()):
+                raise HungUp
+            packet = self._hear()
             if packet.get("done"):
                 self.warm, self.busy = bool(packet["warm"]), ""
                 return
-            if gone:
-                raise HungUp
-            self.busy = str(packet.get("busy", ""))[:_LONGEST_STATUS]
+            if packet.get("replying"):  # from here on, the ClientApp may end before `done` arrives
+                poller.unregister(connection)
+            self.busy = str(packet.get("busy", "replying"))[:_LONGEST_STATUS]
 
     def kill(self) -> int:
         """Kill the process; return its exit code."""

@@ -88,6 +88,7 @@ def _answer(
     try:
         with Memory() as memory:
             reply = answer(request["kind"], content, context, allocate=memory.allocate)
+            send(control, {"replying": True})
             try:
                 _send_reply(connection, reply, memory)
             except (MemoryError, OSError) as error:  # too little memory

@@ -22,11 +22,14 @@ from pilot_flwr.run.atomic import load_tensors
 from pilot_flwr.run.tables import summary
 
 
+LONGER = f"{TWO_TASKS} data.train_examples=8"
+"""Until every private tensor has moved."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One finished run of two exchanges, two tasks × two clients, and their stage-1 states."""
-    words = f"{TWO_TASKS} data.train_examples=8"  # until every private tensor has moved
-    federation = Federation(tmp_path_factory.mktemp("run"), words)
+    federation = Federation(tmp_path_factory.mktemp("run"), LONGER)
     federation.after_stage1 = {}
 
     def look(message, reply):
@@ -190,7 +193,7 @@ def test_checkpoint_holds_the_aggregates(finished):
 
 
 def test_two_runs_with_one_seed_are_bit_identical(finished, tmp_path):
-    again = Federation(tmp_path).run()
+    again = Federation(tmp_path, LONGER).run()
     for client, state in finished.strategy.state.loras.items():
         assert all(torch.equal(t, again.strategy.state.loras[client][n]) for n, t in state.items())
 

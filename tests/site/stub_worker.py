@@ -35,6 +35,7 @@ while True:
             time.sleep(600)
         while what == "wait" and not Path(request["node_config"]["state-folder"], "end").exists():
             time.sleep(0.05)
+        send(control, {"replying": True})
         if what == "fail":
             send(connection, {"error": 1001, "reason": "no"})
             send(control, {"done": True, "warm": True})
@@ -43,4 +44,6 @@ while True:
         with Memory() as memory:
             reply = RecordDict({"echo": ConfigRecord(echo | {"pid": os.getpid()})})
             send_message(connection, {}, reply, memory)
+        if what == "slow":
+            time.sleep(0.3)
         send(control, {"done": True, "warm": True})

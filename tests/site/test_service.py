@@ -106,7 +106,6 @@ class Served:
 def serve(monkeypatch, tmp_path):
     monkeypatch.setattr(service, "_WORKER", [sys.executable, str(STUB)])
     monkeypatch.setattr(service, "_TICK_SECONDS", 0.05)
-    monkeypatch.setattr(service, "_GRACE_SECONDS", 0.2)
     monkeypatch.setattr(service, "_RESTART_SECONDS", 0.0)
     served = []
 
@@ -189,6 +188,17 @@ def test_the_end_of_a_clientapp_ends_its_session(serve):
     assert not psutil.pid_exists(pid)
     assert site.turn()["echo"]["pid"] == site.worker()
     site.until(lambda: service.status(site.folder).turns == 1)
+
+
+def test_a_clientapp_may_end_before_its_session_is_reported_as_done(serve):
+    """The worker is slow to report, and is kept all the same."""
+    site = serve()
+    pid = site.worker()
+    for _ in range(3):
+        site.turn("slow")
+        site.until(lambda: not service.status(site.folder).busy)
+    assert site.worker() == pid
+    assert service.status(site.folder).turns == 3
 
 
 def test_a_second_clientapp_waits_until_the_worker_is_free(serve):
