@@ -21,7 +21,6 @@ from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.atomic import load_tensors
 from pilot_flwr.run.tables import summary
 
-
 LONGER = f"{TWO_TASKS} data.train_examples=8"
 """Until every private tensor has moved."""
 
