@@ -129,8 +129,8 @@ def _service(found: "Status | None") -> str:
         return "cold: no service is running; each message loads the base model"
     model = "the base model is loaded" if found.warm else "no base model is loaded yet"
     busy = f"; busy: {found.busy}" if found.busy else "; idle"
-    turns = count(found.turns, "message")
-    return f"process {found.pid} since {_time(found.started)}, {turns}; {model}{busy}"
+    answered = count(found.messages, "message")
+    return f"process {found.pid} since {_time(found.started)}, {answered}; {model}{busy}"
 
 
 def _time(seconds: float) -> str:

@@ -10,7 +10,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, RecordDict
 
@@ -43,7 +43,6 @@ class Service:
         request = {
             "kind": kind,
             "overrides": str(context.run_config["overrides"]),
-            "node_config": dict(context.node_config),
             "run_id": context.run_id,
             "node_id": context.node_id,
         }
@@ -100,7 +99,7 @@ def find_service(node_config: NodeConfig) -> Iterator[Service | None]:
         yield Service(connection)
 
 
-def greeting(node_config: NodeConfig) -> dict[str, object]:
+def greeting(node_config: NodeConfig) -> dict[str, Any]:
     """Return a ClientApp's first packet: its code hash, library versions and node config."""
     own = {key: value for key, value in node_config.items() if key not in FLOWER_KEYS}
     return {"code": code_hash(), "versions": versions(), "node_config": own}

@@ -13,6 +13,7 @@ it starts the next worker at once.
 """
 
 import contextlib
+import json
 import logging
 import os
 import select
@@ -55,14 +56,14 @@ logger = logging.getLogger("flwr")
 class Status:
     """Status of a service: `started` is in seconds since 1970, `busy` the last line of progress.
 
-    `warm` is true if the base model is loaded; `turns` counts the messages answered so far.
+    `warm` is true if the base model is loaded; `messages` counts those answered so far.
     """
 
     pid: int
     started: float
     warm: bool
     busy: str
-    turns: int
+    messages: int
 
 
 def status(state_folder: Path) -> Status | None:
@@ -137,8 +138,8 @@ class _Worker:
         """Whether the process is running."""
         return self._process.poll() is None
 
-    def run(self, connection: socket.socket) -> None:
-        """Let the worker answer the message that waits in a connection.
+    def run(self, connection: socket.socket, node_config: dict[str, Any]) -> None:
+        """Let the worker answer the message that waits in a connection, as the client of a site.
 
         Raises `HungUp` if the ClientApp ends first; the worker then still computes and must be
         killed. Raises `RunError` if the worker dies.
@@ -146,7 +147,9 @@ class _Worker:
         self._greet()
         self.busy = "at work"
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_hear` reports it
-            socket.send_fds(self._control, [b"."], [connection.fileno()])
+            socket.send_fds(
+                self._control, [json.dumps(node_config).encode()], [connection.fileno()]
+            )
         poller = select.poll()
         poller.register(self._control, select.POLLIN | _HUNG_UP)
         poller.register(connection, _HUNG_UP)
@@ -201,7 +204,7 @@ class _Server:
         self._own = greeting(node_config)
         self._idle_release = idle_release
         self._started, self._used = time.time(), time.monotonic()
-        self._turns = 0
+        self._messages = 0
         self._turn = threading.Lock()
         self._stopping = False
         self._outdated: _Outdated | None = None
@@ -251,8 +254,8 @@ class _Server:
             if not self._worker.alive:
                 self._replace_worker()
             try:
-                self._worker.run(connection)
-                self._turns += 1
+                self._worker.run(connection, self._own["node_config"])
+                self._messages += 1
             except HungUp:
                 logger.warning(
                     "The ClientApp ended before its session; restarting the worker. %s",
@@ -307,7 +310,7 @@ class _Server:
 
     def _status(self) -> Status:
         worker = self._worker
-        return Status(os.getpid(), self._started, worker.warm, worker.busy, self._turns)
+        return Status(os.getpid(), self._started, worker.warm, worker.busy, self._messages)
 
     def _refusal(self, packet: dict[str, Any]) -> str:
         """Return why to refuse a ClientApp: other code, other libraries, another node config."""

@@ -6,6 +6,7 @@ ends when its service does.
 """
 
 import contextlib
+import json
 import logging
 import os
 import select
@@ -19,7 +20,15 @@ from flwr.app import Context, Error, RecordDict
 from pilot_flwr.errors import RunError
 from pilot_flwr.run.provenance import code_hash
 from pilot_flwr.site.handlers import Answer, answer, failure
-from pilot_flwr.site.transport import LONGEST_TEXT, HungUp, Memory, receive, send, send_message
+from pilot_flwr.site.transport import (
+    LONGEST_PACKET,
+    LONGEST_TEXT,
+    HungUp,
+    Memory,
+    receive,
+    send,
+    send_message,
+)
 
 PATIENCE_SECONDS = 60.0
 """Limit for a ClientApp to send its message, and to read the reply."""
@@ -53,7 +62,9 @@ def main(descriptor: int) -> None:
     send(control, {"code": code_hash()})
     run = None
     while True:
-        _, connections, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        packet, connections, _, _ = socket.recv_fds(
+            control, LONGEST_PACKET, 1, socket.MSG_CMSG_CLOEXEC
+        )
         if not connections:  # the service has ended
             return
         with socket.socket(fileno=connections[0]) as connection:
@@ -62,6 +73,7 @@ def main(descriptor: int) -> None:
                 request, content = receive(connection)
                 if run != (run := request["run_id"]):
                     forget_features()  # features are kept within a run
+                request["node_config"] = json.loads(packet)  # the service's, not the ClientApp's
                 _answer(control, connection, request, content)
             except (HungUp, TimeoutError) as error:
                 logger.warning("The ClientApp did not receive a reply: %r", error)

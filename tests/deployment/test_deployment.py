@@ -47,7 +47,7 @@ def test_from_nothing_to_personalised_models(tmp_path, warm):
         if not warm:
             exchange_key(lab, lab.sites["north-hospital"])
     for client, service in found.items():  # three exchanges and the closing evaluation
-        assert (service.turns, service.warm) == (4, True) if warm else service is None, client
+        assert (service.messages, service.warm) == (4, True) if warm else service is None, client
     folder = lab.server.folder / "runs" / "first"
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["failures"]) == ("completed", [])

@@ -1,5 +1,6 @@
 """A worker without torch; the request's ``overrides`` select its behaviour."""
 
+import json
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ from pilot_flwr.site.transport import Memory, receive, send, send_message
 control = socket.socket(fileno=int(sys.argv[1]))
 send(control, {"code": os.environ.get("STUB_CODE", code_hash())})
 while True:
-    data, files, _, _ = socket.recv_fds(control, 1, 1)
+    data, files, _, _ = socket.recv_fds(control, 1 << 16, 1)
     if not data:
         sys.exit()
     with socket.socket(fileno=files[0]) as connection:
@@ -33,7 +34,7 @@ while True:
             os._exit(3)
         if what == "sleep":
             time.sleep(600)
-        while what == "wait" and not Path(request["node_config"]["state-folder"], "end").exists():
+        while what == "wait" and not Path(json.loads(data)["state-folder"], "end").exists():
             time.sleep(0.05)
         send(control, {"replying": True})
         if what == "fail":

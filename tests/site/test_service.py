@@ -147,7 +147,7 @@ def test_one_worker_answers_all_messages_and_its_log_is_the_clientapps(serve, ca
     assert first["echo"]["lora"] == ["w"]
     assert first["echo"]["pid"] == second["echo"]["pid"] == site.worker()
     assert len({id(r) for r in caplog.records if r.message == "at work"}) == 2
-    site.until(lambda: service.status(site.folder).turns == 2)
+    site.until(lambda: service.status(site.folder).messages == 2)
     found = service.status(site.folder)
     assert (found.pid, found.warm, found.busy) == (os.getpid(), True, "")
     assert abs(found.started - time.time()) < 60
@@ -187,7 +187,7 @@ def test_the_end_of_a_clientapp_ends_its_session(serve):
     site.until(lambda: site.worker() != pid)
     assert not psutil.pid_exists(pid)
     assert site.turn()["echo"]["pid"] == site.worker()
-    site.until(lambda: service.status(site.folder).turns == 1)
+    site.until(lambda: service.status(site.folder).messages == 1)
 
 
 def test_a_clientapp_may_end_before_its_session_is_reported_as_done(serve):
@@ -198,7 +198,7 @@ def test_a_clientapp_may_end_before_its_session_is_reported_as_done(serve):
         site.turn("slow")
         site.until(lambda: not service.status(site.folder).busy)
     assert site.worker() == pid
-    assert service.status(site.folder).turns == 3
+    assert service.status(site.folder).messages == 3
 
 
 def test_a_second_clientapp_waits_until_the_worker_is_free(serve):
@@ -230,7 +230,7 @@ def test_a_clientapp_that_ends_while_it_waits_is_forgotten(serve, caplog):
         (site.folder / "end").touch()
     assert outcome[0]["echo"]["pid"] == pid
     assert site.turn()["echo"]["pid"] == pid == site.worker()
-    site.until(lambda: service.status(site.folder).turns == 2)
+    site.until(lambda: service.status(site.folder).messages == 2)
 
 
 def test_another_users_process_gets_no_answer(serve, monkeypatch):
@@ -359,7 +359,7 @@ def test_the_server_learns_of_a_dead_worker_and_in_a_private_run_nothing(serve, 
     assert reply_of(site.node, PRIVATE).error.reason == PRIVATE_ERROR
 
 
-def dies(self, connection):
+def dies(self, *_):
     raise RunError("It died.")
 
 
@@ -389,7 +389,7 @@ def test_a_query_is_answered_here_once_the_service_agrees(serve, monkeypatch):
     assert "query" in reply_of(site.node, "experiment=demo", "query").error.reason  # without one
     monkeypatch.setattr("pilot_flwr.site.door.code_hash", lambda: "another")
     assert "has code another" in reply_of(site.node, "experiment=demo", "query").error.reason
-    assert service.status(site.folder).turns == 0
+    assert service.status(site.folder).messages == 0
 
 
 def command(node, *options):

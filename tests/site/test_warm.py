@@ -63,7 +63,7 @@ def test_a_warm_sites_results_are_the_same_bit_for_bit(cold, tmp_path):
         warm = Federation(tmp_path / "run", TWO_CLIENTS, node_configs=sites).run()
         while (found := service.status(sites[0]["state-folder"])).busy:
             time.sleep(0.1)
-    assert found.warm and found.turns == 3  # two exchanges and the closing evaluation
+    assert found.warm and found.messages == 3  # two exchanges and the closing evaluation
     assert_same_state(cold.strategy.state, warm.strategy.state)
     assert warm.events("failure") == []
 
@@ -74,7 +74,7 @@ LONG = f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 strategy.num_neighb
 def wait_for_second_turn(node):
     """Wait until the node's worker is answering its second message."""
     deadline = time.monotonic() + 120
-    while not ((found := service.status(node["state-folder"])) and found.turns and found.busy):
+    while not ((found := service.status(node["state-folder"])) and found.messages and found.busy):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.5)
