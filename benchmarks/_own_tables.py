@@ -82,20 +82,33 @@ def deployment_table(record: Results) -> str:
 
 def payload_table(record: Results) -> str:
     """Return the table of ``payload.json``: seconds of its exchanges, then memory."""
-    results = record["results"]
-    rows = [["", *(f"stage {e['stage']}" for e in results["exchanges"])]]
+    modes = record["results"]
+    columns = {
+        f"stage {e['stage']}, {mode_title(mode, one)}": e
+        for mode, one in modes.items()
+        for e in one["exchanges"]
+    }
+    rows = [["", *columns]]
     for title, value in (
         ("the client receives", lambda e: human_bytes(e["down_bytes"])),
         ("the client sends", lambda e: human_bytes(e["up_bytes"])),
-        ("seconds without training or evaluation", lambda e: f"{e['without_work_seconds']:.0f}"),
+        ("seconds without training or evaluation", lambda e: f"{e['without_work_seconds']:.1f}"),
+        ("plain HTTPS both ways and one write", lambda e: f"{plain_sum(e):.1f}"),
+        ("multiple of it", lambda e: f"{e['times_plain']:.1f}"),
     ):
-        rows.append([title, *(value(e) for e in results["exchanges"])])
+        rows.append([title, *map(value, columns.values())])
     memory = [["peak resident memory", "in all", "per program"]]
-    for machine, peak in results["peak_bytes"].items():
-        programs = results["peak_bytes_by_program"][machine].items()
-        each = ", ".join(f"{name} {human_bytes(size)}" for name, size in programs)
-        memory.append([machine, human_bytes(peak), each])
+    for mode, one in modes.items():
+        for machine, peak in one["peak_bytes"].items():
+            programs = one["peak_bytes_by_program"][machine].items()
+            each = ", ".join(f"{name} {human_bytes(size)}" for name, size in programs)
+            memory.append([f"{machine}, {mode_title(mode, one)}", human_bytes(peak), each])
     return f"{markdown(rows)}\n{markdown(memory)}\n{note(record)}\n"
+
+
+def plain_sum(exchange: Results) -> float:
+    """Return the seconds of the yardstick of ``payload.json`` for an exchange's bytes."""
+    return float(sum(exchange["plain_seconds"].values()))
 
 
 def clients_table(record: Results) -> str:
