@@ -54,7 +54,6 @@ def measure(folder: Path, size: Size, rank: int) -> dict[str, Any]:
         test=2,
         site_config=f'model-path = "{base}"\n',
     )
-    lives = {SITE: [seen.began for seen in done.watch.lives(SITE, "flwr-clientapp")]}
     sessions = [event for event in done.events if event["event"] == "train"]
     return {
         "base_parameters": parameters,
@@ -67,7 +66,7 @@ def measure(folder: Path, size: Size, rank: int) -> dict[str, Any]:
             }
             | times
             for session, times in zip(
-                sessions, measure_exchanges(done.events, done.began, lives), strict=True
+                sessions, measure_exchanges(done.events, done.began, done.moments), strict=True
             )
         ],
         "peak_bytes": {

@@ -1,13 +1,19 @@
-"""Split the time of a deployed exchange into parts, from the run's events and processes.
+"""Split the time of a deployed exchange into parts, from events, processes and a SuperNode's log.
 
 The parts of an exchange with one client, in order::
 
     roster      the server queries the clients: a fresh process at the site answers
-    dispatch    the instruction travels until the site's next process begins
-    start       that process: Python, imports, fetching the instruction, reading the settings
-    base        the rest of its session: base model, data, private state
+    poll        the instruction waits until the SuperNode asks for it, every 3 s
+    download    the SuperNode fetches it
+    launch      it waits for Flower's SuperExec, which asks for tasks at an interval, and starts
+                a process
+    python      that process: Python, Flower's imports
+    app         it fetches the instruction, unpacks the bundle and imports the app; then it hands
+                over to the warm service or, without one, imports torch
+    base        the rest of the session: base model or switch to this client, data, private state
     work        evaluation and training
-    reply       the result is packed, sent and fetched; the server polls for it
+    reply       the result is packed and given to the SuperNode, which looks every 0.5 s
+    upload      the SuperNode sends it; the server polls for it
     server      aggregation and events
     checkpoint  written before the next exchange begins
 
@@ -20,13 +26,36 @@ from statistics import mean
 from typing import Any
 
 Event = dict[str, Any]
-Lives = Mapping[str, Sequence[float]]
-"""Client → start of each of its processes, in seconds since 1970."""
+Moments = Mapping[str, Sequence[tuple[float, str]]]
+"""Client → (seconds since 1970, what) of its SuperNode and processes, see `MARKS`."""
 
-PARTS = ("roster", "dispatch", "start", "base", "work", "reply", "server", "checkpoint")
+PARTS = (
+    "roster",
+    "poll",
+    "download",
+    "launch",
+    "python",
+    "app",
+    "base",
+    "work",
+    "reply",
+    "upload",
+    "server",
+    "checkpoint",
+)
+
+MARKS = {
+    "receiving": "Receiving: train message",
+    "received": "Received successfully",
+    "running": "Start `flwr-clientapp` process",
+    "sending": "Sending: train message",
+}
+"""Moments of a SuperNode's log, by its words; ``process`` is the start of a ClientApp's process."""
 
 
-def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> list[dict[str, Any]]:
+def measure_exchanges(
+    events: Sequence[Event], began: float, moments: Moments
+) -> list[dict[str, Any]]:
     """Split every exchange of a run.
 
     Parameters
@@ -35,8 +64,8 @@ def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> li
         The run's.
     began : float
         Seconds since 1970 from which `elapsed` counts.
-    lives : Lives
-        The clients' processes.
+    moments : Moments
+        What happened at the clients.
     """
     ends = {e["round"]: began + e["elapsed"] for e in events if e["event"] == "round"}
     found = []
@@ -51,8 +80,8 @@ def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> li
         sessions = [e for e in own if e["event"] == "train"]
         came = [began + session["elapsed"] for session in sessions]
         clients = [
-            _client(session, scores.get(session["client"], 0.0), called, began, lives)
-            for session in sessions
+            _client(s, scores.get(s["client"], 0.0), called, began, moments[s["client"]])
+            for s in sessions
         ]
         parts = {name: mean(client[name] for client in clients) for name in clients[0]}
         parts |= {"roster": called - begin, "server": ends[number] - max(came)}
@@ -73,17 +102,32 @@ def measure_exchanges(events: Sequence[Event], began: float, lives: Lives) -> li
 
 
 def _client(
-    session: Event, evaluation: float, called: float, began: float, lives: Lives
+    session: Event,
+    evaluation: float,
+    called: float,
+    began: float,
+    moments: Sequence[tuple[float, str]],
 ) -> dict[str, float]:
-    started, seconds = session["started"], session["turn_seconds"]
-    process = max(moment for moment in lives[session["client"]] if moment <= started)
+    started = session["started"]
+    ended = started + session["turn_seconds"]
     work = session["seconds"] + evaluation
+    process = max(when for when, what in moments if what == "process" and when <= started)
+    before = {
+        kind: max(when for when, what in moments if what == kind and when <= process)
+        for kind in ("receiving", "received")
+    }
+    running = min(when for when, what in moments if what == "running" and when >= process)
+    sending = min(when for when, what in moments if what == "sending" and when >= ended)
     return {
-        "dispatch": process - called,
-        "start": started - process,
-        "base": seconds - work,
+        "poll": before["receiving"] - called,
+        "download": before["received"] - before["receiving"],
+        "launch": process - before["received"],
+        "python": running - process,
+        "app": started - running,
+        "base": session["turn_seconds"] - work,
         "work": work,
-        "reply": began + session["elapsed"] - started - seconds,
+        "reply": sending - ended,
+        "upload": began + session["elapsed"] - sending,
     }
 
 

@@ -1,16 +1,21 @@
-"""Observe a deployment's processes while it runs: lifetime and memory of each.
+"""Observe a deployment while it runs: processes, log lines, and who opens the base model.
 
-All processes are sampled several times a second from outside; nothing is added to the programs.
-Memory is a process's resident memory as the operating system counts it, so memory that several
-processes share (libraries, a file mapped by both) is counted for each.
+`Watch` has lifetime and memory of each process. All processes are sampled several times a second
+from outside; nothing is added to the programs. Memory is a process's resident memory as the
+operating system counts it, so memory that several processes share (libraries, a file mapped by
+both) is counted for each.
 """
 
+import ctypes
+import os
+import struct
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +28,8 @@ PROGRAMS = (
     "flwr-serverapp",
     "flwr-clientapp",
     "nginx",
+    "pilot-flwr",
+    "pilot_flwr.site.worker",
 )
 
 
@@ -117,5 +124,75 @@ def _descendants(roots: Iterable[int], children: Mapping[int, list[Any]]) -> lis
 
 def _program(process: psutil.Process) -> str:
     """Return which of `PROGRAMS` a process runs, by its command line."""
-    names = {word.rsplit("/", 1)[-1] for word in process.cmdline()[:3]}
+    names = {word.rsplit("/", 1)[-1] for word in process.cmdline()[:4]}
     return next((name for name in PROGRAMS if name in names), "")
+
+
+class _Thread:
+    """Repeats `step` every 10 ms while the block runs, and once at its end."""
+
+    def __enter__(self) -> Self:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.step()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            self.step()
+
+    def step(self) -> None:
+        """Look once."""
+        raise NotImplementedError
+
+
+class LogTimes(_Thread):
+    """When the lines of a log were written, which need not exist yet, in seconds since 1970."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at = path, 0
+        self.lines: list[tuple[float, str]] = []
+
+    def step(self) -> None:
+        """Read what is new; half a line waits for its rest."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            return
+        if size == self._at:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            new = file.read()
+        now, whole = time.time(), new[: new.rfind(b"\n") + 1]
+        self._at += len(whole)
+        self.lines += [(now, line) for line in whole.decode(errors="replace").splitlines()]
+
+
+class Opened(_Thread):
+    """When any process opened a file, in seconds since 1970, as the kernel reports it (inotify)."""
+
+    _OPEN = 0x20
+    _HEADER = struct.Struct("iIII")
+
+    def __init__(self, path: Path) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._file = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._file < 0 or libc.inotify_add_watch(self._file, bytes(path), self._OPEN) < 0:
+            raise OSError(ctypes.get_errno(), "inotify", str(path))
+        self.times: list[float] = []
+
+    def __exit__(self, *exc_info: object) -> None:
+        super().__exit__(*exc_info)
+        os.close(self._file)
+
+    def step(self) -> None:
+        """Read the kernel's events, each without a name."""
+        with suppress(BlockingIOError):
+            events = os.read(self._file, 1 << 16)
+            self.times += [time.time()] * (len(events) // self._HEADER.size)

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import guide
-from guide import Machine, free_port, wait_for, wait_for_either, wait_for_port
+from guide import Machine, free_port, wait_for, wait_for_either, wait_for_port, wait_until
 from llava_files import write_federation
 
 SITES = {"north-hospital": "vqa", "south-hospital": "counting", "west-clinic": "captioning"}
 SMALL = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1"
+
+SERVE = 'cd "$SITE"; pilot-flwr site serve --node-config site.toml'
 
 
 class Lab:
     """A server and sites, each with its own folder, data and task; nothing runs yet.
 
     `sites` has each site's task, by its name; every site has `train` and `test` examples. The
-    gateway is there if nginx is, or as `gateway` says.
+    gateway is there if nginx is, or as `gateway` says. With `warm`, every site runs its service.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class Lab:
         *,
         sites: Mapping[str, str] = SITES,
         gateway: bool | None = None,
+        warm: bool = False,
         train: int = 12,
         test: int = 4,
     ) -> None:
@@ -42,6 +45,7 @@ class Lab:
         self.server = Machine("server", home, names)
         self.made: list[Machine] = []
         self.sites = {client: self.site(client, task) for client, task in sites.items()}
+        self.services = {c: self.service(site) for c, site in self.sites.items() if warm}
 
     def __enter__(self) -> "Lab":
         return self
@@ -63,6 +67,11 @@ class Lab:
             "TASK": task,
         }
         self.made.append(Machine("site", home, values))
+        return self.made[-1]
+
+    def service(self, site: Machine) -> Machine:
+        """Return a site again, for its warm service: another unit, which dies on its own."""
+        self.made.append(Machine("site", site.folder, site.values))
         return self.made[-1]
 
     def start_server(self) -> None:
@@ -92,8 +101,10 @@ class Lab:
             file.write(more)
 
     def start_sites(self) -> None:
-        """Step 6, and the SuperNodes of step 7."""
+        """Step 6, the sites' services if they are warm, and the SuperNodes of step 7."""
         self.server.run("register")
+        for service in self.services.values():
+            start_service(service)
         logs = {site: site.start("supernode") for site in self.sites.values()}
         for site, log in logs.items():
             wait_for(log, "SuperNode ID", site)
@@ -111,3 +122,13 @@ class Lab:
         file = run / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def start_service(service: Machine) -> None:
+    """Start a site's warm service and wait until it accepts messages."""
+    service.start(
+        "serve", script=service.own_script(SERVE)
+    )  # the block site.serve, once it is there
+    socket = service.folder / "state" / "worker.sock"
+    wait_until(lambda: socket.exists() or not service.is_running(), seconds=60)
+    assert service.is_running(), (service.folder / "serve.log").read_text()
