@@ -14,7 +14,7 @@ from typing import Any
 from _record import ROOT
 
 from deployment.federation import site_moments, supernode_log
-from deployment.watch import LogTimes
+from deployment.watch import CORRECTION, LogTimes
 
 _DRIVER = """
 import json, sys
@@ -54,7 +54,12 @@ def run_earlier(
     scripts = folder.with_suffix(".bin")
     write_script(scripts / "pilot-flwr", tree)
     places = [tree, tree / "benchmarks"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join(programs),
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+    }
     with LogTimes(supernode_log(folder, site)) as log:
         subprocess.run(  # nosec B603  # no shell, a commit of this repository
             [sys.executable, "-c", _DRIVER, arguments, str(scripts)],
@@ -63,7 +68,8 @@ def run_earlier(
             check=True,
         )
     events, began, gateway, lives = json.loads(result.read_text())
-    return events, began, gateway, site_moments(log.lines, lives[site])
+    starts = [began_at + CORRECTION for began_at in lives[site]]
+    return events, began, gateway, site_moments(log.lines, starts)
 
 
 def write_script(path: Path, tree: Path) -> None:

@@ -4,9 +4,8 @@ The parts of an exchange with one client, in order::
 
     roster      the server queries the clients: a fresh process at the site answers
     poll        the instruction waits until the SuperNode asks for it, every 3 s
-    download    the SuperNode fetches it
-    launch      it waits for Flower's SuperExec, which asks for tasks at an interval, and starts
-                a process
+    launch      Flower's SuperExec, which asks for tasks at an interval, starts a process; meanwhile
+                the SuperNode downloads the instruction
     python      that process: Python, Flower's imports
     app         it fetches the instruction, unpacks the bundle and imports the app; then it hands
                 over to the warm service or, without one, imports torch
@@ -32,7 +31,6 @@ Moments = Mapping[str, Sequence[tuple[float, str]]]
 PARTS = (
     "roster",
     "poll",
-    "download",
     "launch",
     "python",
     "app",
@@ -46,7 +44,6 @@ PARTS = (
 
 MARKS = {
     "receiving": "Receiving: train message",
-    "received": "Received successfully",
     "running": "Start `flwr-clientapp` process",
     "sending": "Sending: train message",
 }
@@ -112,16 +109,12 @@ def _client(
     ended = started + session["turn_seconds"]
     work = session["seconds"] + evaluation
     process = max(when for when, what in moments if what == "process" and when <= started)
-    before = {
-        kind: max(when for when, what in moments if what == kind and when <= process)
-        for kind in ("receiving", "received")
-    }
+    receiving = max(when for when, what in moments if what == "receiving" and when <= process)
     running = min(when for when, what in moments if what == "running" and when >= process)
     sending = min(when for when, what in moments if what == "sending" and when >= ended)
     return {
-        "poll": before["receiving"] - called,
-        "download": before["received"] - before["receiving"],
-        "launch": process - before["received"],
+        "poll": receiving - called,
+        "launch": process - receiving,
         "python": running - process,
         "app": started - running,
         "base": session["turn_seconds"] - work,

@@ -45,7 +45,7 @@ BASE = "7df00890cf524806a76636a15c17f068c2973671"
 TINY, HALF = "tiny-llava", "a base of 0.5 B"
 MODES = ("base", "cold", "warm")
 SETTINGS = "train.epochs=1 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1"
-ROUNDS = {TINY: 6, HALF: 3}
+ROUNDS = {TINY: 4, HALF: 3}
 SITE, TASK = "north-hospital", "vqa"
 
 
@@ -130,7 +130,6 @@ def make_example() -> dict[str, Any]:
         for when, kind in [
             (101.0, "process"),  # the query's
             (104.5, "receiving"),
-            (105.0, "received"),
             (105.5, "process"),
             (107.0, "running"),
             (122.0, "sending"),

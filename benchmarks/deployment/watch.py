@@ -32,6 +32,9 @@ PROGRAMS = (
     "pilot_flwr.site.worker",
 )
 
+CORRECTION = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - psutil.boot_time()
+"""To be added to psutil's start of a process, which counts from the boot in whole seconds."""
+
 
 @dataclass
 class Seen:
@@ -104,7 +107,7 @@ class Watch:
                 if key not in self.seen:
                     if not (program := _program(process)):
                         continue  # still the shell that will exec it
-                    self.seen[key] = Seen(machine, program, key[1], now, used)
+                    self.seen[key] = Seen(machine, program, key[1] + CORRECTION, now, used)
                 seen = self.seen[key]
                 seen.last, seen.peak = now, max(seen.peak, used)
         self.peaks[machine] = max(self.peaks[machine], total)
