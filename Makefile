@@ -31,9 +31,10 @@ test-extras: $(STAMP) ## test the extras: a 4-bit base model, and captions score
 	$(BIN)/pip install --quiet --editable ".[captions,quantization]"
 	$(BIN)/pytest tests/model/test_model_options.py tests/metrics
 
-robustness: $(STAMP) ## fuzz every reader, then kill and resume whole runs (35 minutes)
+robustness: $(STAMP) ## fuzz every reader, kill and resume whole runs, kill real sites (50 minutes)
 	$(BIN)/python tests/robustness/fuzz/run.py
 	$(BIN)/python tests/robustness/faults/run.py
+	$(BIN)/python tests/robustness/faults/sites.py
 
 lint: $(STAMP) ## check format, lint, types and the order of imports
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from _rows import Results, epsilon_text
+from _rows import Results, epsilon_text, mode_title
 
 from pilot_flwr.formatting import human_bytes, human_seconds
 from pilot_flwr.run.tables import markdown
@@ -48,10 +48,13 @@ def upload_text(measured: Results, clip_norm: float) -> str:
 
 PARTS = {
     "roster": "roster query, answered by a fresh process",
-    "dispatch": "delivering the instruction",
-    "start": "a fresh process: Python, imports, fetching the instruction",
-    "base": "loading base model, data, private state",
-    "reply": "packing, sending, fetching the update",
+    "poll": "the SuperNode asks for messages every 3 s (Flower)",
+    "launch": "its SuperExec starts a process (Flower)",
+    "python": "Python and Flower's imports (Flower)",
+    "app": "fetching the instruction, unpacking and importing the app, torch or the hand-over",
+    "base": "base model or switch to this client, data, private state",
+    "reply": "packing the update, handing it to the SuperNode",
+    "upload": "sending the update, polling for it",
     "server": "aggregation",
     "checkpoint": "the server's checkpoint",
 }
@@ -59,14 +62,21 @@ PARTS = {
 
 
 def deployment_table(record: Results) -> str:
-    """Return the table of ``deployment.json``: a row per part of an exchange."""
-    measured = record["results"]
-    rows = [["seconds of an exchange, mean after the first", *measured]]
+    """Return the table of ``deployment.json``: a row per part, a column per base model and mode."""
+    columns = {
+        f"{title}, {mode_title(mode, one)}": one
+        for title, modes in record["results"].items()
+        for mode, one in modes.items()
+    }
+    rows = [["seconds of an exchange, median after the first", *columns]]
     for part, title in PARTS.items():
-        rows.append([title, *(f"{m['parts_seconds'][part]:.1f}" for m in measured.values())])
-    without = [f"**{m['without_work_seconds']:.1f}**" for m in measured.values()]
-    work = [f"{m['parts_seconds']['work']:.1f}" for m in measured.values()]
+        rows.append([title, *(f"{one['parts_seconds'][part]:.1f}" for one in columns.values())])
+    without = [f"**{one['without_work_seconds']:.1f}**" for one in columns.values()]
+    work = [f"{one['parts_seconds']['work']:.1f}" for one in columns.values()]
+    opened = [str(one.get("weights_opened_after_first", "")) for one in columns.values()]
     rows += [["**without training or evaluation**", *without], ["training and evaluation", *work]]
+    if any(opened):
+        rows.append(["the base's weights are opened, times after the first exchange", *opened])
     return f"{markdown(rows)}\n{note(record)}\n"
 
 

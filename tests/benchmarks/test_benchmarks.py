@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-ROBUSTNESS = {"fuzz", "faults"}
+ROBUSTNESS = {"fuzz", "faults", "site_faults"}
 """Results of tests/robustness; their tables are the benchmarks'."""
 
 
@@ -59,8 +59,8 @@ def test_run_all_runs_every_script_there_is(benchmark):
 def test_tables_prints_every_result_file_there_is(benchmark, tmp_path):
     tables = benchmark("tables")
     found = tables.table()
-    for name in ROBUSTNESS:
-        assert f"{name}/run.py" in found
+    for script in ("fuzz/run.py", "faults/run.py", "faults/sites.py"):
+        assert script in found
     names = {name.removesuffix(".json") for name in result_files()} - ROBUSTNESS
     for name in names - {"gpu_tiny_cpu"}:  # ratios that say nothing of a GPU
         script = benchmark("run_all").script(name)

@@ -17,12 +17,14 @@ from lab import SITES, SMALL, Lab
 from pilot_flwr.client.session import SESSION_LOCK
 from pilot_flwr.inference.runs import load_model, open_run, select_client
 from pilot_flwr.run.atomic import hold
+from pilot_flwr.site.service import status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def test_from_nothing_to_personalised_models(tmp_path):
-    with Lab(tmp_path) as lab:
+@pytest.mark.parametrize("warm", [False, True], ids=["without services", "with services"])
+def test_from_nothing_to_personalised_models(tmp_path, warm):
+    with Lab(tmp_path, warm=warm) as lab:
         lab.start_server()
         flower = {"north-hospital": "partition-id = 0\nnum-partitions = 3\n",
                   "south-hospital": "partition-id = 1\n"}  # fmt: skip
@@ -41,7 +43,11 @@ def test_from_nothing_to_personalised_models(tmp_path):
         assert "Failed to initialize the connection to the SuperLink" in refusal.read_text()
         stranger.kill()
         said = lab.server.run("run", timeout=900, add=SMALL)
-        exchange_key(lab, lab.sites["north-hospital"])
+        found = {client: status(site.folder / "state") for client, site in lab.sites.items()}
+        if not warm:
+            exchange_key(lab, lab.sites["north-hospital"])
+    for client, service in found.items():  # three exchanges and the closing evaluation
+        assert (service.turns, service.warm) == (4, True) if warm else service is None, client
     folder = lab.server.folder / "runs" / "first"
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["failures"]) == ("completed", [])

@@ -1,6 +1,6 @@
 """Whole runs under Flower and Ray that are killed and resumed, and a worker that is killed.
 
-``python tests/robustness/faults/run.py`` kills more of them.
+``python tests/robustness/faults/run.py`` and ``.../sites.py`` kill more of them.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults import kill, run
+from faults import kill, run, sites
 from faults.sameness import differences
 
 
@@ -59,6 +59,14 @@ def test_a_run_resumes_automatically_when_a_worker_of_ray_dies(monkeypatch, tmp_
     assert (result["status"], result["failures"], result["resumed"]) == ("completed", [], 1)
     kept = json.loads((folder / "logs" / "attempt-1" / "result.json").read_text())
     assert kept["status"] == "failed" and "A Ray worker process died" in kept["error"]
+
+
+@slow
+def test_a_federation_whose_sites_are_killed_equals_an_undisturbed_one(tmp_path):
+    found = sites.measure(tmp_path / "lab", kills=4, exchanges=3, seed=5)
+    assert found["kills"] == 4 and set(found["kills_by_kind"]) == set(sites.KINDS)
+    assert found["kills_in_a_session"] and found["repetitions"]
+    assert found["differences"] == []
 
 
 def test_runs_that_differ_are_told_apart(tmp_path):

@@ -11,8 +11,11 @@ from pilot_flwr.run.atomic import CHECKSUM
 TIMES = {"elapsed", "seconds", "started", "turn_seconds"}
 """Fields of events that say when and how long."""
 
-OF_A_RESUMPTION = {"resume"}
+OF_AN_INTERRUPTION = {"resume", "repeat"}
 """Events that only a run has that was interrupted."""
+
+NOT_COMPARED = {CHECKSUM, "flower-run"}
+"""Metadata: safetensors orders the header at random, which a private state's checksum includes."""
 
 
 def differences(reference: Path, other: Path) -> list[str]:
@@ -43,10 +46,17 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 
 def comparable_events(folder: Path) -> list[str]:
-    """Return a run's events without times, in an order that does not depend on who was faster."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    events = [json.loads(line) for line in lines]
-    kept = [event for event in events if event["event"] not in OF_A_RESUMPTION]
+    """Return a run's events without times, in an order that does not depend on who was faster.
+
+    Discarded attempts at an exchange are left out.
+    """
+    events: list[dict[str, Any]] = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if undone := event.get("undone", 0):
+            del events[-undone:]
+        events.append(event)
+    kept = [event for event in events if event["event"] not in OF_AN_INTERRUPTION]
     return sorted(json.dumps(_without_times(event), sort_keys=True) for event in kept)
 
 
@@ -73,8 +83,7 @@ def _tensor_files(folder: Path) -> set[str]:
 def _content(path: Path) -> dict[str, Any]:
     """Return metadata and tensors, each tensor by its bytes."""
     with safe_open(path, framework="pt") as file:
-        # safetensors orders the header at random, which a private state's checksum includes.
-        metadata = {key: v for key, v in file.metadata().items() if key != CHECKSUM}
+        metadata = {key: v for key, v in file.metadata().items() if key not in NOT_COMPARED}
         content: dict[str, Any] = {"": metadata}
         for name in file.keys():  # noqa: SIM118 - not a mapping
             tensor = file.get_tensor(name)

@@ -1,7 +1,7 @@
 """Kill what runs at real sites at random points, and compare with an undisturbed federation.
 
-Three sites over TLS, with their warm services, train in ten exchanges. SIGKILL hits, in turn and at
-points drawn from a seed,
+Three sites over TLS, with their warm services, train in ten exchanges. SIGKILL hits, at points
+drawn from a seed, half of them while the site's session runs,
 
 - the worker process of a site's service;
 - the service itself;
@@ -31,11 +31,12 @@ import threading
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -44,7 +45,7 @@ for _folder in (TESTS / "deployment", TESTS, TESTS / "robustness"):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))
 
-from guide import Machine, wait_until  # noqa: E402
+from guide import Machine  # noqa: E402
 from lab import SERVE, SITES, Lab  # noqa: E402
 
 from faults.sameness import differences  # noqa: E402
@@ -59,25 +60,31 @@ PROGRAM = {
     "SuperNode": "flower-supernode",
 }
 SETTINGS = (
-    "train.epochs=4 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1 "
+    "train.epochs=8 train.batch_size=4 evaluation.max_new_tokens=4 strategy.num_neighbors=1 "
     f"strategy.min_replies={len(SITES)} strategy.below_minimum=wait"
 )
 RESTART_SECONDS = {"SuperNode": 10.0, "service": 2.0}
 """Pause before a program is started again; the units of the guide have one, too."""
 
-LONGEST_DELAY = 7.0
-"""Seconds from an instruction to the latest kill: an exchange takes about as long."""
+LONGEST_DELAY = {False: 8.0, True: 1.5}
+"""Seconds from an instruction, or the start of a session (True), to the latest kill."""
 
 LIMIT_SECONDS = 1800.0
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What is killed at which site, `delay` seconds after an exchange's first instruction."""
+    """What is killed at which site, and when.
+
+    `delay` is in seconds from an exchange's first instruction or, if `in_session`, from the start
+    of the site's session.
+    """
 
     kind: str
     site: str
     exchange: int
+    in_session: bool
     delay: float
 
 
@@ -101,7 +108,9 @@ def draw_kills(draw: random.Random, kills: int, exchanges: int, kinds: Sequence[
         if len(group) > len(SITES):
             raise SystemExit(f"{kills} kills do not fit into {exchanges} exchanges.")
         for kind, site in zip(group, draw.sample(sorted(SITES), len(group)), strict=True):
-            found.append(Kill(kind, site, exchange, draw.uniform(0, LONGEST_DELAY)))
+            in_session = draw.random() < 0.5
+            delay = draw.uniform(0, LONGEST_DELAY[in_session])
+            found.append(Kill(kind, site, exchange, in_session, delay))
     return found
 
 
@@ -132,7 +141,8 @@ def measure(
         run = lab.server.folder / "runs" / "first"
         command = lab.server.start("run", script=f"{lab.server.script('run')} {words}")
         with supervised(lab):
-            done = [carry_out(lab, run, kill) for kill in sorted(planned, key=_when)]
+            with ThreadPoolExecutor(len(planned)) as pool:
+                done = list(pool.map(lambda kill: carry_out(lab, run, kill), planned))
             if lab.server.ended(seconds=LIMIT_SECONDS) != 0:
                 raise SystemExit(command.read_text())
     seconds = time.monotonic() - began
@@ -150,6 +160,7 @@ def measure(
         "exchanges": exchanges,
         "kills": len(done),
         "kills_by_kind": dict(Counter(kill["kind"] for kill in done)),
+        "kills_in_a_session": sum(kill["in_a_session"] for kill in done),
         "repeated_exchanges": len(repeats),
         "repetitions": sum(repeats.values()),
         "private_states_read": sum(kill["private_state"] is not None for kill in done),
@@ -157,10 +168,6 @@ def measure(
         "seconds": round(seconds, 1),
         "each": done,
     }
-
-
-def _when(kill: Kill) -> tuple[int, float]:
-    return kill.exchange, kill.delay
 
 
 def carry_out(lab: Lab, run: Path, kill: Kill) -> dict[str, Any]:
@@ -173,30 +180,50 @@ def carry_out(lab: Lab, run: Path, kill: Kill) -> dict[str, Any]:
                 orders.append(_began(run) + event["elapsed"])
         return bool(orders)
 
-    wait_until(ordered, seconds=LIMIT_SECONDS)
-    time.sleep(max(0.0, orders[0] + kill.delay - time.time()))
-    victims: list[psutil.Process] = []
-    wait_until(lambda: victims.extend(find(lab, kill)) or victims, seconds=LIMIT_SECONDS)
-    busy = [process for process in lab.sites[kill.site].processes() if _runs(process, "ClientApp")]
-    for process in victims:
-        with suppress(psutil.Error):
-            process.kill()
+    poll(lab, ordered)
+    if kill.in_session:
+        poll(lab, lambda: in_session(lab, kill.site))
+        time.sleep(kill.delay)
+    else:
+        time.sleep(max(0.0, orders[0] + kill.delay - time.time()))
+    victim = poll(lab, lambda: find(lab, kill))
+    hit = in_session(lab, kill.site)
+    victim.kill()
     described = {
         "kind": kill.kind,
         "site": kill.site,
         "exchange": kill.exchange,
         "seconds_after_the_instruction": round(time.time() - orders[0], 1),
-        "in_a_session": bool(busy),
+        "in_a_session": hit,
         "private_state": read_private_state(lab, kill.site),
     }
     print(described, flush=True)
     return described
 
 
-def find(lab: Lab, kill: Kill) -> list[psutil.Process]:
-    """Return the newest process of a kind at a site: none if none runs at this moment."""
+def poll(lab: Lab, find: Callable[[], Found | None]) -> Found:
+    """Return what `find` finds, as soon as that is anything; fail if the run ends before."""
+    while not (found := find()):
+        assert lab.server.is_running(), (lab.server.folder / "run.log").read_text()
+        time.sleep(0.02)
+    return found
+
+
+def in_session(lab: Lab, client: str) -> bool:
+    """Return whether a process holds the lock of a site's session, as the kernel says."""
+    from pilot_flwr.client.session import SESSION_LOCK
+
+    files = (lab.sites[client].folder / "state").glob(f"demo-*/{SESSION_LOCK}")
+    inodes = {str(file.stat().st_ino) for file in files}
+    locks = Path("/proc/locks").read_text().splitlines()
+    return not inodes.isdisjoint(line.split()[-3].rsplit(":", 1)[-1] for line in locks)
+
+
+def find(lab: Lab, kill: Kill) -> psutil.Process | None:
+    """Return the newest process of a kind at a site: None if none runs at this moment."""
     machine = (lab.services if kill.kind in ("worker", "service") else lab.sites)[kill.site]
-    return [process for process in machine.processes() if _runs(process, kill.kind)][-1:]
+    found = [process for process in machine.processes() if _runs(process, kill.kind)]
+    return found[-1] if found else None
 
 
 def _runs(process: psutil.Process, kind: str) -> bool:
