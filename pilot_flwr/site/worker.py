@@ -47,6 +47,8 @@ def main(descriptor: int) -> None:
     send(control, {"code": code_hash()})
     while True:
         _, connections, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        if not connections:  # the service has ended
+            return
         with socket.socket(fileno=connections[0]) as connection:
             _answer_one(control, connection)
 
