@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -153,16 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return results
     results = of_this_commit(options.output)
     for name in options.model:
-        title, measured = run_modes(name, options.mode, options.base)
-        print(json.dumps(measured, indent=2))
-        found = results.get(title, {}) | measured
-        results[title] = {mode: found[mode] for mode in MODES if mode in found}
-        write_record(options.output, results, packages=["flwr", "torch", "transformers"])
+        for title, mode, measured in run_modes(name, options.mode, options.base):
+            print(f"{title}, {mode}: {json.dumps(measured, indent=2)}", flush=True)
+            found = results.get(title, {}) | {mode: measured}
+            results[title] = {mode: found[mode] for mode in MODES if mode in found}
+            write_record(options.output, results, packages=["flwr", "torch", "transformers"])
     return results
 
 
-def run_modes(name: str, modes: Sequence[str], commit_before: str) -> tuple[str, dict[str, Any]]:
-    """Measure a base model in several modes, in the same minutes; return its title and figures."""
+def run_modes(
+    name: str, modes: Sequence[str], earlier: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Measure a base model in several modes, one after the other; yield title, mode and figures."""
     from random_base import HALF_BILLION, write_random_base
 
     from deployment.earlier import checkout
@@ -173,15 +175,11 @@ def run_modes(name: str, modes: Sequence[str], commit_before: str) -> tuple[str,
             title, base = HALF, Path(folder) / "base"
             write_random_base(base, HALF_BILLION)
             shutil.copytree(base, Path(folder) / "base-of-the-site")
-        tree = stack.enter_context(checkout(commit_before)) if "base" in modes else None
-        measured = {}
+        tree = stack.enter_context(checkout(earlier)) if "base" in modes else None
         for mode in modes:
             before = tree if mode == "base" else None
-            measured[mode] = measure(Path(folder) / mode, mode, tree=before, base=base)
-            if before is not None:
-                measured[mode]["commit"] = commit_before
-            print(f"{title}, {mode}: {measured[mode]['without_work_seconds']} s", flush=True)
-    return title, measured
+            measured = measure(Path(folder) / mode, mode, tree=before, base=base)
+            yield title, mode, measured | ({"commit": earlier} if before is not None else {})
 
 
 def of_this_commit(path: Path) -> dict[str, Any]:
