@@ -109,8 +109,9 @@ def _client(
     ended = started + session["turn_seconds"]
     work = session["seconds"] + evaluation
     process = max(when for when, what in moments if what == "process" and when <= started)
-    receiving = max(when for when, what in moments if what == "receiving" and when <= process)
     running = min(when for when, what in moments if what == "running" and when >= process)
+    # A log is read a little late, and the process may start within these milliseconds.
+    receiving = max(when for when, what in moments if what == "receiving" and when <= running)
     sending = min(when for when, what in moments if what == "sending" and when >= ended)
     return {
         "poll": receiving - called,
