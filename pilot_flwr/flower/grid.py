@@ -36,7 +36,7 @@ NodeConfig = Mapping[str, bool | int | float | str]
 Answer = TypeVar("Answer")
 logger = logging.getLogger("flwr")
 
-_SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.05
+_SHORTEST, _LONGEST, _SHARE = 0.05, 3.0, 0.02
 """Pause between polls: a share of the time without a reply, within these seconds."""
 
 _PULLED = 4
