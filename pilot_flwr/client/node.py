@@ -74,13 +74,12 @@ class Site:
     @property
     def default_key(self) -> Path:
         """The file of the generated key, used without ``identity-key``."""
-        return self.state_folder.parent / f"{self.client.id}.key"
+        return generated_key(self.state_folder.parent, self.client.id)
 
     @property
     def account(self) -> PrivacyAccount:
         """The client's privacy account, beside the folders of its runs."""
-        path = self.state_folder.parent / f"{self.client.id}.privacy.json"
-        return PrivacyAccount(path, self.client.id)
+        return PrivacyAccount.of(self.state_folder.parent, self.client.id)
 
     def check_budget(self, privacy: PrivacyConfig) -> None:
         """Raise `PilotError` if one more upload exceeds the budget or cannot be accounted for."""
@@ -139,6 +138,11 @@ def find_site(
         return site
     key_file = node.identity_key or site.default_key
     return replace(site, flower_run=flower_run, node_id=node_id, key_file=key_file)
+
+
+def generated_key(state_folder: Path, client_id: str) -> Path:
+    """Return the file of the key that a client without ``identity-key`` generates."""
+    return state_folder / f"{client_id}.key"
 
 
 def find_device(name: str) -> torch.device:

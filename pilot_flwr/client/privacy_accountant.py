@@ -133,6 +133,11 @@ class PrivacyAccount:
     def __init__(self, path: Path, client: str) -> None:
         self.path, self.client = path, client
 
+    @classmethod
+    def of(cls, state_folder: Path, client: str) -> "PrivacyAccount":
+        """Return a client's account in its site's ``state-folder``, beside the folders of runs."""
+        return cls(state_folder / f"{client}.privacy.json", client)
+
     def releases(self) -> list[dict[str, Any]]:
         """Return every release so far: ``run``, ``round``, ``noise_multiplier``, ``clip_norm``.
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from pilot_flwr.client.node import Site, check_device, find_site, site_config
+from pilot_flwr.client.node import Site, check_device, find_site, generated_key, site_config
 from pilot_flwr.client.node_config import NodeConfig, NodeSettings, read_node_config
 from pilot_flwr.client.preflight import check_files, check_writable, readiness_checks
 from pilot_flwr.client.privacy_accountant import PrivacyAccount, require_accounting
@@ -166,7 +166,7 @@ def _check_packages() -> str:
 def _check_key(rows: _Rows, node: NodeSettings) -> None:
     path = node.identity_key
     if path is None and node.state_folder is not None:
-        path = node.state_folder / f"{node.client_id}.key"
+        path = generated_key(node.state_folder, node.client_id)
         if not path.exists():
             rows.note("identity key", "generated in the state folder at the first query")
             return
@@ -199,7 +199,7 @@ def _check_alone(rows: _Rows, node: NodeSettings) -> None:
     with rows.check("state folder") as passed:
         check_writable(node.state_folder)
         passed(_mode(node))
-    account = PrivacyAccount(node.state_folder / f"{node.client_id}.privacy.json", node.client_id)
+    account = PrivacyAccount.of(node.state_folder, node.client_id)
     if account.path.exists():
         with rows.check("privacy") as passed:
             require_accounting()

@@ -70,7 +70,7 @@ def status(state_folder: Path) -> Status | None:
     """Return the status of the service of a state folder; None if none listens there."""
     try:
         connection = connect(state_folder)
-    except (FileNotFoundError, ConnectionRefusedError):
+    except ConnectionRefusedError:
         return None
     if connection is None:
         return None

@@ -94,7 +94,7 @@ def _runs(folder: Path, node: NodeSettings) -> list[RunState]:
 def _privacy(folder: Path, node: NodeSettings) -> Privacy:
     demands = node.demands
     budget = demands.max_epsilon if demands.max_epsilon < float("inf") else None
-    account = PrivacyAccount(folder / f"{node.client_id}.privacy.json", node.client_id)
+    account = PrivacyAccount.of(folder, node.client_id)
     releases, epsilon, problem = 0, None, ""
     try:
         releases = len(account.releases())

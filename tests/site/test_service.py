@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from serving import command, serving, worker_of
 
 from pilot_flwr.client_app import app
 from pilot_flwr.errors import ConfigError, RunError
@@ -392,33 +393,20 @@ def test_a_query_is_answered_here_once_the_service_agrees(serve, monkeypatch):
     assert service.status(site.folder).messages == 0
 
 
-def command(node, *options):
-    settings = " ".join(f'{key}="{value}"' for key, value in node.items())
-    main = [sys.executable, "-m", "pilot_flwr.cli.main", "site", "serve"]
-    return [*main, "--node-config", settings, *options]
-
-
 def test_the_command_serves_until_it_is_stopped(tmp_path):
     """A second service is refused; SIGTERM ends the first one, its worker and its socket."""
     node = {"client-id": "vqa-0", "state-folder": tmp_path}
-    process = subprocess.Popen(command(node))
-    try:
-        deadline = time.monotonic() + 60
-        while not (found := service.status(tmp_path)):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
+    with serving(node, tmp_path / "log") as process:
+        found = service.status(tmp_path)
         second = subprocess.run(command(node), capture_output=True, text=True, check=False)
         assert second.returncode == 1
         assert f"The service of {tmp_path} is in use by another process." in second.stderr
         assert service.status(tmp_path) == found
-        (worker,) = psutil.Process(process.pid).children()
+        worker = worker_of(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert not worker.is_running()
         assert not (tmp_path / SOCKET).exists()
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_node_config_without_a_state_folder_is_refused():
@@ -430,16 +418,8 @@ def test_a_node_config_without_a_state_folder_is_refused():
 
 def test_the_service_dies_and_its_worker_with_it(tmp_path):
     node = {"client-id": "vqa-0", "state-folder": tmp_path}
-    process = subprocess.Popen(command(node))
-    try:
-        deadline = time.monotonic() + 60
-        while not service.status(tmp_path):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-        (worker,) = psutil.Process(process.pid).children()
-    finally:
-        process.kill()
-        process.wait()
+    with serving(node, tmp_path / "log") as process:
+        worker = worker_of(process)
     gone, alive = psutil.wait_procs([worker], 30)
     assert gone and not alive
     with pytest.raises(ConnectionRefusedError):

@@ -1,17 +1,13 @@
 """A warm site's results equal those of a site without a service, bit for bit."""
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
 
-import psutil
 import pytest
 from flwr.app import Error, Message
 from inprocess import SMALL, Federation, assert_same_state
+from serving import serving, worker_of
 
 from pilot_flwr.site import service
 
@@ -21,32 +17,6 @@ CLIENTS = ("vqa-0", "vqa-1")
 
 def nodes(folder):
     return [{"client-id": c, "state-folder": str(folder / c), "device": "cpu"} for c in CLIENTS]
-
-
-@contextmanager
-def serving(node, log):
-    """Run the service of a node config; yield its process."""
-    os.makedirs(node["state-folder"])
-    settings = " ".join(f'{key}="{value}"' for key, value in node.items())
-    command = [sys.executable, "-m", "pilot_flwr.cli.main", "site", "serve"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, "--node-config", settings], stdout=stream, stderr=stream
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while not service.status(node["state-folder"]):
-            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def worker_of(process):
-    (worker,) = psutil.Process(process.pid).children()
-    return worker
 
 
 @pytest.fixture(scope="module")
