@@ -93,6 +93,7 @@ def payload_table(record: Results) -> str:
         ("the client receives", lambda e: human_bytes(e["down_bytes"])),
         ("the client sends", lambda e: human_bytes(e["up_bytes"])),
         ("seconds without training or evaluation", lambda e: f"{e['without_work_seconds']:.1f}"),
+        ("of it Flower's part", lambda e: f"{flower_sum(e):.1f}"),
         ("plain HTTPS both ways and one write", lambda e: f"{plain_sum(e):.1f}"),
         ("multiple of it", lambda e: f"{e['times_plain']:.1f}"),
     ):
@@ -109,6 +110,29 @@ def payload_table(record: Results) -> str:
 def plain_sum(exchange: Results) -> float:
     """Return the seconds of the yardstick of ``payload.json`` for an exchange's bytes."""
     return float(sum(exchange["plain_seconds"].values()))
+
+
+def flower_sum(exchange: Results) -> float:
+    """Return the seconds of an exchange from the server's instruction to its reply, less a session.
+
+    They are Flower's polling, programs and transfers, with the imports of the app's process or its
+    hand-over to the service.
+    """
+    parts = exchange["parts_seconds"]
+    names = ("poll", "launch", "python", "app", "reply", "upload")
+    return float(sum(parts[name] for name in names))
+
+
+def exchange_table(deployment: Results, payload: Results) -> str:
+    """Return the seconds of an exchange without work: a row per base model, a column per mode."""
+    modes = ("cold", "warm")
+    rows = [["seconds per exchange", *(mode_title(mode, {}) for mode in modes)]]
+    for title, measured in deployment["results"].items():
+        rows.append([title, *(f"{measured[m]['without_work_seconds']:.1f}" for m in modes)])
+    last = [payload["results"][mode]["exchanges"][-1] for mode in modes]
+    title = f"LLaVA-1.5-7B's payload, {human_bytes(last[0]['up_bytes'])} up, stage 2"
+    rows.append([title, *(f"{one['without_work_seconds']:.1f}" for one in last)])
+    return markdown(rows)
 
 
 def clients_table(record: Results) -> str:

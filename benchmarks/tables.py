@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from _own_tables import OWN_TABLES, note
+from _own_tables import OWN_TABLES, exchange_table, note
 from _record import RESULTS, ROOT
 from _rows import ROWS
 from scenarios.tables import scenario_tables
@@ -17,7 +17,7 @@ from scenarios.tables import scenario_tables
 from pilot_flwr.run.tables import markdown
 
 PAGES = {
-    "README.md": ("demo", "overview"),
+    "README.md": ("demo", "overview", "exchange"),
     "docs/tutorials/first-run.md": ("demo", "timeline"),
     "docs/how-to/deployment.md": ("deployment", "payload"),
     "docs/how-to/privacy.md": ("privacy",),
@@ -58,6 +58,11 @@ def readme(text: str, folder: Path = RESULTS) -> str:
         path = folder / f"{name}.json"
         if path.exists():
             contents[name] = made(json.loads(path.read_text()))
+    if all((folder / f"{name}.json").exists() for name in ("deployment", "payload")):
+        records = (
+            json.loads((folder / f"{n}.json").read_text()) for n in ("deployment", "payload")
+        )
+        contents["exchange"] = exchange_table(*records)
     contents |= scenario_tables(folder / "scenarios")
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

@@ -188,13 +188,16 @@ class _Worker:
     def _hear(self) -> dict[str, Any]:
         try:
             return receive(self._control)[0]
-        except (HungUp, TimeoutError):
+        except TimeoutError:
+            how = f"did not start within {human_seconds(START_SECONDS)}"
+        except HungUp:
             code = self.kill()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            raise RunError(
-                f"The worker process of the site's service {how} (often out of memory; see the log "
-                f"of `pilot-flwr site serve`). {NOTHING_LOST}"
-            ) from None
+            how += " (often out of memory)"
+        raise RunError(
+            f"The worker process of the site's service {how}; see the log of `pilot-flwr site "
+            f"serve`. {NOTHING_LOST}"
+        )
 
 
 class _Server:

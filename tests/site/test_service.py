@@ -167,6 +167,18 @@ def test_a_worker_that_dies_fails_its_session_alone(serve):
     assert site.turn()["echo"]["pid"] != pid
 
 
+def test_a_worker_that_does_not_start_in_time_is_reported_as_such(serve, monkeypatch):
+    site = serve()
+    assert site.turn()["echo"]["pid"] == site.worker()
+    slow = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(service, "_WORKER", slow)
+    monkeypatch.setattr(service, "START_SECONDS", 0.2)
+    with pytest.raises(RunError, match="ended with code 3"):
+        site.turn("die")
+    with pytest.raises(RunError, match="did not start within 0.2 s"):
+        site.turn()
+
+
 def test_a_killed_worker_is_replaced_also_when_idle(serve):
     site = serve()
     pid = site.worker()
