@@ -132,7 +132,7 @@ def qwen25_vl():
         **_qwen_tokens(tokens),
     )
     images = transformers.Qwen2VLImageProcessorPil(
-        min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 16, patch_size=14, merge_size=2
+        size={"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 16}
     )
     stops = ("<|im_end|>", "<|endoftext|>")
     return Family(config, tokens, images, {}, templates.QWEN25, stops)
@@ -219,9 +219,12 @@ def gemma3():
 def smolvlm(*, kind="SmolVLM"):
     """SmolVLM2: SigLIP for crops of any shape, pixel shuffle and one matrix, row and column tags.
 
-    SmolVLM, its predecessor, is the same as an Idefics3.
+    SmolVLM, its predecessor, is an Idefics3.
     """
-    tokens = words.bytes_pairs(words.SMOL, more=words.SMOL_MORE, digits=True)
+    more, named = words.SMOL_MORE, words.SMOL_NAMED
+    if kind == "Idefics3":  # its tokenizer has the tokens without their names
+        more, named = (*more, *named.values()), None
+    tokens = words.bytes_pairs(words.SMOL, more=more, named=named, digits=True)
     config = getattr(transformers, f"{kind}Config")(
         text_config=_text("llama", tokens).to_dict(),
         vision_config={

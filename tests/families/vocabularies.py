@@ -47,10 +47,12 @@ SMOL = {
     "unk_token": "<|endoftext|>",
     "pad_token": "<|im_end|>",
 }
-SMOL_MORE = (
-    *("<fake_token_around_image>", "<image>", "<global-img>"),
-    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
-)
+SMOL_MORE = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+SMOL_NAMED = {
+    "fake_image_token": "<fake_token_around_image>",
+    "image_token": "<image>",
+    "global_image_token": "<global-img>",
+}
 
 
 def sentence_pieces(special, *, more=(), named=None, gemma=False):
