@@ -2,17 +2,19 @@
 
 import torch
 
-from pilot_flwr.model.architectures import ImageShape, Visual
+from pilot_flwr.model.pilot_model import Visual
+from pilot_flwr.model.processor import collate, rows_of
 
 
 def visual(model, processor, examples):
-    """H_v of a plain LLaVA's examples, each of one image or of none."""
-    images = [image.read() for example in examples for image in example.images]
-    if not images:
-        return Visual(torch.empty(0, 16, 1), ())
-    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    shapes = tuple(ImageShape(1, image.height, image.width) for image in images)
-    return Visual(model.encode_images(pixels), shapes)
+    """H_v of examples, each of one image or of none."""
+    sources = [image for example in examples for image in example.images]
+    if not sources:
+        return Visual(torch.empty(0, 0, 0), (), {})
+    inputs = [processor.inputs(image.read(), alone=True) for image in sources]
+    rows = tuple(rows_of(one["pixel_values"].shape) for one in inputs)
+    features, *besides = model.encode_images(collate(inputs))
+    return Visual(features, rows, collate(inputs), tuple(besides))
 
 
 def encoder(model, processor):

@@ -50,7 +50,7 @@ class PilotLoop:
         self.model.enter_stage1(TASKS[0])
         if stage == 2:
             self.model.enter_stage2(TASKS, torch.Generator().manual_seed(0))
-        self.data = FixedData(size, self.model.llava.config)
+        self.data = FixedData(size, self.model.base.config)
 
     def seconds(self, micro_batch: int, steps: int) -> list[float]:
         """Train for `steps` steps after the warm-up; return the seconds of each."""

@@ -1,12 +1,16 @@
 """The connectors between vision tower and language model (docs/explanation/method.md, section 2).
 
-`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2. Both replace a LLaVA model's
-projector and are built from `Adapter`s of the projector's shape. Shapes: B images, N visual tokens,
-D vision channels, C language-model channels, T tasks.
+`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2. Both replace the base model's
+own connector, whatever its class, and every adapter is a copy of it. Shapes: B images, N features
+of an image, D their channels, S visual tokens made of them, C language-model channels, T tasks.
+
+H_v is what the base model feeds its connector: (B, N, D), or the features of several images in a
+row, (N, D), with their numbers in `images`. Connectors that merge features into fewer tokens keep
+their order, so that both outputs and routing decisions are per token.
 """
 
-from collections.abc import Mapping
-from copy import deepcopy
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +20,12 @@ from pilot_flwr.algorithm.losses import difference_loss, load_balancing_loss, ro
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 
+Tokens = Callable[[Tensor], Tensor]
+"""From H_v to what each visual token is made of, (..., S, k D) for tokens of k features."""
+
 
 class ConnectorOutput(NamedTuple):
-    """x_img (B, N, C), and L_d, L_b and L_z without coefficients; zero if the stage has none."""
+    """x_img (..., S, C), and L_d, L_b and L_z without coefficients; zero if the stage has none."""
 
     features: Tensor
     difference: Tensor
@@ -27,35 +34,63 @@ class ConnectorOutput(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """P (B, N, T), and L_b and L_z without coefficients."""
+    """P (..., S, T), and L_b and L_z without coefficients."""
 
     probs: Tensor
     balance: Tensor
     z: Tensor
 
 
-class Adapter(nn.Module):
-    """Two-layer GELU MLP D → C → C: ψ_t, ψ_s and ψ_c, named as in transformers' projector."""
+def copied(connector: nn.Module, last: str = "") -> nn.Module:
+    """Return an independent copy of a base model's connector.
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features, bias=bias)
-        self.linear_2 = nn.Linear(out_features, out_features, bias=bias)
+    `last` names its last layer, or that layer's parameter, which is set to zero: the copy's output
+    is zero until it is trained.
+    """
+    twin = copy.deepcopy(connector)
+    if last:
+        for name, parameter in twin.named_parameters():
+            if f"{name}.".startswith(f"{last}."):
+                nn.init.zeros_(parameter)
+    return twin
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map (..., D) to (..., C)."""
-        hidden: Tensor = nn.functional.gelu(self.linear_1(features))
-        output: Tensor = self.linear_2(hidden)
-        return output
 
-    def copy(self, *, zero_output: bool = False) -> "Adapter":
-        """Return an independent copy; with `zero_output` its last layer is zero."""
-        twin = deepcopy(self)  # constructing one would draw its weights first: three times slower
-        if zero_output:
-            with torch.no_grad():
-                for parameter in twin.linear_2.parameters():
-                    parameter.zero_()
-        return twin
+def merge_features(features: Tensor, side: int, *, square: bool) -> Tensor:
+    """Return what each visual token is made of, for connectors that merge `side`² features.
+
+    Parameters
+    ----------
+    features : Tensor
+        H_v, shape (..., N, D).
+    side : int
+        1 if every feature is a token.
+    square : bool
+        Whether a token merges a `side` × `side` square of the features' square grid, row by row,
+        or `side`² features that follow each other.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., N / side², side² D), tokens in the connector's order.
+    """
+    if side == 1:
+        return features
+    *batch, count, channels = features.shape
+    if square:
+        edge = round(count**0.5) // side
+        grid = features.reshape(*batch, edge, side, edge, side, channels)
+        features = grid.transpose(-4, -3)
+    return features.reshape(*batch, count // side**2, side**2 * channels)
+
+
+def _images(tokens: Tensor, images: Sequence[int]) -> Iterator[Tensor]:
+    """Yield tokens by image, (B, S, ·): all images at once if they are equally large."""
+    if tokens.dim() == 3:
+        yield tokens
+        return
+    merged = sum(images) // len(tokens)
+    for image in tokens.split([count // merged for count in images]):
+        yield image.unsqueeze(0)
 
 
 class TaskClientConnector(nn.Module):
@@ -67,8 +102,8 @@ class TaskClientConnector(nn.Module):
 
     def __init__(
         self,
-        task_adapter: Adapter,
-        client_adapter: Adapter | None,
+        task_adapter: nn.Module,
+        client_adapter: nn.Module | None,
         *,
         reduction: str = "normalized",
     ) -> None:
@@ -77,8 +112,8 @@ class TaskClientConnector(nn.Module):
         self.client_adapter = client_adapter
         self.reduction = reduction
 
-    def forward(self, features: Tensor) -> ConnectorOutput:
-        """Map H_v (B, N, D) to x_img (B, N, C) and L_d."""
+    def forward(self, features: Tensor, images: Sequence[int] = ()) -> ConnectorOutput:
+        """Map H_v to x_img (..., S, C) and L_d, a mean over images."""
         task = self.task_adapter(features)
         zero = task.new_zeros(())
         if self.client_adapter is None:
@@ -86,7 +121,9 @@ class TaskClientConnector(nn.Module):
         client = self.client_adapter(features)
         difference = zero
         if torch.is_grad_enabled():
-            difference = difference_loss(task, client, reduction=self.reduction)
+            pairs = zip(_images(task, images), _images(client, images), strict=True)
+            losses = [difference_loss(t, c, reduction=self.reduction) for t, c in pairs]
+            difference = torch.stack(losses).mean()
         return ConnectorOutput(task + client, difference, zero, zero)
 
 
@@ -102,14 +139,16 @@ class CrossTaskMoA(nn.Module):
 
     Parameters
     ----------
-    task_adapters : Mapping[str, Adapter]
+    task_adapters : Mapping[str, Module]
         ψ_t of all T tasks; the first task is the client's own.
-    cross_task_adapters : Mapping[str, Adapter] or None
+    cross_task_adapters : Mapping[str, Module] or None
         ψ_c of the T − 1 foreign tasks, in the same order; without them ``h_i = ψ_t^i(H_v)``.
-    client_adapter : Adapter or None
+    client_adapter : Module or None
         ψ_s, if there is one.
     router : Linear
-        φ, D → T, without bias.
+        φ, without bias, from what a token is made of to T.
+    tokens : callable, optional
+        From H_v to what each token is made of, `merge_features`; None if features are tokens.
     use_client_adapter : bool
         Whether ψ_s is added; the official code leaves it out.
     router_dtype : {"float32", "bfloat16"}
@@ -126,11 +165,12 @@ class CrossTaskMoA(nn.Module):
 
     def __init__(
         self,
-        task_adapters: Mapping[str, Adapter],
-        cross_task_adapters: Mapping[str, Adapter] | None,
-        client_adapter: Adapter | None,
+        task_adapters: Mapping[str, nn.Module],
+        cross_task_adapters: Mapping[str, nn.Module] | None,
+        client_adapter: nn.Module | None,
         router: nn.Linear,
         *,
+        tokens: Tokens | None = None,
         use_client_adapter: bool = True,
         router_dtype: str = "float32",
         reduction: str = "pooled",
@@ -156,13 +196,14 @@ class CrossTaskMoA(nn.Module):
         )
         self.client_adapter = client_adapter
         self.router = router
+        self.tokens = tokens or (lambda features: features)
         self.use_client_adapter = use_client_adapter
         self.router_dtype = router_dtype
         self.reduction = reduction
 
-    def forward(self, features: Tensor) -> ConnectorOutput:
-        """Map H_v (B, N, D) to x_img (B, N, C), L_b and L_z."""
-        probs, balance, z = self.route(features)
+    def forward(self, features: Tensor, images: Sequence[int] = ()) -> ConnectorOutput:
+        """Map H_v to x_img (..., S, C), L_b and L_z."""
+        probs, balance, z = self.route(features, images)
         client = self.client_adapter if self.use_client_adapter else None
         mixed = None if client is None else client(features)
         for index, task in enumerate(self.tasks):
@@ -174,21 +215,26 @@ class CrossTaskMoA(nn.Module):
         assert mixed is not None
         return ConnectorOutput(mixed, mixed.new_zeros(()), balance, z)
 
-    def route(self, features: Tensor) -> Routing:
-        """Map H_v (B, N, D) to P, L_b and L_z."""
+    def route(self, features: Tensor, images: Sequence[int] = ()) -> Routing:
+        """Map H_v to P (..., S, T), L_b and L_z."""
         logits = self.router_logits(features)
         wide = torch.promote_types(logits.dtype, torch.float32)
         probs = logits.softmax(-1, dtype=wide).to(logits.dtype)
-        balance = load_balancing_loss(probs, reduction=self.reduction)
+        if self.reduction == "per_image":
+            losses = [load_balancing_loss(p, reduction="per_image") for p in _images(probs, images)]
+            balance = torch.stack(losses).mean()
+        else:
+            balance = load_balancing_loss(probs, reduction=self.reduction)
         return Routing(probs, balance, router_z_loss(logits))
 
     def router_logits(self, features: Tensor) -> Tensor:
-        """Return g, shape (B, N, T), in `router_dtype`."""
+        """Return g, shape (..., S, T), in `router_dtype`."""
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(self.router.weight.dtype, torch.float32)
             if self.router_dtype == "bfloat16":
                 dtype = torch.bfloat16
-            return nn.functional.linear(features.to(dtype), self.router.weight.to(dtype))
+            parts = self.tokens(features)
+            return nn.functional.linear(parts.to(dtype), self.router.weight.to(dtype))
 
 
 def is_reserved(task: str) -> bool:
@@ -197,32 +243,37 @@ def is_reserved(task: str) -> bool:
 
 
 def stage1_connector(
-    projector: Adapter, config: ModelConfig, *, reduction: str = "normalized"
+    projector: nn.Module, config: ModelConfig, *, last: str, reduction: str = "normalized"
 ) -> TaskClientConnector:
-    """Build stage 1 from the base model's pretrained projector, copied to ψ_t.
+    """Build stage 1 from the base model's pretrained connector, copied to ψ_t.
 
     Parameters
     ----------
-    projector : Adapter
-        The pretrained projector.
+    projector : Module
+        The pretrained connector.
     config : ModelConfig
         `initialisation` is ``identity`` (the last layer of ψ_s is zero, so training starts exactly
-        at the base model) or ``official`` (ψ_s is the projector too); `client_adapter` says
+        at the base model) or ``official`` (ψ_s is the connector too); `client_adapter` says
         whether there is a ψ_s.
+    last : str
+        Name of the connector's last layer.
     reduction : str
         Of the difference loss.
     """
-    identity = config.initialisation == "identity"
-    client = projector.copy(zero_output=identity) if config.client_adapter else None
-    return TaskClientConnector(projector.copy(), client, reduction=reduction)
+    inert = last if config.initialisation == "identity" else ""
+    client = copied(projector, inert) if config.client_adapter else None
+    return TaskClientConnector(copied(projector), client, reduction=reduction)
 
 
 def stage2_connector(
-    projector: Adapter,
+    projector: nn.Module,
     config: ModelConfig,
     *,
+    last: str,
     tasks: tuple[str, ...],
-    client_adapter: Adapter | None,
+    client_adapter: nn.Module | None,
+    channels: int,
+    tokens: Tokens | None = None,
     generator: torch.Generator,
     reduction: str = "pooled",
 ) -> CrossTaskMoA:
@@ -230,34 +281,40 @@ def stage2_connector(
 
     Parameters
     ----------
-    projector : Adapter
-        The base model's pretrained projector.
+    projector : Module
+        The base model's pretrained connector.
     config : ModelConfig
         With `initialisation` ``identity`` every ψ_c ends in zero, with ``official`` it is the
-        projector; `cross_task_adapters` says whether there are ψ_c, `stage2_client_adapter`
+        connector; `cross_task_adapters` says whether there are ψ_c, `stage2_client_adapter`
         whether ψ_s is added, `router_dtype` in which precision φ routes.
+    last : str
+        Name of the connector's last layer.
     tasks : tuple of str
         The client's own task first.
-    client_adapter : Adapter or None
+    client_adapter : Module or None
         ψ_s from stage 1.
+    channels : int
+        Channels of what a token is made of: φ's inputs.
+    tokens : callable, optional
+        See `CrossTaskMoA`.
     generator : torch.Generator
-        Draws φ on the CPU, uniform in ±1/√D as torch does.
+        Draws φ on the CPU, uniform in ±1/√channels as torch does.
     reduction : str
         Of the load-balancing loss.
     """
-    weight = projector.linear_1.weight
-    router = nn.Linear(weight.shape[1], len(tasks), bias=False)
-    bound = weight.shape[1] ** -0.5
+    router = nn.Linear(channels, len(tasks), bias=False)
+    bound = channels**-0.5
     drawn = torch.empty(router.weight.shape, device="cpu")
     with torch.no_grad():
         router.weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
-    identity = config.initialisation == "identity"
-    cross = {task: projector.copy(zero_output=identity) for task in tasks[1:]}
+    inert = last if config.initialisation == "identity" else ""
+    cross = {task: copied(projector, inert) for task in tasks[1:]}
     return CrossTaskMoA(
-        {task: projector.copy() for task in tasks},
+        {task: copied(projector) for task in tasks},
         cross if config.cross_task_adapters else None,
         client_adapter,
-        router.to(weight),
+        router.to(next(projector.parameters())),
+        tokens=tokens,
         use_client_adapter=config.stage2_client_adapter == "frozen",
         router_dtype=config.router_dtype,
         reduction=reduction,

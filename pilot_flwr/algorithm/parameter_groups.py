@@ -17,7 +17,8 @@ from pilot_flwr.protocol import GroupName
 if TYPE_CHECKING:
     from torch import nn
 
-_CONNECTOR = r"model\.multi_modal_projector\."
+_CONNECTOR = r"model\.(?:\w+\.)+pilot\."
+_DECODER = r"model\.(?:language|text)_model\."
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,11 @@ class ParameterGroup:
 GROUPS: dict[GroupName, ParameterGroup] = {
     "lora": ParameterGroup(
         "Θ_l",
-        r"model\.language_model\.(?P<key>.+\.lora_[AB])\.default\.weight",
+        _DECODER + r"(?P<key>.+\.lora_[AB])\.default\.weight",
         (1, 2),
         sent=True,
     ),
-    "residual": ParameterGroup(
-        "R", r"model\.language_model\.(?P<key>.+\.lora_[AB])\.residual\.weight", ()
-    ),
+    "residual": ParameterGroup("R", _DECODER + r"(?P<key>.+\.lora_[AB])\.residual\.weight", ()),
     "own_task_adapter": ParameterGroup(
         "ψ_t",
         _CONNECTOR + r"(?:task_adapter|task_adapters\.{own})\.(?P<key>.+)",
@@ -73,11 +72,7 @@ GROUPS: dict[GroupName, ParameterGroup] = {
         private=True,
     ),
     "router": ParameterGroup("φ", _CONNECTOR + r"router\.(?P<key>.+)", (2,), private=True),
-    "base": ParameterGroup(
-        "base",
-        r"model\.image_newline|(?:model\.(?:vision_tower|language_model)|lm_head)\.(?!.*\blora_).+",
-        (),
-    ),
+    "base": ParameterGroup("base", r"(?:model|lm_head)\.(?!.*\b(?:pilot|lora_[AB])\.).+", ()),
 }
 
 
@@ -122,7 +117,7 @@ Groups: TypeAlias = "dict[GroupName, dict[str, nn.Parameter]]"
 
 
 def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
-    """Assign every parameter of a LLaVA model with a Pilot connector to its group.
+    """Assign every parameter of a base model with LoRA and Pilot connector to its group.
 
     `own_task` is the client's; the other task adapters are foreign. Parameters keep the model's
     order; groups that the model does not have are empty.

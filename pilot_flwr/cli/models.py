@@ -406,13 +406,12 @@ def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, 
     load_adapters(model, run, selected)
     end_token_ids = Answerer(run.config, model).end_token_ids()
     hidden = merge_model(model, folder, end_token_ids=end_token_ids)
-    wide = hidden != model.llava.config.text_config.hidden_size
-    if wide:
+    if hidden:
         say(
             f"The projector needs a hidden layer of {hidden}, which the class of transformers "
             "does not support: load the model with the exported class in modeling_wide.py."
         )
-    return model_card(run, selected, stage=1, merged="wide" if wide else "plain", dtype=dtype)
+    return model_card(run, selected, stage=1, merged="wide" if hidden else "plain", dtype=dtype)
 
 
 def _warn_of_private_parts(selected: "Selected") -> None:

@@ -94,8 +94,8 @@ def _show(plan: "Plan", *, exchanges: int) -> None:
 
     print(f"{plan.path} ({plan.architecture})")
     print(
-        f"N = {plan.visual_tokens} visual tokens, D = {plan.vision_channels}, "
-        f"C = {plan.text_channels}\n"
+        f"an image: H_v of {' x '.join(map(str, plan.batch.features))}, "
+        f"{plan.batch.image_tokens} visual tokens, C = {plan.text_channels}\n"
     )
     stages = [f"stage {stage}" for stage in plan.stages]
     parts = plan.stages.values()

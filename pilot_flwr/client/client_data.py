@@ -50,7 +50,6 @@ class ClientData:
         self.collator = make_collator(
             config.model,
             self.processor,
-            model.llava.config,
             max_length=config.train.max_length,
             cut=config.train.over_long == "cut",
         )
@@ -69,8 +68,8 @@ class ClientData:
             self.features,
             zero_images=split == "train" and self.config.train.text_only == "zero_image",
         )
-        processor, workers = self.processor.image_processor, self.config.data.workers
-        return lambda parts: cache.stream(self.model, processor, parts, workers=workers)
+        workers = self.config.data.workers
+        return lambda parts: cache.stream(self.model, self.processor, parts, workers=workers)
 
     def _examples(self, client: Client, split: Split) -> Sequence[Example]:
         data = self.config.data

@@ -30,7 +30,6 @@ from pilot_flwr.data.validation import (
     shared_rows,
 )
 from pilot_flwr.errors import ConfigError, DataError
-from pilot_flwr.model.architectures import known_config
 from pilot_flwr.model.loading import load_processor, make_collator
 
 OpenSplit = tuple[SplitStatistics, LlavaExamples | None]
@@ -142,7 +141,6 @@ def check_splits(
         collator = make_collator(
             model,
             load_processor(model.path, model.revision),
-            known_config(model),
             max_length=config.train.max_length,
             cut=config.train.over_long == "cut",
         )

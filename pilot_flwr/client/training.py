@@ -26,8 +26,7 @@ from pilot_flwr.config.schema import TrainConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import StateError, TrainingError
-from pilot_flwr.model.architectures import Visual
-from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.pilot_model import PilotModel, Visual
 from pilot_flwr.protocol import LOSSES, GroupName, Losses, State, TrainingResult
 
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
@@ -132,8 +131,8 @@ def accumulate(
     per_batch = config.loss_reduction == "micro_batch"
     num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     step = [next(visuals) for _ in batches]
-    rows = [len(visual.features) for visual in step]
-    split = len(batches) > 1 and any(rows) and not per_batch
+    images = [visual.weight for visual in step]
+    split = len(batches) > 1 and any(images) and not per_batch
     router = model.connector if split and isinstance(model.connector, CrossTaskMoA) else None
     losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
     if router is not None:
@@ -144,15 +143,15 @@ def accumulate(
                 if len(v.features)
             ]
         )
-        _, balance, z = router.route(features)
+        _, balance, z = router.route(features, [n for v in step for n in v.images])
         zero = balance.new_zeros(())
         parts = ConnectorOutput(features, zero, balance, z)
         losses += _backpropagate(zero, parts, config)
-    for batch, visual, count in zip(batches, step, rows, strict=True):
+    for batch, visual, count in zip(batches, step, images, strict=True):
         with autocast(model.device, config.autocast):
             output = model(batch.to(model.device), visual)
         summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
-        share, answers = count / max(1, sum(rows)), num_tokens
+        share, answers = count / max(1, sum(images)), num_tokens
         if per_batch:
             share, answers = 1 / len(batches), len(batches) * len(output.labels)
         of_router = share if router is None else 0.0

@@ -6,7 +6,7 @@ appended, as in LLaVA's training format. The tokenizer's offsets then give the t
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,9 +19,6 @@ from pilot_flwr.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
-
-TokenCounter = Callable[[Sequence[tuple[int, int]]], list[int]]
-"""Return the number of tokens of each of an example's images from their (height, width)."""
 
 _PROBE = (Turn("user", "a"), Turn("assistant", "b"))
 """A conversation that shows how a template renders turns."""
@@ -44,21 +41,20 @@ class Rendered(NamedTuple):
 class Batch(NamedTuple):
     """Token tensors of B examples, padded to one length L: int64, shape (B, L).
 
-    A label is the token itself where the loss counts, else `IGNORE_INDEX`.
+    A label is the token itself where the loss counts, else `IGNORE_INDEX`. `token_types`, under its
+    name in the model's forward pass, marks the tokens of images for models that need it.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    token_types: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`."""
-        return Batch(*(tensor.to(device) for tensor in self))
-
-
-def same_for_all(tokens: int) -> TokenCounter:
-    """Return the counter of an architecture whose images all take `tokens` tokens."""
-    return lambda sizes: [tokens] * len(sizes)
+        *tensors, types = self
+        moved = {name: tensor.to(device) for name, tensor in types.items()}
+        return Batch(*(tensor.to(device) for tensor in tensors), moved)
 
 
 class Collator:
@@ -72,14 +68,12 @@ class Collator:
         self,
         processor: Any,
         *,
-        count_tokens: TokenCounter,
         max_length: int,
         system_prompt: str = "",
         cut: bool = False,
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.count_tokens = count_tokens
         self.max_length = max_length
         self.system_prompt = system_prompt
         self.cut = cut
@@ -134,10 +128,9 @@ class Collator:
 
     def _check_cut(self, example: Example, ids: list[int], labels: list[int]) -> None:
         """Note an example that is cut; raise `DataError` if its images or all answers would go."""
-        image = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
         kept = labels[: self.max_length]
         lost = ""
-        if image in ids[self.max_length :]:
+        if self.processor.image_token_ids.intersection(ids[self.max_length :]):
             lost = "an image"
         elif all(label == IGNORE_INDEX for label in kept):
             lost = "every answer"
@@ -157,7 +150,7 @@ class Collator:
     def _conversation(
         self, example: Example, turns: Sequence[Turn], *, generate: bool = False
     ) -> Rendered:
-        """Render turns of an example, each image token repeated once per feature."""
+        """Render turns of an example, each image token as the tokens of its image."""
         self._check_text(example, turns)
         try:
             rendered = self._render(turns, generate=generate)
@@ -170,11 +163,11 @@ class Collator:
                 f"{example.name}: the chat template renders {len(pieces) - 1} image tokens for "
                 f"{len(example.images)} images."
             )
-        counts = self.count_tokens([image.size() for image in example.images])
+        images = self.processor.image_texts([image.size() for image in example.images])
         text, answers = pieces[0], rendered.answers
-        for piece, count in zip(pieces[1:], counts, strict=True):
-            place, added = len(text), (count - 1) * len(image_token)
-            text += image_token * count + piece
+        for piece, image in zip(pieces[1:], images, strict=True):
+            place, added = len(text), len(image) - len(image_token)
+            text += image + piece
             answers = [(a + added, b + added) if a > place else (a, b) for a, b in answers]
         return Rendered(text, answers)
 
@@ -213,7 +206,10 @@ class Collator:
             return pad_sequence(list(map(torch.tensor, rows)), True, value, side)
 
         mask = stack([[1] * len(row) for row in ids], 0)
-        return Batch(stack(ids, pad), mask, stack(labels, IGNORE_INDEX))
+        types = [self.processor.token_types(row) for row in ids]
+        marked = [row for row in types if row is not None]
+        named = {self.processor.token_types_name: stack(marked, 0)} if marked else {}
+        return Batch(stack(ids, pad), mask, stack(labels, IGNORE_INDEX), named)
 
     def _render(self, turns: Sequence[Turn], *, generate: bool = False) -> Rendered:
         """Render turns, one image token for each image, an end token after each answer."""

@@ -16,7 +16,7 @@ from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.formatting import plain
-from pilot_flwr.model.architectures import read_config
+from pilot_flwr.model.architectures import read_config, remembered
 from pilot_flwr.model.checkpoints import UNKNOWN, weights_sample
 from pilot_flwr.model.shapes import layout_of
 from pilot_flwr.run.provenance import code_hash, digest
@@ -127,7 +127,9 @@ def _base(
         # The same call as in `pilot_flwr.client.preflight`, so that it is computed once.
         layout = layout_of(model, tasks, sharing, stages=stages)
         _KNOWN[key] = {
-            "base.config": digest(essential(read_config(model))),
+            "base.config": digest(
+                remembered("essential", model, (), lambda: essential(read_config(model)))
+            ),
             "base.layout": digest([model.wire_dtype, layout.sent]),
             "base.projector": sample.projector,
             "base.weights": sample.whole,

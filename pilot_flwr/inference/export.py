@@ -27,6 +27,7 @@ from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.runs import Run, Selected, last_scores
 from pilot_flwr.metrics import METRICS
+from pilot_flwr.model.architectures import token_channels
 from pilot_flwr.model.checkpoints import BUNDLE, checkpoint_path
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import GroupName, State
@@ -86,7 +87,6 @@ def export_model(
         raise ModelError(f"The export format does not cover the parameters {', '.join(unknown)}.")
     used = getattr(connector, "use_client_adapter", True)
     client_adapter &= bool(groups["client_adapter"]) and used
-    adapter = model.state("own_task_adapter")
     base = _base(model.config, folder)
     description = {
         "format": modeling_pilot.FORMAT,
@@ -96,9 +96,10 @@ def export_model(
             "tasks": list(getattr(connector, "tasks", (model.own_task,))),
             "client_adapter": client_adapter,
             "cross_task_adapters": bool(groups["cross_task_adapters"]),
-            "in_features": adapter["linear_1.weight"].shape[1],
-            "out_features": adapter["linear_1.weight"].shape[0],
-            "bias": "linear_1.bias" in adapter,
+            "place": model.spec.connector,
+            "side": model.spec.side(model.base.config),
+            "square": model.spec.square,
+            "router_channels": token_channels(model.base.config),
             "dtype": model.config.adapter_dtype,
             "router_dtype": model.config.router_dtype,
         },
@@ -124,18 +125,18 @@ def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
         state = joined(state, residual)
     rank = len(next(tensor for name, tensor in state.items() if name.endswith("lora_A")))
     targets = "|".join(map(re.escape, lora.targets))
+    decoder = next(name for name, m in model.base.named_modules() if m is model.decoder)
     peft.LoraConfig(
         r=rank,
         lora_alpha=lora.alpha * (rank / lora.rank),
         lora_dropout=lora.dropout,
         # A pattern, since the vision tower has layers of the same names.
-        target_modules=rf"model\.language_model\..*\.({targets})",
+        target_modules=rf"{re.escape(decoder)}\..*\.({targets})",
         base_model_name_or_path=base,
         inference_mode=True,
     ).save_pretrained(folder)
     tensors = {
-        f"base_model.model.model.language_model.{name}.weight": tensor
-        for name, tensor in state.items()
+        f"base_model.model.{decoder}.{name}.weight": tensor for name, tensor in state.items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -45,7 +45,7 @@ class Answerer:
         self.config, self.model = config, model
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
-            config.model, self.processor, model.llava.config, max_length=config.train.max_length
+            config.model, self.processor, max_length=config.train.max_length
         )
         cache = FeatureCacheConfig(where="memory" if keep else "off")
         self._cache = FeatureCache(cache)
@@ -81,14 +81,14 @@ class Answerer:
         evaluation = self.config.evaluation
         if max_new_tokens:
             evaluation = replace(evaluation, max_new_tokens=max_new_tokens)
-        image_processor, workers = self.processor.image_processor, self.config.data.workers
+        workers = self.config.data.workers
         with out_of_memory_explained(self.config, self.model.stage):
             return answer(
                 self.model,
                 examples,
                 collator=self.collator,
                 encode=lambda parts: self._cache.stream(
-                    self.model, image_processor, parts, workers=workers
+                    self.model, self.processor, parts, workers=workers
                 ),
                 config=evaluation,
                 autocast_choice=self.config.train.autocast,

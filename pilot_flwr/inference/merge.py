@@ -1,13 +1,14 @@
 """Merge LoRA and adapters of a stage-1 model into one checkpoint.
 
-A LoRA is merged as in peft, ``W + α/r B A``. The sum of two adapters of width C is exactly one
-adapter with a hidden layer of width 2C::
+A LoRA is merged as in peft, ``W + α/r B A``. An inert ψ_s, as in a consensus model, is left out.
+Connectors of one linear layer are added. The sum of two of LLaVA's projectors, which have two
+layers of width C, is exactly one with a hidden layer of width 2C::
 
     W_1 = [W_1t; W_1s]   b_1 = [b_1t; b_1s]   W_2 = [W_2t  W_2s]   b_2 = b_2t + b_2s
 
 transformers' projector classes tie the hidden width to C, ``text_config.hidden_size``. If C hidden
-units are enough (`fold`), as for a consensus model with its inert ψ_s, the result is a plain
-checkpoint; else it carries a subclass with a wider layer (`pilot_flwr.inference.modeling_wide`).
+units are enough (`fold`), the result is a plain checkpoint; else it carries a subclass with a wider
+layer (`pilot_flwr.inference.modeling_wide`). No other class of connector can hold the sum of two.
 Stage 2 cannot be merged: its router weighs the experts for every token, which no single projector
 computes.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
-from pilot_flwr.algorithm.connector import Adapter, TaskClientConnector
+from pilot_flwr.algorithm.connector import TaskClientConnector
 from pilot_flwr.client.private_state import PrivateState
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
@@ -58,33 +59,59 @@ def check_mergeable(private: PrivateState | None) -> None:
 
 
 def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) -> int:
-    """Write an equivalent Hugging Face checkpoint; return the width of its hidden projector layer.
+    """Write an equivalent Hugging Face checkpoint; return the width of a wider projector's layer.
 
-    The width is C for a plain checkpoint, and more for one that needs `modeling_wide`. The stage-1
-    model is modified and must not be used again.
+    The width is 0 for a plain checkpoint; else it needs `modeling_wide`. The stage-1 model is
+    modified and must not be used again. Raises `ModelError` if the connector's class cannot hold
+    the sum of ψ_t and ψ_s.
     """
     connector = model.connector
     assert isinstance(connector, TaskClientConnector), "see check_mergeable"
     assert model.config.quantization == "none"
-    llava = model.llava
-    merge_lora(llava.model.language_model)
-    width = llava.config.text_config.hidden_size
-    first, second = connector.task_adapter, connector.client_adapter
-    whole = sum_of_adapters(first, second) if second else dict(first.state_dict())
-    merged = fold(whole, width)
-    projector = empty_base(llava.config).model.multi_modal_projector.to_empty(device="cpu")
-    hidden = merged["linear_1.weight"].shape[0]
-    if hidden > width:
+    base, place = model.base, model.spec.connector
+    projector = empty_base(base.config).model.get_submodule(place).to_empty(device="cpu")
+    merged = merge_adapters(connector.task_adapter, connector.client_adapter, model.spec.last)
+    hidden = 0
+    if (
+        "linear_1.weight" in merged
+        and len(merged["linear_1.weight"]) > projector.linear_1.out_features
+    ):
+        hidden = len(merged["linear_1.weight"])
         modeling_wide.widen(projector, hidden)
     projector.load_state_dict(merged)
-    llava.model.multi_modal_projector = projector.to(llava.dtype)
-    llava.generation_config.eos_token_id = end_token_ids
+    merge_lora(model.decoder)
+    base.model.set_submodule(place, projector.to(base.dtype))
+    base.generation_config.eos_token_id = end_token_ids
     # transformers restores the parameter names of older versions for its own classes only.
-    llava.save_pretrained(folder, save_original_format=hidden == width)
+    base.save_pretrained(folder, save_original_format=not hidden)
     _copy_processor(model.config, folder)
-    if hidden > width:
-        _add_class(folder, type(llava).__name__, hidden)
-    return int(hidden)
+    if hidden:
+        _add_class(folder, type(base).__name__, hidden)
+    return hidden
+
+
+@torch.no_grad()
+def merge_adapters(first: nn.Module, second: nn.Module | None, last: str) -> State:
+    """Return the tensors of one connector that computes ``first + second``.
+
+    `last` names their last layer. LLaVA's projector may become wider.
+    """
+    one = dict(first.state_dict())
+    if second is None:
+        return one
+    two = dict(second.state_dict())
+    final = {name for name in two if f"{name}.".startswith(f"{last}.")}
+    if not any(two[name].any() for name in final):
+        return one
+    if final == two.keys():  # one linear layer
+        return {name: tensor + two[name] for name, tensor in one.items()}
+    if {name.partition(".")[0] for name in one} == {"linear_1", "linear_2"}:
+        return fold(sum_of_adapters(first, second), len(one["linear_2.weight"]))
+    raise ModelError(
+        f"`--merge` cannot be used for this client: a connector of class {type(first).__name__} "
+        "cannot hold the sum of the task adapter and the client adapter. Export without "
+        "`--merge`, or take the consensus model with `--task`."
+    )
 
 
 def merge_lora(language_model: nn.Module) -> None:
@@ -97,7 +124,7 @@ def merge_lora(language_model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sum_of_adapters(first: Adapter, second: Adapter) -> State:
+def sum_of_adapters(first: nn.Module, second: nn.Module) -> State:
     """Return the tensors of ``first + second`` as one adapter of hidden width 2C, exactly."""
     one, two = first.state_dict(), second.state_dict()
     merged = {

@@ -8,7 +8,7 @@ Pillow::
     model, processor = load(".")
 
 `model` is a `peft.PeftModel` around the base model: LoRA in the language model, Pilot's connector
-in place of the projector. It generates as the base model does. The folder contains
+in place of the base's own. It generates as the base model does. The folder contains
 
     connector.json           architecture of the connector, and the base model
     connector.safetensors    its weights
@@ -18,6 +18,7 @@ in place of the projector. It generates as the base model does. The folder conta
 Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -31,42 +32,26 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-FORMAT = "pilot-export-1"
-
-
-class Adapter(nn.Module):
-    """Two-layer GELU MLP, as the base model's projector."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features, bias=bias)
-        self.linear_2 = nn.Linear(out_features, out_features, bias=bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map (..., D) to (..., C)."""
-        hidden: Tensor = nn.functional.gelu(self.linear_1(features))
-        output: Tensor = self.linear_2(hidden)
-        return output
+FORMAT = "pilot-export-2"
 
 
 class Connector(nn.Module):
-    """Maps visual features (..., D) to the language model's (..., C).
+    """Takes the place of the base model's connector, of which every adapter ψ is a copy.
 
-    Stage 1 is ``ψ_t(H) + ψ_s(H)``. Stage 2 is ``ψ_s(H) + Σ_i P_i h_i`` with ``P = softmax(H W_φ)``,
-    ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the others.
-    `description`, the entry `connector` of ``connector.json``, may omit ψ_s and all ψ_c.
+    Stage 1 is ``ψ_t(H) + ψ_s(H)``. Stage 2 is ``ψ_s(H) + Σ_i P_i h_i`` with ``P = softmax(H W_φ)``
+    per visual token, ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the
+    others. `description`, the entry `connector` of ``connector.json``, may omit ψ_s and all ψ_c.
     """
 
-    def __init__(self, description: dict[str, Any]) -> None:
+    def __init__(self, description: dict[str, Any], projector: nn.Module) -> None:
         super().__init__()
 
-        def adapter() -> Adapter:
-            return Adapter(
-                description["in_features"], description["out_features"], bias=description["bias"]
-            )
+        def adapter() -> nn.Module:
+            return copy.deepcopy(projector)
 
         self.tasks = list(description["tasks"])
         self.stage = int(description["stage"])
+        self.side, self.square = int(description["side"]), bool(description["square"])
         self.client_adapter = adapter() if description["client_adapter"] else None
         if self.stage == 1:
             self.task_adapter = adapter()
@@ -74,7 +59,7 @@ class Connector(nn.Module):
             self.task_adapters = nn.ModuleDict({task: adapter() for task in self.tasks})
             crossed = self.tasks[1:] if description.get("cross_task_adapters", True) else []
             self.cross_task_adapters = nn.ModuleDict({task: adapter() for task in crossed})
-            self.router = nn.Linear(description["in_features"], len(self.tasks), bias=False)
+            self.router = nn.Linear(description["router_channels"], len(self.tasks), bias=False)
         self.router_dtype = getattr(torch, description.get("router_dtype", "float32"))
         self.to(getattr(torch, description["dtype"]))
 
@@ -92,7 +77,8 @@ class Connector(nn.Module):
     def _mixture(self, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
             dtype = self.router_dtype
-            logits = nn.functional.linear(inputs.to(dtype), self.router.weight.to(dtype))
+            parts = self._parts(inputs).to(dtype)
+            logits = nn.functional.linear(parts, self.router.weight.to(dtype))
         probs = logits.softmax(-1, dtype=torch.float32).to(dtype)
         mixed = None if self.client_adapter is None else self.client_adapter(inputs)
         for index, task in enumerate(self.tasks):
@@ -103,6 +89,15 @@ class Connector(nn.Module):
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
         assert isinstance(mixed, Tensor)
         return mixed
+
+    def _parts(self, features: Tensor) -> Tensor:
+        """Return what each visual token is made of, `side`² features."""
+        *batch, count, channels = features.shape
+        if self.square and self.side > 1:
+            edge = round(count**0.5) // self.side
+            grid = features.reshape(*batch, edge, self.side, edge, self.side, channels)
+            features = grid.transpose(-4, -3)
+        return features.reshape(*batch, count // self.side**2, self.side**2 * channels)
 
 
 def load(folder: str | Path = ".", base: str | Path | None = None, **options: Any) -> Any:
@@ -138,9 +133,10 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
     )
     if problems := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
         raise ValueError(f"The base model does not fit its own class: {problems}")
-    connector = Connector(description["connector"])
+    place = description["connector"]["place"]
+    connector = Connector(description["connector"], model.model.get_submodule(place))
     _fill(connector.state_dict(), folder / "connector.safetensors")
-    model.model.multi_modal_projector = connector.to(model.device)
+    model.model.set_submodule(place, connector.to(model.device))
     model.generation_config.eos_token_id = description["end_token_ids"]
     lora = peft.PeftConfig.from_pretrained(str(folder / "lora"))
     model = peft.PeftModel(model, lora, autocast_adapter_dtype=False)
@@ -151,7 +147,7 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
 def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> Any:
     """Return the base model's processor, set to pad text on the left, and images as in the tuning.
 
-    The processor of LLaVA-OneVision needs torchvision.
+    Processors that also take videos need torchvision.
     """
     folder = Path(folder)
     description = _describe(folder)

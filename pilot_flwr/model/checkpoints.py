@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,8 +31,14 @@ BUNDLE = "bundle.json"
 _BUNDLED = {".safetensors", ".jinja"}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-PROJECTOR = "multi_modal_projector."
-"""Prefix of the projector's tensors; the rest of their names is as in an adapter."""
+_CONNECTOR = re.compile(r"(?:.+\.)?(?:multi_modal_projector|connector|merger)\.(.+)")
+"""Names of the connector's tensors in checkpoints of all families."""
+
+
+def connector_key(name: str) -> str:
+    """Return the name within the connector of a checkpoint's tensor, empty if it is another's."""
+    match = _CONNECTOR.fullmatch(name)
+    return match[1] if match else ""
 
 
 def checkpoint_path(path: str) -> str:
@@ -71,7 +78,7 @@ def files_stamp(path: str) -> tuple[tuple[object, ...], ...]:
 
 def reference_config(path: str) -> Path | None:
     """Return the shipped configuration of a known hub checkpoint, to plan without a download."""
-    file = ASSETS / "configs" / f"{path.replace('/', '--')}.json"
+    file = ASSETS / "configs" / path.replace("/", "--") / "config.json"
     return file if file.is_file() else None
 
 
@@ -93,14 +100,14 @@ def find_file(config: ModelConfig, name: str, *, download: bool = True) -> str:
     )
 
 
-def projector_files(config: ModelConfig) -> list[str]:
-    """Return the safetensors files that hold the projector, downloaded if need be."""
+def connector_files(config: ModelConfig) -> list[str]:
+    """Return the safetensors files that hold the connector, downloaded if need be."""
     try:
         index = find_file(config, _INDEX)
     except OSError:  # one file without an index; if it is missing too, the error follows below
         names = [_SINGLE]
     else:
-        names = sorted({file for name, file in _weight_map(index).items() if PROJECTOR in name})
+        names = sorted({file for name, file in _weight_map(index).items() if connector_key(name)})
     try:
         return [find_file(config, name) for name in names]
     except OSError as error:
@@ -133,8 +140,8 @@ def weights_sample(config: ModelConfig) -> WeightsSample:
     sampled: set[str] = set()
     for name, kind, rows, whole in (tensor for file in files for tensor in _tensors(file)):
         sampled.add(_digest(kind + rows))
-        if PROJECTOR in name:
-            projector[name.split(PROJECTOR)[1]] = _digest(kind + whole)
+        if key := connector_key(name):
+            projector[key] = _digest(kind + whole)
     return WeightsSample(
         _digest(json.dumps(projector, sort_keys=True).encode())[:12] if projector else UNKNOWN,
         _digest(" ".join(sorted(sampled)).encode())[:12] if complete else UNKNOWN,
@@ -157,7 +164,7 @@ def _tensors(file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
             row = size // shape[0] if shape and shape[0] else 0
             rows = os.pread(stream.fileno(), row, start)
             rows += os.pread(stream.fileno(), row, start + size - row)
-            whole = os.pread(stream.fileno(), size, start) if PROJECTOR in name else b""
+            whole = os.pread(stream.fileno(), size, start) if connector_key(name) else b""
             yield name, f"{shape} {tensor['dtype']}".encode(), rows, whole
 
 

@@ -14,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import PIL
 import torch
@@ -23,27 +23,35 @@ from torch import Tensor
 
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.data.examples import Example
-from pilot_flwr.model.architectures import ImageShape, Visual, feature_size
 from pilot_flwr.model.feature_folder import FeatureFolder
-from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.pilot_model import PilotModel, Visual
+from pilot_flwr.model.processor import PIXELS, Inputs, Layout, Processor, collate, rows_of
 
-_ROWS_AT_A_TIME = 32
-"""Crops that the vision tower sees at once, which bounds its memory."""
+_PIXELS_AT_A_TIME = 32 * 3 * 384**2
+"""Pixel values that the vision tower sees at once, if one image has no more; bounds its memory."""
 
-_MEMORY: dict[str, Tensor] = {}
+_ZERO_IMAGE = (336, 336)
+"""Size of the image that examples without images have (`train.text_only`)."""
+
+Features = tuple[Tensor, ...]
+"""H_v of one image, and the outputs of `ModelSpec.besides`."""
+
+_MEMORY: dict[str, Features] = {}
 _used_memory = 0
 
 
 class _Decoded(NamedTuple):
     """One batch as read by a worker."""
 
-    images: list[tuple[str, int, int]]
-    """Key, height and width of every image, in the batch's order."""
-    kept: dict[str, Tensor]
-    """Cached features (rows, N, D) by key."""
-    pixels: dict[str, Tensor]
-    """Pixels of the other images by key."""
-    texts: int = 0
+    images: list[tuple[str, Layout]]
+    """Key and layout of every image, in the batch's order."""
+    kept: dict[str, Features]
+    """Cached features by key."""
+    inputs: dict[str, Inputs]
+    """Inputs of the other images by key."""
+    together: tuple[int, ...]
+    """The number of images of every example that has some."""
+    texts: int
     """Number of examples without images."""
 
 
@@ -65,20 +73,20 @@ class FeatureCache:
         self.config = config
         self.folder = folder
         self.zero_images = zero_images
-        self._zero: Tensor | None = None
+        self._zero: tuple[Layout, Features] | None = None
         self.limit = int(config.max_gib * 2**30)
         self._bases: dict[tuple[int, int], str] = {}
 
     def encode(
-        self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
+        self, model: PilotModel, processor: Processor, examples: Sequence[Example]
     ) -> Visual:
         """Return H_v of the examples' images; encode those that are not cached."""
-        return self._encode(model, self._decode(model, image_processor, examples))
+        return self._encode(model, processor, self._decode(model, processor, examples))
 
     def stream(
         self,
         model: PilotModel,
-        image_processor: Any,
+        processor: Processor,
         parts: Iterable[Sequence[Example]],
         *,
         workers: int,
@@ -88,102 +96,148 @@ class FeatureCache:
         Each of `workers` threads decodes one batch; with 0 the caller's thread does.
         """
         if workers == 0:
-            yield from (self.encode(model, image_processor, part) for part in parts)
+            yield from (self.encode(model, processor, part) for part in parts)
             return
         waiting: deque[Future[_Decoded]] = deque()
         with ThreadPoolExecutor(workers) as pool:
             try:
                 for part in parts:
-                    waiting.append(pool.submit(self._decode, model, image_processor, part))
+                    waiting.append(pool.submit(self._decode, model, processor, part))
                     if len(waiting) > workers:
-                        yield self._encode(model, waiting.popleft().result())
+                        yield self._encode(model, processor, waiting.popleft().result())
                 while waiting:
-                    yield self._encode(model, waiting.popleft().result())
+                    yield self._encode(model, processor, waiting.popleft().result())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _decode(
-        self, model: PilotModel, image_processor: Any, examples: Sequence[Example]
+        self, model: PilotModel, processor: Processor, examples: Sequence[Example]
     ) -> _Decoded:
-        """Read the cached features, and the pixels of all other images, once each."""
-        decoded = _Decoded([], {}, {})
-        for example in examples:
-            keys = self._keys(model, image_processor, example)
+        """Read the cached features, and the inputs of all other images, once each."""
+        shown = [example for example in examples if example.images]
+        together = tuple(len(example.images) for example in shown)
+        decoded = _Decoded([], {}, {}, together, len(examples) - len(shown))
+        for example in shown:
+            alone = len(example.images) == 1
+            keys = self._keys(model, processor, example)
             for key, image in zip(keys, example.images, strict=True):
-                decoded.images.append((key, *image.size()))
-            new = [key for key in keys if key not in decoded.kept and key not in decoded.pixels]
-            found = {key: self._get(key) for key in new}
-            decoded.kept.update({k: cached for k, cached in found.items() if cached is not None})
-            if any(cached is None for cached in found.values()):
-                images = [image.read() for image in example.images]
-                crops = model.spec.crops(image_processor, images)
-                decoded.pixels.update(zip(keys, crops, strict=True))
-        texts = sum(not example.images for example in examples)
-        return decoded._replace(texts=texts)
+                decoded.images.append((key, processor.layout(image.size(), alone=alone)))
+                if key in decoded.kept or key in decoded.inputs:
+                    continue
+                if (cached := self._get(model, key)) is not None:
+                    decoded.kept[key] = cached
+                else:
+                    decoded.inputs[key] = processor.inputs(image.read(), alone=alone)
+        return decoded
 
-    def _encode(self, model: PilotModel, decoded: _Decoded) -> Visual:
+    def _encode(self, model: PilotModel, processor: Processor, decoded: _Decoded) -> Visual:
         kept, fresh = dict(decoded.kept), {}
-        for key, pixels in decoded.pixels.items():
+        for key, inputs in decoded.inputs.items():
             # A previous batch may have encoded it meanwhile; the workers' order must not matter.
-            features = kept[key] if key in kept else self._get(key)
+            features = kept[key] if key in kept else self._get(model, key)
             if features is None:
-                fresh[key] = pixels
+                fresh[key] = inputs
             else:
                 kept[key] = features
-        if fresh:
-            rows = torch.split(torch.cat(list(fresh.values())), _ROWS_AT_A_TIME)
-            encoded = torch.cat([model.encode_images(part) for part in rows])
-            sizes = [len(pixels) for pixels in fresh.values()]
-            kept |= dict(zip(fresh, torch.split(encoded, sizes), strict=True))
+        for keys in _portions(fresh):
+            images = [fresh[key] for key in keys]
+            parts = _encoded(model, images, alone=_alone(keys[0]))
+            kept |= (encoded := dict(zip(keys, parts, strict=True)))
             if self.config.where != "off":
-                self._put(dict(zip(fresh, torch.split(encoded.cpu(), sizes), strict=True)))
-        parts = [kept[key] for key, _, _ in decoded.images]
-        if self.zero_images and decoded.texts:
-            parts += [self._zero_row(model)] * decoded.texts
+                self._put({key: tuple(t.cpu() for t in e) for key, e in encoded.items()})
+        layouts = [layout for _, layout in decoded.images]
+        parts = [kept[key] for key, _ in decoded.images]
+        stand_ins = [layout.stand_in() for layout in layouts]
+        inputs = collate(stand_ins, together=decoded.together) if layouts else {}
+        zeros = decoded.texts if self.zero_images else 0
+        if zeros:
+            layout, features = self._zero_image(model, processor)
+            layouts += [layout] * zeros
+            parts += [features] * zeros
         if not parts:
-            return Visual(torch.empty(0, *feature_size(model.llava.config)), ())
-        shapes = (ImageShape(len(kept[key]), *size) for key, *size in decoded.images)
-        return Visual(_concatenate(parts, model.device), tuple(shapes))
+            return Visual(torch.empty(0, 0, 0), (), {})
+        features, *besides = (_concatenate(each, model.device) for each in zip(*parts, strict=True))
+        return Visual(features, tuple(lay.rows for lay in layouts), inputs, tuple(besides), zeros)
 
-    def _zero_row(self, model: PilotModel) -> Tensor:
-        """Return H_v of pixels that are zero after normalization, (1, N, D)."""
+    def _zero_image(self, model: PilotModel, processor: Processor) -> tuple[Layout, Features]:
+        """Return layout and features of an image whose pixels are zero after normalization."""
         if self._zero is None:
-            vision = model.llava.config.vision_config
-            side = vision.image_size
-            self._zero = model.encode_images(torch.zeros(1, vision.num_channels, side, side))
+            layout = processor.layout(_ZERO_IMAGE, alone=False)
+            inputs = layout.stand_in() | {PIXELS: torch.zeros(layout.shape)}
+            (features,) = _encoded(model, [inputs], alone=False)
+            self._zero = layout, features
         return self._zero
 
-    def _keys(self, model: PilotModel, image_processor: Any, example: Example) -> list[str]:
+    def _keys(self, model: PilotModel, processor: Processor, example: Example) -> list[str]:
         """Return a key for each image of an example, of everything that its features depend on."""
-        base = self._base(model, image_processor) if self.config.where != "off" else ""
-        alone = len(example.images) == 1  # then an image may be cropped
+        base = self._base(model, processor) if self.config.where != "off" else ""
+        alone = len(example.images) == 1 or not processor.crops_alone
         return [f"{base}/{image.identity()}/{alone}" for image in example.images]
 
-    def _base(self, model: PilotModel, image_processor: Any) -> str:
+    def _base(self, model: PilotModel, processor: Processor) -> str:
         """Return the common part of all keys: vision tower, image processor and libraries."""
-        used = id(model), id(image_processor)
+        used = id(model), id(processor)
         if used not in self._bases:
-            processor = hashlib.sha256(image_processor.to_json_string().encode()).hexdigest()
+            settings = processor.image_processor.to_json_string()
+            digest = hashlib.sha256(settings.encode()).hexdigest()
             versions = f"{torch.__version__}/{transformers.__version__}/{PIL.__version__}"
-            self._bases[used] = (
-                f"{model.vision_identity}/{model.device.type}/{processor}/{versions}"
-            )
+            self._bases[used] = f"{model.vision_identity}/{model.device.type}/{digest}/{versions}"
         return self._bases[used]
 
-    def _get(self, key: str) -> Tensor | None:
+    def _get(self, model: PilotModel, key: str) -> Features | None:
         if self.config.where == "memory":
             return _MEMORY.get(key)
-        return self.folder.get(key) if self.folder is not None else None
+        if self.folder is None:
+            return None
+        found = [self.folder.get(name) for name in _names(key, 1 + model.num_besides)]
+        return None if any(part is None for part in found) else tuple(found)  # type: ignore[arg-type]
 
-    def _put(self, entries: dict[str, Tensor]) -> None:
+    def _put(self, entries: dict[str, Features]) -> None:
         global _used_memory
         if self.folder is not None:
-            self.folder.put(entries)
+            named = {key: zip(_names(key, len(e)), e, strict=True) for key, e in entries.items()}
+            self.folder.put({name: t for parts in named.values() for name, t in parts})
         elif self.config.where == "memory":
             for key, features in entries.items():
-                if _used_memory + features.nbytes <= self.limit:
-                    _MEMORY[key] = features.clone()  # a view would keep the whole batch
-                    _used_memory += features.nbytes
+                size = sum(tensor.nbytes for tensor in features)
+                if _used_memory + size <= self.limit:
+                    _MEMORY[key] = tuple(tensor.clone() for tensor in features)  # not the batch
+                    _used_memory += size
+
+
+def _names(key: str, count: int) -> list[str]:
+    return [key, *(f"{key}/{number}" for number in range(1, count))]
+
+
+def _portions(inputs: dict[str, Inputs]) -> Iterator[list[str]]:
+    """Yield keys of images that the vision tower can see at once: all alone, or none."""
+    portion: list[str] = []
+    pixels = 0
+    for key, image in sorted(inputs.items(), key=lambda item: _alone(item[0])):
+        size = image[PIXELS].numel()
+        other = bool(portion) and _alone(portion[0]) != _alone(key)
+        if portion and (other or pixels + size > _PIXELS_AT_A_TIME):
+            yield portion
+            portion, pixels = [], 0
+        portion.append(key)
+        pixels += size
+    if portion:
+        yield portion
+
+
+def _alone(key: str) -> bool:
+    return key.endswith("/True")
+
+
+def _encoded(model: PilotModel, images: Sequence[Inputs], *, alone: bool) -> list[Features]:
+    """Encode several images at once; return the features of each."""
+    rows = [rows_of(image[PIXELS].shape) for image in images]
+    together = [1] * len(images) if alone else [max(2, len(images))]
+    split = []
+    for tensor in model.encode_images(collate(images, together=together)):
+        merged = sum(rows) // len(tensor)  # outputs besides H_v are per token
+        split.append(tensor.split([count // merged for count in rows]))
+    return list(zip(*split, strict=True))
 
 
 def forget_features() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -19,10 +18,10 @@ from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import read_config, spec_of
 from pilot_flwr.model.checkpoints import (
-    PROJECTOR,
+    connector_files,
+    connector_key,
     files_stamp,
     locate,
-    projector_files,
     unfit_template,
 )
 from pilot_flwr.model.shapes import lora_shapes
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 
     from pilot_flwr.data.collator import Collator
     from pilot_flwr.model.pilot_model import PilotModel
+    from pilot_flwr.model.processor import Processor
 
-_NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 _LOADED: dict[tuple[str, ...], PilotModel] = {}
 
 
@@ -78,11 +77,11 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
         )
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.quantization == "4bit":
-        options["quantization_config"] = _four_bit(options["dtype"])
+        options["quantization_config"] = _four_bit(read, options["dtype"])
     if device.type != "cpu":
         options["device_map"] = {"": device}
     try:
-        model, info = getattr(transformers, spec_of(read).model_class).from_pretrained(
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(  # nosec B615
             attn_implementation={"text_config": config.attention},
             output_loading_info=True,
             use_safetensors=True,
@@ -99,26 +98,23 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     return model
 
 
-def load_processor(path: str, revision: str = "") -> Any:
+def load_processor(path: str, revision: str = "") -> Processor:
     """Return the checkpoint's processor: tokenizer, chat template, image processor."""
     return _load_processor(path, revision, files_stamp(path))
 
 
 @functools.lru_cache(maxsize=1)
-def _load_processor(path: str, revision: str, _stamp: object) -> Any:
-    import transformers
+def _load_processor(path: str, revision: str, _stamp: object) -> Processor:
+    from pilot_flwr.model.processor import Processor, processor_class
 
     config = ModelConfig(path=path, revision=revision)
+    read = read_config(config)
     try:
-        source = _source(config)
-        if spec_of(read_config(config)).has_video:
-            processor = _image_text_processor(source)
-        else:
-            processor = transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # as above
-    except (OSError, ValueError) as error:
+        loaded = processor_class(read).from_pretrained(**_source(config))  # nosec B615  # as above
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
-    _check_template(path, processor)
-    return processor
+    _check_template(path, loaded)
+    return Processor(loaded, spec_of(read))
 
 
 def _check_template(path: str, processor: Any) -> None:
@@ -139,64 +135,29 @@ def _check_template(path: str, processor: Any) -> None:
     raise unfit_template(path, defect)
 
 
-@dataclass(frozen=True)
-class ImageTextProcessor:
-    """A processor that also handles videos, without its video part."""
-
-    tokenizer: Any
-    image_processor: Any
-    image_token: str
-    chat_template: str
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
-        """Render a conversation, as transformers' processors do."""
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, **options
-        )
-
-
-def _image_text_processor(source: dict[str, Any]) -> ImageTextProcessor:
-    import transformers
-
-    values, _ = transformers.ProcessorMixin.get_processor_dict(**source)
-    return ImageTextProcessor(
-        tokenizer=transformers.AutoTokenizer.from_pretrained(**source),  # nosec B615  # as above
-        image_processor=transformers.AutoImageProcessor.from_pretrained(**source),  # nosec B615
-        image_token=values.get("image_token", "<image>"),
-        chat_template=values.get("chat_template", ""),
-    )
-
-
 def make_collator(
-    config: ModelConfig, processor: Any, base_config: Any, *, max_length: int, cut: bool = False
+    config: ModelConfig, processor: Processor, *, max_length: int, cut: bool = False
 ) -> Collator:
     """Return the collator of a base model."""
     from pilot_flwr.data.collator import Collator
 
-    spec = spec_of(base_config)
-    return Collator(
-        processor,
-        count_tokens=lambda sizes: spec.count_tokens(base_config, sizes),
-        max_length=max_length,
-        system_prompt=config.system_prompt,
-        cut=cut,
-    )
+    return Collator(processor, max_length=max_length, system_prompt=config.system_prompt, cut=cut)
 
 
 def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
-    """Read the projector, and draw the A matrices of Θ_l from `seed`."""
+    """Read the base model's connector, and draw the A matrices of Θ_l from `seed`."""
     import torch
 
     dtype = getattr(torch, config.wire_dtype)
-    shapes = {n: torch.Size(s) for n, s in lora_shapes(config, read_config(config)).items()}
+    shapes = {n: torch.Size(s) for n, s in lora_shapes(config).items()}
     projector: State = {}
-    for file in projector_files(config):
+    for file in connector_files(config):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if PROJECTOR in name:
-                    projector[name.split(PROJECTOR)[1]] = tensors.get_tensor(name).to(dtype)
+                if key := connector_key(name):
+                    projector[key] = tensors.get_tensor(name).to(dtype)
     if not projector:
-        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor `{PROJECTOR}*`.")
+        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor of a connector.")
     return InitialState(projector, draw_lora(shapes, dtype, seed=seed))
 
 
@@ -207,7 +168,7 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     return source | {"trust_remote_code": False}
 
 
-def _four_bit(dtype: torch.dtype) -> Any:
+def _four_bit(base: Any, dtype: torch.dtype) -> Any:
     """Return NF4 settings with double quantization for the language model's layers."""
     import transformers
 
@@ -216,10 +177,11 @@ def _four_bit(dtype: torch.dtype) -> Any:
             "`model.quantization` is '4bit', which needs bitsandbytes: "
             "pip install 'pilot-flwr[quantization]'."
         )
+    s = spec_of(base)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_NOT_QUANTIZED,
+        llm_int8_skip_modules=[f"model.{s.tower}", f"model.{s.connector}", "lm_head"],
     )

@@ -1,13 +1,18 @@
 """The base model with Pilot's adapters, and the switch from stage 1 to stage 2.
 
-`PilotModel` is a frozen Hugging Face LLaVA model with a peft LoRA (Θ_l, the text adapter) in its
-language model and a Pilot connector in place of its projector. One base serves all clients of a
-process: each session swaps adapters in and out, and the base is never loaded again.
+`PilotModel` is a frozen vision-language model of Hugging Face with a peft LoRA (Θ_l, the text
+adapter) in its language model and a Pilot connector in place of its own. Everything else is the
+base model's own forward pass. One base serves all clients of a process: each session swaps adapters
+in and out, and the base is never loaded again.
+
+Features of the vision tower are computed once (`PilotModel.encode_images`). Then the layers of the
+tower are skipped, and the connector reads the kept features instead of the tower's.
 """
 
 import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
@@ -20,10 +25,10 @@ from torch import Tensor, nn
 
 from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.algorithm.connector import (
-    Adapter,
     ConnectorOutput,
     CrossTaskMoA,
     TaskClientConnector,
+    copied,
     stage1_connector,
     stage2_connector,
 )
@@ -31,40 +36,28 @@ from pilot_flwr.algorithm.parameter_groups import Groups, group_parameters, set_
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import (
-    Visual,
-    check_targets,
-    is_plain,
-    select_features,
-    spec_of,
-)
+from pilot_flwr.model.architectures import check_targets, merge_of, spec_of, token_channels
+from pilot_flwr.model.processor import PIXELS, Inputs
 from pilot_flwr.protocol import GroupName, State
 
 RESIDUAL = "residual"
 """peft's name of the second LoRA; Θ_l's is ``default``."""
 
 
-def transformers_config(base: Any) -> Any:
-    """Convert a checkpoint's configuration to transformers' class, however it was read."""
-    if not is_plain(base):
-        return base
-    parts = {part: vars(getattr(base, part)) for part in ("text_config", "vision_config")}
-    return transformers.AutoConfig.for_model(**{**vars(base), **parts})
-
-
-def empty_base(base: Any) -> Any:
+def empty_base(config: Any) -> Any:
     """Build the base model of a configuration on the meta device."""
+    spec_of(config)
     with torch.device("meta"):
-        return getattr(transformers, spec_of(base).model_class)(transformers_config(base))
+        return transformers.AutoModelForImageTextToText.from_config(config)
 
 
 def empty_model(
     config: ModelConfig, base: Any, *, tasks: tuple[str, ...], stage: int
 ) -> "PilotModel":
     """Build a model of a stage on the meta device; `tasks[0]` is the client's own task."""
-    llava = empty_base(base).to(getattr(torch, config.dtype))
+    empty = empty_base(base).to(getattr(torch, config.dtype))
     with torch.device("meta"):
-        model = PilotModel(llava, config)
+        model = PilotModel(empty, config)
         model.enter_stage1(tasks[0])
         if stage == 2:
             model.enter_stage2(tasks, torch.Generator("cpu"))
@@ -114,6 +107,31 @@ def _set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> 
         parameter.requires_grad_(name in trainable and f".{RESIDUAL}." not in name)
 
 
+class Visual(NamedTuple):
+    """H_v of a batch's images, in order, and the base model's image inputs."""
+
+    features: Tensor
+    """(R, N, D), rows of N features, or (R, D)."""
+    images: tuple[int, ...]
+    """The rows of every image."""
+    inputs: Inputs
+    """Image inputs of the base model, with a stand-in for the pixels; empty without images."""
+    besides: tuple[Tensor, ...] = ()
+    """Outputs of `ModelSpec.besides` of all images."""
+    zeros: int = 0
+    """The last images that the connector alone sees (`train.text_only`)."""
+
+    @property
+    def weight(self) -> int:
+        """Number of images that L_d is a mean over; rows count as images."""
+        return len(self.features) if self.features.dim() == 3 else len(self.images)
+
+    @property
+    def shown(self) -> int:
+        """Rows of the images in the text."""
+        return sum(self.images[: len(self.images) - self.zeros])
+
+
 class ModelOutput(NamedTuple):
     """Logits (M, V) and labels (M,) of a batch's M answer tokens, and the connector's output."""
 
@@ -122,15 +140,57 @@ class ModelOutput(NamedTuple):
     connector: ConnectorOutput
 
 
+class _Slot(nn.Module):
+    """Stands in the base model in place of its connector."""
+
+    def __init__(self, projector: nn.Module) -> None:
+        super().__init__()
+        self.pilot: TaskClientConnector | CrossTaskMoA | None = None
+        self.visual: Visual | None = None
+        """Kept features; without them the features of the tower are noted in `seen`."""
+        self.seen: Tensor | None = None
+        self.output: ConnectorOutput | None = None
+        # In a tuple, so that torch does not register it: only new adapters start from it.
+        self._projector = (projector,)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The base model's connector, in the adapters' precision."""
+        return self._projector[0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the tokens of the kept features."""
+        if self.visual is None:
+            self.seen = features
+            projected: Tensor = self.projector(features.to(next(self.projector.parameters())))
+            return projected
+        tokens = self.connect(features.device).features
+        rows = len(self.visual.features)
+        return tokens[: len(tokens) * self.visual.shown // rows]
+
+    def connect(self, device: torch.device) -> ConnectorOutput:
+        """Run the connector on the kept features; without any, all is empty or zero."""
+        assert self.visual is not None
+        features = self.visual.features
+        dtype = next(self.projector.parameters()).dtype
+        if len(features):
+            assert self.pilot is not None
+            self.output = self.pilot(features.to(device, dtype), self.visual.images)
+        else:
+            zero = torch.zeros((), device=device)
+            self.output = ConnectorOutput(features, zero, zero, zero)
+        return self.output
+
+
 class PilotModel(nn.Module):
-    """A frozen LLaVA with Θ_l and a connector; `llava` is changed in place.
+    """A frozen base model with Θ_l and a connector; `base` is changed in place.
 
     `reduction` is that of L_d, `balance_reduction` that of L_b.
     """
 
     def __init__(
         self,
-        llava: Any,
+        base: Any,
         config: ModelConfig,
         *,
         reduction: str = "normalized",
@@ -139,32 +199,44 @@ class PilotModel(nn.Module):
         super().__init__()
         self.config = config
         self.reduction, self.balance_reduction = reduction, balance_reduction
-        self.spec = spec_of(llava.config)
+        self.spec = spec_of(base.config)
         dtype = getattr(torch, config.adapter_dtype)
-        llava.requires_grad_(False)
-        add_lora(llava.model.language_model, config.lora, dtype=dtype)
-        self.llava = llava
+        base.requires_grad_(False)
+        self.base = base
+        add_lora(self.decoder, config.lora, dtype=dtype)
         if config.gradient_checkpointing:
-            llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+            self.decoder.activation_checkpointing_enable({"use_reentrant": False})
         if config.compile:
-            for layer in llava.model.language_model.layers:
+            for layer in self.decoder.layers:
                 layer.compile(dynamic=True)
         self.own_task = ""  # the task of the client whose session it is
         self._groups: Groups | None = None
-        self._lora_layers = [m for m in llava.modules() if isinstance(m, LoraLayer)]
-        # In a tuple, so that torch does not register it: only new adapters start from it.
-        self._projector = (_projector_as_adapter(llava.model.multi_modal_projector).to(dtype),)
+        self._lora_layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
+        projector = base.model.get_submodule(self.spec.connector)
+        self.slot = _Slot(copied(projector).to(dtype))
+        base.model.set_submodule(self.spec.connector, self.slot)
 
     @property
     def connector(self) -> TaskClientConnector | CrossTaskMoA:
-        """The connector in place of the projector."""
-        connector: TaskClientConnector | CrossTaskMoA = self.llava.model.multi_modal_projector
-        return connector
+        """The connector in place of the base model's."""
+        assert self.slot.pilot is not None
+        return self.slot.pilot
+
+    @property
+    def decoder(self) -> Any:
+        """The language model, without its head."""
+        return self.base.model.get_decoder()
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+        tower: nn.Module = self.base.model.get_submodule(self.spec.tower)
+        return tower
 
     @property
     def device(self) -> torch.device:
         """Device of the base."""
-        device: torch.device = self.llava.device
+        device: torch.device = self.base.device
         return device
 
     @property
@@ -175,7 +247,7 @@ class PilotModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but the vision tower: it is frozen and stays in evaluation."""
         super().train(mode)
-        self.llava.model.vision_tower.eval()
+        self.tower.eval()
         return self
 
     def enter_stage1(self, own_task: str, *, initialisation: str | None = None) -> None:
@@ -186,7 +258,11 @@ class PilotModel(nn.Module):
         """
         self.own_task = own_task
         config = replace(self.config, initialisation=initialisation or self.config.initialisation)
-        self._place(stage1_connector(self._projector[0], config, reduction=self.reduction))
+        self._place(
+            stage1_connector(
+                self.slot.projector, config, last=self.spec.last, reduction=self.reduction
+            )
+        )
 
     def enter_stage2(self, tasks: Sequence[str], generator: torch.Generator) -> None:
         """Replace the stage-1 connector by CT-MoA of all `tasks`: keep ψ_s, create ψ_c and φ."""
@@ -197,8 +273,11 @@ class PilotModel(nn.Module):
             raise ModelError(f"The own task {self.own_task!r} is not among {list(tasks)}.")
         self._place(
             stage2_connector(
-                self._projector[0],
+                self.slot.projector,
                 self.config,
+                last=self.spec.last,
+                channels=token_channels(self.base.config),
+                tokens=merge_of(self.base.config),
                 tasks=(self.own_task, *(task for task in tasks if task != self.own_task)),
                 client_adapter=stage1.client_adapter,
                 generator=generator,
@@ -234,57 +313,108 @@ class PilotModel(nn.Module):
     def groups(self) -> Groups:
         """Return every parameter by group; cached until the architecture changes."""
         if self._groups is None:
-            self._groups = group_parameters(self.llava, own_task=self.own_task)
+            self._groups = group_parameters(self.base, own_task=self.own_task)
         return self._groups
 
     def set_residual(self, residual: State) -> None:
         """Replace R, the frozen residual of exact aggregation beside Θ_l."""
         if residual or self.groups()["residual"]:
             self._groups = None
-            _set_residual(self.llava.model.language_model, residual)
+            _set_residual(self.decoder, residual)
         self.load("residual", residual)
 
     @functools.cached_property
     def vision_identity(self) -> str:
-        """SHA-256 of the vision tower's tensors and of the settings that select its features.
+        """SHA-256 of the vision tower's tensors and of the settings besides the language model's.
 
         It hashes the tensors in memory, which compute the features: about a second per gigabyte,
         once per load.
         """
-        config = self.llava.config
-        chosen = (config.vision_feature_layer, config.vision_feature_select_strategy)
-        grid = getattr(config, "image_grid_pinpoints", None)
-        digest = hashlib.sha256(f"{config.vision_config.to_json_string()}/{chosen}/{grid}".encode())
-        for name, tensor in sorted(self.llava.model.vision_tower.state_dict().items()):
+        settings = {k: v for k, v in self.base.config.to_dict().items() if k != "text_config"}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tower.state_dict().items()):
+            if ".pilot." in name:  # the connector of some families is a part of the tower
+                continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             content = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(memoryview(content.view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Return H_v = f(X_v): frozen patch features (R, N, D) of pixels (R, 3, height, width)."""
-        tower = self.llava.model.vision_tower
-        output = tower(pixel_values.to(self.device, tower.dtype), output_hidden_states=True)
-        return select_features(self.llava.config, output.hidden_states)
+    def encode_images(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Return H_v, frozen features (R, N, D) or (R, D), and the outputs of `ModelSpec.besides`.
+
+        `inputs` are the base model's image inputs.
+        """
+        besides: list[Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda module, args, output: besides.append(output))
+            for module in self._besides()
+        ]
+        try:
+            self.slot.visual = None
+            self.base.model.get_image_features(**self._on_device(inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        features, self.slot.seen = self.slot.seen, None
+        assert features is not None
+        return features, *besides
+
+    @property
+    def num_besides(self) -> int:
+        """Number of outputs of the tower that reach the language model besides H_v."""
+        return len(self._besides())
+
+    def _besides(self) -> list[nn.Module]:
+        if not self.spec.besides:
+            return []
+        return list(self.base.model.get_submodule(self.spec.besides).children())
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        dtype = next(self.tower.parameters()).dtype
+        return {
+            name: tensor.to(self.device, dtype if name == PIXELS else None)
+            for name, tensor in inputs.items()
+        }
+
+    @contextlib.contextmanager
+    def _reading(self, visual: Visual) -> Iterator[Inputs]:
+        """Let the connector read kept features; yield the base model's image inputs."""
+        layers = next(m for m in self.tower.modules() if isinstance(m, nn.ModuleList))
+        kept = zip(self._besides(), visual.besides, strict=True) if visual.images else ()
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(_replaced(layer, lambda hidden, *args, **kwargs: hidden))
+            for module, output in kept:
+                output = output.to(self.device)
+                stack.enter_context(_replaced(module, lambda *args, output=output: output))
+            self.slot.visual, self.slot.output = visual, None
+            try:
+                yield self._on_device(visual.inputs)
+            finally:
+                self.slot.visual = None
 
     def forward(self, batch: Batch, visual: Visual) -> ModelOutput:
-        """Run connector and language model; the LM head sees answer positions only.
+        """Run the base model; its head sees answer positions only.
 
         `batch` holds token tensors (B, L) on the model's device, `visual` H_v of its images.
         """
         self.share_lora_inputs(torch.is_autocast_enabled(self.device.type))
         # Before anything large is queued, as the host waits for the result.
         rows, columns = (batch.labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        connected = self._connect(visual)
-        hidden = self.llava.model.language_model(
-            inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
-            # No mask: the padding is on the right, where causal attention never looks, and
-            # without a mask the fastest attention kernels can be used.
-            attention_mask=None,
-            use_cache=False,
-        ).last_hidden_state
-        logits = self.llava.lm_head(hidden[rows, columns])
+        with self._reading(visual) as images:
+            hidden = self.base.model(
+                input_ids=batch.input_ids,
+                # No mask: the padding is on the right, where causal attention never looks, and
+                # without a mask the fastest attention kernels can be used.
+                attention_mask=None,
+                use_cache=False,
+                **batch.token_types,
+                **images,
+            ).last_hidden_state
+            connected = self.slot.output or self.slot.connect(self.device)
+        logits = self.base.lm_head(hidden[rows, columns])
         return ModelOutput(logits, batch.labels[rows, columns + 1], connected)
 
     def share_lora_inputs(self, shared: bool) -> None:
@@ -311,7 +441,6 @@ class PilotModel(nn.Module):
 
         transformers' `streamer` receives each token as it is generated.
         """
-        connected = self._connect(visual)
         ends = self.end_tokens(stop)
         config = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -321,65 +450,52 @@ class PilotModel(nn.Module):
         )
         # The length grows with every token: compiled layers would be compiled again each time.
         eager = self.config.compile and torch.compiler.set_stance("force_eager")
-        with eager or contextlib.nullcontext(), self._without_generation_defaults():
-            tokens: Tensor = self.llava.generate(
-                inputs_embeds=self._embed(batch.input_ids, connected.features, visual),
+        with (
+            eager or contextlib.nullcontext(),
+            self._without_generation_defaults(),
+            self._reading(visual) as images,
+        ):
+            tokens: Tensor = self.base.generate(
+                input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=config,
                 streamer=streamer,
+                **batch.token_types,
+                **images,
             )
-        return tokens
+        return tokens[:, batch.input_ids.shape[1] :]
 
     @contextlib.contextmanager
     def _without_generation_defaults(self) -> Iterator[None]:
         """Ignore the checkpoint's own generation settings, such as penalties and beams."""
-        defaults = self.llava.generation_config
-        self.llava.generation_config = transformers.GenerationConfig()
+        defaults = self.base.generation_config
+        self.base.generation_config = transformers.GenerationConfig()
         try:
             yield
         finally:
-            self.llava.generation_config = defaults
+            self.base.generation_config = defaults
 
     def end_tokens(self, stop: int | None) -> list[int]:
         """Return the ids that end an answer: the checkpoint's and `stop`."""
-        ends = self.llava.generation_config.eos_token_id
+        ends = self.base.generation_config.eos_token_id
         ids = {ends} if isinstance(ends, int) else set(ends or ())
         return sorted(ids if stop is None else ids | {stop})
 
-    def _connect(self, visual: Visual) -> ConnectorOutput:
-        """Run the connector; a batch without rows gives no features and zero losses."""
-        adapter = self._projector[0]
-        if not len(visual.features):
-            empty = adapter.linear_2.weight.new_zeros(0, 0, adapter.linear_2.out_features)
-            zero = empty.new_zeros(())
-            return ConnectorOutput(empty.to(self.device), *3 * (zero.to(self.device),))
-        features = visual.features.to(self.device, adapter.linear_1.weight.dtype)
-        output: ConnectorOutput = self.connector(features)
-        return output
-
-    def _embed(self, input_ids: Tensor, rows: Tensor, visual: Visual) -> Tensor:
-        """Return token embeddings with x_img in place of the image tokens."""
-        embeddings: Tensor = self.llava.get_input_embeddings()(input_ids)
-        if not visual.images:
-            return embeddings
-        rows = rows[: sum(image.rows for image in visual.images)]
-        tokens = self.spec.pack(self.llava, rows, visual.images)
-        places = (input_ids.flatten() == self.llava.config.image_token_id).nonzero().squeeze(1)
-        if len(places) != len(tokens):
-            raise ModelError(
-                f"The batch has {len(places)} image tokens for {len(tokens)} visual features."
-            )
-        flat = embeddings.flatten(0, 1).index_copy(0, places, tokens.to(embeddings.dtype))
-        return flat.reshape(embeddings.shape)
-
     def _place(self, connector: TaskClientConnector | CrossTaskMoA) -> None:
-        self.llava.model.multi_modal_projector = connector.to(self.device)
+        self.slot.pilot = connector.to(self.device)
         self._groups = None
         set_trainable(self.groups(), stage=self.stage)
 
 
-def _projector_as_adapter(projector: Any) -> Adapter:
-    weight = projector.linear_1.weight
-    adapter = Adapter(weight.shape[1], weight.shape[0], bias=projector.linear_1.bias is not None)
-    adapter.to(weight).load_state_dict(projector.state_dict())
-    return adapter
+@contextlib.contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Replace a module's forward pass."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]

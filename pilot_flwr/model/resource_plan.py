@@ -18,8 +18,9 @@ from pilot_flwr.algorithm.quantization import compressed_bytes
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.formatting import human_bytes
-from pilot_flwr.model.architectures import Size, feature_size, known_config, spec_of
+from pilot_flwr.model.architectures import known_config, remembered
 from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
+from pilot_flwr.model.processor import Size, planned_image
 from pilot_flwr.model.shapes import DTYPE_BYTES, numel
 from pilot_flwr.protocol import GroupName
 from pilot_flwr.run.checkpoint import KEPT_ROUNDS
@@ -72,8 +73,6 @@ class Plan:
 
     path: str
     architecture: str
-    visual_tokens: int
-    vision_channels: int
     text_channels: int
     batch: MicroBatch
     """The micro-batch of the memory estimate."""
@@ -102,23 +101,18 @@ def make_plan(
 ) -> Plan:
     """Count parameters and bytes, and estimate memory."""
     base = known_config(config.model)
-    spec = spec_of(base)
+    features, tokens = remembered(
+        "image", config.model, image_size, lambda: planned_image(config.model, image_size)
+    )
     batch = MicroBatch(
-        micro_batch or config.train.batch_size,
-        spec.count_rows(base, [image_size])[0],
-        spec.count_tokens(base, [image_size])[0],
-        text_tokens,
-        answer_tokens,
+        micro_batch or config.train.batch_size, tuple(features), tokens, text_tokens, answer_tokens
     )
     last = config.strategy.stages
     drawn = config.strategy.num_drawn(config.num_clients, train=True)
     stages = {stage: _stage_plan(config, base, stage, batch) for stage in range(1, last + 1)}
-    tokens, channels = feature_size(base)
     return Plan(
         path=config.model.path,
-        architecture=spec.model_class,
-        visual_tokens=tokens,
-        vision_channels=channels,
+        architecture=base.model_type,
         text_channels=base.text_config.hidden_size,
         batch=batch,
         stages=stages,

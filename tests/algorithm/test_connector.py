@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
+from projectors import projector
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from pilot_flwr.algorithm.connector import (
-    Adapter,
     CrossTaskMoA,
     TaskClientConnector,
+    copied,
+    merge_features,
     stage1_connector,
     stage2_connector,
 )
@@ -18,6 +18,7 @@ from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 
 B, N, D, C = 2, 3, 4, 6
+LAST = "linear_2"
 TASKS = ("vqa", "ocr", "caption")
 
 
@@ -26,8 +27,8 @@ def visual() -> torch.Tensor:
     return torch.randn(B, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def adapter(seed: int, bias: bool = True) -> Adapter:
-    made = Adapter(D, C, bias=bias).double()
+def adapter(seed: int, bias: bool = True) -> nn.Module:
+    made = projector(D, C, bias=bias).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
@@ -44,7 +45,7 @@ def moa(use_client_adapter: bool = True) -> CrossTaskMoA:
     )
 
 
-def naive_mlp(module: Adapter, token: torch.Tensor) -> list[float]:
+def naive_mlp(module: nn.Module, token: torch.Tensor) -> list[float]:
     """The MLP for one token in plain Python, GELU by the error function."""
 
     def affine(layer, vector):
@@ -56,17 +57,6 @@ def naive_mlp(module: Adapter, token: torch.Tensor) -> list[float]:
     hidden = affine(module.linear_1, token.tolist())
     hidden = [0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in hidden]
     return affine(module.linear_2, hidden)
-
-
-def test_adapter_is_transformers_projector(visual):
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=D, num_attention_heads=2, num_hidden_layers=1),
-        text_config=LlamaConfig(hidden_size=C, num_attention_heads=1, num_key_value_heads=1),
-    )
-    projector = LlavaMultiModalProjector(config).double()
-    ours = Adapter(D, C).double()
-    ours.load_state_dict(projector.state_dict())
-    torch.testing.assert_close(ours(visual), projector(visual))
 
 
 def test_stage1_is_the_sum_of_both_adapters(visual):
@@ -147,39 +137,43 @@ def test_connector_gradients(visual):
 
 
 def test_identity_initialisation_starts_at_the_projector(visual):
-    projector = adapter(3)
-    connector = stage1_connector(projector, ModelConfig(initialisation="identity"))
-    assert torch.equal(connector(visual).features, projector(visual))
+    own = adapter(3)
+    connector = stage1_connector(own, ModelConfig(initialisation="identity"), last=LAST)
+    assert torch.equal(connector(visual).features, own(visual))
     # Only the last layer of ψ_s is zero, so that it can learn.
     assert connector.client_adapter.linear_1.weight.abs().sum() > 0
 
 
 def test_official_initialisation_copies_the_projector_everywhere(visual):
-    projector = adapter(3)
-    stage1 = stage1_connector(projector, ModelConfig(initialisation="official"))
-    torch.testing.assert_close(stage1(visual).features, 2 * projector(visual))
+    own = adapter(3)
+    stage1 = stage1_connector(own, ModelConfig(initialisation="official"), last=LAST)
+    torch.testing.assert_close(stage1(visual).features, 2 * own(visual))
     stage2 = stage2_connector(
-        projector,
+        own,
         ModelConfig(initialisation="official", stage2_client_adapter="off"),
+        last=LAST,
+        channels=D,
         tasks=TASKS,
         client_adapter=stage1.client_adapter,
         generator=torch.Generator().manual_seed(0),
     )
     for cross in stage2.cross_task_adapters.values():
-        assert torch.equal(cross(visual), projector(visual))
+        assert torch.equal(cross(visual), own(visual))
 
 
 def test_inert_stage2_with_equal_task_adapters_is_the_projector(visual):
     """Σ_i P_i = 1: if all ψ_t are the projector and ψ_s, ψ_c are inert, so is the mixture."""
-    projector = adapter(3)
+    own = adapter(3)
     connector = stage2_connector(
-        projector,
+        own,
         ModelConfig(initialisation="identity"),
+        last=LAST,
+        channels=D,
         tasks=TASKS,
-        client_adapter=projector.copy(zero_output=True),
+        client_adapter=copied(own, LAST),
         generator=torch.Generator().manual_seed(0),
     )
-    torch.testing.assert_close(connector(visual).features, projector(visual))
+    torch.testing.assert_close(connector(visual).features, own(visual))
 
 
 def test_one_task_needs_no_cross_task_adapter(visual):
@@ -190,12 +184,12 @@ def test_one_task_needs_no_cross_task_adapter(visual):
 
 
 def test_without_a_client_adapter_stage_1_is_the_task_adapter(visual):
-    projector = adapter(3)
+    own = adapter(3)
     connector = stage1_connector(
-        projector, ModelConfig(initialisation="official", client_adapter=False)
+        own, ModelConfig(initialisation="official", client_adapter=False), last=LAST
     )
     output = connector(visual)
-    assert torch.equal(output.features, projector(visual))
+    assert torch.equal(output.features, own(visual))
     assert output.difference.item() == 0
     assert {name for name, _ in connector.named_parameters()} == {
         f"task_adapter.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")
@@ -214,6 +208,8 @@ def test_ct_moa_without_some_of_its_parts_is_as_if_they_were_zero(visual, client
     part = stage2_connector(
         adapter(5),
         ModelConfig(initialisation="official", cross_task_adapters=crossed),
+        last=LAST,
+        channels=D,
         tasks=TASKS,
         client_adapter=whole.client_adapter if client else None,
         generator=torch.Generator().manual_seed(0),
@@ -228,13 +224,13 @@ def test_ct_moa_without_some_of_its_parts_is_as_if_they_were_zero(visual, client
 
 def test_adapters_without_bias(visual):
     plain = adapter(1, bias=False)
-    connector = stage1_connector(plain, ModelConfig(initialisation="identity"))
+    connector = stage1_connector(plain, ModelConfig(initialisation="identity"), last=LAST)
     assert torch.equal(connector(visual).features, plain(visual))
 
 
 def test_copies_are_independent():
     original = adapter(1)
-    twin = original.copy()
+    twin = copied(original)
     with torch.no_grad():
         twin.linear_1.weight.zero_()
     assert original.linear_1.weight.abs().sum() > 0
@@ -243,7 +239,7 @@ def test_copies_are_independent():
 def test_copying_draws_no_random_numbers():
     original = adapter(1)
     before = torch.get_rng_state()
-    original.copy()
+    copied(original)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -252,6 +248,8 @@ def test_router_is_drawn_from_the_generator_alone():
         return stage2_connector(
             adapter(1),
             ModelConfig(initialisation="identity"),
+            last=LAST,
+            channels=D,
             tasks=TASKS,
             client_adapter=adapter(2),
             generator=torch.Generator().manual_seed(seed),
@@ -291,6 +289,71 @@ def test_task_names_that_torch_uses_are_refused():
 
 @pytest.mark.parametrize("task", ["keys", "training"])
 def test_a_task_name_that_torch_has_taken_is_refused(task):
-    adapters = {name: Adapter(2, 3) for name in ("vqa", task)}
+    adapters = {name: projector(2, 3) for name in ("vqa", task)}
     with pytest.raises(ModelError, match=f"Task name '{task}' is reserved by torch"):
-        CrossTaskMoA(adapters, {task: Adapter(2, 3)}, Adapter(2, 3), nn.Linear(2, 2, bias=False))
+        CrossTaskMoA(
+            adapters, {task: projector(2, 3)}, projector(2, 3), nn.Linear(2, 2, bias=False)
+        )
+
+
+@pytest.mark.parametrize(("side", "square"), [(1, True), (2, True), (3, True), (2, False)])
+def test_what_a_token_is_made_of(side, square):
+    """A square of a grid of 6 x 6 features, or features that follow each other; by indices."""
+    features = torch.arange(2 * 36 * 3).reshape(2, 36, 3)
+    made = merge_features(features, side, square=square)
+    edge = 6 // side
+    assert made.shape == (2, edge * edge, 3 * side * side)
+    for image in range(2):
+        for token in range(edge * edge):
+            row, column = divmod(token, edge)
+            if square:
+                cells = [
+                    (row * side + i, column * side + j) for i in range(side) for j in range(side)
+                ]
+                places = [6 * r + c for r, c in cells]
+            else:
+                places = range(token * side * side, (token + 1) * side * side)
+            expected = torch.cat([features[image, place] for place in places])
+            assert torch.equal(made[image, token], expected)
+
+
+class Merger(nn.Module):
+    """Joins pairs of features: a connector with fewer tokens than features."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(2 * D, C).double()
+
+    def forward(self, features):
+        return self.linear(features.reshape(*features.shape[:-2], -1, 2 * D))
+
+
+@pytest.mark.parametrize("reduction", ["normalized", "frobenius"])
+def test_packed_images_have_the_losses_of_separate_ones(reduction):
+    """Images of 4 and 8 features in a row: L_d is the mean over both, as one by one."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, n, D, dtype=torch.float64, generator=generator) for n in (4, 8)]
+    stage1 = TaskClientConnector(Merger(1), Merger(2), reduction=reduction)
+    packed = stage1(torch.cat(images, dim=1)[0], (4, 8))
+    separate = [stage1(image) for image in images]
+    torch.testing.assert_close(packed.features, torch.cat([o.features[0] for o in separate]))
+    torch.testing.assert_close(packed.difference, sum(o.difference for o in separate) / 2)
+
+
+def test_a_router_decides_per_token_and_its_losses_are_per_image():
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, n, D, dtype=torch.float64, generator=generator) for n in (4, 8)]
+    stage2 = CrossTaskMoA(
+        {"a": Merger(1), "b": Merger(2)},
+        {"b": Merger(3)},
+        None,
+        nn.Linear(2 * D, 2, bias=False).double(),
+        tokens=lambda features: features.reshape(*features.shape[:-2], -1, 2 * D),
+        reduction="per_image",
+    )
+    packed = stage2(torch.cat(images, dim=1)[0], (4, 8))
+    separate = [stage2(image) for image in images]
+    assert packed.features.shape == (6, C)
+    torch.testing.assert_close(packed.features, torch.cat([o.features[0] for o in separate]))
+    torch.testing.assert_close(packed.balance, sum(o.balance for o in separate) / 2)

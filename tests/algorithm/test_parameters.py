@@ -34,9 +34,9 @@ def test_every_parameter_is_claimed_once_and_only_the_trained_ones_have_gradient
     model = make_model()
     if stage == 2:
         model.enter_stage2(TASKS, generator)
-    groups = group_parameters(model.llava, own_task="vqa")
+    groups = group_parameters(model.base, own_task="vqa")
     claimed = [id(p) for named in groups.values() for p in named.values()]
-    assert sorted(claimed) == sorted(id(p) for p in model.llava.parameters())
+    assert sorted(claimed) == sorted(id(p) for p in model.base.parameters())
     for group, named in groups.items():
         for parameter in named.values():
             assert parameter.requires_grad == (group in TRAINED[stage])
@@ -45,7 +45,7 @@ def test_every_parameter_is_claimed_once_and_only_the_trained_ones_have_gradient
 def test_group_sizes_are_those_of_the_formulas(make_model, generator):
     model = make_model()
     model.enter_stage2(TASKS, generator)
-    text, vision = model.llava.config.text_config, model.llava.config.vision_config
+    text, vision = model.base.config.text_config, model.base.config.vision_config
     d, c, rank = vision.hidden_size, text.hidden_size, model.config.lora.rank
     one_adapter = d * c + c + c * c + c
     key_value = text.num_key_value_heads * text.head_dim
@@ -76,23 +76,23 @@ def test_names_within_a_group_do_not_depend_on_stage_or_own_task(make_model, gen
 
 def test_an_unclaimed_parameter_is_an_error(make_model):
     model = make_model()
-    model.llava.model.multi_modal_projector.extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ModelError, match=r"multi_modal_projector\.extra.*matches no group"):
-        group_parameters(model.llava, own_task="vqa")
+    model.connector.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ModelError, match=r"pilot\.extra.*matches no group"):
+        group_parameters(model.base, own_task="vqa")
 
 
 def test_a_lora_outside_the_language_model_is_unclaimed(make_model):
     model = make_model()
-    model.llava.model.vision_tower.lora_A = nn.Linear(1, 1)
+    model.base.model.vision_tower.lora_A = nn.Linear(1, 1)
     with pytest.raises(ModelError, match="matches no group"):
-        group_parameters(model.llava, own_task="vqa")
+        group_parameters(model.base, own_task="vqa")
 
 
 def test_a_models_groups_are_those_of_its_architecture_now(make_model, generator):
     """They are looked up once for each: never may they be of a connector that has gone."""
     model = make_model("vqa")
     layer = next(iter(model.state("lora"))).removesuffix(".lora_A")
-    base = model.llava.model.language_model.get_submodule(layer).base_layer
+    base = model.base.model.language_model.get_submodule(layer).base_layer
     residual = {
         f"{layer}.lora_A": torch.zeros(3, base.in_features),
         f"{layer}.lora_B": torch.zeros(base.out_features, 3),
@@ -106,7 +106,7 @@ def test_a_models_groups_are_those_of_its_architecture_now(make_model, generator
     for change in changes:
         before = model.groups()
         change()
-        now, found = model.groups(), group_parameters(model.llava, own_task=model.own_task)
+        now, found = model.groups(), group_parameters(model.base, own_task=model.own_task)
         assert now is not before and now.keys() == found.keys()
         for group, named in found.items():
             assert list(named) == list(now[group])

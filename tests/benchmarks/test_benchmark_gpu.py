@@ -81,8 +81,8 @@ def test_arithmetic_is_torchs_own_count(gpu, device, stage, checkpointing):
     size = gpu("sizes").SIZES["tiny"]
     loop = loops.PilotLoop(size, torch.device(device), stage=stage, checkpointing=checkpointing)
     model = loop.model
-    config = model.llava.config
-    model.llava.set_attn_implementation("eager")
+    config = model.base.config
+    model.base.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         loop.seconds(micro_batch=2, steps=1)
     steps = loops.WARM_UP + 1

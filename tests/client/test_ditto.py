@@ -9,7 +9,7 @@ from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session, session_generator
 from pilot_flwr.client.training import Proximal, accumulate, train
 from pilot_flwr.config.loading import load_config
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.inference.runs import client_model, load_model, open_run, select_consensus
@@ -64,7 +64,7 @@ def test_the_personal_model_is_trained_from_itself_and_drawn_to_what_was_sent(
         train(
             model,
             examples,
-            collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+            collator=Collator(processor, max_length=256),
             encode=encoder(model, processor),
             config=config.train,
             generator=generator,
@@ -105,7 +105,7 @@ def test_the_personal_objectives_gradient(make_model, processor, runs):
     generator = torch.Generator().manual_seed(0)
     for parameter in named.values():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
-    collator = Collator(processor, count_tokens=same_for_all(16), max_length=256)
+    collator = Collator(processor, max_length=256)
 
     def own_gradient():
         for parameter in named.values():

@@ -36,7 +36,7 @@ def draw_residual(model, ranks):
     layers = [name.removesuffix(".lora_A") for name in model.state("lora") if name[-1] == "A"]
     residual = {}
     for layer, rank in zip(layers, ranks, strict=False):
-        base = model.llava.model.language_model.get_submodule(layer).base_layer
+        base = model.base.model.language_model.get_submodule(layer).base_layer
         a, b = (rank, base.in_features), (base.out_features, rank)
         residual[f"{layer}.lora_A"] = torch.randn(a, generator=generator)
         residual[f"{layer}.lora_B"] = torch.randn(b, generator=generator)
@@ -50,7 +50,7 @@ def test_a_layer_computes_with_the_sum_of_all_three(model):
     model.load("lora", lora)
     x = torch.randn(4, 96)
     for layer in list(lora)[0][:-7], list(lora)[2][:-7]:
-        module = model.llava.model.language_model.get_submodule(layer)
+        module = model.base.model.language_model.get_submodule(layer)
         product = lora[f"{layer}.lora_B"].double() @ lora[f"{layer}.lora_A"].double()
         product += residual[f"{layer}.lora_B"].double() @ residual[f"{layer}.lora_A"].double()
         weight = module.base_layer.weight.double() + 16 / 8 * product
@@ -174,7 +174,7 @@ def test_a_merged_model_has_it_in_its_weights(model):
     lora = {name: torch.randn_like(tensor) for name, tensor in model.state("lora").items()}
     model.load("lora", lora)
     layer = next(iter(residual))[:-7]
-    language_model = copy.deepcopy(model.llava.model.language_model)
+    language_model = copy.deepcopy(model.base.model.language_model)
     before = language_model.get_submodule(layer).base_layer.weight.clone()
     merge_lora(language_model)
     found = language_model.get_submodule(layer).weight

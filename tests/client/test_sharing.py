@@ -15,7 +15,7 @@ from pilot_flwr.client.training import Proximal, sent_parameters, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import SharingConfig, StageConfig, TrainConfig
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError
 from pilot_flwr.flower.codec import decode_state
@@ -44,7 +44,7 @@ def run(processor, examples):
         return train(
             model,
             examples,
-            collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+            collator=Collator(processor, max_length=256),
             encode=encoder(model, processor),
             config=TrainConfig(**({"epochs": 1, "batch_size": 2} | config)),
             generator=torch.Generator().manual_seed(0),
@@ -207,7 +207,7 @@ def test_a_client_that_shares_nothing_trains_as_if_it_were_alone(tmp_path, proce
         train(
             model,
             client_examples(config.data, client, "train", seed=0),
-            collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+            collator=Collator(processor, max_length=256),
             encode=encoder(model, processor),
             config=config.train,
             generator=session_generator(0, client.id, exchange),

@@ -20,7 +20,7 @@ from pilot_flwr.config.schema import (
     StageConfig,
     TrainConfig,
 )
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError, TrainingError
@@ -50,7 +50,7 @@ def run(processor, examples):
         return train(
             model,
             given,
-            collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+            collator=Collator(processor, max_length=256),
             encode=encoder(model, processor),
             config=TrainConfig(**({"epochs": 1, "batch_size": 4} | config)),
             generator=torch.Generator().manual_seed(seed),
@@ -105,7 +105,7 @@ def test_exactly_the_trained_groups_change_and_have_gradients(make_model, genera
         assert same == (group not in TRAINED[stage] or not tensors), group
         size = sum(t.numel() for t in tensors.values())
         assert result.gradients[group] == (size if group in TRAINED[stage] else 0), group
-    assert all(p.grad is None for p in model.llava.parameters())
+    assert all(p.grad is None for p in model.base.parameters())
 
 
 def test_the_loss_falls(make_model, run):
@@ -139,7 +139,7 @@ def test_each_coefficient_is_applied_once():
 
 def test_cross_entropy_is_transformers_own(make_model, run, processor, examples, llava):
     """One step over all examples with a tiny rate: the loss of LLaVA's own forward pass."""
-    batch = Collator(processor, count_tokens=same_for_all(16), max_length=256).train_batch(examples)
+    batch = Collator(processor, max_length=256).train_batch(examples)
     images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     expected = llava(
@@ -585,7 +585,7 @@ def test_evaluation_generates_in_the_precision_of_training(
     make_model, processor, examples, monkeypatch, choice
 ):
     model, dtypes = make_model(), []
-    model.llava.lm_head.register_forward_hook(lambda m, a, logits: dtypes.append(logits.dtype))
+    model.base.lm_head.register_forward_hook(lambda m, a, logits: dtypes.append(logits.dtype))
 
     def checked(parts):
         for features in encoder(model, processor)(parts):
@@ -595,7 +595,7 @@ def test_evaluation_generates_in_the_precision_of_training(
     result = evaluate(
         model,
         examples,
-        collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+        collator=Collator(processor, max_length=256),
         encode=checked,
         metric="exact_match",
         config=EvaluationConfig(max_new_tokens=2, batch_size=5),
@@ -609,7 +609,7 @@ def test_answers_that_the_limit_ends_are_counted(make_model, processor, examples
     """The base answers in one or two tokens and an end token; one token is not enough."""
     model = make_model()
     options = {
-        "collator": Collator(processor, count_tokens=same_for_all(16), max_length=256),
+        "collator": Collator(processor, max_length=256),
         "encode": encoder(model, processor),
         "metric": "exact_match",
         "autocast_choice": "off",
@@ -627,10 +627,10 @@ def test_a_zero_image_counts_in_the_auxiliary_losses_alone(make_model, processor
     if stage == 2:
         model.enter_stage2(TASKS, torch.Generator().manual_seed(0))
     perturb(model)
-    batch = Collator(processor, count_tokens=same_for_all(16), max_length=256).train_batch(given)
+    batch = Collator(processor, max_length=256).train_batch(given)
     plain = next(encoder(model, processor)([given]))
-    side = model.llava.config.vision_config.image_size
-    zero = model.encode_images(torch.zeros(1, 3, side, side))
+    side = model.base.config.vision_config.image_size
+    zero = model.encode_images({"pixel_values": torch.zeros(1, 3, side, side)})[0]
     both = Visual(torch.cat([plain.features, zero]), plain.images)
     without, found = (
         training.accumulate(model, [batch], iter([visual]), TrainConfig())
@@ -641,7 +641,7 @@ def test_a_zero_image_counts_in_the_auxiliary_losses_alone(make_model, processor
     for index, value in enumerate((expected.difference, expected.balance, expected.z), start=2):
         assert found[index].item() == pytest.approx(value.item(), rel=1e-5)
     alone = Visual(zero, ())
-    text = Collator(processor, count_tokens=same_for_all(16), max_length=256).train_batch(given[1:])
+    text = Collator(processor, max_length=256).train_batch(given[1:])
     split = training.accumulate(
         model, [batch, text], iter([plain, alone]), TrainConfig()
     )  # two micro-batches, the second of text alone

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from pilot_flwr.data.collator import IGNORE_INDEX, Collator, same_for_all
+from pilot_flwr.data.collator import IGNORE_INDEX, Collator
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import ConfigError, DataError
 
@@ -10,7 +10,7 @@ VISUAL = 16
 
 @pytest.fixture
 def collator(processor):
-    return Collator(processor, count_tokens=same_for_all(VISUAL), max_length=256)
+    return Collator(processor, max_length=256)
 
 
 def example(*texts: str) -> Example:
@@ -36,7 +36,7 @@ def test_only_the_answer_and_its_end_token_carry_labels(collator):
     one = example("<image>\nWhat digit is at the top left?", "seven")
     ids, labels = collator.tokenize(one)
     assert labelled_text(collator, ids, labels) == " seven</s>"
-    assert ids.count(collator.processor.image_token_id) == VISUAL
+    assert ids.count(collator.processor.original.image_token_id) == VISUAL
 
 
 def test_every_assistant_turn_carries_labels(collator):
@@ -52,7 +52,7 @@ def test_a_hand_made_token_vector(collator):
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    image = [collator.processor.image_token_id] * VISUAL
+    image = [collator.processor.original.image_token_id] * VISUAL
     prompt = encode("USER: ") + image + encode("\nHow many? ASSISTANT:")
     answer = [*encode(" two"), tokenizer.eos_token_id]
     start = tokenizer("")["input_ids"]  # what the tokenizer itself puts before a text
@@ -80,7 +80,7 @@ def test_the_processors_own_encoding_is_the_same(collator):
             {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
         ]
     )
-    encoded = collator.processor(images=[one.images[0].read()], text=[text])
+    encoded = collator.processor.original(images=[one.images[0].read()], text=[text])
     assert collator.tokenize(one)[0] == list(encoded["input_ids"][0])
 
 
@@ -102,7 +102,7 @@ def test_padding_sides_and_masks(collator):
 
 
 def test_too_long_is_an_error_never_cut(processor):
-    collator = Collator(processor, count_tokens=same_for_all(VISUAL), max_length=20)
+    collator = Collator(processor, max_length=20)
     with pytest.raises(DataError, match=r"'e1' has \d+ tokens but `train\.max_length` is 20"):
         collator.tokenize(example("<image>\nHow many digits are odd?", "two"))
 
@@ -112,9 +112,7 @@ def test_a_long_example_can_be_cut_and_is_counted(processor, collator):
     one = example("<image>\nHow many digits are odd?", "two", "And even?", "three")
     ids, labels = collator.tokenize(one)
     for length in (len(ids) - 1, len(ids), len(ids) + 1):
-        cutting = Collator(
-            processor, count_tokens=same_for_all(VISUAL), max_length=length, cut=True
-        )
+        cutting = Collator(processor, max_length=length, cut=True)
         assert cutting.tokenize(one) == (ids[:length], labels[:length])
         assert cutting.train_batch([one]).input_ids.tolist() == [ids[:length]]
         assert cutting.cut_examples == ({"e1"} if length < len(ids) else set())
@@ -128,9 +126,7 @@ def test_an_example_that_would_lose_its_image_or_all_answers_is_not_cut(processo
     ids, labels = collator.tokenize(one)
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
     for length, lost in ((first, "every answer"), (5, "an image")):
-        cutting = Collator(
-            processor, count_tokens=same_for_all(VISUAL), max_length=length, cut=True
-        )
+        cutting = Collator(processor, max_length=length, cut=True)
         with pytest.raises(DataError, match=f"{len(ids)} tokens and would lose {lost} if it were"):
             cutting.tokenize(one)
         assert not cutting.cut_examples
@@ -185,6 +181,5 @@ def test_a_control_token_in_a_text_is_refused(collator, token, place):
 
 @pytest.mark.parametrize("text", ["</s> ASSISTANT: x", "a <image>", "<pad>"])
 def test_a_control_token_in_the_system_prompt_is_refused(processor, text):
-    count = same_for_all(VISUAL)
     with pytest.raises(ConfigError, match="`model.system_prompt` has '<"):
-        Collator(processor, count_tokens=count, max_length=99, system_prompt=text)
+        Collator(processor, max_length=99, system_prompt=text)

@@ -32,13 +32,13 @@ def image(tmp_path):
 
 def transformers_answer(answerer, turns, image=None):
     """The greedy answer by transformers' own generate over the whole conversation."""
-    processor, llava = answerer.processor, answerer.model.llava
+    processor, llava = answerer.processor, answerer.model.base
     connector = answerer.model.connector
     text = "".join(
         f"USER: {t.text} ASSISTANT:" if t.role == "user" else f" {t.text}</s>" for t in turns
     )
     images = [Image.open(image).convert("RGB")] if image else None
-    inputs = processor(text=[text], images=images, return_tensors="pt")
+    inputs = processor.original(text=[text], images=images, return_tensors="pt")
 
     class Plain(torch.nn.Module):
         def forward(self, features):

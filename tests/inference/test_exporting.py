@@ -55,7 +55,7 @@ def export(model, folder, *, client_adapter=True, **data):
 
 def logits(model, processor, examples):
     """Logits that predict answers, and a function that gives those of any transformers model."""
-    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    collator = make_collator(ModelConfig(), processor, max_length=256)
     batch = collator.train_batch(examples)
     images = [example.images[0].read() for example in examples]
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
@@ -177,7 +177,7 @@ def test_it_loads_in_two_lines_without_the_package(make_model, processor, genera
         Example("a", (KeptImage(image),), (question, answer)),
         Example("b", (), (Turn("user", "Hello"), answer)),
     ]
-    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    collator = make_collator(ModelConfig(), processor, max_length=256)
     tokens = model.generate(
         collator.prompt_batch(asked), visual(model, processor, asked[:1]), max_new_tokens=8
     )
@@ -245,7 +245,7 @@ def test_the_base_may_be_elsewhere(folder, tmp_path):
 def test_an_answer_ends_at_the_runs_end_tokens(make_model, processor, tmp_path):
     model = perturb(make_model())
     question = Example("a", (), (Turn("user", "Hello"), Turn("assistant", "?")))
-    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+    collator = make_collator(ModelConfig(), processor, max_length=256)
     batch = collator.prompt_batch([question])
     prompt = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     loaded = modeling_pilot.load_model(export(model, tmp_path / "a"))
@@ -362,7 +362,7 @@ def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
         model.enter_stage2(TASKS, generator)
     perturb(model.eval())
     processor = load_processor(path)
-    collator = make_collator(config, processor, model.llava.config, max_length=2048)
+    collator = make_collator(config, processor, max_length=2048)
     picture = Image.effect_noise((61, 40), 90).convert("RGB")
     one = Example(
         "a",
@@ -371,10 +371,10 @@ def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
     )
     batch = collator.train_batch([one])
     cache = FeatureCache(FeatureCacheConfig(where="off"))
-    expected = model(batch, cache.encode(model, processor.image_processor, [one])).logits
+    expected = model(batch, cache.encode(model, processor, [one])).logits
     loaded = modeling_pilot.load_model(export(model, tmp_path / "model"))
     inputs = processor.image_processor(
-        images=[[picture]] if spec_of(model.llava.config).has_video else [picture],
+        images=[[picture]] if spec_of(model.base.config).crops_alone else [picture],
         return_tensors="pt",
     )
     output = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from checkpoints import WRITERS
 from perturbed import perturb, private_state
+from projectors import projector
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from visuals import visual
 
-from pilot_flwr.algorithm.connector import Adapter
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
@@ -33,10 +33,10 @@ def naive(state, x):
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_sum_of_two_adapters_is_one(bias):
-    first, second = Adapter(5, 7, bias=bias).double(), Adapter(5, 7, bias=bias).double()
+    first, second = projector(5, 8, bias=bias).double(), projector(5, 8, bias=bias).double()
     merged = sum_of_adapters(first, second)
-    assert merged["linear_1.weight"].shape == (14, 5)
-    assert merged["linear_2.weight"].shape == (7, 14)
+    assert merged["linear_1.weight"].shape == (16, 5)
+    assert merged["linear_2.weight"].shape == (8, 16)
     x = torch.randn(5, dtype=torch.float64)
     torch.testing.assert_close(naive(merged, x), first(x) + second(x), rtol=1e-13, atol=1e-13)
 
@@ -45,7 +45,7 @@ def test_the_sum_of_two_adapters_is_one(bias):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("how", ["inert", "equal first layers", "half of each"])
 def test_units_that_are_not_needed_are_folded_away(how, bias):
-    first, second = Adapter(5, 8, bias=bias).double(), Adapter(5, 8, bias=bias).double()
+    first, second = projector(5, 8, bias=bias).double(), projector(5, 8, bias=bias).double()
     if how == "inert":
         second.linear_2.weight.zero_()  # its bias still counts
     elif how == "equal first layers":
@@ -60,7 +60,7 @@ def test_units_that_are_not_needed_are_folded_away(how, bias):
 
 
 def test_nothing_is_folded_away_that_is_needed():
-    merged = sum_of_adapters(Adapter(5, 8), Adapter(5, 8))
+    merged = sum_of_adapters(projector(5, 8), projector(5, 8))
     assert fold(merged, 8) is merged
 
 
@@ -70,7 +70,7 @@ def batch_of(processor):
     examples = client_examples(data, federation_clients(data)[0], "test", seed=0)
 
     def make(model):
-        collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+        collator = make_collator(ModelConfig(), processor, max_length=256)
         images = [example.images[0].read() for example in examples]
         pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return collator.train_batch(examples), visual(model, processor, examples), pixels
@@ -96,8 +96,8 @@ def test_a_model_without_a_client_adapter_merges_into_a_plain_checkpoint(
     model = perturb(make_model(client_adapter=False))
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
-    width = model.llava.config.text_config.hidden_size
-    assert merge_model(model, tmp_path, end_token_ids=[2]) == width
+    width = model.base.config.text_config.hidden_size
+    assert merge_model(model, tmp_path, end_token_ids=[2]) == 0
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded.eval(), batch, pixels), expected, **CLOSE)
 
@@ -109,7 +109,7 @@ def test_a_personal_model_merges_into_a_wider_projector(
     model = perturb(make_model())
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
-    width = model.llava.config.text_config.hidden_size
+    width = model.base.config.text_config.hidden_size
     assert merge_model(model, tmp_path, end_token_ids=[2]) == 2 * width
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     loaded, info = AutoModelForImageTextToText.from_pretrained(
@@ -130,8 +130,8 @@ def test_a_consensus_model_merges_into_a_plain_checkpoint(make_model, batch_of, 
             parameter.data += 0.05 * torch.randn_like(parameter)
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
-    width = model.llava.config.text_config.hidden_size
-    assert merge_model(model, tmp_path, end_token_ids=[2]) == width
+    width = model.base.config.text_config.hidden_size
+    assert merge_model(model, tmp_path, end_token_ids=[2]) == 0
     loaded, info = LlavaForConditionalGeneration.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
@@ -155,7 +155,7 @@ def test_every_architecture_merges(kind, tmp_path, monkeypatch):
     def text_logits(llava):
         return llava(input_ids=ids).logits
 
-    expected = text_logits(model.llava)
+    expected = text_logits(model.base)
     merge_model(model, tmp_path / "merged", end_token_ids=[2])
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     loaded, info = AutoModelForImageTextToText.from_pretrained(

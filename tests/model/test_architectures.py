@@ -13,7 +13,7 @@ from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import SPECS, feature_size, read_config, spec_of
+from pilot_flwr.model.architectures import SPECS, feature_shape, read_config, spec_of
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
@@ -58,7 +58,7 @@ EXAMPLES = [
 
 def kit(model, path):
     processor = load_processor(path)
-    collator = make_collator(ModelConfig(path=path), processor, model.llava.config, max_length=2048)
+    collator = make_collator(ModelConfig(path=path), processor, max_length=2048)
     return processor, collator, FeatureCache(FeatureCacheConfig(where="off"))
 
 
@@ -69,7 +69,7 @@ def base_logits(base, processor, collator, one):
     if one.images:
         images = [source.read() for source in one.images]
         inputs = processor.image_processor(
-            images=[images] if spec_of(base.config).has_video else images, return_tensors="pt"
+            images=[images] if spec_of(base.config).crops_alone else images, return_tensors="pt"
         )
     output = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)
     return output.logits[:, :-1][batch.labels[:, 1:] != IGNORE_INDEX]
@@ -80,9 +80,7 @@ def test_the_base_model_is_reproduced_for_any_images(path, model):
     processor, collator, cache = kit(model, path)
     base = load_base(ModelConfig(path=path), CPU).eval()
     expected = [base_logits(base, processor, collator, one) for one in EXAMPLES]
-    got = model(
-        collator.train_batch(EXAMPLES), cache.encode(model, processor.image_processor, EXAMPLES)
-    )
+    got = model(collator.train_batch(EXAMPLES), cache.encode(model, processor, EXAMPLES))
     torch.testing.assert_close(got.logits, torch.cat(expected), atol=2e-5, rtol=1e-4)
 
 
@@ -93,7 +91,7 @@ def test_generation_is_transformers_own(path, model):
     stop = collator.end_token_id()
     tokens = model.generate(
         collator.prompt_batch(EXAMPLES),
-        cache.encode(model, processor.image_processor, EXAMPLES),
+        cache.encode(model, processor, EXAMPLES),
         max_new_tokens=6,
         stop=stop,
     )
@@ -114,9 +112,9 @@ def test_decoding_is_greedy_whatever_the_checkpoint_asks_for(path):
     for own in ({}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "num_beams": 3}):
         model = PilotModel(load_base(ModelConfig(path=path), CPU), ModelConfig(path=path))
         model.enter_stage1("vqa")
-        model.llava.generation_config.update(**own)
+        model.base.generation_config.update(**own)
         processor, collator, cache = kit(model, path)
-        visual = cache.encode(model, processor.image_processor, EXAMPLES)
+        visual = cache.encode(model, processor, EXAMPLES)
         batch = collator.prompt_batch(EXAMPLES)
         tokens.append(model.eval().generate(batch, visual, max_new_tokens=8))
     assert torch.equal(*tokens)
@@ -127,7 +125,7 @@ def next_token(base, processor, one, ids):
     if one.images:
         images = [source.read() for source in one.images]
         inputs = processor.image_processor(
-            images=[images] if spec_of(base.config).has_video else images, return_tensors="pt"
+            images=[images] if spec_of(base.config).crops_alone else images, return_tensors="pt"
         )
     return int(base(input_ids=ids, **inputs).logits[0, -1].argmax())
 
@@ -138,7 +136,7 @@ def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):
     model.enter_stage1("vqa")
     processor, collator, cache = kit(model, path)
     texts = [example(turns=2), example(turns=1)]
-    visual = cache.encode(model, processor.image_processor, texts)
+    visual = cache.encode(model, processor, texts)
     assert visual.images == ()
     output = model(collator.train_batch(texts), visual)
     assert [float(loss) for loss in output.connector[1:]] == [0, 0, 0]
@@ -152,10 +150,10 @@ def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):
 def test_workers_change_nothing(path, model, tmp_path, workers):
     processor, _, cache = kit(model, path)
     parts = [EXAMPLES[:3], EXAMPLES[3:4], EXAMPLES[2:]] * 2
-    plain = [cache.encode(model, processor.image_processor, part) for part in parts]
+    plain = [cache.encode(model, processor, part) for part in parts]
     folder = FeatureFolder(tmp_path, limit=2**30, since=0, progress=print)
     kept = FeatureCache(FeatureCacheConfig(where="disk"), folder)
-    streamed = list(kept.stream(model, processor.image_processor, parts, workers=workers))
+    streamed = list(kept.stream(model, processor, parts, workers=workers))
     assert len(streamed) == len(parts)
     for one, other in zip(streamed, plain, strict=True):
         assert one.images == other.images
@@ -164,12 +162,12 @@ def test_workers_change_nothing(path, model, tmp_path, workers):
 
 def test_rows_have_the_size_that_the_configuration_says(path, model):
     processor, _, cache = kit(model, path)
-    visual = cache.encode(model, processor.image_processor, EXAMPLES[:1])
-    assert tuple(visual.features.shape[1:]) == feature_size(read_config(ModelConfig(path=path)))
+    config = read_config(ModelConfig(path=path))
     for one in EXAMPLES:
-        sizes = [image.size() for image in one.images]
-        shapes = cache.encode(model, processor.image_processor, [one]).images
-        assert [shape.rows for shape in shapes] == model.spec.count_rows(model.llava.config, sizes)
+        if len(one.images) == 1:
+            layout = processor.layout(one.images[0].size(), alone=True)
+            visual = cache.encode(model, processor, [one])
+            assert tuple(visual.features.shape) == feature_shape(config, layout.shape)
 
 
 def test_an_architecture_without_a_row_is_refused(tmp_path):

@@ -111,7 +111,7 @@ def test_a_chat_template_may_be_in_another_file(folder, file):
     values = json.loads(place.read_text()) if place.exists() else {}
     place.write_text(json.dumps(values | {"chat_template": template}))
     assert read_config(ModelConfig(path=str(folder))).model_type == "llava"
-    assert load_processor(str(folder)).chat_template == template
+    assert load_processor(str(folder)).original.chat_template == template
 
 
 def pointer(folder):

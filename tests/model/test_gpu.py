@@ -74,11 +74,9 @@ def kit(processor, tmp_path):
     """The collator and an encoder of a model, on its own device and without a shared cache."""
 
     def make(model):
-        collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=256)
+        collator = make_collator(ModelConfig(), processor, max_length=256)
         features = cache(tmp_path, "off", "kit")
-        return collator, lambda parts: features.stream(
-            model, processor.image_processor, parts, workers=1
-        )
+        return collator, lambda parts: features.stream(model, processor, parts, workers=1)
 
     return make
 
@@ -92,7 +90,7 @@ def outcome(model, kit, examples, precision):
         loss = torch.nn.functional.cross_entropy(output.logits.float(), output.labels)
     losses = torch.stack([loss, *(part.float() for part in output.connector[1:])])
     losses.sum().backward()
-    assert output.logits.device == output.labels.device == model.llava.device
+    assert output.logits.device == output.labels.device == model.base.device
     gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     return output.logits.detach().float().cpu(), losses.detach().cpu(), gradients
 
@@ -139,7 +137,7 @@ def test_generation_is_the_cpus(kit, examples, device):
         (visual,) = encode([examples])
         batch = collator.prompt_batch(examples).to(model.device)
         tokens = model.generate(batch, visual, max_new_tokens=6, stop=collator.end_token_id())
-        assert tokens.device == model.llava.device
+        assert tokens.device == model.base.device
         answers.append(tokens.cpu())
     assert torch.equal(*answers)
 
@@ -195,21 +193,20 @@ def test_dropout_follows_the_given_generator_and_leaves_the_devices_own(kit, exa
 def test_features_come_to_the_models_device_and_are_kept_on_the_host(
     tmp_path, processor, examples, device, where
 ):
-    images = processor.image_processor
-    expected = cache(tmp_path / "cpu", "off", "cpu").encode(build(CPU), images, examples).features
+    expected = cache(tmp_path / "cpu", "off", "cpu").encode(build(CPU), processor, examples).features
     model, name = build(device), f"{device}-{where}"
     kept = cache(tmp_path, where, name)
     for part in (examples[:2], examples, examples[::-1]):  # new; some known; all known
-        features = kept.encode(model, images, part).features
-        assert features.device == model.llava.device
+        features = kept.encode(model, processor, part).features
+        assert features.device == model.base.device
         order = [examples.index(example) for example in part]
         torch.testing.assert_close(features.cpu(), expected[order], rtol=1e-3, atol=1e-3)
-    keys = [key for example in examples for key in kept._keys(model, images, example)]
-    found = [kept._get(key) for key in keys]
+    keys = [key for example in examples for key in kept._keys(model, processor, example)]
+    found = [kept._get(model, key) for key in keys]
     if where == "off":
         assert found == [None] * len(examples)
     else:
-        assert {tensor.device.type for tensor in found} == {"cpu"}
+        assert {tensor.device.type for (tensor,) in found} == {"cpu"}
 
 
 @pytest.fixture
@@ -277,9 +274,9 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, mo
 def test_a_four_bit_base_trains(kit, examples, device):
     """The decoder's matrices are packed; the rest is as it was; the logits are near."""
     four = build(device, dtype="bfloat16", quantization="4bit")
-    layer = four.llava.model.language_model.layers[0].mlp.down_proj
+    layer = four.base.model.language_model.layers[0].mlp.down_proj
     assert layer.base_layer.weight.dtype == torch.uint8
-    assert four.llava.lm_head.weight.dtype == torch.bfloat16
+    assert four.base.lm_head.weight.dtype == torch.bfloat16
     assert {p.device.type for p in four.parameters()} == {device.type}
     got = outcome(four, kit, examples, "bfloat16")
     expected = outcome(build(device, dtype="bfloat16"), kit, examples, "bfloat16")

@@ -32,7 +32,7 @@ def build(**config):
 
 def outcome(model, processor, examples, *, autocast=False):
     """Logits of a training pass, and the gradients of all that is trained."""
-    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=99)
+    collator = make_collator(ModelConfig(), processor, max_length=99)
     features = visual(model, processor, examples)
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -55,7 +55,7 @@ def test_gradient_checkpointing_changes_no_gradient(processor, examples, autocas
     plain = outcome(build(), processor, examples, autocast=autocast)
     model = build(gradient_checkpointing=True)
     runs = []
-    layer = model.llava.model.language_model.layers[0].mlp
+    layer = model.base.model.language_model.layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: runs.append(1))
     light = outcome(model, processor, examples, autocast=autocast)
     assert len(runs) == 2  # forward, and again in backward
@@ -65,7 +65,7 @@ def test_gradient_checkpointing_changes_no_gradient(processor, examples, autocas
 def test_attention_implementations_agree(processor, examples):
     plain = outcome(build(attention="sdpa"), processor, examples)
     eager = build(attention="eager")
-    assert eager.llava.model.language_model.config._attn_implementation == "eager"
+    assert eager.base.model.language_model.config._attn_implementation == "eager"
     assert_same(plain, outcome(eager, processor, examples), rtol=1e-3, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_compiled_layers_give_the_same(processor, examples):
         rtol=1e-3,
         atol=1e-5,
     )
-    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=99)
+    collator = make_collator(ModelConfig(), processor, max_length=99)
     prompts, features = collator.prompt_batch(examples), visual(model, processor, examples)
     tokens = model.eval().generate(prompts, features, max_new_tokens=3)
     assert torch.equal(tokens, build().eval().generate(prompts, features, max_new_tokens=3))
@@ -95,9 +95,9 @@ def test_a_4_bit_base_computes_with_its_rounded_weights_and_all_else_is_whole(pr
     """The reference is a whole base that is given the rounded weights."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model, whole = (build(quantization=q, dtype="bfloat16") for q in ("4bit", "none"))
-    layers = dict(whole.llava.named_modules())
+    layers = dict(whole.base.named_modules())
     rounded = 0
-    for name, module in model.llava.named_modules():
+    for name, module in model.base.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             assert "language_model.layers" in name
             weight = module.weight
@@ -105,7 +105,7 @@ def test_a_4_bit_base_computes_with_its_rounded_weights_and_all_else_is_whole(pr
             assert not torch.equal(values, layers[name].weight)
             layers[name].weight.data.copy_(values)
             rounded += 1
-    assert rounded == 7 * model.llava.config.text_config.num_hidden_layers
+    assert rounded == 7 * model.base.config.text_config.num_hidden_layers
     logits, gradients = outcome(model, processor, examples, autocast=True)
     expected, others = outcome(whole, processor, examples, autocast=True)
     assert gradients.keys() == others.keys()

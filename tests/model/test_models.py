@@ -32,7 +32,7 @@ def examples():
 
 @pytest.fixture
 def collator(processor, llava):
-    return make_collator(ModelConfig(), processor, llava.config, max_length=256)
+    return make_collator(ModelConfig(), processor, max_length=256)
 
 
 def pixels(processor, examples):
@@ -100,7 +100,7 @@ def test_the_switch_keeps_the_private_adapter_and_makes_room_for_all_tasks(make_
     assert model.stage == 2
     assert model.connector.client_adapter is client_adapter
     assert model.connector.tasks == ("counting", "vqa", "captioning")
-    assert model.llava.model.multi_modal_projector is model.connector
+    assert model.base.model.multi_modal_projector.pilot is model.connector
 
 
 def test_the_switch_is_refused_twice_and_for_a_foreign_own_task(make_model, generator):
@@ -116,7 +116,7 @@ def test_the_switch_is_refused_twice_and_for_a_foreign_own_task(make_model, gene
 def test_image_tokens_and_features_must_fit(make_model, processor, collator, examples):
     model = make_model()
     features = visual(model, processor, examples[:1])
-    with pytest.raises(ModelError, match="32 image tokens for 16 visual features"):
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 32"):
         model(collator.train_batch(examples[:2]), features)
 
 
@@ -228,15 +228,15 @@ def test_a_lora_target_may_name_one_layer(make_model):
     model = make_model(lora=LoraConfig(targets=["0.self_attn.q_proj", "down_proj"]))
     layers = {name.rpartition(".")[0] for name in model.state("lora")}
     down = {name for name in layers if name.endswith("down_proj")}
-    assert len(down) == model.llava.config.text_config.num_hidden_layers
+    assert len(down) == model.base.config.text_config.num_hidden_layers
     assert layers - down == {"layers.0.self_attn.q_proj"}
 
 
 def test_the_vision_tower_stays_in_evaluation(make_model):
     model = make_model(lora=LoraConfig(dropout=0.1))
     assert model.train() is model
-    assert not any(module.training for module in model.llava.model.vision_tower.modules())
-    assert all(module.training for module in model.llava.model.language_model.modules())
+    assert not any(module.training for module in model.base.model.vision_tower.modules())
+    assert all(module.training for module in model.base.model.language_model.modules())
     assert model.connector.training
     model.eval()
     assert not any(module.training for module in model.modules())

@@ -185,7 +185,7 @@ def built(config, base, stage=2, tasks=("a", "b", "c")):
     assert {p.device.type for p in model.parameters()} == {"meta"}
     return {
         group: {name.replace("base_layer.", ""): tuple(p.shape) for name, p in named.items()}
-        for group, named in group_parameters(model.llava, own_task=tasks[0]).items()
+        for group, named in group_parameters(model.base, own_task=tasks[0]).items()
     }
 
 
@@ -357,7 +357,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(processor):
     model = PilotModel(load_base(config, torch.device("cpu")), config)
     model.enter_stage1("vqa")
     model.train()
-    collator = make_collator(ModelConfig(), processor, model.llava.config, max_length=99)
+    collator = make_collator(ModelConfig(), processor, max_length=99)
     batch = collator.train_batch(examples)
     answers = int((batch.labels[0, 1:] != -100).sum())
     text = batch.input_ids.shape[1] - 16

@@ -247,7 +247,7 @@ def test_router_probabilities_are_the_softmax_of_each_token(finished):
     for index, example in enumerate(examples):
         image = example.images[0].read()
         pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
-        (features,) = model.encode_images(pixels).double()
+        (features,) = model.encode_images({"pixel_values": pixels})[0].double()
         for token, vector in enumerate(features):
             scores = [float(np.exp(float(vector @ row))) for row in weight]
             expected = np.array(scores) / sum(scores)

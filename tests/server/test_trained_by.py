@@ -11,7 +11,7 @@ from visuals import encoder
 from pilot_flwr.client.session import session_generator
 from pilot_flwr.client.training import train
 from pilot_flwr.config.loading import load_config
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import PooledExamples, client_examples, federation_clients
 from pilot_flwr.errors import BelowMinimum, ConfigError
 from pilot_flwr.inference.runs import client_model, open_run
@@ -43,7 +43,7 @@ def test_pooled_training_is_a_plain_loop_over_all_examples(pooled, processor, ma
         train(
             model,
             examples,
-            collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+            collator=Collator(processor, max_length=256),
             encode=encoder(model, processor),
             config=config.train,
             generator=session_generator(0, "vqa-0", exchange),

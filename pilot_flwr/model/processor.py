@@ -1,0 +1,194 @@
+"""A checkpoint's processor, and what an image of some size becomes in it.
+
+The tokens of an image and the model's image inputs besides pixels depend on the image's size alone.
+So they are computed once per size, from a blank image: training on kept features decodes no image.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pilot_flwr.config.model import ModelConfig
+from pilot_flwr.model.architectures import (
+    ModelSpec,
+    feature_shape,
+    known_config,
+    known_file,
+    spec_of,
+)
+from pilot_flwr.model.checkpoints import locate
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+Inputs = dict[str, Tensor]
+"""Image inputs of a base model, by their names in its forward pass."""
+
+PIXELS = "pixel_values"
+_TOGETHER = "batch_num_images"
+_INPUTS = (PIXELS, _TOGETHER, "image_sizes", "image_grid_thw", "pixel_attention_mask")
+
+
+class Layout(NamedTuple):
+    """What an image of some size becomes."""
+
+    text: str
+    """The text that replaces its image token in a conversation."""
+    shape: tuple[int, ...]
+    """Shape of its pixels."""
+    others: Inputs
+    """Its other inputs."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of H_v: images of the vision tower, or patches where the tower packs them."""
+        return rows_of(self.shape)
+
+    def stand_in(self) -> Inputs:
+        """Return inputs without the image's content, for a model that reads kept features."""
+        return {PIXELS: torch.ones(1).expand(self.shape)} | self.others  # zeros would be padding
+
+
+def rows_of(shape: Sequence[int]) -> int:
+    """Return the rows of H_v that pixels of this shape give."""
+    return int(torch.Size(shape[:-3] if len(shape) > 3 else shape[:1]).numel())
+
+
+def processor_class(config: Any) -> Any:
+    """Return a family's class of processor without its part for videos, which needs torchvision."""
+    from transformers.models.auto import processing_auto as auto
+
+    family: Any = auto.processor_class_from_name(auto.PROCESSOR_MAPPING_NAMES[config.model_type])
+
+    class ImageTextProcessor(family):  # type: ignore[misc]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in family.get_attributes() if name != "video_processor"]
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+            """Accept any tokenizer, also `Letters`."""
+
+    return ImageTextProcessor
+
+
+class Letters:
+    """Stands for a tokenizer where only tokens are counted: every special token is one letter."""
+
+    token = "\N{BLACK SQUARE}"
+    init_kwargs: Mapping[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if "token" not in name:
+            raise AttributeError(name)
+        return 0 if name.endswith("_id") else self.token
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Return an id."""
+        return [0]
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Return an id."""
+        return 0
+
+
+class Processor:
+    """A checkpoint's tokenizer, chat template and image processor.
+
+    `original` is transformers' processor of the family's `spec`.
+    """
+
+    def __init__(self, processor: Any, spec: ModelSpec) -> None:
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.image_token: str = processor.image_token
+        self.crops_alone = spec.crops_alone
+        self.original = processor
+        merged = processor._merge_kwargs(
+            tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt"
+        )
+        self._options = merged["images_kwargs"]
+        self._layouts: dict[tuple[Size, bool], Layout] = {}
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        """Render a conversation."""
+        return self.original.apply_chat_template(messages, **options)
+
+    @property
+    def image_token_ids(self) -> set[int]:
+        """Ids of the tokens that belong to an image."""
+        return set(self.original.image_token_ids)
+
+    def token_types(self, ids: list[int]) -> list[int] | None:
+        """Return for each token whether it belongs to an image, if the model needs this."""
+        if not self.original.return_mm_token_type_ids:
+            return None
+        (types,) = self.original.create_mm_token_type_ids([ids])
+        return [int(kind) for kind in types]
+
+    @property
+    def token_types_name(self) -> str:
+        """The name of `token_types` in the model's forward pass."""
+        names = self.original.model_input_names
+        return "token_type_ids" if "token_type_ids" in names else "mm_token_type_ids"
+
+    def image_texts(self, sizes: Sequence[Size]) -> list[str]:
+        """Return the texts that replace the image tokens of one example."""
+        return [self.layout(size, alone=len(sizes) == 1).text for size in sizes]
+
+    def layout(self, size: Size, *, alone: bool) -> Layout:
+        """Return what an image becomes; `alone` says whether it is its example's only one."""
+        key = size, alone or not self.crops_alone
+        if key not in self._layouts:
+            height, width = size
+            inputs, text = self._process(Image.new("RGB", (width, height)), alone=alone)
+            shape = tuple(inputs.pop(PIXELS).shape)
+            self._layouts[key] = Layout(text, shape, inputs)
+        return self._layouts[key]
+
+    def inputs(self, image: Image.Image, *, alone: bool) -> Inputs:
+        """Return an image's inputs."""
+        return self._process(image, alone=alone)[0]
+
+    def _process(self, image: Image.Image, *, alone: bool) -> tuple[Inputs, str]:
+        together = self.crops_alone and not alone
+        images = [[image] * 2] if together else [image]
+        processed, (text, *_) = self.original._process_images(images, **self._options)
+        inputs = {name: processed[name] for name in _INPUTS if name in processed}
+        return {n: t[: len(t) // 2] if together else t for n, t in inputs.items()}, text
+
+
+def collate(images: Sequence[Mapping[str, Tensor]], *, together: Sequence[int] = ()) -> Inputs:
+    """Join the inputs of several images; smaller ones are padded with zeros, as transformers do.
+
+    `together` has the number of images of every example, for families that need it.
+    """
+    joined = {name: _padded([image[name] for image in images]) for name in images[0]}
+    return joined | ({_TOGETHER: torch.tensor(together)} if _TOGETHER in joined else {})
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    shapes = torch.tensor([tensor.shape[1:] for tensor in tensors])
+    missing = shapes.amax(0) - shapes
+    padding = [[n for m in reversed(row.tolist()) for n in (0, m)] for row in missing]
+    return torch.cat(
+        [
+            torch.nn.functional.pad(tensor, pad) if any(pad) else tensor
+            for tensor, pad in zip(tensors, padding, strict=True)
+        ]
+    )
+
+
+def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int]:
+    """Return the shape of H_v of an image and its number of tokens, without a tokenizer."""
+    import transformers
+
+    read = known_config(config)
+    folder = str(Path(known_file(config) or locate(config)).parent)
+    values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
+    images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local files
+    processor = processor_class(read).from_args_and_dict([images, Letters()], values)
+    layout = Processor(processor, spec_of(read)).layout(size, alone=True)
+    return feature_shape(read, layout.shape), layout.text.count(Letters.token)
