@@ -48,7 +48,7 @@ def transformers_answer(answerer, turns, image=None):
     try:
         tokens = llava.generate(**inputs, max_new_tokens=6, do_sample=False)
     finally:
-        llava.model.multi_modal_projector = connector
+        llava.model.multi_modal_projector = answerer.model.slot
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip()
 

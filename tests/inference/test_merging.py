@@ -96,7 +96,6 @@ def test_a_model_without_a_client_adapter_merges_into_a_plain_checkpoint(
     model = perturb(make_model(client_adapter=False))
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
-    width = model.base.config.text_config.hidden_size
     assert merge_model(model, tmp_path, end_token_ids=[2]) == 0
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded.eval(), batch, pixels), expected, **CLOSE)
@@ -130,7 +129,6 @@ def test_a_consensus_model_merges_into_a_plain_checkpoint(make_model, batch_of, 
             parameter.data += 0.05 * torch.randn_like(parameter)
     batch, seen, pixels = batch_of(model)
     expected = model(batch, seen).logits
-    width = model.base.config.text_config.hidden_size
     assert merge_model(model, tmp_path, end_token_ids=[2]) == 0
     loaded, info = LlavaForConditionalGeneration.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True

@@ -193,7 +193,9 @@ def test_dropout_follows_the_given_generator_and_leaves_the_devices_own(kit, exa
 def test_features_come_to_the_models_device_and_are_kept_on_the_host(
     tmp_path, processor, examples, device, where
 ):
-    expected = cache(tmp_path / "cpu", "off", "cpu").encode(build(CPU), processor, examples).features
+    expected = (
+        cache(tmp_path / "cpu", "off", "cpu").encode(build(CPU), processor, examples).features
+    )
     model, name = build(device), f"{device}-{where}"
     kept = cache(tmp_path, where, name)
     for part in (examples[:2], examples, examples[::-1]):  # new; some known; all known
