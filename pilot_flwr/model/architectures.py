@@ -127,7 +127,8 @@ def feature_shape(config: Any, pixels: tuple[int, ...]) -> tuple[int, ...]:
         return pixels[0], channels
     *rows, _, height, width = pixels
     vision = config.vision_config
-    patches = (height // vision.patch_size) * (width // vision.patch_size)
+    edge = vision.patch_size[0] if isinstance(vision.patch_size, list) else vision.patch_size
+    patches = (height // edge) * (width // edge)
     count = int(patches * getattr(config, "downsample_ratio", 1) ** 2)
     # Kept by the strategy `full` of LLaVA alone.
     kept = getattr(config, "vision_feature_select_strategy", "default") == "full"

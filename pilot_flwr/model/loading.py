@@ -110,18 +110,20 @@ def _load_processor(path: str, revision: str, _stamp: object) -> Processor:
     config = ModelConfig(path=path, revision=revision)
     read = read_config(config)
     try:
-        loaded = processor_class(read).from_pretrained(**_source(config))  # nosec B615  # as above
+        family = processor_class(read)
+        loaded = family.from_pretrained(**_source(config), **family.without)  # nosec B615
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The processor of {path!r} cannot be loaded: {error}") from error
-    _check_template(path, loaded)
-    return Processor(loaded, spec_of(read))
+    processor = Processor(loaded, spec_of(read))
+    _check_template(path, processor)
+    return processor
 
 
-def _check_template(path: str, processor: Any) -> None:
+def _check_template(path: str, processor: Processor) -> None:
     """Raise `ModelError` unless the chat template renders an image and its question."""
     content = [{"type": "image"}, {"type": "text", "text": "question"}]
     defect = "has no chat template"
-    if getattr(processor, "chat_template", None):
+    if processor.original.chat_template:
         try:
             text = processor.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -29,6 +29,7 @@ Inputs = dict[str, Tensor]
 """Image inputs of a base model, by their names in its forward pass."""
 
 PIXELS = "pixel_values"
+_VIDEO = "video_processor"
 _TOGETHER = "batch_num_images"
 _INPUTS = (PIXELS, _TOGETHER, "image_sizes", "image_grid_thw", "pixel_attention_mask")
 
@@ -65,9 +66,12 @@ def processor_class(config: Any) -> Any:
     family: Any = auto.processor_class_from_name(auto.PROCESSOR_MAPPING_NAMES[config.model_type])
 
     class ImageTextProcessor(family):  # type: ignore[misc]
+        without: Mapping[str, None] = dict.fromkeys({_VIDEO}.intersection(family.get_attributes()))
+        """Arguments of the constructor."""
+
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return [name for name in family.get_attributes() if name != "video_processor"]
+            return [name for name in family.get_attributes() if name != _VIDEO]
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
             """Accept any tokenizer, also `Letters`."""
@@ -114,7 +118,9 @@ class Processor:
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         """Render a conversation."""
-        return self.original.apply_chat_template(messages, **options)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.original.chat_template, **options
+        )
 
     @property
     def image_token_ids(self) -> set[int]:
@@ -189,6 +195,7 @@ def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int
     folder = str(Path(known_file(config) or locate(config)).parent)
     values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local files
-    processor = processor_class(read).from_args_and_dict([images, Letters()], values)
+    family = processor_class(read)
+    processor = family.from_args_and_dict([images, Letters()], values | family.without)
     layout = Processor(processor, spec_of(read)).layout(size, alone=True)
     return feature_shape(read, layout.shape), layout.text.count(Letters.token)

@@ -24,6 +24,7 @@ from pilot_flwr.run.tables import MOST_CLIENTS
 if TYPE_CHECKING:  # heavy imports stay in the functions that compute with them
     from pilot_flwr.data.examples import Example
     from pilot_flwr.model.pilot_model import PilotModel
+    from pilot_flwr.model.processor import Processor
 
 Floats = NDArray[np.float64]
 
@@ -71,12 +72,13 @@ def router_figures(run: RunData, say: Callable[[str], None]) -> list[Figure]:
 
 
 def route(
-    model: "PilotModel", image_processor: Any, examples: Sequence["Example"], *, shown: int
+    model: "PilotModel", processor: "Processor", examples: Sequence["Example"], *, shown: int
 ) -> tuple[Floats, list[Floats], list[Floats]]:
     """Send examples through the router of a model in stage 2.
 
     Return the mean probability of each expert (T,) over all tokens, the first `shown` images
-    (height, width, 3) in [0, 1], and their probabilities (side, side, T).
+    (height, width, 3) in [0, 1], and their probabilities (side, side, T); neither for a vision
+    tower that packs patches of several images.
     """
     import torch
 
@@ -93,20 +95,22 @@ def route(
     visible = [example for example in examples if example.images]
     for start in range(0, len(visible), _BATCH):
         batch = visible[start : start + _BATCH]
-        visual = features.encode(model, image_processor, batch)
+        visual = features.encode(model, processor, batch)
         with torch.no_grad():
             logits = connector.router_logits(visual.features.to(model.device))
-        probabilities = logits.softmax(-1).double().cpu().numpy()  # (rows, N, T)
-        total += probabilities.sum((0, 1))
-        tokens += probabilities.shape[0] * probabilities.shape[1]
+        probabilities = logits.softmax(-1).double().cpu().numpy()  # (rows, S, T) or (S, T)
+        total += probabilities.reshape(-1, len(total)).sum(0)
+        tokens += probabilities.size // len(total)
+        if probabilities.ndim == 2:  # packed patches, in the tower's order
+            continue
         side = round(probabilities.shape[1] ** 0.5)
         first = 0  # row of the example's first image
-        shapes = iter(visual.images)
+        rows = iter(visual.images)
         for example in batch:
             if len(images) < shown and side * side == probabilities.shape[1]:
-                images.append(_as_seen(model, image_processor, example))
+                images.append(_as_seen(processor, example))
                 maps.append(probabilities[first].reshape(side, side, -1))
-            first += sum(next(shapes).rows for _ in example.images)
+            first += sum(next(rows) for _ in example.images)
     return total / max(1, tokens), images, maps
 
 
@@ -119,8 +123,8 @@ def _routed(finished: RunData, say: Callable[[str], None]) -> Iterator[Routed]:
 
     run = open_run(finished.folder)
     model_config, data = run.config.model, run.config.data
-    processor = load_processor(model_config.path, model_config.revision).image_processor
-    colour = padding_colour(data, processor)
+    processor = load_processor(model_config.path, model_config.revision)
+    colour = padding_colour(data, processor.image_processor)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shown_tasks: set[str] = set()
     events = (event for exchange in finished.exchanges for event in exchange.trained)
@@ -142,12 +146,14 @@ def _routed(finished: RunData, say: Callable[[str], None]) -> Iterator[Routed]:
         yield Routed(client.id, client.task, tasks, mean, len(examples), images, maps)
 
 
-def _as_seen(model: "PilotModel", image_processor: Any, example: "Example") -> Floats:
+def _as_seen(processor: "Processor", example: "Example") -> Floats:
     """Return the first row of an example's first image as the vision tower sees it, in RGB."""
-    images = [image.read() for image in example.images]
-    pixels = model.spec.crops(image_processor, images)[0][0].double().numpy()
-    mean = np.array(image_processor.image_mean)[:, None, None]
-    std = np.array(image_processor.image_std)[:, None, None]
+    inputs = processor.inputs(example.images[0].read(), alone=len(example.images) == 1)
+    rows = inputs["pixel_values"].flatten(0, -4).double().numpy()
+    settings = processor.image_processor
+    mean = np.array(settings.image_mean)[:, None, None]
+    std = np.array(settings.image_std)[:, None, None]
+    pixels = rows[0]
     seen: Floats = (pixels * std + mean).clip(0, 1).transpose(1, 2, 0)
     return seen
 

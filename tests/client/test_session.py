@@ -416,9 +416,12 @@ def test_features_on_disk_are_those_of_all_runs(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     encoded = []
     encode = PilotModel.encode_images
-    monkeypatch.setattr(
-        PilotModel, "encode_images", lambda *args: encoded.append(len(args[1])) or encode(*args)
-    )
+
+    def counted(model, inputs):
+        encoded.append(len(inputs["pixel_values"]))
+        return encode(model, inputs)
+
+    monkeypatch.setattr(PilotModel, "encode_images", counted)
     model = replace(CONFIG.model, feature_cache=FeatureCacheConfig(where="disk"))
     client = federation_clients(CONFIG.data)[0]
     for number in range(2):

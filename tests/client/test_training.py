@@ -24,8 +24,8 @@ from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError, TrainingError
-from pilot_flwr.model.architectures import Visual
 from pilot_flwr.model.loading import initial_state
+from pilot_flwr.model.pilot_model import Visual
 
 TASKS = ("vqa", "counting", "captioning")
 TRAINED = {
@@ -631,7 +631,7 @@ def test_a_zero_image_counts_in_the_auxiliary_losses_alone(make_model, processor
     plain = next(encoder(model, processor)([given]))
     side = model.base.config.vision_config.image_size
     zero = model.encode_images({"pixel_values": torch.zeros(1, 3, side, side)})[0]
-    both = Visual(torch.cat([plain.features, zero]), plain.images)
+    both = plain._replace(features=torch.cat([plain.features, zero]), images=(1, 1), zeros=1)
     without, found = (
         training.accumulate(model, [batch], iter([visual]), TrainConfig())
         for visual in (plain, both)
@@ -640,7 +640,7 @@ def test_a_zero_image_counts_in_the_auxiliary_losses_alone(make_model, processor
     expected = model.connector(both.features)
     for index, value in enumerate((expected.difference, expected.balance, expected.z), start=2):
         assert found[index].item() == pytest.approx(value.item(), rel=1e-5)
-    alone = Visual(zero, ())
+    alone = Visual(zero, (1,), {}, zeros=1)
     text = Collator(processor, max_length=256).train_batch(given[1:])
     split = training.accumulate(
         model, [batch, text], iter([plain, alone]), TrainConfig()

@@ -6,14 +6,14 @@ The reference is transformers' own forward pass, one example at a time.
 import numpy as np
 import pytest
 import torch
-from checkpoints import WRITERS
+from families import WRITERS
 from PIL import Image
 
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import SPECS, feature_shape, read_config, spec_of
+from pilot_flwr.model.architectures import SPECS, feature_shape, read_config
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
@@ -62,17 +62,26 @@ def kit(model, path):
     return processor, collator, FeatureCache(FeatureCacheConfig(where="off"))
 
 
+def encoded(processor, collator, one, *, generate=False):
+    """A conversation's inputs by transformers' own processor."""
+    turns = one.turns[:-1] if generate else one.turns
+    text = collator._render(turns, generate=generate).text
+    bos = processor.tokenizer.bos_token
+    options = {"images": [[source.read() for source in one.images]]} if one.images else {}
+    return processor.original(
+        text=[text],
+        add_special_tokens=not (bos and text.startswith(bos)),
+        return_tensors="pt",
+        **options,
+    )
+
+
 def base_logits(base, processor, collator, one):
-    """Logits at the answers' positions by transformers' own forward pass."""
+    """Logits at the answers' positions by transformers' own processor and forward pass."""
     batch = collator.train_batch([one])
-    inputs = {}
-    if one.images:
-        images = [source.read() for source in one.images]
-        inputs = processor.image_processor(
-            images=[images] if spec_of(base.config).crops_alone else images, return_tensors="pt"
-        )
-    output = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)
-    return output.logits[:, :-1][batch.labels[:, 1:] != IGNORE_INDEX]
+    inputs = encoded(processor, collator, one)
+    assert torch.equal(inputs["input_ids"], batch.input_ids)
+    return base(**inputs).logits[:, :-1][batch.labels[:, 1:] != IGNORE_INDEX]
 
 
 @torch.no_grad()
@@ -95,14 +104,14 @@ def test_generation_is_transformers_own(path, model):
         max_new_tokens=6,
         stop=stop,
     )
-    for one, row in zip(EXAMPLES, tokens.tolist(), strict=True):
-        ids = collator.prompt_batch([one]).input_ids
-        for token in row:
-            following = next_token(base, processor, one, ids)
-            assert token == following
-            ids = torch.cat([ids, torch.tensor([[following]])], dim=1)
-            if following == stop:
-                break
+    for one, row in zip(EXAMPLES, tokens, strict=True):
+        inputs = encoded(processor, collator, one, generate=True)
+        ends = [*model.end_tokens(stop)]
+        expected = base.generate(
+            **inputs, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+        )[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(row[: len(expected)], expected)
+        assert all(int(token) == ends[0] for token in row[len(expected) :])
 
 
 @torch.no_grad()
@@ -118,16 +127,6 @@ def test_decoding_is_greedy_whatever_the_checkpoint_asks_for(path):
         batch = collator.prompt_batch(EXAMPLES)
         tokens.append(model.eval().generate(batch, visual, max_new_tokens=8))
     assert torch.equal(*tokens)
-
-
-def next_token(base, processor, one, ids):
-    inputs = {}
-    if one.images:
-        images = [source.read() for source in one.images]
-        inputs = processor.image_processor(
-            images=[images] if spec_of(base.config).crops_alone else images, return_tensors="pt"
-        )
-    return int(base(input_ids=ids, **inputs).logits[0, -1].argmax())
 
 
 def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):

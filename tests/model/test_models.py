@@ -116,9 +116,7 @@ def test_the_switch_is_refused_twice_and_for_a_foreign_own_task(make_model, gene
 def test_image_tokens_and_features_must_fit(make_model, processor, collator, examples):
     model = make_model()
     features = visual(model, processor, examples[:1])
-    with pytest.raises(
-        ValueError, match="features and image tokens do not match, tokens: 32"
-    ):
+    with pytest.raises(ValueError, match="features and image tokens do not match, tokens: 32"):
         model(collator.train_batch(examples[:2]), features)
 
 

@@ -237,7 +237,7 @@ def test_the_proximal_term_has_a_name_and_its_coefficient_already(run):
 def test_router_probabilities_are_the_softmax_of_each_token(finished):
     opened = open_run(finished.folder.path)
     model = client_model(opened, "vqa-1", device=CPU)
-    processor = load_processor(opened.config.model.path).image_processor
+    processor = load_processor(opened.config.model.path)
     client = client_by_id(opened.config.data, "vqa-1")
     examples = client_examples(opened.config.data, client, "test", seed=opened.config.seed)[:5]
     mean, images, maps = router.route(model, processor, examples, shown=2)
@@ -246,7 +246,7 @@ def test_router_probabilities_are_the_softmax_of_each_token(finished):
     total = np.zeros(2)
     for index, example in enumerate(examples):
         image = example.images[0].read()
-        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         (features,) = model.encode_images({"pixel_values": pixels})[0].double()
         for token, vector in enumerate(features):
             scores = [float(np.exp(float(vector @ row))) for row in weight]
