@@ -12,10 +12,15 @@ or, without remote code, ``from modeling_wide import WideLlava`` and
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+)
 
 CLASSES = {
     "LlavaForConditionalGeneration": "WideLlava",
+    "LlavaNextForConditionalGeneration": "WideLlavaNext",
     "LlavaOnevisionForConditionalGeneration": "WideLlavaOnevision",
 }
 """Class in transformers, and its subclass here."""
@@ -31,6 +36,14 @@ def widen(projector: Any, hidden: int) -> None:
 
 class WideLlava(LlavaForConditionalGeneration):  # type: ignore[misc]
     """`LlavaForConditionalGeneration` with a projector of another width."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        widen(self.model.multi_modal_projector, config.projector_hidden_size)
+
+
+class WideLlavaNext(LlavaNextForConditionalGeneration):  # type: ignore[misc]
+    """`LlavaNextForConditionalGeneration` with a projector of another width."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

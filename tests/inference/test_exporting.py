@@ -12,13 +12,13 @@ import numpy as np
 import peft
 import pytest
 import torch
-from checkpoints import WRITERS
+from families import WRITERS
 from peft import PeftModel
 from perturbed import perturb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
-from visuals import visual
+from visuals import encoded, visual
 
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
@@ -28,7 +28,6 @@ from pilot_flwr.data.images import ImageFile, expand_to_square, mean_colour
 from pilot_flwr.errors import ModelError, RunError
 from pilot_flwr.inference import modeling_pilot
 from pilot_flwr.inference.export import export_model
-from pilot_flwr.model.architectures import spec_of
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
@@ -373,11 +372,7 @@ def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
     cache = FeatureCache(FeatureCacheConfig(where="off"))
     expected = model(batch, cache.encode(model, processor, [one])).logits
     loaded = modeling_pilot.load_model(export(model, tmp_path / "model"))
-    inputs = processor.image_processor(
-        images=[[picture]] if spec_of(model.base.config).crops_alone else [picture],
-        return_tensors="pt",
-    )
-    output = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs)
+    output = loaded(**encoded(processor, collator, one))
     got = output.logits[:, :-1][batch.labels[:, 1:] != -100]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
     description = json.loads((tmp_path / "model" / "connector.json").read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import WRITERS
 from PIL import Image
+from visuals import encoded
 
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX
@@ -60,20 +61,6 @@ def kit(model, path):
     processor = load_processor(path)
     collator = make_collator(ModelConfig(path=path), processor, max_length=2048)
     return processor, collator, FeatureCache(FeatureCacheConfig(where="off"))
-
-
-def encoded(processor, collator, one, *, generate=False):
-    """A conversation's inputs by transformers' own processor."""
-    turns = one.turns[:-1] if generate else one.turns
-    text = collator._render(turns, generate=generate).text
-    bos = processor.tokenizer.bos_token
-    options = {"images": [[source.read() for source in one.images]]} if one.images else {}
-    return processor.original(
-        text=[text],
-        add_special_tokens=not (bos and text.startswith(bos)),
-        return_tensors="pt",
-        **options,
-    )
 
 
 def base_logits(base, processor, collator, one):
