@@ -130,7 +130,7 @@ def measure(path: str, folder: Path, repeats: int) -> dict[str, Any]:
     groups = {name: sum(p.numel() for p in g.values()) for name, g in model.groups().items()}
     return {
         "parameters": {
-            "base": groups.pop("base") + sum(p.numel() for p in model._projector[0].parameters()),
+            "base": groups.pop("base") + sum(p.numel() for p in model.slot.projector.parameters()),
             "swapped": sum(groups.values()),
         },
         "training_seconds_in_a_turn": round(statistics.median(rotation.training), 4),

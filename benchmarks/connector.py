@@ -20,11 +20,13 @@ import torch
 from _record import RESULTS, write_record
 from _timing import Times, summarize, take_turns
 from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from pilot_flwr.algorithm.connector import (
-    Adapter,
     CrossTaskMoA,
     TaskClientConnector,
+    copied,
     stage1_connector,
     stage2_connector,
 )
@@ -48,6 +50,15 @@ FLAT, TINY_FLAT = (8, 16, 256), (4, 4, 8)
 """(B, N, C) of the comparison with the (N·C)² formula."""
 
 
+def projector(size: Size) -> LlavaMultiModalProjector:
+    """Return LLaVA's projector of these widths."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=size.vision, num_attention_heads=1),
+        text_config=LlamaConfig(hidden_size=size.channels, num_attention_heads=1),
+    )
+    return LlavaMultiModalProjector(config)
+
+
 class Case:
     """Both connectors on one device, with their inputs H_v and output gradients dL/dx_img."""
 
@@ -57,7 +68,7 @@ class Case:
         self.visual = self._draw(1, size.tokens, size.vision)
         self.upstream = self._draw(1, size.tokens, size.channels)
         self.hidden = self._draw(size.tokens, size.channels)
-        self.projector = Adapter(size.vision, size.channels).to(device)
+        self.projector = projector(size).to(device)
         for parameter in self.projector.parameters():
             torch.nn.init.normal_(parameter, std=size.channels**-0.5)
 
@@ -66,15 +77,18 @@ class Case:
 
     def stage1(self) -> TaskClientConnector:
         """Build stage 1 with two trained adapters, neither inert."""
-        return stage1_connector(self.projector, ModelConfig(initialisation="official"))
+        official = ModelConfig(initialisation="official")
+        return stage1_connector(self.projector, official, last="linear_2")
 
     def stage2(self) -> CrossTaskMoA:
         """Build CT-MoA; ψ_s and the foreign ψ_t are frozen, as in training."""
         connector = stage2_connector(
             self.projector,
             ModelConfig(initialisation="official"),
+            last="linear_2",
+            channels=self.visual.shape[-1],
             tasks=TASKS,
-            client_adapter=self.projector.copy(),
+            client_adapter=copied(self.projector),
             generator=self.generator,
         )
         connector.client_adapter.requires_grad_(False)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from base_model import NUM_VISUAL_TOKENS, make_model, make_processor
+from base_model import make_model, make_processor
 from base_tasks import (
     PLAIN_TASKS,
     STYLED_TASKS,
@@ -30,10 +30,12 @@ from base_tasks import (
 )
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.demo import ask_caption, ask_count, ask_position, scan_indices
 from pilot_flwr.data.examples import Example
+from pilot_flwr.model.architectures import SPECS
 from pilot_flwr.model.checkpoints import write_bundle
+from pilot_flwr.model.processor import Processor
 
 DEFAULT_OUT = Path(__file__).parents[1] / "pilot_flwr" / "assets" / "tiny-llava"
 PLAIN_STEPS, STYLED_STEPS, BATCH_SIZE = 2000, 1100, 64
@@ -99,7 +101,12 @@ def train(
     while len(losses) < steps:
         examples = [draw_example(tasks, styles, pool, rng) for _ in range(BATCH_SIZE)]
         batch = collator.train_batch(examples)
-        loss = model(**vars(batch), pixel_values=pixels(collator.processor, examples)).loss
+        loss = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            pixel_values=pixels(collator.processor, examples),
+        ).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -142,7 +149,7 @@ def make_base(seed: int, plain_steps: int, styled_steps: int, out: Path) -> dict
     rng = np.random.default_rng([seed, 1])
     processor = make_processor(np.random.default_rng([seed, 0]))
     model = make_model(processor)
-    collator = Collator(processor, count_tokens=same_for_all(NUM_VISUAL_TOKENS), max_length=128)
+    collator = Collator(Processor(processor, SPECS["llava"]), max_length=128)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens", flush=True)
     first = {"tasks": PLAIN_TASKS, "styles": plain, "steps": plain_steps, "until": TAKEN_OFF}
     second = {"tasks": STYLED_TASKS, "styles": mild, "steps": styled_steps}

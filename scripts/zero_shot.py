@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from base_model import NUM_VISUAL_TOKENS
 from make_base import DEFAULT_OUT, exact_match
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.demo import TASKS, client_examples
+from pilot_flwr.model.architectures import SPECS
+from pilot_flwr.model.processor import Processor
 
 CLIENTS_PER_TASK = 3
 
@@ -33,7 +34,7 @@ def main() -> None:
         args.base, dtype=torch.float32, use_safetensors=True
     )
     processor = AutoProcessor.from_pretrained(args.base)  # nosec B615  # a local folder
-    collator = Collator(processor, count_tokens=same_for_all(NUM_VISUAL_TOKENS), max_length=128)
+    collator = Collator(Processor(processor, SPECS["llava"]), max_length=128)
     means = []
     for number, task in enumerate(TASKS):
         scores = []

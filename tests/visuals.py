@@ -2,8 +2,8 @@
 
 import torch
 
-from pilot_flwr.model.pilot_model import Visual
 from pilot_flwr.model.processor import collate, rows_of
+from pilot_flwr.model.slot import Visual
 
 
 def visual(model, processor, examples):

@@ -8,7 +8,6 @@ half of the square. Element-wise work counts as nothing.
 
 from typing import Any, NamedTuple
 
-from pilot_flwr.model.architectures import feature_size
 from pilot_flwr.model.memory import MicroBatch
 
 
@@ -61,7 +60,7 @@ def operations(
         Whether attention looks back only; else the whole square is counted.
     """
     text = config.text_config
-    visual, channels = feature_size(config)
+    _, visual, channels = batch.features
     length = visual + batch.text_tokens
     tokens, rows = batch.examples * length, batch.examples * visual
     shapes = linear_shapes(text)

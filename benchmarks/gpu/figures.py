@@ -10,7 +10,6 @@ from typing import Any
 from gpu.arithmetic import operations
 from gpu.measure import Planned, Variant
 from gpu.sizes import TASKS
-from pilot_flwr.model.architectures import feature_size
 
 Figures = dict[str, Any]
 
@@ -55,7 +54,7 @@ def complete(case: Figures, planned: Planned, matrix_flops: float) -> Figures:
         return case
     size, seconds, micro_batch = planned.size, case["seconds_per_step"], case["micro_batch"]
     batch = size.batch(micro_batch)
-    tokens = micro_batch * (feature_size(planned.config)[0] + batch.text_tokens)
+    tokens = micro_batch * (batch.image_tokens + batch.text_tokens)
     found = {
         **case,
         "examples_per_second": micro_batch / seconds,

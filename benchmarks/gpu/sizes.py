@@ -14,9 +14,9 @@ from torch import Tensor
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.data.examples import Example, Turn
-from pilot_flwr.model.architectures import ImageShape, Visual, feature_size, known_config
+from pilot_flwr.model.architectures import feature_shape, known_config
 from pilot_flwr.model.memory import MicroBatch
-from pilot_flwr.model.pilot_model import transformers_config
+from pilot_flwr.model.slot import Visual
 
 TASKS = ("vqa", "ocr", "captions")
 """T = 3 as in the paper; the first is the client's own."""
@@ -54,8 +54,16 @@ class Size:
 
     def batch(self, micro_batch: int) -> MicroBatch:
         """Return the shape of a micro-batch, one image an example."""
-        tokens = feature_size(known_config(self.config()))[0]
-        return MicroBatch(micro_batch, 1, tokens, self.text_tokens, self.answer_tokens)
+        tokens, channels = feature_size(known_config(self.config()))
+        shape = (1, tokens, channels)
+        return MicroBatch(micro_batch, shape, tokens, self.text_tokens, self.answer_tokens)
+
+
+def feature_size(config: Any) -> tuple[int, int]:
+    """Return N and D of one image, of a tower with images of one size."""
+    side = config.vision_config.image_size
+    _, tokens, channels = feature_shape(config, (1, 3, side, side))
+    return tokens, channels
 
 
 PAPER = LoraConfig(rank=64, alpha=128)
@@ -69,7 +77,7 @@ SIZES = {
 
 def make_base(size: Size, device: torch.device) -> Any:
     """Return the base in bfloat16 with random weights, made on the device."""
-    config = transformers_config(known_config(size.config()))
+    config = known_config(size.config())
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(0)
@@ -106,15 +114,18 @@ class FixedData:
         """Return the tokens, as `pilot_flwr.data.collator.Collator` does."""
         rows = len(examples)
         mask = torch.ones_like(self.input_ids)
-        return Batch(*(t.repeat(rows, 1) for t in (self.input_ids, mask, self.labels)))
+        tokens = (t.repeat(rows, 1) for t in (self.input_ids, mask, self.labels))
+        return Batch(*tokens, {})
 
     def encoder(self, device: torch.device) -> Any:
         """Return a function from batches to H_v, as `FeatureCache` has it."""
 
         def encode(parts: Iterable[Sequence[Example]]) -> Iterator[Visual]:
             for part in parts:
-                shapes = (ImageShape(1, self.side, self.side),) * len(part)
-                yield Visual(self.features.repeat(len(part), 1, 1).to(device), shapes)
+                rows = len(part)
+                stand_in = torch.ones(1).expand(rows, 3, self.side, self.side)
+                features = self.features.repeat(rows, 1, 1).to(device)
+                yield Visual(features, (1,) * rows, {"pixel_values": stand_in})
 
         return encode
 

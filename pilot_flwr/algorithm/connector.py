@@ -89,7 +89,7 @@ def _images(tokens: Tensor, images: Sequence[int]) -> Iterator[Tensor]:
         yield tokens
         return
     merged = sum(images) // len(tokens)
-    for image in tokens.split([count // merged for count in images]):
+    for image in torch.split(tokens, [count // merged for count in images]):
         yield image.unsqueeze(0)
 
 

@@ -26,7 +26,8 @@ from pilot_flwr.config.schema import TrainConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import StateError, TrainingError
-from pilot_flwr.model.pilot_model import PilotModel, Visual
+from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.slot import Visual
 from pilot_flwr.protocol import LOSSES, GroupName, Losses, State, TrainingResult
 
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]

@@ -52,9 +52,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`."""
-        *tensors, types = self
-        moved = {name: tensor.to(device) for name, tensor in types.items()}
-        return Batch(*(tensor.to(device) for tensor in tensors), moved)
+        types = {name: tensor.to(device) for name, tensor in self.token_types.items()}
+        ids, mask, labels = (tensor.to(device) for tensor in self[:3])
+        return Batch(ids, mask, labels, types)
 
 
 class Collator:

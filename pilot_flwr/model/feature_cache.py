@@ -24,8 +24,9 @@ from torch import Tensor
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.data.examples import Example
 from pilot_flwr.model.feature_folder import FeatureFolder
-from pilot_flwr.model.pilot_model import PilotModel, Visual
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.processor import PIXELS, Inputs, Layout, Processor, collate, rows_of
+from pilot_flwr.model.slot import Visual
 
 _PIXELS_AT_A_TIME = 32 * 3 * 384**2
 """Pixel values that the vision tower sees at once, if one image has no more; bounds its memory."""
@@ -156,8 +157,9 @@ class FeatureCache:
             parts += [features] * zeros
         if not parts:
             return Visual(torch.empty(0, 0, 0), (), {})
-        features, *besides = (_concatenate(each, model.device) for each in zip(*parts, strict=True))
-        return Visual(features, tuple(lay.rows for lay in layouts), inputs, tuple(besides), zeros)
+        whole = [_concatenate(each, model.device) for each in zip(*parts, strict=True)]
+        rows = tuple(layout.rows for layout in layouts)
+        return Visual(whole[0], rows, inputs, tuple(whole[1:]), zeros)
 
     def _zero_image(self, model: PilotModel, processor: Processor) -> tuple[Layout, Features]:
         """Return layout and features of an image whose pixels are zero after normalization."""
@@ -236,7 +238,7 @@ def _encoded(model: PilotModel, images: Sequence[Inputs], *, alone: bool) -> lis
     split = []
     for tensor in model.encode_images(collate(images, together=together)):
         merged = sum(rows) // len(tensor)  # outputs besides H_v are per token
-        split.append(tensor.split([count // merged for count in rows]))
+        split.append(torch.split(tensor, [count // merged for count in rows]))
     return list(zip(*split, strict=True))
 
 

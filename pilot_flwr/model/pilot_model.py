@@ -13,11 +13,10 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
-import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
@@ -33,15 +32,14 @@ from pilot_flwr.algorithm.connector import (
     stage2_connector,
 )
 from pilot_flwr.algorithm.parameter_groups import Groups, group_parameters, set_trainable
-from pilot_flwr.config.model import LoraConfig, ModelConfig
+from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import check_targets, merge_of, spec_of, token_channels
+from pilot_flwr.model.architectures import merge_of, spec_of, token_channels
+from pilot_flwr.model.lora import add_lora, set_residual
 from pilot_flwr.model.processor import PIXELS, Inputs
+from pilot_flwr.model.slot import Slot, Visual, replaced
 from pilot_flwr.protocol import GroupName, State
-
-RESIDUAL = "residual"
-"""peft's name of the second LoRA; Θ_l's is ``default``."""
 
 
 def empty_base(config: Any) -> Any:
@@ -64,122 +62,12 @@ def empty_model(
     return model
 
 
-def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: torch.dtype) -> None:
-    """Add Θ_l to the language model in place; `ModelError` if a target is not a linear layer."""
-    linear = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
-    check_targets(linear, lora.targets)
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-    )
-    peft.inject_adapter_in_model(config, language_model)
-    for name, parameter in language_model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> None:
-    """Put the residual of exact aggregation beside Θ_l, in place of the previous one.
-
-    Every layer with a ``<layer>.lora_A`` and ``<layer>.lora_B`` in `residual` gets a second,
-    frozen LoRA of peft: same scale, no dropout, float32.
-    """
-    trainable = {name for name, p in language_model.named_parameters() if p.requires_grad}
-    for name, layer in language_model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if RESIDUAL in layer.lora_A:
-            layer.delete_adapter(RESIDUAL)
-        factor = residual.get(f"{name}.lora_A")
-        if factor is None:
-            continue
-        if factor.ndim != 2 or not len(factor):
-            raise ModelError(f"The residual of `{name}` has factors of shape {list(factor.shape)}.")
-        config = peft.LoraConfig(r=len(factor), lora_dropout=0.0, init_lora_weights=False)
-        layer.update_layer(RESIDUAL, len(factor), config.lora_alpha, config)
-        layer.scaling[RESIDUAL] = layer.scaling["default"]
-        layer.set_adapter(["default", RESIDUAL])
-    for name, parameter in language_model.named_parameters():
-        if f".{RESIDUAL}." in name:
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_(name in trainable and f".{RESIDUAL}." not in name)
-
-
-class Visual(NamedTuple):
-    """H_v of a batch's images, in order, and the base model's image inputs."""
-
-    features: Tensor
-    """(R, N, D), rows of N features, or (R, D)."""
-    images: tuple[int, ...]
-    """The rows of every image."""
-    inputs: Inputs
-    """Image inputs of the base model, with a stand-in for the pixels; empty without images."""
-    besides: tuple[Tensor, ...] = ()
-    """Outputs of `ModelSpec.besides` of all images."""
-    zeros: int = 0
-    """The last images that the connector alone sees (`train.text_only`)."""
-
-    @property
-    def weight(self) -> int:
-        """Number of images that L_d is a mean over; rows count as images."""
-        return len(self.features) if self.features.dim() == 3 else len(self.images)
-
-    @property
-    def shown(self) -> int:
-        """Rows of the images in the text."""
-        return sum(self.images[: len(self.images) - self.zeros])
-
-
 class ModelOutput(NamedTuple):
     """Logits (M, V) and labels (M,) of a batch's M answer tokens, and the connector's output."""
 
     logits: Tensor
     labels: Tensor
     connector: ConnectorOutput
-
-
-class _Slot(nn.Module):
-    """Stands in the base model in place of its connector."""
-
-    def __init__(self, projector: nn.Module) -> None:
-        super().__init__()
-        self.pilot: TaskClientConnector | CrossTaskMoA | None = None
-        self.visual: Visual | None = None
-        """Kept features; without them the features of the tower are noted in `seen`."""
-        self.seen: Tensor | None = None
-        self.output: ConnectorOutput | None = None
-        # In a tuple, so that torch does not register it: only new adapters start from it.
-        self._projector = (projector,)
-
-    @property
-    def projector(self) -> nn.Module:
-        """The base model's connector, in the adapters' precision."""
-        return self._projector[0]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the tokens of the kept features."""
-        if self.visual is None:
-            self.seen = features
-            projected: Tensor = self.projector(features.to(next(self.projector.parameters())))
-            return projected
-        tokens = self.connect(features.device).features
-        rows = len(self.visual.features)
-        return tokens[: len(tokens) * self.visual.shown // rows]
-
-    def connect(self, device: torch.device) -> ConnectorOutput:
-        """Run the connector on the kept features; without any, all is empty or zero."""
-        assert self.visual is not None
-        features = self.visual.features
-        dtype = next(self.projector.parameters()).dtype
-        if len(features):
-            assert self.pilot is not None
-            self.output = self.pilot(features.to(device, dtype), self.visual.images)
-        else:
-            zero = torch.zeros((), device=device)
-            self.output = ConnectorOutput(features, zero, zero, zero)
-        return self.output
 
 
 class PilotModel(nn.Module):
@@ -213,7 +101,7 @@ class PilotModel(nn.Module):
         self._groups: Groups | None = None
         self._lora_layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
         projector = base.model.get_submodule(self.spec.connector)
-        self.slot = _Slot(copied(projector).to(dtype))
+        self.slot = Slot(copied(projector).to(dtype))
         base.model.set_submodule(self.spec.connector, self.slot)
 
     @property
@@ -320,7 +208,7 @@ class PilotModel(nn.Module):
         """Replace R, the frozen residual of exact aggregation beside Θ_l."""
         if residual or self.groups()["residual"]:
             self._groups = None
-            _set_residual(self.decoder, residual)
+            set_residual(self.decoder, residual)
         self.load("residual", residual)
 
     @functools.cached_property
@@ -385,10 +273,10 @@ class PilotModel(nn.Module):
         kept = zip(self._besides(), visual.besides, strict=True) if visual.images else ()
         with contextlib.ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(_replaced(layer, lambda hidden, *args, **kwargs: hidden))
+                stack.enter_context(replaced(layer, lambda hidden, *args, **kwargs: hidden))
             for module, output in kept:
                 output = output.to(self.device)
-                stack.enter_context(_replaced(module, lambda *args, output=output: output))
+                stack.enter_context(replaced(module, lambda *args, output=output: output))
             self.slot.visual, self.slot.output = visual, None
             try:
                 yield self._on_device(visual.inputs)
@@ -485,17 +373,3 @@ class PilotModel(nn.Module):
         self.slot.pilot = connector.to(self.device)
         self._groups = None
         set_trainable(self.groups(), stage=self.stage)
-
-
-@contextlib.contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace a module's forward pass."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError, TrainingError
 from pilot_flwr.model.loading import initial_state
-from pilot_flwr.model.pilot_model import Visual
+from pilot_flwr.model.slot import Visual
 
 TASKS = ("vqa", "counting", "captioning")
 TRAINED = {
