@@ -1,6 +1,7 @@
 """What an entry point may import, since every message of a deployment starts a process."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,16 +65,20 @@ ALLOWED = {
     QUERY: APP | {"hydra", "pandas", "scipy", "sklearn"},  # the demo's images are scikit-learn's
     PLAN: {"hydra", "numpy", "rapidfuzz", "safetensors", "torch"},
 }
+REMEMBERED = {QUERY, PLAN}
+"""Those that compute shapes once and then remember them; the second run counts."""
 
 
 @pytest.mark.parametrize("code", ALLOWED, ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_an_entry_point_imports_only_what_it_needs(code, tmp_path):
     listed = "import json, sys\nprint(json.dumps(list(sys.modules)))"
     program = f"FOLDER = {str(tmp_path)!r}\n{code}\n{listed}"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for _ in range(1 + (code in REMEMBERED)):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env
+        )
+        assert done.returncode == 0, done.stderr
     imported = set(json.loads(done.stdout.splitlines()[-1]))
     assert imported & HEAVY <= ALLOWED[code]
 

@@ -20,6 +20,8 @@ class Operations(NamedTuple):
     head: int
     connector: int
     difference: int
+    embedding: int
+    """Of the stand-in for the pixels; the tower's layers are skipped."""
 
     @property
     def total(self) -> int:
@@ -74,6 +76,7 @@ def operations(
         attention=12 * batch.examples * layers * pairs * shapes[0][1],
         head=4 * batch.examples * batch.answer_tokens * width * text.vocab_size,
         connector=_connector(rows, channels, width, stage=stage, tasks=tasks),
+        embedding=_embedding(config.vision_config, batch.examples),
         difference=_difference(batch.examples, visual, width) if stage == 1 else 0,
     )
 
@@ -86,6 +89,12 @@ def _connector(rows: int, channels: int, width: int, *, stage: int, tasks: int) 
         return rows * 2 * trained
     # ψ_t and ψ_c; the foreign ψ_t and ψ_s; φ.
     return rows * (tasks * trained + tasks * frozen + 4 * channels * tasks)
+
+
+def _embedding(vision: Any, examples: int) -> int:
+    patches = (vision.image_size // vision.patch_size) ** 2
+    inputs = vision.num_channels * vision.patch_size**2
+    return 2 * examples * patches * inputs * vision.hidden_size
 
 
 def _difference(examples: int, visual: int, width: int) -> int:

@@ -62,7 +62,7 @@ class Planned:
     def memory(self, variant: Variant, micro_batch: int) -> Any:
         """Return the estimate for one of the package's loops; the plain one has none."""
         config = self.size.config(checkpointing=variant.checkpointing)
-        stage = Stage(config, self.config, TASKS, variant.stage)
+        stage = Stage(config, TASKS, variant.stage)
         return training_memory(stage, self.size.batch(micro_batch))
 
     def largest(self, variant: Variant, device_bytes: int) -> int:

@@ -284,9 +284,7 @@ class Collator:
         texts += [(turn.role, turn.text) for turn in turns]
         image = self.processor.image_token
         messages = [{"role": role, "content": _content(text, image)} for role, text in texts]
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=generate)
         return text
 
 

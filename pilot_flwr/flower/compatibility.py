@@ -51,6 +51,14 @@ _SUBCONFIG_FIELDS = (
     "layer_norm_eps",
     "image_size",
     "patch_size",
+    "depth",
+    "num_heads",
+    "out_hidden_size",
+    "spatial_merge_size",
+    "window_size",
+    "deepstack_visual_indexes",
+    "sliding_window",
+    "layer_types",
 )
 
 _CONFIG_FIELDS = (
@@ -59,6 +67,9 @@ _CONFIG_FIELDS = (
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "multimodal_projector_bias",
+    "downsample_ratio",
+    "scale_factor",
+    "mm_tokens_per_image",
 )
 
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
@@ -161,6 +161,27 @@ def check_files(config: ModelConfig) -> None:
     """Raise `ModelError` for damaged weights or an unfit chat template on this machine."""
     check_weights(config)
     check_template(config)
+
+
+class Decoder(NamedTuple):
+    """A base model's family, and its decoder's sizes."""
+
+    family: str
+    layers: int
+    width: int
+    vocabulary: int
+
+
+def decoder_of(config: ModelConfig) -> Decoder:
+    """Return the sizes of a base model's decoder, remembered; see `remembered`."""
+
+    def read() -> Decoder:
+        base = known_config(config)
+        text = base.text_config
+        return Decoder(base.model_type, text.num_hidden_layers, text.hidden_size, text.vocab_size)
+
+    check_files(config)
+    return Decoder(*remembered("decoders", config, (), read))
 
 
 def remembered(kind: str, config: ModelConfig, key: object, compute: Callable[[], T]) -> T:

@@ -126,7 +126,7 @@ def _check_template(path: str, processor: Processor) -> None:
     if processor.original.chat_template:
         try:
             text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": content}], add_generation_prompt=True
             )
         except Exception as error:  # a template may raise anything
             defect = f"has a chat template that cannot render an image and a text: {error}"

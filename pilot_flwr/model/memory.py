@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +23,14 @@ from torch.nn import functional
 from pilot_flwr.algorithm.parameter_groups import WHOLE, Sharing, set_trainable, trained_groups
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import remembered
+from pilot_flwr.model.architectures import decoder_of, known_config, remembered
 from pilot_flwr.model.shapes import DTYPE_BYTES, Shapes, group_shapes, numel
 from pilot_flwr.protocol import GroupName
 
 RESERVE = 0.1
 """Share added for the allocator's fragmentation and the kernels' workspace."""
+
+_LAYERS = re.compile(r"(?:language|text)_model\.layers\.")
 
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in NF4 with double quantization: 4 bits, and scales for blocks of 64."""
@@ -74,7 +77,6 @@ class Stage:
     """One stage of one client: its parameters' shapes, and which are trained and sent."""
 
     config: ModelConfig
-    base: Any
     tasks: tuple[str, ...]
     number: int
     sharing: Sharing = WHOLE
@@ -104,7 +106,8 @@ def training_memory(stage: Stage, batch: MicroBatch) -> Memory:
     bytes_of = {"base": 0, "residual": 4}
     adapters = sum(bytes_of.get(g, width) * numel(shapes) for g, shapes in stage.groups.items())
     answers = batch.examples * batch.answer_tokens
-    vocabulary, precision = stage.base.text_config.vocab_size, DTYPE_BYTES[stage.config.dtype]
+    vocabulary = decoder_of(stage.config).vocabulary
+    precision = DTYPE_BYTES[stage.config.dtype]
     parts = {
         "base": _base_bytes(stage),
         "adapters": adapters,
@@ -121,7 +124,7 @@ def _base_bytes(stage: Stage) -> int:
     width, shapes = DTYPE_BYTES[stage.config.dtype], stage.groups["base"]
 
     def bytes_each(name: str) -> float:
-        matrix = "language_model.layers" in name and len(shapes[name]) == 2
+        matrix = bool(_LAYERS.search(name)) and len(shapes[name]) == 2
         return _NF4_BYTES if matrix and stage.config.quantization != "none" else width
 
     return int(sum(math.prod(shape) * bytes_each(name) for name, shape in shapes.items()))
@@ -129,7 +132,7 @@ def _base_bytes(stage: Stage) -> int:
 
 def _activation_bytes(stage: Stage, batch: MicroBatch) -> int:
     """Count what autograd keeps: with checkpointing, all layers' inputs and the rest of one."""
-    layers = int(stage.base.text_config.num_hidden_layers)
+    layers = decoder_of(stage.config).layers
 
     def kept() -> dict[str, int]:
         found = {}
@@ -152,7 +155,7 @@ def _kept(stage: Stage, batch: MicroBatch, layers: int, *, checkpointing: bool) 
     from pilot_flwr.model.pilot_model import empty_model
 
     config = replace(stage.config, gradient_checkpointing=checkpointing)
-    base = _with_layers(stage.base, layers)
+    base = _with_layers(known_config(stage.config), layers)
     model = empty_model(config, base, tasks=stage.tasks, stage=stage.number)
     if residual := {n: s for n, s in stage.groups["residual"].items() if _layer(n) < layers}:
         with torch.device("meta"):
@@ -161,7 +164,7 @@ def _kept(stage: Stage, batch: MicroBatch, layers: int, *, checkpointing: bool) 
     model.share_lora_inputs(True)  # as under the autocast of a GPU
     decoder, head, connector = model.train().decoder, model.base.lm_head, model.connector
     rows, *shape = batch.features
-    dtype, width = getattr(torch, stage.config.dtype), stage.base.text_config.hidden_size
+    dtype, width = getattr(torch, stage.config.dtype), base.text_config.hidden_size
     with FakeTensorMode():
         for part in (decoder, head, connector):
             _without_content(part)

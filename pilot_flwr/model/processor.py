@@ -6,10 +6,9 @@ So they are computed once per size, from a blank image: training on kept feature
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pilot_flwr.config.model import ModelConfig
@@ -21,6 +20,9 @@ from pilot_flwr.model.architectures import (
     spec_of,
 )
 from pilot_flwr.model.checkpoints import locate
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -116,11 +118,15 @@ class Processor:
         self._options = merged["images_kwargs"]
         self._layouts: dict[tuple[Size, bool], Layout] = {}
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+    def apply_chat_template(self, messages: Any, *, add_generation_prompt: bool = False) -> str:
         """Render a conversation."""
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.original.chat_template, **options
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.original.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
+        return text
 
     @property
     def image_token_ids(self) -> set[int]:
@@ -148,17 +154,19 @@ class Processor:
         """Return what an image becomes; `alone` says whether it is its example's only one."""
         key = size, alone or not self.crops_alone
         if key not in self._layouts:
+            from PIL import Image  # a plan needs none
+
             height, width = size
             inputs, text = self._process(Image.new("RGB", (width, height)), alone=alone)
             shape = tuple(inputs.pop(PIXELS).shape)
             self._layouts[key] = Layout(text, shape, inputs)
         return self._layouts[key]
 
-    def inputs(self, image: Image.Image, *, alone: bool) -> Inputs:
+    def inputs(self, image: "PIL.Image.Image", *, alone: bool) -> Inputs:
         """Return an image's inputs."""
         return self._process(image, alone=alone)[0]
 
-    def _process(self, image: Image.Image, *, alone: bool) -> tuple[Inputs, str]:
+    def _process(self, image: "PIL.Image.Image", *, alone: bool) -> tuple[Inputs, str]:
         together = self.crops_alone and not alone
         images = [[image] * 2] if together else [image]
         processed, (text, *_) = self.original._process_images(images, **self._options)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from pilot_flwr.algorithm.quantization import compressed_bytes
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.formatting import human_bytes
-from pilot_flwr.model.architectures import known_config, remembered
+from pilot_flwr.model.architectures import decoder_of, remembered
 from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
 from pilot_flwr.model.processor import Size, planned_image
 from pilot_flwr.model.shapes import DTYPE_BYTES, numel
@@ -100,7 +99,7 @@ def make_plan(
     micro_batch: int = 0,
 ) -> Plan:
     """Count parameters and bytes, and estimate memory."""
-    base = known_config(config.model)
+    decoder = decoder_of(config.model)
     features, tokens = remembered(
         "image", config.model, image_size, lambda: planned_image(config.model, image_size)
     )
@@ -109,11 +108,11 @@ def make_plan(
     )
     last = config.strategy.stages
     drawn = config.strategy.num_drawn(config.num_clients, train=True)
-    stages = {stage: _stage_plan(config, base, stage, batch) for stage in range(1, last + 1)}
+    stages = {stage: _stage_plan(config, stage, batch) for stage in range(1, last + 1)}
     return Plan(
         path=config.model.path,
-        architecture=base.model_type,
-        text_channels=base.text_config.hidden_size,
+        architecture=decoder.family,
+        text_channels=decoder.width,
         batch=batch,
         stages=stages,
         server=tuple(
@@ -180,9 +179,9 @@ def _total_bytes(config: PilotConfig, first: StagePlan, last: StagePlan) -> int:
     return up + down + receivers * sum(growing[:rounds]) + closing * growing[rounds]
 
 
-def _stage_plan(config: PilotConfig, base: Any, number: int, batch: MicroBatch) -> StagePlan:
+def _stage_plan(config: PilotConfig, number: int, batch: MicroBatch) -> StagePlan:
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
-    stage = Stage(config.model, base, tuple(config.data.tasks), number, sharing)
+    stage = Stage(config.model, tuple(config.data.tasks), number, sharing)
     residuals = _residual_bytes(config, stage)
     width = DTYPE_BYTES[config.model.wire_dtype]
     numbers = stage.count(lambda group, name: True)

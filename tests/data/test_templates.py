@@ -180,6 +180,6 @@ def test_the_processors_own_encoding_is_the_same(tmp_path):
         }
         for turn in example.turns
     ]
-    text = collator.processor.apply_chat_template(messages, tokenize=False)
+    text = collator.processor.apply_chat_template(messages)
     expected = collator.tokenizer(text.replace("<image>", "<image>" * 2))["input_ids"]
     assert collator.tokenize(example)[0] == expected

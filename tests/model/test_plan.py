@@ -249,7 +249,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(processor):
     with hooks, torch.autocast("cpu", torch.bfloat16):
         model(batch, features)
     measured = sum(size for size, _ in kept.values())
-    stage = Stage(config, known_config(config), ("vqa",), 1)
+    stage = Stage(config, ("vqa",), 1)
     planned = training_memory(stage, MicroBatch(4, (1, 16, 64), 16, text, answers)).activations
     assert planned == pytest.approx(measured, rel=0.1)
 
