@@ -250,8 +250,8 @@ class PilotStrategy(Strategy):
                 updates,
                 self.config,
                 seed=self.seed,
-                allocate=lambda client: create_lora(
-                    self.folder.checkpoints, server_round, client, self.state.initial.lora
+                allocate=lambda client, layout: create_lora(
+                    self.folder.checkpoints, server_round, client, layout
                 ),
                 keep=self._spool,
             )

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.algorithm.arrays import layout_difference
-from pilot_flwr.algorithm.server_state import InitialState, Moments, ServerState
+from pilot_flwr.algorithm.server_optimizer import Moments
+from pilot_flwr.algorithm.server_state import InitialState, ServerState
 from pilot_flwr.config.loading import from_yaml, to_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError, RunError, StateError
