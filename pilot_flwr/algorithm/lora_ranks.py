@@ -225,16 +225,15 @@ def truncated(lora: State, rank: int, spare: State) -> State:
     return mix_products([lora], np.ones((1, 1)), [(0, rank)], spare=spare)[0].lora
 
 
-def current_lora(
+def newcomer_lora(
     task_of: Mapping[str, str],
     load: Callable[[str], State],
     task: str,
-    client: str = "",
     *,
     rank: int,
     spare: State,
-) -> State | None:
-    """Return a client's Θ̄_l: its own, else the mean of its task's clients', else of all clients'.
+) -> State:
+    """Return the LoRA of a client without one: the mean of its task's clients', else of all.
 
     If any client has another rank than `spare`, the mean is that of the products.
 
@@ -243,28 +242,26 @@ def current_lora(
     task_of : Mapping[str, str]
         Task of every client that has a LoRA.
     load : callable
-        Maps a client to its LoRA.
-    task, client : str
-        Task and id; without `client`, the mean of the task.
+        Maps such a client to its LoRA.
+    task : str
+        Task of the newcomer.
     rank : int
-        Rank of the mean.
+        Its rank.
     spare : state
-        The federation's LoRA as drawn, as in :func:`mix_products`.
+        The federation's LoRA as drawn, of which it gets the leading part if no client has trained.
 
     Returns
     -------
-    State or None
-        Without tensors if LoRAs are not shared; None if no client has trained.
+    State
+        Without tensors if LoRAs are not shared.
     """
-    if client in task_of:
-        return load(client)
     peers = sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
     if not peers:
-        return None
+        return at_rank(spare, rank)
     loras = [load(peer) for peer in peers]
     if not any(loras):
         return {}
-    if all(rank == rank_of(spare) for rank in (rank, *map(rank_of, map(load, task_of)))):
+    if all(one == rank_of(spare) for one in (rank, *map(rank_of, map(load, task_of)))):
         # Aggregating tensors yields tensors.
         return cast(State, weighted_average(loras, [1] * len(loras)))
     weights = np.full((len(loras), len(loras)), 1 / len(loras))
@@ -315,17 +312,17 @@ def _fill(
     """Write one mixture into states of different ranks; return the relative error of each."""
     used = np.flatnonzero(shares)
     mixed = [loras[client] for client in used.tolist()]
-    whole, lost = 0.0, dict.fromkeys(targets, 0.0)
+    whole, lost, most = 0.0, dict.fromkeys(targets, 0.0), max(targets)
     for layer in layers:
         left, right = _concatenated(mixed, layer, shares[used].tolist())
-        if (missing := max(targets) - len(right)) > 0:
+        if (missing := most - len(right)) > 0:
             right = torch.cat([right, spare[layer + A][:missing].double()])
             left = torch.cat([left, left.new_zeros(len(left), len(right) - left.shape[1])], dim=1)
         if not bool(torch.isfinite(left.sum() + right.sum())):
             raise UpdateError(f"The LoRA of layer `{layer}` holds NaN or Inf.")
         svd = decompose(left, right)
-        outputs = (svd.left @ (svd.u * svd.values)) / ROW_LENGTH
-        inputs = (svd.v @ svd.right.T) * ROW_LENGTH
+        outputs = (svd.left @ (svd.u[:, :most] * svd.values[:most])) / ROW_LENGTH
+        inputs = (svd.v[:most] @ svd.right.T) * ROW_LENGTH
         squares = svd.values.square()
         whole += float(squares.sum())
         for rank, target in targets.items():

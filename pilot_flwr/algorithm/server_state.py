@@ -25,8 +25,8 @@ from pilot_flwr.algorithm.fedex_lora import product_residual
 from pilot_flwr.algorithm.lora_ranks import (
     at_rank,
     check_rank,
-    current_lora,
     mix_products,
+    newcomer_lora,
     product_distances,
     rank_of,
     truncated,
@@ -127,7 +127,7 @@ class ServerState:
         return rank_of(self.initial.lora)
 
     def lora_for(self, client: str, task: str, rank: int = 0) -> State:
-        """Return the `current_lora` of a client, or Θ_l⁰ before any client has trained.
+        """Return a client's Θ̄_l, or the `newcomer_lora` of its task.
 
         `rank` is the client's, 0 the federation's.
         """
@@ -136,8 +136,8 @@ class ServerState:
             return truncated(self.loras[client], rank, spare)  # a site may change its rank
         if (task, rank) not in self._means:
             load = self.loras.__getitem__
-            lora = current_lora(self.task_of, load, task, rank=rank, spare=spare)
-            self._means[task, rank] = at_rank(spare, rank) if lora is None else lora
+            lora = newcomer_lora(self.task_of, load, task, rank=rank, spare=spare)
+            self._means[task, rank] = lora
         return self._means[task, rank]
 
     def restore(self, update: Update, member: Member, bits: int) -> Update:
