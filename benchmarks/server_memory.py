@@ -103,7 +103,7 @@ def aggregate(folder: Path, clients: int, parameters: int) -> dict[str, Any]:
         seconds["receive"], clock = time.perf_counter() - clock, time.perf_counter()
         updates, _ = check_norms(updates, state, config.update_norm)
         state.aggregate(
-            updates, config, allocate=lambda client: create_lora(folder, 1, client, lora)
+            updates, config, allocate=lambda client, layout: create_lora(folder, 1, client, layout)
         )
         seconds["aggregate"], clock = time.perf_counter() - clock, time.perf_counter()
         save_checkpoint(

@@ -68,12 +68,15 @@ class Member:
         Training examples that it declares, an upper bound of n_k.
     stage_trained : int
         Stage of the private state that it holds, 0 if none.
+    lora_rank : int
+        Rank of its Θ_l, 0 for the federation's.
     """
 
     client: str
     task: str
     examples: int
     stage_trained: int
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shlex
 from datetime import datetime
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from pilot_flwr.config.loading import check_effect, load_config
 from pilot_flwr.config.overrides import default_run_folder
-from pilot_flwr.config.rules import check_simulation, expanded
+from pilot_flwr.config.rules import check_lora_rank, check_simulation, expanded
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import RunError, WorkerDied
@@ -126,6 +127,7 @@ def federate(grid: Grid, config: PilotConfig, opened: OpenRun) -> PilotStrategy:
         folder=folder,
         expected={client.id: client.task for client in federation_clients(config.data)},
         identity=identity_of(config),
+        check_rank=functools.partial(check_lora_rank, "lora-rank", config=config),
         settings=identity.settings,
         simulated=simulated,
         evaluate=config.evaluation.enabled and not config.privacy.withholds_metrics,

@@ -57,7 +57,8 @@ class PilotStrategy(Strategy):
 
     `state` has the task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its
     `Result`. `expected` maps the federation's clients to their tasks, `identity` has the hashes
-    that clients must share (`pilot_flwr.flower.compatibility`), `settings` is the hash of the
+    that clients must share (`pilot_flwr.flower.compatibility`), `check_rank` raises `ConfigError`
+    for a client's LoRA rank that the run cannot use, `settings` is the hash of the
     run's settings, for its checkpoints, and `upload_bits` the width of compressed uploads, 0
     without compression. If `simulated`, all clients exist from the start and Ray may send error
     replies.
@@ -72,6 +73,7 @@ class PilotStrategy(Strategy):
         folder: RunFolder,
         expected: Mapping[str, str],
         identity: Mapping[str, str],
+        check_rank: Callable[[int], None],
         settings: str = "",
         simulated: bool = False,
         evaluate: bool = True,
@@ -100,6 +102,7 @@ class PilotStrategy(Strategy):
             config,
             lambda number, who, why: self.recorder.failure(number, "roster", who, why),
             identity=identity,
+            check_rank=check_rank,
             known=state.task_of,
             simulated=simulated,
             keys=keys or {},
@@ -250,8 +253,8 @@ class PilotStrategy(Strategy):
                 updates,
                 self.config,
                 seed=self.seed,
-                allocate=lambda client: create_lora(
-                    self.folder.checkpoints, server_round, client, self.state.initial.lora
+                allocate=lambda client, layout: create_lora(
+                    self.folder.checkpoints, server_round, client, layout
                 ),
                 keep=self._spool,
             )

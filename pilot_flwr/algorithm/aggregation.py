@@ -40,7 +40,7 @@ EVERYONE = "all-tasks"
 SKETCH_SIZE = 8192
 """Number m of columns of a sketch."""
 
-_CANCELLATION = 1e-6
+CANCELLATION = 1e-6
 """Below this share of G_kk + G_jj, too few of the 16 digits of G_kk + G_jj - 2 G_kj are left."""
 
 _ROW_SUM_TOLERANCE = 1e-6
@@ -74,11 +74,7 @@ def pairwise_distances(states: Sequence[NamedArrays]) -> Matrix:
     G cancels are computed again relative to one of them: one more pass per such cluster.
     """
     check_states(states, range(len(states)))
-    distances = np.sqrt(_squared_distances(states))
-    # Identical clients share one row, so that rounding cannot decide ties between them.
-    original = (distances == 0).argmax(axis=1)
-    unified: Matrix = distances[np.ix_(original, original)]
-    return unified
+    return unified(np.sqrt(_squared_distances(states)))
 
 
 def sketched_distances(states: Sequence[NamedArrays], *, seed: Sequence[int]) -> Matrix:
@@ -230,12 +226,7 @@ def mix(
     """
     clients = range(len(states))
     check_states(states, clients)
-    matrix = np.asarray(weights, dtype=np.float64)
-    if matrix.shape != (len(states), len(states)):
-        raise UpdateError(f"The weights of {len(states)} clients have shape {matrix.shape}.")
-    if not np.all(matrix >= 0) or np.any(np.abs(matrix.sum(axis=1) - 1) > _ROW_SUM_TOLERANCE):
-        raise UpdateError("The weights must not be negative, and each row must sum to 1.")
-    matrix = matrix / matrix.sum(axis=1, keepdims=True)
+    matrix = check_weights(weights, len(states))
     _, first, row_of = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
     distinct = np.sort(first)
     place = None if allocate is None else lambda row: allocate(int(distinct[row]))
@@ -396,6 +387,24 @@ LORA_RULES: dict[str, LoraRule] = {
 """Aggregation rules for LoRAs, by `strategy.lora`."""
 
 
+def unified(distances: Matrix) -> Matrix:
+    """Give identical clients one row, so that rounding cannot decide ties between them."""
+    original = (distances == 0).argmax(axis=1)
+    shared: Matrix = distances[np.ix_(original, original)]
+    return shared
+
+
+def check_weights(weights: Matrix, clients: int) -> Matrix:
+    """Return mixing weights with rows that sum to 1; raise `UpdateError` if they are far off."""
+    matrix = np.asarray(weights, dtype=np.float64)
+    if matrix.shape != (clients, clients):
+        raise UpdateError(f"The weights of {clients} clients have shape {matrix.shape}.")
+    if not np.all(matrix >= 0) or np.any(np.abs(matrix.sum(axis=1) - 1) > _ROW_SUM_TOLERANCE):
+        raise UpdateError("The weights must not be negative, and each row must sum to 1.")
+    normalized: Matrix = matrix / matrix.sum(axis=1, keepdims=True)
+    return normalized
+
+
 def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
     """Return the squared distances, with a relative error of about 1e-9."""
     gram = centred_gram(states)
@@ -403,7 +412,7 @@ def _squared_distances(states: Sequence[NamedArrays]) -> Matrix:
     scale = norms[:, None] + norms[None, :]
     squared: Matrix = scale - (gram + gram.T)
     np.fill_diagonal(squared, 0)
-    cancelled = squared < _CANCELLATION * scale
+    cancelled = squared < CANCELLATION * scale
     np.fill_diagonal(cancelled, False)
     # Client 0 is the origin and never cancels, so the recursion ends.
     for cluster in _components(cancelled):

@@ -8,6 +8,7 @@ Large Language Models", ACL 2025 (arXiv 2410.09432); p_k is 1 / K there.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -122,11 +123,28 @@ def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
     return whole
 
 
-def _compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors of ``left @ right``, of its numerical rank and of equal norms."""
+class Decomposition(NamedTuple):
+    """Factors of a product: ``left @ (u * values) @ v @ right.T``, with orthonormal columns."""
+
+    left: Tensor
+    u: Tensor
+    values: Tensor
+    """Singular values, largest first."""
+    v: Tensor
+    right: Tensor
+
+
+def decompose(left: Tensor, right: Tensor) -> Decomposition:
+    """Return the singular value decomposition of ``left @ right`` without building the product."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return Decomposition(q_left, u, values, v, q_right)
+
+
+def _compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of ``left @ right``, of its numerical rank and of equal norms."""
+    q_left, u, values, v, q_right = decompose(left, right)
     # Smaller singular values are indistinguishable from the rounding of the products.
     rounding = sum(left.shape) * torch.finfo(torch.float64).eps
     rank = int((values > rounding * left.norm() * right.norm()).sum())

@@ -41,6 +41,7 @@ from pilot_flwr.algorithm.arrays import (
     check_states,
     combine,
 )
+from pilot_flwr.algorithm.lora_ranks import rank_of
 from pilot_flwr.algorithm.server_state import ServerState
 from pilot_flwr.config.schema import UpdateNormConfig
 from pilot_flwr.protocol import State, Update
@@ -217,7 +218,10 @@ def check_norms(
     if config.action == "off" or not updates:
         return updates, []
     starts = [
-        {"adapter": state.adapters[u.task], "lora": state.lora_for(u.client, u.task)}
+        {
+            "adapter": state.adapters[u.task],
+            "lora": state.lora_for(u.client, u.task, rank_of(u.lora)),
+        }
         for u in updates
     ]
     norms = np.array(

@@ -1,7 +1,7 @@
 """The server's state of a federation, and its change by an exchange.
 
-`ServerState.check` validates one update, `ServerState.aggregate` aggregates an exchange's, and
-`adam_step` is the optional server optimizer (docs/explanation/method.md, section 4).
+`ServerState.check` validates one update, `ServerState.aggregate` aggregates an exchange's
+(docs/explanation/method.md, section 4).
 """
 
 import math
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
 
 from pilot_flwr.algorithm.aggregation import (
     ADAPTER_GROUPS,
@@ -20,12 +19,21 @@ from pilot_flwr.algorithm.aggregation import (
     pairwise_distances,
     sketched_distances,
     task_aware_average,
-    weighted_average,
 )
-from pilot_flwr.algorithm.arrays import Array, Matrix, check_tensors, layout_difference
+from pilot_flwr.algorithm.arrays import Array, Matrix, check_tensors
 from pilot_flwr.algorithm.fedex_lora import product_residual
+from pilot_flwr.algorithm.lora_ranks import (
+    at_rank,
+    check_rank,
+    mix_products,
+    newcomer_lora,
+    product_distances,
+    rank_of,
+    truncated,
+)
 from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.algorithm.quantization import restore
+from pilot_flwr.algorithm.server_optimizer import Moments, adam_step
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import UpdateError
 from pilot_flwr.protocol import Member, State, Update
@@ -62,102 +70,6 @@ def draw_lora(shapes: Mapping[str, torch.Size], dtype: torch.dtype, *, seed: int
     return lora
 
 
-class Moments(NamedTuple):
-    """Adam's m and v of one average, in float32, after `steps` steps."""
-
-    steps: int
-    first: State
-    second: State
-
-    def pack(self) -> dict[str, Tensor]:
-        """Return all moments as named tensors."""
-        return {
-            "steps": torch.tensor(self.steps),
-            **{f"first/{name}": tensor for name, tensor in self.first.items()},
-            **{f"second/{name}": tensor for name, tensor in self.second.items()},
-        }
-
-    @classmethod
-    def unpack(cls, tensors: State, pattern: State) -> "Moments":
-        """Invert `pack`; tensors are in the order of `pattern`.
-
-        Raises
-        ------
-        KeyError, ValueError
-            The tensors do not fit a state like `pattern`.
-        """
-        expected = {
-            f"{kind}/{name}": tensor.new_empty(tensor.shape, dtype=torch.float32, device="meta")
-            for kind in ("first", "second")
-            for name, tensor in pattern.items()
-        }
-        found = {name: tensor for name, tensor in tensors.items() if name != "steps"}
-        if difference := layout_difference(found, expected):
-            raise ValueError(f"they do not fit the configured model: {difference}")
-        first, second = (
-            {n: tensors[f"{kind}/{n}"] for n in pattern} for kind in ("first", "second")
-        )
-        return cls(int(tensors["steps"]), first, second)
-
-
-def adam_step(
-    current: State,
-    average: State,
-    moments: Moments | None,
-    *,
-    learning_rate: float,
-    beta_1: float,
-    beta_2: float,
-    tau: float,
-) -> tuple[dict[str, Tensor], Moments]:
-    """FedAdam: step from the state sent to clients towards the average of their uploads.
-
-    ::
-
-        Δ = average − current
-        m ← β1 m + (1 − β1) Δ          v ← β2 v + (1 − β2) Δ²          both start at 0
-        new = current + η_t m / (√v + τ),    η_t = η √(1 − β2^(t+1)) / (1 − β1^(t+1))
-
-    Parameters
-    ----------
-    current : State
-        Sent to the clients.
-    average : State
-        Of the same names, shapes and dtypes.
-    moments : Moments or None
-        Of the previous step; None at the first.
-    learning_rate, beta_1, beta_2, tau : float
-        η, β1, β2 and τ.
-
-    Returns
-    -------
-    State, Moments
-        The state to send next, in the dtype of `current`; computed in float64.
-
-    Notes
-    -----
-    Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295). Follows
-    Flower's ``FedAdam``, for comparable figures, which differs from their Algorithm 2 in three
-    points: η_t replaces a constant η (its exponent t + 1 makes it 0.74 η at the first step, with
-    β1 = 0.9 and β2 = 0.99), v starts at 0, not at τ² or more, and the average is weighted by
-    examples. For another optimizer of the paper, write such a function with its own second moment.
-    """
-    steps = 1 if moments is None else moments.steps + 1
-    rate = learning_rate * (1 - beta_2 ** (steps + 1)) ** 0.5 / (1 - beta_1 ** (steps + 1))
-    new: dict[str, Tensor] = {}
-    first: dict[str, Tensor] = {}
-    second: dict[str, Tensor] = {}
-    for name, tensor in current.items():
-        start = tensor.double()
-        delta = average[name].double() - start
-        zero = torch.zeros_like(delta)
-        m = beta_1 * (moments.first[name].double() if moments else zero) + (1 - beta_1) * delta
-        v = beta_2 * (moments.second[name].double() if moments else zero) + (1 - beta_2) * delta**2
-        new[name] = (start + rate * m / (v.sqrt() + tau)).to(tensor.dtype)
-        first[name], second[name] = m.float(), v.float()
-    return new, Moments(steps, first, second)
-
-
 def _in_memory(state: State) -> State:
     return state
 
@@ -172,7 +84,9 @@ class Aggregation:
     neighbors: Matrix | None
     """Weights (K, K) of the clients' LoRAs in every client's Θ̄_l; None if LoRAs are not shared."""
     distances: Matrix | None
-    """‖Θ_l,k − Θ_l,j‖₂ (K, K), exact or estimated, or None."""
+    """‖Θ_l,k − Θ_l,j‖₂ (K, K), exact or estimated, or None; of the products B A if ranks differ."""
+    truncation: dict[str, float] = field(default_factory=dict)
+    """Client → ‖M − B A‖ / ‖M‖ of its mixture M, if ranks differ."""
 
 
 @dataclass
@@ -184,7 +98,7 @@ class ServerState:
     adapters: dict[str, State] = field(default_factory=dict)
     """Task → ψ_t."""
     loras: dict[str, State] = field(default_factory=dict)
-    """Client → Θ̄_l, of clients that have trained."""
+    """Client → Θ̄_l at the client's rank, of clients that have trained."""
     task_of: dict[str, str] = field(default_factory=dict)
     """Client → task, of the same clients."""
     moments: dict[str, Moments] = field(default_factory=dict)
@@ -193,8 +107,8 @@ class ServerState:
     """LoRA that ``strategy.lora=exact`` adds to the frozen base of every client."""
     rounds: int = 0
     """Aggregated exchanges."""
-    _means: dict[str, State] = field(default_factory=dict)
-    """Task → LoRA of its newcomers; cleared by every aggregation."""
+    _means: dict[tuple[str, int], State] = field(default_factory=dict)
+    """Task and rank → LoRA of its newcomers; cleared by every aggregation."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -207,14 +121,24 @@ class ServerState:
         """
         return min(stages, 2) if self.rounds > 0 and member.stage_trained > 0 else 1
 
-    def lora_for(self, client: str, task: str) -> State:
-        """Return the `current_lora` of a client, or Θ_l⁰ before any client has trained."""
+    @property
+    def rank(self) -> int:
+        """The federation's LoRA rank, 0 if LoRAs are not shared."""
+        return rank_of(self.initial.lora)
+
+    def lora_for(self, client: str, task: str, rank: int = 0) -> State:
+        """Return a client's Θ̄_l, or the `newcomer_lora` of its task.
+
+        `rank` is the client's, 0 the federation's.
+        """
+        rank, spare = rank or self.rank, self.initial.lora
         if client in self.loras:
-            return self.loras[client]
-        if task not in self._means:
-            lora = current_lora(self.task_of, self.loras.__getitem__, task)
-            self._means[task] = self.initial.lora if lora is None else lora
-        return self._means[task]
+            return truncated(self.loras[client], rank, spare)  # a site may change its rank
+        if (task, rank) not in self._means:
+            load = self.loras.__getitem__
+            lora = newcomer_lora(self.task_of, load, task, rank=rank, spare=spare)
+            self._means[task, rank] = lora
+        return self._means[task, rank]
 
     def restore(self, update: Update, member: Member, bits: int) -> Update:
         """Restore an update compressed to `bits` bits from the tensors that its client received.
@@ -226,7 +150,7 @@ class ServerState:
         """
         sent = {
             "adapter": self.adapters[member.task],
-            "lora": self.lora_for(member.client, member.task),
+            "lora": self.lora_for(member.client, member.task, member.lora_rank),
         }
         parts: dict[str, Any] = {p: restore(getattr(update, p), s, bits) for p, s in sent.items()}
         return replace(update, **parts)
@@ -238,7 +162,7 @@ class ServerState:
         ------
         UpdateError
             It names another client, exchange or task, counts no examples or more than declared, or
-            has tensors of another layout or values that are not finite.
+            has tensors of another layout or rank or values that are not finite.
         """
         if update.client != member.client:
             raise UpdateError(f"it claims to be from {update.client!r}")
@@ -255,7 +179,9 @@ class ServerState:
                 f"{member.examples}, as the client declared"
             )
         check_tensors("task adapter", update.adapter, self.initial.adapter)
-        check_tensors("LoRA", update.lora, self.initial.lora)
+        rank = member.lora_rank or self.rank
+        check_rank(update.lora, rank, self.rank)
+        check_tensors("LoRA", update.lora, at_rank(self.initial.lora, rank))
 
     def aggregate(
         self,
@@ -263,7 +189,7 @@ class ServerState:
         config: StrategyConfig,
         *,
         seed: int = 0,
-        allocate: Callable[[str], State] | None = None,
+        allocate: Callable[[str, State], State] | None = None,
         keep: Callable[[State], State] = _in_memory,
     ) -> Aggregation:
         """Average the task adapters per task and mix the LoRAs, in place.
@@ -277,8 +203,8 @@ class ServerState:
         seed : int
             Seed of the run. Sketches of LoRAs depend on it and on the exchange.
         allocate : callable, optional
-            Returns a state like `initial.lora` for the new LoRA of a client, given by its id. By
-            default, new LoRAs are allocated in memory.
+            Returns a state with the second argument's layout for the new LoRA of a client, given by
+            its id. By default, new LoRAs are allocated in memory.
         keep : callable
             Stores a mixture, LoRA or moments of the server optimizer and returns the stored copy.
             By default, they stay in memory.
@@ -292,11 +218,14 @@ class ServerState:
         if not updates:
             raise UpdateError("There is no update to aggregate.")
         averaged = self._average_adapters(updates, config)
-        neighbors, distances = self._mix_loras(updates, config, seed, allocate, keep)
+        if self._ranks_differ(updates):
+            mixing = self._mix_products(updates, config, allocate)
+        else:
+            mixing = self._mix_loras(updates, config, seed, allocate, keep)
         self._means.clear()
         self.task_of |= {update.client: update.task for update in updates}
         self.rounds += 1
-        return Aggregation([u.client for u in updates], averaged, neighbors, distances)
+        return Aggregation([update.client for update in updates], averaged, *mixing)
 
     def _average_adapters(
         self, updates: Sequence[Update], config: StrategyConfig
@@ -325,13 +254,13 @@ class ServerState:
         updates: Sequence[Update],
         config: StrategyConfig,
         seed: int,
-        allocate: Callable[[str], State] | None,
+        allocate: Callable[[str, State], State] | None,
         keep: Callable[[State], State],
-    ) -> tuple[Matrix | None, Matrix | None]:
+    ) -> tuple[Matrix | None, Matrix | None, dict[str, float]]:
         """Mix the LoRAs in place; return weights and distances, None if LoRAs are not shared."""
         if not self.initial.lora:
             self.loras |= dict.fromkeys((update.client for update in updates), self.initial.lora)
-            return None, None
+            return None, None, {}
         clients, tasks = [u.client for u in updates], [u.task for u in updates]
         loras, examples = [u.lora for u in updates], [u.num_examples for u in updates]
         if config.distances == "sketch":
@@ -345,8 +274,9 @@ class ServerState:
         if allocate is not None:
             # The server optimizer replaces the mixtures, so they are no client's LoRA.
             own = config.server_optimizer.name == "none"
+            pattern = self.initial.lora
             place = lambda row: cast(  # noqa: E731
-                dict[str, Array], allocate(clients[row]) if own else keep(self.initial.lora)
+                dict[str, Array], allocate(clients[row], pattern) if own else keep(pattern)
             )
         mixed = mix(loras, weights, allocate=place)
         for client, task, lora in zip(clients, tasks, mixed, strict=True):
@@ -359,7 +289,48 @@ class ServerState:
         for client, task in (self.task_of | dict(zip(clients, tasks, strict=True))).items():
             if (owner := rule.owner(client, task)) in new:
                 self.loras[client] = new[owner]
-        return weights, distances
+        return weights, distances, {}
+
+    def _ranks_differ(self, updates: Sequence[Update]) -> bool:
+        """Whether any client has had another rank than the federation's.
+
+        Factors that were once truncated have a basis of their own, so that later exchanges mix
+        products too, even those of equal ranks.
+        """
+        loras = [*(update.lora for update in updates), *self.loras.values()]
+        return any(rank_of(lora) != self.rank for lora in loras)
+
+    def _mix_products(
+        self,
+        updates: Sequence[Update],
+        config: StrategyConfig,
+        allocate: Callable[[str, State], State] | None,
+    ) -> tuple[Matrix | None, Matrix | None, dict[str, float]]:
+        """Mix the products of LoRAs in place, each at its client's rank.
+
+        Returns weights, distances and the errors of the truncation. Clients that share a LoRA but
+        sent no update get it, too.
+        """
+        rule, loras = LORA_RULES[config.lora], [u.lora for u in updates]
+        distances = product_distances(loras)
+        tasks, examples = [u.task for u in updates], [u.num_examples for u in updates]
+        weights = rule.weights(distances, tasks, examples, config)
+        results = {u.client: (row, rank_of(u.lora)) for row, u in enumerate(updates)}
+        row_of = {rule.owner(u.client, u.task): row for row, u in reversed([*enumerate(updates)])}
+        for client in sorted(self.task_of.keys() - results.keys()):
+            if (owner := rule.owner(client, self.task_of[client])) in row_of:
+                results[client] = row_of[owner], rank_of(self.loras[client])
+        names = list(results)
+        mixed = mix_products(
+            loras,
+            weights,
+            list(results.values()),
+            spare=self.initial.lora,
+            allocate=allocate and (lambda index, layout: allocate(names[index], layout)),
+        )
+        found = dict(zip(names, mixed, strict=True))
+        self.loras |= {client: one.lora for client, one in found.items()}
+        return weights, distances, {u.client: found[u.client].error for u in updates}
 
     def _stepped(
         self,
@@ -389,34 +360,6 @@ class ServerState:
         first, second = keep(moments.first), keep(moments.second)
         self.moments[target] = Moments(moments.steps, first, second)
         return keep(new)
-
-
-def current_lora(
-    task_of: Mapping[str, str], load: Callable[[str], State], task: str, client: str = ""
-) -> State | None:
-    """Return a client's Θ̄_l: its own, else the mean of its task's clients', else of all clients'.
-
-    Parameters
-    ----------
-    task_of : Mapping[str, str]
-        Task of every client that has a LoRA.
-    load : callable
-        Maps a client to its LoRA.
-    task, client : str
-        Task and id; without `client`, the mean of the task.
-
-    Returns
-    -------
-    State or None
-        Without tensors if LoRAs are not shared; None if no client has trained.
-    """
-    if client in task_of:
-        return load(client)
-    peers = sorted(c for c, other in task_of.items() if other == task) or sorted(task_of)
-    if not peers:
-        return None
-    loras = [load(peer) for peer in peers]
-    return _state(weighted_average(loras, [1] * len(loras))) if any(loras) else {}
 
 
 def _state(arrays: Mapping[str, Array]) -> State:

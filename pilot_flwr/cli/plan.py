@@ -44,6 +44,13 @@ def plan(
             help="Examples per forward pass.", show_default="the configured train.batch_size"
         ),
     ] = 0,
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            help="LoRA rank of the client; server and run are planned for the configured rank.",
+            show_default="the configured model.lora.rank",
+        ),
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
     """Estimate what a run will train, send and need, without loading the model.
@@ -55,7 +62,7 @@ def plan(
     """
     from pilot_flwr.config.loading import check_effect, load_config
     from pilot_flwr.config.overrides import expand
-    from pilot_flwr.config.rules import at_least
+    from pilot_flwr.config.rules import at_least, check_lora_rank
     from pilot_flwr.model.resource_plan import make_plan
 
     at_least("--text-tokens", text_tokens, 1)
@@ -64,12 +71,16 @@ def plan(
     expanded = expand(overrides or ())
     config = load_config(shlex.join(expanded))
     check_effect(expanded, config)
+    at_least("--lora-rank", lora_rank, 0)
+    if lora_rank:
+        check_lora_rank("--lora-rank", lora_rank, config)
     figures = make_plan(
         config,
         image_size=_size(image_size),
         text_tokens=text_tokens,
         answer_tokens=min(answer_tokens, text_tokens),
         micro_batch=micro_batch,
+        lora_rank=lora_rank,
     )
     if as_json:
         memory = {stage: part.memory.total for stage, part in figures.stages.items()}

@@ -50,8 +50,9 @@ class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
 
     `state_folder` holds its private state of this run, `device` is a name for `find_device`,
-    `files` is None for a simulated client. `flower_run` and `node_id` are Flower's, and `key_file`
-    holds the private key, by default `default_key`; a simulated client has none of them.
+    `files` is None for a simulated client, `lora_rank` is 0 for the run's. `flower_run` and
+    `node_id` are Flower's, and `key_file` holds the private key, by default `default_key`; a
+    simulated client has none of them.
     """
 
     client: Client
@@ -63,6 +64,7 @@ class Site:
     flower_run: str = ""
     node_id: int = 0
     key_file: Path | None = None
+    lora_rank: int = 0
 
     @property
     def private_store(self) -> PrivateStore:
@@ -135,9 +137,15 @@ def find_site(
         files = site_files(node, client)
     site = Site(client, folder, node.device, files, run_name, node.demands)
     if simulated:
-        return site
+        return replace(site, lora_rank=config.model.lora.client_ranks.get(client.id, 0))
     key_file = node.identity_key or site.default_key
-    return replace(site, flower_run=flower_run, node_id=node_id, key_file=key_file)
+    return replace(
+        site,
+        flower_run=flower_run,
+        node_id=node_id,
+        key_file=key_file,
+        lora_rank=node.lora_rank,
+    )
 
 
 def generated_key(state_folder: Path, client_id: str) -> Path:
@@ -246,7 +254,14 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
             "only a simulation can do that."
         )
     model = site_model(node, config.model, simulated=simulated)
+    if node.lora_rank:
+        rules.check_lora_rank("lora-rank", node.lora_rank, config)
     if not simulated:
+        if model.lora.client_ranks:
+            raise ConfigError(
+                "`model.lora.client_ranks` is set, which only a simulation can do: a site sets "
+                "`lora-rank` in its node config."
+            )
         most = min(model.feature_cache.max_gib, node.max_feature_gib)
         model = replace(model, feature_cache=replace(model.feature_cache, max_gib=most))
     config = replace(config, model=model)

@@ -32,6 +32,7 @@ KEYS = {
     "device": "auto, cpu, cuda or cuda:N",
     "model-path": "folder of the base model",
     "micro-batch": "examples at once in memory",
+    "lora-rank": "rank of this site's LoRA, at most the run's",
     "max-feature-gib": "largest cache of image features, in memory or on disk",
     "min-noise-multiplier": "least `privacy.noise_multiplier` of a run",
     "max-clip-norm": "largest `privacy.clip_norm` of a run",
@@ -66,6 +67,7 @@ class NodeSettings:
     device: str = "auto"
     model_path: Path | None = None
     micro_batch: int = 0
+    lora_rank: int = 0
     max_feature_gib: float = 100.0
     demands: PrivacyDemands = PrivacyDemands()
 
@@ -95,13 +97,18 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         device=_text(values, "device") or "auto",
         model_path=_path(values, "model-path"),
         micro_batch=_whole(values, "micro-batch") or 0,
+        lora_rank=_whole(values, "lora-rank") or 0,
         max_feature_gib=_number(values, "max-feature-gib", rules.POSITIVE) or 100.0,
         demands=_demands(values),
     )
     if "client-id" in values:
         rules.check_name("client-id", settings.client_id)
-    if "micro-batch" in values:
-        rules.at_least("micro-batch", settings.micro_batch, 1)
+    for key, number in (
+        ("micro-batch", settings.micro_batch),
+        ("lora-rank", settings.lora_rank),
+    ):
+        if key in values:
+            rules.at_least(key, number, 1)
     return settings
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pilot_flwr.algorithm.lora_ranks import rank_of
 from pilot_flwr.algorithm.parameter_groups import GROUPS, WHOLE, Sharing
 from pilot_flwr.algorithm.server_state import draw_lora
 from pilot_flwr.client.private_state import PrivateState
@@ -23,8 +24,8 @@ class Received:
     """The server's share of one client's model.
 
     `adapters` has ψ_t of all T tasks in stage 2, at least the client's own in stage 1; `lora` is
-    Θ̄_l; `residual` is R, which exact aggregation adds to the frozen base. `seed` draws the LoRA
-    matrices that are never sent.
+    Θ̄_l at the client's rank; `residual` is R, which exact aggregation adds to the frozen base.
+    `seed` draws the LoRA matrices that are never sent.
     """
 
     task: str
@@ -108,6 +109,7 @@ def _load_received(model: PilotModel, private: PrivateState | None, received: Re
     which the model already holds, and a LoRA drawn from the run's seed.
     """
     sharing, adapters = received.sharing, received.adapters
+    model.set_lora_rank(rank_of(received.lora) or model.config.lora.rank)
     model.set_residual(received.residual)
     own = {
         group: {} if private is None else _unsent(model, private, sharing, group)

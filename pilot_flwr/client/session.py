@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from pilot_flwr.algorithm.lora_ranks import rank_of
 from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.algorithm.quantization import compress
 from pilot_flwr.client.client_data import ClientData
@@ -126,6 +127,16 @@ def check_precision(device: torch.device, config: PilotConfig) -> None:
         )
 
 
+def _check_rank(site: Site, config: PilotConfig, instruction: Instruction) -> None:
+    """Raise `StateError` if the server sent a LoRA of another rank than the client's."""
+    rank, received = site.lora_rank or config.model.lora.rank, rank_of(instruction.lora)
+    if received not in (0, rank):
+        raise StateError(
+            f"The server sent a LoRA of rank {received} but client {site.client.id!r} has rank "
+            f"{rank}, as it told the server."
+        )
+
+
 def _features(
     site: Site, config: PilotConfig, progress: Callable[[str], None]
 ) -> FeatureFolder | None:
@@ -176,6 +187,7 @@ class Session:
         device = find_device(site.device)
         if instruction.train:
             check_precision(device, config)
+        _check_rank(site, config, instruction)
         with out_of_memory_explained(config, instruction.stage):
             self.model = loaded_model(
                 config.model,

@@ -23,6 +23,9 @@ class LoraConfig(Section, prefix="model.lora"):
     """Dropout on the LoRA's input in training."""
     targets: Annotated[list[str], NOT_EMPTY] = field(default_factory=lambda: list(_LORA_TARGETS))
     """Linear layers of a decoder layer that get a LoRA."""
+    client_ranks: dict[str, int] = field(default_factory=dict)
+    """Smaller ranks of clients of a simulation, `+model.lora.client_ranks={vqa-0:4}`; their scale
+    is α / r of the federation, too. A real site sets `lora-rank` in its node config instead."""
 
 
 @dataclass(frozen=True)

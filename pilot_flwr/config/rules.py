@@ -234,6 +234,7 @@ _TRAINS = ("clients", "pooled")
 NEEDED = (
     Need("privacy", "privacy.enabled", (True,)),
     Need("model.feature_cache.max_gib", "model.feature_cache.where", ("memory", "disk")),
+    Need("model.lora.client_ranks", "strategy.clients", (0,)),
     Need("model.stage2_client_adapter", "model.client_adapter", (True,)),
     Need("model.stage2_client_adapter", "strategy.stages", (2,)),
     Need("model.cross_task_adapters", "strategy.stages", (2,)),
@@ -318,6 +319,35 @@ def check_combinations(config: object) -> None:
                 raise ConfigError(
                     f"`{name}` is {_text(found)} but must be {_text(value)} with `{reason}`."
                 )
+
+
+SMALLER_RANK: dict[str, tuple[object, ...]] = {
+    "strategy.trained_by": ("clients",),
+    "strategy.sharing.lora": ("AB",),  # products need both factors
+    "strategy.lora": ("adaptive", "task", "global"),
+    "strategy.distances": ("exact",),
+    "train.lora_matrices": ("AB",),
+    # Kept from one exchange to the next, for factors that a truncation replaces by others.
+    "strategy.server_optimizer.name": ("none",),
+    "train.schedule": ("exchange",),
+    "train.ditto.enabled": (False,),
+    "model.sent_dtype": ("same", "float32", "bfloat16"),
+}
+"""Values that settings must have in a run with a client of a smaller LoRA rank."""
+
+
+def check_lora_rank(key: str, rank: int, config: Any) -> None:
+    """Raise `ConfigError` unless a client of a run may train this LoRA rank."""
+    at_least(key, rank, 1)
+    largest = config.model.lora.rank
+    if rank > largest:
+        raise ConfigError(f"`{key}` is {rank} but must be at most {largest}, `model.lora.rank`.")
+    for name, allowed in SMALLER_RANK.items() if rank < largest else ():
+        if (found := attrgetter(name)(config)) not in allowed:
+            raise ConfigError(
+                f"`{name}` is {_text(found)} but must be {' or '.join(map(_text, allowed))} with "
+                f"`{key}={rank}`, a smaller LoRA rank than the run's `model.lora.rank={largest}`."
+            )
 
 
 def check_sampling(strategy: Any, clients: int, tasks: int) -> None:

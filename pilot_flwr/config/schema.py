@@ -21,10 +21,12 @@ from pilot_flwr.config.rules import (
     at_least,
     check_combinations,
     check_limits,
+    check_lora_rank,
     check_sampling,
     choice,
     maximum,
     minimum,
+    one_of,
 )
 from pilot_flwr.errors import ConfigError
 
@@ -428,6 +430,11 @@ class PilotConfig(Section, prefix=""):
         super().__post_init__()
         check_sampling(self.strategy, self.num_clients, len(self.data.tasks))
         check_combinations(self)
+        numbers = range(self.data.clients_per_task)
+        clients = [f"{task}-{number}" for task in self.data.tasks for number in numbers]
+        for client, rank in self.model.lora.client_ranks.items():
+            one_of("model.lora.client_ranks", client, clients)
+            check_lora_rank(f"model.lora.client_ranks.{client}", rank, self)
 
     @property
     def num_clients(self) -> int:

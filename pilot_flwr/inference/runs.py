@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from pilot_flwr.algorithm.lora_ranks import newcomer_lora
 from pilot_flwr.algorithm.parameter_groups import Sharing
-from pilot_flwr.algorithm.server_state import current_lora
 from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
 from pilot_flwr.config.loading import from_yaml
@@ -23,6 +23,7 @@ from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError, RunError, StateError
 from pilot_flwr.model.loading import initial_state, loaded_model
 from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.protocol import State
 from pilot_flwr.run.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -71,9 +72,13 @@ class Run:
         checkpoint, recorded, task = self.checkpoint, self.recorded, selected.task
         sharing = Sharing.of(recorded.strategy.sharing, recorded.train.lora_matrices)
         client = selected.client.id if selected.client else ""
-        lora = current_lora(checkpoint.task_of, checkpoint.lora, task, client)
-        if lora is None:
-            lora = initial_state(self.config.model, seed=self.config.seed).sent(sharing).lora
+        if client in checkpoint.task_of:
+            lora: State = checkpoint.lora(client)
+        else:
+            first = initial_state(self.config.model, seed=self.config.seed).sent(sharing).lora
+            rank = recorded.model.lora.client_ranks.get(client, recorded.model.lora.rank)
+            task_of, load = checkpoint.task_of, checkpoint.lora
+            lora = newcomer_lora(task_of, load, task, rank=rank, spare=first)
         moa = selected.private is not None and selected.private.stage == 2
         return Received(
             task,

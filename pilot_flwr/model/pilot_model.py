@@ -204,6 +204,18 @@ class PilotModel(nn.Module):
             self._groups = group_parameters(self.base, own_task=self.own_task)
         return self._groups
 
+    def set_lora_rank(self, rank: int) -> None:
+        """Give Θ_l a rank, of zeros if it is new, at the scale α / r of `config` in any case."""
+        for layer in self._lora_layers:
+            if layer.r["default"] == rank:
+                continue
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            a.weight = nn.Parameter(a.weight.new_zeros(rank, a.in_features))
+            b.weight = nn.Parameter(b.weight.new_zeros(b.out_features, rank))
+            layer.r["default"] = a.out_features = b.in_features = rank
+            layer.lora_alpha["default"] = layer.scaling["default"] * rank
+            self._groups = None
+
     def set_residual(self, residual: State) -> None:
         """Replace R, the frozen residual of exact aggregation beside Θ_l."""
         if residual or self.groups()["residual"]:

@@ -7,7 +7,7 @@ Nothing is loaded. Training uses the same parameter groups
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,8 +97,13 @@ def make_plan(
     text_tokens: int = 128,
     answer_tokens: int = 32,
     micro_batch: int = 0,
+    lora_rank: int = 0,
 ) -> Plan:
-    """Count parameters and bytes, and estimate memory."""
+    """Count parameters and bytes, and estimate memory.
+
+    The stages are those of a client of `lora_rank`, 0 for the run's; server and run are planned for
+    clients of the run's rank.
+    """
     decoder = decoder_of(config.model)
     features, tokens = remembered(
         "image", config.model, image_size, lambda: planned_image(config.model, image_size)
@@ -109,12 +114,17 @@ def make_plan(
     last = config.strategy.stages
     drawn = config.strategy.num_drawn(config.num_clients, train=True)
     stages = {stage: _stage_plan(config, stage, batch) for stage in range(1, last + 1)}
+    client = stages
+    if lora_rank:
+        lora = replace(config.model.lora, rank=lora_rank, client_ranks={})
+        smaller = replace(config, model=replace(config.model, lora=lora))
+        client = {stage: _stage_plan(smaller, stage, batch) for stage in stages}
     return Plan(
         path=config.model.path,
         architecture=decoder.family,
         text_channels=decoder.width,
         batch=batch,
-        stages=stages,
+        stages=client,
         server=tuple(
             _server_plan(config, stages[last], clients)
             for clients in sorted({drawn, config.num_clients})
@@ -144,7 +154,8 @@ def _disk_bytes(config: PilotConfig, stage: StagePlan, trainers: int) -> int:
     lora, adapter = stage.sent_of["lora"], stage.sent_of["own_task_adapter"]
     tasks, versions = len(config.data.tasks), 1 + KEPT_ROUNDS
     # LoRAs that an exchange replaces, and those that there are in the end.
-    new = {"adaptive": trainers, "task": tasks}.get(strategy.lora, 1)
+    ranks = len({config.model.lora.rank, *config.model.lora.client_ranks.values()})
+    new = {"adaptive": trainers, "task": tasks * ranks}.get(strategy.lora, ranks)
     kept = new
     if strategy.lora == "adaptive":
         kept = min(_trainers(config, config.num_clients), new * (strategy.rounds + 1))

@@ -223,6 +223,9 @@ class Aggregated(Event):
     mixing: LoraMixing | None = None
     """Summary of the mixing weights."""
 
+    truncation: dict[str, float] = field(default_factory=dict)
+    """Client → relative error of its truncated LoRA; empty unless a client has a smaller rank."""
+
     neighbors: dict[str, dict[str, float]] | None = None
     """In files of versions without `file`: client l → client k → weight of Θ_l,k in Θ̄_l."""
 

@@ -181,6 +181,7 @@ class EventRecorder:
                 tasks={group: tuple(clients) for group, clients in done.tasks.items()},
                 file=file,
                 mixing=None if done.neighbors is None else describe(done.neighbors),
+                truncation=done.truncation,
                 method=self.method,
             )
         )

@@ -131,7 +131,7 @@ class Instructions:
             stage=stage,
             tasks=self.state.tasks,
             adapters={task: self.state.adapters[task] for task in tasks},
-            lora=self.state.lora_for(member.client, member.task),
+            lora=self.state.lora_for(member.client, member.task, member.lora_rank),
             train=trains,
             evaluate=self.evaluate,
             residual=self.state.residual,

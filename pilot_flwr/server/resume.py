@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pilot_flwr.algorithm.arrays import layout_difference
-from pilot_flwr.algorithm.server_state import InitialState, Moments, ServerState
+from pilot_flwr.algorithm.lora_ranks import at_rank, rank_of
+from pilot_flwr.algorithm.server_optimizer import Moments
+from pilot_flwr.algorithm.server_state import InitialState, ServerState
 from pilot_flwr.config.loading import from_yaml, to_yaml
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import ConfigError, RunError, StateError
@@ -164,7 +166,8 @@ def _loras(checkpoint: Checkpoint, pattern: State) -> dict[str, State]:
     for client, name in checkpoint.lora_of.items():
         if name not in files:
             found = checkpoint.lora(client)
-            files[name] = TensorFile(found.path, _like(found, pattern), found.sha256)
+            own = at_rank(pattern, max(rank_of(found), 1))
+            files[name] = TensorFile(found.path, _like(found, own), found.sha256)
     return {client: files[checkpoint.lora_of[client]] for client in checkpoint.task_of}
 
 

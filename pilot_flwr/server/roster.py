@@ -187,18 +187,23 @@ class Roster:
         on_failure: Callable[[int, str, str], None],
         *,
         identity: Mapping[str, str],
+        check_rank: Callable[[int], None],
         known: Mapping[str, str],
         simulated: bool,
         keys: Mapping[str, str],
         operator_keys: Mapping[str, str],
     ) -> None:
-        """Keys map clients to fingerprints: those known so far, and the operator's, if any."""
+        """Keys map clients to fingerprints: those known so far, and the operator's, if any.
+
+        `check_rank` raises `ConfigError` for a LoRA rank that no client may have.
+        """
         self.run, self.tasks, self.config = run, tasks, config
         self.open = config.clients > 0
         self.expected = {} if self.open else dict(expected)
         self.clients = ClientNodes({**self.expected, **known}, {**keys, **operator_keys})
         self.operator_keys = operator_keys
         self.on_failure, self.identity, self.simulated = on_failure, identity, simulated
+        self.check_rank = check_rank
         self._called = False
         self._claims: dict[int, Claim] = {}
         self._instructed: dict[str, Present] = {}
@@ -376,11 +381,14 @@ class Roster:
             return one_line(f"Its reply to the roster query is refused: {error}.")
 
     def _check(self, member: Member) -> None:
-        if self.open:
-            try:
+        try:
+            if self.open:
                 check_name("client-id", member.client)
-            except ConfigError as error:
-                raise UpdateError(str(error).removesuffix(".")) from None
+            if member.lora_rank:
+                self.check_rank(member.lora_rank)
+        except ConfigError as error:
+            raise UpdateError(str(error).removesuffix(".")) from None
+        if self.open:
             if member.task not in self.tasks:
                 raise UpdateError(
                     f"`task` is {member.task!r} but must be one of {', '.join(self.tasks)}"

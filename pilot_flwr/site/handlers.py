@@ -95,7 +95,7 @@ def _query(content: RecordDict, config: PilotConfig, site: Site) -> RecordDict:
     client = site.client
     examples = declared_examples(config, client, files=site.files)
     stage = site.private_store.stage(before=server_round)
-    member = Member(client.id, client.task, examples, stage)
+    member = Member(client.id, client.task, examples, stage, site.lora_rank)
     proof = None
     if site.key_file is not None:
         key = client_key(site.key_file, create=site.key_file == site.default_key)

@@ -8,7 +8,8 @@ from flwr.serverapp.strategy import FedAdam
 from flwr.supercore.task_identity import TaskIdentity
 
 from pilot_flwr.algorithm.aggregation import weighted_average
-from pilot_flwr.algorithm.server_state import InitialState, Moments, ServerState, adam_step
+from pilot_flwr.algorithm.server_optimizer import Moments, adam_step
+from pilot_flwr.algorithm.server_state import InitialState, ServerState
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.protocol import Update
 from pilot_flwr.run.atomic import TensorFile, spool_tensors
@@ -171,7 +172,7 @@ def test_states_that_are_kept_elsewhere_are_the_same_bit_by_bit(tmp_path, rule):
         mapped.aggregate(
             updates(number),
             config,
-            allocate=lambda client: pytest.fail("a mixture is nobody's LoRA"),
+            allocate=lambda client, layout: pytest.fail("a mixture is nobody's LoRA"),
             keep=lambda state: spool_tensors(state, tmp_path),
         )
     assert (

@@ -304,3 +304,34 @@ def test_a_micro_batch_that_changes_the_gradient_is_refused():
 def test_a_run_cannot_take_a_folder_of_all_runs(name):
     with pytest.raises(ConfigError, match=f"run name is '{name}'"):
         site({"client-id": "vqa-0", "state-folder": "/x"}, run_name=name)
+
+
+def test_a_site_sets_its_own_lora_rank_and_the_identity_stays(tmp_path):
+    own = {"client-id": "vqa-2", "state-folder": str(tmp_path)}
+    assert site(own).lora_rank == 0
+    assert site(own | {"lora-rank": 4}).lora_rank == 4
+    settings = NodeSettings(lora_rank=4)
+    assert common_settings(site_config(settings, CONFIG, simulated=False)) == common_settings(
+        CONFIG
+    )
+
+
+def test_a_simulated_client_has_the_rank_of_the_run_or_its_own(tmp_path):
+    config = load_config("+model.lora.client_ranks={counting-1:3}")
+    run = RunFolder(tmp_path)
+    for number, rank in ((4, 3), (5, 0)):
+        node = {"partition-id": number, "num-partitions": 9}
+        found = site(node, folder=tmp_path, token=run.token, config=config)
+        assert found.lora_rank == rank
+
+
+def test_a_lora_rank_that_does_not_fit_the_run_is_refused():
+    with pytest.raises(ConfigError, match="`lora-rank` is 9 but must be at most 8, `model.lora.r"):
+        site_config(NodeSettings(lora_rank=9), CONFIG, simulated=False)
+    exact = load_config("strategy=fedex_lora")
+    assert site_config(NodeSettings(lora_rank=8), exact, simulated=False) is not None
+    with pytest.raises(ConfigError, match="`strategy.lora` is exact but must be .* `lora-rank=4`"):
+        site_config(NodeSettings(lora_rank=4), exact, simulated=False)
+    ranks = load_config("+model.lora.client_ranks={vqa-0:4}")
+    with pytest.raises(ConfigError, match="`model.lora.client_ranks` is set, which only a sim"):
+        site_config(NodeSettings(), ranks, simulated=False)

@@ -21,6 +21,7 @@ def test_a_node_config_is_read_as_it_is_written(monkeypatch):
             "device": "cuda:1",
             "model-path": "/models/llava",
             "micro-batch": 4,
+            "lora-rank": 4,
             "partition-id": 3,
             "num-partitions": 9,
         }
@@ -37,6 +38,7 @@ def test_a_node_config_is_read_as_it_is_written(monkeypatch):
         device="cuda:1",
         model_path=Path("/models/llava"),
         micro_batch=4,
+        lora_rank=4,
     )
     assert read_node_config({}) == NodeSettings()
     assert read_node_config({"micro-batch": "8"}).micro_batch == 8  # as `data check` has it
@@ -75,6 +77,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, near):
         ("micro-batch", 2.0, "`micro-batch` is 2.0 but must be a whole number"),
         ("micro-batch", True, "`micro-batch` is True but must be a whole number"),
         ("micro-batch", "many", "`micro-batch` is 'many' but must be a whole number"),
+        ("lora-rank", 0, "`lora-rank` is 0 but must be at least 1"),
+        ("lora-rank", "half", "`lora-rank` is 'half' but must be a whole number"),
         ("partition-id", "x", "`partition-id` is 'x' but must be a whole number"),
     ],
 )

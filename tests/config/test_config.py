@@ -1,7 +1,9 @@
 import ast
 import dataclasses
 import itertools
+import re
 from math import inf, nan
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from pilot_flwr.config import data, model, schema
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.loading import config_folder, from_yaml, load_config, to_dict, to_yaml
 from pilot_flwr.config.model import LoraConfig, ModelConfig
-from pilot_flwr.config.rules import limits
+from pilot_flwr.config.rules import SMALLER_RANK, limits
 from pilot_flwr.config.schema import (
     BalanceLossConfig,
     DifferenceLossConfig,
@@ -308,3 +310,37 @@ def test_an_absurd_number_of_examples_is_above_the_default_limit():
 )
 def test_settings_are_allowed_where_they_have_an_effect(overrides):
     load_config(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("{vqa-0:0}", "`model.lora.client_ranks.vqa-0` is 0 but must be at least 1"),
+        ("{vqa-0:9}", "`model.lora.client_ranks.vqa-0` is 9 but must be at most 8"),
+        ("{vqa-0:4.5}", "client_ranks"),
+        ("{vqa-7:4}", "`model.lora.client_ranks` is 'vqa-7' but must be one of vqa-0, vqa-1"),
+        ("{vqa-0:4} strategy=fedex_lora", "`strategy.lora` is exact but must be adaptive or task"),
+        ("{vqa-0:4} strategy=centralised", "`strategy.trained_by` is pooled but must be clients"),
+        ("{vqa-0:4} strategy=zero_shot", "`strategy.trained_by` is nobody"),
+        ("{vqa-0:4} strategy=local", "`strategy.sharing.lora` is none but must be AB"),
+        ("{vqa-0:4} strategy=fedsa_lora", "`strategy.sharing.lora` is A but must be AB"),
+        ("{vqa-0:4} train.lora_matrices=B", "`train.lora_matrices` is B but must be AB"),
+        ("{vqa-0:4} strategy.distances=sketch", "`strategy.distances` is sketch"),
+        ("{vqa-0:4} strategy=fedadam", "`strategy.server_optimizer.name` is adam"),
+        ("{vqa-0:4} strategy=ditto train.epochs=2", "`train.ditto.enabled` is true"),
+        ("{vqa-0:4} train.schedule=run", "`train.schedule` is run but must be exchange with"),
+        ("{vqa-0:4} model.sent_dtype=int8", "`model.sent_dtype` is int8 but must be same or"),
+    ],
+)
+def test_a_smaller_lora_rank_is_refused_where_it_cannot_work(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message) if "`" in message else message):
+        load_config(f"+model.lora.client_ranks={overrides}")
+
+
+def test_every_condition_of_a_smaller_lora_rank_names_a_setting_and_allows_its_default():
+    config = load_config("+model.lora.client_ranks={vqa-0:4,vqa-1:8}")
+    assert config.model.lora.client_ranks == {"vqa-0": 4, "vqa-1": 8}
+    for name, allowed in SMALLER_RANK.items():
+        assert attrgetter(name)(PilotConfig()) in allowed
+    everyone = ",".join(f"{task}-{n}:8" for task in config.data.tasks for n in range(3))
+    load_config(f"+model.lora.client_ranks={{{everyone}}} strategy=fedex_lora")  # none is smaller

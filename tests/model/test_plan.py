@@ -19,6 +19,7 @@ from pilot_flwr.model.memory import MicroBatch, Stage, training_memory
 from pilot_flwr.model.pilot_model import PilotModel, empty_base, empty_model
 from pilot_flwr.model.resource_plan import make_plan
 from pilot_flwr.model.shapes import group_shapes, layout_of
+from pilot_flwr.run.checkpoint import KEPT_ROUNDS
 
 # (D, C, intermediate, layers, key and value width, vision tower's and language model's
 # parameters without the projector), from the published dimensions.
@@ -358,6 +359,9 @@ def test_moments_on_the_disk_are_counted(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--lora-rank", "-1"], "`--lora-rank` is -1 but must be at least 0"),
+        (["--lora-rank", "9"], "`--lora-rank` is 9 but must be at most 8, `model.lora.rank`"),
+        (["--lora-rank", "4", "strategy=fedex_lora"], "`strategy.lora` is exact but must be"),
         (["--micro-batch", "-1"], "`--micro-batch` is -1 but must be at least 0"),
         (["--text-tokens", "0"], "`--text-tokens` is 0 but must be at least 1"),
         (["--image-size", "480"], "`--image-size` is '480' but must be height and width"),
@@ -367,3 +371,18 @@ def test_moments_on_the_disk_are_counted(capsys):
 def test_wrong_arguments_are_named(capsys, arguments, message):
     assert cli.main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_client_of_a_smaller_rank_is_planned_as_a_run_of_that_rank():
+    whole, small = plan_of("model.lora.rank=8"), plan_of("model.lora.rank=2")
+    client = make_plan(load_config("model.lora.rank=8"), micro_batch=1, lora_rank=2)
+    assert client.stages == small.stages
+    assert (client.server, client.total_bytes) == (whole.server, whole.total_bytes)
+    assert client.stages[1].up_bytes < whole.stages[1].up_bytes
+
+
+def test_the_servers_disk_has_a_shared_lora_of_every_rank():
+    plain = plan_of("strategy=fedit").server[-1].disk_bytes
+    ranks = plan_of("strategy=fedit +model.lora.client_ranks={vqa-0:2,vqa-1:4,vqa-2:4}")
+    lora = 4 * ranks.stages[1].sent_of["lora"]
+    assert ranks.server[-1].disk_bytes - plain == 2 * (1 + KEPT_ROUNDS) * lora

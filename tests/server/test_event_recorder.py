@@ -57,6 +57,7 @@ def test_start_returns_the_closing_score_with_unequal_tasks(tmp_path):
         folder=RunFolder(tmp_path),
         expected={client: client[0] for client, _ in clients},
         identity=identity,
+        check_rank=lambda rank: None,
         simulated=True,
     )
     nodes = [{"client-id": client} for client, _ in clients]

@@ -172,7 +172,8 @@ def roster_of(clients=1, **config):
     roster = Roster(
         RunInfo("r", "/r", "t"), ("vqa",), {}, StrategyConfig(clients=clients, **config),
         lambda *failure: roster.failures.append(failure),
-        identity={}, known={}, simulated=False, keys={}, operator_keys={},
+        identity={}, check_rank=lambda rank: None, known={}, simulated=False, keys={},
+        operator_keys={},
     )  # fmt: skip
     roster.failures = []
     roster._read = lambda reply, query: Claim(member(f"c{query.node}"), f"K{query.node}")
