@@ -65,7 +65,8 @@ class Truncated(NamedTuple):
 def rank_of(lora: Mapping[str, Tensor]) -> int:
     """Return the rank of a LoRA whose layers agree, of either matrix alone too; 0 for none."""
     for name, tensor in lora.items():
-        return int(tensor.shape[0] if name.endswith(A) else tensor.shape[-1])
+        sides = tensor.shape or (0,)  # a foreign one may be a number
+        return int(sides[0] if name.endswith(A) else sides[-1])
     return 0
 
 

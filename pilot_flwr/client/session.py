@@ -132,8 +132,8 @@ def _check_rank(site: Site, config: PilotConfig, instruction: Instruction) -> No
     rank, received = site.lora_rank or config.model.lora.rank, rank_of(instruction.lora)
     if received not in (0, rank):
         raise StateError(
-            f"The server sent a LoRA of rank {received} but client {site.client.id!r} has rank "
-            f"{rank}, as it told the server."
+            f"The server sent a LoRA of rank {received} but client {site.client.id!r} trains rank "
+            f"{rank}. If its rank has just changed, the server uses it from the next exchange on."
         )
 
 

@@ -298,7 +298,7 @@ def test_a_client_refuses_a_lora_of_another_rank(tmp_path):
 
     federation = Federation(tmp_path, f"{TWO_TASKS} evaluation.enabled=false")
     federation.grid.on_reply = claim
-    with pytest.raises(BelowMinimum, match="sent a LoRA of rank 4 but client '.*' has rank 8"):
+    with pytest.raises(BelowMinimum, match="sent a LoRA of rank 4 but client '.*' trains rank 8"):
         federation.run()
 
 
@@ -310,34 +310,67 @@ def data(tmp_path_factory):
     return write_federation(tmp_path_factory.mktemp("data"), train=4, test=2, clients=1).parent
 
 
-def test_a_site_sets_its_rank_in_its_node_config(data, tmp_path):
-    sites = [
-        {
-            "client-id": client,
-            "task": task,
-            "state-folder": str(tmp_path / client),
-            "train-file": str(data / task / "train.json"),
-            "test-file": str(data / task / "test.json"),
-            "image-folder": str(data / task / "images"),
-            **rank,
-        }
-        for client, task, rank in (
-            ("St_Mary", "vqa", {"lora-rank": 3}),
-            ("clinic", "counting", {}),
-            ("proud", "vqa", {"lora-rank": 9}),
-        )
-    ]
-    words = f"{SMALL} strategy.rounds=1 model.feature_cache.where=off strategy.clients=2"
-    overrides = shlex.join(
-        expand([f"data={data / 'federation.yaml'}", *words.split(), "strategy.wait_seconds=0.2"])
+@pytest.fixture
+def federation(data, tmp_path):
+    """Make a federation of real sites, given as (client, task, more of the node config)."""
+
+    def make(*sites, words=""):
+        configs = [
+            {
+                "client-id": client,
+                "task": task,
+                "state-folder": str(tmp_path / client),
+                "train-file": str(data / task / "train.json"),
+                "test-file": str(data / task / "test.json"),
+                "image-folder": str(data / task / "images"),
+                **more,
+            }
+            for client, task, more in sites
+        ]
+        words = f"{SMALL} {words} model.feature_cache.where=off strategy.wait_seconds=0.2".split()
+        overrides = shlex.join(expand([f"data={data / 'federation.yaml'}", *words]))
+        nodes = {"num_nodes": len(configs), "node_configs": configs}
+        return Federation(tmp_path / "run", overrides, **nodes), configs
+
+    return make
+
+
+def test_a_site_sets_its_rank_in_its_node_config(federation):
+    run, _ = federation(
+        ("St_Mary", "vqa", {"lora-rank": 3}),
+        ("clinic", "counting", {}),
+        ("proud", "vqa", {"lora-rank": 9}),
+        words="strategy.rounds=1 strategy.clients=2",
     )
-    run = Federation(tmp_path / "run", overrides, num_nodes=3, node_configs=sites).run()
+    run.run()
     ranks = {client: rank_of(lora) for client, lora in run.strategy.state.loras.items()}
     assert ranks == {"St_Mary": 3, "clinic": 8}
     assert [e["stage"] for e in run.events("train", client="St_Mary")] == [1, 2]
     assert {e["client"] for e in run.events("evaluate", round=2)} == {"St_Mary", "clinic"}
     (reason,) = {e["reason"] for e in run.events("failure") if e["client"].startswith("node")}
     assert reason == "`lora-rank` is 9 but must be at most 8, `model.lora.rank`."
+
+
+def test_a_site_that_changes_its_rank_takes_part_again(federation):
+    run, configs = federation(
+        ("St_Mary", "vqa", {}),
+        ("clinic", "counting", {}),
+        words="strategy.rounds=2 strategy.clients=2 evaluation.enabled=false",
+    )
+
+    def change(message, reply):
+        if message.metadata.group_id == "1" and "instruction" in message.content:
+            configs[0]["lora-rank"] = 2
+        return reply
+
+    run.grid.on_reply = change
+    with quick_training():
+        run.run()
+    assert [e["round"] for e in run.events("train", client="St_Mary")] == [1, 3]
+    ((number, reason),) = [(e["round"], e["reason"]) for e in run.events("failure")]
+    assert number == 2 and "a LoRA of rank 8 but client 'St_Mary' trains rank 2" in reason
+    assert rank_of(run.strategy.state.loras["St_Mary"]) == 2
+    assert rank_of(run.strategy.state.loras["clinic"]) == 8
 
 
 def test_the_server_refuses_a_rank_that_the_run_cannot_use(tmp_path):
