@@ -3,8 +3,11 @@
 A vector is written down as the text of each token; labelled tokens are in the second list.
 """
 
+import re
+from typing import NamedTuple
+
 import pytest
-from checkpoints import WRITERS
+from families import WRITERS
 from PIL import Image
 
 from pilot_flwr.data.collator import IGNORE_INDEX, Collator
@@ -44,38 +47,92 @@ ONE = ("<image>\nWhat is in the image?", "two zebras")
 TWO = (*ONE, "And else?", "one giraffe")
 
 
+class Vector(NamedTuple):
+    """The text of a conversation's tokens, without and with the system prompt ``A chat.``."""
+
+    plain: str
+    system: str
+    """How the text begins."""
+    turns: str
+    """How it continues."""
+    labelled: tuple[str, str]
+
+
+def chat_ml(image, *, blank="\n", end="\n", text="", default=""):
+    """ChatML of Qwen's kinds: what follows a role, an end token and an image or stands for it."""
+    head = f"<|im_start|>{{}}{blank}{text}"
+    turn = f"{head}{{}}<|im_end|>{end}"
+    return Vector(
+        turn.format("system", default) if default else "",
+        turn.format("system", "A chat."),
+        f"<|im_start|>user{blank}{image}What is in the image?<|im_end|>{end}"
+        + turn.format("assistant", "two zebras")
+        + turn.format("user", "And else?")
+        + turn.format("assistant", "one giraffe"),
+        ("two zebras<|im_end|>", "one giraffe<|im_end|>"),
+    )
+
+
+QWEN = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+SMOL = Vector(
+    "<|im_start|>",
+    "<|im_start|>System: A chat.<end_of_utterance>\n",
+    "User:<image><image>What is in the image?<end_of_utterance>\n"
+    "Assistant: two zebras<end_of_utterance>\nUser: And else?<end_of_utterance>\n"
+    "Assistant: one giraffe<end_of_utterance>\n",
+    (" two zebras<end_of_utterance>", " one giraffe<end_of_utterance>"),
+)
+VECTORS = {
+    # Vicuna-v1: the template has no end token, the tokenizer's is put there.
+    "llava-1.5": Vector(
+        "<s> ",
+        "<s> A chat. ",
+        "USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>"
+        "USER: And else? ASSISTANT: one giraffe</s>",
+        ("two zebras</s>", "one giraffe</s>"),
+    ),
+    # ChatML: the template's own end token, and nothing after it.
+    "interleave": chat_ml("<image><image>\n", text="\n"),
+    # The generation prompt is empty: an answer begins behind the user's turn.
+    "llava-next": Vector(
+        "<s> ",
+        "<s> <<SYS>>\nA chat.\n<</SYS>>\n\n",
+        "[INST] <image><image>\nWhat is in the image? [/INST] two zebras</s> "
+        "[INST] And else? [/INST] one giraffe</s> ",
+        ("two zebras</s>", "one giraffe</s>"),
+    ),
+    "onevision": chat_ml("<image><image>\n", blank=" ", end="", text="\n"),
+    # A conversation without a system prompt gets one.
+    "qwen2.5-vl": chat_ml(QWEN, default="You are a helpful assistant."),
+    "qwen3-vl": chat_ml(QWEN),
+    "internvl": chat_ml("<IMG_CONTEXT><IMG_CONTEXT>\n"),
+    # The system prompt stands in the first question, and the assistant is called model.
+    "gemma3": Vector(
+        "<bos><start_of_turn>user\n",
+        "<bos><start_of_turn>user\nA chat.\n\n",
+        "<start_of_image><start_of_image>What is in the image?<end_of_turn>\n"
+        "<start_of_turn>model\ntwo zebras<end_of_turn>\n<start_of_turn>user\nAnd else?"
+        "<end_of_turn>\n<start_of_turn>model\none giraffe<end_of_turn>\n",
+        ("two zebras<end_of_turn>", "one giraffe<end_of_turn>"),
+    ),
+    # The prompt ends in a colon, so the blank before an answer is learnt.
+    "idefics3": SMOL,
+    "smolvlm": SMOL,
+}
+
+
+@pytest.mark.parametrize("system", ["", "A chat."])
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_only_answers_and_their_end_tokens_carry_labels(tmp_path, name, system):
+    vector = VECTORS[name]
+    text, labelled = read(make(name, tmp_path, system_prompt=system), conversation(*TWO))
+    assert text == (vector.system if system else vector.plain) + vector.turns
+    assert tuple(labelled) == vector.labelled
+
+
 @pytest.mark.parametrize(
     ("name", "turns", "text", "labelled"),
     [
-        (
-            "llava-1.5",  # Vicuna-v1: the template has no end token, the tokenizer's is put there
-            ONE,
-            "<s> USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>",
-            ["two zebras</s>"],
-        ),
-        (
-            "llava-1.5",
-            TWO,
-            "<s> USER: <image><image>\nWhat is in the image? ASSISTANT: two zebras</s>"
-            "USER: And else? ASSISTANT: one giraffe</s>",
-            ["two zebras</s>", "one giraffe</s>"],
-        ),
-        (
-            "interleave",  # ChatML: the template's own end token, and nothing after it
-            ONE,
-            "<|im_start|>user\n<image><image>\nWhat is in the image?<|im_end|>\n"
-            "<|im_start|>assistant\n\ntwo zebras<|im_end|>\n",
-            ["two zebras<|im_end|>"],
-        ),
-        (
-            "onevision",
-            TWO,
-            "<|im_start|>user <image><image>\nWhat is in the image?<|im_end|>"
-            "<|im_start|>assistant \ntwo zebras<|im_end|>"
-            "<|im_start|>user \nAnd else?<|im_end|>"
-            "<|im_start|>assistant \none giraffe<|im_end|>",
-            ["two zebras<|im_end|>", "one giraffe<|im_end|>"],
-        ),
         (
             "llava-1.5",  # an answer that is also part of the question, of the role, of the markup
             ("<image>\nassistant or A?", "A"),
@@ -89,9 +146,23 @@ TWO = (*ONE, "And else?", "one giraffe")
             "<|im_start|>assistant\n\nassistant<|im_end|>\n",
             ["assistant<|im_end|>"],
         ),
+        (
+            "gemma3",
+            ("<image>\nuser or model?", "model"),
+            "<bos><start_of_turn>user\n<start_of_image><start_of_image>user or model?"
+            "<end_of_turn>\n<start_of_turn>model\nmodel<end_of_turn>\n",
+            ["model<end_of_turn>"],
+        ),
+        (
+            "smolvlm",
+            ("<image>\nUser?", "User: Assistant:"),
+            "<|im_start|>User:<image><image>User?<end_of_utterance>\n"
+            "Assistant: User: Assistant:<end_of_utterance>\n",
+            [" User: Assistant:<end_of_utterance>"],
+        ),
     ],
 )
-def test_only_answers_and_their_end_tokens_carry_labels(tmp_path, name, turns, text, labelled):
+def test_an_answer_is_found_where_it_stands(tmp_path, name, turns, text, labelled):
     assert read(make(name, tmp_path), conversation(*turns)) == (text, labelled)
 
 
@@ -106,9 +177,10 @@ def test_a_prompt_is_exactly_what_stands_before_the_last_answers_labels(tmp_path
     assert collator.prompt_batch([example]).input_ids[0].tolist() == ids[:start]
 
 
-@pytest.mark.parametrize(("name", "token"), [("llava-1.5", "</s>"), ("interleave", "<|im_end|>")])
-def test_generation_stops_where_labels_end(tmp_path, name, token):
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_generation_stops_where_labels_end(tmp_path, name):
     collator = make(name, tmp_path)
+    (token,) = {re.search(r"<[^<]+>$", answer)[0] for answer in VECTORS[name].labelled}
     assert collator.tokenizer.convert_ids_to_tokens(collator.end_token_id()) == token
 
 
@@ -157,13 +229,6 @@ def test_text_alone_and_several_images(tmp_path):
     text, labelled = read(collator, several)
     assert text == "<s> USER: <image><image>\n<image><image>\nWhich? ASSISTANT: two</s>"
     assert labelled == ["two</s>"]
-
-
-def test_the_system_prompt_begins_the_conversation_and_is_not_learnt(tmp_path):
-    collator = make("llava-1.5", tmp_path, system_prompt="A chat.")
-    text, labelled = read(collator, conversation(*ONE))
-    assert text.startswith("<s> A chat. USER: <image><image>\nWhat")
-    assert labelled == ["two zebras</s>"]
 
 
 def test_the_processors_own_encoding_is_the_same(tmp_path):

@@ -11,7 +11,6 @@ from families import WRITERS
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.models.smolvlm import processing_smolvlm
 
 SIZES = [(28, 28), (20, 61), (64, 30), (90, 90), (7, 100), (150, 97)]
 
@@ -21,10 +20,7 @@ def checkpoint(request, tmp_path_factory):
     folder = WRITERS[request.param](tmp_path_factory.mktemp("base"))
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    with pytest.MonkeyPatch.context() as patch:
-        # SmolVLM's processor wants a package that spells the number of a video's frames.
-        patch.setattr(processing_smolvlm, "num2words", str)
-        yield model.eval(), image_text_processor(folder)
+    return model.eval(), image_text_processor(folder)
 
 
 def image_text_processor(folder):
