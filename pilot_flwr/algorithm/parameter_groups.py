@@ -7,6 +7,7 @@ kind of parameter, add a row. `Sharing` restricts what a run trains and uploads 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -146,6 +147,12 @@ def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
         key = parts.get("key", name)  # the base model keeps its names
         groups[group]["/".join(filter(None, (parts.get("task"), key)))] = parameter
     return groups
+
+
+def decoder_matrix(name: str, shape: Sequence[int]) -> str:
+    """Return where in its decoder layer a frozen matrix is, such as ``mlp.up_proj``, or nothing."""
+    match = re.fullmatch(rf"{_DECODER}layers\.\d+\.(.+?)(?:\.base_layer)?\.weight", name)
+    return match[1] if match and len(shape) == 2 else ""
 
 
 def trained_groups(stage: int) -> tuple[GroupName, ...]:

@@ -106,8 +106,10 @@ def _show(plan: "Plan", *, exchanges: int) -> None:
     print(f"{plan.path} ({plan.architecture})")
     print(
         f"an image: H_v of {' x '.join(map(str, plan.batch.features))}, "
-        f"{plan.batch.image_tokens} visual tokens, C = {plan.text_channels}\n"
+        f"{plan.batch.image_tokens} visual tokens, C = {plan.text_channels}"
     )
+    without = f"; without one: {', '.join(plan.other_layers)}" if plan.other_layers else ""
+    print(f"LoRA on {', '.join(plan.lora_layers)}{without}\n")
     stages = [f"stage {stage}" for stage in plan.stages]
     parts = plan.stages.values()
     print(markdown([["parameters", *stages, "leaves the client"], *_parameter_rows(plan)]))

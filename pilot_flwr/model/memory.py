@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pilot_flwr.algorithm.parameter_groups import WHOLE, Sharing, set_trainable, trained_groups
+from pilot_flwr.algorithm.parameter_groups import (
+    WHOLE,
+    Sharing,
+    decoder_matrix,
+    set_trainable,
+    trained_groups,
+)
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import decoder_of, known_config, remembered
@@ -29,8 +34,6 @@ from pilot_flwr.protocol import GroupName
 
 RESERVE = 0.1
 """Share added for the allocator's fragmentation and the kernels' workspace."""
-
-_LAYERS = re.compile(r"(?:language|text)_model\.layers\.")
 
 _NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes of a weight in NF4 with double quantization: 4 bits, and scales for blocks of 64."""
@@ -124,7 +127,7 @@ def _base_bytes(stage: Stage) -> int:
     width, shapes = DTYPE_BYTES[stage.config.dtype], stage.groups["base"]
 
     def bytes_each(name: str) -> float:
-        matrix = bool(_LAYERS.search(name)) and len(shapes[name]) == 2
+        matrix = decoder_matrix(name, shapes[name])
         return _NF4_BYTES if matrix and stage.config.quantization != "none" else width
 
     return int(sum(math.prod(shape) * bytes_each(name) for name, shape in shapes.items()))

@@ -4,6 +4,7 @@ The tokens of an image and the model's image inputs besides pixels depend on the
 So they are computed once per size, from a blank image: training on kept features decodes no image.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,7 +83,10 @@ def processor_class(config: Any) -> Any:
 
 
 class Letters:
-    """Stands for a tokenizer where only tokens are counted: every special token is one letter."""
+    """Stands for a tokenizer where only tokens are counted: every special token is one letter.
+
+    Processors also name some special tokens themselves, in angle brackets.
+    """
 
     token = "\N{BLACK SQUARE}"
     init_kwargs: Mapping[str, Any] = {}
@@ -99,6 +103,14 @@ class Letters:
     def convert_tokens_to_ids(self, token: str) -> int:
         """Return an id."""
         return 0
+
+    def add_special_tokens(self, tokens: Any) -> None:
+        """Know every token already."""
+
+    @classmethod
+    def count(cls, text: str) -> int:
+        """Return the number of special tokens in a text."""
+        return len(re.findall(rf"{cls.token}|<[^<>]+>", text))
 
 
 class Processor:
@@ -206,4 +218,4 @@ def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int
     family = processor_class(read)
     processor = family.from_args_and_dict([images, Letters()], values | family.without)
     layout = Processor(processor, spec_of(read)).layout(size, alone=True)
-    return feature_shape(read, layout.shape), layout.text.count(Letters.token)
+    return feature_shape(read, layout.shape), Letters.count(layout.text)

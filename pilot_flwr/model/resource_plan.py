@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pilot_flwr.algorithm.fedex_lora import largest_residual
-from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing
+from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing, decoder_matrix
 from pilot_flwr.algorithm.quantization import compressed_bytes
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import TrainingError
@@ -20,7 +20,7 @@ from pilot_flwr.formatting import human_bytes
 from pilot_flwr.model.architectures import decoder_of, remembered
 from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
 from pilot_flwr.model.processor import Size, planned_image
-from pilot_flwr.model.shapes import DTYPE_BYTES, numel
+from pilot_flwr.model.shapes import DTYPE_BYTES, group_shapes, numel
 from pilot_flwr.protocol import GroupName
 from pilot_flwr.run.checkpoint import KEPT_ROUNDS
 
@@ -73,6 +73,10 @@ class Plan:
     path: str
     architecture: str
     text_channels: int
+    lora_layers: list[str]
+    """Linear layers of a decoder layer that have a LoRA, such as ``self_attn.q_proj``."""
+    other_layers: list[str]
+    """Those that have none."""
     batch: MicroBatch
     """The micro-batch of the memory estimate."""
     stages: dict[int, StagePlan]
@@ -115,6 +119,7 @@ def make_plan(
     drawn = config.strategy.num_drawn(config.num_clients, train=True)
     stages = {stage: _stage_plan(config, stage, batch) for stage in range(1, last + 1)}
     client = stages
+    adapted, others = _linear_layers(config)
     if lora_rank:
         lora = replace(config.model.lora, rank=lora_rank, client_ranks={})
         smaller = replace(config, model=replace(config.model, lora=lora))
@@ -123,6 +128,8 @@ def make_plan(
         path=config.model.path,
         architecture=decoder.family,
         text_channels=decoder.width,
+        lora_layers=adapted,
+        other_layers=others,
         batch=batch,
         stages=client,
         server=tuple(
@@ -132,6 +139,16 @@ def make_plan(
         total_bytes=_total_bytes(config, stages[1], stages[last]),
         max_length=config.train.max_length,
     )
+
+
+def _linear_layers(config: PilotConfig) -> tuple[list[str], list[str]]:
+    """Return the linear layers of the decoder's layers with a LoRA, and those without."""
+    shapes = group_shapes(config.model, tasks=tuple(config.data.tasks), stage=1)
+    found = (decoder_matrix(name, shape) for name, shape in shapes["base"].items())
+    linear = list(dict.fromkeys(filter(None, found)))
+    targets = tuple(f".{target}" for target in config.model.lora.targets)
+    adapted = [name for name in linear if f".{name}".endswith(targets)]
+    return adapted, [name for name in linear if name not in adapted]
 
 
 def _trainers(config: PilotConfig, clients: int) -> int:
