@@ -131,7 +131,7 @@ def corrupt_result(content):
 BAD_UPDATES = [
     (corrupt_nan, "its LoRA has values that are not finite"),
     (corrupt_inf, "its task adapter has values that are not finite"),
-    (corrupt_shape, "must be torch float32 ("),
+    (corrupt_shape, "the rank of its LoRA is 1 in "),
     (corrupt_dtype, "is torch float64"),
     (corrupt_missing, "(1 and 0 in all)"),
     (corrupt_extra, "unexpected ones ['router.weight']"),
