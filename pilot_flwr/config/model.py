@@ -74,6 +74,8 @@ class ModelConfig(Section, prefix="model"):
     quantization: Annotated[str, choice("none", "4bit")] = "none"
     """Quantisation of the frozen language model; `4bit` is NF4 by bitsandbytes
     (pip install 'pilot-flwr[quantization]')."""
+    device_map: Annotated[str, choice("single", "auto")] = "single"
+    """GPUs of a client: `auto` spreads the layers of the base model over all that it sees."""
     attention: Annotated[str, choice("sdpa", "eager", "flash_attention_2")] = "sdpa"
     """Attention implementation of the language model."""
     gradient_checkpointing: bool = False

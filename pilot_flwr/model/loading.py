@@ -63,7 +63,10 @@ def is_loaded() -> bool:
 
 
 def load_base(config: ModelConfig, device: torch.device) -> Any:
-    """Load a base model with `from_pretrained` straight to `device` and check every key."""
+    """Load a base model with `from_pretrained` straight to `device` and check every key.
+
+    With `model.device_map=auto` its layers are spread over all GPUs, unless `device` names one.
+    """
     import torch
     import transformers
 
@@ -79,7 +82,8 @@ def load_base(config: ModelConfig, device: torch.device) -> Any:
     if config.quantization == "4bit":
         options["quantization_config"] = _four_bit(read, options["dtype"])
     if device.type != "cpu":
-        options["device_map"] = {"": device}
+        spread = config.device_map == "auto" and device.index is None
+        options["device_map"] = "auto" if spread else {"": device}
     try:
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(  # nosec B615
             attn_implementation={"text_config": config.attention},

@@ -101,7 +101,7 @@ class PilotModel(nn.Module):
         self._groups: Groups | None = None
         self._lora_layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
         projector = base.model.get_submodule(self.spec.connector)
-        self.slot = Slot(copied(projector).to(dtype))
+        self.slot = Slot(copied(projector).to(self.device, dtype))
         base.model.set_submodule(self.spec.connector, self.slot)
 
     @property
@@ -123,7 +123,7 @@ class PilotModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the base."""
+        """Device of inputs, adapters, outputs and losses; layers may be on others."""
         device: torch.device = self.base.device
         return device
 
@@ -313,8 +313,9 @@ class PilotModel(nn.Module):
                 **batch.token_types,
                 **images,
             ).last_hidden_state
-            connected = self.slot.output or self.slot.connect(self.device)
-        logits = self.base.lm_head(hidden[rows, columns])
+            connected = self.slot.output or self.slot.connect()
+        answers = hidden[rows.to(hidden.device), columns.to(hidden.device)]
+        logits = self.base.lm_head(answers).to(self.device)
         return ModelOutput(logits, batch.labels[rows, columns + 1], connected)
 
     def share_lora_inputs(self, shared: bool) -> None:

@@ -60,20 +60,19 @@ class Slot(nn.Module):
             self.seen = features
             projected: Tensor = self.projector(features.to(next(self.projector.parameters())))
             return projected
-        tokens = self.connect(features.device).features
+        tokens = self.connect().features
         rows = len(self.visual.features)
         return tokens[: len(tokens) * self.visual.shown // rows]
 
-    def connect(self, device: torch.device) -> ConnectorOutput:
+    def connect(self) -> ConnectorOutput:
         """Run the connector on the kept features; without any, all is empty or zero."""
         assert self.visual is not None
-        features = self.visual.features
-        dtype = next(self.projector.parameters()).dtype
+        features, like = self.visual.features, next(self.projector.parameters())
         if len(features):
             assert self.pilot is not None
-            self.output = self.pilot(features.to(device, dtype), self.visual.images)
+            self.output = self.pilot(features.to(like), self.visual.images)
         else:
-            zero = torch.zeros((), device=device)
+            zero = torch.zeros((), device=like.device)
             self.output = ConnectorOutput(features, zero, zero, zero)
         return self.output
 

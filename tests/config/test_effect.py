@@ -32,9 +32,9 @@ KINDS = {name: kind for name, kind, _ in leaves()}
 ALWAYS = """
     name seed resume
     model.path model.revision model.dtype model.adapter_dtype model.sent_dtype model.initialisation
-    model.client_adapter model.quantization model.attention model.gradient_checkpointing
-    model.compile model.system_prompt model.lora.rank model.lora.alpha model.lora.dropout
-    model.lora.targets model.feature_cache.where
+    model.client_adapter model.quantization model.device_map model.attention
+    model.gradient_checkpointing model.compile model.system_prompt model.lora.rank model.lora.alpha
+    model.lora.dropout model.lora.targets model.feature_cache.where
     data.source data.tasks data.clients_per_task data.train_examples data.test_examples
     data.workers data.evaluate_on
     data.shift.rotation data.shift.mirrored
@@ -53,6 +53,7 @@ ALWAYS = """
 SWITCHES_NOTHING = """
     model.dtype model.adapter_dtype model.sent_dtype model.initialisation model.router_dtype
     model.stage2_client_adapter model.cross_task_adapters model.quantization model.attention
+    model.device_map
     model.gradient_checkpointing model.compile
     data.image_aspect_ratio data.image_reading data.check_images data.evaluate_on
     data.shift.mirrored

@@ -69,6 +69,26 @@ def cache(folder, where, namespace):
     return FeatureCache(FeatureCacheConfig(where=where), disk if where == "disk" else None)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_layers_on_two_gpus_give_the_gradients_of_one(kit, examples, stage):
+    results = []
+    for device_map in ("single", "auto"):
+        model = build(torch.device("cuda"), stage=stage, device_map=device_map)
+        collator, encode = kit(model)
+        batch = collator.train_batch(examples).to(model.device)
+        output = model(batch, next(encode([examples])))
+        torch.nn.functional.cross_entropy(output.logits, output.labels).backward()
+        devices = {parameter.device for parameter in model.base.parameters()}
+        assert len(devices) == (2 if device_map == "auto" else 1)
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        other = results[1][name].to(gradient.device)
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
 @pytest.fixture
 def kit(processor, tmp_path):
     """The collator and an encoder of a model, on its own device and without a shared cache."""

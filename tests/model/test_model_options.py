@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from transformers import AutoModelForImageTextToText
 from visuals import visual
 
 from pilot_flwr.config.data import DataConfig
@@ -48,6 +50,40 @@ def assert_same(one, other, **tolerance):
     assert one[1].keys() == other[1].keys()
     for name, gradient in one[1].items():
         torch.testing.assert_close(gradient, other[1][name], **tolerance)
+
+
+def test_layers_that_accelerate_dispatches_compute_the_same(processor, examples):
+    """Its hooks replace forward passes, as on several GPUs; here all layers stay on the CPU."""
+    plain, model = outcome(build(), processor, examples), build()
+    parts = ("vision_tower", "multi_modal_projector", "language_model")
+    places = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    dispatch_model(model.base, places, main_device="cpu", force_hooks=True)
+    assert hasattr(model.base.model.language_model, "_hf_hook")
+    assert_same(plain, outcome(model, processor, examples), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "device", "expected"),
+    [
+        ("auto", "cuda", "auto"),
+        ("auto", "cuda:1", {"": torch.device("cuda:1")}),
+        ("single", "cuda", {"": torch.device("cuda")}),
+        ("auto", "cpu", None),
+    ],
+)
+def test_the_base_is_spread_over_all_gpus_unless_one_is_named(
+    monkeypatch, device_map, device, expected
+):
+    class Loaded(Exception):
+        """Ends the loading."""
+
+    def load(**options):
+        raise Loaded(options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load)
+    with pytest.raises(Loaded) as caught:
+        load_base(ModelConfig(device_map=device_map), torch.device(device))
+    assert caught.value.args[0].get("device_map") == expected
 
 
 @pytest.mark.parametrize("autocast", [False, True])
