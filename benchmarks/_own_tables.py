@@ -246,6 +246,23 @@ def sketch_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
+CHECKS = ("logits", "generate", "labels", "training", "federation", "export", "plan")
+
+
+def families_table(record: Results) -> str:
+    """Return the table of ``families.json``: a row per family, passed tests per check."""
+    tests = record["results"]["tests"]
+
+    def cell(one: Results) -> str:
+        ran, passed = one["ran"], one["passed"]
+        return f"passes ({ran})" if ran == passed else f"**{ran - passed} of {ran} fail**"
+
+    rows = [["family", *CHECKS]]
+    for family in tests[CHECKS[0]]:
+        rows.append([family, *(cell(tests[check][family]) for check in CHECKS)])
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
 def note(record: Results) -> str:
     """Return command (with the script's present path), machine, versions and date of a result."""
     command = record["command"]
@@ -275,6 +292,7 @@ OWN_TABLES: dict[str, Callable[[Results], str]] = {
     "aggregation": aggregation_table,
     "sketch": sketch_table,
     "plan": plan_table,
+    "families": families_table,
     "privacy": privacy_table,
     "deployment": deployment_table,
     "payload": payload_table,

@@ -374,6 +374,14 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
 
 
+def families_rows(results: Results) -> Rows:
+    """Rows of ``families.json``: tests of all families that passed."""
+    counts = [one for families in results["tests"].values() for one in families.values()]
+    ran, passed = (sum(one[key] for one in counts) for key in ("ran", "passed"))
+    families = len(next(iter(results["tests"].values())))
+    return [[f"tests of {families} kinds of base models", f"{passed} of {ran} pass", "all"]]
+
+
 ROWS: dict[str, Callable[[Results], Rows]] = {
     "connector": connector_rows,
     "aggregation": aggregation_rows,
@@ -386,6 +394,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "rows": rows_rows,
     "gpu": gpu_rows,
     "plan": plan_rows,
+    "families": families_rows,
     "faults": faults_rows,
     "site_faults": site_faults_rows,
     "payload": payload_rows,

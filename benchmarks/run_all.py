@@ -28,6 +28,7 @@ BENCHMARKS = (
     "demo",
     "rows",
     "plan",
+    "families",
     "privacy",
     "payload",
     "deployment",

@@ -19,6 +19,7 @@ from pilot_flwr.run.tables import markdown
 PAGES = {
     "README.md": ("demo", "overview", "exchange"),
     "docs/tutorials/first-run.md": ("demo", "timeline"),
+    "docs/reference/models.md": ("families",),
     "docs/how-to/deployment.md": ("deployment", "payload"),
     "docs/how-to/privacy.md": ("privacy",),
     "docs/how-to/many-clients.md": ("clients",),

@@ -16,6 +16,19 @@ hypothesis.settings.load_profile("no-deadline")
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
+def pytest_addoption(parser):
+    """Let the tests of the model families be counted."""
+    parser.addoption("--families", metavar="FILE", help="write how each family's tests end")
+
+
+def pytest_configure(config):
+    """Count them if asked."""
+    if path := config.getoption("--families"):
+        from families.outcomes import Outcomes
+
+        config.pluginmanager.register(Outcomes(path), "family-outcomes")
+
+
 def pytest_collection_modifyitems(items):
     """Skip what is marked `gpu` where there is none."""
     if torch.cuda.is_available():

@@ -29,6 +29,8 @@ from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
+pytestmark = pytest.mark.family("training")
+
 CPU = torch.device("cpu")
 TASKS = ("vqa", "counting", "captioning")
 

@@ -123,6 +123,7 @@ VECTORS = {
 
 @pytest.mark.parametrize("system", ["", "A chat."])
 @pytest.mark.parametrize("name", list(WRITERS))
+@pytest.mark.family("labels")
 def test_only_answers_and_their_end_tokens_carry_labels(tmp_path, name, system):
     vector = VECTORS[name]
     text, labelled = read(make(name, tmp_path, system_prompt=system), conversation(*TWO))
@@ -168,6 +169,7 @@ def test_an_answer_is_found_where_it_stands(tmp_path, name, turns, text, labelle
 
 @pytest.mark.parametrize("name", list(WRITERS))
 @pytest.mark.parametrize("turns", [ONE, TWO])
+@pytest.mark.family("labels")
 def test_a_prompt_is_exactly_what_stands_before_the_last_answers_labels(tmp_path, name, turns):
     collator = make(name, tmp_path)
     example = conversation(*turns)
@@ -178,6 +180,7 @@ def test_a_prompt_is_exactly_what_stands_before_the_last_answers_labels(tmp_path
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
+@pytest.mark.family("labels")
 def test_generation_stops_where_labels_end(tmp_path, name):
     collator = make(name, tmp_path)
     (token,) = {re.search(r"<[^<]+>$", answer)[0] for answer in VECTORS[name].labelled}

@@ -352,6 +352,7 @@ def test_the_description_says_what_the_folder_is(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.family("export")
 def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
     path = WRITERS[kind](tmp_path / "base")
     config = ModelConfig(path=path, lora=LoraConfig(rank=2))

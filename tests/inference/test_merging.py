@@ -148,6 +148,7 @@ HOLDS_A_SUM = {"llava-1.5", "interleave", "llava-next", "onevision", "idefics3",
 @torch.no_grad()
 @pytest.mark.parametrize("personal", [False, True])
 @pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.family("export")
 def test_every_family_merges_what_its_connector_can_hold(kind, personal, tmp_path, monkeypatch):
     path = WRITERS[kind](tmp_path / "base")
     config = ModelConfig(path=path, lora=LoraConfig(rank=2))

@@ -72,6 +72,7 @@ def base_logits(base, processor, collator, one):
 
 
 @torch.no_grad()
+@pytest.mark.family("logits")
 def test_the_base_model_is_reproduced_for_any_images(path, model):
     processor, collator, cache = kit(model, path)
     base = load_base(ModelConfig(path=path), CPU).eval()
@@ -81,6 +82,7 @@ def test_the_base_model_is_reproduced_for_any_images(path, model):
 
 
 @torch.no_grad()
+@pytest.mark.family("generate")
 def test_generation_is_transformers_own(path, model):
     processor, collator, cache = kit(model, path)
     base = load_base(ModelConfig(path=path), CPU).eval()
@@ -102,6 +104,7 @@ def test_generation_is_transformers_own(path, model):
 
 
 @torch.no_grad()
+@pytest.mark.family("generate")
 def test_decoding_is_greedy_whatever_the_checkpoint_asks_for(path):
     """Penalties, beams and sampling of ``generation_config.json`` would change every score."""
     model, tokens = None, []
@@ -116,6 +119,7 @@ def test_decoding_is_greedy_whatever_the_checkpoint_asks_for(path):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.family("logits")
 def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):
     config = ModelConfig(path=path, lora=LoraConfig(rank=2))
     model = PilotModel(load_base(config, CPU), config)
@@ -133,6 +137,7 @@ def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.family("logits")
 def test_workers_change_nothing(path, model, tmp_path, workers):
     processor, _, cache = kit(model, path)
     parts = [EXAMPLES[:3], EXAMPLES[3:4], EXAMPLES[2:]] * 2

@@ -40,6 +40,7 @@ def numbers(model):
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
+@pytest.mark.family("plan")
 def test_the_plan_of_a_family_is_that_of_its_model(name, tmp_path):
     path = WRITERS[name](tmp_path / "base")
     config = load_config(f"model.path={path} model.lora.rank=2 data.tasks=[vqa,counting]")

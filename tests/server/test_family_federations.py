@@ -12,6 +12,7 @@ from inprocess import assert_same_state, finish, resumed
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.cli import main as cli
 
+pytestmark = pytest.mark.family("federation")
 CLIENTS = ("counting-0", "vqa-0")
 
 
