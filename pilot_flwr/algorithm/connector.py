@@ -83,6 +83,12 @@ def merge_features(features: Tensor, side: int, *, square: bool) -> Tensor:
     return features.reshape(*batch, count // side**2, side**2 * channels)
 
 
+def _tokens(adapter: nn.Module, features: Tensor) -> Tensor:
+    """Return an adapter's tokens (..., S, C); some connectors give an image's as a square."""
+    tokens: Tensor = adapter(features)
+    return tokens.flatten(features.dim() - 2, -2)
+
+
 def _images(tokens: Tensor, images: Sequence[int]) -> Iterator[Tensor]:
     """Yield tokens by image, (B, S, ·): all images at once if they are equally large."""
     if tokens.dim() == 3:
@@ -114,11 +120,11 @@ class TaskClientConnector(nn.Module):
 
     def forward(self, features: Tensor, images: Sequence[int] = ()) -> ConnectorOutput:
         """Map H_v to x_img (..., S, C) and L_d, a mean over images."""
-        task = self.task_adapter(features)
+        task = _tokens(self.task_adapter, features)
         zero = task.new_zeros(())
         if self.client_adapter is None:
             return ConnectorOutput(task, zero, zero, zero)
-        client = self.client_adapter(features)
+        client = _tokens(self.client_adapter, features)
         difference = zero
         if torch.is_grad_enabled():
             pairs = zip(_images(task, images), _images(client, images), strict=True)
@@ -205,11 +211,11 @@ class CrossTaskMoA(nn.Module):
         """Map H_v to x_img (..., S, C), L_b and L_z."""
         probs, balance, z = self.route(features, images)
         client = self.client_adapter if self.use_client_adapter else None
-        mixed = None if client is None else client(features)
+        mixed = None if client is None else _tokens(client, features)
         for index, task in enumerate(self.tasks):
-            expert = self.task_adapters[task](features)
+            expert = _tokens(self.task_adapters[task], features)
             if index > 0 and self.cross_task_adapters is not None:
-                expert = expert + self.cross_task_adapters[task](features)
+                expert = expert + _tokens(self.cross_task_adapters[task], features)
             weight = probs[..., index, None].to(expert.dtype)
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
         assert mixed is not None

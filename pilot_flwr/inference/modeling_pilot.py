@@ -67,9 +67,9 @@ class Connector(nn.Module):
         """Return x_img in the dtype of `features`."""
         inputs = features.to(next(self.parameters()).dtype)
         if self.stage == 1:
-            output: Tensor = self.task_adapter(inputs)
+            output = _tokens(self.task_adapter, inputs)
             if self.client_adapter is not None:
-                output = output + self.client_adapter(inputs)
+                output = output + _tokens(self.client_adapter, inputs)
         else:
             output = self._mixture(inputs)
         return output.to(features.dtype)
@@ -80,14 +80,14 @@ class Connector(nn.Module):
             parts = self._parts(inputs).to(dtype)
             logits = nn.functional.linear(parts, self.router.weight.to(dtype))
         probs = logits.softmax(-1, dtype=torch.float32).to(dtype)
-        mixed = None if self.client_adapter is None else self.client_adapter(inputs)
+        mixed = None if self.client_adapter is None else _tokens(self.client_adapter, inputs)
         for index, task in enumerate(self.tasks):
-            expert = self.task_adapters[task](inputs)
+            expert = _tokens(self.task_adapters[task], inputs)
             if task in self.cross_task_adapters:
-                expert = expert + self.cross_task_adapters[task](inputs)
+                expert = expert + _tokens(self.cross_task_adapters[task], inputs)
             weight = probs[..., index, None].to(expert.dtype)
             mixed = weight * expert if mixed is None else torch.addcmul(mixed, weight, expert)
-        assert isinstance(mixed, Tensor)
+        assert mixed is not None
         return mixed
 
     def _parts(self, features: Tensor) -> Tensor:
@@ -98,6 +98,12 @@ class Connector(nn.Module):
             grid = features.reshape(*batch, edge, self.side, edge, self.side, channels)
             features = grid.transpose(-4, -3)
         return features.reshape(*batch, count // self.side**2, self.side**2 * channels)
+
+
+def _tokens(adapter: nn.Module, features: Tensor) -> Tensor:
+    """Return an adapter's tokens (..., S, C); some connectors give an image's as a square."""
+    tokens: Tensor = adapter(features)
+    return tokens.flatten(features.dim() - 2, -2)
 
 
 def load(folder: str | Path = ".", base: str | Path | None = None, **options: Any) -> Any:

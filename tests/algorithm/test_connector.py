@@ -357,3 +357,30 @@ def test_a_router_decides_per_token_and_its_losses_are_per_image():
     assert packed.features.shape == (6, C)
     torch.testing.assert_close(packed.features, torch.cat([o.features[0] for o in separate]))
     torch.testing.assert_close(packed.balance, sum(o.balance for o in separate) / 2)
+
+
+class Square(nn.Module):
+    """A connector that gives the tokens of an image as a square."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.inner(features).unflatten(1, (2, 2))
+
+
+def test_tokens_in_a_square_are_tokens():
+    features = torch.randn(3, 4, D, dtype=torch.float64)
+    plain = TaskClientConnector(adapter(1), adapter(2))(features)
+    square = TaskClientConnector(Square(adapter(1)), Square(adapter(2)))(features)
+    assert all(torch.equal(one, other) for one, other in zip(plain, square, strict=True))
+    router = nn.Linear(D, len(TASKS), bias=False).double()
+
+    def mixture(wrap):
+        tasks = {task: wrap(adapter(i)) for i, task in enumerate(TASKS)}
+        crossed = {task: wrap(adapter(10 + i)) for i, task in enumerate(TASKS[1:])}
+        return CrossTaskMoA(tasks, crossed, wrap(adapter(20)), router)(features)
+
+    pairs = zip(mixture(lambda inner: inner), mixture(Square), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

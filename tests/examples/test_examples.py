@@ -11,15 +11,27 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.fixture(scope="module")
-def rule():
-    """The example of a new aggregation rule, as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "add_an_aggregation_rule", EXAMPLES / "add_an_aggregation_rule.py"
-    )
+def load(name):
+    """Return an example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def rule():
+    return load("add_an_aggregation_rule")
+
+
+def test_a_family_is_added_by_one_row(tmp_path, capsys):
+    """Logits of both stages, the untouched model's; and both stages train at two clients."""
+    family = load("add_family")
+    found = family.main(tmp_path)
+    assert found.keys() == {1, 2} and max(found.values()) < 1e-5
+    assert "aya_vision" not in family.SPECS
+    out = capsys.readouterr().out
+    assert "Exchange 2: 2 clients, stage 2" in out and "difference 0." in out
 
 
 def test_the_rules_weights_are_those_of_its_equation(rule):
