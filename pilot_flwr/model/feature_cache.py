@@ -150,22 +150,24 @@ class FeatureCache:
         parts = [kept[key] for key, _ in decoded.images]
         stand_ins = [layout.stand_in() for layout in layouts]
         inputs = collate(stand_ins, together=decoded.together) if layouts else {}
+        features = [part[0] for part in parts]
+        besides = [_concatenate(each, model.device) for each in zip(*parts, strict=True)][1:]
         zeros = decoded.texts if self.zero_images else 0
         if zeros:
-            layout, features = self._zero_image(model, processor)
+            layout, zero = self._zero_image(model, processor)
             layouts += [layout] * zeros
-            parts += [features] * zeros
-        if not parts:
+            features += [zero[0]] * zeros
+        if not features:
             return Visual(torch.empty(0, 0, 0), (), {})
-        whole = [_concatenate(each, model.device) for each in zip(*parts, strict=True)]
         rows = tuple(layout.rows for layout in layouts)
-        return Visual(whole[0], rows, inputs, tuple(whole[1:]), zeros)
+        return Visual(_concatenate(features, model.device), rows, inputs, tuple(besides), zeros)
 
     def _zero_image(self, model: PilotModel, processor: Processor) -> tuple[Layout, Features]:
         """Return layout and features of an image whose pixels are zero after normalization."""
         if self._zero is None:
             layout = processor.layout(_ZERO_IMAGE, alone=False)
-            inputs = layout.stand_in() | {PIXELS: torch.zeros(layout.shape)}
+            # Nearly: some families take an image of zeros for padding.
+            inputs = layout.stand_in() | {PIXELS: torch.full(layout.shape, 1e-7)}
             (features,) = _encoded(model, [inputs], alone=False)
             self._zero = layout, features
         return self._zero

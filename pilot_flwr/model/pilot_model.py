@@ -282,7 +282,7 @@ class PilotModel(nn.Module):
     def _reading(self, visual: Visual) -> Iterator[Inputs]:
         """Let the connector read kept features; yield the base model's image inputs."""
         layers = next(m for m in self.tower.modules() if isinstance(m, nn.ModuleList))
-        kept = zip(self._besides(), visual.besides, strict=True) if visual.images else ()
+        kept = zip(self._besides(), visual.besides, strict=True) if visual.besides else ()
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(replaced(layer, lambda hidden, *args, **kwargs: hidden))

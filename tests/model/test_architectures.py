@@ -136,6 +136,20 @@ def test_a_batch_of_text_alone_trains_the_lora_and_nothing_else(path):
     assert all(p.grad is None for p in groups["own_task_adapter"].values())
 
 
+@torch.no_grad()
+def test_a_zero_image_reaches_the_connector_alone(path, model):
+    """`train.text_only`: the logits stay, and H_v has one more image."""
+    processor, collator, cache = kit(model, path)
+    texts = [example(image(20, 61)), example(turns=2)]
+    batch = collator.train_batch(texts)
+    plain = cache.encode(model, processor, texts)
+    config = FeatureCacheConfig(where="off")
+    zeroed = FeatureCache(config, zero_images=True).encode(model, processor, texts)
+    assert zeroed.zeros == 1 and len(zeroed.images) == len(plain.images) + 1
+    assert zeroed.shown == plain.shown == len(plain.features) < len(zeroed.features)
+    torch.testing.assert_close(model(batch, zeroed).logits, model(batch, plain).logits)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.family("logits")
 def test_workers_change_nothing(path, model, tmp_path, workers):
