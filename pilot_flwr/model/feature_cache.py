@@ -150,17 +150,17 @@ class FeatureCache:
         parts = [kept[key] for key, _ in decoded.images]
         stand_ins = [layout.stand_in() for layout in layouts]
         inputs = collate(stand_ins, together=decoded.together) if layouts else {}
-        features = [part[0] for part in parts]
+        visual = [part[0] for part in parts]
         besides = [_concatenate(each, model.device) for each in zip(*parts, strict=True)][1:]
         zeros = decoded.texts if self.zero_images else 0
         if zeros:
             layout, zero = self._zero_image(model, processor)
             layouts += [layout] * zeros
-            features += [zero[0]] * zeros
-        if not features:
+            visual += [zero[0]] * zeros
+        if not visual:
             return Visual(torch.empty(0, 0, 0), (), {})
         rows = tuple(layout.rows for layout in layouts)
-        return Visual(_concatenate(features, model.device), rows, inputs, tuple(besides), zeros)
+        return Visual(_concatenate(visual, model.device), rows, inputs, tuple(besides), zeros)
 
     def _zero_image(self, model: PilotModel, processor: Processor) -> tuple[Layout, Features]:
         """Return layout and features of an image whose pixels are zero after normalization."""
