@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 
-from pilot_flwr.client import session
+from pilot_flwr.client import rank
 from pilot_flwr.protocol import LOSSES, TrainingResult
 
 
@@ -26,5 +26,5 @@ def _train(model, examples, *, generator, run_schedule=None, **_):
 def quick_training():
     """Train at random in this context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "train", _train)
+        patch.setattr(rank, "train", _train)
         yield

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
+from pilot_flwr.client.node import Site
 from pilot_flwr.client.training import Encoder
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import SiteFiles, Split
@@ -18,10 +21,14 @@ from pilot_flwr.data.federation import (
     trains_pooled,
 )
 from pilot_flwr.data.validation import WholeImages, usable
+from pilot_flwr.model.checkpoints import user_cache
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.feature_folder import FeatureFolder
-from pilot_flwr.model.loading import load_processor, make_collator
+from pilot_flwr.model.loading import load_processor, loaded_model, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
+
+SESSION_LOCK = ".turn.lock"
+"""File in a client's state folder: one session at a time, as each replaces the state."""
 
 
 class ClientData:
@@ -105,3 +112,48 @@ class ClientData:
         """Return the settings of long examples, for the cache of checked rows."""
         train = self.config.train
         return f"{train.max_length}" + ("/cut" if train.over_long == "cut" else "")
+
+
+def open_client_data(
+    site: Site, config: PilotConfig, device: torch.device, progress: Callable[[str], None]
+) -> ClientData:
+    """Return the client's data, for this process's base model on `device`."""
+    model = loaded_model(
+        config.model,
+        reduction=config.train.difference_loss.reduction,
+        balance_reduction=config.train.balance_loss.reduction,
+        device=device,
+    )
+    return ClientData(
+        site.client,
+        config,
+        model,
+        folder=site.state_folder,
+        files=site.files,
+        features=_features(site, config, progress),
+        progress=progress,
+    )
+
+
+def _features(
+    site: Site, config: PilotConfig, progress: Callable[[str], None]
+) -> FeatureFolder | None:
+    """Open the feature cache on disk: the site's or, in a simulation, the user's.
+
+    Runs share it. Entries used since this run's first session, dated by its session locks, are
+    never pruned.
+    """
+    cache = config.model.feature_cache
+    if cache.where != "disk":
+        return None
+    runs = site.state_folder.parent
+    if site.flower_run:
+        folder, locks = runs, [site.state_folder / SESSION_LOCK]
+    else:  # all clients of this run
+        folder, locks = user_cache(), [*runs.glob(f"*/{SESSION_LOCK}")]
+    return FeatureFolder(
+        folder / "features",
+        limit=int(cache.max_gib * 2**30),
+        since=min(lock.stat().st_mtime_ns for lock in locks),
+        progress=progress,
+    )

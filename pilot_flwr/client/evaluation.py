@@ -1,12 +1,14 @@
 """Evaluate one client's personalised model: greedy generation, then the task's metric."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from pilot_flwr.client.training import Encoder, autocast
+from pilot_flwr.client.parallel import Ranks
+from pilot_flwr.client.training import ALONE, Encoder, autocast
 from pilot_flwr.config.schema import EvaluationConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example
@@ -32,8 +34,12 @@ def evaluate(
     metric: str,
     config: EvaluationConfig,
     autocast_choice: str,
+    ranks: Ranks = ALONE,
 ) -> EvaluationResult:
-    """Answer all examples in the precision of training; score the answers by a key of `METRICS`."""
+    """Answer all examples in the precision of training; score the answers by a key of `METRICS`.
+
+    Rank 0 has the result; another rank calls `answer`.
+    """
     if not examples:
         raise DataError("There is no test example.")
     started = time.perf_counter()
@@ -44,6 +50,7 @@ def evaluate(
         encode=encode,
         config=config,
         autocast_choice=autocast_choice,
+        ranks=ranks,
     )
     score = METRICS[metric].score(answers.texts, [example.answers for example in examples])
     return EvaluationResult(
@@ -64,21 +71,21 @@ def answer(
     encode: Encoder,
     config: EvaluationConfig,
     autocast_choice: str,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
     streamer: Any = None,
 ) -> Answers:
-    """Answer the last question of every example, greedily.
+    """Answer the last question of every example, greedily; each of the `ranks` answers a share.
 
-    `progress` gets the number of answers after each batch, transformers' `streamer` the tokens of a
-    single example's answer.
+    `progress` gets the number of own answers after each batch, transformers' `streamer` the tokens
+    of a single example's answer.
     """
     model.eval()
     answers: list[str] = []
     cut = 0
-    parts = [
-        range(start, min(start + config.batch_size, len(examples)))
-        for start in range(0, len(examples), config.batch_size)
-    ]
+    size = min(config.batch_size, math.ceil(len(examples) / ranks.number))
+    starts = ranks.own(range(0, len(examples), size))
+    parts = [range(start, min(start + size, len(examples))) for start in starts]
     stop = collator.end_token_id()
     visuals = encode([examples[i] for i in part] for part in parts)
     for part in parts:
@@ -95,4 +102,7 @@ def answer(
         cut += int((~ended.any(-1)).sum())
         answers += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         progress(len(answers))
-    return Answers(answers, cut)
+    own: list[Any] = [cut, *zip((i for part in parts for i in part), answers, strict=True)]
+    found = ranks.collect(own)
+    by_example = {i: text for _, *texts in found for i, text in texts}
+    return Answers([by_example[i] for i in range(len(examples))], sum(cut for cut, *_ in found))

@@ -12,6 +12,7 @@ and reads the files that the run's configuration names.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.config import rules
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.overrides import federation_config
-from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
+from pilot_flwr.config.schema import PilotConfig, PrivacyConfig, TrainConfig
 from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError
@@ -50,9 +51,9 @@ class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
 
     `state_folder` holds its private state of this run, `device` is a name for `find_device`,
-    `files` is None for a simulated client, `lora_rank` is 0 for the run's. `flower_run` and
-    `node_id` are Flower's, and `key_file` holds the private key, by default `default_key`; a
-    simulated client has none of them.
+    `processes` train and evaluate, `files` is None for a simulated client, `lora_rank` is 0 for
+    the run's. `flower_run` and `node_id` are Flower's, and `key_file` holds the private key, by
+    default `default_key`; a simulated client has none of them.
     """
 
     client: Client
@@ -65,6 +66,7 @@ class Site:
     node_id: int = 0
     key_file: Path | None = None
     lora_rank: int = 0
+    processes: int = 1
 
     @property
     def private_store(self) -> PrivateStore:
@@ -121,6 +123,7 @@ def find_site(
     if run_name in SHARED_FOLDERS:
         raise ConfigError(f"The run name is {run_name!r}, which names a folder of all runs.")
     check_device(node.device)
+    processes = num_processes(node, config, simulated=simulated)
     client = site_client(node, config)
     if node.state_folder is not None:
         folder = node.state_folder / run_name
@@ -135,7 +138,7 @@ def find_site(
     files = None
     if config.data.source == "llava" and not simulated:
         files = site_files(node, client)
-    site = Site(client, folder, node.device, files, run_name, node.demands)
+    site = Site(client, folder, node.device, files, run_name, node.demands, processes=processes)
     if simulated:
         return replace(site, lora_rank=config.model.lora.client_ranks.get(client.id, 0))
     key_file = node.identity_key or site.default_key
@@ -153,14 +156,17 @@ def generated_key(state_folder: Path, client_id: str) -> Path:
     return state_folder / f"{client_id}.key"
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`; ``auto`` is a GPU if there is one."""
+def find_device(name: str, *, rank: int = 0) -> torch.device:
+    """Return the device called `name`; ``auto`` is a GPU if there is one.
+
+    `rank` numbers the client's processes; each has a GPU of its own.
+    """
     import torch
 
     check_device(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(f"{name}:{rank}" if rank and name == "cuda" else name)
 
 
 def check_device(name: str) -> None:
@@ -174,6 +180,17 @@ def check_device(name: str) -> None:
             raise ConfigError(
                 f"`device` is {name!r} but this machine has {torch.cuda.device_count()} GPUs."
             )
+
+
+def num_processes(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> int:
+    """Return the number of a client's processes: a site's own, never one that the server sets."""
+    processes = node.processes or (config.simulation.client_processes if simulated else 1)
+    if processes > 1 and ":" in node.device:
+        raise ConfigError(
+            f"`device` is {node.device!r}, one GPU, but must be auto, cuda or cpu with "
+            f"{processes} processes; CUDA_VISIBLE_DEVICES selects their GPUs."
+        )
+    return processes
 
 
 def site_client(node: NodeSettings, config: PilotConfig) -> Client:
@@ -265,26 +282,46 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
         most = min(model.feature_cache.max_gib, node.max_feature_gib)
         model = replace(model, feature_cache=replace(model.feature_cache, max_gib=most))
     config = replace(config, model=model)
-    if not node.micro_batch:
-        return config
-    train, size = config.train, node.micro_batch
-    if train.loss_reduction == "micro_batch" and size != train.batch_size:
+    train = config.train
+    size = _micro_batch(node, train, num_processes(node, config, simulated=simulated))
+    steps = train.batch_size * train.accumulation_steps // size
+    evaluated = min(config.evaluation.batch_size, node.micro_batch or sys.maxsize)
+    return replace(
+        config,
+        train=replace(train, batch_size=size, accumulation_steps=steps),
+        evaluation=replace(config.evaluation, batch_size=evaluated),
+    )
+
+
+def _micro_batch(node: NodeSettings, train: TrainConfig, processes: int) -> int:
+    """Return the examples of a micro-batch: ``micro-batch``, or few enough for all processes.
+
+    Raises `ConfigError` unless an optimizer step divides into such micro-batches, and into one for
+    every process.
+    """
+    per_step = train.batch_size * train.accumulation_steps
+    possible = [n for n in range(1, per_step + 1) if per_step % n == 0]
+    size = node.micro_batch or train.batch_size
+    fixed = train.loss_reduction == "micro_batch"
+    if fixed and size != train.batch_size:
         raise ConfigError(
             f"`micro-batch` is {size} but must be {train.batch_size}, the run's `train.batch_size`,"
             " with `train.loss_reduction=micro_batch`, where it changes the gradient."
         )
-    per_step = train.batch_size * train.accumulation_steps
-    if per_step % size:
-        possible = ", ".join(str(n) for n in range(1, per_step + 1) if per_step % n == 0)
+    if size not in possible:
         raise ConfigError(
             f"`micro-batch` is {size} but must divide the {per_step} examples of an optimizer "
-            f"step of the run: {possible}."
+            f"step of the run: {', '.join(map(str, possible))}."
         )
-    return replace(
-        config,
-        train=replace(train, batch_size=size, accumulation_steps=per_step // size),
-        evaluation=replace(config.evaluation, batch_size=min(config.evaluation.batch_size, size)),
-    )
+    if not fixed and not node.micro_batch:
+        size = max(n for n in possible if n <= size and (n == 1 or per_step // n >= processes))
+    if per_step // size < processes:
+        name = "processes" if node.processes else "simulation.client_processes"
+        raise ConfigError(
+            f"`{name}` is {processes} but must be at most {per_step // size}, the micro-batches "
+            "of an optimizer step (`train.accumulation_steps`)."
+        )
+    return size
 
 
 def site_model(node: NodeSettings, model: ModelConfig, *, simulated: bool) -> ModelConfig:

@@ -30,6 +30,7 @@ KEYS = {
     "state-folder": "folder of the private adapters",
     "identity-key": "file with this client's private key",
     "device": "auto, cpu, cuda or cuda:N",
+    "processes": "processes that train and evaluate together, each on a GPU of its own",
     "model-path": "folder of the base model",
     "micro-batch": "examples at once in memory",
     "lora-rank": "rank of this site's LoRA, at most the run's",
@@ -65,6 +66,7 @@ class NodeSettings:
     state_folder: Path | None = None
     identity_key: Path | None = None
     device: str = "auto"
+    processes: int = 0
     model_path: Path | None = None
     micro_batch: int = 0
     lora_rank: int = 0
@@ -96,6 +98,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
         identity_key=_path(values, "identity-key"),
         device=_text(values, "device") or "auto",
         model_path=_path(values, "model-path"),
+        processes=_whole(values, "processes") or 0,
         micro_batch=_whole(values, "micro-batch") or 0,
         lora_rank=_whole(values, "lora-rank") or 0,
         max_feature_gib=_number(values, "max-feature-gib", rules.POSITIVE) or 100.0,
@@ -104,6 +107,7 @@ def read_node_config(values: NodeConfig) -> NodeSettings:
     if "client-id" in values:
         rules.check_name("client-id", settings.client_id)
     for key, number in (
+        ("processes", settings.processes),
         ("micro-batch", settings.micro_batch),
         ("lora-rank", settings.lora_rank),
     ):

@@ -10,12 +10,16 @@ client's loss F_k, pulled to the shared model w as the server sent it (algorithm
 
 v starts as the first w sent, never leaves the client, and is evaluated instead of w. Each of the
 two gets half of the epochs, so that a session takes as many steps as with another method.
+
+With several processes (`pilot_flwr.client.parallel`), the session runs in the first of them; the
+others take part in training and evaluation alone (`pilot_flwr.client.rank`).
 """
 
+import contextlib
 import functools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -23,9 +27,10 @@ import torch
 from pilot_flwr.algorithm.lora_ranks import rank_of
 from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.algorithm.quantization import compress
-from pilot_flwr.client.client_data import ClientData
+from pilot_flwr.client.client_data import SESSION_LOCK, open_client_data
 from pilot_flwr.client.evaluation import evaluate
 from pilot_flwr.client.node import Site, find_device
+from pilot_flwr.client.parallel import Ranks, in_parallel
 from pilot_flwr.client.personalization import (
     Received,
     extract_private_state,
@@ -34,20 +39,13 @@ from pilot_flwr.client.personalization import (
 )
 from pilot_flwr.client.privacy import release
 from pilot_flwr.client.private_state import PrivateState
-from pilot_flwr.client.training import (
-    Proximal,
-    RunSchedule,
-    check_finite,
-    sent_parameters,
-    train,
-)
-from pilot_flwr.config.schema import DittoConfig, PilotConfig
+from pilot_flwr.client.rank import Part, adapters, take_part, train_client
+from pilot_flwr.client.training import Proximal, RunSchedule, check_finite, sent_parameters
+from pilot_flwr.config.schema import DittoConfig, PilotConfig, TrainConfig
+from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import ConfigError, StateError
 from pilot_flwr.formatting import count
-from pilot_flwr.model.checkpoints import user_cache
-from pilot_flwr.model.feature_folder import FeatureFolder
-from pilot_flwr.model.loading import loaded_model
 from pilot_flwr.model.resource_plan import out_of_memory_explained
 from pilot_flwr.protocol import (
     EvaluationResult,
@@ -59,9 +57,6 @@ from pilot_flwr.protocol import (
     TrainingResult,
 )
 from pilot_flwr.run.atomic import hold
-
-SESSION_LOCK = ".turn.lock"
-"""File in a client's state folder: one session at a time, as each replaces the state."""
 
 PATIENCE_SECONDS = 60.0
 """How long a session waits for an earlier one that the server has given up."""
@@ -137,30 +132,6 @@ def _check_rank(site: Site, config: PilotConfig, instruction: Instruction) -> No
         )
 
 
-def _features(
-    site: Site, config: PilotConfig, progress: Callable[[str], None]
-) -> FeatureFolder | None:
-    """Open the feature cache on disk: the site's or, in a simulation, the user's.
-
-    Runs share it. Entries used since this run's first session, dated by its session locks, are
-    never pruned.
-    """
-    cache = config.model.feature_cache
-    if cache.where != "disk":
-        return None
-    runs = site.state_folder.parent
-    if site.flower_run:
-        folder, locks = runs, [site.state_folder / SESSION_LOCK]
-    else:  # all clients of this run
-        folder, locks = user_cache(), [*runs.glob(f"*/{SESSION_LOCK}")]
-    return FeatureFolder(
-        folder / "features",
-        limit=int(cache.max_gib * 2**30),
-        since=min(lock.stat().st_mtime_ns for lock in locks),
-        progress=progress,
-    )
-
-
 class Session:
     """One session's model, data and instruction; `private` is the state it starts from."""
 
@@ -189,21 +160,8 @@ class Session:
             check_precision(device, config)
         _check_rank(site, config, instruction)
         with out_of_memory_explained(config, instruction.stage):
-            self.model = loaded_model(
-                config.model,
-                reduction=config.train.difference_loss.reduction,
-                balance_reduction=config.train.balance_loss.reduction,
-                device=device,
-            )
-        self.data = ClientData(
-            site.client,
-            config,
-            self.model,
-            folder=site.state_folder,
-            files=site.files,
-            features=_features(site, config, progress),
-            progress=progress,
-        )
+            self.data = open_client_data(site, config, device, progress)
+        self.model = self.data.model
         self.spent: Spent | None = None
         if instruction.train:
             if config.privacy.enabled:
@@ -213,7 +171,7 @@ class Session:
     def evaluate_incoming(self) -> EvaluationResult:
         """Evaluate the incoming personalised model on the client's test split."""
         personalize_as_trained(self.model, self.private, self.received)
-        with out_of_memory_explained(self.config, self.model.stage):
+        with out_of_memory_explained(self.config, self.model.stage), self._ranks("test") as ranks:
             return evaluate(
                 self.model,
                 self.data.examples("test"),
@@ -222,6 +180,7 @@ class Session:
                 metric=self.data.metric,
                 config=self.config.evaluation,
                 autocast_choice=self.config.train.autocast,
+                ranks=ranks,
             )
 
     def train_and_upload(self) -> tuple[SessionResult, PrivateState]:
@@ -304,17 +263,38 @@ class Session:
         config = self.config.train
         if config.ditto.enabled:  # two models, half of the epochs each
             config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
-        return train(
-            self.model,
-            self.data.examples("train"),
-            collator=self.data.collator,
-            encode=self.data.encoder("train"),
-            config=config,
-            generator=generator,
-            progress=self.data.progress,
-            proximal=proximal,
-            run_schedule=schedule,
+        with self._ranks("train", config, generator, schedule) as ranks:
+            return train_client(
+                ranks, self.data, config, generator, proximal=proximal, run_schedule=schedule
+            )
+
+    @contextlib.contextmanager
+    def _ranks(
+        self,
+        split: Split,
+        train: TrainConfig | None = None,
+        generator: torch.Generator | None = None,
+        schedule: RunSchedule | None = None,
+    ) -> Iterator[Ranks]:
+        """Let the client's other processes take part in one training or evaluation."""
+        task = Part(
+            site=self.site,
+            config=self.config,
+            tasks=getattr(self.model.connector, "tasks", (self.model.own_task,)),
+            stage=self.model.stage,
+            residual={n: tuple(p.shape) for n, p in self.model.groups()["residual"].items()},
+            split=split,
+            examples=len(self.data.examples(split)),
+            train=train,
+            generator=bytes(generator.get_state().tolist()) if generator else b"",
+            schedule=replace(schedule, moments={}) if schedule else None,
         )
+        number, device = self.site.processes, self.model.device
+        with in_parallel(number, device, take_part, task) as ranks:
+            ranks.spread(adapters(self.model))
+            if schedule is not None:
+                ranks.spread_state(schedule.moments)
+            yield ranks
 
     def _charge(self) -> Spent:
         """Count this session's release; return what the run has spent."""

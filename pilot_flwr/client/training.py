@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from pilot_flwr.algorithm.connector import ConnectorOutput, CrossTaskMoA
 from pilot_flwr.algorithm.parameter_groups import Groups, Sharing, set_trainable, trained_groups
+from pilot_flwr.client.batching import optimizer_steps
+from pilot_flwr.client.parallel import Ranks
 from pilot_flwr.config.schema import TrainConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
@@ -29,6 +31,8 @@ from pilot_flwr.errors import StateError, TrainingError
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.slot import Visual
 from pilot_flwr.protocol import LOSSES, GroupName, Losses, State, TrainingResult
+
+ALONE = Ranks()
 
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
 """Maps batches of examples to H_v of each batch's images, batch by batch."""
@@ -58,12 +62,17 @@ def train(
     progress: Callable[[str], None],
     proximal: "Proximal | None" = None,
     run_schedule: RunSchedule | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train the groups of the model's stage in place; of the LoRA, `config.lora_matrices`.
 
     `generator`, on the CPU, draws the order of examples and dropout. `progress` gets a line at most
     every `config.log_every_seconds`. `proximal` is added to the loss of every step. Without
     `run_schedule`, optimizer and learning rates begin anew.
+
+    Each of the `ranks` computes its share of a step's micro-batches. The gradients are then added
+    up, and each rank updates its shard of the parameters, for which alone it keeps AdamW's moments
+    (ZeRO stage 1: Rajbhandari et al., SC 2020). Only rank 0 gives `proximal` and the moments.
 
     Raises `TrainingError` if there is no example, or the loss or a gradient is not finite,
     `StateError` if the moments of `run_schedule` do not fit.
@@ -75,24 +84,31 @@ def train(
     parts = Sharing(trained_lora=config.lora_matrices)
     set_trainable(model.groups(), stage=model.stage, sharing=parts)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
-    optimizer, schedule = _optimizer(model, config, num_steps, run_schedule)
+    trained = [p for named in model.groups().values() for p in named.values() if p.requires_grad]
+    shares = ranks.shard(trained)
+    optimizer, schedule = _optimizer(model, config, num_steps, run_schedule, shares[ranks.rank])
     model.train()
-    with _dropout_seed(generator, model.device):
-        steps = _steps(examples, config, generator)
+    with _dropout_seed(generator, model.device, ranks.rank):
+        steps = [ranks.own(step) for step in optimizer_steps(examples, config, generator)]
         visuals = encode([examples[i] for i in part] for step in steps for part in step)
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
-            losses = accumulate(model, batches, visuals, config)
+            losses = accumulate(model, batches, visuals, config, ranks)
             if proximal is not None:
                 losses += proximal.backpropagate()
+            ranks.add_up([losses])
+            ranks.add_up_gradients(trained)
             norms = _clip(meter.groups, config, stage=model.stage)
             meter.update(_checked(losses, norms, stage=model.stage))
             optimizer.step()
+            for rank, share in enumerate(shares):
+                ranks.spread(share, source=rank)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
     model.eval()
     if run_schedule is not None:
-        run_schedule.moments = _moments(model, optimizer)
+        shards = ranks.gather(_moments(model, optimizer), torch.device("cpu"))
+        run_schedule.moments = {name: t for shard in shards for name, t in shard.items()}
     return meter.result(len(examples))
 
 
@@ -114,9 +130,15 @@ def autocast(device: torch.device, choice: str) -> contextlib.AbstractContextMan
 
 
 def accumulate(
-    model: PilotModel, batches: list[Batch], visuals: Iterator[Visual], config: TrainConfig
+    model: PilotModel,
+    batches: list[Batch],
+    visuals: Iterator[Visual],
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Backpropagate one optimizer step's micro-batches; return its `LOSSES` in float64.
+
+    Gradients and losses are to be added up over the `ranks`; `batches` are those of this rank.
 
     `visuals` yields H_v of each batch. The losses stay on the model's device: nothing here waits
     for a value.
@@ -124,37 +146,37 @@ def accumulate(
     L_ce is averaged over the answer tokens of the whole step, L_d over its images. L_b is a product
     of two means, so it cannot be averaged over micro-batches: with several of them, the router's
     losses are computed once, over all tokens of the step. The router is linear in H_v, so this is
-    cheap, and H_v of the whole step fits in memory.
+    cheap, and H_v of the whole step fits in memory, that of rank 0, which computes them.
 
     With `train.loss_reduction=micro_batch` each loss is averaged over a micro-batch, and the step's
     is the mean of its micro-batches'.
     """
     per_batch = config.loss_reduction == "micro_batch"
-    num_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
+    own_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
     step = [next(visuals) for _ in batches]
     images = [visual.weight for visual in step]
-    split = len(batches) > 1 and any(images) and not per_batch
+    num_batches, num_tokens, num_images = ranks.totals(len(batches), own_tokens, sum(images))
+    split = num_batches > 1 and num_images > 0 and not per_batch
     router = model.connector if split and isinstance(model.connector, CrossTaskMoA) else None
     losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=model.device)
     if router is not None:
-        features = torch.cat(
-            [
-                v.features.to(model.device, router.router.weight.dtype)
-                for v in step
-                if len(v.features)
-            ]
-        )
-        _, balance, z = router.route(features, [n for v in step for n in v.images])
-        zero = balance.new_zeros(())
-        parts = ConnectorOutput(features, zero, balance, z)
-        losses += _backpropagate(zero, parts, config)
+        dtype = router.router.weight.dtype
+        own = {str(i): v.features for i, v in enumerate(step) if len(v.features)}
+        states = ranks.gather({n: f.to(model.device, dtype) for n, f in own.items()}, model.device)
+        sizes = ranks.collect([n for v in step for n in v.images])
+        if ranks.rank == 0:
+            features = torch.cat([tensor for state in states for tensor in state.values()])
+            _, balance, z = router.route(features, [n for part in sizes for n in part])
+            zero = balance.new_zeros(())
+            parts = ConnectorOutput(features, zero, balance, z)
+            losses += _backpropagate(zero, parts, config)
     for batch, visual, count in zip(batches, step, images, strict=True):
         with autocast(model.device, config.autocast):
             output = model(batch.to(model.device), visual)
         summed = nn.functional.cross_entropy(output.logits.float(), output.labels, reduction="sum")
-        share, answers = count / max(1, sum(images)), num_tokens
+        share, answers = count / max(1, num_images), num_tokens
         if per_batch:
-            share, answers = 1 / len(batches), len(batches) * len(output.labels)
+            share, answers = 1 / num_batches, num_batches * len(output.labels)
         of_router = share if router is None else 0.0
         out = output.connector
         parts = ConnectorOutput(
@@ -225,13 +247,17 @@ def rate_factor(step: int, *, warmup: int, total: int) -> float:
 
 
 def _optimizer(
-    model: PilotModel, config: TrainConfig, num_steps: int, run: RunSchedule | None
+    model: PilotModel,
+    config: TrainConfig,
+    num_steps: int,
+    run: RunSchedule | None,
+    shard: Sequence[nn.Parameter],
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with one learning rate for the LoRA and one for the connector, cosine to zero."""
+    """AdamW of a shard: a learning rate for LoRA and one for the connector, cosine to zero."""
     rates = config.stage(model.stage)
-    groups = model.groups()
-    lora = [p for p in groups["lora"].values() if p.requires_grad]
-    connector = [p for g in trained_groups(model.stage) if g != "lora" for p in groups[g].values()]
+    of_lora = set(model.groups()["lora"].values())
+    lora = [p for p in shard if p in of_lora]
+    connector = [p for p in shard if p not in of_lora]
     optimizer = torch.optim.AdamW(
         [
             {"params": lora, "lr": config.lr_scale * rates.lora_lr},
@@ -328,84 +354,12 @@ def _diverged(problem: str, stage: int) -> TrainingError:
     )
 
 
-def _steps(
-    examples: Sequence[Example], config: TrainConfig, generator: torch.Generator
-) -> list[list[list[int]]]:
-    """Return the micro-batches of every optimizer step of every epoch, in random order."""
-    steps = []
-    by_length = config.batching == "length"
-    lengths = [_words(example) for example in examples] if by_length else []
-    for _ in range(config.epochs):
-        if by_length:
-            order = _by_length(lengths, config, generator)
-        else:
-            order = torch.randperm(len(examples), generator=generator).tolist()
-        parts = [
-            order[start : start + config.batch_size]
-            for start in range(0, len(examples), config.batch_size)
-        ]
-        steps += [
-            parts[start : start + config.accumulation_steps]
-            for start in range(0, len(parts), config.accumulation_steps)
-        ]
-    return steps
-
-
-def _words(example: Example) -> int:
-    """Return the number of words of a conversation, negative without an image."""
-    words = sum(len(turn.text.split()) for turn in example.turns)
-    return words if example.images else -words
-
-
-def _by_length(
-    lengths: Sequence[int], config: TrainConfig, generator: torch.Generator
-) -> list[int]:
-    """Order the examples of an epoch so that those of one step are similar in length and kind.
-
-    As ``group_by_modality_length`` in the official code, on one device: the examples with images
-    and those without are drawn apart, step by step. The micro-batches of a step are equal in
-    length as far as possible. The order of the steps is random, but the examples of the last step
-    of each kind share the end of the epoch.
-    """
-    size = config.batch_size * config.accumulation_steps
-    kinds: list[list[list[int]]] = []
-    for kind in (
-        [i for i, n in enumerate(lengths) if n > 0],
-        [i for i, n in enumerate(lengths) if n < 0],
-    ):
-        drawn = [kind[i] for i in torch.randperm(len(kind), generator=generator).tolist()]
-        steps = [drawn[start : start + size] for start in range(0, len(drawn), size)]
-        kinds.append([_balanced(step, lengths, config.accumulation_steps) for step in steps])
-    if not all(kinds):
-        return [i for steps in kinds for step in steps for i in step]
-    full = [step for steps in kinds for step in steps[:-1]]
-    order = torch.randperm(len(full), generator=generator).tolist()
-    rest = sorted(i for steps in kinds for i in steps[-1])
-    return [i for number in order for i in full[number]] + rest
-
-
-def _balanced(step: list[int], lengths: Sequence[int], parts: int) -> list[int]:
-    """Order a step's examples so that its `parts` micro-batches have similar total lengths.
-
-    From the longest to the shortest, each goes to the shortest micro-batch that is not full; in
-    a step that does not divide evenly, to the next one in turn.
-    """
-    falling = sorted(step, key=lambda i: abs(lengths[i]), reverse=True)
-    if len(step) % parts:
-        return [i for first in range(parts) for i in falling[first::parts]]
-    chunks: list[list[int]] = [[] for _ in range(parts)]
-    for i in falling:
-        room = [chunk for chunk in chunks if len(chunk) < len(step) // parts]
-        min(room, key=lambda chunk: sum(abs(lengths[j]) for j in chunk)).append(i)
-    return [i for chunk in chunks for i in chunk]
-
-
 @contextlib.contextmanager
-def _dropout_seed(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+def _dropout_seed(generator: torch.Generator, device: torch.device, rank: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout uses, during this training only."""
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank)
         yield
 
 

@@ -164,7 +164,7 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     """Return the value of ``flwr run --federation-config``.
 
     By default all CPU cores that this process may use, all GPUs that torch sees, and one GPU per
-    client if there is any.
+    process of a client if there is any.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     """
     cpus = simulation.cpus or len(os.sched_getaffinity(0))
     gpus = _visible_gpus() if simulation.gpus == -1 else simulation.gpus
-    client_gpus = min(gpus, 1) if simulation.client_gpus == -1 else simulation.client_gpus
+    client_gpus = simulation.gpus_per_client(gpus)
     for name, each, all_of in (
         ("cpus", simulation.client_cpus, cpus),
         ("gpus", client_gpus, gpus),

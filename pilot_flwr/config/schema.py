@@ -377,7 +377,11 @@ class SimulationConfig(Section, prefix="simulation"):
     """CPU cores per client."""
     client_gpus: float = -1.0
     """GPUs per client: a fraction shares one GPU (0.25: four clients), above 1 a whole number;
-    -1: one if the simulation has any; 0: clients use the CPU."""
+    -1: one per process if the simulation has any; 0: clients use the CPU."""
+    client_processes: Annotated[int, minimum(1)] = 1
+    """Processes per client, which share its micro-batches and test examples; on GPUs, each uses one
+    of its own. Gradients are those of one process. A real site sets `processes` in its node
+    config."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -387,6 +391,17 @@ class SimulationConfig(Section, prefix="simulation"):
             raise ConfigError(
                 f"`simulation.client_gpus` is {self.client_gpus} but must be whole if above 1."
             )
+        if 0 < self.client_gpus < self.client_processes != 1:
+            raise ConfigError(
+                f"`simulation.client_gpus` is {self.client_gpus:g} but must be 0 or at least "
+                f"`simulation.client_processes`, {self.client_processes}."
+            )
+
+    def gpus_per_client(self, gpus: float) -> float:
+        """Return one client's GPUs in a simulation that has `gpus` of them on a machine."""
+        if self.client_gpus != -1:
+            return self.client_gpus
+        return float(self.client_processes) if gpus >= 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -274,9 +274,7 @@ def clients_at_once(grid: Grid, simulation: SimulationConfig) -> int | None:
     import ray  # runs in this process, on one machine or on a cluster
 
     resources = ray.cluster_resources() if ray.is_initialized() else {}
-    gpus = simulation.client_gpus
-    if gpus == -1:
-        gpus = float(resources.get("GPU", 0) >= 1)
+    gpus = simulation.gpus_per_client(resources.get("GPU", 0))
     fit = int(resources.get("CPU", 0) / simulation.client_cpus)
     fit = min(fit, int(resources.get("GPU", 0) / gpus)) if gpus else fit
     return _QUEUED * fit if fit else None

@@ -79,10 +79,8 @@ class Cluster:
     free_gpus: float
 
     def client_gpus(self, simulation: SimulationConfig) -> float:
-        """Return one client's GPUs: as set, or one if a node has any."""
-        if simulation.client_gpus != -1:
-            return float(simulation.client_gpus)
-        return float(any(node.gpus >= 1 for node in self.nodes))
+        """Return one client's GPUs: as set, or one per process if a node has any."""
+        return simulation.gpus_per_client(max(node.gpus for node in self.nodes))
 
     def clients_at_a_time(self, simulation: SimulationConfig) -> int:
         """Return the number of clients that fit, node by node as Flower counts them."""

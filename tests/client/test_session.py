@@ -14,6 +14,7 @@ import torch
 
 from pilot_flwr.algorithm.parameter_groups import trained_groups
 from pilot_flwr.client import client_data as data_module
+from pilot_flwr.client import rank as rank_module
 from pilot_flwr.client import session as session_module
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session
@@ -94,7 +95,7 @@ def seen(monkeypatch):
         seen.note(seen.evaluated, model)
         return EvaluationResult(0.5, metric, len(examples), 0.0)
 
-    monkeypatch.setattr(session_module, "train", train)
+    monkeypatch.setattr(rank_module, "train", train)
     monkeypatch.setattr(session_module, "evaluate", evaluate)
     return seen
 
@@ -316,12 +317,12 @@ def test_a_training_that_fails_leaves_the_private_state(
     for earlier in range(1, stage + 1):
         run(site, make_instruction(earlier))
     before, instruction = private_bytes(site), make_instruction(stage, server_round=3)
-    train = session_module.train
-    monkeypatch.setattr(session_module, "train", broken)
+    train = rank_module.train
+    monkeypatch.setattr(rank_module, "train", broken)
     with pytest.raises(TrainingError, match=message):
         run(site, instruction)
     assert private_bytes(site) == before
-    monkeypatch.setattr(session_module, "train", train)  # and the client is not locked out
+    monkeypatch.setattr(rank_module, "train", train)  # and the client is not locked out
     saved = private(site)
     run(site, instruction)
     assert_equal(seen.trained[-1][2]["client_adapter"], saved["client_adapter"])
@@ -341,7 +342,7 @@ def test_each_group_that_is_saved_or_sent_must_be_finite(
                 next(iter(model.groups()[group].values())).view(-1)[0] = float("inf")
             return TrainingResult({}, 1, len(examples), 0.0, {})
 
-        monkeypatch.setattr(session_module, "train", one)
+        monkeypatch.setattr(rank_module, "train", one)
         with pytest.raises(TrainingError, match=f"of {group} is not finite"):
             run(site, make_instruction(2))
         assert private_bytes(site) == before
@@ -450,7 +451,7 @@ def test_entries_of_this_run_are_known_by_its_first_session(tmp_path, monkeypatc
         os.utime(lock, ns=(0, 5 + number))
     for flower_run, expected in (("", 5), ("7", 6)):
         site = Site(client, tmp_path / "runs" / "b", "cpu", flower_run=flower_run)
-        assert session_module._features(site, config, print).since == expected
+        assert data_module._features(site, config, print).since == expected
 
 
 def test_evaluation_uses_the_autocast_of_training(sites, make_instruction, seen, monkeypatch):
@@ -475,7 +476,7 @@ def test_out_of_memory_says_what_to_change(sites, make_instruction, seen, monkey
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
-    monkeypatch.setattr(session_module, "train", fail)
+    monkeypatch.setattr(rank_module, "train", fail)
     message = (
         rf"ran out of memory in stage {stage} with a micro-batch of 4\..*expects \d.*"
         r"`train\.batch_size`.*`model\.gradient_checkpointing=true`.*`model\.quantization=4bit`"
@@ -522,7 +523,7 @@ def test_examples_that_were_cut_are_reported(sites, make_instruction, monkeypatc
         lengths.extend(len(collator.train_batch([example]).input_ids[0]) for example in examples)
         return TrainingResult({"total": 1.0}, 1, len(examples), 0.0, {})
 
-    monkeypatch.setattr(session_module, "train", train)
+    monkeypatch.setattr(rank_module, "train", train)
     run(sites["vqa"], make_instruction(1))
     longest, lines = max(lengths), []
     over = sum(length == longest for length in lengths)

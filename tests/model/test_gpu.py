@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pilot_flwr.client import session as session_module
+from pilot_flwr.client import rank as rank_module
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session
 from pilot_flwr.client.training import autocast, train
@@ -279,7 +279,7 @@ def test_out_of_memory_says_what_to_change_and_leaves_the_state(take, device, mo
         torch.empty(2**44, dtype=torch.uint8, device=device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "train", too_much)
+        patch.setattr(rank_module, "train", too_much)
         with pytest.raises(TrainingError, match=r"ran out of memory in stage 2.*`train\.batch_siz"):
             take(2)
     after = take.site.private_store.load()

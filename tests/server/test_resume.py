@@ -14,7 +14,7 @@ from inprocess import SMALL, InProcessGrid
 from quick_training import quick_training
 
 from pilot_flwr import server_app
-from pilot_flwr.client import session, training
+from pilot_flwr.client import rank, training
 from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.errors import ConfigError, RunError, StateError, WorkerDied
@@ -151,7 +151,7 @@ def test_a_run_that_died_at_any_point_at_all_ends_as_one_that_did_not(interrupte
     [("train.schedule=run", "moments/lora/"), ("model.sent_dtype=int4", "errors/lora/")],
 )
 def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, setting, stored):
-    monkeypatch.setattr(session, "train", training.train)
+    monkeypatch.setattr(rank, "train", training.train)
 
     short = TWO.replace("rounds=2", "rounds=1") + " data.train_examples=4 data.test_examples=1"
     short += f" {setting}"

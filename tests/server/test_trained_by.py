@@ -97,7 +97,7 @@ def test_without_the_client_that_trains_a_pooled_run_stops(tmp_path, monkeypatch
     def fail(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr("pilot_flwr.client.session.train", fail)
+    monkeypatch.setattr("pilot_flwr.client.rank.train", fail)
     with pytest.raises(BelowMinimum, match="'vqa-0', which trains on the pooled data, deliv.*no r"):
         finish(tmp_path / "run", POOLED)
 
