@@ -46,6 +46,9 @@ START_SECONDS = 300.0
 GRACE_SECONDS = 5.0
 """How long rank 0 waits for the report of a rank when a collective has failed."""
 
+FOLDER_PREFIX = "pilot-flwr-ranks-"
+"""Of the temporary folder by which the ranks find each other."""
+
 _COMMAND = [sys.executable, "-P", "-m", "pilot_flwr.client.parallel"]
 _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -259,7 +262,7 @@ class _RankProcesses:
                 f"{seen}, the number of GPUs that this client sees."
             )
         self._number, self._device = number, device
-        self._folder = tempfile.mkdtemp(prefix="pilot-flwr-ranks-")
+        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-")
         self._threads = max(1, torch.get_num_threads() // number)
         start = _Start(0, number, device.type, self._folder, self._threads, os.getpid())
         self._children: list[_Child] = []
@@ -394,9 +397,19 @@ def _serve(connection: Connection, start: _Start) -> None:
         except Exception as error:
             if not isinstance(error, PilotError):
                 traceback.print_exc()
-            connection.send(error)
+            connection.send(_sendable(error, ranks))
         else:
             connection.send(None)
+
+
+def _sendable(error: Exception, ranks: Ranks) -> Exception:
+    """Return the error, or one with its text if its class cannot be copied or is of no library."""
+    if isinstance(error, PilotError):
+        return error
+    return TrainingError(
+        f"Process {ranks.rank + 1} of the {ranks.number} of this client failed: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _end_with(descriptor: int, start: _Start) -> None:

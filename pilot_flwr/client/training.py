@@ -104,7 +104,7 @@ def train(
             for rank, share in enumerate(shares):
                 ranks.spread(share, source=rank)
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad()  # not the shard of this rank alone
     model.eval()
     if run_schedule is not None:
         shards = ranks.gather(_moments(model, optimizer), torch.device("cpu"))

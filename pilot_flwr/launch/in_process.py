@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pilot_flwr.client.parallel import end_ranks
 from pilot_flwr.client_app import app
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.schema import PilotConfig
@@ -65,6 +66,7 @@ def run_in_process(
                 details = f"{type(error).__name__}: {error}"
     finally:
         forget_features()
+        end_ranks()
     return evaluate_outcome(RunStatus(COMPLETED, details), folder)
 
 

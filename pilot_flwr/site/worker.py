@@ -56,6 +56,7 @@ def main(descriptor: int) -> None:
     control = socket.socket(fileno=descriptor)
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
     from pilot_flwr.client import session  # noqa: F401  # imports torch before the first message
+    from pilot_flwr.client.parallel import end_ranks
     from pilot_flwr.model.feature_cache import forget_features
     from pilot_flwr.model.loading import is_loaded
 
@@ -73,6 +74,7 @@ def main(descriptor: int) -> None:
                 request, content = receive(connection)
                 if run != (run := request["run_id"]):
                     forget_features()  # features are kept within a run
+                    end_ranks()  # which keep features, too
                 request["node_config"] = json.loads(packet)  # the service's, not the ClientApp's
                 _answer(control, connection, request, content)
             except (HungUp, TimeoutError) as error:
