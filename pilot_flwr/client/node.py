@@ -183,14 +183,30 @@ def check_device(name: str) -> None:
 
 
 def num_processes(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> int:
-    """Return the number of a client's processes: a site's own, never one that the server sets."""
+    """Return the number of a client's processes: a site's own, never one that the server sets.
+
+    Raises `ConfigError` if there are fewer GPUs, or ``device`` selects one of them.
+    """
     processes = node.processes or (config.simulation.client_processes if simulated else 1)
-    if processes > 1 and ":" in node.device:
+    if processes == 1 or node.device == "cpu":
+        return processes
+    if ":" in node.device:
         raise ConfigError(
             f"`device` is {node.device!r}, one GPU, but must be auto, cuda or cpu with "
             f"{processes} processes; CUDA_VISIBLE_DEVICES selects their GPUs."
         )
+    import torch
+
+    if 0 < (seen := torch.cuda.device_count()) < processes:
+        raise ConfigError(
+            f"`{_key(node)}` is {processes} but must be at most {seen}, the number of GPUs that "
+            "this client sees."
+        )
     return processes
+
+
+def _key(node: NodeSettings) -> str:
+    return "processes" if node.processes else "simulation.client_processes"
 
 
 def site_client(node: NodeSettings, config: PilotConfig) -> Client:
@@ -316,10 +332,9 @@ def _micro_batch(node: NodeSettings, train: TrainConfig, processes: int) -> int:
     if not fixed and not node.micro_batch:
         size = max(n for n in possible if n <= size and (n == 1 or per_step // n >= processes))
     if per_step // size < processes:
-        name = "processes" if node.processes else "simulation.client_processes"
         raise ConfigError(
-            f"`{name}` is {processes} but must be at most {per_step // size}, the micro-batches "
-            "of an optimizer step (`train.accumulation_steps`)."
+            f"`{_key(node)}` is {processes} but must be at most {per_step // size}, the "
+            "micro-batches of an optimizer step (`train.accumulation_steps`)."
         )
     return size
 

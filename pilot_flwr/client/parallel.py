@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 
-from pilot_flwr.errors import ConfigError, PilotError, TrainingError
+from pilot_flwr.errors import PilotError, TrainingError
 from pilot_flwr.protocol import State
 
 START_SECONDS = 300.0
@@ -176,8 +176,7 @@ def in_parallel(
     """Run `function` in the other ranks of this client while the block runs in rank 0.
 
     `device` is that of rank 0; on GPUs, rank r uses the r-th that this process sees. Raises
-    `ConfigError` if there are too few GPUs, `TrainingError` if a rank dies, and what `function`
-    raises there.
+    `TrainingError` if a rank dies, and what `function` raises there.
     """
     global _processes
     if number == 1:
@@ -256,11 +255,6 @@ class _RankProcesses:
     """The other ranks of this process, and their process group."""
 
     def __init__(self, number: int, device: torch.device) -> None:
-        if device.type == "cuda" and number > (seen := torch.cuda.device_count()):
-            raise ConfigError(
-                f"`processes` (`simulation.client_processes`) is {number} but must be at most "
-                f"{seen}, the number of GPUs that this client sees."
-            )
         self._number, self._device = number, device
         self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-")
         self._threads = max(1, torch.get_num_threads() // number)
@@ -371,6 +365,8 @@ def _join(start: _Start) -> None:
 
 def main(descriptor: int) -> None:
     """Serve rank 0 as another rank, until it ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when to end
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(descriptor)
     start: _Start = connection.recv()
     watcher = threading.Thread(target=_end_with, args=(descriptor, start), daemon=True)

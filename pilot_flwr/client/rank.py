@@ -34,6 +34,7 @@ class Part:
     config: PilotConfig
     tasks: tuple[str, ...]
     stage: int
+    lora_rank: int
     residual: dict[str, tuple[int, ...]]
     split: Split
     examples: int
@@ -58,6 +59,7 @@ def take_part(ranks: Ranks, part: Part) -> None:
         model.enter_stage1(part.tasks[0])
         if part.stage == 2:
             model.enter_stage2(part.tasks, torch.Generator())
+        model.set_lora_rank(part.lora_rank)
         model.set_residual({name: torch.zeros(shape) for name, shape in part.residual.items()})
         ranks.spread(adapters(model))
         examples = data.examples(part.split)

@@ -277,12 +277,14 @@ class Session:
         schedule: RunSchedule | None = None,
     ) -> Iterator[Ranks]:
         """Let the client's other processes take part in one training or evaluation."""
+        groups = self.model.groups()
         task = Part(
             site=self.site,
             config=self.config,
             tasks=getattr(self.model.connector, "tasks", (self.model.own_task,)),
             stage=self.model.stage,
-            residual={n: tuple(p.shape) for n, p in self.model.groups()["residual"].items()},
+            lora_rank=rank_of(groups["lora"]),
+            residual={n: tuple(p.shape) for n, p in groups["residual"].items()},
             split=split,
             examples=len(self.data.examples(split)),
             train=train,

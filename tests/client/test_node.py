@@ -2,11 +2,13 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from pilot_flwr.client.node import (
     SHARED_FOLDERS,
     find_site,
     is_simulated,
+    num_processes,
     site_client,
     site_config,
     site_model,
@@ -298,6 +300,43 @@ def test_a_micro_batch_that_changes_the_gradient_is_refused():
     assert site_config(NodeSettings(micro_batch=6), config, simulated=False).train == config.train
     with pytest.raises(ConfigError, match="`micro-batch` is 3 but must be 6, .*loss_reduction"):
         site_config(NodeSettings(micro_batch=3), config, simulated=False)
+
+
+def test_a_step_is_divided_among_processes():
+    """The run's examples per step and, unless that is too few, its micro-batches."""
+    config = load_config("train.batch_size=6 train.accumulation_steps=2 evaluation.batch_size=5")
+
+    def own(**settings):
+        train = site_config(NodeSettings(**settings), config, simulated=False).train
+        return train.batch_size, train.accumulation_steps
+
+    assert own(processes=2) == (6, 2)
+    assert own(processes=3) == own(processes=4) == (3, 4)
+    assert own(processes=5) == (2, 6)
+    assert own(processes=12) == (1, 12)
+    assert own(processes=2, micro_batch=4) == (4, 3)
+    for settings, most in (({"processes": 13}, 12), ({"processes": 4, "micro_batch": 4}, 3)):
+        message = f"`processes` is {settings['processes']} but must be at most {most}, the micro-b"
+        with pytest.raises(ConfigError, match=message):
+            own(**settings)
+    config = load_config("train.accumulation_steps=2 train.loss_reduction=micro_batch")
+    assert own(processes=2) == (16, 2)
+    with pytest.raises(ConfigError, match="`processes` is 3 but must be at most 2"):
+        own(processes=3)
+
+
+def test_a_site_alone_decides_its_number_of_processes(monkeypatch):
+    run = load_config("simulation.client_processes=3")
+    assert num_processes(NodeSettings(), run, simulated=False) == 1
+    assert num_processes(NodeSettings(), run, simulated=True) == 3
+    assert num_processes(NodeSettings(processes=2), run, simulated=False) == 2
+    with pytest.raises(ConfigError, match="`device` is 'cuda:1', one GPU, but .* 2 processes"):
+        num_processes(NodeSettings(processes=2, device="cuda:1"), run, simulated=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="`simulation.client_processes` is 3 .* at most 2, the"):
+        num_processes(NodeSettings(), run, simulated=True)
+    assert num_processes(NodeSettings(processes=2), run, simulated=True) == 2
+    assert num_processes(NodeSettings(processes=4, device="cpu"), run, simulated=True) == 4
 
 
 @pytest.mark.parametrize("name", SHARED_FOLDERS)

@@ -22,6 +22,7 @@ def test_a_node_config_is_read_as_it_is_written(monkeypatch):
             "model-path": "/models/llava",
             "micro-batch": 4,
             "lora-rank": 4,
+            "processes": 2,
             "partition-id": 3,
             "num-partitions": 9,
         }
@@ -39,6 +40,7 @@ def test_a_node_config_is_read_as_it_is_written(monkeypatch):
         model_path=Path("/models/llava"),
         micro_batch=4,
         lora_rank=4,
+        processes=2,
     )
     assert read_node_config({}) == NodeSettings()
     assert read_node_config({"micro-batch": "8"}).micro_batch == 8  # as `data check` has it
@@ -75,6 +77,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, near):
         ("micro-batch", 0, "`micro-batch` is 0 but must be at least 1"),
         ("micro-batch", -4, "`micro-batch` is -4 but must be at least 1"),
         ("micro-batch", 2.0, "`micro-batch` is 2.0 but must be a whole number"),
+        ("processes", 0, "`processes` is 0 but must be at least 1"),
+        ("processes", "all", "`processes` is 'all' but must be a whole number"),
         ("micro-batch", True, "`micro-batch` is True but must be a whole number"),
         ("micro-batch", "many", "`micro-batch` is 'many' but must be a whole number"),
         ("lora-rank", 0, "`lora-rank` is 0 but must be at least 1"),

@@ -28,7 +28,7 @@ from pilot_flwr.config.schema import DifferenceLossConfig, EvaluationConfig, Tra
 from pilot_flwr.data.collator import Collator, same_for_all
 from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
-from pilot_flwr.errors import ConfigError, DataError, TrainingError
+from pilot_flwr.errors import DataError, TrainingError
 from pilot_flwr.model.loading import initial_state, load_processor, loaded_model
 from pilot_flwr.protocol import Instruction
 
@@ -249,7 +249,7 @@ def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides)
 def test_examples_cut_by_any_process_are_reported(tmp_path):
     lines = {}
     for processes in (1, 2):
-        results, *_ = sessions(tmp_path, "train.over_long=cut train.max_length=36", processes)
+        results, *_ = sessions(tmp_path, "train.over_long=cut train.max_length=34", processes)
         lines[processes] = [line for _, said in results for line in said if "cut" in line]
     assert lines[1] == lines[2] != []
 
@@ -354,7 +354,7 @@ def test_a_killed_rank_fails_the_session_and_leaves_the_private_state(tmp_path):
     assert ranks_of(os.getpid()) == []
     assert site.private_store.load() is None
     result = run_session(site, config, instruction, progress=lambda line: None)
-    assert result.training.steps == 60 and site.private_store.load().stage == 1
+    assert result.training.steps == 40 and site.private_store.load().stage == 1
 
 
 @pytest.mark.parametrize("command", [[sys.executable, "-c", "raise SystemExit(3)"]])
@@ -375,14 +375,6 @@ def test_a_rank_that_hangs_at_its_start_is_reported(monkeypatch):
         with in_parallel(2, CPU, wait_for_rank_0):
             pass
     assert psutil.Process().children() == []
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    message = r"`processes` \(`simulation.client_processes`\) is 4 but must be at most 2"
-    with pytest.raises(ConfigError, match=message):
-        with in_parallel(4, torch.device("cuda"), wait_for_rank_0):
-            pass
 
 
 PARENT = """
@@ -420,6 +412,7 @@ def test_the_ranks_end_with_rank_0_however_it_ends(tmp_path, number, how):
             assert len(ranks) == 2 and len(forked) == bool(how)
             parent.send_signal(number)
             assert all(gone(rank) for rank in ranks)
+            parent.wait(10)
         finally:
             parent.kill()
             for process in forked:

@@ -107,6 +107,11 @@ def test_an_error_names_the_key_and_what_is_allowed(overrides, message):
         (SimulationConfig, {"client_gpus": inf}, "`simulation.client_gpus` is inf but must be"),
         (
             SimulationConfig,
+            {"client_gpus": 0.5, "client_processes": 2},
+            "`simulation.client_gpus` is 0.5 but must be 0 or at least .*client_processes`, 2",
+        ),
+        (
+            SimulationConfig,
             {"client_gpus": 1.5},
             "`simulation.client_gpus` is 1.5 .* be whole if",
         ),
