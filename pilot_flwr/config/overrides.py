@@ -173,7 +173,7 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
     """
     cpus = simulation.cpus or len(os.sched_getaffinity(0))
     gpus = _visible_gpus() if simulation.gpus == -1 else simulation.gpus
-    client_gpus = simulation.gpus_per_client(gpus)
+    client_gpus = gpus_per_client(simulation, gpus)
     for name, each, all_of in (
         ("cpus", simulation.client_cpus, cpus),
         ("gpus", client_gpus, gpus),
@@ -191,6 +191,13 @@ def federation_config(num_clients: int, simulation: SimulationConfig) -> str:
         "init-args-num-gpus": gpus,
     }
     return " ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def gpus_per_client(simulation: SimulationConfig, gpus: float) -> float:
+    """Return one client's GPUs on machines that have up to `gpus` of them."""
+    if simulation.client_gpus != -1:
+        return simulation.client_gpus
+    return float(simulation.client_processes) if gpus >= 1 else 0.0
 
 
 def check_gpus(simulation: SimulationConfig) -> None:

@@ -379,9 +379,8 @@ class SimulationConfig(Section, prefix="simulation"):
     """GPUs per client: a fraction shares one GPU (0.25: four clients), above 1 a whole number;
     -1: one per process if the simulation has any; 0: clients use the CPU."""
     client_processes: Annotated[int, minimum(1)] = 1
-    """Processes per client, which share its micro-batches and test examples; on GPUs, each uses one
-    of its own. Gradients are those of one process. A real site sets `processes` in its node
-    config."""
+    """Processes per client, which share its micro-batches and test examples, each on a GPU of its
+    own if there are any. A real site sets `processes` in its node config instead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -396,12 +395,6 @@ class SimulationConfig(Section, prefix="simulation"):
                 f"`simulation.client_gpus` is {self.client_gpus:g} but must be 0 or at least "
                 f"`simulation.client_processes`, {self.client_processes}."
             )
-
-    def gpus_per_client(self, gpus: float) -> float:
-        """Return one client's GPUs in a simulation that has `gpus` of them on a machine."""
-        if self.client_gpus != -1:
-            return self.client_gpus
-        return float(self.client_processes) if gpus >= 1 else 0.0
 
 
 @dataclass(frozen=True)

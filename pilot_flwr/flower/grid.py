@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import InMemoryGrid
 
+from pilot_flwr.config.overrides import gpus_per_client
 from pilot_flwr.config.schema import SimulationConfig
 
 PATIENCE_SECONDS = 300.0
@@ -274,7 +275,7 @@ def clients_at_once(grid: Grid, simulation: SimulationConfig) -> int | None:
     import ray  # runs in this process, on one machine or on a cluster
 
     resources = ray.cluster_resources() if ray.is_initialized() else {}
-    gpus = simulation.gpus_per_client(resources.get("GPU", 0))
+    gpus = gpus_per_client(simulation, resources.get("GPU", 0))
     fit = int(resources.get("CPU", 0) / simulation.client_cpus)
     fit = min(fit, int(resources.get("GPU", 0) / gpus)) if gpus else fit
     return _QUEUED * fit if fit else None

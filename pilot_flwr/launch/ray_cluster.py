@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pilot_flwr.config.overrides import gpus_per_client
 from pilot_flwr.config.schema import PilotConfig, SimulationConfig
 from pilot_flwr.data.client_files import simulated_paths
 from pilot_flwr.errors import ConfigError, PilotError, RunError
@@ -80,7 +81,7 @@ class Cluster:
 
     def client_gpus(self, simulation: SimulationConfig) -> float:
         """Return one client's GPUs: as set, or one per process if a node has any."""
-        return simulation.gpus_per_client(max(node.gpus for node in self.nodes))
+        return gpus_per_client(simulation, max(node.gpus for node in self.nodes))
 
     def clients_at_a_time(self, simulation: SimulationConfig) -> int:
         """Return the number of clients that fit, node by node as Flower counts them."""

@@ -311,7 +311,7 @@ def test_a_step_is_divided_among_processes():
         return train.batch_size, train.accumulation_steps
 
     assert own(processes=2) == (6, 2)
-    assert own(processes=3) == own(processes=4) == (3, 4)
+    assert own(processes=3) == (4, 3) and own(processes=4) == (3, 4)
     assert own(processes=5) == (2, 6)
     assert own(processes=12) == (1, 12)
     assert own(processes=2, micro_batch=4) == (4, 3)
