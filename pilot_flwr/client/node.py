@@ -185,7 +185,7 @@ def check_device(name: str) -> None:
 def num_processes(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> int:
     """Return the number of a client's processes: a site's own, never one that the server sets.
 
-    Raises `ConfigError` if there are fewer GPUs, or ``device`` selects one of them.
+    Raises `ConfigError` if there are fewer GPUs, or ``device`` or the run assigns them.
     """
     processes = node.processes or (config.simulation.client_processes if simulated else 1)
     if processes == 1 or node.device == "cpu":
@@ -194,6 +194,11 @@ def num_processes(node: NodeSettings, config: PilotConfig, *, simulated: bool) -
         raise ConfigError(
             f"`device` is {node.device!r}, one GPU, but must be auto, cuda or cpu with "
             f"{processes} processes; CUDA_VISIBLE_DEVICES selects their GPUs."
+        )
+    if config.model.device_map == "auto":
+        raise ConfigError(
+            f"`{_key(node)}` is {processes} but must be 1 with `model.device_map=auto`, which "
+            "spreads one model over all GPUs."
         )
     import torch
 

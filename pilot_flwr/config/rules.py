@@ -194,6 +194,8 @@ RULES = (
         {"model.attention": "flash_attention_2", "train.autocast": "off"},
         {"model.dtype": "bfloat16"},
     ),
+    # The layers of one model, or one model for each process.
+    Rule({"model.device_map": "auto"}, {"simulation.client_processes": 1}),
     # Without training only scores remain.
     Rule(
         _NO_TRAINING,

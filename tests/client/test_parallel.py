@@ -26,7 +26,7 @@ from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.config.schema import DifferenceLossConfig, EvaluationConfig, TrainConfig
-from pilot_flwr.data.collator import Collator, same_for_all
+from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import DataError, TrainingError
@@ -102,7 +102,7 @@ def step_gradients(ranks, stage, number, size, device, reduction="pooled", loss=
         device = f"cuda:{ranks.rank}"
     model, examples = model_of(stage, device, reduction), some_examples(number)
     processor = load_processor("tiny-llava")
-    collator = Collator(processor, count_tokens=same_for_all(16), max_length=256)
+    collator = Collator(processor, max_length=256)
     parts = ranks.own([examples[i : i + size] for i in range(0, number, size)])
     config = TrainConfig(
         balance_weight=30.0,
@@ -159,7 +159,7 @@ def answers(ranks, batch_size):
     return answer(
         model,
         some_examples(7)[1:],
-        collator=Collator(processor, count_tokens=same_for_all(16), max_length=256),
+        collator=Collator(processor, max_length=256),
         encode=encoder(model, processor),
         config=EvaluationConfig(batch_size=batch_size, max_new_tokens=3),
         autocast_choice="off",

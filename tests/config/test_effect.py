@@ -53,7 +53,6 @@ ALWAYS = """
 SWITCHES_NOTHING = """
     model.dtype model.adapter_dtype model.sent_dtype model.initialisation model.router_dtype
     model.stage2_client_adapter model.cross_task_adapters model.quantization model.attention
-    model.device_map
     model.gradient_checkpointing model.compile
     data.image_aspect_ratio data.image_reading data.check_images data.evaluate_on
     data.shift.mirrored
