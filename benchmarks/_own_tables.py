@@ -246,6 +246,18 @@ def sketch_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
+FAMILIES = {
+    "llava-1.5": "LLaVA-1.5",
+    "interleave": "LLaVA-Interleave",
+    "llava-next": "LLaVA-NeXT",
+    "onevision": "LLaVA-OneVision",
+    "qwen2.5-vl": "Qwen2.5-VL",
+    "qwen3-vl": "Qwen3-VL",
+    "internvl": "InternVL3",
+    "gemma3": "Gemma 3",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM2",
+}
 CHECKS = ("logits", "generate", "labels", "training", "federation", "export", "plan")
 
 
@@ -258,8 +270,8 @@ def families_table(record: Results) -> str:
         return f"passes ({ran})" if ran == passed else f"**{ran - passed} of {ran} fail**"
 
     rows = [["family", *CHECKS]]
-    for family in tests[CHECKS[0]]:
-        rows.append([family, *(cell(tests[check][family]) for check in CHECKS)])
+    for family in sorted(tests[CHECKS[0]], key=list(FAMILIES).index):
+        rows.append([FAMILIES[family], *(cell(tests[check][family]) for check in CHECKS)])
     return f"{markdown(rows)}\n{note(record)}\n"
 
 

@@ -19,6 +19,7 @@ Pilot: Xiong et al., AAAI 2025, arXiv 2501.13985.
 """
 
 import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -31,6 +32,10 @@ import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.models.auto.processing_auto import (
+    PROCESSOR_MAPPING_NAMES,
+    processor_class_from_name,
+)
 
 FORMAT = "pilot-export-2"
 
@@ -153,17 +158,36 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
 def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> Any:
     """Return the base model's processor, set to pad text on the left, and images as in the tuning.
 
-    Processors that also take videos need torchvision.
+    Without torchvision, processors that also take videos take images alone.
     """
     folder = Path(folder)
     description = _describe(folder)
     source = _source(folder, description, base)
-    processor = transformers.AutoProcessor.from_pretrained(**source)  # nosec B615  # has revision
+    kind: Any = transformers.AutoProcessor
+    options: dict[str, None] = {}
+    if importlib.util.find_spec("torchvision") is None:
+        config = transformers.AutoConfig.from_pretrained(**source)  # nosec B615  # has revision
+        kind, options = _for_images(config.model_type)
+    processor = kind.from_pretrained(**source, **options)  # nosec B615  # has revision
     processor.tokenizer.padding_side = "left"  # answers begin where prompts end
     pad = description["image_aspect_ratio"] == "pad"
     official = description["image_reading"] == "official"
     _read_as_in_tuning(processor.image_processor, pad=pad, official=official)
     return processor
+
+
+def _for_images(model_type: str) -> tuple[Any, dict[str, None]]:
+    """Return a family's class of processor without its part for videos, and options for it."""
+    family: Any = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
+    parts = family.get_attributes()
+    kept = [part for part in parts if part != "video_processor"]
+
+    class ImageTextProcessor(family):  # type: ignore[misc]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return kept
+
+    return ImageTextProcessor, {"video_processor": None} if kept != parts else {}
 
 
 def to_rgb(image: Image.Image, *, official: bool) -> Image.Image:

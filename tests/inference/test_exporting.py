@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -372,8 +373,9 @@ def test_every_architecture_is_exported(kind, stage, generator, tmp_path):
     batch = collator.train_batch([one])
     cache = FeatureCache(FeatureCacheConfig(where="off"))
     expected = model(batch, cache.encode(model, processor, [one])).logits
-    loaded = modeling_pilot.load_model(export(model, tmp_path / "model"))
-    output = loaded(**encoded(processor, collator, one))
+    loaded, reader = modeling_pilot.load(export(model, tmp_path / "model"))
+    own = SimpleNamespace(original=reader, tokenizer=reader.tokenizer)
+    output = loaded(**encoded(own, collator, one))
     got = output.logits[:, :-1][batch.labels[:, 1:] != -100]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
     description = json.loads((tmp_path / "model" / "connector.json").read_text())

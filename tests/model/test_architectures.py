@@ -82,6 +82,19 @@ def test_the_base_model_is_reproduced_for_any_images(path, model):
 
 
 @torch.no_grad()
+@pytest.mark.family("logits")
+def test_stage_2_starts_at_the_base_model(path):
+    """Equal experts whose weights sum to 1, and inert ψ_s and ψ_c."""
+    model = PilotModel(load_base(ModelConfig(path=path), CPU), ModelConfig(path=path)).eval()
+    processor, collator, cache = kit(model, path)
+    batch, visual = collator.train_batch(EXAMPLES), cache.encode(model, processor, EXAMPLES)
+    model.enter_stage1("vqa")
+    expected = model(batch, visual).logits
+    model.enter_stage2(("vqa", "counting", "captioning"), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(batch, visual).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.family("generate")
 def test_generation_is_transformers_own(path, model):
     processor, collator, cache = kit(model, path)
