@@ -31,6 +31,7 @@ from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import DataError, TrainingError
 from pilot_flwr.model.loading import initial_state, load_processor, loaded_model
+from pilot_flwr.model.resource_plan import out_of_memory_explained
 from pilot_flwr.protocol import Instruction
 
 TASKS = ("vqa", "counting", "captioning")
@@ -133,8 +134,12 @@ def step_gradients(ranks, stage, number, size, device, reduction="pooled", loss=
 )
 @pytest.mark.parametrize(
     ("number", "size", "processes"),
-    [(7, 2, 2), (7, 1, 3), (2, 2, 2), (1, 1, 2)],
-    ids=["4-parts-on-2", "7-on-3", "1-on-2", "text-alone"],
+    [
+        pytest.param(7, 2, 2, id="4-parts-on-2"),
+        pytest.param(2, 2, 2, id="1-on-2"),
+        pytest.param(1, 1, 2, id="text-alone"),
+        pytest.param(7, 1, 3, id="7-on-3", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("device", DEVICES)
 def test_losses_and_gradients_are_those_of_one_process(
@@ -171,7 +176,7 @@ def answers(ranks, batch_size):
 def test_answers_are_those_of_one_process_in_order(batch_size):
     expected = answers(Ranks(), batch_size)
     assert len(set(expected.texts)) > 1
-    with in_parallel(3, CPU, answers, batch_size) as ranks:
+    with in_parallel(2, CPU, answers, batch_size) as ranks:
         assert answers(ranks, batch_size) == expected
 
 
@@ -279,6 +284,11 @@ def fail_with(ranks, error):
     ranks.totals(1)
 
 
+def run_out_of_memory(ranks, config):
+    with out_of_memory_explained(config, 1):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class Odd(Exception):
     """An error that cannot be sent, because it cannot be copied."""
 
@@ -290,11 +300,16 @@ def fail_oddly(ranks):
     raise Odd("salt", "pepper")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_another_rank_raises_ends_the_session(processes):
     error = DataError("row 7 of train.json has no image")
     with pytest.raises(DataError, match="row 7 of train.json has no image"):
         with in_parallel(processes, CPU, fail_with, error) as ranks:
+            ranks.totals(1)
+    assert ranks_of(os.getpid()) == []
+    config = load_config("train.batch_size=3")
+    with pytest.raises(TrainingError, match="ran out of memory in stage 1 with a micro-batch of 3"):
+        with in_parallel(processes, CPU, run_out_of_memory, config) as ranks:
             ranks.totals(1)
     assert ranks_of(os.getpid()) == []
     with pytest.raises(TrainingError, match="Process 2 of .*Odd: salt and pepper"):
@@ -314,6 +329,7 @@ def test_what_rank_0_raises_ends_the_others(error, monkeypatch):
     assert ranks_of(os.getpid()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_rank_that_dies_is_reported_and_the_next_call_works(processes):
     for _ in range(2):
@@ -329,6 +345,7 @@ def test_a_rank_that_dies_is_reported_and_the_next_call_works(processes):
             assert ranks.totals(1) == [processes]
 
 
+@pytest.mark.slow
 def test_a_rank_that_died_between_two_calls_is_replaced():
     with in_parallel(2, CPU, wait_for_rank_0) as ranks:
         ranks.totals(1)
@@ -342,6 +359,7 @@ def test_a_rank_that_died_between_two_calls_is_replaced():
         assert ranks.totals(3) == [4]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_fails_the_session_and_leaves_the_private_state(tmp_path):
     """SIGKILL in the middle of a training; the next session repeats it as if nothing happened."""
     config = load_config(f"{CONFIG} train.epochs=20 train.log_every_seconds=1e-6")
@@ -398,7 +416,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGKILL, ""), (signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGKILL, "forked")],
+    [
+        (signal.SIGKILL, ""),
+        pytest.param(signal.SIGTERM, "", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "forked", marks=pytest.mark.slow),
+    ],
 )
 def test_the_ranks_end_with_rank_0_however_it_ends(tmp_path, number, how):
     script = tmp_path / "parent.py"

@@ -38,6 +38,26 @@ def test_a_warm_sites_results_are_the_same_bit_for_bit(cold, tmp_path):
     assert warm.events("failure") == []
 
 
+@pytest.mark.slow
+def test_a_warm_sites_processes_stay_between_messages_and_end_with_it(tmp_path):
+    """Results are those of two processes without a service, bit for bit; killed, none is left."""
+    sites = [nodes(tmp_path / name) for name in ("cold", "warm")]
+    for pair in sites:
+        pair[0]["processes"] = "2"
+    more = f"{TWO_CLIENTS} train.accumulation_steps=2"
+    cold = Federation(tmp_path / "a", more, node_configs=sites[0]).run()
+    with serving(sites[1][0], tmp_path / "log") as process:
+        warm = Federation(tmp_path / "b", more, node_configs=sites[1]).run()
+        worker = worker_of(process)
+        (rank,) = worker.children()
+        assert (tmp_path / "log").read_text().count("Process 2 of") == 0
+        process.kill()
+        for gone in (worker, rank):
+            gone.wait(10)
+    assert_same_state(cold.strategy.state, warm.strategy.state)
+    assert warm.events("failure") == []
+
+
 LONG = f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 strategy.num_neighbors=1"
 
 
