@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from families import WRITERS
 from perturbed import perturb
 from visuals import encoder
 
@@ -254,6 +255,17 @@ def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides)
     assert any(name.startswith("moments/") for name in mine) == ("schedule=run" in overrides)
     for name, tensor in mine.items():
         assert float((tensor - theirs[name]).norm()) <= 1e-3 * float(tensor.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["qwen3-vl", pytest.param("llava-next", marks=pytest.mark.slow)])
+def test_features_of_other_families_are_gathered(tmp_path, family):
+    """H_v of Qwen3-VL's images is one row after the other, and of crops a block each."""
+    overrides = f"model.path={WRITERS[family](tmp_path / 'base')} train.balance_weight=10"
+    alone, _, initial = sessions(tmp_path, overrides, 1)
+    together, _, _ = sessions(tmp_path, overrides, 2)
+    for (one, _), (two, _) in zip(alone, together, strict=True):
+        assert two.training.losses == pytest.approx(one.training.losses, rel=1e-4, abs=1e-6)
+        assert one.adapter.keys() == two.adapter.keys() == initial.adapter.keys()
 
 
 def test_examples_cut_by_any_process_are_reported(tmp_path):
