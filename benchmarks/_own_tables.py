@@ -275,6 +275,45 @@ def families_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
+def training_step_table(record: Results) -> str:
+    """Return the table of ``training_step.json``: a row per family, two columns per stage."""
+    stages = {"stage1": "stage 1", "stage2": "stage 2"}
+    rows = [
+        [
+            "family",
+            "model (layers of decoder, tower)",
+            "parameters",
+            "image tokens",
+            "transformers + peft",
+            *stages.values(),
+            *(f"{title}: time; peak; above the loaded model" for title in stages.values()),
+        ]
+    ]
+    for name, one in record["results"]["families"].items():
+        layers = f" ({', '.join(map(str, one['layers']))})" if one["layers"] else ""
+        loops, ratios = one["loops"], one["ratios"]
+        rows.append(
+            [
+                name,
+                one["path"].partition("/")[2] + layers,
+                f"{one['parameters'] / 1e9:.2f} B",
+                str(one["image_tokens"]),
+                *(
+                    f"{loops[loop]['seconds']:.1f} s, {human_bytes(loops[loop]['peak_bytes'])}"
+                    for loop in ("plain", *stages)
+                ),
+                *(
+                    "; ".join(
+                        f"{ratios[stage][key]:.2f} x"
+                        for key in ("seconds", "peak_bytes", "above_bytes")
+                    )
+                    for stage in stages
+                ),
+            ]
+        )
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
 def note(record: Results) -> str:
     """Return command (with the script's present path), machine, versions and date of a result."""
     command = record["command"]
@@ -305,6 +344,7 @@ OWN_TABLES: dict[str, Callable[[Results], str]] = {
     "sketch": sketch_table,
     "plan": plan_table,
     "families": families_table,
+    "training_step": training_step_table,
     "privacy": privacy_table,
     "deployment": deployment_table,
     "payload": payload_table,

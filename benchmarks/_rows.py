@@ -342,6 +342,28 @@ def mode_title(mode: str, measured: Results) -> str:
     return {"cold": "no service", "warm": "`site serve`"}[mode]
 
 
+def training_step_rows(results: Results) -> Rows:
+    """Rows of ``training_step.json``, which also has its own table, `training_step_table`."""
+    goals, rows = results["goals"], []
+    for stage in ("stage1", "stage2"):
+        ratios = {name: one["ratios"][stage] for name, one in results["families"].items()}
+        ranges = []
+        for key in ("seconds", "peak_bytes"):
+            least, most = (of(ratios, key=lambda n: ratios[n][key]) for of in (min, max))
+            ranges.append(
+                f"{ratios[least][key]:.2f} x ({least}) to {ratios[most][key]:.2f} x ({most})"
+            )
+        rows.append(
+            [
+                f"a training step of {len(ratios)} families on the CPU, stage {stage[-1]}, to "
+                "transformers + peft: time; peak resident memory",
+                "; ".join(ranges),
+                f"<= {goals['seconds']:g} x; <= {goals['peak_bytes']:g} x",
+            ]
+        )
+    return rows
+
+
 def import_time_rows(results: Results) -> Rows:
     """Rows of ``import_time.json``."""
     titles = {
@@ -392,6 +414,7 @@ ROWS: dict[str, Callable[[Results], Rows]] = {
     "client_session": client_session_rows,
     "demo": demo_rows,
     "rows": rows_rows,
+    "training_step": training_step_rows,
     "gpu": gpu_rows,
     "plan": plan_rows,
     "families": families_rows,

@@ -11,8 +11,6 @@ Run ``python benchmarks/aggregation.py`` (about 6 minutes, 10 GiB) to update
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import sys
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _memory import resident_from_now, status_bytes
 from _record import RESULTS, write_record
 from _timing import summarize, take_turns
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -180,12 +179,9 @@ def measure_memory(states: list[State]) -> dict[str, Any]:
         "mix": lambda: mix(states, weights),
     }
     for name, run in runs.items():
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_bytes("VmRSS")
+        before = resident_from_now()
         run()
-        peaks[name] = _status_bytes("VmHWM") - before
+        peaks[name] = status_bytes("VmHWM") - before
     mib = 2**20
     return {
         "method": "VmHWM after - VmRSS before, high-water mark reset, heap trimmed",
@@ -195,11 +191,6 @@ def measure_memory(states: list[State]) -> dict[str, Any]:
         "mix_extra_peak_mib": round(peaks["mix"] / mib, 2),
         "mix_extra_beyond_output_mib": round((peaks["mix"] - output) / mib, 2),
     }
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def measure_accuracy(states: list[State]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Run every benchmark, one after the other, each in its own process.
 
-Run ``python benchmarks/run_all.py`` (hours, 7 GiB of memory, 12 GB of disk) on an idle
+Run ``python benchmarks/run_all.py`` (hours, 10 GiB of memory, 12 GB of disk) on an idle
 machine to update ``benchmarks/results``, or ``--quick`` for a smoke test of all. To add a
 benchmark, add its file (or a folder with a ``run.py``) to this folder, its name to `BENCHMARKS` and
 its rows to ``_rows.py``.
@@ -34,6 +34,7 @@ BENCHMARKS = (
     "deployment",
     "engines",
     "import_time",
+    "training_step",
     "gpu",
 )
 

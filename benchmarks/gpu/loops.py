@@ -15,6 +15,7 @@ import torch
 from gpu.sizes import EXAMPLE, TASKS, FixedData, Size, make_base
 from pilot_flwr.client.training import autocast, train
 from pilot_flwr.config.schema import TrainConfig
+from pilot_flwr.model.architectures import spec_of
 from pilot_flwr.model.pilot_model import PilotModel
 
 WARM_UP = 2
@@ -59,7 +60,7 @@ class PilotLoop:
             self.model,
             [EXAMPLE] * (micro_batch * (WARM_UP + steps)),
             collator=self.data,  # type: ignore[arg-type]
-            encode=self.data.encoder(self.model.device),
+            encode=self.data.encoder(self.model),
             config=TrainConfig(batch_size=micro_batch, autocast="bfloat16", log_every_seconds=1e-9),
             generator=torch.Generator().manual_seed(0),
             progress=lambda line: stamps.append(time.perf_counter()),
@@ -74,7 +75,7 @@ class PilotLoop:
 class PlainLoop:
     """A loop written with transformers and peft alone.
 
-    LoRA on the same layers and the projector are trained; images go through the vision tower;
+    LoRA on the same layers and the connector are trained; images go through the vision tower;
     the loss is the model's own, over the logits of all positions. Precision, checkpointing,
     clipping and the optimizer are as in `PilotLoop`.
     """
@@ -84,16 +85,19 @@ class PlainLoop:
         base.requires_grad_(False)
         if checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
+        decoder = base.model.get_decoder()
+        path = next(name for name, module in base.named_modules() if module is decoder)
         names = "|".join(map(re.escape, size.lora.targets))
         self.model: Any = peft.get_peft_model(
             base,
             peft.LoraConfig(
                 r=size.lora.rank,
                 lora_alpha=size.lora.alpha,
-                target_modules=rf".*language_model\..*\.({names})",
+                target_modules=rf"{re.escape(path)}\..*\.({names})",
             ),
         )
-        base.model.multi_modal_projector.float().requires_grad_(True)
+        connector = base.model.get_submodule(spec_of(base.config).connector)
+        connector.float().requires_grad_(True)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.device = device
         self.data = FixedData(size, base.config)
@@ -117,13 +121,15 @@ class PlainLoop:
     def loss(self, micro_batch: int) -> torch.Tensor:
         """Run one forward pass."""
         batch = self.data.train_batch([EXAMPLE] * micro_batch).to(self.device)
+        images = self.data.images(micro_batch)
         with autocast(self.device, "bfloat16"):
             output = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 labels=batch.labels,
-                pixel_values=self.data.pixel_values(micro_batch).to(self.device),
                 use_cache=False,
+                **batch.token_types,
+                **{name: tensor.to(self.device) for name, tensor in images.items()},
             )
         loss: torch.Tensor = output.loss
         return loss

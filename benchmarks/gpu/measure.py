@@ -16,7 +16,6 @@ from gpu.sizes import TASKS, Size
 from pilot_flwr.algorithm.parameter_groups import GROUPS
 from pilot_flwr.client.personalization import Received, personalize_as_trained
 from pilot_flwr.client.private_state import PrivateState, PrivateStore
-from pilot_flwr.model.architectures import known_config
 from pilot_flwr.model.memory import Stage, training_memory
 
 Figures = dict[str, Any]
@@ -57,7 +56,7 @@ class Planned:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self.config = known_config(size.config())
+        self.config = size.base_config()
 
     def memory(self, variant: Variant, micro_batch: int) -> Any:
         """Return the estimate for one of the package's loops; the plain one has none."""

@@ -122,9 +122,7 @@ def test_the_plain_loop_trains_what_it_says_on_the_models_own_loss(gpu):
     assert {p.dtype for p in loop.trained} == {torch.float32}
     batch = loop.data.train_batch([Example("a", (), gpu("sizes").EXAMPLE.turns)] * 2)
     with torch.autocast("cpu", torch.bfloat16):
-        output = loop.model(
-            input_ids=batch.input_ids, pixel_values=loop.data.pixel_values(2), use_cache=False
-        )
+        output = loop.model(input_ids=batch.input_ids, use_cache=False, **loop.data.images(2))
     kept = batch.labels[:, 1:] != -100
     assert int(kept.sum()) == 2 * size.answer_tokens
     expected = torch.nn.functional.cross_entropy(

@@ -44,6 +44,7 @@ def result_files() -> dict[str, int]:
     [
         *("connector", "client_session", "demo", "rows", "plan", "privacy"),
         pytest.param("object_stores", marks=pytest.mark.slow),  # starts two processes
+        pytest.param("training_step", marks=pytest.mark.slow),  # starts three
     ],
 )
 def test_quick_size_runs_and_writes_nothing(name, benchmark, capsys):
