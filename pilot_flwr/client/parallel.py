@@ -17,11 +17,10 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -29,13 +28,12 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import TCPStore
 
 from pilot_flwr.errors import PilotError, TrainingError
 from pilot_flwr.protocol import State
@@ -45,9 +43,6 @@ START_SECONDS = 300.0
 
 GRACE_SECONDS = 5.0
 """How long rank 0 waits for the report of a rank when a collective has failed."""
-
-FOLDER_PREFIX = "pilot-flwr-ranks-"
-"""Of the temporary folder by which the ranks find each other."""
 
 _COMMAND = [sys.executable, "-P", "-m", "pilot_flwr.client.parallel"]
 _ENVIRONMENT = {
@@ -207,8 +202,8 @@ class _Start(NamedTuple):
     rank: int
     number: int
     device: str
-    folder: str
-    """Of the file by which the ranks find each other."""
+    port: int
+    """Of the store by which the ranks find each other."""
     threads: int
     """For torch on the CPU."""
     parent: int
@@ -256,15 +251,16 @@ class _RankProcesses:
 
     def __init__(self, number: int, device: torch.device) -> None:
         self._number, self._device = number, device
-        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-")
         self._threads = max(1, torch.get_num_threads() // number)
-        start = _Start(0, number, device.type, self._folder, self._threads, os.getpid())
+        listener = socket.create_server(("127.0.0.1", 0))  # TCPStore itself would listen everywhere
+        port = listener.getsockname()[1]
+        start = _Start(0, number, device.type, port, self._threads, os.getpid())
         self._children: list[_Child] = []
         self._failure: BaseException | None = None
         try:
             for rank in range(1, number):
                 self._children.append(_Child(start._replace(rank=rank)))
-            self._connect(start)
+            self._connect(start, listener.detach())
         except BaseException:
             self.close()
             raise
@@ -308,13 +304,13 @@ class _RankProcesses:
             child.connection.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
         for child in self._children:
             child.kill()
 
-    def _connect(self, start: _Start) -> None:
+    def _connect(self, start: _Start, listener: int) -> None:
+        store = _store(start, listener)
         deadline = time.monotonic() + START_SECONDS
         for child in self._children:
             if not child.connection.poll(max(0.0, deadline - time.monotonic())):
@@ -326,7 +322,7 @@ class _RankProcesses:
                 raise failure
         for child in self._children:
             child.connection.send(None)
-        _join(start)
+        _join(start, store)
 
     def _watch(self) -> None:
         """Wait for the report of every rank; on a failure, kill all and free rank 0."""
@@ -348,14 +344,25 @@ _processes: _RankProcesses | None = None
 atexit.register(end_ranks)
 
 
-def _join(start: _Start) -> None:
+def _store(start: _Start, listener: int | None = None) -> TCPStore:
+    return TCPStore(
+        "127.0.0.1",
+        start.port,
+        is_master=listener is not None,
+        timeout=timedelta(seconds=START_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+def _join(start: _Start, store: TCPStore) -> None:
     """Join the process group; all ranks must do so at the same time."""
     os.environ.update(_ENVIRONMENT)
     if start.device == "cuda":
         torch.cuda.set_device(start.rank)
     dist.init_process_group(
         "gloo" if start.device == "cpu" else f"cpu:gloo,{start.device}:nccl",
-        store=FileStore(str(Path(start.folder) / "store"), start.number),
+        store=store,
         rank=start.rank,
         world_size=start.number,
         timeout=timedelta(seconds=START_SECONDS),
@@ -384,7 +391,7 @@ def _serve(connection: Connection, start: _Start) -> None:
     logging.disable_progress_bar()
     connection.send(None)
     connection.recv()
-    _join(start)
+    _join(start, _store(start))
     ranks = Ranks(start.rank, start.number)
     while True:
         function, args, kwargs = connection.recv()
@@ -415,7 +422,6 @@ def _end_with(descriptor: int, start: _Start) -> None:
     # The socket stays open if a child of rank 0 has inherited it.
     while not poller.poll(_TICK_MILLISECONDS) and os.getppid() == start.parent:
         pass
-    shutil.rmtree(start.folder, ignore_errors=True)
     os._exit(1)
 
 

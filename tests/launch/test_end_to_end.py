@@ -55,6 +55,18 @@ def test_pilot_flwr_run_goes_through_both_stages(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_clients_of_two_processes_leave_nothing(tmp_path, monkeypatch):
+    quick = ("data.tasks=[vqa]", "evaluation.max_new_tokens=2", "run.report=false")
+    with nothing_left(monkeypatch):
+        done = pilot_flwr(*SMALL, *quick, "simulation.client_processes=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "outputs").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["failures"]) == ("completed", [])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_own_data_from_files_to_a_model_that_answers(tmp_path):
     """Check, run, evaluate, chat, predict and export, as the pages on own data have it."""
