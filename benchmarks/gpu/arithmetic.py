@@ -6,9 +6,12 @@ gradient; gradients of frozen parameters and of H_v cost nothing. Attention is c
 half of the square. Element-wise work counts as nothing.
 """
 
+import math
 from typing import Any, NamedTuple
 
+from pilot_flwr.model.architectures import spec_of, token_channels
 from pilot_flwr.model.memory import MicroBatch
+from pilot_flwr.model.pilot_model import empty_base
 
 
 class Operations(NamedTuple):
@@ -44,7 +47,14 @@ def linear_shapes(text: Any) -> list[tuple[int, int]]:
 
 
 def operations(
-    config: Any, batch: MicroBatch, *, rank: int, stage: int, tasks: int, causal: bool = True
+    config: Any,
+    batch: MicroBatch,
+    pixels: tuple[int, ...],
+    *,
+    rank: int,
+    stage: int,
+    tasks: int,
+    causal: bool = True,
 ) -> Operations:
     """Count one step.
 
@@ -54,6 +64,8 @@ def operations(
         The base's configuration, of transformers.
     batch : MicroBatch
         What is trained on.
+    pixels : tuple of int
+        Shape of an image's pixels.
     rank : int
         Of the LoRA, which is in all seven linear layers of every decoder layer.
     stage, tasks : int
@@ -62,9 +74,9 @@ def operations(
         Whether attention looks back only; else the whole square is counted.
     """
     text = config.text_config
-    _, visual, channels = batch.features
-    length = visual + batch.text_tokens
-    tokens, rows = batch.examples * length, batch.examples * visual
+    images, visual = _visual_tokens(config, batch)
+    length = batch.image_tokens + batch.text_tokens
+    tokens, rows = batch.examples * length, images * visual
     shapes = linear_shapes(text)
     layers = text.num_hidden_layers
     pairs = length * (length + 1) // 2 if causal else length * length
@@ -75,30 +87,45 @@ def operations(
         # Two products forward, four backward, each over the query's width.
         attention=12 * batch.examples * layers * pairs * shapes[0][1],
         head=4 * batch.examples * batch.answer_tokens * width * text.vocab_size,
-        connector=_connector(rows, channels, width, stage=stage, tasks=tasks),
-        embedding=_embedding(config.vision_config, batch.examples),
-        difference=_difference(batch.examples, visual, width) if stage == 1 else 0,
+        connector=rows * _connector(config, stage=stage, tasks=tasks),
+        embedding=_embedding(config.vision_config, pixels) * batch.examples,
+        difference=_difference(images, visual, width) if stage == 1 else 0,
     )
 
 
-def _connector(rows: int, channels: int, width: int, *, stage: int, tasks: int) -> int:
-    """Adapters D → C → C; the first layer's input, H_v, needs no gradient."""
-    trained = 4 * channels * width + 6 * width * width
-    frozen = 2 * channels * width + 2 * width * width
+def _visual_tokens(config: Any, batch: MicroBatch) -> tuple[int, int]:
+    """Return the images of the tower, or packed ones, and the visual tokens of each."""
+    *rows, features, _ = batch.features
+    side = spec_of(config).side(config)
+    return batch.examples * math.prod(rows), features // side**2
+
+
+def _connector(config: Any, *, stage: int, tasks: int) -> int:
+    """Count adapters and router for one token.
+
+    The first matrix's input needs no gradient if it is H_v, and not the output of a trained norm.
+    """
+    adapter = empty_base(config).model.get_submodule(spec_of(config).connector)
+    matrices = [parameter.numel() for parameter in adapter.parameters() if parameter.ndim == 2]
+    normed = any("Norm" in type(module).__name__ for module in adapter.modules())
+    trained = 6 * sum(matrices) - (0 if normed else 2 * matrices[0])
     if stage == 1:  # ψ_t, ψ_s
-        return rows * 2 * trained
+        return 2 * trained
     # ψ_t and ψ_c; the foreign ψ_t and ψ_s; φ.
-    return rows * (tasks * trained + tasks * frozen + 4 * channels * tasks)
+    return tasks * (trained + 2 * sum(matrices) + 4 * token_channels(config))
 
 
-def _embedding(vision: Any, examples: int) -> int:
-    patches = (vision.image_size // vision.patch_size) ** 2
-    inputs = vision.num_channels * vision.patch_size**2
-    return 2 * examples * patches * inputs * vision.hidden_size
+def _embedding(vision: Any, pixels: tuple[int, ...]) -> int:
+    """Count the patches' embedding: every value of a whole patch is multiplied `hidden` times."""
+    *others, height, width = pixels
+    if others:  # else patches already
+        edge = vision.patch_size[0] if isinstance(vision.patch_size, list) else vision.patch_size
+        height, width = height // edge * edge, width // edge * edge
+    return int(2 * math.prod(others) * height * width * vision.hidden_size)
 
 
-def _difference(examples: int, visual: int, width: int) -> int:
+def _difference(images: int, visual: int, width: int) -> int:
     """L_d by two Gram matrices, each with one product backward, or by x_tᵀ x_s with two."""
     if visual < width:
-        return examples * 8 * visual * visual * width
-    return examples * 6 * visual * width * width
+        return images * 8 * visual * visual * width
+    return images * 6 * visual * width * width

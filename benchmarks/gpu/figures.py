@@ -63,7 +63,12 @@ def complete(case: Figures, planned: Planned, matrix_flops: float) -> Figures:
     if case["loop"] == "plain":
         return found
     needed = operations(
-        planned.config, batch, rank=size.lora.rank, stage=case["stage"], tasks=len(TASKS)
+        planned.config,
+        batch,
+        size.layout.shape,
+        rank=size.lora.rank,
+        stage=case["stage"],
+        tasks=len(TASKS),
     )
     done = needed.total + case["gradient_checkpointing"] * needed.recomputed
     variant = Variant(case["stage"], case["gradient_checkpointing"])

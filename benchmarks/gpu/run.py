@@ -1,12 +1,12 @@
-"""Benchmark local training on a GPU at the shape of LLaVA-1.5-7B.
+"""Benchmark local training on a GPU at the shape of LLaVA-1.5-7B, or of Qwen2.5-VL-3B.
 
-Random weights are made on the device, so no checkpoint is needed: 576 image tokens and 128 text
-tokens of which 32 carry labels, LoRA of rank 64 on all linear layers, a bfloat16 base, float32
-adapters, AdamW. Measured are
+Random weights are made on the device, so no checkpoint is needed: one image (576 image tokens in
+LLaVA) and 128 text tokens of which 32 carry labels, LoRA of rank 64 on all linear layers, a
+bfloat16 base, float32 adapters, AdamW. Measured are
 
 - time and peak memory of a step of `pilot_flwr.client.training.train`, in stage 1 and stage 2 (T =
   3), with and without gradient checkpointing, by micro-batch, features of the vision tower kept;
-- the same for a plain loop with transformers and peft: vision tower, LoRA, trained projector, the
+- the same for a plain loop with transformers and peft: vision tower, LoRA, trained connector, the
   model's own loss over all positions;
 - utilisation: the operations that a step needs (``arithmetic.py``), as a share of the device's own
   bfloat16 matrix rate;
@@ -15,6 +15,7 @@ adapters, AdamW. Measured are
 
 Run ``python benchmarks/gpu/run.py`` (about 10 minutes on a GPU of 80 GB) to update
 ``benchmarks/results/gpu.json``; it is written after every part, so a stopped run keeps its results.
+``--size qwen2.5-vl-3b`` measures that model, with an image of 480 x 640, into a file of its own.
 Without a GPU the tiny model is measured as a smoke test, and only ratios are written, to
 ``gpu_tiny_cpu.json``. ``--quick`` writes nothing.
 """

@@ -136,6 +136,7 @@ PAPER = LoraConfig(rank=64, alpha=128)
 
 SIZES = {
     "llava-1.5-7b": Size("llava-hf/llava-1.5-7b-hf", PAPER),
+    "qwen2.5-vl-3b": Size("Qwen/Qwen2.5-VL-3B-Instruct", PAPER, image=(480, 640)),
     "llava-interleave-0.5b": Size("llava-hf/llava-interleave-qwen-0.5b-hf", PAPER),
     "tiny": Size("tiny-llava", LoraConfig(rank=8, alpha=16), 24, 6, matrix=256),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import WRITERS
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -60,6 +61,29 @@ def test_every_loop_trains_in_every_family(benchmark, size):
         moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
         assert any("lora_B" in name for name in moved)
         assert any("lora_" not in name for name in moved)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("size", list(WRITERS), indirect=True)
+def test_the_gpu_benchmarks_arithmetic_is_torchs_own_count(benchmark, size, stage):
+    """As for tiny-llava in test_benchmark_gpu.py: attention is eager, and so not causal."""
+    loops = benchmark("gpu.loops")
+    loop = loops.PilotLoop(size, torch.device("cpu"), stage=stage)
+    config = loop.model.base.config
+    loop.model.base.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        loop.seconds(micro_batch=2, steps=1)
+    counted = benchmark("gpu.arithmetic").operations(
+        config,
+        size.batch(2),
+        size.layout.shape,
+        rank=size.lora.rank,
+        stage=stage,
+        tasks=3,
+        causal=False,
+    )
+    steps = loops.WARM_UP + 1
+    assert counter.get_total_flops() / steps == pytest.approx(counted.total, rel=2e-3)
 
 
 def test_cut_configurations_keep_what_their_family_does(benchmark):
