@@ -15,7 +15,7 @@ def visual(model, processor, examples):
     rows = tuple(rows_of(one["pixel_values"].shape) for one in inputs)
     together = [1] * len(inputs)
     features, *besides = model.encode_images(collate(inputs, together=together))
-    return Visual(features, rows, collate(inputs, together=together), tuple(besides))
+    return Visual(features, rows, collate(inputs, together=together), (), tuple(besides))
 
 
 def encoder(model, processor):

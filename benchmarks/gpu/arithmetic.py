@@ -23,8 +23,6 @@ class Operations(NamedTuple):
     head: int
     connector: int
     difference: int
-    embedding: int
-    """Of the stand-in for the pixels; the tower's layers are skipped."""
 
     @property
     def total(self) -> int:
@@ -49,7 +47,6 @@ def linear_shapes(text: Any) -> list[tuple[int, int]]:
 def operations(
     config: Any,
     batch: MicroBatch,
-    pixels: tuple[int, ...],
     *,
     rank: int,
     stage: int,
@@ -64,8 +61,6 @@ def operations(
         The base's configuration, of transformers.
     batch : MicroBatch
         What is trained on.
-    pixels : tuple of int
-        Shape of an image's pixels.
     rank : int
         Of the LoRA, which is in all seven linear layers of every decoder layer.
     stage, tasks : int
@@ -88,7 +83,6 @@ def operations(
         attention=12 * batch.examples * layers * pairs * shapes[0][1],
         head=4 * batch.examples * batch.answer_tokens * width * text.vocab_size,
         connector=rows * _connector(config, stage=stage, tasks=tasks),
-        embedding=_embedding(config.vision_config, pixels) * batch.examples,
         difference=_difference(images, visual, width) if stage == 1 else 0,
     )
 
@@ -113,15 +107,6 @@ def _connector(config: Any, *, stage: int, tasks: int) -> int:
         return 2 * trained
     # ψ_t and ψ_c; the foreign ψ_t and ψ_s; φ.
     return tasks * (trained + 2 * sum(matrices) + 4 * token_channels(config))
-
-
-def _embedding(vision: Any, pixels: tuple[int, ...]) -> int:
-    """Count the patches' embedding: every value of a whole patch is multiplied `hidden` times."""
-    *others, height, width = pixels
-    if others:  # else patches already
-        edge = vision.patch_size[0] if isinstance(vision.patch_size, list) else vision.patch_size
-        height, width = height // edge * edge, width // edge * edge
-    return int(2 * math.prod(others) * height * width * vision.hidden_size)
 
 
 def _difference(images: int, visual: int, width: int) -> int:

@@ -65,7 +65,6 @@ def complete(case: Figures, planned: Planned, matrix_flops: float) -> Figures:
     needed = operations(
         planned.config,
         batch,
-        size.layout.shape,
         rank=size.lora.rank,
         stage=case["stage"],
         tasks=len(TASKS),

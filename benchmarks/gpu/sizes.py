@@ -207,7 +207,8 @@ class FixedData:
                 yield Visual(
                     features,
                     (self.layout.rows,) * rows,
-                    collate([self.layout.stand_in()] * rows, together=(1,) * rows),
+                    collate([self.layout.others] * rows, together=(1,) * rows),
+                    (self.layout.shape,) * rows,
                     (beside,) * model.num_besides,
                 )
 

@@ -112,13 +112,10 @@ def session_generator(seed: int, client_id: str, server_round: int) -> torch.Gen
 
 
 def check_precision(device: torch.device, config: PilotConfig) -> None:
-    """Raise `ConfigError` for training in float16 on a CPU, where ``auto`` means no autocast."""
-    half = config.model.dtype == "float16"
-    if half and config.train.autocast == "auto" and device.type == "cpu":
+    """Raise `ConfigError` for training in float16 on a CPU, which has no autocast for it."""
+    if config.model.dtype == "float16" and device.type == "cpu":
         raise ConfigError(
-            "`model.dtype` is float16 and `train.autocast` is auto, which is off on a CPU: "
-            "gradients in float16 would need loss scaling. Set `train.autocast=bfloat16`, or "
-            "another `model.dtype`."
+            "`model.dtype` is float16, in which a CPU cannot train: set bfloat16 or float32."
         )
 
 

@@ -163,7 +163,12 @@ class Collator:
                 f"{example.name}: the chat template renders {len(pieces) - 1} image tokens for "
                 f"{len(example.images)} images."
             )
-        images = self.processor.image_texts([image.size() for image in example.images])
+        try:
+            images = self.processor.image_texts([image.size() for image in example.images])
+        except ValueError:
+            raise DataError(
+                f"{example.name}: the model's image processor refuses an image of this shape."
+            ) from None
         text, answers = pieces[0], rendered.answers
         for piece, image in zip(pieces[1:], images, strict=True):
             place, added = len(text), len(image) - len(image_token)

@@ -25,6 +25,7 @@ NAMES = {
     "app": "app version",
     "settings": "settings",
     "base.config": "base model's configuration",
+    "base.processor": "base model's image processor",
     "base.layout": "layout of trained and sent tensors",
     "base.projector": "base model's projector",
     "base.weights": "base model's weights (sample)",
@@ -56,7 +57,11 @@ _SUBCONFIG_FIELDS = (
     "out_hidden_size",
     "spatial_merge_size",
     "window_size",
+    "fullatt_block_indexes",
     "deepstack_visual_indexes",
+    "temporal_patch_size",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
     "sliding_window",
     "layer_types",
 )
@@ -70,6 +75,8 @@ _CONFIG_FIELDS = (
     "downsample_ratio",
     "scale_factor",
     "mm_tokens_per_image",
+    "image_grid_pinpoints",
+    "vision_aspect_ratio",
 )
 
 
@@ -125,7 +132,7 @@ def essential(transformers_config: Any) -> dict[str, Any]:
     }
     rope = getattr(parts["text_config"], "rope_parameters", None) or {}
     old = getattr(parts["text_config"], "rope_theta", None)
-    return found | {"rope_theta": rope.get("rope_theta", old)}
+    return found | {"rope": dict(rope) or {"rope_theta": old}}
 
 
 def _base(
@@ -141,8 +148,23 @@ def _base(
             "base.config": digest(
                 remembered("essential", model, (), lambda: essential(read_config(model)))
             ),
+            "base.processor": _processor(model),
             "base.layout": digest([model.wire_dtype, layout.sent]),
             "base.projector": sample.projector,
             "base.weights": sample.whole,
         }
     return _KNOWN[key]
+
+
+def _processor(model: ModelConfig) -> str:
+    """Hash what the image processor makes of images; `UNKNOWN` if its files are not here."""
+
+    def probe() -> list[Any]:
+        from pilot_flwr.model.processor import probe_images  # imports torch
+
+        return probe_images(model)
+
+    try:
+        return digest(remembered("processor", model, (), probe))
+    except (OSError, ValueError):
+        return UNKNOWN

@@ -15,6 +15,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_KEPT_SECONDS = 30 * 86400
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -52,6 +57,8 @@ class ModelSpec:
     """Whether the features of an image are a grid, row by row, or those of a token adjoin."""
     besides: str = ""
     """Modules whose outputs also reach the language model."""
+    whole: int = 0
+    """The whole image among the rows of an image that is cropped as well: 0 or -1."""
     crops_alone: bool = False
     """Whether only an image without others in its example is cropped."""
 
@@ -75,13 +82,14 @@ _IDEFICS = ModelSpec(
     last="modality_projection.proj",
     tower="vision_model",
     side=lambda config: int(config.scale_factor),
+    whole=-1,
 )
 
 SPECS: dict[str, ModelSpec] = {
     "llava": _LLAVA,
     "llava_next": _LLAVA,
     "llava_onevision": ModelSpec(crops_alone=True),
-    "internvl": _LLAVA,
+    "internvl": ModelSpec(whole=-1),
     "gemma3": ModelSpec(last="mm_input_projection_weight", side=_gemma_side),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
@@ -185,26 +193,41 @@ def decoder_of(config: ModelConfig) -> Decoder:
 
 
 def remembered(kind: str, config: ModelConfig, key: object, compute: Callable[[], T]) -> T:
-    """Return what `compute` derives from a base model's configuration, as JSON holds it.
+    """Return the dict or list that `compute` derives from a base model's configuration.
 
-    It is computed once and kept in the user's cache, by the configuration's content, `key` and the
-    versions of this package and of transformers.
+    It is computed once and kept in the user's cache, by the content of the configuration and of the
+    image processor's, by `key`, and by the versions of this package and of the libraries.
     """
     file = known_file(config)
-    content = Path(file).read_bytes() if file is not None else b""
-    versions = (code_hash(), importlib.metadata.version("transformers"))
-    name = hashlib.sha256(repr((content, key, versions)).encode()).hexdigest()
-    path = user_cache() / kind / f"{name}.json"
-    if content:
-        with contextlib.suppress(OSError, ValueError):
-            found: T = json.loads(path.read_text(encoding="utf-8"))
+    if file is None:
+        return compute()
+    files = (Path(file).with_name(name) for name in _CONFIGURATIONS)
+    contents = [path.read_bytes() for path in files if path.is_file()]
+    versions = [code_hash(), *map(importlib.metadata.version, ("peft", "torch", "transformers"))]
+    folder = user_cache() / "base" / _digest(versions)[:16]
+    path = folder / f"{kind}-{_digest((contents, config.revision, key))}.json"
+    with contextlib.suppress(OSError, ValueError):
+        found: T = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict | list):
             return found
     value = compute()
-    if content:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(value))
+    with contextlib.suppress(OSError):
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            _remove_old(folder.parent)
+        write_text(path, json.dumps(value))
     return value
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove what other versions have remembered a month ago."""
+    for version in folder.iterdir():
+        if time.time() - version.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(version, ignore_errors=True)
 
 
 def known_file(config: ModelConfig) -> str | None:

@@ -74,7 +74,7 @@ class FeatureCache:
         self.config = config
         self.folder = folder
         self.zero_images = zero_images
-        self._zero: tuple[Layout, Features] | None = None
+        self._zero: Tensor | None = None
         self.limit = int(config.max_gib * 2**30)
         self._bases: dict[tuple[int, int], str] = {}
 
@@ -148,28 +148,29 @@ class FeatureCache:
                 self._put({key: tuple(t.cpu() for t in e) for key, e in encoded.items()})
         layouts = [layout for _, layout in decoded.images]
         parts = [kept[key] for key, _ in decoded.images]
-        stand_ins = [layout.stand_in() for layout in layouts]
-        inputs = collate(stand_ins, together=decoded.together) if layouts else {}
+        shapes = tuple(layout.shape for layout in layouts)
+        others = [layout.others for layout in layouts]
+        inputs = collate(others, together=decoded.together) if layouts else {}
         visual = [part[0] for part in parts]
-        besides = [_concatenate(each, model.device) for each in zip(*parts, strict=True)][1:]
+        whole = (_concatenate(each, model.device) for each in list(zip(*parts, strict=True))[1:])
+        besides, rows = tuple(whole), tuple(layout.rows for layout in layouts)
         zeros = decoded.texts if self.zero_images else 0
         if zeros:
-            layout, zero = self._zero_image(model, processor)
-            layouts += [layout] * zeros
-            visual += [zero[0]] * zeros
+            zero = self._zero_image(model, processor)
+            rows += (len(zero),) * zeros
+            visual += [zero] * zeros
         if not visual:
             return Visual(torch.empty(0, 0, 0), (), {})
-        rows = tuple(layout.rows for layout in layouts)
-        return Visual(_concatenate(visual, model.device), rows, inputs, tuple(besides), zeros)
+        return Visual(_concatenate(visual, model.device), rows, inputs, shapes, besides, zeros)
 
-    def _zero_image(self, model: PilotModel, processor: Processor) -> tuple[Layout, Features]:
-        """Return layout and features of an image whose pixels are zero after normalization."""
+    def _zero_image(self, model: PilotModel, processor: Processor) -> Tensor:
+        """Return the first row of H_v for an image whose pixels are zero after normalization."""
         if self._zero is None:
             layout = processor.layout(_ZERO_IMAGE, alone=False)
             # Nearly: some families take an image of zeros for padding.
-            inputs = layout.stand_in() | {PIXELS: torch.full(layout.shape, 1e-7)}
-            (features,) = _encoded(model, [inputs], alone=False)
-            self._zero = layout, features
+            inputs = layout.others | {PIXELS: torch.full(layout.shape, 1e-7)}
+            ((features, *_),) = _encoded(model, [inputs], alone=False)
+            self._zero = features[:1] if features.dim() == 3 else features
         return self._zero
 
     def _keys(self, model: PilotModel, processor: Processor, example: Example) -> list[str]:

@@ -37,7 +37,7 @@ from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import merge_of, spec_of, token_channels
 from pilot_flwr.model.lora import add_lora, set_residual
-from pilot_flwr.model.processor import PIXELS, Inputs
+from pilot_flwr.model.processor import PIXELS, Inputs, stand_in
 from pilot_flwr.model.slot import Slot, Visual, replaced
 from pilot_flwr.protocol import GroupName, State
 
@@ -254,10 +254,11 @@ class PilotModel(nn.Module):
         try:
             self.slot.visual = None
             self.base.model.get_image_features(**self._on_device(inputs))
+            features = self.slot.seen
         finally:
+            self.slot.seen = None
             for hook in hooks:
                 hook.remove()
-        features, self.slot.seen = self.slot.seen, None
         assert features is not None
         return features, *besides
 
@@ -281,19 +282,27 @@ class PilotModel(nn.Module):
     @contextlib.contextmanager
     def _reading(self, visual: Visual) -> Iterator[Inputs]:
         """Let the connector read kept features; yield the base model's image inputs."""
-        layers = next(m for m in self.tower.modules() if isinstance(m, nn.ModuleList))
+        tower = list(self.tower.modules())
+        layers = next(module for module in tower if isinstance(module, nn.ModuleList))
+        convolutions = (m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d))
+        images = self._on_device(visual.inputs)
+        if visual.shapes:
+            dtype = next(self.tower.parameters()).dtype
+            images[PIXELS] = stand_in(visual.shapes, self.device, dtype)
         kept = zip(self._besides(), visual.besides, strict=True) if visual.besides else ()
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(replaced(layer, lambda hidden, *args, **kwargs: hidden))
+            for convolution in convolutions:
+                stack.enter_context(replaced(convolution, functools.partial(_zeros, convolution)))
             for module, output in kept:
                 output = output.to(self.device)
                 stack.enter_context(replaced(module, lambda *args, output=output: output))
             self.slot.visual, self.slot.output = visual, None
             try:
-                yield self._on_device(visual.inputs)
+                yield images
             finally:
-                self.slot.visual = None
+                self.slot.visual = self.slot.output = None
 
     def forward(self, batch: Batch, visual: Visual) -> ModelOutput:
         """Run the base model; its head sees answer positions only.
@@ -386,3 +395,11 @@ class PilotModel(nn.Module):
         self.slot.pilot = connector.to(self.device)
         self._groups = None
         set_trainable(self.groups(), stage=self.stage)
+
+
+def _zeros(convolution: nn.Conv2d | nn.Conv3d, pixels: Tensor) -> Tensor:
+    """Return zeros of a patch embedding's output shape, which take no memory."""
+    kernel, stride = convolution.kernel_size, convolution.stride
+    space = pixels.shape[-len(kernel) :]
+    patches = ((n - k) // s + 1 for n, k, s in zip(space, kernel, stride, strict=True))
+    return pixels.new_zeros(()).expand(len(pixels), convolution.out_channels, *patches)

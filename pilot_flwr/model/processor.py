@@ -4,6 +4,7 @@ The tokens of an image and the model's image inputs besides pixels depend on the
 So they are computed once per size, from a blank image: training on kept features decodes no image.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,13 @@ Inputs = dict[str, Tensor]
 PIXELS = "pixel_values"
 _VIDEO = "video_processor"
 _TOGETHER = "batch_num_images"
-_INPUTS = (PIXELS, _TOGETHER, "image_sizes", "image_grid_thw", "pixel_attention_mask")
+_MASK = "pixel_attention_mask"
+_INPUTS = (PIXELS, _TOGETHER, "image_sizes", "image_grid_thw", _MASK)
+_MOST_LAYOUTS = 4096
+_PROBES = ((480, 640), (640, 480), (200, 200))
+
+# A blank image has the same layout whatever becomes of its values.
+_BLANK = {"do_rescale": False, "do_normalize": False, "resample": 0}
 
 
 class Layout(NamedTuple):
@@ -45,16 +52,12 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     """Shape of its pixels."""
     others: Inputs
-    """Its other inputs."""
+    """Its inputs besides pixels that have no content either: sizes and grids."""
 
     @property
     def rows(self) -> int:
         """Rows of H_v: images of the vision tower, or patches where the tower packs them."""
         return rows_of(self.shape)
-
-    def stand_in(self) -> Inputs:
-        """Return inputs without the image's content, for a model that reads kept features."""
-        return {PIXELS: torch.ones(1).expand(self.shape)} | self.others  # zeros would be padding
 
 
 def rows_of(shape: Sequence[int]) -> int:
@@ -128,7 +131,7 @@ class Processor:
             tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt"
         )
         self._options = merged["images_kwargs"]
-        self._layouts: dict[tuple[Size, bool], Layout] = {}
+        self._layout = functools.lru_cache(_MOST_LAYOUTS)(self._blank_layout)
 
     def apply_chat_template(self, messages: Any, *, add_generation_prompt: bool = False) -> str:
         """Render a conversation."""
@@ -164,26 +167,42 @@ class Processor:
 
     def layout(self, size: Size, *, alone: bool) -> Layout:
         """Return what an image becomes; `alone` says whether it is its example's only one."""
-        key = size, alone or not self.crops_alone
-        if key not in self._layouts:
-            from PIL import Image  # a plan needs none
-
-            height, width = size
-            inputs, text = self._process(Image.new("RGB", (width, height)), alone=alone)
-            shape = tuple(inputs.pop(PIXELS).shape)
-            self._layouts[key] = Layout(text, shape, inputs)
-        return self._layouts[key]
+        return self._layout(size, alone or not self.crops_alone)
 
     def inputs(self, image: "PIL.Image.Image", *, alone: bool) -> Inputs:
         """Return an image's inputs."""
         return self._process(image, alone=alone)[0]
 
-    def _process(self, image: "PIL.Image.Image", *, alone: bool) -> tuple[Inputs, str]:
+    def _blank_layout(self, size: Size, alone: bool) -> Layout:
+        from PIL import Image  # a plan needs none
+
+        height, width = size
+        blank = Image.new("RGB", (width, height))
+        inputs, text = self._process(blank, alone=alone, **_BLANK)
+        shape = tuple(inputs.pop(PIXELS).shape)
+        inputs.pop(_MASK, None)  # large, and without it all is valid
+        return Layout(text, shape, inputs)
+
+    def _process(
+        self, image: "PIL.Image.Image", *, alone: bool, **options: Any
+    ) -> tuple[Inputs, str]:
         together = self.crops_alone and not alone
         images = [[image] * 2] if together else [image]
-        processed, (text, *_) = self.original._process_images(images, **self._options)
+        processed, (text, *_) = self.original._process_images(images, **(self._options | options))
         inputs = {name: processed[name] for name in _INPUTS if name in processed}
         return {n: t[: len(t) // 2] if together else t for n, t in inputs.items()}, text
+
+
+def stand_in(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return pixels without content, for a model that reads kept features.
+
+    `shapes` are those of the images' pixels. Zeros mark padding, as in some families' models.
+    """
+    rows, (_, *rest) = sum(shape[0] for shape in shapes), shapes[0]
+    one = torch.ones((), device=device, dtype=dtype)
+    if len({tuple(shape[1:]) for shape in shapes}) == 1:
+        return one.expand(rows, *rest)
+    return _padded([one.expand(shape) for shape in shapes])
 
 
 def collate(images: Sequence[Mapping[str, Tensor]], *, together: Sequence[int] = ()) -> Inputs:
@@ -209,6 +228,24 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
 
 def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int]:
     """Return the shape of H_v of an image and its number of tokens, without a tokenizer."""
+    read = known_config(config)
+    layout = _without_tokenizer(config).layout(size, alone=True)
+    return feature_shape(read, layout.shape), layout.text.count(Letters.token)
+
+
+def probe_images(config: ModelConfig) -> list[object]:
+    """Return what the image processor makes of images of some sizes, and how it normalizes."""
+    processor = _without_tokenizer(config)
+    layouts = [processor.layout(size, alone=True) for size in _PROBES]
+    names = ("image_mean", "image_std", "resample", "do_rescale", "do_normalize", "rescale_factor")
+    settings = processor.image_processor.to_dict()
+    return [
+        [[list(layout.shape), layout.text.count(Letters.token)] for layout in layouts],
+        {name: settings.get(name) for name in names},
+    ]
+
+
+def _without_tokenizer(config: ModelConfig) -> Processor:
     import transformers
 
     read = known_config(config)
@@ -217,5 +254,4 @@ def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int
     images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local files
     family = processor_class(read)
     processor = family.from_args_and_dict([images, Letters()], values | family.without)
-    layout = Processor(processor, spec_of(read)).layout(size, alone=True)
-    return feature_shape(read, layout.shape), Letters.count(layout.text)
+    return Processor(processor, spec_of(read))

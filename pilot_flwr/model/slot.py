@@ -19,7 +19,9 @@ class Visual(NamedTuple):
     images: tuple[int, ...]
     """The rows of every image."""
     inputs: Inputs
-    """Image inputs of the base model, with a stand-in for the pixels; empty without images."""
+    """Image inputs of the base model, without pixels; empty without images."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the images' pixels, for their stand-in."""
     besides: tuple[Tensor, ...] = ()
     """Outputs of `ModelSpec.besides` of all images."""
     zeros: int = 0

@@ -107,10 +107,12 @@ def route(
         first = 0  # row of the example's first image
         rows = iter(visual.images)
         for example in batch:
+            counts = [next(rows) for _ in example.images]
             if len(images) < shown and side * side == probabilities.shape[1]:
-                images.append(_as_seen(processor, example))
-                maps.append(probabilities[first].reshape(side, side, -1))
-            first += sum(next(rows) for _ in example.images)
+                whole = range(counts[0])[model.spec.whole]
+                images.append(_as_seen(processor, example, whole))
+                maps.append(probabilities[first + whole].reshape(side, side, -1))
+            first += sum(counts)
     return total / max(1, tokens), images, maps
 
 
@@ -146,14 +148,14 @@ def _routed(finished: RunData, say: Callable[[str], None]) -> Iterator[Routed]:
         yield Routed(client.id, client.task, tasks, mean, len(examples), images, maps)
 
 
-def _as_seen(processor: "Processor", example: "Example") -> Floats:
-    """Return the first row of an example's first image as the vision tower sees it, in RGB."""
+def _as_seen(processor: "Processor", example: "Example", row: int) -> Floats:
+    """Return a row of an example's first image as the vision tower sees it, in RGB."""
     inputs = processor.inputs(example.images[0].read(), alone=len(example.images) == 1)
     rows = inputs["pixel_values"].flatten(0, -4).double().numpy()
     settings = processor.image_processor
     mean = np.array(settings.image_mean)[:, None, None]
     std = np.array(settings.image_std)[:, None, None]
-    pixels = rows[0]
+    pixels = rows[row]
     seen: Floats = (pixels * std + mean).clip(0, 1).transpose(1, 2, 0)
     return seen
 

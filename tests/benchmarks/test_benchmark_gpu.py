@@ -86,9 +86,8 @@ def test_arithmetic_is_torchs_own_count(gpu, device, stage, checkpointing):
     with FlopCounterMode(display=False) as counter:
         loop.seconds(micro_batch=2, steps=1)
     steps = loops.WARM_UP + 1
-    pixels = size.layout.shape
     counted = arithmetic.operations(
-        config, size.batch(2), pixels, rank=size.lora.rank, stage=stage, tasks=3, causal=False
+        config, size.batch(2), rank=size.lora.rank, stage=stage, tasks=3, causal=False
     )
     expected = counted.total + checkpointing * counted.recomputed
     tolerance = 5e-3 if checkpointing else 1e-3
@@ -101,9 +100,7 @@ def test_llava_15_7b_needs_the_operations_that_its_size_says(gpu):
     measure, arithmetic = gpu("measure"), gpu("arithmetic")
     size = gpu("sizes").SIZES["llava-1.5-7b"]
     config = measure.Planned(size).config
-    counted = arithmetic.operations(
-        config, size.batch(1), size.layout.shape, rank=64, stage=1, tasks=3
-    )
+    counted = arithmetic.operations(config, size.batch(1), rank=64, stage=1, tasks=3)
     tokens = 576 + 128
     assert counted.frozen == 4 * tokens * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert counted.lora == 6 * tokens * 159_907_840

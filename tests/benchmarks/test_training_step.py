@@ -76,7 +76,6 @@ def test_the_gpu_benchmarks_arithmetic_is_torchs_own_count(benchmark, size, stag
     counted = benchmark("gpu.arithmetic").operations(
         config,
         size.batch(2),
-        size.layout.shape,
         rank=size.lora.rank,
         stage=stage,
         tasks=3,
