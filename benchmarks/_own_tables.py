@@ -284,6 +284,7 @@ def training_step_table(record: Results) -> str:
             "model (layers of decoder, tower)",
             "parameters",
             "image tokens",
+            "trained: plain, stages 1, 2",
             "transformers + peft",
             *stages.values(),
             *(f"{title}: time; peak; above the loaded model" for title in stages.values()),
@@ -298,6 +299,7 @@ def training_step_table(record: Results) -> str:
                 one["path"].partition("/")[2] + layers,
                 f"{one['parameters'] / 1e9:.2f} B",
                 str(one["image_tokens"]),
+                ", ".join(f"{loops[loop]['trained'] / 1e6:.0f} M" for loop in ("plain", *stages)),
                 *(
                     f"{loops[loop]['seconds']:.1f} s, {human_bytes(loops[loop]['peak_bytes'])}"
                     for loop in ("plain", *stages)

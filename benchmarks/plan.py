@@ -23,7 +23,19 @@ CASES = {
     "the same, 4-bit base, with checkpointing": f"{PAPER} model.quantization=4bit",
     "LLaVA-1.5-13B": f"{PAPER} model=llava-1.5-13b",
     "LLaVA-Interleave-0.5B": f"{PAPER} model=llava-interleave-0.5b",
+    "LLaVA-1.6-Mistral-7B": f"{PAPER} model=llava-1.6-mistral-7b train.max_length=8192",
     "LLaVA-OneVision-0.5B": f"{PAPER} model=llava-onevision-0.5b train.max_length=8192",
+    "LLaVA-OneVision-7B": f"{PAPER} model=llava-onevision-7b train.max_length=8192",
+    "Qwen2.5-VL-3B": f"{PAPER} model=qwen2.5-vl-3b",
+    "Qwen2.5-VL-7B": f"{PAPER} model=qwen2.5-vl-7b",
+    "Qwen3-VL-4B": f"{PAPER} model=qwen3-vl-4b",
+    "Qwen3-VL-8B": f"{PAPER} model=qwen3-vl-8b",
+    "InternVL3-2B": f"{PAPER} model=internvl3-2b train.max_length=8192",
+    "InternVL3-8B": f"{PAPER} model=internvl3-8b train.max_length=8192",
+    "Gemma-3-4B": f"{PAPER} model=gemma-3-4b",
+    "Gemma-3-12B": f"{PAPER} model=gemma-3-12b",
+    "SmolVLM2-0.5B": f"{PAPER} model=smolvlm2-0.5b",
+    "SmolVLM2-2.2B": f"{PAPER} model=smolvlm2-2.2b",
 }
 """Overrides by title; rank, tasks and clients are always the paper's."""
 

@@ -60,6 +60,7 @@ def measure_loop(size: Size, stage: int, steps: int) -> Figures:
     seconds = loop.seconds(1, steps)
     peak = status_bytes("VmHWM")
     return {
+        "trained": sum(p.numel() for p in loop.model.parameters() if p.requires_grad),
         "seconds": statistics.median(seconds),
         "loaded_bytes": loaded,
         "peak_bytes": peak,

@@ -104,9 +104,9 @@ def _connector(config: Any, *, stage: int, tasks: int) -> int:
     normed = any("Norm" in type(module).__name__ for module in adapter.modules())
     trained = 6 * sum(matrices) - (0 if normed else 2 * matrices[0])
     if stage == 1:  # ψ_t, ψ_s
-        return 2 * trained
+        return int(2 * trained)
     # ψ_t and ψ_c; the foreign ψ_t and ψ_s; φ.
-    return tasks * (trained + 2 * sum(matrices) + 4 * token_channels(config))
+    return int(tasks * (trained + 2 * sum(matrices) + 4 * token_channels(config)))
 
 
 def _difference(images: int, visual: int, width: int) -> int:

@@ -190,9 +190,9 @@ class FixedData:
     def train_batch(self, examples: Sequence[Example]) -> Batch:
         """Return the tokens, as `pilot_flwr.data.collator.Collator` does."""
         rows = len(examples)
-        mask = torch.ones_like(self.input_ids)
-        tokens = (t.repeat(rows, 1) for t in (self.input_ids, mask, self.labels))
-        return Batch(*tokens, {name: types.repeat(rows, 1) for name, types in self.types.items()})
+        ids, labels = (tokens.repeat(rows, 1) for tokens in (self.input_ids, self.labels))
+        types = {name: tokens.repeat(rows, 1) for name, tokens in self.types.items()}
+        return Batch(ids, torch.ones_like(ids), labels, types)
 
     def encoder(self, model: PilotModel) -> Any:
         """Return a function from batches to H_v, as `FeatureCache` has it."""

@@ -197,7 +197,7 @@ def end_ranks() -> None:
 
 
 class _Start(NamedTuple):
-    """What a rank is told first."""
+    """The first message to a rank."""
 
     rank: int
     number: int
@@ -406,7 +406,7 @@ def _serve(connection: Connection, start: _Start) -> None:
 
 
 def _sendable(error: Exception, ranks: Ranks) -> Exception:
-    """Return the error, or one with its text if its class cannot be copied or is of no library."""
+    """Return the error, or one with its text: not every class survives the way to rank 0."""
     if isinstance(error, PilotError):
         return error
     return TrainingError(

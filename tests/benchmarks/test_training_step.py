@@ -97,6 +97,7 @@ def test_cut_configurations_keep_what_their_family_does(benchmark):
 
 def run(seconds, loaded, peak):
     return {
+        "trained": 3e6,
         "seconds": seconds,
         "loaded_bytes": loaded,
         "peak_bytes": peak,
@@ -135,6 +136,8 @@ def test_one_family_keeps_the_others_of_the_same_commit(benchmark, monkeypatch, 
 def test_memory_of_a_loop_is_measured_after_loading(benchmark):
     step, size = benchmark("training_step"), benchmark("gpu.sizes").SIZES["tiny"]
     found = step.measure_loop(size, stage=2, steps=1)
+    model = benchmark("gpu.loops").PilotLoop(size, torch.device("cpu"), stage=2).model
+    assert found["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found["seconds"] > 0
     assert found["peak_bytes"] == found["loaded_bytes"] + found["above_bytes"]
     assert found["loaded_bytes"] > 0 and found["above_bytes"] >= 0
