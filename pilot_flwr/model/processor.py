@@ -230,7 +230,7 @@ def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int
     """Return the shape of H_v of an image and its number of tokens, without a tokenizer."""
     read = known_config(config)
     layout = _without_tokenizer(config).layout(size, alone=True)
-    return feature_shape(read, layout.shape), layout.text.count(Letters.token)
+    return feature_shape(read, layout.shape), Letters.count(layout.text)
 
 
 def probe_images(config: ModelConfig) -> list[object]:
@@ -240,7 +240,7 @@ def probe_images(config: ModelConfig) -> list[object]:
     names = ("image_mean", "image_std", "resample", "do_rescale", "do_normalize", "rescale_factor")
     settings = processor.image_processor.to_dict()
     return [
-        [[list(layout.shape), layout.text.count(Letters.token)] for layout in layouts],
+        [[list(layout.shape), Letters.count(layout.text)] for layout in layouts],
         {name: settings.get(name) for name in names},
     ]
 

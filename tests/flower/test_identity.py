@@ -116,6 +116,19 @@ def test_another_architecture_is_another_base(base):
     assert changed(with_base(base)) == {"base.config"}
 
 
+def test_another_image_processor_is_another_base(base):
+    """It decides how many tokens an image has, and how its pixels are normalized."""
+    file = base / "processor_config.json"
+    values = json.loads(file.read_text())
+    for change in ({"image_mean": [0.1, 0.2, 0.3]}, {"crop_size": {"height": 16, "width": 16}}):
+        changed_values = values | {"image_processor": values["image_processor"] | change}
+        file.write_text(json.dumps(changed_values))
+        assert changed(with_base(base)) == {"base.processor"}
+    file.unlink()  # as on a server
+    absent = identity_of(with_base(base))
+    assert absent["base.processor"] == "" and differences(HERE, absent) == []
+
+
 def test_weights_that_are_not_here_yet_are_not_compared(base):
     index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -19,6 +19,7 @@ from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.feature_folder import FeatureFolder
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.processor import stand_in
 
 CPU = torch.device("cpu")
 SIZES = [(28, 28), (20, 61), (64, 30), (90, 90), (7, 100)]
@@ -194,3 +195,34 @@ def test_an_architecture_without_a_row_is_refused(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=rf"type 'bert' but must be one of {', '.join(SPECS)}"):
         read_config(ModelConfig(path=str(tmp_path)))
+
+
+def test_kept_features_need_no_memory_for_pixels(path, model):
+    """The stand-in for the pixels of equal images is one number, whatever their size."""
+    processor, _, cache = kit(model, path)
+    visual = cache.encode(model, processor, [example(image(64, 30))] * 3)
+    assert "pixel_values" not in visual.inputs and "pixel_attention_mask" not in visual.inputs
+    pixels = stand_in(visual.shapes, CPU, torch.float32)
+    assert pixels.untyped_storage().nbytes() == 4
+    assert len(pixels) == sum(shape[0] for shape in visual.shapes)
+
+
+def test_nothing_of_a_batch_stays_after_it_or_after_an_interrupt(path, model, monkeypatch):
+    processor, collator, cache = kit(model, path)
+    batch = collator.train_batch(EXAMPLES[:2])
+    visual = cache.encode(model, processor, EXAMPLES[:2])
+    before = model(batch, visual).logits
+    assert model.slot.output is model.slot.visual is model.slot.seen is None
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base.model, "get_image_features", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(batch, visual)
+        with pytest.raises(KeyboardInterrupt):
+            cache.encode(model, processor, EXAMPLES[:1])
+    assert model.slot.output is model.slot.visual is model.slot.seen is None
+    again = model(batch, cache.encode(model, processor, EXAMPLES[:2])).logits
+    assert torch.equal(again, before)
