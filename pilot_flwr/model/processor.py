@@ -91,13 +91,13 @@ class Letters:
     Processors also name some special tokens themselves, in angle brackets.
     """
 
-    token = "\N{BLACK SQUARE}"
+    letter = "\N{BLACK SQUARE}"
     init_kwargs: Mapping[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         if "token" not in name:
             raise AttributeError(name)
-        return 0 if name.endswith("_id") else self.token
+        return 0 if name.endswith("_id") else self.letter
 
     def encode(self, text: str, **options: Any) -> list[int]:
         """Return an id."""
@@ -113,7 +113,7 @@ class Letters:
     @classmethod
     def count(cls, text: str) -> int:
         """Return the number of special tokens in a text."""
-        return len(re.findall(rf"{cls.token}|<[^<>]+>", text))
+        return len(re.findall(rf"{cls.letter}|<[^<>]+>", text))
 
 
 class Processor:
