@@ -297,7 +297,7 @@ def test_a_task_name_that_torch_has_taken_is_refused(task):
 
 
 @pytest.mark.parametrize(("side", "square"), [(1, True), (2, True), (3, True), (2, False)])
-def test_what_a_token_is_made_of(side, square):
+def test_merged_features_are_a_square_or_adjacent(side, square):
     """A square of a grid of 6 x 6 features, or features that follow each other; by indices."""
     features = torch.arange(2 * 36 * 3).reshape(2, 36, 3)
     made = merge_features(features, side, square=square)
@@ -349,7 +349,7 @@ def test_a_router_decides_per_token_and_its_losses_are_per_image():
         {"b": Merger(3)},
         None,
         nn.Linear(2 * D, 2, bias=False).double(),
-        tokens=lambda features: features.reshape(*features.shape[:-2], -1, 2 * D),
+        merge=lambda features: features.reshape(*features.shape[:-2], -1, 2 * D),
         reduction="per_image",
     )
     packed = stage2(torch.cat(images, dim=1)[0], (4, 8))
