@@ -318,7 +318,7 @@ def test_merged_features_are_a_square_or_adjacent(side, square):
 
 
 class Merger(nn.Module):
-    """Joins pairs of features: a connector with fewer tokens than features."""
+    """Joins pairs of features: a projector with fewer tokens than features."""
 
     def __init__(self, seed):
         super().__init__()
@@ -331,7 +331,7 @@ class Merger(nn.Module):
 
 @pytest.mark.parametrize("reduction", ["normalized", "frobenius"])
 def test_packed_images_have_the_losses_of_separate_ones(reduction):
-    """Images of 4 and 8 features in a row: L_d is the mean over both, as one by one."""
+    """Packed images of 4 and 8 features: L_d is the mean of the two losses."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(1, n, D, dtype=torch.float64, generator=generator) for n in (4, 8)]
     stage1 = TaskClientConnector(Merger(1), Merger(2), reduction=reduction)
@@ -360,7 +360,7 @@ def test_a_router_decides_per_token_and_its_losses_are_per_image():
 
 
 class Square(nn.Module):
-    """A connector that gives the tokens of an image as a square."""
+    """A projector that gives the tokens of an image as a grid."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -370,7 +370,7 @@ class Square(nn.Module):
         return self.inner(features).unflatten(1, (2, 2))
 
 
-def test_tokens_in_a_square_are_tokens():
+def test_tokens_in_a_grid_are_flattened():
     features = torch.randn(3, 4, D, dtype=torch.float64)
     plain = TaskClientConnector(adapter(1), adapter(2))(features)
     square = TaskClientConnector(Square(adapter(1)), Square(adapter(2)))(features)

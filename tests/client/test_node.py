@@ -375,5 +375,5 @@ def test_a_lora_rank_that_does_not_fit_the_run_is_refused():
     with pytest.raises(ConfigError, match="`strategy.lora` is exact but must be .* `lora-rank=4`"):
         site_config(NodeSettings(lora_rank=4), exact, simulated=False)
     ranks = load_config("+model.lora.client_ranks={vqa-0:4}")
-    with pytest.raises(ConfigError, match="`model.lora.client_ranks` is set, which only a sim"):
+    with pytest.raises(ConfigError, match="`model.lora.client_ranks` is set but must be empty"):
         site_config(NodeSettings(), ranks, simulated=False)
