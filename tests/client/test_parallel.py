@@ -229,7 +229,7 @@ def tensors(private):
     ids=["plain", "schedule", "length", "ditto", "rank"],
 )
 def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides):
-    """AdamW divides by a gradient's size, so rounding moves one whose gradient is near 0."""
+    """AdamW divides by a gradient's size, so rounding moves parameters of tiny gradients."""
     alone, kept, initial = sessions(tmp_path, overrides, 1)
     together, also_kept, _ = sessions(tmp_path, overrides, 2)
     for (one, _), (two, _) in zip(alone, together, strict=True):
