@@ -1,4 +1,4 @@
-"""Peak resident memory of this process, as Linux counts it."""
+"""Measure the peak resident memory of this process, as Linux counts it."""
 
 import ctypes
 import gc
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def resident_from_now() -> int:
-    """Return the resident bytes and start the high-water mark anew, free heap given back."""
+    """Give free heap back, restart the high-water mark, and return the resident bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,8 +1,8 @@
-"""Record how the tests of every family of base models end, by what they check.
+"""Count the passed tests of every family of base models, by subject.
 
-Run ``python benchmarks/families.py`` (minutes) to update ``benchmarks/results/families.json``, of
-which the documentation makes a table, or ``--quick`` for the labels of one family. The tests are
-those with ``@pytest.mark.family``; `tests/families/outcomes.py` counts them.
+Run ``python benchmarks/families.py`` (minutes) to update ``benchmarks/results/families.json``, from
+which ``tables.py`` makes a table of the documentation, or ``--quick`` for the labels of one family.
+The tests are those with ``@pytest.mark.family``; `tests/families/outcomes.py` counts them.
 """
 
 import argparse

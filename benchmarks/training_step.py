@@ -1,13 +1,13 @@
-"""Benchmark a training step of every family on the CPU against transformers and peft alone.
+"""Benchmark a training step of eight families on the CPU against transformers and peft alone.
 
 Both stages of `pilot_flwr.client.training.train` with kept features are compared with a plain loop
 (``gpu/loops.py``): the same inputs, a bfloat16 base, LoRA of rank 64 on the same layers, AdamW,
 micro-batch 1 with one image of 336 x 336 and 128 tokens of text, 32 of them answers. Each loop runs
 in a process of its own, in turn with the others.
 
-Weights are random. Where a family has no model of 0.5 B parameters, a larger one's layers are cut,
-to at least two; width and vocabulary stay. So the vocabulary, and with it the logits that the plain
-loop computes at every position, weighs more than in the whole model.
+Weights are random. Where a family has no model of 0.5 B parameters, a larger one is cut to a few
+layers, at least two; width and vocabulary stay. So the logits, which the plain loop computes at
+every position, have a larger share of time and memory than in the whole model.
 
 Goals: never slower, and at most 0.7 times the peak resident memory of the process.
 
@@ -50,7 +50,7 @@ FAMILIES = {
     "gemma3": Size("google/gemma-3-4b-it", PAPER, layers=(2, 2)),
     "smolvlm": Size("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", PAPER),
 }
-"""Family, by ``model_type`` → what is measured. Idefics3's model is built as SmolVLM's."""
+"""``model_type`` → model to measure. Idefics3's model is built as SmolVLM's."""
 
 
 def measure_loop(size: Size, stage: int, steps: int) -> Figures:

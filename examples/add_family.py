@@ -1,6 +1,6 @@
 """A family of base models that the package lacks, from one row to a federated run.
 
-Aya Vision is a SigLIP tower, a connector and a Cohere decoder. The connector merges squares of
+Aya Vision is a SigLIP tower, a projector and a Cohere decoder. The projector merges squares of
 2 × 2 features into one token, then has a LayerNorm and two linear layers with a gate between them.
 `ROW` says where it is; transformers' own forward pass does the rest.
 
@@ -34,7 +34,7 @@ from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 
 ROW = ModelSpec(
-    connector="multi_modal_projector",  # where the connector is in transformers' AyaVisionModel
+    projector="multi_modal_projector",  # where the projector is in transformers' AyaVisionModel
     last="linear_2",  # its last layer: zero in new ψ_s and ψ_c
     tower="vision_tower",
     side=lambda config: int(config.downsample_factor),  # 2 × 2 features become a token
@@ -49,7 +49,7 @@ TEMPLATE = (
     "<|END_OF_TURN_TOKEN|>{% endfor %}"
     "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|assistant|>{% endif %}"
 )
-"""A chat template of the kind of Aya's."""
+"""A chat template like Aya's."""
 
 SPECIAL = (
     *("<PAD>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),

@@ -58,7 +58,7 @@ class PilotStrategy(Strategy):
     `state` has the task adapters and LoRAs; the `arrays` of Flower's loop are a copy for its
     `Result`. `expected` maps the federation's clients to their tasks, `identity` has the hashes
     that clients must share (`pilot_flwr.flower.compatibility`), `check_rank` raises `ConfigError`
-    for a client's LoRA rank that the run cannot use, `settings` is the hash of the
+    for a LoRA rank that no client of the run may have, `settings` is the hash of the
     run's settings, for its checkpoints, and `upload_bits` the width of compressed uploads, 0
     without compression. If `simulated`, all clients exist from the start and Ray may send error
     replies.

@@ -1,4 +1,4 @@
-"""A base model's connector for tests."""
+"""A base model's projector for tests."""
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector

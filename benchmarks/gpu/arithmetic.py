@@ -88,18 +88,18 @@ def operations(
 
 
 def _visual_tokens(config: Any, batch: MicroBatch) -> tuple[int, int]:
-    """Return the images of the tower, or packed ones, and the visual tokens of each."""
+    """Return how many images the tower sees, crops or packed ones, and the tokens of each."""
     *rows, features, _ = batch.features
     side = spec_of(config).side(config)
     return batch.examples * math.prod(rows), features // side**2
 
 
 def _connector(config: Any, *, stage: int, tasks: int) -> int:
-    """Count adapters and router for one token.
+    """Return the operations of adapters and router for one token.
 
     The first matrix's input needs no gradient if it is H_v, and not the output of a trained norm.
     """
-    adapter = empty_base(config).model.get_submodule(spec_of(config).connector)
+    adapter = empty_base(config).model.get_submodule(spec_of(config).projector)
     matrices = [parameter.numel() for parameter in adapter.parameters() if parameter.ndim == 2]
     normed = any("Norm" in type(module).__name__ for module in adapter.modules())
     trained = 6 * sum(matrices) - (0 if normed else 2 * matrices[0])

@@ -75,7 +75,7 @@ class PilotLoop:
 class PlainLoop:
     """A loop written with transformers and peft alone.
 
-    LoRA on the same layers and the connector are trained; images go through the vision tower;
+    LoRA on the same layers and the projector are trained; images go through the vision tower;
     the loss is the model's own, over the logits of all positions. Precision, checkpointing,
     clipping and the optimizer are as in `PilotLoop`.
     """
@@ -96,7 +96,7 @@ class PlainLoop:
                 target_modules=rf"{re.escape(path)}\..*\.({names})",
             ),
         )
-        connector = base.model.get_submodule(spec_of(base.config).connector)
+        connector = base.model.get_submodule(spec_of(base.config).projector)
         connector.float().requires_grad_(True)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.device = device

@@ -6,7 +6,7 @@ bfloat16 base, float32 adapters, AdamW. Measured are
 
 - time and peak memory of a step of `pilot_flwr.client.training.train`, in stage 1 and stage 2 (T =
   3), with and without gradient checkpointing, by micro-batch, features of the vision tower kept;
-- the same for a plain loop with transformers and peft: vision tower, LoRA, trained connector, the
+- the same for a plain loop with transformers and peft: vision tower, LoRA, trained projector, the
   model's own loss over all positions;
 - utilisation: the operations that a step needs (``arithmetic.py``), as a share of the device's own
   bfloat16 matrix rate;

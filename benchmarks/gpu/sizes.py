@@ -23,7 +23,7 @@ from pilot_flwr.model.processor import (
     PIXELS,
     Inputs,
     Layout,
-    Letters,
+    PlaceholderTokenizer,
     Processor,
     collate,
     processor_class,
@@ -39,8 +39,8 @@ EXAMPLE = Example("fixed", (), (Turn("user", "a"), Turn("assistant", "b")))
 IMAGE = "<image>"
 
 
-class Tokens(Letters):
-    """Stands for a tokenizer, and tells the tokens of an image from its other special ones."""
+class ImagePlaceholderTokenizer(PlaceholderTokenizer):
+    """Replaces the tokenizer, and tells the visual tokens of an image from its other tokens."""
 
     image_token = context_image_token = IMAGE
     model_input_names = ("input_ids", "attention_mask")
@@ -80,7 +80,7 @@ class Size:
         return replace(plain, gradient_checkpointing=checkpointing, compile=compiled)
 
     def base_config(self) -> Any:
-        """Return the base's configuration, of transformers, with `layers`."""
+        """Return the base's configuration, cut to `layers`."""
         config = known_config(self.config())
         return with_layers(config, *self.layers) if self.layers else config
 
@@ -92,18 +92,23 @@ class Size:
         values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
         images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local
         family = processor_class(read)
-        original = family.from_args_and_dict([images, Tokens()], values | family.without)
+        original = family.from_args_and_dict(
+            [images, ImagePlaceholderTokenizer()], values | family.without
+        )
         return Processor(original, spec_of(read))
 
     @property
     def layout(self) -> Layout:
-        """What the image becomes."""
+        """The layout of the image."""
         return self.processor.layout(self.image, alone=True)
 
     def image_tokens(self) -> list[bool]:
-        """Return for each token of the image, delimiters included, whether it is of the model."""
+        """Return for each token of the image, delimiters included, whether it is a visual token."""
         return [
-            token == IMAGE for token in re.findall(rf"{Tokens.token}|<[^<>]+>", self.layout.text)
+            token == IMAGE
+            for token in re.findall(
+                rf"{ImagePlaceholderTokenizer.token}|<[^<>]+>", self.layout.text
+            )
         ]
 
     def batch(self, micro_batch: int) -> MicroBatch:
@@ -172,7 +177,7 @@ class FixedData:
         words = torch.tensor([word for word in vocabulary if word != config.image_token_id])
         text = words[torch.randint(len(words), (1, size.text_tokens), generator=generator)]
         word = int(text[0, 0])
-        image = [config.image_token_id if of_model else word for of_model in size.image_tokens()]
+        image = [config.image_token_id if visual else word for visual in size.image_tokens()]
         self.input_ids = torch.cat([torch.tensor([image]), text], 1)
         self.labels = self.input_ids.clone()
         self.labels[:, : -size.answer_tokens] = IGNORE_INDEX

@@ -388,7 +388,7 @@ LORA_RULES: dict[str, LoraRule] = {
 
 
 def unified(distances: Matrix) -> Matrix:
-    """Give identical clients one row, so that rounding cannot decide ties between them."""
+    """Return distances in which identical clients share a row: rounding then decides no tie."""
     original = (distances == 0).argmax(axis=1)
     shared: Matrix = distances[np.ix_(original, original)]
     return shared

@@ -1,12 +1,13 @@
 """The connectors between vision tower and language model (docs/explanation/method.md, section 2).
 
-`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2. Both replace the base model's
-own connector, whatever its class, and every adapter is a copy of it. Shapes: B images, N features
-of an image, D their channels, S visual tokens made of them, C language-model channels, T tasks.
+`TaskClientConnector` is stage 1, `CrossTaskMoA` (CT-MoA) is stage 2. Both replace the projector,
+which is the base model's own connector of any class, and every adapter is a copy of it. Shapes:
+B images, N features of an image with D channels each, S visual tokens, C language-model channels,
+T tasks.
 
-H_v is what the base model feeds its connector: (B, N, D), or the features of several images in a
-row, (N, D), with their numbers in `images`. Connectors that merge features into fewer tokens keep
-their order, so that both outputs and routing decisions are per token.
+H_v is the projector's input in the base model: (B, N, D), or the features of several images one
+after the other, (N, D), with their numbers in `images`. Projectors that merge features into fewer
+tokens keep their order, so outputs and routing decisions are per visual token.
 """
 
 import copy
@@ -20,8 +21,8 @@ from pilot_flwr.algorithm.losses import difference_loss, load_balancing_loss, ro
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 
-Tokens = Callable[[Tensor], Tensor]
-"""From H_v to what each visual token is made of, (..., S, k D) for tokens of k features."""
+Merge = Callable[[Tensor], Tensor]
+"""Maps H_v to the features that each visual token merges, (..., S, k D) for k features a token."""
 
 
 class ConnectorOutput(NamedTuple):
@@ -41,13 +42,13 @@ class Routing(NamedTuple):
     z: Tensor
 
 
-def copied(connector: nn.Module, last: str = "") -> nn.Module:
-    """Return an independent copy of a base model's connector.
+def copied(projector: nn.Module, last: str = "") -> nn.Module:
+    """Return an independent copy of a base model's projector.
 
     `last` names its last layer, or that layer's parameter, which is set to zero: the copy's output
     is zero until it is trained.
     """
-    twin = copy.deepcopy(connector)
+    twin = copy.deepcopy(projector)
     if last:
         for name, parameter in twin.named_parameters():
             if f"{name}.".startswith(f"{last}."):
@@ -56,22 +57,22 @@ def copied(connector: nn.Module, last: str = "") -> nn.Module:
 
 
 def merge_features(features: Tensor, side: int, *, square: bool) -> Tensor:
-    """Return what each visual token is made of, for connectors that merge `side`² features.
+    """Return the features that each visual token merges, side by side.
 
     Parameters
     ----------
     features : Tensor
         H_v, shape (..., N, D).
     side : int
-        1 if every feature is a token.
+        A token merges `side`² features; 1 if every feature is a token.
     square : bool
-        Whether a token merges a `side` × `side` square of the features' square grid, row by row,
-        or `side`² features that follow each other.
+        Whether they are a `side` × `side` square of the image's square grid, whose features are in
+        order of rows, or `side`² features that follow each other.
 
     Returns
     -------
     Tensor
-        Shape (..., N / side², side² D), tokens in the connector's order.
+        Shape (..., N / side², side² D), tokens in the projector's order.
     """
     if side == 1:
         return features
@@ -84,13 +85,13 @@ def merge_features(features: Tensor, side: int, *, square: bool) -> Tensor:
 
 
 def _tokens(adapter: nn.Module, features: Tensor) -> Tensor:
-    """Return an adapter's tokens (..., S, C); some connectors give an image's as a square."""
+    """Return an adapter's tokens (..., S, C); some projectors give those of an image as a grid."""
     tokens: Tensor = adapter(features)
     return tokens.flatten(features.dim() - 2, -2)
 
 
 def _images(tokens: Tensor, images: Sequence[int]) -> Iterator[Tensor]:
-    """Yield tokens by image, (B, S, ·): all images at once if they are equally large."""
+    """Yield the tokens of each image, (1, S, ·), or of all at once, (B, S, ·), if equally many."""
     if tokens.dim() == 3:
         yield tokens
         return
@@ -119,7 +120,7 @@ class TaskClientConnector(nn.Module):
         self.reduction = reduction
 
     def forward(self, features: Tensor, images: Sequence[int] = ()) -> ConnectorOutput:
-        """Map H_v to x_img (..., S, C) and L_d, a mean over images."""
+        """Map H_v to x_img (..., S, C) and L_d, the mean over images."""
         task = _tokens(self.task_adapter, features)
         zero = task.new_zeros(())
         if self.client_adapter is None:
@@ -152,9 +153,10 @@ class CrossTaskMoA(nn.Module):
     client_adapter : Module or None
         ψ_s, if there is one.
     router : Linear
-        φ, without bias, from what a token is made of to T.
-    tokens : callable, optional
-        From H_v to what each token is made of, `merge_features`; None if features are tokens.
+        φ, without bias, from the features that a token merges to T.
+    merge : callable, optional
+        Maps H_v to the features that each token merges, as `merge_features` does; None if every
+        feature is a token.
     use_client_adapter : bool
         Whether ψ_s is added; the official code leaves it out.
     router_dtype : {"float32", "bfloat16"}
@@ -176,7 +178,7 @@ class CrossTaskMoA(nn.Module):
         client_adapter: nn.Module | None,
         router: nn.Linear,
         *,
-        tokens: Tokens | None = None,
+        merge: Merge | None = None,
         use_client_adapter: bool = True,
         router_dtype: str = "float32",
         reduction: str = "pooled",
@@ -202,7 +204,7 @@ class CrossTaskMoA(nn.Module):
         )
         self.client_adapter = client_adapter
         self.router = router
-        self.tokens = tokens or (lambda features: features)
+        self.merge = merge or (lambda features: features)
         self.use_client_adapter = use_client_adapter
         self.router_dtype = router_dtype
         self.reduction = reduction
@@ -239,8 +241,8 @@ class CrossTaskMoA(nn.Module):
             dtype = torch.promote_types(self.router.weight.dtype, torch.float32)
             if self.router_dtype == "bfloat16":
                 dtype = torch.bfloat16
-            parts = self.tokens(features)
-            return nn.functional.linear(parts.to(dtype), self.router.weight.to(dtype))
+            merged = self.merge(features)
+            return nn.functional.linear(merged.to(dtype), self.router.weight.to(dtype))
 
 
 def is_reserved(task: str) -> bool:
@@ -251,18 +253,18 @@ def is_reserved(task: str) -> bool:
 def stage1_connector(
     projector: nn.Module, config: ModelConfig, *, last: str, reduction: str = "normalized"
 ) -> TaskClientConnector:
-    """Build stage 1 from the base model's pretrained connector, copied to ψ_t.
+    """Build stage 1 from the base model's pretrained projector, copied to ψ_t.
 
     Parameters
     ----------
     projector : Module
-        The pretrained connector.
+        The pretrained projector.
     config : ModelConfig
         `initialisation` is ``identity`` (the last layer of ψ_s is zero, so training starts exactly
-        at the base model) or ``official`` (ψ_s is the connector too); `client_adapter` says
+        at the base model) or ``official`` (ψ_s is the projector too); `client_adapter` says
         whether there is a ψ_s.
     last : str
-        Name of the connector's last layer.
+        Name of the projector's last layer.
     reduction : str
         Of the difference loss.
     """
@@ -279,7 +281,7 @@ def stage2_connector(
     tasks: tuple[str, ...],
     client_adapter: nn.Module | None,
     channels: int,
-    tokens: Tokens | None = None,
+    merge: Merge | None = None,
     generator: torch.Generator,
     reduction: str = "pooled",
 ) -> CrossTaskMoA:
@@ -288,20 +290,20 @@ def stage2_connector(
     Parameters
     ----------
     projector : Module
-        The base model's pretrained connector.
+        The base model's pretrained projector.
     config : ModelConfig
         With `initialisation` ``identity`` every ψ_c ends in zero, with ``official`` it is the
-        connector; `cross_task_adapters` says whether there are ψ_c, `stage2_client_adapter`
+        projector; `cross_task_adapters` says whether there are ψ_c, `stage2_client_adapter`
         whether ψ_s is added, `router_dtype` in which precision φ routes.
     last : str
-        Name of the connector's last layer.
+        Name of the projector's last layer.
     tasks : tuple of str
         The client's own task first.
     client_adapter : Module or None
         ψ_s from stage 1.
     channels : int
-        Channels of what a token is made of: φ's inputs.
-    tokens : callable, optional
+        Channels of the features that a token merges: φ's inputs.
+    merge : callable, optional
         See `CrossTaskMoA`.
     generator : torch.Generator
         Draws φ on the CPU, uniform in ±1/√channels as torch does.
@@ -320,7 +322,7 @@ def stage2_connector(
         cross if config.cross_task_adapters else None,
         client_adapter,
         router.to(next(projector.parameters())),
-        tokens=tokens,
+        merge=merge,
         use_client_adapter=config.stage2_client_adapter == "frozen",
         router_dtype=config.router_dtype,
         reduction=reduction,

@@ -124,7 +124,10 @@ def joined(lora: NamedArrays, residual: NamedArrays) -> dict[str, Tensor]:
 
 
 class Decomposition(NamedTuple):
-    """Factors of a product: ``left @ (u * values) @ v @ right.T``, with orthonormal columns."""
+    """Factors of a product, ``left @ (u * values) @ v @ right.T``.
+
+    The columns of `left`, `u` and `right` and the rows of `v` are orthonormal.
+    """
 
     left: Tensor
     u: Tensor

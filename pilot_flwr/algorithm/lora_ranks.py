@@ -1,8 +1,8 @@
 """LoRAs of different ranks: distances, mixtures and truncation of their products B A.
 
-A client may train a smaller rank r_k than the federation's r. Its factors, A_k (r_k, inputs) and
-B_k (outputs, r_k), cannot be averaged with another client's, but the products that they add to the
-frozen weights can. With Θ_k for all layers' products of client k, and W from
+A client may train a smaller rank r_k than the federation's r. Its factors, A_k (r_k × inputs) and
+B_k (outputs × r_k), cannot be averaged with another client's, but the products that they add to
+the frozen weights can. With Θ_k for all layers' products of client k, and W from
 :mod:`pilot_flwr.algorithm.aggregation`::
 
     d_kj = || Θ_k - Θ_j ||_F          M_k = Σ_j W_kj B_j A_j   in each layer
@@ -22,9 +22,9 @@ product of that rank, in the Frobenius and the spectral norm (Eckart and Young, 
 
     || M_k - B A ||_F^2 = Σ_{i > r_k} σ_i^2          A = V^T Q_A^T / √3,   B = √3 Q_B U Σ
 
-The split between A and B is that of a new LoRA: the rows of A have the length of drawn ones
-(uniform in ±1/√inputs, so 1/√3), whatever σ is. So a direction with σ = 0 has B = 0, as at the
-start, and can be trained.
+The split between A and B is that of a new LoRA: whatever σ is, the rows of A have the length of
+drawn ones, 1/√3, the root mean square of a row uniform in ±1/√inputs. So a direction with σ = 0 has
+B = 0, as at the start, and can be trained.
 
 Sources: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
 Client Resources" (FlexLoRA), NeurIPS 2024, arXiv 2402.11505; Liu et al., "HLoRA: Efficient
@@ -63,17 +63,17 @@ class Truncated(NamedTuple):
 
 
 def rank_of(lora: Mapping[str, Tensor]) -> int:
-    """Return the rank of a LoRA whose layers agree, of either matrix alone too; 0 for none."""
+    """Return the rank of a LoRA of one rank, or of one of its matrices; 0 without tensors."""
     for name, tensor in lora.items():
-        sides = tensor.shape or (0,)  # a foreign one may be a number
+        sides = tensor.shape or (0,)  # an upload may have a scalar
         return int(sides[0] if name.endswith(A) else sides[-1])
     return 0
 
 
 def at_rank(lora: State, rank: int) -> State:
-    """Return the first `rank` rows of every A and columns of every B; at its own rank, itself.
+    """Return the first `rank` rows of every A and columns of every B.
 
-    Of a LoRA as drawn, where B = 0, it is the LoRA of that rank.
+    Of a drawn LoRA, where B = 0, this is a drawn LoRA of that rank.
     """
     if rank == rank_of(lora):
         return lora
@@ -86,7 +86,7 @@ def at_rank(lora: State, rank: int) -> State:
 def check_rank(lora: Mapping[str, Tensor], declared: int, largest: int) -> None:
     """Raise `UpdateError` unless all matrices of an upload have the rank that its client declared.
 
-    `largest` is the federation's. Other tensors are left to the check of layouts.
+    `largest` is the federation's rank. `check_tensors` reports tensors that are no matrices.
     """
     found: dict[int, str] = {}
     for name, tensor in lora.items():
@@ -176,7 +176,7 @@ def mix_products(
     results : sequence of (int, int)
         Row k of `weights` and rank r of every result, at least 1.
     spare : state
-        A LoRA as drawn. Where a mixture has fewer directions than r, its rows of A fill the rest.
+        A drawn LoRA. Where a mixture has fewer directions than r, its rows of A fill the rest.
     allocate : callable, optional
         Returns a state like the second argument for a result, given by its index in `results`.
         Results of equal weights and rank share the state of the first of them. By default, states
@@ -217,9 +217,10 @@ def mix_products(
 
 
 def truncated(lora: State, rank: int, spare: State) -> State:
-    """Return a LoRA at another rank: the closest product, or its own with directions of `spare`.
+    """Return a LoRA at another rank.
 
-    At its own rank, or without tensors, it is returned itself.
+    A smaller rank has the closest product; a larger one has the same product, and rows of A of
+    `spare` for the new directions.
     """
     if not lora or rank == rank_of(lora):
         return lora
@@ -234,9 +235,9 @@ def newcomer_lora(
     rank: int,
     spare: State,
 ) -> State:
-    """Return the LoRA of a client without one: the mean of its task's clients', else of all.
+    """Return the LoRA of a client that has none: the mean over its task's clients, else over all.
 
-    If any client has another rank than `spare`, the mean is that of the products.
+    If any client has another rank than `spare`, the mean is that of the products B A.
 
     Parameters
     ----------
@@ -247,9 +248,10 @@ def newcomer_lora(
     task : str
         Task of the newcomer.
     rank : int
-        Its rank.
+        Rank of the newcomer.
     spare : state
-        The federation's LoRA as drawn, of which it gets the leading part if no client has trained.
+        The federation's drawn LoRA. If no client has trained, the newcomer gets its first rows of A
+        and columns of B.
 
     Returns
     -------
@@ -286,7 +288,7 @@ def _layers(loras: Sequence[State]) -> list[str]:
 def _concatenated(
     loras: Sequence[State], layer: str, shares: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Return float64 factors of the weighted sum of a layer's products."""
+    """Return the factors of the weighted sum of a layer's products, in float64."""
     left = [share * lora[layer + B].double() for lora, share in zip(loras, shares, strict=True)]
     return torch.cat(left, dim=1), torch.cat([lora[layer + A].double() for lora in loras])
 

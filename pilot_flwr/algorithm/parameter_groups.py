@@ -118,7 +118,7 @@ Groups: TypeAlias = "dict[GroupName, dict[str, nn.Parameter]]"
 
 
 def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
-    """Assign every parameter of a base model with LoRA and Pilot connector to its group.
+    """Assign every parameter of a base model with a LoRA and Pilot's connector to its group.
 
     `own_task` is the client's; the other task adapters are foreign. Parameters keep the model's
     order; groups that the model does not have are empty.
@@ -150,7 +150,7 @@ def group_parameters(model: nn.Module, *, own_task: str) -> Groups:
 
 
 def decoder_matrix(name: str, shape: Sequence[int]) -> str:
-    """Return where in its decoder layer a frozen matrix is, such as ``mlp.up_proj``, or nothing."""
+    """Return a frozen matrix's name in its decoder layer, such as ``mlp.up_proj``, else ''."""
     match = re.fullmatch(rf"{_DECODER}layers\.\d+\.(.+?)(?:\.base_layer)?\.weight", name)
     return match[1] if match and len(shape) == 2 else ""
 

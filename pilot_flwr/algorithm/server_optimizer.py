@@ -61,7 +61,7 @@ def adam_step(
     beta_2: float,
     tau: float,
 ) -> tuple[dict[str, Tensor], Moments]:
-    """FedAdam: step from the state sent to clients towards the average of their uploads.
+    """Return FedAdam's step from the state sent to clients towards the average of their uploads.
 
     ::
 
@@ -83,7 +83,7 @@ def adam_step(
     Returns
     -------
     State, Moments
-        The state to send next, in the dtype of `current`; computed in float64.
+        The state to send next, in the dtype of `current`, computed in float64; the new moments.
 
     Notes
     -----

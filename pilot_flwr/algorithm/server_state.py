@@ -123,13 +123,13 @@ class ServerState:
 
     @property
     def rank(self) -> int:
-        """The federation's LoRA rank, 0 if LoRAs are not shared."""
+        """LoRA rank of the federation, 0 if LoRAs are not shared."""
         return rank_of(self.initial.lora)
 
     def lora_for(self, client: str, task: str, rank: int = 0) -> State:
         """Return a client's Θ̄_l, or the `newcomer_lora` of its task.
 
-        `rank` is the client's, 0 the federation's.
+        `rank` is the client's, or 0 for the federation's.
         """
         rank, spare = rank or self.rank, self.initial.lora
         if client in self.loras:
@@ -292,10 +292,10 @@ class ServerState:
         return weights, distances, {}
 
     def _ranks_differ(self, updates: Sequence[Update]) -> bool:
-        """Whether any client has had another rank than the federation's.
+        """Return whether any client has had another rank than the federation's.
 
-        Factors that were once truncated have a basis of their own, so that later exchanges mix
-        products too, even those of equal ranks.
+        Truncated factors have a basis of their own, so later exchanges mix products too, even if
+        all ranks are equal.
         """
         loras = [*(update.lora for update in updates), *self.loras.values()]
         return any(rank_of(lora) != self.rank for lora in loras)
@@ -306,10 +306,10 @@ class ServerState:
         config: StrategyConfig,
         allocate: Callable[[str, State], State] | None,
     ) -> tuple[Matrix | None, Matrix | None, dict[str, float]]:
-        """Mix the products of LoRAs in place, each at its client's rank.
+        """Mix the products of the LoRAs in place; each result has its client's rank.
 
-        Returns weights, distances and the errors of the truncation. Clients that share a LoRA but
-        sent no update get it, too.
+        Returns weights, distances and truncation errors. Clients that share a LoRA and sent no
+        update get the new one, too.
         """
         rule, loras = LORA_RULES[config.lora], [u.lora for u in updates]
         distances = product_distances(loras)

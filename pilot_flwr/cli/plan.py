@@ -47,7 +47,7 @@ def plan(
     lora_rank: Annotated[
         int,
         typer.Option(
-            help="LoRA rank of the client; server and run are planned for the configured rank.",
+            help="LoRA rank of one client; server and run are planned for the configured rank.",
             show_default="the configured model.lora.rank",
         ),
     ] = 0,
@@ -106,9 +106,9 @@ def _show(plan: "Plan", *, exchanges: int) -> None:
     print(f"{plan.path} ({plan.architecture})")
     print(
         f"an image: H_v of {' x '.join(map(str, plan.batch.features))}, "
-        f"{plan.batch.image_tokens} visual tokens, C = {plan.text_channels}"
+        f"{plan.batch.image_tokens} tokens, C = {plan.text_channels}"
     )
-    without = f"; without one: {', '.join(plan.other_layers)}" if plan.other_layers else ""
+    without = f"; none on {', '.join(plan.other_layers)}" if plan.other_layers else ""
     print(f"LoRA on {', '.join(plan.lora_layers)}{without}\n")
     stages = [f"stage {stage}" for stage in plan.stages]
     parts = plan.stages.values()

@@ -38,7 +38,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Answer all examples in the precision of training; score the answers by a key of `METRICS`.
 
-    Rank 0 has the result; another rank calls `answer`.
+    Called in rank 0 alone; the other ranks call `answer`.
     """
     if not examples:
         raise DataError("There is no test example.")
@@ -77,8 +77,8 @@ def answer(
 ) -> Answers:
     """Answer the last question of every example, greedily; each of the `ranks` answers a share.
 
-    `progress` gets the number of own answers after each batch, transformers' `streamer` the tokens
-    of a single example's answer.
+    `progress` gets the number of this rank's answers after each batch, transformers' `streamer` the
+    tokens of a single example's answer. All ranks return all answers.
     """
     model.eval()
     answers: list[str] = []

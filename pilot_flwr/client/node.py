@@ -51,9 +51,9 @@ class Site:
     """A client's identity and resources on its own machine, none of them set by the server.
 
     `state_folder` holds its private state of this run, `device` is a name for `find_device`,
-    `processes` train and evaluate, `files` is None for a simulated client, `lora_rank` is 0 for
-    the run's. `flower_run` and `node_id` are Flower's, and `key_file` holds the private key, by
-    default `default_key`; a simulated client has none of them.
+    `processes` is the number of processes that train and evaluate, `files` is None for a simulated
+    client, `lora_rank` is 0 for the run's rank. `flower_run` and `node_id` are Flower's, and
+    `key_file` holds the private key, by default `default_key`; a simulated client has none of them.
     """
 
     client: Client
@@ -159,7 +159,7 @@ def generated_key(state_folder: Path, client_id: str) -> Path:
 def find_device(name: str, *, rank: int = 0) -> torch.device:
     """Return the device called `name`; ``auto`` is a GPU if there is one.
 
-    `rank` numbers the client's processes; each has a GPU of its own.
+    `rank` is the number of the client's process, from 0; each process has a GPU of its own.
     """
     import torch
 
@@ -183,17 +183,18 @@ def check_device(name: str) -> None:
 
 
 def num_processes(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> int:
-    """Return the number of a client's processes: a site's own, never one that the server sets.
+    """Return the number of a client's processes; a site's comes from its node config alone.
 
-    Raises `ConfigError` if there are fewer GPUs, or ``device`` or the run assigns them.
+    Raises `ConfigError` if there are fewer GPUs, ``device`` names one of them, or
+    `model.device_map` is ``auto``.
     """
     processes = node.processes or (config.simulation.client_processes if simulated else 1)
     if processes == 1 or node.device == "cpu":
         return processes
     if ":" in node.device:
         raise ConfigError(
-            f"`device` is {node.device!r}, one GPU, but must be auto, cuda or cpu with "
-            f"{processes} processes; CUDA_VISIBLE_DEVICES selects their GPUs."
+            f"`device` is {node.device!r} but must be auto, cuda or cpu with {processes} "
+            "processes; CUDA_VISIBLE_DEVICES selects their GPUs."
         )
     if config.model.device_map == "auto":
         raise ConfigError(
@@ -297,8 +298,8 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
     if not simulated:
         if model.lora.client_ranks:
             raise ConfigError(
-                "`model.lora.client_ranks` is set, which only a simulation can do: a site sets "
-                "`lora-rank` in its node config."
+                "`model.lora.client_ranks` is set but must be empty except in a simulation: a site "
+                "sets `lora-rank` in its node config."
             )
         most = min(model.feature_cache.max_gib, node.max_feature_gib)
         model = replace(model, feature_cache=replace(model.feature_cache, max_gib=most))
@@ -315,7 +316,7 @@ def site_config(node: NodeSettings, config: PilotConfig, *, simulated: bool) -> 
 
 
 def _micro_batch(node: NodeSettings, train: TrainConfig, processes: int) -> int:
-    """Return the examples of a micro-batch: ``micro-batch``, or few enough for all processes.
+    """Return the number of examples of a micro-batch: ``micro-batch``, or few enough for all ranks.
 
     Raises `ConfigError` unless an optimizer step divides into such micro-batches, and into one for
     every process.

@@ -1,15 +1,15 @@
 """Data parallelism within a client: one process per GPU, or several on a CPU.
 
 A session runs in the process of its client, rank 0, and calls `in_parallel` for training and for
-evaluation: the other ranks then run the same function on their share of the batches. `Ranks` has
-the collectives that make their result equal to that of one process. Only rank 0 reads and writes
-the private state, adds noise and uploads.
+evaluation: the other ranks then run a function on their share of the batches. `Ranks` has the
+collectives that make the result equal to that of one process, up to rounding. Only rank 0 reads and
+writes the private state, adds noise and uploads.
 
-The other ranks are started at the first call, without torchrun, and keep their base model until the
-process of rank 0 ends, also when it is killed. If one of them dies or raises an error, all of them
-are killed, rank 0 raises the error, and the next call starts new ones. They connect to each other
-on this machine alone. What rank 0 asks of them travels through a socket that no other process has;
-between all ranks travel tensors and JSON.
+The first call starts the other ranks, without torchrun. They keep their base model until the
+process of rank 0 ends or is killed. If one of them dies or raises an error, all of them are killed,
+rank 0 raises the error, and the next call starts new ones. They connect to each other on this
+machine alone. Rank 0 calls each of them through a socket pair of the two; collectives carry tensors
+and JSON.
 """
 
 import atexit
@@ -39,10 +39,10 @@ from pilot_flwr.errors import PilotError, TrainingError
 from pilot_flwr.protocol import State
 
 START_SECONDS = 300.0
-"""Limit for the imports of a rank, which take long from a slow disk, and for their connection."""
+"""Limit for the imports of the other ranks, slow from a slow disk, and for connecting all ranks."""
 
 GRACE_SECONDS = 5.0
-"""How long rank 0 waits for the report of a rank when a collective has failed."""
+"""How long rank 0 waits for another rank's report when a collective has failed."""
 
 _COMMAND = [sys.executable, "-P", "-m", "pilot_flwr.client.parallel"]
 _ENVIRONMENT = {
@@ -62,19 +62,19 @@ T = TypeVar("T")
 class Ranks:
     """The rank of this process among the `number` processes of a client, and their collectives.
 
-    By default there is one process: then every method returns what it got. All ranks must call
-    the same methods in the same order.
+    By default there is one process, and no method communicates. All ranks must call the same
+    methods in the same order.
     """
 
     def __init__(self, rank: int = 0, number: int = 1) -> None:
         self.rank, self.number = rank, number
 
     def own(self, parts: Sequence[T]) -> list[T]:
-        """Return this rank's share of `parts`, in turns."""
+        """Return this rank's share of `parts`: every `number`-th from `rank` on."""
         return list(parts[self.rank :: self.number])
 
     def shard(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Divide parameters among the ranks, equal in elements as far as possible, in order."""
+        """Return every rank's share of the parameters, about equal in elements, in their order."""
         sizes, owners = [0] * self.number, {}
         for parameter in sorted(parameters, key=lambda p: p.numel(), reverse=True):
             owners[parameter] = least = sizes.index(min(sizes))
@@ -123,7 +123,7 @@ class Ranks:
         return state
 
     def collect(self, value: T) -> list[T]:
-        """Return the values of all ranks, each made of what JSON has."""
+        """Return the values of all ranks; JSON must be able to represent them."""
         if self.number == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -138,7 +138,7 @@ class Ranks:
         ]
 
     def gather(self, state: State, device: torch.device) -> list[State]:
-        """Return the states of all ranks on `device` at rank 0; only its own at another."""
+        """Return the states of all ranks on `device` in rank 0, and the own state in any other."""
         layouts = self.collect(_layout(state))
         if self.rank > 0:
             for tensor in state.values():
@@ -171,7 +171,7 @@ def in_parallel(
     """Run `function` in the other ranks of this client while the block runs in rank 0.
 
     `device` is that of rank 0; on GPUs, rank r uses the r-th that this process sees. Raises
-    `TrainingError` if a rank dies, and what `function` raises there.
+    `TrainingError` if another rank dies or `function` fails there; a `PilotError` is kept.
     """
     global _processes
     if number == 1:
@@ -189,7 +189,7 @@ def in_parallel(
 
 
 def end_ranks() -> None:
-    """End the other ranks, which free their model and features."""
+    """End the other ranks, which frees their models and features."""
     global _processes
     if _processes is not None:
         _processes.close()
@@ -266,13 +266,13 @@ class _RankProcesses:
             raise
 
     def serves(self, number: int, device: torch.device) -> bool:
-        """Return whether these ranks are as many as `number`, for `device`, and alive."""
+        """Return whether these are the ranks of `number` processes on `device`, and all alive."""
         alive = all(child.process.poll() is None for child in self._children)
         return alive and (self._number, self._device) == (number, device)
 
     @contextlib.contextmanager
     def running(self, task: tuple[Any, ...]) -> Iterator[Ranks]:
-        """Let the other ranks run `task` during the block; raise the error of the first to fail."""
+        """Let the other ranks run `task` in the block; raise the error of the first that fails."""
         for child in self._children:
             with contextlib.suppress(OSError):  # it has died: `_watch` reports it
                 child.connection.send(task)
@@ -325,7 +325,7 @@ class _RankProcesses:
         _join(start, store)
 
     def _watch(self) -> None:
-        """Wait for the report of every rank; on a failure, kill all and free rank 0."""
+        """Wait for the report of every rank; on a failure, kill all and abort rank 0's wait."""
         pending = {child.connection: child for child in self._children}
         while pending:
             for connection in wait(list(pending)):
@@ -371,7 +371,7 @@ def _join(start: _Start, store: TCPStore) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Serve rank 0 as another rank, until it ends."""
+    """Run rank 0's calls as another rank, until rank 0 ends."""
     for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides when to end
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(descriptor)
@@ -406,7 +406,7 @@ def _serve(connection: Connection, start: _Start) -> None:
 
 
 def _sendable(error: Exception, ranks: Ranks) -> Exception:
-    """Return the error, or one with its text: not every class survives the way to rank 0."""
+    """Return a `PilotError` itself, and a `TrainingError` for others: some cannot be pickled."""
     if isinstance(error, PilotError):
         return error
     return TrainingError(

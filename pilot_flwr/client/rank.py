@@ -1,7 +1,7 @@
-"""Another rank's share of one training or evaluation (`pilot_flwr.client.parallel`).
+"""Compute another rank's share of a training or evaluation (`pilot_flwr.client.parallel`).
 
-Its base model stays in its process; each `Part` says which adapters to add, and their values follow
-from rank 0, which alone has the private state and what the server sent.
+The rank's base model stays in its process. Each `Part` describes the adapters to add; rank 0, which
+alone has the private state and the server's message, broadcasts their values.
 """
 
 from dataclasses import dataclass, replace
@@ -25,9 +25,9 @@ from pilot_flwr.protocol import TrainingResult
 class Part:
     """One training or evaluation, for the client's other processes.
 
-    Parameters and AdamW's moments follow from rank 0, which alone has the private state. `tasks`
-    has the client's own first; `examples` is the size of the split; `train` is None in evaluation;
-    `generator` is its state.
+    `tasks` has the client's own first; `residual` the shapes of R; `examples` is the size of the
+    split; `train` is None in evaluation; `generator` is the state of the training's generator;
+    `schedule` has no moments, which rank 0 broadcasts.
     """
 
     site: Site
@@ -44,7 +44,7 @@ class Part:
 
 
 def adapters(model: PilotModel) -> list[torch.Tensor]:
-    """Return all parameters but the frozen base, which every rank loads itself."""
+    """Return all parameters except the frozen base, which every rank loads itself."""
     groups = model.groups()
     return [p for group, named in groups.items() if group != "base" for p in named.values()]
 
@@ -96,7 +96,7 @@ def train_client(
     proximal: Proximal | None = None,
     run_schedule: RunSchedule | None = None,
 ) -> TrainingResult:
-    """Train the loaded model on the client's training split."""
+    """Train the loaded model on the client's training split; return its result."""
     result = train(
         data.model,
         data.examples("train"),

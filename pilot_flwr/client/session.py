@@ -112,10 +112,10 @@ def session_generator(seed: int, client_id: str, server_round: int) -> torch.Gen
 
 
 def check_precision(device: torch.device, config: PilotConfig) -> None:
-    """Raise `ConfigError` for training in float16 on a CPU, which has no autocast for it."""
+    """Raise `ConfigError` for training in float16 on a CPU."""
     if config.model.dtype == "float16" and device.type == "cpu":
         raise ConfigError(
-            "`model.dtype` is float16, in which a CPU cannot train: set bfloat16 or float32."
+            "`model.dtype` is float16 but must be bfloat16 or float32 for training on a CPU."
         )
 
 
@@ -125,7 +125,7 @@ def _check_rank(site: Site, config: PilotConfig, instruction: Instruction) -> No
     if received not in (0, rank):
         raise StateError(
             f"The server sent a LoRA of rank {received} but client {site.client.id!r} trains rank "
-            f"{rank}. If its rank has just changed, the server uses it from the next exchange on."
+            f"{rank}. If the client's rank has just changed, the next exchange uses it."
         )
 
 
@@ -273,7 +273,7 @@ class Session:
         generator: torch.Generator | None = None,
         schedule: RunSchedule | None = None,
     ) -> Iterator[Ranks]:
-        """Let the client's other processes take part in one training or evaluation."""
+        """Run one training or evaluation in the client's other processes, too, in the block."""
         groups = self.model.groups()
         task = Part(
             site=self.site,

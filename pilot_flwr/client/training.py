@@ -72,7 +72,8 @@ def train(
 
     Each of the `ranks` computes its share of a step's micro-batches. The gradients are then added
     up, and each rank updates its shard of the parameters, for which alone it keeps AdamW's moments
-    (ZeRO stage 1: Rajbhandari et al., SC 2020). Only rank 0 gives `proximal` and the moments.
+    (ZeRO stage 1: Rajbhandari et al., SC 2020). `proximal` is given in rank 0 alone, where
+    `run_schedule` receives the moments of all shards.
 
     Raises `TrainingError` if there is no example, or the loss or a gradient is not finite,
     `StateError` if the moments of `run_schedule` do not fit.
@@ -138,7 +139,7 @@ def accumulate(
 ) -> Tensor:
     """Backpropagate one optimizer step's micro-batches; return its `LOSSES` in float64.
 
-    Gradients and losses are to be added up over the `ranks`; `batches` are those of this rank.
+    `batches` are those of this rank; the caller adds up gradients and losses over the `ranks`.
 
     `visuals` yields H_v of each batch. The losses stay on the model's device: nothing here waits
     for a value.
@@ -146,7 +147,7 @@ def accumulate(
     L_ce is averaged over the answer tokens of the whole step, L_d over its images. L_b is a product
     of two means, so it cannot be averaged over micro-batches: with several of them, the router's
     losses are computed once, over all tokens of the step. The router is linear in H_v, so this is
-    cheap, and H_v of the whole step fits in memory, that of rank 0, which computes them.
+    cheap, and rank 0, which computes them, holds H_v of the whole step in memory.
 
     With `train.loss_reduction=micro_batch` each loss is averaged over a micro-batch, and the step's
     is the mean of its micro-batches'.
@@ -253,7 +254,7 @@ def _optimizer(
     run: RunSchedule | None,
     shard: Sequence[nn.Parameter],
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW of a shard: a learning rate for LoRA and one for the connector, cosine to zero."""
+    """Return AdamW for a shard, and its rates: one for LoRA, one for the connector, cosine to 0."""
     rates = config.stage(model.stage)
     of_lora = set(model.groups()["lora"].values())
     lora = [p for p in shard if p in of_lora]

@@ -24,8 +24,9 @@ class LoraConfig(Section, prefix="model.lora"):
     targets: Annotated[list[str], NOT_EMPTY] = field(default_factory=lambda: list(_LORA_TARGETS))
     """Linear layers of a decoder layer that get a LoRA."""
     client_ranks: dict[str, int] = field(default_factory=dict)
-    """Smaller ranks of clients of a simulation, `+model.lora.client_ranks={vqa-0:4}`; their scale
-    is α / r of the federation, too. A real site sets `lora-rank` in its node config instead."""
+    """Smaller LoRA ranks of single clients in a simulation, as in
+    `+model.lora.client_ranks={vqa-0:4}`; the scale remains the federation's α / r. A real site sets
+    `lora-rank` in its node config instead."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class ModelConfig(Section, prefix="model"):
     """Quantisation of the frozen language model; `4bit` is NF4 by bitsandbytes
     (pip install 'pilot-flwr[quantization]')."""
     device_map: Annotated[str, choice("single", "auto")] = "single"
-    """GPUs of a client: `auto` spreads the layers of the base model over all that it sees."""
+    """`auto` spreads the layers of the base model over all GPUs that a client sees; `single` uses
+    one."""
     attention: Annotated[str, choice("sdpa", "eager", "flash_attention_2")] = "sdpa"
     """Attention implementation of the language model."""
     gradient_checkpointing: bool = False

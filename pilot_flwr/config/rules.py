@@ -194,7 +194,7 @@ RULES = (
         {"model.attention": "flash_attention_2", "train.autocast": "off"},
         {"model.dtype": "bfloat16"},
     ),
-    # The layers of one model, or one model for each process.
+    # Either one model over all GPUs, or one model per process.
     Rule({"model.device_map": "auto"}, {"simulation.client_processes": 1}),
     # Without training only scores remain.
     Rule(
@@ -329,7 +329,7 @@ SMALLER_RANK: dict[str, tuple[object, ...]] = {
     "strategy.lora": ("adaptive", "task", "global"),
     "strategy.distances": ("exact",),
     "train.lora_matrices": ("AB",),
-    # Kept from one exchange to the next, for factors that a truncation replaces by others.
+    # These keep values of the factors between exchanges, and a truncation replaces the factors.
     "strategy.server_optimizer.name": ("none",),
     "train.schedule": ("exchange",),
     "train.ditto.enabled": (False,),

@@ -379,7 +379,7 @@ class SimulationConfig(Section, prefix="simulation"):
     """GPUs per client: a fraction shares one GPU (0.25: four clients), above 1 a whole number;
     -1: one per process if the simulation has any; 0: clients use the CPU."""
     client_processes: Annotated[int, minimum(1)] = 1
-    """Processes per client, which share its micro-batches and test examples, each on a GPU of its
+    """Processes per client, which divide its micro-batches and test examples; each has a GPU of its
     own if there are any. A real site sets `processes` in its node config instead."""
 
     def __post_init__(self) -> None:

@@ -41,8 +41,8 @@ class Rendered(NamedTuple):
 class Batch(NamedTuple):
     """Token tensors of B examples, padded to one length L: int64, shape (B, L).
 
-    A label is the token itself where the loss counts, else `IGNORE_INDEX`. `token_types`, under its
-    name in the model's forward pass, marks the tokens of images for models that need it.
+    A label is the token itself where the loss counts, else `IGNORE_INDEX`. `token_types` marks the
+    tokens of images for models that need it, under its name in their forward pass.
     """
 
     input_ids: Tensor

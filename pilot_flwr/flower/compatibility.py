@@ -157,7 +157,7 @@ def _base(
 
 
 def _processor(model: ModelConfig) -> str:
-    """Hash what the image processor makes of images; `UNKNOWN` if its files are not here."""
+    """Return a hash of `probe_images`, `UNKNOWN` if the image processor's files are missing."""
 
     def probe() -> list[Any]:
         from pilot_flwr.model.processor import probe_images  # imports torch

@@ -96,7 +96,7 @@ def export_model(
             "tasks": list(getattr(connector, "tasks", (model.own_task,))),
             "client_adapter": client_adapter,
             "cross_task_adapters": bool(groups["cross_task_adapters"]),
-            "place": model.spec.connector,
+            "place": model.spec.projector,
             "side": model.spec.side(model.base.config),
             "square": model.spec.square,
             "router_channels": token_channels(model.base.config),

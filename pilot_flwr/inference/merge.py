@@ -1,14 +1,14 @@
 """Merge LoRA and adapters of a stage-1 model into one checkpoint.
 
 A LoRA is merged as in peft, ``W + α/r B A``. An inert ψ_s, as in a consensus model, is left out.
-Connectors of one linear layer are added. The sum of two of LLaVA's projectors, which have two
-layers of width C, is exactly one with a hidden layer of width 2C::
+Two adapters of one linear layer are added. The sum of two of LLaVA's, which have two layers of
+width C, is exactly one with a hidden layer of width 2C::
 
     W_1 = [W_1t; W_1s]   b_1 = [b_1t; b_1s]   W_2 = [W_2t  W_2s]   b_2 = b_2t + b_2s
 
 transformers' projector classes tie the hidden width to C, ``text_config.hidden_size``. If C hidden
 units are enough (`fold`), the result is a plain checkpoint; else it carries a subclass with a wider
-layer (`pilot_flwr.inference.modeling_wide`). No other class of connector can hold the sum of two.
+layer (`pilot_flwr.inference.modeling_wide`). No other class of projector can hold the sum of two.
 Stage 2 cannot be merged: its router weighs the experts for every token, which no single projector
 computes.
 """
@@ -62,13 +62,13 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
     """Write an equivalent Hugging Face checkpoint; return the width of a wider projector's layer.
 
     The width is 0 for a plain checkpoint; else it needs `modeling_wide`. The stage-1 model is
-    modified and must not be used again. Raises `ModelError` if the connector's class cannot hold
+    modified and must not be used again. Raises `ModelError` if the projector's class cannot hold
     the sum of ψ_t and ψ_s.
     """
     connector = model.connector
     assert isinstance(connector, TaskClientConnector), "see check_mergeable"
     assert model.config.quantization == "none"
-    base, place = model.base, model.spec.connector
+    base, place = model.base, model.spec.projector
     projector = empty_base(base.config).model.get_submodule(place).to_empty(device="cpu")
     merged = merge_adapters(connector.task_adapter, connector.client_adapter, model.spec.last)
     hidden = 0
@@ -92,7 +92,7 @@ def merge_model(model: PilotModel, folder: Path, *, end_token_ids: list[int]) ->
 
 @torch.no_grad()
 def merge_adapters(first: nn.Module, second: nn.Module | None, last: str) -> State:
-    """Return the tensors of one connector that computes ``first + second``.
+    """Return the tensors of one projector that computes ``first + second``.
 
     `last` names their last layer. LLaVA's projector may become wider.
     """
@@ -108,7 +108,7 @@ def merge_adapters(first: nn.Module, second: nn.Module | None, last: str) -> Sta
     if {name.partition(".")[0] for name in one} == {"linear_1", "linear_2"}:
         return fold(sum_of_adapters(first, second), len(one["linear_2.weight"]))
     raise ModelError(
-        f"`--merge` cannot be used for this client: a connector of class {type(first).__name__} "
+        f"`--merge` cannot be used for this client: a projector of class {type(first).__name__} "
         "cannot hold the sum of the task adapter and the client adapter. Export without "
         "`--merge`, or take the consensus model with `--task`."
     )

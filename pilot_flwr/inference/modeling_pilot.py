@@ -8,7 +8,7 @@ Pillow::
     model, processor = load(".")
 
 `model` is a `peft.PeftModel` around the base model: LoRA in the language model, Pilot's connector
-in place of the base's own. It generates as the base model does. The folder contains
+in place of the base's own, the projector. It generates as the base model does. The folder contains
 
     connector.json           architecture of the connector, and the base model
     connector.safetensors    its weights
@@ -41,7 +41,7 @@ FORMAT = "pilot-export-2"
 
 
 class Connector(nn.Module):
-    """Takes the place of the base model's connector, of which every adapter ψ is a copy.
+    """Takes the place of the base model's projector, of which every adapter ψ is a copy.
 
     Stage 1 is ``ψ_t(H) + ψ_s(H)``. Stage 2 is ``ψ_s(H) + Σ_i P_i h_i`` with ``P = softmax(H W_φ)``
     per visual token, ``h_1 = ψ_t^1(H)`` for the own task and ``h_i = ψ_t^i(H) + ψ_c^i(H)`` for the
@@ -96,7 +96,7 @@ class Connector(nn.Module):
         return mixed
 
     def _parts(self, features: Tensor) -> Tensor:
-        """Return what each visual token is made of, `side`² features."""
+        """Return the `side`² features that each visual token merges, side by side."""
         *batch, count, channels = features.shape
         if self.square and self.side > 1:
             edge = round(count**0.5) // self.side
@@ -106,7 +106,7 @@ class Connector(nn.Module):
 
 
 def _tokens(adapter: nn.Module, features: Tensor) -> Tensor:
-    """Return an adapter's tokens (..., S, C); some connectors give an image's as a square."""
+    """Return an adapter's tokens (..., S, C); some projectors give those of an image as a grid."""
     tokens: Tensor = adapter(features)
     return tokens.flatten(features.dim() - 2, -2)
 
@@ -177,7 +177,7 @@ def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> 
 
 
 def _for_images(model_type: str) -> tuple[Any, dict[str, None]]:
-    """Return a family's class of processor without its part for videos, and options for it."""
+    """Return a family's processor class without its part for videos, and options for loading."""
     family: Any = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
     parts = family.get_attributes()
     kept = [part for part in parts if part != "video_processor"]

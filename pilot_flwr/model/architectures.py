@@ -1,10 +1,10 @@
 """The families of base models, and how to read a checkpoint's configuration.
 
-Pilot's connector takes the place of the base model's own, and the model's forward pass does
-everything else: image tokens, packing, positions and masks. So a family is one row of `SPECS`:
-where its vision tower and its connector are, which layer of the connector is the last, and how
-features merge into tokens. docs/how-to/add-base-model.md adds one. Another checkpoint of a family
-needs only a file in ``conf/model/``.
+Pilot's connector takes the place of the projector, the base model's own connector, and the model's
+forward pass does everything else: image tokens, packing, positions and masks. So a family is one
+row of `SPECS`: where its vision tower and its projector are, which layer of the projector is the
+last, and how features merge into tokens. docs/how-to/add-base-model.md adds one. Another checkpoint
+of a family needs only a file in ``conf/model/``.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ _KEPT_SECONDS = 30 * 86400
 class ModelSpec:
     """One family: module paths are relative to the ``model`` of its class in transformers."""
 
-    connector: str = "multi_modal_projector"
+    projector: str = "multi_modal_projector"
     last: str = "linear_2"
-    """The connector's last layer, or that layer's parameter."""
+    """The projector's last layer, or that layer's parameter."""
     tower: str = "vision_tower"
     side: Callable[[Any], int] = lambda config: 1
-    """From the configuration to the edge of the square of features that become one token."""
+    """Maps the configuration to the root of the number of features that a token merges."""
     square: bool = True
-    """Whether the features of an image are a grid, row by row, or those of a token adjoin."""
+    """Whether a token merges a square of the image's grid, or features that adjoin in H_v."""
     besides: str = ""
-    """Modules whose outputs also reach the language model."""
+    """A module list in the tower whose outputs reach the language model besides H_v."""
     whole: int = 0
-    """The whole image among the rows of an image that is cropped as well: 0 or -1."""
+    """Index of the whole image among the rows of a cropped image: 0 or -1."""
     crops_alone: bool = False
-    """Whether only an image without others in its example is cropped."""
+    """Whether an image is cropped only if its example has no other."""
 
 
 def _gemma_side(config: Any) -> int:
@@ -70,7 +70,7 @@ def _gemma_side(config: Any) -> int:
 
 _LLAVA = ModelSpec()
 _QWEN3 = ModelSpec(
-    connector="visual.merger",
+    projector="visual.merger",
     last="linear_fc2",
     tower="visual",
     side=lambda config: int(config.vision_config.spatial_merge_size),
@@ -78,7 +78,7 @@ _QWEN3 = ModelSpec(
     besides="visual.deepstack_merger_list",
 )
 _IDEFICS = ModelSpec(
-    connector="connector",
+    projector="connector",
     last="modality_projection.proj",
     tower="vision_model",
     side=lambda config: int(config.scale_factor),
@@ -94,7 +94,7 @@ SPECS: dict[str, ModelSpec] = {
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "qwen2_5_vl": ModelSpec(
-        connector="visual.merger", last="mlp.2", tower="visual", side=_QWEN3.side, square=False
+        projector="visual.merger", last="mlp.2", tower="visual", side=_QWEN3.side, square=False
     ),
     "qwen3_vl": _QWEN3,
 }
@@ -112,7 +112,7 @@ def spec_of(config: Any) -> ModelSpec:
 
 
 def merge_of(config: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function from H_v to what each visual token is made of."""
+    """Return the function that maps H_v to the features that each visual token merges."""
     from pilot_flwr.algorithm.connector import merge_features
 
     spec = spec_of(config)
@@ -120,16 +120,16 @@ def merge_of(config: Any) -> Callable[[Tensor], Tensor]:
 
 
 def token_channels(config: Any) -> int:
-    """Return the channels of what one visual token is made of."""
+    """Return the number of channels of the features that a visual token merges."""
     layers = getattr(config, "vision_feature_layer", None)
     layered = len(layers) if isinstance(layers, list | tuple) else 1
-    shuffled = getattr(config, "downsample_ratio", 1)  # InternVL, before its connector
+    shuffled = getattr(config, "downsample_ratio", 1)  # InternVL, before its projector
     merged = spec_of(config).side(config) / shuffled
     return int(config.vision_config.hidden_size * layered * merged**2)
 
 
 def feature_shape(config: Any, pixels: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of H_v for pixels of a shape: (R, N, D), or (R, D) for packed patches."""
+    """Return the shape of H_v for `pixels` of a shape: (R, N, D), or (R, D) for packed patches."""
     channels = token_channels(config) // spec_of(config).side(config) ** 2
     if len(pixels) == 2:
         return pixels[0], channels
@@ -138,13 +138,13 @@ def feature_shape(config: Any, pixels: tuple[int, ...]) -> tuple[int, ...]:
     edge = vision.patch_size[0] if isinstance(vision.patch_size, list) else vision.patch_size
     patches = (height // edge) * (width // edge)
     count = int(patches * getattr(config, "downsample_ratio", 1) ** 2)
-    # Kept by the strategy `full` of LLaVA alone.
+    # CLIP's class token is kept by LLaVA's strategy `full` alone.
     kept = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return math.prod(rows), count + (kept and "clip" in vision.model_type), channels
 
 
 def read_config(config: ModelConfig) -> Any:
-    """Read a checkpoint's configuration, as transformers' class."""
+    """Read a checkpoint's configuration; return an object of transformers' class."""
     try:
         read = _read(find_file(config, "config.json"))
     except (OSError, ValueError) as error:
@@ -181,7 +181,7 @@ class Decoder(NamedTuple):
 
 
 def decoder_of(config: ModelConfig) -> Decoder:
-    """Return the sizes of a base model's decoder, remembered; see `remembered`."""
+    """Return the sizes of a base model's decoder; they are `remembered`."""
 
     def read() -> Decoder:
         base = known_config(config)
@@ -195,8 +195,8 @@ def decoder_of(config: ModelConfig) -> Decoder:
 def remembered(kind: str, config: ModelConfig, key: object, compute: Callable[[], T]) -> T:
     """Return the dict or list that `compute` derives from a base model's configuration.
 
-    It is computed once and kept in the user's cache, by the content of the configuration and of the
-    image processor's, by `key`, and by the versions of this package and of the libraries.
+    It is computed once and kept in the user's cache as JSON, under the content of the configuration
+    and of the processor's files, `key`, and the versions of this package and of the libraries.
     """
     file = known_file(config)
     if file is None:
@@ -224,7 +224,7 @@ def _digest(value: object) -> str:
 
 
 def _remove_old(folder: Path) -> None:
-    """Remove what other versions have remembered a month ago."""
+    """Remove the folders of versions that have added no file for a month."""
     for version in folder.iterdir():
         if time.time() - version.stat().st_mtime > _KEPT_SECONDS:
             shutil.rmtree(version, ignore_errors=True)

@@ -31,13 +31,13 @@ BUNDLE = "bundle.json"
 _BUNDLED = {".safetensors", ".jinja"}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-_CONNECTOR = re.compile(r"(?:.+\.)?(?:multi_modal_projector|connector|merger)\.(.+)")
-"""Names of the connector's tensors in checkpoints of all families."""
+_PROJECTOR = re.compile(r"(?:.+\.)?(?:multi_modal_projector|connector|merger)\.(.+)")
+"""Names of the projector's tensors in checkpoints of all families."""
 
 
-def connector_key(name: str) -> str:
-    """Return the name within the connector of a checkpoint's tensor, empty if it is another's."""
-    match = _CONNECTOR.fullmatch(name)
+def projector_key(name: str) -> str:
+    """Return a checkpoint tensor's name within the projector, empty if it is not a part of it."""
+    match = _PROJECTOR.fullmatch(name)
     return match[1] if match else ""
 
 
@@ -100,14 +100,14 @@ def find_file(config: ModelConfig, name: str, *, download: bool = True) -> str:
     )
 
 
-def connector_files(config: ModelConfig) -> list[str]:
-    """Return the safetensors files that hold the connector, downloaded if need be."""
+def projector_files(config: ModelConfig) -> list[str]:
+    """Return the safetensors files that hold the projector, downloaded if need be."""
     try:
         index = find_file(config, _INDEX)
     except OSError:  # one file without an index; if it is missing too, the error follows below
         names = [_SINGLE]
     else:
-        names = sorted({file for name, file in _weight_map(index).items() if connector_key(name)})
+        names = sorted({file for name, file in _weight_map(index).items() if projector_key(name)})
     try:
         return [find_file(config, name) for name in names]
     except OSError as error:
@@ -140,7 +140,7 @@ def weights_sample(config: ModelConfig) -> WeightsSample:
     sampled: set[str] = set()
     for name, kind, rows, whole in (tensor for file in files for tensor in _tensors(file)):
         sampled.add(_digest(kind + rows))
-        if key := connector_key(name):
+        if key := projector_key(name):
             projector[key] = _digest(kind + whole)
     return WeightsSample(
         _digest(json.dumps(projector, sort_keys=True).encode())[:12] if projector else UNKNOWN,
@@ -164,7 +164,7 @@ def _tensors(file: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
             row = size // shape[0] if shape and shape[0] else 0
             rows = os.pread(stream.fileno(), row, start)
             rows += os.pread(stream.fileno(), row, start + size - row)
-            whole = os.pread(stream.fileno(), size, start) if connector_key(name) else b""
+            whole = os.pread(stream.fileno(), size, start) if projector_key(name) else b""
             yield name, f"{shape} {tensor['dtype']}".encode(), rows, whole
 
 

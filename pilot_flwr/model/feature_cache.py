@@ -29,13 +29,13 @@ from pilot_flwr.model.processor import PIXELS, Inputs, Layout, Processor, collat
 from pilot_flwr.model.slot import Visual
 
 _PIXELS_AT_A_TIME = 32 * 3 * 384**2
-"""Pixel values that the vision tower sees at once, if one image has no more; bounds its memory."""
+"""Most pixel values in one call of the vision tower, unless one image has more; bounds memory."""
 
 _ZERO_IMAGE = (336, 336)
-"""Size of the image that examples without images have (`train.text_only`)."""
+"""Size of the zero image of examples without images (`train.text_only`)."""
 
 Features = tuple[Tensor, ...]
-"""H_v of one image, and the outputs of `ModelSpec.besides`."""
+"""H_v of one image, and its outputs of the modules of `ModelSpec.besides`."""
 
 _MEMORY: dict[str, Features] = {}
 _used_memory = 0
@@ -51,7 +51,7 @@ class _Decoded(NamedTuple):
     inputs: dict[str, Inputs]
     """Inputs of the other images by key."""
     together: tuple[int, ...]
-    """The number of images of every example that has some."""
+    """Number of images of every example that has any."""
     texts: int
     """Number of examples without images."""
 
@@ -167,7 +167,7 @@ class FeatureCache:
         """Return the first row of H_v for an image whose pixels are zero after normalization."""
         if self._zero is None:
             layout = processor.layout(_ZERO_IMAGE, alone=False)
-            # Nearly: some families take an image of zeros for padding.
+            # Not exactly zero: some families take an image of zeros for padding.
             inputs = layout.others | {PIXELS: torch.full(layout.shape, 1e-7)}
             ((features, *_),) = _encoded(model, [inputs], alone=False)
             self._zero = features[:1] if features.dim() == 3 else features
@@ -215,7 +215,10 @@ def _names(key: str, count: int) -> list[str]:
 
 
 def _portions(inputs: dict[str, Inputs]) -> Iterator[list[str]]:
-    """Yield keys of images that the vision tower can see at once: all alone, or none."""
+    """Yield the keys of each call of the vision tower.
+
+    Images that are their example's only one are encoded apart from the others.
+    """
     portion: list[str] = []
     pixels = 0
     for key, image in sorted(inputs.items(), key=lambda item: _alone(item[0])):
@@ -235,7 +238,7 @@ def _alone(key: str) -> bool:
 
 
 def _encoded(model: PilotModel, images: Sequence[Inputs], *, alone: bool) -> list[Features]:
-    """Encode several images at once; return the features of each."""
+    """Encode several images in one call; return the features of each."""
     rows = [rows_of(image[PIXELS].shape) for image in images]
     together = [1] * len(images) if alone else [max(2, len(images))]
     split = []

@@ -18,10 +18,10 @@ from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.errors import ModelError
 from pilot_flwr.model.architectures import read_config, spec_of
 from pilot_flwr.model.checkpoints import (
-    connector_files,
-    connector_key,
     files_stamp,
     locate,
+    projector_files,
+    projector_key,
     unfit_template,
 )
 from pilot_flwr.model.shapes import lora_shapes
@@ -151,19 +151,19 @@ def make_collator(
 
 
 def initial_state(config: ModelConfig, *, seed: int) -> InitialState:
-    """Read the base model's connector, and draw the A matrices of Θ_l from `seed`."""
+    """Read the base model's projector, and draw the A matrices of Θ_l from `seed`."""
     import torch
 
     dtype = getattr(torch, config.wire_dtype)
     shapes = {n: torch.Size(s) for n, s in lora_shapes(config).items()}
     projector: State = {}
-    for file in connector_files(config):
+    for file in projector_files(config):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if key := connector_key(name):
+                if key := projector_key(name):
                     projector[key] = tensors.get_tensor(name).to(dtype)
     if not projector:
-        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor of a connector.")
+        raise ModelError(f"`model.path` is {config.path!r}, which has no tensor of a projector.")
     return InitialState(projector, draw_lora(shapes, dtype, seed=seed))
 
 
@@ -189,5 +189,5 @@ def _four_bit(base: Any, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[f"model.{s.tower}", f"model.{s.connector}", "lm_head"],
+        llm_int8_skip_modules=[f"model.{s.tower}", f"model.{s.projector}", "lm_head"],
     )

@@ -1,4 +1,4 @@
-"""Θ_l, the text adapter: peft's LoRA in a language model, and the residual beside it."""
+"""Add peft's LoRA, the text adapter Θ_l, to a language model, and a residual beside it."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ RESIDUAL = "residual"
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: dtype) -> None:
-    """Add Θ_l to the language model in place; `ModelError` if a target is not a linear layer."""
+    """Add Θ_l to the language model in place; raise `ModelError` if a target is not linear."""
     linear = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear)]
     check_targets(linear, lora.targets)
     config = peft.LoraConfig(

@@ -2,7 +2,7 @@
 
 One micro-batch runs through connector and decoder in torch's `FakeTensorMode`, with one and with
 two of the decoder's equal layers, and the bytes that autograd keeps for the backward pass are added
-up. The result is remembered, as the imports take seconds.
+up. The result is `remembered`, because the computation takes seconds.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _activation_bytes(stage: Stage, batch: MicroBatch) -> int:
 
 
 def _kept(stage: Stage, batch: MicroBatch, layers: int, *, checkpointing: bool) -> int:
-    """Sum up the bytes that autograd keeps of one micro-batch besides the parameters."""
+    """Return the bytes that autograd keeps of one micro-batch besides the parameters."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pilot_flwr.model.pilot_model import empty_model

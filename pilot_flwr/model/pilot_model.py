@@ -1,9 +1,9 @@
 """The base model with Pilot's adapters, and the switch from stage 1 to stage 2.
 
 `PilotModel` is a frozen vision-language model of Hugging Face with a peft LoRA (Θ_l, the text
-adapter) in its language model and a Pilot connector in place of its own. Everything else is the
-base model's own forward pass. One base serves all clients of a process: each session swaps adapters
-in and out, and the base is never loaded again.
+adapter) in its language model and a Pilot connector in place of its projector. Everything else is
+the base model's own forward pass. One base serves all clients of a process: each session swaps
+adapters in and out, and the base is never loaded again.
 
 Features of the vision tower are computed once (`PilotModel.encode_images`). Then the layers of the
 tower are skipped, and the connector reads the kept features instead of the tower's.
@@ -100,13 +100,13 @@ class PilotModel(nn.Module):
         self.own_task = ""  # the task of the client whose session it is
         self._groups: Groups | None = None
         self._lora_layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
-        projector = base.model.get_submodule(self.spec.connector)
+        projector = base.model.get_submodule(self.spec.projector)
         self.slot = Slot(copied(projector).to(self.device, dtype))
-        base.model.set_submodule(self.spec.connector, self.slot)
+        base.model.set_submodule(self.spec.projector, self.slot)
 
     @property
     def connector(self) -> TaskClientConnector | CrossTaskMoA:
-        """The connector in place of the base model's."""
+        """The connector in place of the projector."""
         assert self.slot.pilot is not None
         return self.slot.pilot
 
@@ -123,7 +123,7 @@ class PilotModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of inputs, adapters, outputs and losses; layers may be on others."""
+        """Device of inputs, adapters, outputs and losses; layers of the base may be on others."""
         device: torch.device = self.base.device
         return device
 
@@ -165,7 +165,7 @@ class PilotModel(nn.Module):
                 self.config,
                 last=self.spec.last,
                 channels=token_channels(self.base.config),
-                tokens=merge_of(self.base.config),
+                merge=merge_of(self.base.config),
                 tasks=(self.own_task, *(task for task in tasks if task != self.own_task)),
                 client_adapter=stage1.client_adapter,
                 generator=generator,
@@ -205,7 +205,7 @@ class PilotModel(nn.Module):
         return self._groups
 
     def set_lora_rank(self, rank: int) -> None:
-        """Give Θ_l a rank, of zeros if it is new, at the scale α / r of `config` in any case."""
+        """Set the rank of Θ_l, zero at a new rank; its scale stays the α / r of `config`."""
         for layer in self._lora_layers:
             if layer.r["default"] == rank:
                 continue
@@ -264,7 +264,7 @@ class PilotModel(nn.Module):
 
     @property
     def num_besides(self) -> int:
-        """Number of outputs of the tower that reach the language model besides H_v."""
+        """Number of the tower's outputs besides H_v that reach the language model."""
         return len(self._besides())
 
     def _besides(self) -> list[nn.Module]:
@@ -281,7 +281,7 @@ class PilotModel(nn.Module):
 
     @contextlib.contextmanager
     def _reading(self, visual: Visual) -> Iterator[Inputs]:
-        """Let the connector read kept features; yield the base model's image inputs."""
+        """Let the connector read kept features in the block; yield the base's image inputs."""
         tower = list(self.tower.modules())
         layers = next(module for module in tower if isinstance(module, nn.ModuleList))
         convolutions = (m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d))
@@ -398,7 +398,7 @@ class PilotModel(nn.Module):
 
 
 def _zeros(convolution: nn.Conv2d | nn.Conv3d, pixels: Tensor) -> Tensor:
-    """Return zeros of a patch embedding's output shape, which take no memory."""
+    """Return zeros of the shape of a patch embedding's output; they take no memory."""
     kernel, stride = convolution.kernel_size, convolution.stride
     space = pixels.shape[-len(kernel) :]
     patches = ((n - k) // s + 1 for n, k, s in zip(space, kernel, stride, strict=True))

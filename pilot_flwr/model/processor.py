@@ -1,4 +1,4 @@
-"""A checkpoint's processor, and what an image of some size becomes in it.
+"""A checkpoint's processor, and the layout of an image of a given size.
 
 The tokens of an image and the model's image inputs besides pixels depend on the image's size alone.
 So they are computed once per size, from a blank image: training on kept features decodes no image.
@@ -40,28 +40,28 @@ _INPUTS = (PIXELS, _TOGETHER, "image_sizes", "image_grid_thw", _MASK)
 _MOST_LAYOUTS = 4096
 _PROBES = ((480, 640), (640, 480), (200, 200))
 
-# A blank image has the same layout whatever becomes of its values.
+# The layout does not depend on pixel values, so these steps are skipped.
 _BLANK = {"do_rescale": False, "do_normalize": False, "resample": 0}
 
 
 class Layout(NamedTuple):
-    """What an image of some size becomes."""
+    """Text and inputs of images of one size."""
 
     text: str
-    """The text that replaces its image token in a conversation."""
+    """Replaces the image token in a conversation."""
     shape: tuple[int, ...]
-    """Shape of its pixels."""
+    """Shape of the pixels."""
     others: Inputs
-    """Its inputs besides pixels that have no content either: sizes and grids."""
+    """The inputs besides pixels: sizes and grids."""
 
     @property
     def rows(self) -> int:
-        """Rows of H_v: images of the vision tower, or patches where the tower packs them."""
+        """Number of rows of H_v: crops, or patches where the tower packs them."""
         return rows_of(self.shape)
 
 
 def rows_of(shape: Sequence[int]) -> int:
-    """Return the rows of H_v that pixels of this shape give."""
+    """Return the number of rows of H_v for pixels of this shape."""
     return int(torch.Size(shape[:-3] if len(shape) > 3 else shape[:1]).numel())
 
 
@@ -73,22 +73,23 @@ def processor_class(config: Any) -> Any:
 
     class ImageTextProcessor(family):  # type: ignore[misc]
         without: Mapping[str, None] = dict.fromkeys({_VIDEO}.intersection(family.get_attributes()))
-        """Arguments of the constructor."""
+        """Arguments of `from_pretrained` that leave the part out."""
 
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in family.get_attributes() if name != _VIDEO]
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
-            """Accept any tokenizer, also `Letters`."""
+            """Accept any tokenizer, also `PlaceholderTokenizer`."""
 
     return ImageTextProcessor
 
 
-class Letters:
-    """Stands for a tokenizer where only tokens are counted: every special token is one letter.
+class PlaceholderTokenizer:
+    """Replaces the tokenizer where an image's tokens are only counted.
 
-    Processors also name some special tokens themselves, in angle brackets.
+    Every special token that a processor asks for is `token`; those that it names itself are in
+    angle brackets.
     """
 
     letter = "\N{BLACK SQUARE}"
@@ -108,7 +109,7 @@ class Letters:
         return 0
 
     def add_special_tokens(self, tokens: Any) -> None:
-        """Know every token already."""
+        """Add nothing: every token is known."""
 
     @classmethod
     def count(cls, text: str) -> int:
@@ -149,7 +150,7 @@ class Processor:
         return set(self.original.image_token_ids)
 
     def token_types(self, ids: list[int]) -> list[int] | None:
-        """Return for each token whether it belongs to an image, if the model needs this."""
+        """Return 1 for tokens of images and 0 for others; None if the model needs no types."""
         if not self.original.return_mm_token_type_ids:
             return None
         (types,) = self.original.create_mm_token_type_ids([ids])
@@ -166,7 +167,7 @@ class Processor:
         return [self.layout(size, alone=len(sizes) == 1).text for size in sizes]
 
     def layout(self, size: Size, *, alone: bool) -> Layout:
-        """Return what an image becomes; `alone` says whether it is its example's only one."""
+        """Return the layout of an image; `alone` says whether it is its example's only one."""
         return self._layout(size, alone or not self.crops_alone)
 
     def inputs(self, image: "PIL.Image.Image", *, alone: bool) -> Inputs:
@@ -196,7 +197,7 @@ class Processor:
 def stand_in(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return pixels without content, for a model that reads kept features.
 
-    `shapes` are those of the images' pixels. Zeros mark padding, as in some families' models.
+    `shapes` are those of the images' pixels. All values are 1: some models take zeros for padding.
     """
     rows, (_, *rest) = sum(shape[0] for shape in shapes), shapes[0]
     one = torch.ones((), device=device, dtype=dtype)
@@ -206,7 +207,7 @@ def stand_in(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: tor
 
 
 def collate(images: Sequence[Mapping[str, Tensor]], *, together: Sequence[int] = ()) -> Inputs:
-    """Join the inputs of several images; smaller ones are padded with zeros, as transformers do.
+    """Join the inputs of several images; pad smaller ones with zeros, as transformers does.
 
     `together` has the number of images of every example, for families that need it.
     """
@@ -227,20 +228,20 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int]:
-    """Return the shape of H_v of an image and its number of tokens, without a tokenizer."""
+    """Return the shape of H_v of an image and the number of its tokens; needs no tokenizer."""
     read = known_config(config)
     layout = _without_tokenizer(config).layout(size, alone=True)
-    return feature_shape(read, layout.shape), Letters.count(layout.text)
+    return feature_shape(read, layout.shape), PlaceholderTokenizer.count(layout.text)
 
 
 def probe_images(config: ModelConfig) -> list[object]:
-    """Return what the image processor makes of images of some sizes, and how it normalizes."""
+    """Return shapes and token counts of images of three sizes, and the normalization settings."""
     processor = _without_tokenizer(config)
     layouts = [processor.layout(size, alone=True) for size in _PROBES]
     names = ("image_mean", "image_std", "resample", "do_rescale", "do_normalize", "rescale_factor")
     settings = processor.image_processor.to_dict()
     return [
-        [[list(layout.shape), Letters.count(layout.text)] for layout in layouts],
+        [[list(layout.shape), PlaceholderTokenizer.count(layout.text)] for layout in layouts],
         {name: settings.get(name) for name in names},
     ]
 
@@ -253,5 +254,5 @@ def _without_tokenizer(config: ModelConfig) -> Processor:
     values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local files
     family = processor_class(read)
-    processor = family.from_args_and_dict([images, Letters()], values | family.without)
+    processor = family.from_args_and_dict([images, PlaceholderTokenizer()], values | family.without)
     return Processor(processor, spec_of(read))

@@ -76,7 +76,7 @@ class Plan:
     lora_layers: list[str]
     """Linear layers of a decoder layer that have a LoRA, such as ``self_attn.q_proj``."""
     other_layers: list[str]
-    """Those that have none."""
+    """Linear layers of a decoder layer that have none."""
     batch: MicroBatch
     """The micro-batch of the memory estimate."""
     stages: dict[int, StagePlan]
@@ -105,8 +105,8 @@ def make_plan(
 ) -> Plan:
     """Count parameters and bytes, and estimate memory.
 
-    The stages are those of a client of `lora_rank`, 0 for the run's; server and run are planned for
-    clients of the run's rank.
+    The stages are those of a client of `lora_rank`, or 0 for the run's rank; server and run are
+    planned for clients of the run's rank.
     """
     decoder = decoder_of(config.model)
     features, tokens = remembered(

@@ -1,8 +1,8 @@
 """Shapes of all parameters, from a base model's configuration alone.
 
-The model is built without content, on torch's meta device. As this takes seconds, the shapes are
-remembered in the user's cache: a client then answers the roster query without torch. Shapes are by
-group as in `pilot_flwr.algorithm.parameter_groups.GROUPS`.
+The model is built without content, on torch's meta device. This takes seconds, so the shapes are
+`remembered` in the user's cache; then a client answers the roster query without torch. Shapes are
+by group as in `pilot_flwr.algorithm.parameter_groups.GROUPS`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The place of a base model's connector, in which Pilot's reads kept features."""
+"""Put Pilot's connector, which reads kept features, in the place of the base model's projector."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,37 +15,37 @@ class Visual(NamedTuple):
     """H_v of a batch's images, in order, and the base model's image inputs."""
 
     features: Tensor
-    """(R, N, D), rows of N features, or (R, D)."""
+    """(R, N, D), rows of N features, or (R, D), rows of one."""
     images: tuple[int, ...]
-    """The rows of every image."""
+    """Number of rows of every image."""
     inputs: Inputs
     """Image inputs of the base model, without pixels; empty without images."""
     shapes: tuple[tuple[int, ...], ...] = ()
-    """Shapes of the images' pixels, for their stand-in."""
+    """Shapes of the images' pixels, for `stand_in`."""
     besides: tuple[Tensor, ...] = ()
-    """Outputs of `ModelSpec.besides` of all images."""
+    """Outputs of the modules of `ModelSpec.besides`, all images joined."""
     zeros: int = 0
-    """The last images that the connector alone sees (`train.text_only`)."""
+    """Number of images, the last ones, that the connector alone sees (`train.text_only`)."""
 
     @property
     def weight(self) -> int:
-        """Number of images that L_d is a mean over; rows count as images."""
+        """Number of images that L_d is a mean over; rows of shape (N, D) count as images."""
         return len(self.features) if self.features.dim() == 3 else len(self.images)
 
     @property
     def shown(self) -> int:
-        """Rows of the images in the text."""
+        """Number of rows of the images that the language model sees."""
         return sum(self.images[: len(self.images) - self.zeros])
 
 
 class Slot(nn.Module):
-    """Stands in the base model in place of its connector."""
+    """Takes the place of the projector in the base model."""
 
     def __init__(self, projector: nn.Module) -> None:
         super().__init__()
         self.pilot: TaskClientConnector | CrossTaskMoA | None = None
         self.visual: Visual | None = None
-        """Kept features; without them the features of the tower are noted in `seen`."""
+        """Kept features; None while images are encoded, when `seen` gets the tower's features."""
         self.seen: Tensor | None = None
         self.output: ConnectorOutput | None = None
         # In a tuple, so that torch does not register it: only new adapters start from it.
@@ -53,11 +53,11 @@ class Slot(nn.Module):
 
     @property
     def projector(self) -> nn.Module:
-        """The base model's connector, in the adapters' precision."""
+        """The base model's own connector, in the adapters' precision."""
         return self._projector[0]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the tokens of the kept features."""
+        """Return the tokens of the kept features; without any, note and project `features`."""
         if self.visual is None:
             self.seen = features
             projected: Tensor = self.projector(features.to(next(self.projector.parameters())))
@@ -67,7 +67,7 @@ class Slot(nn.Module):
         return tokens[: len(tokens) * self.visual.shown // rows]
 
     def connect(self) -> ConnectorOutput:
-        """Run the connector on the kept features; without any, all is empty or zero."""
+        """Run the connector on the kept features; of no image, return no tokens and zero losses."""
         assert self.visual is not None
         features, like = self.visual.features, next(self.projector.parameters())
         if len(features):
@@ -81,7 +81,7 @@ class Slot(nn.Module):
 
 @contextlib.contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace a module's forward pass."""
+    """Replace a module's forward pass in the block."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -77,8 +77,8 @@ def route(
     """Send examples through the router of a model in stage 2.
 
     Return the mean probability of each expert (T,) over all tokens, the first `shown` images
-    (height, width, 3) in [0, 1], and their probabilities (side, side, T); neither for a vision
-    tower that packs patches of several images.
+    (height, width, 3) in [0, 1], and their probabilities (side, side, T). A vision tower that packs
+    the patches of several images gives no images and no probabilities of them.
     """
     import torch
 
@@ -149,7 +149,7 @@ def _routed(finished: RunData, say: Callable[[str], None]) -> Iterator[Routed]:
 
 
 def _as_seen(processor: "Processor", example: "Example", row: int) -> Floats:
-    """Return a row of an example's first image as the vision tower sees it, in RGB."""
+    """Return row `row` of an example's first image as the vision tower sees it, in RGB."""
     inputs = processor.inputs(example.images[0].read(), alone=len(example.images) == 1)
     rows = inputs["pixel_values"].flatten(0, -4).double().numpy()
     settings = processor.image_processor

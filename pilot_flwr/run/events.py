@@ -224,7 +224,7 @@ class Aggregated(Event):
     """Summary of the mixing weights."""
 
     truncation: dict[str, float] = field(default_factory=dict)
-    """Client → relative error of its truncated LoRA; empty unless a client has a smaller rank."""
+    """Client → relative error of its truncated mixture; empty while all clients have one rank."""
 
     neighbors: dict[str, dict[str, float]] | None = None
     """In files of versions without `file`: client l → client k → weight of Θ_l,k in Θ̄_l."""

@@ -74,7 +74,7 @@ def main(descriptor: int) -> None:
                 request, content = receive(connection)
                 if run != (run := request["run_id"]):
                     forget_features()  # features are kept within a run
-                    end_ranks()  # which keep features, too
+                    end_ranks()  # these keep features, too
                 request["node_config"] = json.loads(packet)  # the service's, not the ClientApp's
                 _answer(control, connection, request, content)
             except (HungUp, TimeoutError) as error:

@@ -297,7 +297,7 @@ def test_a_task_name_that_torch_has_taken_is_refused(task):
 
 
 @pytest.mark.parametrize(("side", "square"), [(1, True), (2, True), (3, True), (2, False)])
-def test_what_a_token_is_made_of(side, square):
+def test_merged_features_are_a_square_or_adjacent(side, square):
     """A square of a grid of 6 x 6 features, or features that follow each other; by indices."""
     features = torch.arange(2 * 36 * 3).reshape(2, 36, 3)
     made = merge_features(features, side, square=square)
@@ -318,7 +318,7 @@ def test_what_a_token_is_made_of(side, square):
 
 
 class Merger(nn.Module):
-    """Joins pairs of features: a connector with fewer tokens than features."""
+    """Joins pairs of features: a projector with fewer tokens than features."""
 
     def __init__(self, seed):
         super().__init__()
@@ -331,7 +331,7 @@ class Merger(nn.Module):
 
 @pytest.mark.parametrize("reduction", ["normalized", "frobenius"])
 def test_packed_images_have_the_losses_of_separate_ones(reduction):
-    """Images of 4 and 8 features in a row: L_d is the mean over both, as one by one."""
+    """Packed images of 4 and 8 features: L_d is the mean of the two losses."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(1, n, D, dtype=torch.float64, generator=generator) for n in (4, 8)]
     stage1 = TaskClientConnector(Merger(1), Merger(2), reduction=reduction)
@@ -349,7 +349,7 @@ def test_a_router_decides_per_token_and_its_losses_are_per_image():
         {"b": Merger(3)},
         None,
         nn.Linear(2 * D, 2, bias=False).double(),
-        tokens=lambda features: features.reshape(*features.shape[:-2], -1, 2 * D),
+        merge=lambda features: features.reshape(*features.shape[:-2], -1, 2 * D),
         reduction="per_image",
     )
     packed = stage2(torch.cat(images, dim=1)[0], (4, 8))
@@ -360,7 +360,7 @@ def test_a_router_decides_per_token_and_its_losses_are_per_image():
 
 
 class Square(nn.Module):
-    """A connector that gives the tokens of an image as a square."""
+    """A projector that gives the tokens of an image as a grid."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -370,7 +370,7 @@ class Square(nn.Module):
         return self.inner(features).unflatten(1, (2, 2))
 
 
-def test_tokens_in_a_square_are_tokens():
+def test_tokens_in_a_grid_are_flattened():
     features = torch.randn(3, 4, D, dtype=torch.float64)
     plain = TaskClientConnector(adapter(1), adapter(2))(features)
     square = TaskClientConnector(Square(adapter(1)), Square(adapter(2)))(features)

@@ -72,7 +72,7 @@ def clients(draw, smallest=1, dtype=torch.float64):
 
 
 def own(loras):
-    """Every client's mixture at its own rank."""
+    """Row of weights and rank of every client's mixture at its own rank."""
     return [(row, rank_of(lora)) for row, lora in enumerate(loras)]
 
 
@@ -359,7 +359,7 @@ def test_a_newcomer_gets_the_mean_product_of_its_tasks_clients(case, rank):
         np.testing.assert_allclose(products(found)[layer], expected, atol=1e-10)
 
 
-def test_equal_ranks_average_factors_as_ever():
+def test_equal_ranks_average_factors():
     rng = np.random.default_rng(7)
     loras = {f"x-{k}": make_lora(rng, LARGEST) for k in range(3)}
     spare = drawn(rng)

@@ -170,8 +170,8 @@ def balance(logits):
 
 
 @torch.no_grad()
-def test_a_token_is_routed_by_the_features_that_it_is_made_of(kit):
-    """Whatever changes a token of the base model's connector changes its routing, nothing else."""
+def test_a_token_is_routed_by_the_features_that_it_merges(kit):
+    """A changed feature changes the routing of exactly the tokens that the projector changes."""
     model = kit.model(2)
     visual = kit.visual(model, EXAMPLES[:1])
     features, projector = visual.features, model.slot.projector.float()

@@ -229,7 +229,7 @@ def tensors(private):
     ids=["plain", "schedule", "length", "ditto", "rank"],
 )
 def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides):
-    """AdamW divides by a gradient's size, so rounding alone moves a parameter whose is nearly 0."""
+    """AdamW divides by a gradient's size, so rounding moves parameters of tiny gradients."""
     alone, kept, initial = sessions(tmp_path, overrides, 1)
     together, also_kept, _ = sessions(tmp_path, overrides, 2)
     for (one, _), (two, _) in zip(alone, together, strict=True):
@@ -258,7 +258,7 @@ def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides)
 
 @pytest.mark.parametrize("family", ["qwen3-vl", pytest.param("llava-next", marks=pytest.mark.slow)])
 def test_features_of_other_families_are_gathered(tmp_path, family):
-    """H_v of Qwen3-VL's images is one row after the other, and of crops a block each."""
+    """H_v of Qwen3-VL's images is packed, (R, D); H_v of crops is (R, N, D)."""
     overrides = f"model.path={WRITERS[family](tmp_path / 'base')} train.balance_weight=10"
     alone, _, initial = sessions(tmp_path, overrides, 1)
     together, _, _ = sessions(tmp_path, overrides, 2)

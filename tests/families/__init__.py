@@ -3,7 +3,7 @@
 `WRITERS[name](folder)` writes config, weights, tokenizer, image processor, processor and chat
 template, the same for the same `seed`, and returns the folder. To add a family, add a row to
 `_FAMILIES`: a function that returns a `Family` of the smallest sizes at which its image processor
-and its connector still do all that they do.
+and its projector still take all their steps.
 """
 
 import functools
@@ -20,7 +20,7 @@ from families import vocabularies as words
 
 IMAGE = "<image>"
 NOISE = 0.1
-"""Spread that is added to every initial weight, so that each one matters."""
+"""Spread of the noise added to every initial weight, so that each one matters."""
 
 
 class Family(NamedTuple):
@@ -30,7 +30,7 @@ class Family(NamedTuple):
     tokenizer: Any
     image_processor: Any
     processor: dict[str, Any]
-    """Content of ``processor_config.json``; Qwen's have none, their class is elsewhere."""
+    """Content of ``processor_config.json``; Qwen's have none and name their class elsewhere."""
     template: str
     stops: tuple[str, ...]
     """Tokens of ``generation_config.json`` that end an answer."""

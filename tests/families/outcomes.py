@@ -12,14 +12,14 @@ from families import WRITERS
 
 
 class Outcomes:
-    """A plugin of pytest; with xdist, the controller's writes the file."""
+    """A plugin of pytest; with xdist, the controller writes the file."""
 
     def __init__(self, path):
         self.path = Path(path)
         self.tests = defaultdict(dict)
 
     def pytest_itemcollected(self, item):
-        """Attach family and check, so that a test's reports carry them."""
+        """Attach family and check to a test, for its reports."""
         if mark := item.get_closest_marker("family"):
             (family,) = {v for v in item.callspec.params.values() if v in set(WRITERS)}
             item.user_properties.append(("family", [family, *mark.args]))

@@ -142,14 +142,14 @@ def test_a_consensus_model_merges_into_a_plain_checkpoint(make_model, batch_of, 
 
 
 HOLDS_A_SUM = {"llava-1.5", "interleave", "llava-next", "onevision", "idefics3", "smolvlm"}
-"""Families whose class of connector, or a wider one, computes the sum of two."""
+"""Families whose class of projector, or a wider one, computes the sum of two adapters."""
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("personal", [False, True])
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.family("export")
-def test_every_family_merges_what_its_connector_can_hold(kind, personal, tmp_path, monkeypatch):
+def test_every_family_merges_what_its_projector_can_hold(kind, personal, tmp_path, monkeypatch):
     path = WRITERS[kind](tmp_path / "base")
     config = ModelConfig(path=path, lora=LoraConfig(rank=2))
     model = PilotModel(load_base(config, torch.device("cpu")), config)

@@ -77,7 +77,7 @@ def test_a_text_has_as_many_image_tokens_as_its_images_have_features(checkpoint,
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [[], SIZES[:1], SIZES[2:4]], ids=len)
-def test_it_generates(checkpoint, sizes):
+def test_checkpoints_generate(checkpoint, sizes):
     model, processor = checkpoint
     inputs = encode(processor, [image(*size) for size in sizes])
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=5)
@@ -87,7 +87,7 @@ def test_it_generates(checkpoint, sizes):
 
 @torch.no_grad()
 def test_answers_depend_on_the_images(checkpoint):
-    """Otherwise the tests on these checkpoints could not see a connector that is wrong."""
+    """Otherwise the tests on these checkpoints could not detect a wrong connector."""
     model, processor = checkpoint
     first, other = (
         model(**encode(processor, [one])).logits[0, -1]

@@ -91,7 +91,7 @@ def test_every_model_file_is_planned(name):
     read = known_config(config)
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(read)
-    connector = base.model.get_submodule(spec_of(read).connector)
+    connector = base.model.get_submodule(spec_of(read).projector)
     adapter = sum(parameter.numel() for parameter in connector.parameters())
     whole = sum(parameter.numel() for parameter in base.parameters())
     plan = plan_of(name)
@@ -118,7 +118,7 @@ def test_a_smaller_size_of_every_family_trains_on_24_gib():
 def test_linear_layers_without_a_lora_are_listed(capsys):
     assert cli.main(["plan", "model.lora.targets=[q_proj,down_proj]"]) == 0
     out = capsys.readouterr().out
-    assert "LoRA on self_attn.q_proj, mlp.down_proj; without one: self_attn.k_proj, " in out
+    assert "LoRA on self_attn.q_proj, mlp.down_proj; none on self_attn.k_proj, " in out
     assert cli.main(["plan", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert len(figures["lora_layers"]) == 7 and figures["other_layers"] == []

@@ -97,7 +97,7 @@ def test_an_image_processor_cuts_an_image_as_published(name):
 
 
 @pytest.mark.parametrize("name", [n for n in PARAMETERS if "Qwen" not in n and "llava" not in n])
-def test_the_tokens_of_a_crop_are_those_of_the_connector(name):
+def test_the_tokens_of_a_crop_are_those_of_the_projector(name):
     """(side / patch / shuffle)², with Gemma's pooling of 4 × 4 patches."""
     config = AutoConfig.from_pretrained(folder(name))
     values = json.loads((CONFIGS / name.replace("/", "--") / "processor_config.json").read_text())
