@@ -88,7 +88,7 @@ def processor_class(config: Any) -> Any:
 class PlaceholderTokenizer:
     """Replaces the tokenizer where an image's tokens are only counted.
 
-    Every special token that a processor asks for is `token`; those that it names itself are in
+    Every special token that a processor asks for is `letter`; those that it names itself are in
     angle brackets.
     """
 
