@@ -107,7 +107,7 @@ class Size:
         return [
             token == IMAGE
             for token in re.findall(
-                rf"{ImagePlaceholderTokenizer.token}|<[^<>]+>", self.layout.text
+                rf"{ImagePlaceholderTokenizer.letter}|<[^<>]+>", self.layout.text
             )
         ]
 
