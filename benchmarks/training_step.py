@@ -21,6 +21,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -74,7 +75,8 @@ def measure_family(size: Size, *, steps: int, runs: int) -> Figures:
     for _ in range(runs):
         for name, stage in LOOPS.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                measured[name].append(process.submit(measure_loop, size, stage, steps).result())
+                plain = replace(size)  # without its processor, which cannot be sent
+                measured[name].append(process.submit(measure_loop, plain, stage, steps).result())
     return describe(size) | summary(measured)
 
 
