@@ -84,18 +84,10 @@ class Size:
         config = known_config(self.config())
         return with_layers(config, *self.layers) if self.layers else config
 
-    @functools.cached_property
+    @property
     def processor(self) -> Processor:
         """The family's processor with the checkpoint's settings, but without its tokenizer."""
-        read = known_config(self.config())
-        folder = str(Path(str(known_file(self.config()))).parent)
-        values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
-        images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local
-        family = processor_class(read)
-        original = family.from_args_and_dict(
-            [images, ImagePlaceholderTokenizer()], values | family.without
-        )
-        return Processor(original, spec_of(read))
+        return processor_of(self.path)
 
     @property
     def layout(self) -> Layout:
@@ -116,6 +108,21 @@ class Size:
         shape = feature_shape(self.base_config(), self.layout.shape)
         tokens = len(self.image_tokens())
         return MicroBatch(micro_batch, shape, tokens, self.text_tokens, self.answer_tokens)
+
+
+@functools.cache
+def processor_of(path: str) -> Processor:
+    """Build a checkpoint's processor without its tokenizer."""
+    config = ModelConfig(path=path)
+    read = known_config(config)
+    folder = str(Path(str(known_file(config))).parent)
+    values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
+    images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local
+    family = processor_class(read)
+    original = family.from_args_and_dict(
+        [images, ImagePlaceholderTokenizer()], values | family.without
+    )
+    return Processor(original, spec_of(read))
 
 
 def with_layers(config: Any, decoder: int, vision: int) -> Any:

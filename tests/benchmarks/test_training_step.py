@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,12 @@ def test_one_family_keeps_the_others_of_the_same_commit(benchmark, monkeypatch, 
     record["commit"]["id"] = "another"
     step.RESULT.write_text(json.dumps(record))
     assert list(step.main(["--family", "smolvlm"])["families"]) == ["smolvlm"]
+
+
+def test_a_size_goes_to_another_process_after_its_use(benchmark):
+    size = benchmark("gpu.sizes").SIZES["tiny"]
+    assert len(size.image_tokens()) == 16
+    assert pickle.loads(pickle.dumps(size)) == size
 
 
 def test_memory_of_a_loop_is_measured_after_loading(benchmark):
