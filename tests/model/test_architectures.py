@@ -13,7 +13,7 @@ from visuals import encoded
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX
 from pilot_flwr.data.examples import Example, KeptImage, Turn
-from pilot_flwr.errors import ModelError
+from pilot_flwr.errors import DataError, ModelError
 from pilot_flwr.model.architectures import SPECS, feature_shape, read_config
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.feature_folder import FeatureFolder
@@ -226,3 +226,14 @@ def test_nothing_of_a_batch_stays_after_it_or_after_an_interrupt(path, model, mo
     assert model.slot.output is model.slot.visual is model.slot.seen is None
     again = model(batch, cache.encode(model, processor, EXAMPLES[:2])).logits
     assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "qwen3-vl"])
+def test_an_image_whose_shape_the_processor_refuses_is_an_error_of_its_row(kind, tmp_path):
+    """Qwen's refuse a side more than 200 times the other; the check of rows must name the row."""
+    path = WRITERS[kind](tmp_path)
+    collator = make_collator(ModelConfig(path=path), load_processor(path), max_length=2048)
+    one = example(image(1, 300))
+    with pytest.raises(DataError, match="refuses an image of this shape") as caught:
+        collator.tokenize(one)
+    assert str(caught.value).startswith(one.name)

@@ -122,3 +122,18 @@ def test_linear_layers_without_a_lora_are_listed(capsys):
     assert cli.main(["plan", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert len(figures["lora_layers"]) == 7 and figures["other_layers"] == []
+
+
+def test_a_plan_follows_the_image_processor_and_survives_a_damaged_memory(tmp_path, monkeypatch):
+    """What is remembered belongs to the checkpoint's files; other content is computed anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "base"
+    config = load_config(f"model.path={WRITERS['llava-1.5'](folder)}")
+    first = make_plan(config).batch
+    for file in (tmp_path / "cache").rglob("*.json"):
+        file.write_text("null")
+    assert make_plan(config).batch == first
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    larger = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | larger))
+    assert make_plan(config).batch.image_tokens == 4 * first.image_tokens
