@@ -26,7 +26,7 @@ PAGES = {
     "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
     "docs/explanation/scenarios.md": ("rates",),
     "docs/explanation/scale.md": ("aggregation", "sketch"),
-    "docs/explanation/benchmarks.md": ("benchmarks", "plan"),
+    "docs/explanation/benchmarks.md": ("benchmarks", "plan", "training_step"),
 }
 """Page → its tables, in order."""
 
