@@ -7,7 +7,6 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import transformers
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.data.examples import Example, Turn
-from pilot_flwr.model.architectures import feature_shape, known_config, known_file, spec_of
+from pilot_flwr.model.architectures import feature_shape, known_config
 from pilot_flwr.model.memory import MicroBatch
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.processor import (
@@ -26,7 +25,7 @@ from pilot_flwr.model.processor import (
     PlaceholderTokenizer,
     Processor,
     collate,
-    processor_class,
+    processor_without_tokenizer,
 )
 from pilot_flwr.model.slot import Visual
 
@@ -113,16 +112,7 @@ class Size:
 @functools.cache
 def processor_of(path: str) -> Processor:
     """Build a checkpoint's processor without its tokenizer."""
-    config = ModelConfig(path=path)
-    read = known_config(config)
-    folder = str(Path(str(known_file(config))).parent)
-    values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
-    images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local
-    family = processor_class(read)
-    original = family.from_args_and_dict(
-        [images, ImagePlaceholderTokenizer()], values | family.without
-    )
-    return Processor(original, spec_of(read))
+    return processor_without_tokenizer(ModelConfig(path=path), ImagePlaceholderTokenizer)
 
 
 def with_layers(config: Any, decoder: int, vision: int) -> Any:

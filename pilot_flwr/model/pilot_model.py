@@ -279,12 +279,17 @@ class PilotModel(nn.Module):
             for name, tensor in inputs.items()
         }
 
+    @functools.cached_property
+    def _skipped(self) -> tuple[nn.ModuleList, list[nn.Conv2d | nn.Conv3d]]:
+        """The tower's layers and patch embeddings, which kept features make unnecessary."""
+        tower = list(self.tower.modules())
+        layers = next(module for module in tower if isinstance(module, nn.ModuleList))
+        return layers, [m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d)]
+
     @contextlib.contextmanager
     def _reading(self, visual: Visual) -> Iterator[Inputs]:
         """Let the connector read kept features in the block; yield the base's image inputs."""
-        tower = list(self.tower.modules())
-        layers = next(module for module in tower if isinstance(module, nn.ModuleList))
-        convolutions = (m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d))
+        layers, convolutions = self._skipped
         images = self._on_device(visual.inputs)
         if visual.shapes:
             dtype = next(self.tower.parameters()).dtype

@@ -230,13 +230,13 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
 def planned_image(config: ModelConfig, size: Size) -> tuple[tuple[int, ...], int]:
     """Return the shape of H_v of an image and the number of its tokens; needs no tokenizer."""
     read = known_config(config)
-    layout = _without_tokenizer(config).layout(size, alone=True)
+    layout = processor_without_tokenizer(config).layout(size, alone=True)
     return feature_shape(read, layout.shape), PlaceholderTokenizer.count(layout.text)
 
 
 def probe_images(config: ModelConfig) -> list[object]:
     """Return shapes and token counts of images of three sizes, and the normalization settings."""
-    processor = _without_tokenizer(config)
+    processor = processor_without_tokenizer(config)
     layouts = [processor.layout(size, alone=True) for size in _PROBES]
     names = ("image_mean", "image_std", "resample", "do_rescale", "do_normalize", "rescale_factor")
     settings = processor.image_processor.to_dict()
@@ -246,7 +246,10 @@ def probe_images(config: ModelConfig) -> list[object]:
     ]
 
 
-def _without_tokenizer(config: ModelConfig) -> Processor:
+def processor_without_tokenizer(
+    config: ModelConfig, placeholder: type[PlaceholderTokenizer] = PlaceholderTokenizer
+) -> Processor:
+    """Build a checkpoint's processor with a placeholder for its tokenizer."""
     import transformers
 
     read = known_config(config)
@@ -254,5 +257,5 @@ def _without_tokenizer(config: ModelConfig) -> Processor:
     values, _ = transformers.ProcessorMixin.get_processor_dict(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder)  # nosec B615  # local files
     family = processor_class(read)
-    processor = family.from_args_and_dict([images, PlaceholderTokenizer()], values | family.without)
+    processor = family.from_args_and_dict([images, placeholder()], values | family.without)
     return Processor(processor, spec_of(read))
