@@ -58,16 +58,23 @@ def test_a_warm_sites_processes_stay_between_messages_and_end_with_it(tmp_path):
     assert warm.events("failure") == []
 
 
-LONG = f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 strategy.num_neighbors=1"
+LONG = (
+    f"{TWO_CLIENTS} data.train_examples=48 train.epochs=3 train.log_every_seconds=0.01 "
+    "strategy.num_neighbors=1"
+)
 
 
-def wait_for_second_turn(node):
-    """Wait until the node's worker is answering its second message."""
+def stop_in_second_turn(node, worker):
+    """Wait until the node's worker trains for its second message; stop it there."""
     deadline = time.monotonic() + 120
-    while not ((found := service.status(node["state-folder"])) and found.messages and found.busy):
+    while not (
+        (found := service.status(node["state-folder"]))
+        and found.messages == 1
+        and ": step " in found.busy
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.5)
+    worker.suspend()
 
 
 @pytest.mark.slow
@@ -85,9 +92,10 @@ def test_a_session_that_is_killed_is_one_lost_reply(tmp_path, end):
     with serving(sites[0], tmp_path / "log") as process:
 
         def kill():
-            wait_for_second_turn(sites[0])
+            worker = worker_of(process)
+            stop_in_second_turn(sites[0], worker)  # so that it cannot have ended when it is killed
             if end == "worker":
-                worker_of(process).kill()
+                worker.kill()
             else:
                 process.send_signal(signal.SIGTERM)
 
