@@ -257,6 +257,7 @@ FAMILIES = {
     "gemma3": "Gemma 3",
     "idefics3": "Idefics3",
     "smolvlm": "SmolVLM2",
+    "fastvlm": "FastVLM",
 }
 CHECKS = ("logits", "generate", "labels", "training", "federation", "export", "plan")
 

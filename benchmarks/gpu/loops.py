@@ -77,12 +77,13 @@ class PlainLoop:
 
     LoRA on the same layers and the projector are trained; images go through the vision tower;
     the loss is the model's own, over the logits of all positions. Precision, checkpointing,
-    clipping and the optimizer are as in `PilotLoop`.
+    clipping and the optimizer are as in `PilotLoop`. The frozen tower stays in evaluation.
     """
 
     def __init__(self, size: Size, device: torch.device, *, checkpointing: bool = False) -> None:
         base = make_base(size, device)
         base.requires_grad_(False)
+        self.tower = base.model.get_submodule(spec_of(base.config).tower).eval()
         if checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
         decoder = base.model.get_decoder()
@@ -107,6 +108,7 @@ class PlainLoop:
         fused = True if self.device.type == "cuda" else None
         optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.0, fused=fused)
         self.model.train()
+        self.tower.eval()
         stamps = []
         for _ in range(WARM_UP + steps):
             loss = self.loss(micro_batch)

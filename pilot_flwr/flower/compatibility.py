@@ -16,7 +16,7 @@ from pilot_flwr.algorithm.parameter_groups import Sharing
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.formatting import plain
-from pilot_flwr.model.architectures import read_config, remembered
+from pilot_flwr.model.architectures import read_config, remembered, spec_of
 from pilot_flwr.model.checkpoints import UNKNOWN, weights_sample
 from pilot_flwr.model.shapes import layout_of
 from pilot_flwr.run.provenance import code_hash, digest
@@ -80,6 +80,10 @@ _CONFIG_FIELDS = (
 )
 
 
+_TOWER_ORIGIN = ("_name_or_path", "architectures", "dtype")
+"""Settings of a tower of any class that do not change its function."""
+
+
 def identity_of(config: PilotConfig) -> dict[str, str]:
     """Return the hashes of this process, server or client, by the keys of `NAMES`."""
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
@@ -132,7 +136,19 @@ def essential(transformers_config: Any) -> dict[str, Any]:
     }
     rope = getattr(parts["text_config"], "rope_parameters", None) or {}
     old = getattr(parts["text_config"], "rope_theta", None)
+    if spec_of(transformers_config).feature_map:
+        found["tower"] = _changed_settings(parts["vision_config"])
     return found | {"rope": dict(rope) or {"rope_theta": old}}
+
+
+def _changed_settings(tower: Any) -> dict[str, Any]:
+    """Return the settings of a tower of any class that are not its class's defaults."""
+    defaults = type(tower)().to_dict()
+    return {
+        name: value
+        for name, value in tower.to_dict().items()
+        if name not in _TOWER_ORIGIN and value != defaults.get(name)
+    }
 
 
 def _base(

@@ -158,7 +158,8 @@ def load_model(folder: str | Path = ".", base: str | Path | None = None, **optio
 def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> Any:
     """Return the base model's processor, set to pad text on the left, and images as in the tuning.
 
-    Without torchvision, processors that also take videos take images alone.
+    Without torchvision, processors that also take videos take images alone. A family without an
+    automatic class of processor has none for videos.
     """
     folder = Path(folder)
     description = _describe(folder)
@@ -178,6 +179,8 @@ def load_processor(folder: str | Path = ".", base: str | Path | None = None) -> 
 
 def _for_images(model_type: str) -> tuple[Any, dict[str, None]]:
     """Return a family's processor class without its part for videos, and options for loading."""
+    if model_type not in PROCESSOR_MAPPING_NAMES:
+        return transformers.AutoProcessor, {}
     family: Any = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
     parts = family.get_attributes()
     kept = [part for part in parts if part != "video_processor"]

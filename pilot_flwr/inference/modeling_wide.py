@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    FastVlmForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
 )
 
 CLASSES = {
+    "FastVlmForConditionalGeneration": "WideFastVlm",
     "LlavaForConditionalGeneration": "WideLlava",
     "LlavaNextForConditionalGeneration": "WideLlavaNext",
     "LlavaOnevisionForConditionalGeneration": "WideLlavaOnevision",
@@ -32,6 +34,14 @@ def widen(projector: Any, hidden: int) -> None:
     bias = first.bias is not None
     projector.linear_1 = nn.Linear(first.in_features, hidden, bias=bias)
     projector.linear_2 = nn.Linear(hidden, second.out_features, bias=bias)
+
+
+class WideFastVlm(FastVlmForConditionalGeneration):  # type: ignore[misc]
+    """`FastVlmForConditionalGeneration` with a projector of another width."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        widen(self.model.multi_modal_projector, config.projector_hidden_size)
 
 
 class WideLlava(LlavaForConditionalGeneration):  # type: ignore[misc]

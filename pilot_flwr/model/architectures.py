@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -61,6 +61,10 @@ class ModelSpec:
     """Index of the whole image among the rows of a cropped image: 0 or -1."""
     crops_alone: bool = False
     """Whether an image is cropped only if its example has no other."""
+    feature_map: bool = False
+    """Whether the tower, which may be of any class, returns a feature map (B, D, H, W)."""
+    processor: str = ""
+    """Class of its processor, if transformers' auto classes have none for the family."""
 
 
 def _gemma_side(config: Any) -> int:
@@ -97,6 +101,7 @@ SPECS: dict[str, ModelSpec] = {
         projector="visual.merger", last="mlp.2", tower="visual", side=_QWEN3.side, square=False
     ),
     "qwen3_vl": _QWEN3,
+    "fast_vlm": ModelSpec(feature_map=True, processor="LlavaProcessor"),
 }
 """Family by transformers' ``model_type``."""
 
@@ -135,12 +140,34 @@ def feature_shape(config: Any, pixels: tuple[int, ...]) -> tuple[int, ...]:
         return pixels[0], channels
     *rows, _, height, width = pixels
     vision = config.vision_config
+    if spec_of(config).feature_map:
+        return math.prod(rows), _map_size(vision, pixels[-3:]), channels
     edge = vision.patch_size[0] if isinstance(vision.patch_size, list) else vision.patch_size
     patches = (height // edge) * (width // edge)
     count = int(patches * getattr(config, "downsample_ratio", 1) ** 2)
     # CLIP's class token is kept by LLaVA's strategy `full` alone.
     kept = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return math.prod(rows), count + (kept and "clip" in vision.model_type), channels
+
+
+def _map_size(vision: Any, pixels: tuple[int, ...]) -> int:
+    """Return H x W of a tower's feature map, by a forward pass on the meta device."""
+    import torch
+    import transformers
+
+    with missing_package_explained(), torch.device("meta"):
+        tower = transformers.AutoModel.from_config(vision).eval()
+        features = tower(torch.empty(1, *pixels)).last_hidden_state
+    return int(features.shape[-2:].numel())
+
+
+@contextlib.contextmanager
+def missing_package_explained() -> Iterator[None]:
+    """Turn the error of a package that a base model's class needs into a `ModelError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise ModelError(f"The base model in `model.path` needs a package: {error}") from error
 
 
 def read_config(config: ModelConfig) -> Any:
@@ -250,9 +277,10 @@ def _read(file: str | Path) -> Any:
         )
     import transformers
 
-    read = transformers.AutoConfig.from_pretrained(  # nosec B615  # a local file
-        str(file), trust_remote_code=False
-    )
+    with missing_package_explained():
+        read = transformers.AutoConfig.from_pretrained(  # nosec B615  # a local file
+            str(file), trust_remote_code=False
+        )
     spec_of(read)
     return read
 

@@ -5,8 +5,8 @@ adapter) in its language model and a Pilot connector in place of its projector. 
 the base model's own forward pass. One base serves all clients of a process: each session swaps
 adapters in and out, and the base is never loaded again.
 
-Features of the vision tower are computed once (`PilotModel.encode_images`). Then the layers of the
-tower are skipped, and the connector reads the kept features instead of the tower's.
+Features of the vision tower are computed once (`PilotModel.encode_images`). Then its layers, or all
+of a convolutional tower, are skipped, and the connector reads the kept features instead.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.algorithm.connector import (
@@ -35,7 +36,12 @@ from pilot_flwr.algorithm.parameter_groups import Groups, group_parameters, set_
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch
 from pilot_flwr.errors import ModelError
-from pilot_flwr.model.architectures import merge_of, spec_of, token_channels
+from pilot_flwr.model.architectures import (
+    merge_of,
+    missing_package_explained,
+    spec_of,
+    token_channels,
+)
 from pilot_flwr.model.lora import add_lora, set_residual
 from pilot_flwr.model.processor import PIXELS, Inputs, stand_in
 from pilot_flwr.model.slot import Slot, Visual, replaced
@@ -45,7 +51,7 @@ from pilot_flwr.protocol import GroupName, State
 def empty_base(config: Any) -> Any:
     """Build the base model of a configuration on the meta device."""
     spec_of(config)
-    with torch.device("meta"):
+    with missing_package_explained(), torch.device("meta"):
         return transformers.AutoModelForImageTextToText.from_config(config)
 
 
@@ -91,6 +97,7 @@ class PilotModel(nn.Module):
         dtype = getattr(torch, config.adapter_dtype)
         base.requires_grad_(False)
         self.base = base
+        self.tower.eval()
         add_lora(self.decoder, config.lora, dtype=dtype)
         if config.gradient_checkpointing:
             self.decoder.activation_checkpointing_enable({"use_reentrant": False})
@@ -280,26 +287,33 @@ class PilotModel(nn.Module):
         }
 
     @functools.cached_property
-    def _skipped(self) -> tuple[nn.ModuleList, list[nn.Conv2d | nn.Conv3d]]:
-        """The tower's layers and patch embeddings, which kept features make unnecessary."""
+    def _skipped(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """What of the tower kept features make unnecessary, and what takes its place.
+
+        A tower that returns a feature map is skipped as a whole. Of others it is the layers and the
+        patch embeddings: the projector may be a part of the tower.
+        """
+        if self.spec.feature_map:
+            return [(self.tower, _no_features)]
         tower = list(self.tower.modules())
         layers = next(module for module in tower if isinstance(module, nn.ModuleList))
-        return layers, [m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d)]
+        convolutions = (m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d))
+        return [
+            *((layer, _unchanged) for layer in layers),
+            *((conv, functools.partial(_zeros, conv)) for conv in convolutions),
+        ]
 
     @contextlib.contextmanager
     def _reading(self, visual: Visual) -> Iterator[Inputs]:
         """Let the connector read kept features in the block; yield the base's image inputs."""
-        layers, convolutions = self._skipped
         images = self._on_device(visual.inputs)
         if visual.shapes:
             dtype = next(self.tower.parameters()).dtype
             images[PIXELS] = stand_in(visual.shapes, self.device, dtype)
         kept = zip(self._besides(), visual.besides, strict=True) if visual.besides else ()
         with contextlib.ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(replaced(layer, lambda hidden, *args, **kwargs: hidden))
-            for convolution in convolutions:
-                stack.enter_context(replaced(convolution, functools.partial(_zeros, convolution)))
+            for module, forward in self._skipped:
+                stack.enter_context(replaced(module, forward))
             for module, output in kept:
                 output = output.to(self.device)
                 stack.enter_context(replaced(module, lambda *args, output=output: output))
@@ -400,6 +414,16 @@ class PilotModel(nn.Module):
         self.slot.pilot = connector.to(self.device)
         self._groups = None
         set_trainable(self.groups(), stage=self.stage)
+
+
+def _no_features(pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
+    """Return a feature map of one number per image, which `Slot` ignores."""
+    zeros = pixel_values.new_zeros(len(pixel_values), 1, 1, 1)
+    return BaseModelOutputWithPooling(last_hidden_state=zeros)
+
+
+def _unchanged(hidden: Tensor, *inputs: Any, **options: Any) -> Tensor:
+    return hidden
 
 
 def _zeros(convolution: nn.Conv2d | nn.Conv3d, pixels: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def processor_class(config: Any) -> Any:
     """Return a family's class of processor without its part for videos, which needs torchvision."""
     from transformers.models.auto import processing_auto as auto
 
-    family: Any = auto.processor_class_from_name(auto.PROCESSOR_MAPPING_NAMES[config.model_type])
+    name = auto.PROCESSOR_MAPPING_NAMES.get(config.model_type, spec_of(config).processor)
+    family: Any = auto.processor_class_from_name(name)
 
     class ImageTextProcessor(family):  # type: ignore[misc]
         without: Mapping[str, None] = dict.fromkeys({_VIDEO}.intersection(family.get_attributes()))

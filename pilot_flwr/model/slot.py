@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Slot(nn.Module):
 
 
 @contextlib.contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's forward pass in the block."""
     own = module.__dict__.get("forward")
     module.forward = forward

@@ -118,6 +118,10 @@ VECTORS = {
     # The prompt ends in a colon, so the blank before an answer is learnt.
     "idefics3": SMOL,
     "smolvlm": SMOL,
+    # A conversation without a system prompt gets one.
+    "fastvlm": chat_ml("<image><image>\n", text="\n")._replace(
+        plain="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    ),
 }
 
 

@@ -250,6 +250,29 @@ def smolvlm(*, kind="SmolVLM"):
     return Family(config, tokens, images, values, templates.SMOLVLM, stops)
 
 
+def fast_vlm(vision=None):
+    """FastVLM: a convolutional tower of any class, whose feature map is H_v; Llama."""
+    tokens = words.bytes_pairs(
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, more=("<|im_start|>", IMAGE)
+    )
+    config = transformers.FastVlmConfig(
+        text_config=_text("llama", tokens),
+        vision_config=vision or _efficientnet(),
+        image_token_index=tokens.convert_tokens_to_ids(IMAGE),
+        image_seq_length=16,
+    )
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )
+    values = _llava_values("LlavaProcessor", "full", num_additional_image_tokens=0)
+    values |= {"patch_size": 8}
+    stops, file = ("<|im_end|>",), "chat_template.jinja"
+    return Family(config, tokens, images, values, templates.FASTVLM, stops, file)
+
+
 _FAMILIES = {
     "llava-1.5": llava,
     "interleave": interleave,
@@ -261,6 +284,7 @@ _FAMILIES = {
     "gemma3": gemma3,
     "idefics3": functools.partial(smolvlm, kind="Idefics3"),
     "smolvlm": smolvlm,
+    "fastvlm": fast_vlm,
 }
 
 
@@ -272,6 +296,9 @@ def write(name, folder, *, seed=0):
         model = AutoModelForImageTextToText.from_config(family.config)
         for parameter in model.parameters():  # biases and Gemma's projector would be zero
             parameter.data += NOISE * torch.randn_like(parameter)
+        for key, tensor in model.state_dict().items():
+            if "running_" in key:  # statistics of batch normalization
+                tensor += NOISE * torch.randn_like(tensor)
     model.get_output_embeddings().weight.data[model.config.image_token_id] = 0  # never an answer
     stops = [family.tokenizer.convert_tokens_to_ids(token) for token in family.stops]
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
@@ -279,6 +306,7 @@ def write(name, folder, *, seed=0):
     model.save_pretrained(folder)
     family.tokenizer.save_pretrained(folder)
     kind = type(model).__name__.replace("ForConditionalGeneration", "Processor")
+    kind = family.processor.get("processor_class", kind)
     _json(folder / "preprocessor_config.json", family.image_processor, processor_class=kind)
     if family.processor:
         _json(folder / "processor_config.json", family.processor)
@@ -335,6 +363,24 @@ def _siglip(image_size=28):
         num_hidden_layers=2,
         num_attention_heads=2,
         vision_use_head=False,
+    )
+
+
+def _efficientnet():
+    """Return a tower of stride 8 with squeeze-and-excitation in every block."""
+    return transformers.EfficientNetConfig(
+        width_coefficient=0.02,  # at least 8 channels, 24 in place of the last 1280
+        depth_coefficient=1.0,
+        in_channels=[32, 16, 24],
+        out_channels=[16, 24, 40],
+        kernel_sizes=[3, 3, 5],
+        strides=[1, 2, 2],
+        num_block_repeats=[1, 1, 2],
+        expand_ratios=[1, 6, 6],
+        hidden_act="relu6",
+        hidden_dim=24,
+        hidden_size=24,  # not EfficientNet's own: the projector reads it
+        initializer_range=0.3,
     )
 
 

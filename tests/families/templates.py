@@ -47,6 +47,12 @@ INTERLEAVE = (
 )
 """LLaVA-Interleave: a prompt ends between two newlines, which are one token."""
 
+FASTVLM = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + INTERLEAVE
+)
+"""FastVLM: as LLaVA-Interleave, with Qwen's default system prompt."""
+
 _QWEN_CONTENT = (
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"

@@ -26,7 +26,7 @@ def checkpoint(request, tmp_path_factory):
 def image_text_processor(folder):
     """Load a checkpoint's processor without its part for videos, which needs torchvision."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
+    kind = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(config.model_type, "LlavaProcessor"))
     parts = kind.get_attributes()
     kept = [part for part in parts if part != "video_processor"]
     without = {"video_processor": None} if len(kept) < len(parts) else {}
@@ -110,10 +110,13 @@ SMOLVLM = (
     "<|im_start|>User:<image>Two?<end_of_utterance>\nAssistant: Yes.<end_of_utterance>\n"
     "User: Three?<end_of_utterance>\nAssistant:"
 )
+INTERLEAVE = (
+    "<|im_start|>user\n<image>\nTwo?<|im_end|>\n<|im_start|>assistant\n\nYes."
+    "<|im_end|>\n<|im_start|>user\n\nThree?<|im_end|>\n<|im_start|>assistant\n"
+)
 RENDERED = {
     "llava-1.5": "USER: <image>\nTwo? ASSISTANT: Yes. USER: Three? ASSISTANT:",
-    "interleave": "<|im_start|>user\n<image>\nTwo?<|im_end|>\n<|im_start|>assistant\n\nYes."
-    "<|im_end|>\n<|im_start|>user\n\nThree?<|im_end|>\n<|im_start|>assistant\n",
+    "interleave": INTERLEAVE,
     "llava-next": "[INST] <image>\nTwo? [/INST] Yes.</s> [INST] Three? [/INST]",
     "onevision": "<|im_start|>user <image>\nTwo?<|im_end|><|im_start|>assistant \nYes."
     "<|im_end|><|im_start|>user \nThree?<|im_end|><|im_start|>assistant\n",
@@ -126,6 +129,7 @@ RENDERED = {
     "<start_of_turn>model\n",
     "idefics3": SMOLVLM,
     "smolvlm": SMOLVLM,
+    "fastvlm": f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{INTERLEAVE}",
 }
 
 

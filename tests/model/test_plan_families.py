@@ -110,7 +110,8 @@ def test_every_model_file_is_planned(name):
 def test_a_smaller_size_of_every_family_trains_on_24_gib():
     """Both stages, one example at a time."""
     plans = [plan_of(name) for name in sorted(SMALLER)]
-    assert {plan.architecture for plan in plans} | {"idefics3"} == set(SPECS)
+    without_a_file = {"idefics3", "fast_vlm"}
+    assert {plan.architecture for plan in plans} | without_a_file == set(SPECS)
     for plan in plans:
         assert max(s.memory.total for s in plan.stages.values()) < 24 * 2**30, plan.path
 
