@@ -80,8 +80,8 @@ _CONFIG_FIELDS = (
 )
 
 
-_TOWER_ORIGIN = ("_name_or_path", "architectures", "dtype")
-"""Settings of a tower of any class that do not change its function."""
+_WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "label_names")
+"""Settings of a tower of any class that do not change its features."""
 
 
 def identity_of(config: PilotConfig) -> dict[str, str]:
@@ -147,7 +147,7 @@ def _changed_settings(tower: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in tower.to_dict().items()
-        if name not in _TOWER_ORIGIN and value != defaults.get(name)
+        if name not in _WITHOUT_EFFECT and value != defaults.get(name)
     }
 
 

@@ -179,7 +179,8 @@ def test_sites_with_other_settings_of_the_tower_have_another_base(tmp_path):
     families.write("fastvlm", tmp_path)
     own = identity_of(with_tower(tmp_path))
     origin = {"transformers_version": "5.0.0", "architectures": ["X"], "dtype": "bfloat16"}
-    assert identity_of(with_tower(tmp_path, **origin)) == own
+    labels = {str(number): f"class {number}" for number in range(12)}
+    assert identity_of(with_tower(tmp_path, id2label=labels, **origin)) == own
     other = identity_of(with_tower(tmp_path, hidden_act="swish"))
     assert {key for key in own if own[key] != other[key]} == {"base.config"}
 
