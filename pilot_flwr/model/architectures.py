@@ -167,7 +167,8 @@ def missing_package_explained() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ModelError(f"The base model in `model.path` needs a package: {error}") from error
+        needed = " ".join(str(error).split())
+        raise ModelError(f"The base model in `model.path` needs a package: {needed}") from error
 
 
 def read_config(config: ModelConfig) -> Any:
@@ -277,10 +278,9 @@ def _read(file: str | Path) -> Any:
         )
     import transformers
 
-    with missing_package_explained():
-        read = transformers.AutoConfig.from_pretrained(  # nosec B615  # a local file
-            str(file), trust_remote_code=False
-        )
+    read = transformers.AutoConfig.from_pretrained(  # nosec B615  # a local file
+        str(file), trust_remote_code=False
+    )
     spec_of(read)
     return read
 

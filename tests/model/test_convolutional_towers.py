@@ -26,6 +26,7 @@ from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_base, load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.resource_plan import make_plan
+from pilot_flwr.model.shapes import group_shapes
 
 CPU = torch.device("cpu")
 SIZES = [(32, 32), (28, 90), (7, 100), (150, 97)]
@@ -185,13 +186,19 @@ def test_sites_with_other_settings_of_the_tower_have_another_base(tmp_path):
     assert {key for key in own if own[key] != other[key]} == {"base.config"}
 
 
-@pytest.mark.parametrize("names", [{}, {"label_names": []}], ids=["reading", "building"])
-def test_a_tower_of_timm_needs_timm(tmp_path, names, monkeypatch):
-    """FastVLM's own towers are timm's; without class names, already their configuration is."""
+def test_a_tower_of_timm_needs_timm(tmp_path, monkeypatch):
+    """FastVLM's own towers are timm's."""
     missing = (lambda: False, import_utils.TIMM_IMPORT_ERROR)
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", missing)
     families.write("fastvlm", tmp_path)
-    tower = {"model_type": "timm_wrapper", "architecture": "fastvit_mci3"}
-    config = with_tower(tmp_path, **tower, **names)
-    with pytest.raises(ModelError, match=r"`model.path` needs a package: .*pip install timm"):
+    tower = {"model_type": "timm_wrapper", "architecture": "fastvit_mci3", "label_names": []}
+    config = with_tower(tmp_path, **tower)
+    needs = r"The base model in `model.path` needs a package: .*pip install timm"
+    with pytest.raises(ModelError, match=needs):
         make_plan(config)
+    with pytest.raises(ModelError, match=needs):
+        group_shapes(config.model, tasks=("vqa",), stage=1)
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded: \s*TimmWrapperModel requires the timm"
+    ):
+        load_base(config.model, CPU)
