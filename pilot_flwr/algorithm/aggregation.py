@@ -31,6 +31,12 @@ from pilot_flwr.algorithm.arrays import (
     combine,
     sketch,
 )
+from pilot_flwr.algorithm.neighbors import (
+    check_distances,
+    closest_mean_neighbors,
+    inverse_distances,
+    rank_others,
+)
 from pilot_flwr.config.schema import StrategyConfig
 from pilot_flwr.errors import ConfigError, UpdateError
 
@@ -125,7 +131,7 @@ def sketched_distances(states: Sequence[NamedArrays], *, seed: Sequence[int]) ->
 def adaptive_weights(
     distances: Matrix,
     num_examples: Sequence[float],
-    num_neighbors: int,
+    num_neighbors: int | Sequence[int],
     *,
     self_weight: bool = True,
 ) -> Matrix:
@@ -146,8 +152,8 @@ def adaptive_weights(
         Finite and not negative; the diagonal is ignored.
     num_examples : sequence of float
         n_k, positive and finite.
-    num_neighbors : int
-        M, at least 1; K or more means all other clients.
+    num_neighbors : int or sequence of int
+        M, or one M_k for each client, at least 1; K or more means all other clients.
     self_weight : bool
         Whether a client's own LoRA counts; without it W_kk = 0, an ablation.
 
@@ -163,22 +169,15 @@ def adaptive_weights(
     UpdateError
         `distances` or `num_examples` are not as above.
     """
-    if num_neighbors < 1:
-        raise ConfigError(f"`strategy.num_neighbors` is {num_neighbors} but must be at least 1.")
-    others = np.array(distances, dtype=np.float64)
-    if others.ndim != 2 or others.shape[0] != others.shape[1]:
-        raise UpdateError(f"The distances have shape {others.shape} but must be square.")
-    np.fill_diagonal(others, 0)
-    if not np.all(np.isfinite(others) & (others >= 0)):
-        raise UpdateError("The distances must be finite and not negative.")
+    fewest, most = int(np.min(num_neighbors)), int(np.max(num_neighbors))
+    if fewest < 1:
+        raise ConfigError(f"`strategy.num_neighbors` is {fewest} but must be at least 1.")
+    others = check_distances(distances)
     counts = _check_examples(num_examples, len(others))
-    np.fill_diagonal(others, np.inf)
-    # The diagonal is infinite, so it sorts last and is never among the first K - 1.
-    nearest = np.argsort(others, axis=1, kind="stable")[:, : min(num_neighbors, len(others) - 1)]
-    near = np.take_along_axis(others, nearest, axis=1)
-    closest = near.min(axis=1, keepdims=True, initial=np.inf)
-    # closest / d instead of 1 / d: the same ratios, and no overflow. Its limit at 0 is (d == 0).
-    inverse = np.divide(closest, near, out=(near == 0).astype(np.float64), where=closest > 0)
+    nearest = rank_others(others)[:, :most]
+    inverse = inverse_distances(np.take_along_axis(others, nearest, axis=1))
+    if fewest < most:
+        inverse[np.arange(nearest.shape[1]) >= np.reshape(num_neighbors, (-1, 1))] = 0
     weights: Matrix = np.zeros_like(others)
     np.put_along_axis(weights, nearest, inverse / inverse.sum(axis=1, keepdims=True), axis=1)
     np.fill_diagonal(weights, float(self_weight or len(others) == 1))
@@ -373,13 +372,17 @@ def _mean_over(group_of: GroupOf) -> LoraRule:
     )
 
 
+def _adaptive(
+    distances: Matrix, tasks: Sequence[str], examples: Sequence[float], config: StrategyConfig
+) -> Matrix:
+    number: int | Sequence[int] = config.num_neighbors
+    if config.neighbors == "closest_mean":
+        number = closest_mean_neighbors(distances).tolist()
+    return adaptive_weights(distances, examples, number, self_weight=config.self_weight)
+
+
 LORA_RULES: dict[str, LoraRule] = {
-    "adaptive": LoraRule(
-        lambda distances, tasks, examples, config: adaptive_weights(
-            distances, examples, config.num_neighbors, self_weight=config.self_weight
-        ),
-        lambda client, task: client,
-    ),
+    "adaptive": LoraRule(_adaptive, lambda client, task: client),
     "task": _mean_over(ADAPTER_GROUPS["task"]),
     "global": _mean_over(ADAPTER_GROUPS["global"]),
     "exact": _mean_over(ADAPTER_GROUPS["global"])._replace(exact=True),

@@ -257,13 +257,16 @@ NEEDED = (
     Need("data.partition.min_examples", "data.partition.kind", ("dirichlet",)),
     Need("strategy.adapters", "strategy.sharing.adapter", (True,)),
     Need("strategy.lora", "strategy.sharing.lora", ("AB", "A", "B")),
+    Need("strategy.neighbors", "strategy.lora", ("adaptive",)),
+    Need("strategy.neighbors", "strategy.sharing.lora", ("AB", "A", "B")),
+    Need("strategy.num_neighbors", "strategy.neighbors", ("fixed",)),
     Need("strategy.num_neighbors", "strategy.lora", ("adaptive",)),
     Need("strategy.num_neighbors", "strategy.sharing.lora", ("AB", "A", "B")),
     Need("strategy.distances", "strategy.trained_by", ("clients",)),
     Need("strategy.distances", "strategy.sharing.lora", ("AB", "A", "B")),
     *(
         Need(f"strategy.{name}", "strategy.trained_by", _TRAINS)
-        for name in ("adapters", "lora", "num_neighbors", "sharing")
+        for name in ("adapters", "lora", "neighbors", "num_neighbors", "sharing")
     ),
     Need("strategy.fraction_evaluate", "evaluation.enabled", (True,)),
     Need("strategy.server_optimizer", "strategy.server_optimizer.name", ("adam",)),

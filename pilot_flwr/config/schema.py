@@ -128,11 +128,7 @@ class CloseAfterConfig(Section, prefix="strategy.close_after"):
 
 @dataclass(frozen=True)
 class StrategyConfig(Section, prefix="strategy"):
-    """The server: exchanges, aggregation and timeouts.
-
-    A method is a set of these settings; conf/strategy/ has one file per method and
-    docs/reference/methods.md a table of them.
-    """
+    """The server. A method is a file of these settings in conf/strategy/."""
 
     name: Annotated[str, NAME] = "pilot"
     """Name of the method in tables."""
@@ -148,6 +144,9 @@ class StrategyConfig(Section, prefix="strategy"):
     lora: Annotated[str, choice("adaptive", "task", "global", "exact")] = "adaptive"
     """Aggregation of text adapters: `adaptive` (ATA), mean over a `task`'s clients, `global` mean,
     or `exact` mean of the products B A (FedEx-LoRA)."""
+    neighbors: Annotated[str, choice("fixed", "closest_mean")] = "fixed"
+    """Number of neighbours in the adaptive aggregation: `fixed` (`strategy.num_neighbors`), or for
+    each client the one with which their mean is closest to its own LoRA (`closest_mean`)."""
     num_neighbors: Annotated[int, minimum(1)] = 2
     """M: neighbours of a client in the adaptive aggregation."""
     distances: Annotated[str, choice("exact", "sketch")] = "exact"

@@ -22,7 +22,7 @@ from pilot_flwr.formatting import count
 from pilot_flwr.report.page import Figure, Panel, Table, short, some
 from pilot_flwr.run.aggregations import Matrices, read_matrices
 from pilot_flwr.run.history import RunData
-from pilot_flwr.run.tables import MOST_CLIENTS
+from pilot_flwr.run.tables import MOST_CLIENTS, span
 
 Floats = NDArray[np.float64]
 
@@ -66,10 +66,13 @@ def distances(run: RunData) -> Figure:
         text += "The distances are estimates from a sketch of every LoRA. "
     if strategy.lora == "adaptive":
         own = "the client itself and " if strategy.self_weight else ""
+        number = f"at most {strategy.num_neighbors:,}"
+        if strategy.neighbors == "closest_mean":
+            number = "as many as bring their mean closest to the client's own"
         text += (
-            f"For each client the server mixes the LoRAs of {own}its nearest clients (at most "
-            f"{strategy.num_neighbors:,}), weighted by their numbers of examples and, for "
-            "neighbours, by the inverse of this distance."
+            f"For each client the server mixes the LoRAs of {own}its nearest clients ({number}), "
+            "weighted by their numbers of examples and, for neighbours, by the inverse of this "
+            "distance."
         )
     else:
         text += f"This method does not use them: {_LORA_USE[strategy.lora]}"
@@ -284,7 +287,25 @@ def _figure(run: RunData, name: str, title: str, text: str, drawing: Drawing) ->
         else Table(*_task_rows(run, number, found[number], drawing))
         for number, picture in pictures.items()
     ]
+    if drawing.matrix == "weights" and run.config.strategy.neighbors != "fixed":
+        tables.append(_neighbors(run, found, clients))
     return Figure(name, title, text, panels, tables)
+
+
+def _neighbors(run: RunData, found: dict[int, Matrices], clients: list[str]) -> Table:
+    """Return how many other clients each client's LoRA has; of many clients, the span by task."""
+    others = [
+        dict(zip(m.clients, (m.weights > 0).sum(axis=1) - (m.weights.diagonal() > 0), strict=True))
+        for m in found.values()
+    ]
+    groups = {client: [client] for client in clients}
+    if len(clients) > MOST_CLIENTS:
+        groups = {task: [c for c in clients if run.task_of[c] == task] for task in run.tasks}
+    rows = [["", *(f"exchange {number}" for number in found)]]
+    for name, members in groups.items():
+        drawn = [[int(n[c]) for c in members if c in n] for n in others]
+        rows.append([name, *(span((min(n), max(n))) if n else "–" for n in drawn)])
+    return Table("Neighbours in each client's LoRA", rows)
 
 
 def _about(found: dict[int, Matrices], pictures: dict[int, Picture], drawing: Drawing) -> list[str]:

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from crowds import TASKS, write_run
 from panels import cut_texts, drawn
 
+from pilot_flwr.config.loading import load_config
 from pilot_flwr.report import matrices, scores, timeline
 from pilot_flwr.report.run import FIGURES, write_run_report
 from pilot_flwr.run.aggregations import Matrices, read_matrices
@@ -83,6 +85,13 @@ def test_the_page_says_how_clients_are_ordered_and_lists_tasks(run):
     shares = matrices.mixing_weights(run).tables[0]
     for row in shares.rows[1:]:
         assert sum(map(float, row[1:])) == pytest.approx(1, abs=0.002)
+
+
+def test_the_chosen_numbers_of_neighbours_are_listed_by_task(run):
+    config = load_config("strategy=pilot_auto data.clients_per_task=20")
+    chosen = matrices.mixing_weights(replace(run, config=config)).tables[-1]
+    assert chosen.rows[0] == ["", "exchange 1", "exchange 2", "exchange 3"]
+    assert chosen.rows[1:] == [[task, "3", "3", "3"] for task in run.tasks]
 
 
 def test_a_missing_or_damaged_file_is_a_note(run, tmp_path):

@@ -77,6 +77,7 @@ SAID = [
      ["takes the pooled client's parameters", "`strategy.trained_by` is 'pooled'"]),
     ("strategy=zero_shot", {"weights": {}, "distances": {}, "tasks": {}}, ["Nothing is trained"]),
     ("strategy=local", {"weights": {}, "distances": {}, "tasks": {}}, ["The clients send no LoRA"]),
+    ("strategy=pilot_auto", {}, ["bring their mean closest", "mixes 4 Θ_l, each with 3 others"]),
 ]  # fmt: skip
 
 
@@ -92,12 +93,28 @@ def test_the_sentences_are_the_methods_own(run, overrides, changes, said):
         "R the difference": "strategy=fedex_lora",
         "ψ_c": "none of these exchanges",
     }
-    assert [part for part, owner in foreign.items() if part in text and owner != overrides] == []
+    assert [
+        part for part, owner in foreign.items() if part in text and not overrides.startswith(owner)
+    ] == []
 
 
 def test_of_one_client_there_are_no_matrices(run):
     one = of(run, *SAID[8][:1], **SAID[8][1])
     assert not matrices.distances(one).panels and not matrices.mixing_weights(one).panels
+
+
+def test_the_chosen_numbers_of_neighbours_are_a_table(run):
+    three, pair = ["vqa-0", "vqa-1", "counting-0"], ["counting-0", "counting-1"]
+    weights = {client: dict.fromkeys(three, 1 / 3) for client in three}
+    weights["counting-1"] = dict.fromkeys(pair, 0.5)
+    changes = {"weights": weights, "distances": {c: dict.fromkeys(weights, 0.5) for c in weights}}
+    auto, fixed = (
+        matrices.mixing_weights(of(run, f"strategy={name}", **changes)).tables
+        for name in ("pilot_auto", "pilot")
+    )
+    assert [row[-1] for row in auto[-1].rows] == ["exchange 1", "2", "2", "2", "1"]
+    assert [row[0] for row in auto[-1].rows[1:]] == [*run.task_of]
+    assert [table.title for table in fixed] == [table.title for table in auto[:-1]]
 
 
 def test_a_chip_says_how_much_of_the_lora_was_sent(run, make_model, monkeypatch):

@@ -171,6 +171,21 @@ def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, se
     assert any(name.startswith(stored) for name in kept)
 
 
+def test_chosen_neighbours_are_the_same_after_a_resume(differences, tmp_path):
+    overrides = TWO.replace("clients_per_task=1", "clients_per_task=2") + " strategy=pilot_auto"
+
+    def die(message, reply):
+        if message.metadata.group_id == "3" and message.metadata.message_type == MessageType.TRAIN:
+            raise KeyboardInterrupt
+        return reply
+
+    fresh(tmp_path / "whole", overrides)
+    with pytest.raises(KeyboardInterrupt):
+        fresh(tmp_path / "run", overrides, on_reply=die)
+    go_on(tmp_path / "run", overrides)
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
 def test_it_can_die_again_and_again(interrupted, differences, tmp_path):
     """In every exchange once, after a client has trained, saved and replied."""
 
