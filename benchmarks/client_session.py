@@ -32,7 +32,8 @@ from pilot_flwr.client.personalization import Received, extract_private_state, p
 from pilot_flwr.client.session import run_session, session_generator
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
-from pilot_flwr.config.schema import PilotConfig, TrainConfig
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.model.loading import initial_state, load_processor, loaded_model
 from pilot_flwr.protocol import Instruction, SessionResult

@@ -14,7 +14,7 @@ import torch
 
 from gpu.sizes import EXAMPLE, TASKS, FixedData, Size, make_base
 from pilot_flwr.client.training import autocast, train
-from pilot_flwr.config.schema import TrainConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.model.architectures import spec_of
 from pilot_flwr.model.pilot_model import PilotModel
 

@@ -51,6 +51,7 @@ GROUPS: dict[GroupName, ParameterGroup] = {
         (1, 2),
         sent=True,
     ),
+    # R of exact aggregation, or the received LoRA beside a personal one.
     "residual": ParameterGroup("R", _DECODER + r"(?P<key>.+\.lora_[AB])\.residual\.weight", ()),
     "own_task_adapter": ParameterGroup(
         "ψ_t",
@@ -87,6 +88,8 @@ class Sharing:
     """Uploaded LoRA matrices: ``AB``, ``A``, ``B`` or none (empty)."""
     trained_lora: str = "AB"
     """Trained LoRA matrices: ``AB`` or ``B``."""
+    trained_adapter: bool = True
+    """Whether the own task adapter is trained."""
 
     @classmethod
     def of(cls, sharing: SharingConfig, lora_matrices: str) -> Sharing:
@@ -95,7 +98,9 @@ class Sharing:
 
     def trains(self, group: GroupName, name: str) -> bool:
         """Whether a tensor is trained in the stages of its group."""
-        return group != "lora" or name[-1] in self.trained_lora
+        if group == "lora":
+            return name[-1] in self.trained_lora
+        return group != "own_task_adapter" or self.trained_adapter
 
     def sends(self, group: GroupName, name: str) -> bool:
         """Whether a tensor travels, in both directions."""
@@ -112,6 +117,13 @@ class Sharing:
 
 WHOLE = Sharing()
 """The paper's: all is trained, and Θ_a and Θ_l are uploaded in full."""
+
+PERSONAL_GROUPS: dict[str, tuple[GroupName, ...]] = {
+    "none": (),
+    "whole": ("own_task_adapter", "lora"),
+    "beside": ("lora",),
+}
+"""Groups of a client's personal model, by `train.personal.model`."""
 
 Groups: TypeAlias = "dict[GroupName, dict[str, nn.Parameter]]"
 """Group → name within the group → parameter."""

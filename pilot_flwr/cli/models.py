@@ -202,13 +202,14 @@ def predict(
 
     Example: `pilot-flwr predict RUN --client vqa-0 --data q.json --images images`
     """
+    from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import at_least
-    from pilot_flwr.inference.generate import Answerer, Questions, check_all, open_file
+    from pilot_flwr.inference.generate import Questions, check_all, open_answerer, open_file
 
     at_least("--max-new-tokens", max_new_tokens, 0)
     with new_file("--out", out) if out else contextlib.nullcontext(sys.stdout) as file:
         run, selected = open_model(run_folder, server_round, changes, client, task, state)
-        answerer = Answerer(run.config, load_model(run, selected, device))
+        answerer = open_answerer(run, selected, device=find_device(device), say=say)
         questions = Questions(open_file(run, selected.task, answerer, data, images, plain=plain))
         check_all(questions, answerer)
         _write_answers(questions, answerer, file, max_new_tokens)
@@ -262,14 +263,15 @@ def chat(
     Reads questions from the terminal or a pipe, one per line. Commands in a conversation:
     /image FILE, /reset, /quit.
     """
+    from pilot_flwr.client.node import find_device
     from pilot_flwr.config.rules import at_least
-    from pilot_flwr.inference.generate import Answerer, Conversation
+    from pilot_flwr.inference.generate import Conversation, open_answerer
 
     at_least("--max-new-tokens", max_new_tokens, 1)
     run, selected = open_model(run_folder, server_round, changes, client, task, state)
-    model = load_model(run, selected, device)
+    answerer = open_answerer(run, selected, device=find_device(device), keep=True, say=say)
     conversation = Conversation(
-        Answerer(run.config, model, keep=True),
+        answerer,
         max_new_tokens=max_new_tokens,
         suffix="" if plain else run.prompt_suffix(selected.task),
         pad=run.config.data.image_aspect_ratio == "pad",
@@ -280,7 +282,7 @@ def chat(
     if question is not None:
         _answer(conversation, question)
         return SUCCESS
-    say(f"{selected.name}, stage {model.stage}, task {selected.task}")
+    say(f"{selected.name}, stage {answerer.model.stage}, task {selected.task}")
     if conversation.suffix:
         say(f"Appended to every question: {conversation.suffix!r} (omit with --plain)")
     _talk(conversation)
@@ -374,9 +376,15 @@ def export(
 
 def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str) -> str:
     """Write LoRA and connector; return the model card."""
-    from pilot_flwr.inference.export import export_model, model_card, new_folder
+    from pilot_flwr.inference.export import (
+        check_exportable,
+        export_model,
+        model_card,
+        new_folder,
+    )
     from pilot_flwr.inference.generate import Answerer
 
+    check_exportable(run, selected)
     new_folder(folder)  # fails before the model is loaded
     model = load_model(run, selected, device)
     export_model(
@@ -392,13 +400,14 @@ def _export_adapters(run: "Run", selected: "Selected", folder: Path, device: str
 def _export_merged(run: "Run", selected: "Selected", folder: Path, device: str, dtype: str) -> str:
     """Write a merged checkpoint; return the model card."""
     from pilot_flwr.client.node import find_device
-    from pilot_flwr.inference.export import model_card, new_folder
+    from pilot_flwr.inference.export import check_exportable, model_card, new_folder
     from pilot_flwr.inference.generate import Answerer
     from pilot_flwr.inference.merge import check_mergeable, merge_model
     from pilot_flwr.inference.runs import load_adapters
     from pilot_flwr.model.loading import load_base
     from pilot_flwr.model.pilot_model import PilotModel
 
+    check_exportable(run, selected)
     check_mergeable(selected.private)
     new_folder(folder)
     config = replace(run.config.model, quantization="none", dtype=dtype)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pilot_flwr.config.schema import TrainConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.examples import Example
 
 

@@ -1,5 +1,6 @@
 """One client's data for training and evaluation: examples, collator, feature encoder."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,6 +68,19 @@ class ClientData:
             clients = federation_clients(self.config.data)
             return PooledExamples({c.id: self._examples(c, split) for c in clients})
         return self._examples(self.client, split)
+
+    def instances(self) -> list[Example]:
+        """Return the training examples that weight the model's personal LoRA for every question.
+
+        They are drawn once for the run. Other models have none.
+        """
+        personal = self.config.train.personal
+        if self.model.share is None or not personal.by_question:
+            return []
+        examples = self.examples("train")
+        seed = zlib.crc32(f"{self.config.seed}/{self.client.id}/instances".encode())
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+        return [examples[i] for i in order[: personal.instances].tolist()]
 
     def encoder(self, split: Split) -> Encoder:
         """Return a cached function from batches of examples to their visual features."""

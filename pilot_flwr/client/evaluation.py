@@ -1,20 +1,30 @@
-"""Evaluate one client's personalised model: greedy generation, then the task's metric."""
+"""Evaluate one client's personalised model: greedy generation, then the task's metric.
 
+A personal LoRA beside the received one may have a weight of its own for every question
+(`instance_weights`; Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models",
+NeurIPS 2024, arXiv 2403.19211).
+"""
+
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from pilot_flwr.client.parallel import Ranks
 from pilot_flwr.client.training import ALONE, Encoder, autocast
 from pilot_flwr.config.schema import EvaluationConfig
-from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.collator import Batch, Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import DataError
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.slot import Visual
 from pilot_flwr.protocol import EvaluationResult
 
 
@@ -34,6 +44,7 @@ def evaluate(
     metric: str,
     config: EvaluationConfig,
     autocast_choice: str,
+    instances: Sequence[Example] = (),
     ranks: Ranks = ALONE,
 ) -> EvaluationResult:
     """Answer all examples in the precision of training; score the answers by a key of `METRICS`.
@@ -50,6 +61,7 @@ def evaluate(
         encode=encode,
         config=config,
         autocast_choice=autocast_choice,
+        instances=instances,
         ranks=ranks,
     )
     score = METRICS[metric].score(answers.texts, [example.answers for example in examples])
@@ -71,18 +83,25 @@ def answer(
     encode: Encoder,
     config: EvaluationConfig,
     autocast_choice: str,
+    instances: Sequence[Example] = (),
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
     streamer: Any = None,
 ) -> Answers:
     """Answer the last question of every example, greedily; each of the `ranks` answers a share.
 
+    `instances` are the training examples that weight a personal LoRA for every question, if any.
     `progress` gets the number of this rank's answers after each batch, transformers' `streamer` the
     tokens of a single example's answer. All ranks return all answers.
     """
     model.eval()
     answers: list[str] = []
     cut = 0
+    precision = functools.partial(autocast, model.device, autocast_choice)
+    known = [
+        _represent(model, collator, encode, instances[start : start + config.batch_size], precision)
+        for start in range(0, len(instances), config.batch_size)
+    ]
     size = min(config.batch_size, math.ceil(len(examples) / ranks.number))
     starts = ranks.own(range(0, len(examples), size))
     parts = [range(start, min(start + size, len(examples))) for start in starts]
@@ -90,10 +109,13 @@ def answer(
     visuals = encode([examples[i] for i in part] for part in parts)
     for part in parts:
         batch = collator.prompt_batch([examples[i] for i in part]).to(model.device)
-        with autocast(model.device, autocast_choice):
+        with precision():
+            visual = next(visuals)
+            if known:
+                _weigh(model, batch, visual, torch.cat(known))
             tokens = model.generate(
                 batch,
-                next(visuals),
+                visual,
                 max_new_tokens=config.max_new_tokens,
                 stop=stop,
                 streamer=streamer,
@@ -106,3 +128,39 @@ def answer(
     found = ranks.collect(own)
     by_example = {i: text for _, *texts in found for i, text in texts}
     return Answers([by_example[i] for i in range(len(examples))], sum(cut for cut, *_ in found))
+
+
+def instance_weights(shown: Tensor, known: Tensor, *, largest: float) -> Tensor:
+    """Return the weight of the personal LoRA for each question.
+
+    The cosines of its representation h and those of the S training instances are averaged; a
+    negative mean counts as 0::
+
+        a = largest · max(0, 1/S Σ_s cos(h, h_s))
+
+    Shapes: `shown` (B, C), `known` (S, C), the weights (B,).
+    """
+    cosines = functional.cosine_similarity(shown[:, None], known[None], dim=-1)
+    return largest * cosines.mean(1).clamp(min=0)
+
+
+def _weigh(model: PilotModel, batch: Batch, visual: Visual, known: Tensor) -> None:
+    """Weight the personal LoRA for every question of a batch; represent them by it alone."""
+    assert model.share is not None
+    model.weigh_lora(1.0)
+    shown = model.represent(batch, visual)
+    model.weigh_lora(instance_weights(shown, known, largest=model.share))
+
+
+def _represent(
+    model: PilotModel,
+    collator: Collator,
+    encode: Encoder,
+    examples: Sequence[Example],
+    precision: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
+    """Return the representations (S, C) of training instances by the personal LoRA alone."""
+    model.weigh_lora(1.0)
+    batch = collator.prompt_batch(examples).to(model.device)
+    with precision():
+        return model.represent(batch, next(encode([examples])))

@@ -23,7 +23,8 @@ from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.config import rules
 from pilot_flwr.config.model import ModelConfig
 from pilot_flwr.config.overrides import federation_config
-from pilot_flwr.config.schema import PilotConfig, PrivacyConfig, TrainConfig
+from pilot_flwr.config.schema import PilotConfig, PrivacyConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.client_files import SiteFiles
 from pilot_flwr.data.federation import Client, federation_clients
 from pilot_flwr.errors import ConfigError

@@ -2,6 +2,12 @@
 
 The server holds the task adapters ψ_t and the client's LoRA Θ̄_l. The client holds ψ_s, after stage
 2 ψ_c and φ, and the parts of ψ_t and Θ_l that the run does not send (`strategy.sharing`).
+
+With `train.personal`, a client has a second, personal model: a connector and a LoRA v in place of
+the shared ones (Ditto: Li et al., ICML 2021), or a LoRA beside the received Θ̄_l (FedDPA: Yang et
+al., NeurIPS 2024). A layer then computes, with s = α / r and the personal weight a::
+
+    W x + s (a B_v A_v + (1 − a) B̄ Ā) x
 """
 
 import functools
@@ -11,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 
 from pilot_flwr.algorithm.lora_ranks import rank_of
-from pilot_flwr.algorithm.parameter_groups import GROUPS, WHOLE, Sharing
+from pilot_flwr.algorithm.parameter_groups import GROUPS, PERSONAL_GROUPS, WHOLE, Sharing
 from pilot_flwr.algorithm.server_state import draw_lora
 from pilot_flwr.client.private_state import PrivateState
+from pilot_flwr.config.train import PersonalConfig
 from pilot_flwr.errors import StateError
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.protocol import GroupName, State
@@ -25,7 +32,8 @@ class Received:
 
     `adapters` has ψ_t of all T tasks in stage 2, at least the client's own in stage 1; `lora` is
     Θ̄_l at the client's rank; `residual` is R, which exact aggregation adds to the frozen base.
-    `seed` draws the LoRA matrices that are never sent.
+    `seed` draws the LoRA matrices that are never sent. `personal` says what the client's personal
+    model consists of.
     """
 
     task: str
@@ -35,6 +43,7 @@ class Received:
     residual: State = field(default_factory=dict)
     sharing: Sharing = WHOLE
     seed: int = 0
+    personal: PersonalConfig = field(default_factory=PersonalConfig)
 
 
 def personalize(
@@ -49,12 +58,13 @@ def personalize(
     """Load the client's adapters into `model`, in the architecture of `stage`.
 
     `generator` draws φ when stage 2 begins. `initialisation` overrides the model's own for a client
-    without private state. Raises `StateError` if the private state is for other tasks or another
-    `strategy.sharing`.
+    without private state. Raises `StateError` if the private state is for other tasks, another
+    `strategy.sharing` or another `train.personal.model`.
     """
     if private is None:
         model.enter_stage1(received.task, initialisation=initialisation)
     else:
+        _check_personal(private, received.personal.model)
         model.enter_stage1(received.task)
         model.load("client_adapter", private.groups["client_adapter"])
         if stage == 2:
@@ -77,7 +87,7 @@ def personalize_as_trained(
     """Load the client's adapters as it last trained them, to evaluate, use or export the model.
 
     Without private state this is stage 1 with an inert ψ_s, also the consensus model of a task.
-    Ditto's personal model, if any, replaces the shared one.
+    A client that has trained a personal model gets that one.
     """
     # A private state of stage 2 holds φ, which replaces the one that the generator draws.
     personalize(
@@ -88,8 +98,29 @@ def personalize_as_trained(
         generator=torch.Generator(),
         initialisation="identity",
     )
+    if private is not None:
+        load_personal(model, private, received)
+
+
+def load_personal(model: PilotModel, private: PrivateState | None, received: Received) -> None:
+    """Turn the shared model, which `personalize` has loaded, into the client's personal one.
+
+    Without private state the personal parameters are new and start as the received ones.
+    """
+    if received.personal.model == "beside":
+        model.set_residual(received.lora, share=received.personal.share)
     for group, state in (private.personal if private else {}).items():
         model.load(group, state)
+
+
+def _check_personal(private: PrivateState, kind: str) -> None:
+    """Raise `StateError` unless the private state's personal model is of `kind`."""
+    if private.personal.keys() != set(PERSONAL_GROUPS[kind]):
+        parts = " and ".join(sorted(private.personal))
+        raise StateError(
+            f"The private state holds {f'a personal model of {parts}' if parts else 'no personal model'} "
+            f"but this run has `train.personal.model={kind}`: the state is of another run."
+        )
 
 
 def extract_private_state(model: PilotModel, sharing: Sharing) -> PrivateState:

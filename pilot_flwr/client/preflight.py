@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.algorithm.parameter_groups import PERSONAL_GROUPS, Sharing
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.private_state import KEPT_STATES
 from pilot_flwr.config.schema import PilotConfig
@@ -60,7 +60,7 @@ def _check_state_room(site: Site, config: PilotConfig) -> None:
     sharing = Sharing.of(config.strategy.sharing, config.train.lora_matrices)
     tasks, stages = tuple(config.data.tasks), config.strategy.stages
     layout = layout_of(config.model, tasks, sharing, stages=stages)
-    personal = layout.personal_bytes if config.train.ditto.enabled else 0
+    personal = sum(layout.personal_bytes[g] for g in PERSONAL_GROUPS[config.train.personal.model])
     moments = layout.moments_bytes if config.train.schedule == "run" else 0
     check_room(site.state_folder, layout.private_bytes + personal + moments + layout.error_bytes)
 

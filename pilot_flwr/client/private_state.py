@@ -38,7 +38,7 @@ ADVICE = (
 """How to recover from a file that cannot be used."""
 
 _PERSONAL = "personal/"
-"""Prefix of the tensor names of Ditto's personal model."""
+"""Prefix of the tensor names of a personal model."""
 
 _ERRORS = "errors/"
 """Prefix of the tensor names of an upload's compression errors."""
@@ -63,8 +63,8 @@ class PrivateState:
     """The tensors that never leave a client: ψ_s, after stage 2 ψ_c and φ, and unshared ones.
 
     `stage` is the last one trained; after stage 2, `tasks` has the T tasks in the router's order.
-    `groups` has the private groups and the unsent tensors of the others, `personal` all tensors of
-    Ditto's personal model, `errors` the compression errors of the last upload
+    `groups` has the private groups and the unsent tensors of the others, `personal` those of a
+    personal model (`train.personal`), `errors` the compression errors of the last upload
     (`model.sent_dtype`), `moments` AdamW's of the trained tensors (`train.schedule=run`).
     """
 

@@ -13,7 +13,8 @@ from pilot_flwr.client.evaluation import answer
 from pilot_flwr.client.node import Site, find_device
 from pilot_flwr.client.parallel import Ranks
 from pilot_flwr.client.training import Proximal, RunSchedule, train
-from pilot_flwr.config.schema import PilotConfig, TrainConfig
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.client_files import Split
 from pilot_flwr.errors import StateError
 from pilot_flwr.model.pilot_model import PilotModel
@@ -25,9 +26,10 @@ from pilot_flwr.protocol import TrainingResult
 class Part:
     """One training or evaluation, for the client's other processes.
 
-    `tasks` has the client's own first; `residual` the shapes of R; `examples` is the size of the
-    split; `train` is None in evaluation; `generator` is the state of the training's generator;
-    `schedule` has no moments, which rank 0 broadcasts.
+    `tasks` has the client's own first; `residual` the shapes of the frozen LoRA beside Θ_l; `share`
+    is `PilotModel.share`; `examples` is the size of the split; `train` is None in evaluation;
+    `generator` is the state of the training's generator; `schedule` has no moments, which rank 0
+    broadcasts.
     """
 
     site: Site
@@ -36,6 +38,7 @@ class Part:
     stage: int
     lora_rank: int
     residual: dict[str, tuple[int, ...]]
+    share: float | None
     split: Split
     examples: int
     train: TrainConfig | None
@@ -60,7 +63,8 @@ def take_part(ranks: Ranks, part: Part) -> None:
         if part.stage == 2:
             model.enter_stage2(part.tasks, torch.Generator())
         model.set_lora_rank(part.lora_rank)
-        model.set_residual({name: torch.zeros(shape) for name, shape in part.residual.items()})
+        residual = {name: torch.zeros(shape) for name, shape in part.residual.items()}
+        model.set_residual(residual, share=part.share)
         ranks.spread(adapters(model))
         examples = data.examples(part.split)
         if len(examples) != part.examples:
@@ -76,6 +80,7 @@ def take_part(ranks: Ranks, part: Part) -> None:
                 encode=data.encoder(part.split),
                 config=config.evaluation,
                 autocast_choice=config.train.autocast,
+                instances=data.instances(),
                 ranks=ranks,
             )
             return

@@ -3,13 +3,16 @@
 The client side of the algorithm, without Flower (docs/explanation/method.md, section 3). The base
 model stays in the process; each session loads the received adapters and the private state.
 
-With Ditto (Li et al., ICML 2021, arXiv 2012.04221), a session also trains a personal model v on the
-client's loss F_k, pulled to the shared model w as the server sent it (algorithm 1, lines 5 to 8)::
+With `train.personal`, a session also trains a personal model v on the client's loss F_k, with the
+shared model w as the server sent it (`pilot_flwr.client.personalization`). In Ditto (Li et al.,
+ICML 2021, arXiv 2012.04221, algorithm 1, lines 5 to 8), v is pulled to w::
 
     min over v of   F_k(v) + λ / 2 · ‖v − w_sent‖²
 
-v starts as the first w sent, never leaves the client, and is evaluated instead of w. Each of the
-two gets half of the epochs, so that a session takes as many steps as with another method.
+In FedDPA-T (Yang et al., NeurIPS 2024, arXiv 2403.19211), v is a LoRA beside that of w_sent, which
+is frozen. v starts as the first w sent, never leaves the client, and is evaluated instead of w.
+Each of the two gets half of the epochs, so that a session takes as many steps as with another
+method.
 
 With several processes (`pilot_flwr.client.parallel`), the session runs in the first of them; the
 others take part in training and evaluation alone (`pilot_flwr.client.rank`).
@@ -25,7 +28,7 @@ from dataclasses import replace
 import torch
 
 from pilot_flwr.algorithm.lora_ranks import rank_of
-from pilot_flwr.algorithm.parameter_groups import Sharing
+from pilot_flwr.algorithm.parameter_groups import PERSONAL_GROUPS, Sharing
 from pilot_flwr.algorithm.quantization import compress
 from pilot_flwr.client.client_data import SESSION_LOCK, open_client_data
 from pilot_flwr.client.evaluation import evaluate
@@ -34,6 +37,7 @@ from pilot_flwr.client.parallel import Ranks, in_parallel
 from pilot_flwr.client.personalization import (
     Received,
     extract_private_state,
+    load_personal,
     personalize,
     personalize_as_trained,
 )
@@ -41,7 +45,8 @@ from pilot_flwr.client.privacy import release
 from pilot_flwr.client.private_state import PrivateState
 from pilot_flwr.client.rank import Part, adapters, take_part, train_client
 from pilot_flwr.client.training import Proximal, RunSchedule, check_finite, sent_parameters
-from pilot_flwr.config.schema import DittoConfig, PilotConfig, TrainConfig
+from pilot_flwr.config.schema import PilotConfig
+from pilot_flwr.config.train import PersonalConfig, TrainConfig
 from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.federation import declared_examples
 from pilot_flwr.errors import ConfigError, StateError
@@ -62,7 +67,7 @@ PATIENCE_SECONDS = 60.0
 """How long a session waits for an earlier one that the server has given up."""
 
 SHARED: tuple[GroupName, ...] = ("own_task_adapter", "lora")
-"""Θ_a and Θ_l: the groups of the upload, and of Ditto's v."""
+"""Θ_a and Θ_l: the groups of the upload."""
 
 
 def run_session(
@@ -151,6 +156,7 @@ class Session:
             instruction.residual,
             self.sharing,
             config.seed,
+            config.train.personal,
         )
         device = find_device(site.device)
         if instruction.train:
@@ -177,6 +183,7 @@ class Session:
                 metric=self.data.metric,
                 config=self.config.evaluation,
                 autocast_choice=self.config.train.autocast,
+                instances=self.data.instances(),
                 ranks=ranks,
             )
 
@@ -199,7 +206,7 @@ class Session:
         trained = replace(trained, errors=errors)
         if schedule is not None:
             trained = replace(trained, moments=schedule.moments)
-        if self.config.train.ditto.enabled:
+        if self.config.train.personal.model != "none":
             personal, second = self._train_personal(generator)
             trained = replace(trained, personal=personal)
             training = replace(
@@ -219,21 +226,16 @@ class Session:
     def _train_personal(
         self, generator: torch.Generator
     ) -> tuple[dict[GroupName, State], TrainingResult]:
-        """Train Ditto's v, pulled to w as the server sent it; return v by group."""
+        """Train the personal model from what the server sent; return it by group."""
         self._personalize(generator)
-        sent = sent_parameters(self.model, self.sharing)
-        pull = Proximal(sent, self.config.train.ditto.weight)
-        if self.private is not None:
-            if self.private.personal.keys() != set(SHARED):
-                raise StateError(
-                    "The private state holds no personal model: it is from a run without "
-                    "`train.ditto.enabled`."
-                )
-            for group, state in self.private.personal.items():
-                self.model.load(group, state)
+        personal = self.config.train.personal
+        groups = PERSONAL_GROUPS[personal.model]
+        sent = sent_parameters(self.model, self.sharing, groups) if personal.pull > 0 else []
+        pull = Proximal(sent, personal.pull) if sent else None
+        load_personal(self.model, self.private, self.received)
         result = self._fit(generator, pull)
         check_finite(self.model)
-        return {group: self.model.state(group) for group in SHARED}, result
+        return {group: self.model.state(group) for group in groups}, result
 
     def _personalize(self, generator: torch.Generator) -> None:
         stage = self.instruction.stage
@@ -258,8 +260,8 @@ class Session:
     ) -> TrainingResult:
         """Train the loaded model on the client's training split."""
         config = self.config.train
-        if config.ditto.enabled:  # two models, half of the epochs each
-            config = replace(config, epochs=config.epochs // 2, ditto=DittoConfig())
+        if config.personal.model != "none":  # two models, half of the epochs each
+            config = replace(config, epochs=config.epochs // 2, personal=PersonalConfig())
         with self._ranks("train", config, generator, schedule) as ranks:
             return train_client(
                 ranks, self.data, config, generator, proximal=proximal, run_schedule=schedule
@@ -282,6 +284,7 @@ class Session:
             stage=self.model.stage,
             lora_rank=rank_of(groups["lora"]),
             residual={n: tuple(p.shape) for n, p in groups["residual"].items()},
+            share=self.model.share,
             split=split,
             examples=len(self.data.examples(split)),
             train=train,

@@ -8,23 +8,30 @@ With `train.loss_reduction=micro_batch`, it is the mean of the micro-batches' gr
 `Proximal` adds ``μ / 2 · ‖w − w_sent‖²``, a pull towards the parameters that the server sent: for
 the shared model in FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys
 2020, equation 2), for the personal one in Ditto (Li et al., "Ditto: Fair and Robust Federated
-Learning Through Personalization", ICML 2021, algorithm 1).
+Learning Through Personalization", ICML 2021, algorithm 1). Beside a received LoRA
+(`PilotModel.share`), only the personal LoRA is trained.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from pilot_flwr.algorithm.connector import ConnectorOutput, CrossTaskMoA
-from pilot_flwr.algorithm.parameter_groups import Groups, Sharing, set_trainable, trained_groups
+from pilot_flwr.algorithm.parameter_groups import (
+    GROUPS,
+    Groups,
+    Sharing,
+    set_trainable,
+    trained_groups,
+)
 from pilot_flwr.client.batching import optimizer_steps
 from pilot_flwr.client.parallel import Ranks
-from pilot_flwr.config.schema import TrainConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
 from pilot_flwr.errors import StateError, TrainingError
@@ -82,7 +89,7 @@ def train(
         raise TrainingError("There is no training example.")
     per_step = config.batch_size * config.accumulation_steps
     num_steps = config.epochs * math.ceil(len(examples) / per_step)
-    parts = Sharing(trained_lora=config.lora_matrices)
+    parts = Sharing(trained_lora=config.lora_matrices, trained_adapter=model.share is None)
     set_trainable(model.groups(), stage=model.stage, sharing=parts)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
     trained = [p for named in model.groups().values() for p in named.values() if p.requires_grad]
@@ -217,13 +224,15 @@ class Proximal:
         return _losses(total=loss, proximal=loss)
 
 
-def sent_parameters(model: PilotModel, sharing: Sharing) -> list[nn.Parameter]:
-    """Return w of `Proximal`: the parameters that are sent and trained."""
+def sent_parameters(
+    model: PilotModel, sharing: Sharing, groups: Collection[GroupName] = tuple(GROUPS)
+) -> list[nn.Parameter]:
+    """Return w of `Proximal`: the parameters of `groups` that are sent and trained."""
     return [
         parameter
         for group, named in model.groups().items()
         for name, parameter in named.items()
-        if sharing.sends(group, name) and sharing.trains(group, name)
+        if group in groups and sharing.sends(group, name) and sharing.trains(group, name)
     ]
 
 

@@ -118,7 +118,7 @@ def check_limits(settings: object, section: str) -> None:
 class Section:
     """Base of the dataclasses of settings: checks the limits of an instance when it is made.
 
-    `prefix` is the section's dotted name: ``class DittoConfig(Section, prefix="train.ditto")``.
+    `prefix` is the section's dotted name: ``class PrivacyConfig(Section, prefix="privacy")``.
     """
 
     _prefix: ClassVar[str]
@@ -158,19 +158,22 @@ RULES = (
             "strategy.fraction_train": 1,
             "strategy.fraction_evaluate": 1,
             "strategy.min_train_nodes": 0,  # one client trains
-            "train.ditto.enabled": False,
+            "train.personal.model": "none",
             "privacy.enabled": False,
         },
     ),
-    # The personal model is a second copy of the shared one, so all trained parameters are shared.
-    Rule(
-        {"train.ditto.enabled": True},
-        {
-            **_ONE_CONNECTOR,
-            **_ALL_SHARED,
-            "strategy.trained_by": "clients",
-            "train.schedule": "exchange",  # the moments of one model are kept, not of two
-        },
+    # A personal model starts as the received one, so all trained parameters are shared.
+    *(
+        Rule(
+            {"train.personal.model": model},
+            {
+                **_ONE_CONNECTOR,
+                **_ALL_SHARED,
+                "strategy.trained_by": "clients",
+                "train.schedule": "exchange",  # the moments of one model are kept, not of two
+            },
+        )
+        for model in ("whole", "beside")
     ),
     # FedEx-LoRA needs the products B A, and their mean rather than a step towards it.
     Rule(
@@ -178,7 +181,7 @@ RULES = (
         {
             "strategy.sharing.lora": "AB",
             "strategy.server_optimizer.name": "none",
-            "train.ditto.enabled": False,
+            "train.personal.model": "none",
             "train.lora_matrices": "AB",
         },
     ),
@@ -279,7 +282,7 @@ NEEDED = (
             *("warmup_ratio", "schedule", "weight_decay", "max_grad_norm", "clipping"),
             *("loss_reduction", "batching", "log_every_seconds", "stage1", "stage2"),
             *("difference_loss", "balance_loss", "balance_weight", "z_weight", "lr_scale"),
-            *("lora_matrices", "ditto"),
+            *("lora_matrices", "personal"),
         )
     ),
     Need("train.stage2", "strategy.stages", (2,)),
@@ -289,7 +292,12 @@ NEEDED = (
     Need("train.balance_loss", "train.balance_weight", ABOVE_0),
     Need("train.balance_weight", "strategy.stages", (2,)),
     Need("train.z_weight", "strategy.stages", (2,)),
-    Need("train.ditto", "train.ditto.enabled", (True,)),
+    Need("train.personal.pull", "train.personal.model", ("whole", "beside")),
+    *(
+        Need(f"train.personal.{name}", "train.personal.model", ("beside",))
+        for name in ("share", "weighting", "instances")
+    ),
+    Need("train.personal.instances", "train.personal.weighting", ("similarity",)),
     Need("simulation", "strategy.clients", (0,)),
     Need("simulation.address", "simulation.engine", ("ray",)),
     Need("run.restarts", "simulation.engine", ("ray",)),
@@ -335,7 +343,7 @@ SMALLER_RANK: dict[str, tuple[object, ...]] = {
     # These keep values of the factors between exchanges, and a truncation replaces the factors.
     "strategy.server_optimizer.name": ("none",),
     "train.schedule": ("exchange",),
-    "train.ditto.enabled": (False,),
+    "train.personal.model": ("none",),
     "model.sent_dtype": ("same", "float32", "bfloat16"),
 }
 """Values that settings must have in a run with a client of a smaller LoRA rank."""

@@ -14,8 +14,8 @@ from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import Client, check_references, task_metric
 from pilot_flwr.errors import DataError
-from pilot_flwr.inference.generate import Answerer, check_all, open_file
-from pilot_flwr.inference.runs import Run, Selected, last_scores, load_model
+from pilot_flwr.inference.generate import Answerer, check_all, open_answerer, open_file
+from pilot_flwr.inference.runs import Run, Selected, last_scores
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.events import Evaluated
 from pilot_flwr.run.history import mean_over_tasks, task_scores
@@ -86,7 +86,7 @@ def evaluate_models(
     rows = []
     for client, selected in models:
         metric = source.metric or task_metric(run.config.data, client.task)
-        answerer = Answerer(run.config, load_model(run, selected, device=device))
+        answerer = open_answerer(run, selected, device=device, say=say)
         examples = _examples(run, client, source, answerer, say)
         if not examples:
             raise DataError("There is no example to score.")

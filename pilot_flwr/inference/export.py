@@ -52,6 +52,17 @@ def new_folder(folder: Path) -> None:
         raise RunError(f"{folder} cannot be written: {error.strerror}.") from None
 
 
+def check_exportable(run: Run, selected: Selected) -> None:
+    """Raise `ModelError` if a model's LoRA has another weight for every question."""
+    if selected.private is not None and run.recorded.train.personal.by_question:
+        raise ModelError(
+            f"The personalised model of client {selected.name!r} cannot be exported: it weights "
+            "its personal LoRA for every question (`train.personal.weighting=similarity`), which "
+            "no fixed LoRA computes. Export the consensus model of its task with `--task`, or use "
+            "`pilot-flwr predict` and `chat`."
+        )
+
+
 def export_model(
     model: PilotModel,
     folder: Path,
@@ -118,11 +129,14 @@ def export_model(
 def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
     """Write Θ_l in peft's format, for a `PeftModel` around the whole base model.
 
-    The residual of exact aggregation is appended to the factors, at the same scale α / r.
+    A frozen LoRA beside it is appended to the factors, at the same scale α / r: the residual of
+    exact aggregation, or the received LoRA, weighted as the personal one beside it.
     """
-    lora, state = model.config.lora, model.state("lora")
-    if residual := model.state("residual"):
-        state = joined(state, residual)
+    lora, state, beside = model.config.lora, model.state("lora"), model.state("residual")
+    if model.share is not None:
+        state, beside = _weighted(state, model.share), _weighted(beside, 1 - model.share)
+    if beside:
+        state = joined(state, beside)
     rank = len(next(tensor for name, tensor in state.items() if name.endswith("lora_A")))
     targets = "|".join(map(re.escape, lora.targets))
     decoder = next(name for name, m in model.base.named_modules() if m is model.decoder)
@@ -139,6 +153,11 @@ def export_lora(model: PilotModel, folder: Path, *, base: str) -> None:
         f"base_model.model.{decoder}.{name}.weight": tensor for name, tensor in state.items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _weighted(lora: State, weight: float) -> State:
+    """Multiply the product B A of every layer."""
+    return {name: weight * t if name.endswith("lora_B") else t for name, t in lora.items()}
 
 
 def _connector_tensors(model: PilotModel, *, client_adapter: bool) -> State:

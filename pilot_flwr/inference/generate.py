@@ -1,12 +1,15 @@
 """Answer questions with a loaded model: examples, conversations and files."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
+from pilot_flwr.client.client_data import ClientData
 from pilot_flwr.client.evaluation import answer
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.config.schema import PilotConfig
@@ -16,8 +19,8 @@ from pilot_flwr.data.images import ImageFile, mean_colour
 from pilot_flwr.data.llava import LlavaExamples, Reading, row_id, to_example
 from pilot_flwr.data.row_files import open_rows
 from pilot_flwr.data.turns import UNANSWERED
-from pilot_flwr.errors import DataError
-from pilot_flwr.inference.runs import Run
+from pilot_flwr.errors import ConfigError, DataError
+from pilot_flwr.inference.runs import Run, Selected, load_model
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_processor, make_collator
 from pilot_flwr.model.pilot_model import PilotModel
@@ -38,11 +41,19 @@ class _Pieces(transformers.TextStreamer):  # type: ignore[misc]
 class Answerer:
     """Generates answers as in the run's evaluation: greedily, in the same precision.
 
-    With `keep`, image features are cached in memory.
+    With `keep`, image features are cached in memory. `instances` are the training examples that
+    weight a personal LoRA for every question, if any.
     """
 
-    def __init__(self, config: PilotConfig, model: PilotModel, *, keep: bool = False) -> None:
-        self.config, self.model = config, model
+    def __init__(
+        self,
+        config: PilotConfig,
+        model: PilotModel,
+        *,
+        keep: bool = False,
+        instances: Sequence[Example] = (),
+    ) -> None:
+        self.config, self.model, self.instances = config, model, instances
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
             config.model, self.processor, max_length=config.train.max_length
@@ -92,6 +103,7 @@ class Answerer:
                 ),
                 config=evaluation,
                 autocast_choice=self.config.train.autocast,
+                instances=self.instances,
                 progress=progress,
                 streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
             ).texts
@@ -99,6 +111,45 @@ class Answerer:
     def end_token_ids(self) -> list[int]:
         """Return the tokens that end an answer, by the chat template or the checkpoint."""
         return self.model.end_tokens(self.collator.end_token_id())
+
+
+def open_answerer(
+    run: Run,
+    selected: Selected,
+    *,
+    device: torch.device,
+    keep: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Answerer:
+    """Load a selected model to answer as in the run.
+
+    Parameters
+    ----------
+    run, selected, device : Run, Selected, torch.device
+        As for `pilot_flwr.inference.runs.load_model`.
+    keep : bool
+        Cache image features in memory.
+    say : callable
+        Prints a line for the user about skipped training rows.
+
+    Raises
+    ------
+    ConfigError, DataError
+        The model needs training examples of the client that cannot be read.
+    """
+    model, instances = load_model(run, selected, device=device), []
+    if selected.client is not None and model.share is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            data = ClientData(selected.client, run.config, model, folder=Path(folder), progress=say)
+            try:
+                instances = data.instances()
+            except (ConfigError, DataError) as error:
+                raise type(error)(
+                    f"The personalised model of client {selected.name!r} weights its personal LoRA "
+                    f"by training examples of the client, which cannot be read here: {error} The "
+                    "consensus model of its task (`--task`) needs none."
+                ) from None
+    return Answerer(run.config, model, keep=keep, instances=instances)
 
 
 class Conversation:

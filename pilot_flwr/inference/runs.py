@@ -88,6 +88,7 @@ class Run:
             checkpoint.residual(),
             sharing,
             recorded.seed,
+            recorded.train.personal,
         )
 
     def prompt_suffix(self, task: str) -> str:

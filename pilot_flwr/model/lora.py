@@ -1,6 +1,6 @@
 """Add peft's LoRA, the text adapter Θ_l, to a language model, and a residual beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import peft
 from peft.tuners.lora import LoraLayer
@@ -31,7 +31,7 @@ def add_lora(language_model: nn.Module, lora: LoraConfig, *, dtype: dtype) -> No
 
 
 def set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> None:
-    """Put the residual of exact aggregation beside Θ_l, in place of the previous one.
+    """Put a frozen LoRA beside Θ_l, in place of the previous one.
 
     Every layer with a ``<layer>.lora_A`` and ``<layer>.lora_B`` in `residual` gets a second,
     frozen LoRA of peft: same scale, no dropout, float32.
@@ -55,3 +55,16 @@ def set_residual(language_model: nn.Module, residual: Mapping[str, Tensor]) -> N
         if f".{RESIDUAL}." in name:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(name in trainable and f".{RESIDUAL}." not in name)
+
+
+def scale_loras(
+    layers: Iterable[LoraLayer], lora: LoraConfig, own: float | Tensor, beside: float | Tensor
+) -> None:
+    """Multiply the outputs of Θ_l and of the frozen LoRA beside it, at their scale α / r."""
+    for layer in layers:
+        for name, factor in (("default", own), (RESIDUAL, beside)):
+            if name in layer.lora_A:
+                scale = factor * (lora.alpha / lora.rank)
+                if isinstance(scale, Tensor):  # layers may be on several devices
+                    scale = scale.to(layer.lora_A[name].weight.device)
+                layer.scaling[name] = scale

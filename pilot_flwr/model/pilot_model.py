@@ -42,7 +42,7 @@ from pilot_flwr.model.architectures import (
     spec_of,
     token_channels,
 )
-from pilot_flwr.model.lora import add_lora, set_residual
+from pilot_flwr.model.lora import add_lora, scale_loras, set_residual
 from pilot_flwr.model.processor import PIXELS, Inputs, stand_in
 from pilot_flwr.model.slot import Slot, Visual, replaced
 from pilot_flwr.protocol import GroupName, State
@@ -105,6 +105,8 @@ class PilotModel(nn.Module):
             for layer in self.decoder.layers:
                 layer.compile(dynamic=True)
         self.own_task = ""  # the task of the client whose session it is
+        self.share: float | None = None
+        """Weight of a personal LoRA beside the received one; None: Θ_l is the shared one."""
         self._groups: Groups | None = None
         self._lora_layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
         projector = base.model.get_submodule(self.spec.projector)
@@ -220,15 +222,32 @@ class PilotModel(nn.Module):
             a.weight = nn.Parameter(a.weight.new_zeros(rank, a.in_features))
             b.weight = nn.Parameter(b.weight.new_zeros(b.out_features, rank))
             layer.r["default"] = a.out_features = b.in_features = rank
-            layer.lora_alpha["default"] = layer.scaling["default"] * rank
+            layer.lora_alpha["default"] = self.config.lora.alpha / self.config.lora.rank * rank
             self._groups = None
 
-    def set_residual(self, residual: State) -> None:
-        """Replace R, the frozen residual of exact aggregation beside Θ_l."""
+    def set_residual(self, residual: State, *, share: float | None = None) -> None:
+        """Replace the frozen LoRA beside Θ_l: R of exact aggregation, which is added to it.
+
+        With `share` it is the received LoRA beside a personal one, and `weigh_lora` weights both.
+        """
         if residual or self.groups()["residual"]:
             self._groups = None
             set_residual(self.decoder, residual)
         self.load("residual", residual)
+        self.share = share
+        if share is None:
+            scale_loras(self._lora_layers, self.config.lora, 1.0, 1.0)
+        else:
+            self.weigh_lora(share)
+
+    def weigh_lora(self, weight: float | Tensor) -> None:
+        """Weight Θ_l by `weight`, a number or one for each row of a batch (B,), the other by rest.
+
+        The other is the frozen LoRA of `set_residual`.
+        """
+        if isinstance(weight, Tensor):
+            weight = weight[:, None, None]  # over tokens and channels
+        scale_loras(self._lora_layers, self.config.lora, weight, 1 - weight)
 
     @functools.cached_property
     def vision_identity(self) -> str:
@@ -393,6 +412,21 @@ class PilotModel(nn.Module):
                 **images,
             )
         return tokens[:, batch.input_ids.shape[1] :]
+
+    def represent(self, batch: Batch, visual: Visual) -> Tensor:
+        """Return the decoder's last hidden state of every prompt's last token (B, C), in float32.
+
+        `batch` is padded on the left, as for `generate`.
+        """
+        states: list[Tensor] = []
+        hook = self.decoder.register_forward_hook(
+            lambda module, args, output: states.append(output.last_hidden_state[:, -1])
+        )
+        try:
+            self.generate(batch, visual, max_new_tokens=1)
+        finally:
+            hook.remove()
+        return states[0].float().to(self.device)
 
     @contextlib.contextmanager
     def _without_generation_defaults(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pilot_flwr.algorithm.fedex_lora import largest_residual
-from pilot_flwr.algorithm.parameter_groups import GROUPS, Sharing, decoder_matrix
+from pilot_flwr.algorithm.parameter_groups import PERSONAL_GROUPS, Sharing, decoder_matrix
 from pilot_flwr.algorithm.quantization import compressed_bytes
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import TrainingError
@@ -215,8 +215,8 @@ def _stage_plan(config: PilotConfig, number: int, batch: MicroBatch) -> StagePla
     numbers = stage.count(lambda group, name: True)
     trained, sent = stage.count(stage.trains), stage.count(sharing.sends)
     kept = stage.count(sharing.keeps)
-    if config.train.ditto.enabled:  # a second copy of the uploaded groups
-        kept |= {g: kept[g] + numbers[g] for g, row in GROUPS.items() if row.sent}
+    personal = PERSONAL_GROUPS[config.train.personal.model]
+    kept |= {group: kept[group] + numbers[group] for group in personal}
     adapters = len(config.data.tasks) if number == 2 else 1
     return StagePlan(
         parameters=numbers,
@@ -230,11 +230,22 @@ def _stage_plan(config: PilotConfig, number: int, batch: MicroBatch) -> StagePla
         up_bytes=_up_bytes(stage, sharing),
         down_bytes=(sent["lora"] + adapters * sent["own_task_adapter"]) * width + residuals[-1],
         residual_bytes=residuals,
-        memory=training_memory(stage, batch),
+        memory=_memory(config, stage, batch),
         moments_bytes=(config.train.schedule == "run")
         * (2 * DTYPE_BYTES[config.model.adapter_dtype] * sum(trained.values())),
         error_bytes=sum(sent.values()) * width if config.model.upload_bits else 0,
     )
+
+
+def _memory(config: PilotConfig, stage: Stage, batch: MicroBatch) -> Memory:
+    """Estimate the peak of a training step, of the shared model or of a personal LoRA beside it."""
+    memory = training_memory(stage, batch)
+    if config.train.personal.model != "beside":
+        return memory
+    sharing = replace(stage.sharing, trained_adapter=False)
+    personal = replace(stage, sharing=sharing)
+    personal.groups["residual"] = personal.groups["lora"]  # the received LoRA, frozen
+    return max(memory, training_memory(personal, batch), key=lambda found: found.total)
 
 
 def _up_bytes(stage: Stage, sharing: Sharing) -> int:

@@ -55,8 +55,8 @@ class Layout:
     """Group → tensor → shape of the shared parts of Θ_a and Θ_l, in `model.sent_dtype`."""
     private_bytes: int
     """Size of the private state after the last stage: ψ_s, T − 1 ψ_c, φ, and unshared tensors."""
-    personal_bytes: int
-    """Size of Ditto's second copy of Θ_a and Θ_l (`train.ditto`)."""
+    personal_bytes: dict[GroupName, int]
+    """Sizes of copies of Θ_a and Θ_l, of which a personal model consists (`train.personal`)."""
     moments_bytes: int
     """Size of AdamW's two moments of all tensors that the last stage trains (`train.schedule`)."""
     error_bytes: int
@@ -83,7 +83,6 @@ def layout_of(
             numel({n: s for n, s in shapes.items() if sharing.keeps(group, n)})
             for group, shapes in groups.items()
         )
-        personal = sum(numel(groups[group]) for group in uploaded)
         trained = sum(
             numel({n: s for n, s in groups[group].items() if sharing.trains(group, n)})
             for group, row in GROUPS.items()
@@ -93,7 +92,7 @@ def layout_of(
         _LAYOUTS[key] = Layout(
             sent,
             private_bytes=width * private,
-            personal_bytes=width * personal,
+            personal_bytes={group: width * numel(groups[group]) for group in uploaded},
             moments_bytes=2 * width * trained,
             error_bytes=DTYPE_BYTES[config.wire_dtype] * uploads if config.upload_bits else 0,
         )

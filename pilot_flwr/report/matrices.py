@@ -255,10 +255,10 @@ def _figure(run: RunData, name: str, title: str, text: str, drawing: Drawing) ->
     found, notes = _matrices(run)
     if not found:
         return Figure(name, title, " ".join(notes) or _no_matrices(run.config))
-    if run.config.train.ditto.enabled:
+    if run.config.train.personal.model != "none":
         text += (
             " This is the shared model; a client is scored by its personal model v, which is "
-            "trained towards the shared one and never sent (Ditto)."
+            "never sent."
         )
     seen = {client for matrices in found.values() for client in matrices.clients}
     clients = [client for client in run.task_of if client in seen]

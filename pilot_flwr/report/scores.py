@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from pilot_flwr.config.schema import TrainConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.report.page import (
     GREY,
@@ -224,8 +224,8 @@ def _about(train: TrainConfig, parts: Sequence[str]) -> str:
             " μ/2 ‖Θ − Θ_sent‖² is FedProx's proximal term over the parameters that are sent and "
             f"trained, shown with its coefficient; μ is {train.proximal_weight:g}."
         )
-    if train.ditto.enabled:
-        text += " These are losses of the shared model; Ditto's personal model v reports none."
+    if train.personal.model != "none":
+        text += " These are losses of the shared model; the personal model v reports none."
     return text
 
 

@@ -85,8 +85,8 @@ def time_line(run: RunData) -> Figure:
         "clients; their width is relative to the largest. "
         f"{', '.join(text for group, text in SYMBOLS.items() if group in groups)}."
     )
-    if run.config.train.ditto.enabled:
-        text += " Each client also trains a personal model v, by which it is scored (Ditto)."
+    if run.config.train.personal.model != "none":
+        text += " Each client also trains a personal model v, by which it is scored."
     if left_out := len(by_number) - len(shown):
         text += f" {count(left_out, 'exchange')} of {len(by_number)} not drawn."
     exchanges = [by_number[number] for number in shown]

@@ -29,7 +29,7 @@ GROUPS = ("lora", "own_task_adapter")
 def runs(tmp_path_factory):
     """A run of two epochs with Ditto, and one of one epoch without."""
     folder = tmp_path_factory.mktemp("ditto")
-    ditto = f"{PLAIN} train.epochs=2 train.ditto.enabled=true train.ditto.weight={WEIGHT}"
+    ditto = f"{PLAIN} train.epochs=2 train.personal={{model:whole,pull:{WEIGHT}}}"
     return finish(folder / "ditto", ditto), finish(folder / "plain", f"{PLAIN} train.epochs=1")
 
 
@@ -155,6 +155,6 @@ def test_a_client_that_has_trained_without_ditto_has_no_personal_model(runs, tmp
     instruction = Instruction(
         2, 1, ("vqa",), {"vqa": initial.adapter}, initial.lora, evaluate=False
     )
-    with pytest.raises(StateError, match="no personal model.*without `train.ditto.enabled`"):
+    with pytest.raises(StateError, match="no personal model but .*`train.personal.model=whole`"):
         run_session(site, ditto.config, instruction, progress=print)
     assert site.private_store.rounds() == [1]

@@ -22,7 +22,7 @@ from pilot_flwr.client.personalization import (
 from pilot_flwr.client.private_state import PrivateStore
 from pilot_flwr.client.training import train
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.config.schema import TrainConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.model.architectures import merge_of
 from pilot_flwr.model.feature_cache import FeatureCache

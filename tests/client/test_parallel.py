@@ -26,7 +26,8 @@ from pilot_flwr.client.training import accumulate
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.config.model import LoraConfig, ModelConfig
-from pilot_flwr.config.schema import DifferenceLossConfig, EvaluationConfig, TrainConfig
+from pilot_flwr.config.schema import EvaluationConfig
+from pilot_flwr.config.train import DifferenceLossConfig, TrainConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
@@ -224,9 +225,10 @@ def tensors(private):
         "train.schedule=run train.proximal_weight=0.1 train.weight_decay=0.1",
         "train.clipping=global train.batching=length strategy.lora=exact",
         "strategy=ditto train.epochs=2",
+        "strategy=feddpa train.epochs=2",
         "+model.lora.client_ranks={vqa-0:2}",
     ],
-    ids=["plain", "schedule", "length", "ditto", "rank"],
+    ids=["plain", "schedule", "length", "ditto", "feddpa", "rank"],
 )
 def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides):
     """AdamW divides by a gradient's size, so rounding moves parameters of tiny gradients."""

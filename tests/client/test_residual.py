@@ -160,7 +160,7 @@ def test_it_is_in_the_timeline(run):
     [
         ("strategy.sharing.lora=A", "`strategy.sharing.lora` is A but must be AB"),
         ("strategy.server_optimizer.name=adam", "must be none with `strategy.lora=exact`"),
-        ("train.ditto.enabled=true train.epochs=2", "`train.ditto.enabled` is true"),
+        ("train.personal.model=whole train.epochs=2", "`train.personal.model` is whole"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(override, message):

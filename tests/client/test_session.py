@@ -20,7 +20,8 @@ from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session
 from pilot_flwr.config.data import DataConfig, TaskFiles
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, StrategyConfig, TrainConfig
+from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, StrategyConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.federation import federation_clients
 from pilot_flwr.errors import ConfigError, DataError, StateError, TrainingError
 from pilot_flwr.model.loading import initial_state, loaded_model

@@ -14,7 +14,8 @@ from pilot_flwr.client.session import session_generator
 from pilot_flwr.client.training import Proximal, sent_parameters, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import ModelConfig
-from pilot_flwr.config.schema import SharingConfig, StageConfig, TrainConfig
+from pilot_flwr.config.schema import SharingConfig
+from pilot_flwr.config.train import StageConfig, TrainConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError

@@ -332,7 +332,7 @@ def test_settings_are_allowed_where_they_have_an_effect(overrides):
         ("{vqa-0:4} train.lora_matrices=B", "`train.lora_matrices` is B but must be AB"),
         ("{vqa-0:4} strategy.distances=sketch", "`strategy.distances` is sketch"),
         ("{vqa-0:4} strategy=fedadam", "`strategy.server_optimizer.name` is adam"),
-        ("{vqa-0:4} strategy=ditto train.epochs=2", "`train.ditto.enabled` is true"),
+        ("{vqa-0:4} strategy=ditto train.epochs=2", "`train.personal.model` is whole"),
         ("{vqa-0:4} train.schedule=run", "`train.schedule` is run but must be exchange with"),
         ("{vqa-0:4} model.sent_dtype=int8", "`model.sent_dtype` is int8 but must be same or"),
     ],

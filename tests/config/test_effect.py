@@ -43,7 +43,7 @@ ALWAYS = """
     strategy.min_replies strategy.below_minimum strategy.clients strategy.client_keys
     strategy.max_examples strategy.wait_seconds strategy.round_timeout_seconds
     strategy.close_after.fraction strategy.close_after.grace_seconds strategy.server_optimizer.name
-    train.max_length train.autocast train.proximal_weight train.ditto.enabled
+    train.max_length train.autocast train.proximal_weight
     evaluation.enabled evaluation.batch_size evaluation.max_new_tokens
     privacy.enabled
     run.folder run.report run.tensorboard run.wandb
@@ -146,6 +146,12 @@ def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
         ),
         ("strategy=zero_shot train.epochs=3", ("train.epochs", "trained_by=nobody")),
         ("strategy=local strategy.distances=sketch", ("distances", "sharing.lora=none")),
+        ("strategy=ditto train.epochs=2 train.personal.share=0.3", ("share", "model=whole")),
+        ("train.personal.pull=1", ("train.personal.pull", "train.personal.model=none")),
+        (
+            "strategy=feddpa train.epochs=2 train.personal={weighting:fixed,instances:3}",
+            ("train.personal.instances", "weighting=fixed"),
+        ),
         ("strategy=centralised strategy.distances=sketch", ("distances", "trained_by=pooled")),
     ],
 )
@@ -166,7 +172,7 @@ def test_what_shipped_files_set_is_not_checked(method):
 
 def test_a_switch_that_is_off_and_a_setting_that_is_used_may_be_written():
     for text in (
-        "privacy.enabled=false train.ditto.enabled=false run.wandb=off",
+        "privacy.enabled=false train.personal.model=none run.wandb=off",
         "strategy.server_optimizer={name:adam,tau:1}",
     ):
         check_effect(shlex.split(text), load_config(text))

@@ -33,7 +33,14 @@ DIFFERENCES = {
     "ffa_lora": FEDIT | {"strategy.sharing.lora": "B", "train.lora_matrices": "B"},
     "fedsa_lora": FEDIT | {"strategy.sharing.lora": "A"},
     "fedex_lora": FEDIT | {"strategy.lora": "exact"},
-    "ditto": FEDIT | {"train.ditto.enabled": True, "train.ditto.weight": 0.1},
+    "ditto": FEDIT | {"train.personal.model": "whole", "train.personal.pull": 0.1},
+    "feddpa": FEDIT
+    | {
+        "train.personal.model": "beside",
+        "train.personal.share": 0.5,
+        "train.personal.weighting": "similarity",
+        "train.personal.instances": 5,
+    },
     "pilot_no_difference_loss": {"train.difference_loss.weight": 0.0},
     "pilot_no_client_adapter": {"model.client_adapter": False},
     "pilot_stage1_only": {"strategy.stages": 1},
@@ -48,7 +55,7 @@ DIFFERENCES = {
     "pilot_auto": {"strategy.neighbors": "closest_mean"},
 }
 """Method → settings that differ from Pilot's: docs/reference/methods.md, written down again."""
-DEFAULTS_TOO = ("strategy.server_optimizer.", "train.ditto.weight")
+DEFAULTS_TOO = ("strategy.server_optimizer.", "train.personal.")
 """What a file may say although it is the default: it is part of the method."""
 
 

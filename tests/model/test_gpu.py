@@ -15,7 +15,8 @@ from pilot_flwr.client.session import run_session
 from pilot_flwr.client.training import autocast, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
-from pilot_flwr.config.schema import EvaluationConfig, PilotConfig, TrainConfig
+from pilot_flwr.config.schema import EvaluationConfig, PilotConfig
+from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.model.feature_cache import FeatureCache, forget_features

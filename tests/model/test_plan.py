@@ -149,7 +149,8 @@ D, C = 64, 96
         ("strategy.sharing.lora=B train.lora_matrices=B", "B B -", (1, 1, 0), 6, 6),
         ("strategy.sharing.lora=A", "AB A B", (1, 1, 0), 6, 6),
         ("strategy.sharing={adapter:false,lora:none}", "AB - AB", (1, 0, 1), 6, 6),
-        ("train.ditto.enabled=true", "AB AB AB", (1, 1, 1), 6, 6),
+        ("train.personal.model=whole train.epochs=2", "AB AB AB", (1, 1, 1), 6, 6),
+        ("train.personal.model=beside train.epochs=2", "AB AB AB", (1, 1, 0), 6, 6),
         (
             "strategy.trained_by=pooled strategy.adapters=global strategy.lora=global",
             "AB AB -",

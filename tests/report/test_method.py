@@ -78,6 +78,7 @@ SAID = [
     ("strategy=zero_shot", {"weights": {}, "distances": {}, "tasks": {}}, ["Nothing is trained"]),
     ("strategy=local", {"weights": {}, "distances": {}, "tasks": {}}, ["The clients send no LoRA"]),
     ("strategy=pilot_auto", {}, ["bring their mean closest", "mixes 4 Θ_l, each with 3 others"]),
+    ("strategy=feddpa", {}, ["scored by its personal model v", "never sent", "averages Θ_l of 4"]),
 ]  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_the_sentences_are_the_methods_own(run, overrides, changes, said):
         "inverse of this distance": "strategy=pilot",
         "mixes 4": "strategy=pilot",
         "Adam": "strategy=fedadam",
-        "personal model v": "strategy=ditto",
+        "personal model v": ("strategy=ditto", "strategy=feddpa"),
         "R the difference": "strategy=fedex_lora",
         "ψ_c": "none of these exchanges",
     }

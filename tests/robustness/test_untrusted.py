@@ -335,7 +335,14 @@ def test_an_interpolation_in_a_recorded_configuration_is_text(text, monkeypatch)
 @pytest.mark.parametrize("text", INTERPOLATIONS)
 def test_an_interpolation_of_another_kind_of_value_is_refused(text, monkeypatch):
     monkeypatch.setenv("SITE_SECRET", "7")
-    for key in ("seed", "train.stage1.lora_lr", "run.report", "data.tasks", "model", "train.ditto"):
+    for key in (
+        "seed",
+        "train.stage1.lora_lr",
+        "run.report",
+        "data.tasks",
+        "model",
+        "train.personal",
+    ):
         value = text
         for part in reversed(key.split(".")):
             value = {part: value}

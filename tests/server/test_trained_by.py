@@ -152,8 +152,8 @@ NOTHING = "strategy.stages=1 strategy.sharing.adapter=false strategy.sharing.lor
             "`privacy.enabled` is true but must be false",
         ),
         (
-            "train.ditto.enabled=true train.epochs=2",
-            "`strategy.stages` is 2 but must be 1 with `train.ditto.enabled=true`",
+            "train.personal.model=beside train.epochs=2",
+            "`strategy.stages` is 2 but must be 1 with `train.personal.model=beside`",
         ),
     ],
 )
