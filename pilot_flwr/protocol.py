@@ -30,8 +30,8 @@ GroupName = Literal[
 ]
 """Parameter groups; `pilot_flwr.algorithm.parameter_groups.GROUPS` defines each."""
 
-LOSSES = ("total", "ce", "difference", "balance", "z", "proximal")
-"""The total loss, with coefficients, then its terms without."""
+LOSSES = ("total", "ce", "difference", "balance", "z", "proximal", "distillation")
+"""The total loss, with coefficients, then its terms, the last two with theirs."""
 
 Losses: TypeAlias = dict[str, float]
 """Mean over the optimizer steps, by name."""

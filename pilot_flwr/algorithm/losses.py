@@ -1,10 +1,11 @@
-"""The auxiliary losses of Pilot as pure functions (docs/explanation/method.md, section 2).
+"""The auxiliary losses of Pilot (docs/explanation/method.md, section 2) and FedDAT, as functions.
 
 Coefficients are not applied here: `pilot_flwr.client.training` does that, once.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _EPSILON = 1e-12
 
@@ -105,6 +106,32 @@ def router_z_loss(router_logits: Tensor) -> Tensor:
         Scalar. Source: paper, eq. of L_z (as in ST-MoE).
     """
     return router_logits.logsumexp(-1).square().mean()
+
+
+def distillation_loss(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
+    """Draw a model's probabilities to another's: ``T² Σ_m KL(q_m ‖ p_m)``.
+
+    Parameters
+    ----------
+    logits, targets : Tensor
+        Of the model that learns and of the other one, shape (M, V): answer tokens, vocabulary.
+        p = softmax(logits / T), q = softmax(targets / T); q is constant.
+    temperature : float
+        T.
+
+    Returns
+    -------
+    Tensor
+        Scalar, summed over the tokens, in float32.
+
+    Notes
+    -----
+    Source: FedDAT (Chen et al., AAAI 2024, arXiv 2308.12305). T² keeps the gradient's size.
+    """
+    learned = functional.log_softmax(logits.float() / temperature, dim=-1)
+    other = functional.log_softmax(targets.detach().float() / temperature, dim=-1)
+    divergence = functional.kl_div(learned, other, reduction="sum", log_target=True)
+    return temperature**2 * divergence
 
 
 def _at_least_float32(features: Tensor) -> Tensor:

@@ -116,10 +116,10 @@ def load_personal(model: PilotModel, private: PrivateState | None, received: Rec
 def _check_personal(private: PrivateState, kind: str) -> None:
     """Raise `StateError` unless the private state's personal model is of `kind`."""
     if private.personal.keys() != set(PERSONAL_GROUPS[kind]):
-        parts = " and ".join(sorted(private.personal))
+        found = f"a personal model of {' and '.join(sorted(private.personal))}"
         raise StateError(
-            f"The private state holds {f'a personal model of {parts}' if parts else 'no personal model'} "
-            f"but this run has `train.personal.model={kind}`: the state is of another run."
+            f"The private state holds {found if private.personal else 'no personal model'} but "
+            f"this run has `train.personal.model={kind}`: the state is of another run."
         )
 
 

@@ -10,9 +10,11 @@ import torch
 
 from pilot_flwr.client.client_data import ClientData, open_client_data
 from pilot_flwr.client.evaluation import answer
+from pilot_flwr.client.mutual import Partner
 from pilot_flwr.client.node import Site, find_device
+from pilot_flwr.client.optimizer import RunSchedule
 from pilot_flwr.client.parallel import Ranks
-from pilot_flwr.client.training import Proximal, RunSchedule, train
+from pilot_flwr.client.training import Proximal, train
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.client_files import Split
@@ -29,7 +31,7 @@ class Part:
     `tasks` has the client's own first; `residual` the shapes of the frozen LoRA beside Θ_l; `share`
     is `PilotModel.share`; `examples` is the size of the split; `train` is None in evaluation;
     `generator` is the state of the training's generator; `schedule` has no moments, which rank 0
-    broadcasts.
+    broadcasts; with `together`, so are the tensors of a `Partner`.
     """
 
     site: Site
@@ -44,6 +46,7 @@ class Part:
     train: TrainConfig | None
     generator: bytes
     schedule: RunSchedule | None
+    together: bool
 
 
 def adapters(model: PilotModel) -> list[torch.Tensor]:
@@ -87,9 +90,13 @@ def take_part(ranks: Ranks, part: Part) -> None:
         schedule = part.schedule
         if schedule is not None:
             schedule = replace(schedule, moments=ranks.spread_state({}))
+        partner = None
+        if part.together:
+            partner = Partner(model, config.train.personal, model.state("lora"))
+            ranks.spread(list(partner.tensors.values()))
         generator = torch.Generator()
         generator.set_state(torch.tensor(list(part.generator), dtype=torch.uint8))
-        train_client(ranks, data, part.train, generator, run_schedule=schedule)
+        train_client(ranks, data, part.train, generator, run_schedule=schedule, partner=partner)
 
 
 def train_client(
@@ -100,6 +107,7 @@ def train_client(
     *,
     proximal: Proximal | None = None,
     run_schedule: RunSchedule | None = None,
+    partner: Partner | None = None,
 ) -> TrainingResult:
     """Train the loaded model on the client's training split; return its result."""
     result = train(
@@ -112,6 +120,7 @@ def train_client(
         progress=data.progress,
         proximal=proximal,
         run_schedule=run_schedule,
+        partner=partner,
         ranks=ranks,
     )
     cut = data.collator.cut_examples

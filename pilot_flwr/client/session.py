@@ -12,7 +12,7 @@ ICML 2021, arXiv 2012.04221, algorithm 1, lines 5 to 8), v is pulled to w::
 In FedDPA-T (Yang et al., NeurIPS 2024, arXiv 2403.19211), v is a LoRA beside that of w_sent, which
 is frozen. v starts as the first w sent, never leaves the client, and is evaluated instead of w.
 Each of the two gets half of the epochs, so that a session takes as many steps as with another
-method.
+method. In FedDAT (`pilot_flwr.client.mutual`), both are trained in every step of these epochs.
 
 With several processes (`pilot_flwr.client.parallel`), the session runs in the first of them; the
 others take part in training and evaluation alone (`pilot_flwr.client.rank`).
@@ -32,7 +32,9 @@ from pilot_flwr.algorithm.parameter_groups import PERSONAL_GROUPS, Sharing
 from pilot_flwr.algorithm.quantization import compress
 from pilot_flwr.client.client_data import SESSION_LOCK, open_client_data
 from pilot_flwr.client.evaluation import evaluate
+from pilot_flwr.client.mutual import Partner
 from pilot_flwr.client.node import Site, find_device
+from pilot_flwr.client.optimizer import RunSchedule
 from pilot_flwr.client.parallel import Ranks, in_parallel
 from pilot_flwr.client.personalization import (
     Received,
@@ -44,7 +46,7 @@ from pilot_flwr.client.personalization import (
 from pilot_flwr.client.privacy import release
 from pilot_flwr.client.private_state import PrivateState
 from pilot_flwr.client.rank import Part, adapters, take_part, train_client
-from pilot_flwr.client.training import Proximal, RunSchedule, check_finite, sent_parameters
+from pilot_flwr.client.training import Proximal, check_finite, sent_parameters
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.config.train import PersonalConfig, TrainConfig
 from pilot_flwr.data.client_files import Split
@@ -199,21 +201,25 @@ class Session:
         cut = self.data.collator.cut_examples
         cut.clear()  # the check of the rows notes them under other ids
         with out_of_memory_explained(self.config, self.model.stage):
-            training = self._fit(generator, Proximal(sent, weight) if sent else None, schedule)
+            pull = Proximal(sent, weight) if sent else None
+            partner = self._partner()
+            training = self._fit(generator, pull, schedule, partner)
         check_finite(self.model)
         trained = extract_private_state(self.model, self.sharing)
         result, errors = self._upload()
         trained = replace(trained, errors=errors)
         if schedule is not None:
             trained = replace(trained, moments=schedule.moments)
-        if self.config.train.personal.model != "none":
+        if partner is not None:
+            with partner.turn():
+                check_finite(self.model)
+            trained = replace(trained, personal={"lora": partner.lora()})
+            training = replace(training, steps=2 * training.steps)
+        elif self.config.train.personal.model != "none":
             personal, second = self._train_personal(generator)
             trained = replace(trained, personal=personal)
-            training = replace(
-                training,
-                steps=training.steps + second.steps,
-                seconds=training.seconds + second.seconds,
-            )
+            steps, seconds = training.steps + second.steps, training.seconds + second.seconds
+            training = replace(training, steps=steps, seconds=seconds)
         if cut:
             self.data.progress(
                 f"cut {count(len(cut), 'training example')} at `train.max_length`, "
@@ -222,6 +228,15 @@ class Session:
         if self.config.privacy.enabled:
             training = self._public(training)
         return replace(result, training=training), trained
+
+    def _partner(self) -> Partner | None:
+        """Return the personal model to train together with the shared one, which is loaded."""
+        personal = self.config.train.personal
+        if personal.distillation == 0:
+            return None
+        self.model.set_residual(self.received.lora)
+        own = self.private.personal["lora"] if self.private else self.received.lora
+        return Partner(self.model, personal, own)
 
     def _train_personal(
         self, generator: torch.Generator
@@ -257,14 +272,21 @@ class Session:
         generator: torch.Generator,
         proximal: Proximal | None,
         schedule: RunSchedule | None = None,
+        partner: Partner | None = None,
     ) -> TrainingResult:
         """Train the loaded model on the client's training split."""
         config = self.config.train
         if config.personal.model != "none":  # two models, half of the epochs each
             config = replace(config, epochs=config.epochs // 2, personal=PersonalConfig())
-        with self._ranks("train", config, generator, schedule) as ranks:
+        with self._ranks("train", config, generator, schedule, partner) as ranks:
             return train_client(
-                ranks, self.data, config, generator, proximal=proximal, run_schedule=schedule
+                ranks,
+                self.data,
+                config,
+                generator,
+                proximal=proximal,
+                run_schedule=schedule,
+                partner=partner,
             )
 
     @contextlib.contextmanager
@@ -274,6 +296,7 @@ class Session:
         train: TrainConfig | None = None,
         generator: torch.Generator | None = None,
         schedule: RunSchedule | None = None,
+        partner: Partner | None = None,
     ) -> Iterator[Ranks]:
         """Run one training or evaluation in the client's other processes, too, in the block."""
         groups = self.model.groups()
@@ -290,12 +313,15 @@ class Session:
             train=train,
             generator=bytes(generator.get_state().tolist()) if generator else b"",
             schedule=replace(schedule, moments={}) if schedule else None,
+            together=partner is not None,
         )
         number, device = self.site.processes, self.model.device
         with in_parallel(number, device, take_part, task) as ranks:
             ranks.spread(adapters(self.model))
             if schedule is not None:
                 ranks.spread_state(schedule.moments)
+            if partner is not None:
+                ranks.spread(list(partner.tensors.values()))
             yield ranks
 
     def _charge(self) -> Spent:

@@ -16,7 +16,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,32 +29,21 @@ from pilot_flwr.algorithm.parameter_groups import (
     trained_groups,
 )
 from pilot_flwr.client.batching import optimizer_steps
+from pilot_flwr.client.mutual import Lesson, Partner
+from pilot_flwr.client.optimizer import RunSchedule, make_optimizer, moments_of
 from pilot_flwr.client.parallel import Ranks
 from pilot_flwr.config.train import TrainConfig
 from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
 from pilot_flwr.data.examples import Example
-from pilot_flwr.errors import StateError, TrainingError
+from pilot_flwr.errors import TrainingError
 from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.slot import Visual
-from pilot_flwr.protocol import LOSSES, GroupName, Losses, State, TrainingResult
+from pilot_flwr.protocol import LOSSES, GroupName, Losses, TrainingResult
 
 ALONE = Ranks()
 
 Encoder = Callable[[Iterable[Sequence[Example]]], Iterator[Visual]]
 """Maps batches of examples to H_v of each batch's images, batch by batch."""
-
-
-@dataclass
-class RunSchedule:
-    """The schedule of a whole run (`train.schedule=run`), at one of its exchanges.
-
-    `exchange` counts from 0. `moments` is AdamW's state after the client's last training, by
-    ``<group>/<tensor>/<quantity>``; `train` replaces it.
-    """
-
-    exchange: int
-    exchanges: int
-    moments: State = field(default_factory=dict)
 
 
 def train(
@@ -69,13 +57,15 @@ def train(
     progress: Callable[[str], None],
     proximal: "Proximal | None" = None,
     run_schedule: RunSchedule | None = None,
+    partner: Partner | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train the groups of the model's stage in place; of the LoRA, `config.lora_matrices`.
 
     `generator`, on the CPU, draws the order of examples and dropout. `progress` gets a line at most
     every `config.log_every_seconds`. `proximal` is added to the loss of every step. Without
-    `run_schedule`, optimizer and learning rates begin anew.
+    `run_schedule`, optimizer and learning rates begin anew. `partner` is trained as well, in every
+    step after the model, with an optimizer of its own; the result is the model's alone.
 
     Each of the `ranks` computes its share of a step's micro-batches. The gradients are then added
     up, and each rank updates its shard of the parameters, for which alone it keeps AdamW's moments
@@ -92,32 +82,82 @@ def train(
     parts = Sharing(trained_lora=config.lora_matrices, trained_adapter=model.share is None)
     set_trainable(model.groups(), stage=model.stage, sharing=parts)
     meter = _Meter(model, progress, num_steps, config.log_every_seconds)
-    trained = [p for named in model.groups().values() for p in named.values() if p.requires_grad]
-    shares = ranks.shard(trained)
-    optimizer, schedule = _optimizer(model, config, num_steps, run_schedule, shares[ranks.rank])
+    learner = _Learner(model, config, num_steps, ranks, proximal, run_schedule)
     model.train()
     with _dropout_seed(generator, model.device, ranks.rank):
         steps = [ranks.own(step) for step in optimizer_steps(examples, config, generator)]
         visuals = encode([examples[i] for i in part] for step in steps for part in step)
+        take_step: Callable[..., None] = learner.step
+        if partner is not None:
+            take_step = _together(learner, partner, num_steps)
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
-            losses = accumulate(model, batches, visuals, config, ranks)
-            if proximal is not None:
-                losses += proximal.backpropagate()
-            ranks.add_up([losses])
-            ranks.add_up_gradients(trained)
-            norms = _clip(meter.groups, config, stage=model.stage)
-            meter.update(_checked(losses, norms, stage=model.stage))
-            optimizer.step()
-            for rank, share in enumerate(shares):
-                ranks.spread(share, source=rank)
-            schedule.step()
-            model.zero_grad()  # not the shard of this rank alone
+            take_step(batches, [next(visuals) for _ in batches], meter.update)
     model.eval()
     if run_schedule is not None:
-        shards = ranks.gather(_moments(model, optimizer), torch.device("cpu"))
+        shards = ranks.gather(moments_of(model, learner.optimizer), torch.device("cpu"))
         run_schedule.moments = {name: t for shard in shards for name, t in shard.items()}
     return meter.result(len(examples))
+
+
+class _Learner:
+    """Takes the optimizer steps of the parameters that are trained when it is made."""
+
+    def __init__(
+        self,
+        model: PilotModel,
+        config: TrainConfig,
+        num_steps: int,
+        ranks: Ranks,
+        proximal: "Proximal | None" = None,
+        run: RunSchedule | None = None,
+    ) -> None:
+        self.model, self.config, self.ranks, self.proximal = model, config, ranks, proximal
+        groups = model.groups().values()
+        self.trained = [p for named in groups for p in named.values() if p.requires_grad]
+        self.shares = ranks.shard(self.trained)
+        own = self.shares[ranks.rank]
+        self.optimizer, self.schedule = make_optimizer(model, config, num_steps, run, own)
+
+    def step(
+        self,
+        batches: list[Batch],
+        visuals: list[Visual],
+        note: Callable[[Losses], None],
+        lesson: Lesson | None = None,
+    ) -> None:
+        """Train on one step's micro-batches; `note` gets the losses while there are gradients."""
+        model, ranks = self.model, self.ranks
+        losses = accumulate(model, batches, iter(visuals), self.config, ranks, lesson)
+        if self.proximal is not None:
+            losses += self.proximal.backpropagate()
+        ranks.add_up([losses])
+        ranks.add_up_gradients(self.trained)
+        norms = _clip(model.groups(), self.config, stage=model.stage)
+        note(_checked(losses, norms, stage=model.stage))
+        self.optimizer.step()
+        for rank, share in enumerate(self.shares):
+            ranks.spread(share, source=rank)
+        self.schedule.step()
+        model.zero_grad()  # not the shard of this rank alone
+
+
+def _together(learner: _Learner, partner: Partner, num_steps: int) -> Callable[..., None]:
+    """Return a step of the model and then of its partner, each distilled from the other before."""
+    model, config = learner.model, learner.config
+    with partner.turn():
+        second = _Learner(model, config, num_steps, learner.ranks)
+
+    def step(batches: list[Batch], visuals: list[Visual], note: Callable[[Losses], None]) -> None:
+        with partner.turn(), torch.no_grad(), autocast(model.device, config.autocast):
+            pairs = zip(batches, visuals, strict=True)
+            targets = [model(batch.to(model.device), visual).logits for batch, visual in pairs]
+        lesson = partner.lesson(targets)
+        learner.step(batches, visuals, note, lesson)
+        with partner.turn():
+            second.step(batches, visuals, lambda losses: None, partner.lesson(lesson.logits))
+
+    return step
 
 
 def total_loss(ce: Tensor, connector: ConnectorOutput, config: TrainConfig) -> Tensor:
@@ -143,6 +183,7 @@ def accumulate(
     visuals: Iterator[Visual],
     config: TrainConfig,
     ranks: Ranks = ALONE,
+    lesson: Lesson | None = None,
 ) -> Tensor:
     """Backpropagate one optimizer step's micro-batches; return its `LOSSES` in float64.
 
@@ -157,7 +198,7 @@ def accumulate(
     cheap, and rank 0, which computes them, holds H_v of the whole step in memory.
 
     With `train.loss_reduction=micro_batch` each loss is averaged over a micro-batch, and the step's
-    is the mean of its micro-batches'.
+    is the mean of its micro-batches'. `lesson` adds a distillation, averaged like L_ce.
     """
     per_batch = config.loss_reduction == "micro_batch"
     own_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
@@ -190,14 +231,23 @@ def accumulate(
         parts = ConnectorOutput(
             out.features, share * out.difference, of_router * out.balance, of_router * out.z
         )
-        losses += _backpropagate(summed / answers, parts, config)
+        more: dict[str, Tensor] = {}
+        if lesson is not None:
+            more["distillation"] = lesson.loss(output.logits) / answers
+        losses += _backpropagate(summed / answers, parts, config, **more)
     return losses
 
 
-def _backpropagate(ce: Tensor, parts: ConnectorOutput, config: TrainConfig) -> Tensor:
+def _backpropagate(
+    ce: Tensor, parts: ConnectorOutput, config: TrainConfig, **more: Tensor
+) -> Tensor:
+    """Backpropagate the total loss; the terms `more` have their coefficients."""
     loss = total_loss(ce, parts, config)
+    for term in more.values():
+        loss = loss + term
     loss.backward()  # type: ignore[no-untyped-call]
-    return _losses(total=loss, ce=ce, difference=parts.difference, balance=parts.balance, z=parts.z)
+    router = {"balance": parts.balance, "z": parts.z}
+    return _losses(total=loss, ce=ce, difference=parts.difference, **router, **more)
 
 
 def _losses(**values: Tensor) -> Tensor:
@@ -243,85 +293,6 @@ def check_finite(model: PilotModel) -> None:
         for name, parameter in groups[group].items():
             if not torch.isfinite(parameter).all():
                 raise _diverged(f"After training, `{name}` of {group} is not finite", model.stage)
-
-
-def rate_factor(step: int, *, warmup: int, total: int) -> float:
-    """Return a step's share of the peak learning rate: linear warm-up, then a cosine to zero.
-
-    ``(s + 1) / (w + 1)`` in the w steps of warm-up, as a rate of zero would waste the first step;
-    then ``(1 + cos π(s − w)/(n − w)) / 2``.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, total - warmup))))
-
-
-def _optimizer(
-    model: PilotModel,
-    config: TrainConfig,
-    num_steps: int,
-    run: RunSchedule | None,
-    shard: Sequence[nn.Parameter],
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """Return AdamW for a shard, and its rates: one for LoRA, one for the connector, cosine to 0."""
-    rates = config.stage(model.stage)
-    of_lora = set(model.groups()["lora"].values())
-    lora = [p for p in shard if p in of_lora]
-    connector = [p for p in shard if p not in of_lora]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": lora, "lr": config.lr_scale * rates.lora_lr},
-            {"params": connector, "lr": config.lr_scale * rates.connector_lr},
-        ],
-        weight_decay=config.weight_decay,
-        # Unfused, it allocates temporary tensors as large as all trained parameters.
-        fused=True if model.device.type == "cuda" else None,
-    )
-    if run is not None:
-        _restore(model, optimizer, run.moments)
-    first, total = (run.exchange * num_steps, run.exchanges * num_steps) if run else (0, num_steps)
-    warmup = int(config.warmup_ratio * total)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(first + step, warmup=warmup, total=total)
-    )
-    return optimizer, schedule
-
-
-def _moments(model: PilotModel, optimizer: torch.optim.Optimizer) -> State:
-    """Copy AdamW's state to the CPU, by the names of `RunSchedule.moments`."""
-    return {
-        f"{group}/{name}/{quantity}": value.detach().to("cpu", copy=True)
-        for group, named in model.groups().items()
-        for name, parameter in named.items()
-        for quantity, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore(model: PilotModel, optimizer: torch.optim.Optimizer, moments: State) -> None:
-    """Load what `_moments` returned; a tensor that it lacks is new and starts without moments.
-
-    Raises `StateError` for moments of unknown tensors, or of another layout than AdamW's.
-    """
-    kept: dict[str, State] = {}
-    for key, value in moments.items():
-        name, _, quantity = key.rpartition("/")
-        kept.setdefault(name, {})[quantity] = value.clone()
-    names = {p: f"{g}/{n}" for g, named in model.groups().items() for n, p in named.items()}
-    if unknown := kept.keys() - names.values():
-        raise StateError(f"The moments are of tensors that the model lacks: {sorted(unknown)[:3]}.")
-    state = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        if found := kept.get(names[parameter]):
-            shapes = {quantity: tuple(value.shape) for quantity, value in found.items()}
-            expected = tuple(parameter.shape)
-            if shapes != {"step": (), "exp_avg": expected, "exp_avg_sq": expected}:
-                raise StateError(
-                    f"The moments of `{names[parameter]}` have shapes {shapes} but must be `step` "
-                    f"(), `exp_avg` and `exp_avg_sq` {expected}."
-                )
-            state["state"][index] = found
-    optimizer.load_state_dict(state)
 
 
 def _clip(groups: Groups, config: TrainConfig, *, stage: int) -> dict[str, Tensor]:

@@ -295,9 +295,10 @@ NEEDED = (
     Need("train.personal.pull", "train.personal.model", ("whole", "beside")),
     *(
         Need(f"train.personal.{name}", "train.personal.model", ("beside",))
-        for name in ("share", "weighting", "instances")
+        for name in ("share", "weighting", "instances", "distillation", "temperature")
     ),
     Need("train.personal.instances", "train.personal.weighting", ("similarity",)),
+    Need("train.personal.temperature", "train.personal.distillation", ABOVE_0),
     Need("simulation", "strategy.clients", (0,)),
     Need("simulation.address", "simulation.engine", ("ray",)),
     Need("run.restarts", "simulation.engine", ("ray",)),

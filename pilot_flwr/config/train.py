@@ -48,7 +48,7 @@ class PersonalConfig(Section, prefix="train.personal"):
 
     model: Annotated[str, choice("none", "whole", "beside")] = "none"
     """`whole`: a connector and a LoRA in place of the shared ones (Ditto); `beside`: a LoRA beside
-    the received one, with the received connector (FedDPA). `train.epochs` must then be even."""
+    the received one, with the received connector (FedDPA, FedDAT). Needs an even `train.epochs`."""
     pull: Annotated[float, minimum(0)] = 0.0
     """Weight of the pull towards the received parameters (Ditto's λ)."""
     share: Annotated[float, PART] = 0.5
@@ -58,6 +58,20 @@ class PersonalConfig(Section, prefix="train.personal"):
     `similarity` to training examples of the client (FedDPA)."""
     instances: Annotated[int, minimum(1)] = 5
     """Number of these training examples."""
+    distillation: Annotated[float, minimum(0)] = 0.0
+    """Weight β of mutual distillation: both models are trained in every step, each also on the
+    other's probabilities (FedDAT); 0: one is trained after the other."""
+    temperature: Annotated[float, POSITIVE] = 3.0
+    """Temperature T of the probabilities."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distillation > 0 and self.pull > 0:
+            raise ConfigError(
+                f"`train.personal.pull` is {self.pull:g} but must be 0 with "
+                f"`train.personal.distillation={self.distillation:g}`, which draws the models to "
+                "each other."
+            )
 
     @property
     def by_question(self) -> bool:

@@ -137,7 +137,8 @@ def open_answerer(
     ConfigError, DataError
         The model needs training examples of the client that cannot be read.
     """
-    model, instances = load_model(run, selected, device=device), []
+    model = load_model(run, selected, device=device)
+    instances: list[Example] = []
     if selected.client is not None and model.share is not None:
         with tempfile.TemporaryDirectory() as folder:
             data = ClientData(selected.client, run.config, model, folder=Path(folder), progress=say)

@@ -21,7 +21,6 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pilot_flwr.algorithm.arrays import layout_difference
 from pilot_flwr.algorithm.connector import (
@@ -44,7 +43,7 @@ from pilot_flwr.model.architectures import (
 )
 from pilot_flwr.model.lora import add_lora, scale_loras, set_residual
 from pilot_flwr.model.processor import PIXELS, Inputs, stand_in
-from pilot_flwr.model.slot import Slot, Visual, replaced
+from pilot_flwr.model.slot import Slot, Visual, no_features, replaced, unchanged, zero_patches
 from pilot_flwr.protocol import GroupName, State
 
 
@@ -105,8 +104,7 @@ class PilotModel(nn.Module):
             for layer in self.decoder.layers:
                 layer.compile(dynamic=True)
         self.own_task = ""  # the task of the client whose session it is
-        self.share: float | None = None
-        """Weight of a personal LoRA beside the received one; None: Θ_l is the shared one."""
+        self.share: float | None = None  # of a personal LoRA beside the received one
         self._groups: Groups | None = None
         self._lora_layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
         projector = base.model.get_submodule(self.spec.projector)
@@ -313,13 +311,13 @@ class PilotModel(nn.Module):
         patch embeddings: the projector may be a part of the tower.
         """
         if self.spec.feature_map:
-            return [(self.tower, _no_features)]
+            return [(self.tower, no_features)]
         tower = list(self.tower.modules())
         layers = next(module for module in tower if isinstance(module, nn.ModuleList))
         convolutions = (m for m in tower if isinstance(m, nn.Conv2d | nn.Conv3d))
         return [
-            *((layer, _unchanged) for layer in layers),
-            *((conv, functools.partial(_zeros, conv)) for conv in convolutions),
+            *((layer, unchanged) for layer in layers),
+            *((conv, functools.partial(zero_patches, conv)) for conv in convolutions),
         ]
 
     @contextlib.contextmanager
@@ -448,21 +446,3 @@ class PilotModel(nn.Module):
         self.slot.pilot = connector.to(self.device)
         self._groups = None
         set_trainable(self.groups(), stage=self.stage)
-
-
-def _no_features(pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
-    """Return a feature map of one number per image, which `Slot` ignores."""
-    zeros = pixel_values.new_zeros(len(pixel_values), 1, 1, 1)
-    return BaseModelOutputWithPooling(last_hidden_state=zeros)
-
-
-def _unchanged(hidden: Tensor, *inputs: Any, **options: Any) -> Tensor:
-    return hidden
-
-
-def _zeros(convolution: nn.Conv2d | nn.Conv3d, pixels: Tensor) -> Tensor:
-    """Return zeros of the shape of a patch embedding's output; they take no memory."""
-    kernel, stride = convolution.kernel_size, convolution.stride
-    space = pixels.shape[-len(kernel) :]
-    patches = ((n - k) // s + 1 for n, k, s in zip(space, kernel, stride, strict=True))
-    return pixels.new_zeros(()).expand(len(pixels), convolution.out_channels, *patches)

@@ -18,7 +18,7 @@ from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.errors import TrainingError
 from pilot_flwr.formatting import human_bytes
 from pilot_flwr.model.architectures import decoder_of, remembered
-from pilot_flwr.model.memory import Memory, MicroBatch, Stage, training_memory
+from pilot_flwr.model.memory import RESERVE, Memory, MicroBatch, Stage, training_memory
 from pilot_flwr.model.processor import Size, planned_image
 from pilot_flwr.model.shapes import DTYPE_BYTES, group_shapes, numel
 from pilot_flwr.protocol import GroupName
@@ -239,13 +239,24 @@ def _stage_plan(config: PilotConfig, number: int, batch: MicroBatch) -> StagePla
 
 def _memory(config: PilotConfig, stage: Stage, batch: MicroBatch) -> Memory:
     """Estimate the peak of a training step, of the shared model or of a personal LoRA beside it."""
-    memory = training_memory(stage, batch)
-    if config.train.personal.model != "beside":
+    memory, personal = training_memory(stage, batch), config.train.personal
+    if personal.model != "beside":
         return memory
-    sharing = replace(stage.sharing, trained_adapter=False)
-    personal = replace(stage, sharing=sharing)
-    personal.groups["residual"] = personal.groups["lora"]  # the received LoRA, frozen
-    return max(memory, training_memory(personal, batch), key=lambda found: found.total)
+    together = personal.distillation > 0
+    sharing = replace(stage.sharing, trained_adapter=together)
+    beside = replace(stage, sharing=sharing)
+    beside.groups["residual"] = beside.groups["lora"]  # the received LoRA, frozen
+    found = training_memory(beside, batch)
+    if together:  # the personal model's tensors and moments besides the shared one's
+        lora, adapter = (numel(stage.groups[group]) for group in ("lora", "own_task_adapter"))
+        width = DTYPE_BYTES[config.model.adapter_dtype]
+        found = replace(
+            found,
+            adapters=found.adapters + width * (lora + adapter),
+            optimizer=found.optimizer + 2 * width * lora,
+            reserve=found.reserve + int(RESERVE * width * (3 * lora + adapter)),
+        )
+    return max(memory, found, key=lambda estimate: estimate.total)
 
 
 def _up_bytes(stage: Stage, sharing: Sharing) -> int:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pilot_flwr.algorithm.connector import ConnectorOutput, CrossTaskMoA, TaskClientConnector
 from pilot_flwr.model.processor import Inputs
@@ -91,3 +92,22 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+def no_features(pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
+    """Return a feature map of one number per image, which `Slot` ignores."""
+    zeros = pixel_values.new_zeros(len(pixel_values), 1, 1, 1)
+    return BaseModelOutputWithPooling(last_hidden_state=zeros)
+
+
+def unchanged(hidden: Tensor, *inputs: Any, **options: Any) -> Tensor:
+    """Return a layer's first input in place of its output."""
+    return hidden
+
+
+def zero_patches(convolution: nn.Conv2d | nn.Conv3d, pixels: Tensor) -> Tensor:
+    """Return zeros of the shape of a patch embedding's output; they take no memory."""
+    kernel, stride = convolution.kernel_size, convolution.stride
+    space = pixels.shape[-len(kernel) :]
+    patches = ((n - k) // s + 1 for n, k, s in zip(space, kernel, stride, strict=True))
+    return pixels.new_zeros(()).expand(len(pixels), convolution.out_channels, *patches)

@@ -167,13 +167,17 @@ NAMES = {
     "balance": "L_b, load balance",
     "z": "L_z, router z",
     "proximal": "μ/2 ‖Θ − Θ_sent‖², proximal",
+    "distillation": "β T² KL, distillation",
 }
 """Symbol and name of each part of the loss."""
 
 REST = "rest"
 """The total minus all parts."""
 
-_DRAWN = {"proximal": r"$\mu/2\ \Vert\Theta-\Theta_{sent}\Vert^2$"}
+_DRAWN = {
+    "proximal": r"$\mu/2\ \Vert\Theta-\Theta_{sent}\Vert^2$",
+    "distillation": r"$\beta\ T^2\ KL$",
+}
 """Symbols for which `math_text` is not enough."""
 
 
@@ -209,6 +213,7 @@ def loss_weights(train: TrainConfig) -> dict[str, float]:
         "balance": train.balance_weight,
         "z": train.z_weight,
         "proximal": 1.0,  # reported with its μ/2
+        "distillation": 1.0,  # and with its β T²
     }
 
 
@@ -223,6 +228,11 @@ def _about(train: TrainConfig, parts: Sequence[str]) -> str:
         text += (
             " μ/2 ‖Θ − Θ_sent‖² is FedProx's proximal term over the parameters that are sent and "
             f"trained, shown with its coefficient; μ is {train.proximal_weight:g}."
+        )
+    if "distillation" in parts:
+        text += (
+            " β T² KL is the divergence from the personal model's probabilities, shown with its "
+            f"coefficient; β is {train.personal.distillation:g}."
         )
     if train.personal.model != "none":
         text += " These are losses of the shared model; the personal model v reports none."

@@ -121,7 +121,7 @@ def test_plain_uploads_leave_no_errors(run):
     assert run("bfloat16").private("vqa-0").errors == {}
 
 
-METHODS = ("fedex_lora", "ditto train.epochs=2", "feddpa train.epochs=2")
+METHODS = ("fedex_lora", "ditto train.epochs=2", "feddpa train.epochs=2", "feddat train.epochs=2")
 MORE_METHODS = ("fedadam", "fedprox", "ffa_lora", "fedsa_lora", "centralised")
 
 

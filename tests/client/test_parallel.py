@@ -226,9 +226,10 @@ def tensors(private):
         "train.clipping=global train.batching=length strategy.lora=exact",
         "strategy=ditto train.epochs=2",
         "strategy=feddpa train.epochs=2",
+        "strategy=feddat train.epochs=2",
         "+model.lora.client_ranks={vqa-0:2}",
     ],
-    ids=["plain", "schedule", "length", "ditto", "feddpa", "rank"],
+    ids=["plain", "schedule", "length", "ditto", "feddpa", "feddat", "rank"],
 )
 def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides):
     """AdamW divides by a gradient's size, so rounding moves parameters of tiny gradients."""
@@ -243,7 +244,9 @@ def test_uploads_and_private_state_are_those_of_one_process(tmp_path, overrides)
             difference = sum(float((t - theirs[n]).square().sum()) for n, t in mine.items())
             change = sum(float((t - sent[n]).square().sum()) for n, t in mine.items())
             assert 0 < change and difference <= 1e-7 * change
-        assert two.training.losses == pytest.approx(one.training.losses, rel=1e-5, abs=1e-7)
+        # The divergence of almost equal probabilities is a difference of almost equal numbers.
+        rounding = 2e-6 if "feddat" in overrides else 1e-7
+        assert two.training.losses == pytest.approx(one.training.losses, rel=1e-5, abs=rounding)
         assert two.training.gradients == one.training.gradients
         assert (two.training.steps, two.training.examples) == (4, 4)  # of 3 and of 1 micro-batches
         assert (two.evaluation.score, two.evaluation.cut, two.evaluation.examples) == (

@@ -108,9 +108,9 @@ def test_the_personal_lora_is_trained_beside_the_frozen_received_one(runs, proce
     assert kept.personal.keys() == {"lora"} and not any(kept.groups.values())
     assert kept.personal["lora"].keys() == own.keys()
     for name, tensor in own.items():
-        moved = float((tensor - initial.lora[name]).norm())
+        moved = (tensor.detach() - initial.lora[name]).norm()
         assert moved > 0
-        assert float((tensor - kept.personal["lora"][name]).norm()) <= 1e-3 * moved, name
+        assert (tensor.detach() - kept.personal["lora"][name]).norm() <= 1e-3 * moved, name
 
 
 def test_the_weights_are_scaled_mean_cosines():
@@ -150,6 +150,7 @@ def test_every_question_is_answered_with_its_own_weight(runs, processor, make_mo
     monkeypatch.setattr(answerer.model, "weigh_lora", noting)
     texts = answerer(examples)
     found = torch.cat([weight for weight in seen if isinstance(weight, torch.Tensor)])
+    assert len(set(found.tolist())) > 1
 
     model = make_model(client_adapter=False)
     received = run.received(selected)
@@ -173,8 +174,8 @@ def test_every_question_is_answered_with_its_own_weight(runs, processor, make_mo
     for number, example in enumerate(examples):
         h = represent(example)
         cosines = [float(functional.cosine_similarity(h, other, dim=0)) for other in known]
-        a = SHARE * sum(cosines) / len(cosines)
-        assert 0 < a < SHARE and float(found[number]) == pytest.approx(a, rel=1e-4)
+        a = SHARE * max(0.0, sum(cosines) / len(cosines))
+        assert float(found[number]) == pytest.approx(a, rel=1e-4)
         weight[0] = a
         tokens, new = torch.tensor([collator.prompt(example)]), []
         while len(new) < 4 and (not new or new[-1] not in stop):

@@ -11,21 +11,21 @@ from visuals import encoder
 from pilot_flwr.algorithm.connector import ConnectorOutput
 from pilot_flwr.client import training
 from pilot_flwr.client.evaluation import evaluate
-from pilot_flwr.client.training import RunSchedule, autocast, rate_factor, total_loss, train
+from pilot_flwr.client.optimizer import RunSchedule, rate_factor
+from pilot_flwr.client.training import autocast, total_loss, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.model import LoraConfig
 from pilot_flwr.config.schema import (
-    DifferenceLossConfig,
     EvaluationConfig,
-    StageConfig,
-    TrainConfig,
 )
+from pilot_flwr.config.train import DifferenceLossConfig, StageConfig, TrainConfig
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.examples import Example, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import StateError, TrainingError
 from pilot_flwr.model.loading import initial_state
 from pilot_flwr.model.slot import Visual
+from pilot_flwr.protocol import LOSSES
 
 TASKS = ("vqa", "counting", "captioning")
 TRAINED = {
@@ -290,7 +290,7 @@ def test_batches_by_length_are_those_of_the_official_sampler(
     monkeypatch.setattr(
         Collator, "train_batch", lambda self, part: seen.append([int(e.id) for e in part]) or part
     )
-    monkeypatch.setattr(training, "accumulate", lambda *args: torch.zeros(6).double())
+    monkeypatch.setattr(training, "accumulate", lambda *args: torch.zeros(len(LOSSES)).double())
     monkeypatch.setattr(training, "_clip", lambda *args, **more: {"lora": torch.zeros(())})
     run(make_model(), given=given, batch_size=2, accumulation_steps=2, batching="length", epochs=2)
     generator = torch.Generator().manual_seed(0)

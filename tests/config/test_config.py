@@ -12,20 +12,22 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pilot_flwr.config import data, model, schema
+from pilot_flwr.config import data, model, schema, train
 from pilot_flwr.config.data import DataConfig
 from pilot_flwr.config.loading import config_folder, from_yaml, load_config, to_dict, to_yaml
 from pilot_flwr.config.model import LoraConfig, ModelConfig
 from pilot_flwr.config.rules import SMALLER_RANK, limits
 from pilot_flwr.config.schema import (
-    BalanceLossConfig,
-    DifferenceLossConfig,
     PilotConfig,
     SimulationConfig,
-    StageConfig,
     StrategyConfig,
-    TrainConfig,
     UpdateNormConfig,
+)
+from pilot_flwr.config.train import (
+    BalanceLossConfig,
+    DifferenceLossConfig,
+    StageConfig,
+    TrainConfig,
 )
 from pilot_flwr.errors import ConfigError
 
@@ -162,7 +164,7 @@ def test_every_limit_holds_for_its_default_and_is_enforced(settings, prefix):
 def test_every_setting_is_documented():
     """The settings reference is generated from the docstrings under the fields."""
     seen = set()
-    for module in (schema, data, model):
+    for module in (schema, data, model, train):
         for kind in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
             if not isinstance(kind, ast.ClassDef):
                 continue

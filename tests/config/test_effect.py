@@ -148,6 +148,7 @@ def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
         ("strategy=local strategy.distances=sketch", ("distances", "sharing.lora=none")),
         ("strategy=ditto train.epochs=2 train.personal.share=0.3", ("share", "model=whole")),
         ("train.personal.pull=1", ("train.personal.pull", "train.personal.model=none")),
+        ("strategy=feddpa train.personal.temperature=2", ("temperature", "distillation=0.0")),
         (
             "strategy=feddpa train.epochs=2 train.personal={weighting:fixed,instances:3}",
             ("train.personal.instances", "weighting=fixed"),

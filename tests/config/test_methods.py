@@ -41,6 +41,13 @@ DIFFERENCES = {
         "train.personal.weighting": "similarity",
         "train.personal.instances": 5,
     },
+    "feddat": FEDIT
+    | {
+        "train.personal.model": "beside",
+        "train.personal.share": 0.5,
+        "train.personal.distillation": 1.0,
+        "train.personal.temperature": 3.0,
+    },
     "pilot_no_difference_loss": {"train.difference_loss.weight": 0.0},
     "pilot_no_client_adapter": {"model.client_adapter": False},
     "pilot_stage1_only": {"strategy.stages": 1},

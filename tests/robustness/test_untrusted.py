@@ -335,14 +335,8 @@ def test_an_interpolation_in_a_recorded_configuration_is_text(text, monkeypatch)
 @pytest.mark.parametrize("text", INTERPOLATIONS)
 def test_an_interpolation_of_another_kind_of_value_is_refused(text, monkeypatch):
     monkeypatch.setenv("SITE_SECRET", "7")
-    for key in (
-        "seed",
-        "train.stage1.lora_lr",
-        "run.report",
-        "data.tasks",
-        "model",
-        "train.personal",
-    ):
+    keys = "seed train.stage1.lora_lr run.report data.tasks model train.personal"
+    for key in keys.split():
         value = text
         for part in reversed(key.split(".")):
             value = {part: value}
