@@ -4,10 +4,14 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from families import WRITERS
 from inprocess import SMALL, assert_same_state, finish, resumed
 from peft.tuners.lora import LoraLayer
+from perturbed import perturb
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
 from visuals import visual
@@ -19,7 +23,9 @@ from pilot_flwr.client.evaluation import instance_weights
 from pilot_flwr.client.node import Site
 from pilot_flwr.client.session import run_session, session_generator
 from pilot_flwr.config.loading import load_config
+from pilot_flwr.config.model import FeatureCacheConfig, LoraConfig, ModelConfig
 from pilot_flwr.data.collator import Collator
+from pilot_flwr.data.examples import Example, KeptImage, Turn
 from pilot_flwr.data.federation import client_examples, federation_clients
 from pilot_flwr.errors import DataError, StateError
 from pilot_flwr.inference.export import export_lora
@@ -31,7 +37,9 @@ from pilot_flwr.inference.runs import (
     select_client,
     select_consensus,
 )
-from pilot_flwr.model.loading import initial_state
+from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import initial_state, load_base, load_processor, make_collator
+from pilot_flwr.model.pilot_model import PilotModel
 from pilot_flwr.model.resource_plan import make_plan
 from pilot_flwr.protocol import Instruction
 
@@ -199,6 +207,10 @@ def test_a_clients_model_has_both_loras_and_the_consensus_model_one(runs):
     assert scales == {16 / 8}
 
 
+def ask(question):
+    return Turn("user", question), Turn("assistant", "?")
+
+
 def session_of(config, state, tmp_path, **asked):
     """Run a session of exchange 2 at a site that holds `state`."""
     site = Site(federation_clients(config.data)[0], tmp_path, "cpu")
@@ -252,6 +264,8 @@ def test_the_command_scores_as_the_run_did(runs, tmp_path):
     rows = json.loads(out.read_text())["clients"]
     assert [row["score"] for row in rows] == [row["recorded"] for row in rows]
     assert None not in [row["recorded"] for row in rows]
+    chat = ["chat", str(runs[0].folder.path), "--client", "vqa-0", "--question", "What is it?"]
+    assert cli.main(chat) == 0
 
 
 def test_an_export_needs_a_fixed_weight(runs, tmp_path, capsys):
@@ -299,3 +313,43 @@ def test_the_plan_counts_the_received_lora_beside_the_personal_one():
     assert personal.memory.total > shared.memory.total
     assert personal.memory.adapters == shared.memory.adapters + 4 * shared.parameters["lora"]
     assert personal.memory.optimizer == 2 * 4 * shared.parameters["lora"]  # the connector is frozen
+
+
+@pytest.mark.parametrize("family", list(WRITERS))
+def test_every_row_of_a_batch_has_its_own_weight_in_every_family(family, tmp_path):
+    """Padded prompts with different weights, as each prompt alone with its own."""
+    config = ModelConfig(path=WRITERS[family](tmp_path), lora=LoraConfig(rank=2))
+    model = PilotModel(load_base(config, CPU), config)
+    model.enter_stage1("vqa")
+    perturb(model)
+    received = {name: tensor.flip(0) for name, tensor in model.state("lora").items()}
+    model.set_residual(received, share=0.5)
+    processor = load_processor(config.path)
+    collator = make_collator(config, processor, max_length=2048)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    examples = [
+        Example("short", (KeptImage(Image.fromarray(pixels)),), ask("<image>\nWhat?")),
+        Example("long", (KeptImage(Image.fromarray(255 - pixels)),), ask("<image>\nWhat is it?")),
+        Example("text", (), ask("Is there an image in this question?")),
+    ]
+    cache = FeatureCache(FeatureCacheConfig(where="off"))
+
+    def represent(part, weight):
+        model.weigh_lora(weight)
+        visual = cache.encode(model, processor, part)
+        return model.represent(collator.prompt_batch(part), visual)
+
+    weights = [0.0, 0.3, 1.0]
+    found = represent(examples, torch.tensor(weights))
+    for example, weight, row in zip(examples, weights, found, strict=True):
+        (alone,) = represent([example], weight)
+        torch.testing.assert_close(row, alone, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(row, represent([example], 1 - weight)[0], rtol=1e-3, atol=1e-4)
+    model.set_residual({})
+    alone = represent(examples[:1], 1.0)[0]
+    hidden = []
+    hook = model.base.lm_head.register_forward_pre_hook(lambda head, args: hidden.append(args[0]))
+    batch = collator.prompt_batch(examples[:1])
+    model.generate(batch, cache.encode(model, processor, examples[:1]), max_new_tokens=1)
+    hook.remove()
+    torch.testing.assert_close(alone, hidden[0][0, -1].float())
