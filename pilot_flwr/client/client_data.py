@@ -1,5 +1,6 @@
 """One client's data for training and evaluation: examples, collator, feature encoder."""
 
+import contextlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from pilot_flwr.data.federation import (
     trains_pooled,
 )
 from pilot_flwr.data.validation import WholeImages, usable
+from pilot_flwr.errors import DataError
 from pilot_flwr.model.checkpoints import user_cache
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.feature_folder import FeatureFolder
@@ -72,7 +74,7 @@ class ClientData:
     def instances(self) -> list[Example]:
         """Return the training examples that weight the model's personal LoRA for every question.
 
-        They are drawn once for the run. Other models have none.
+        They are drawn once for the run, from those whose prompt is not cut. Other models have none.
         """
         personal = self.config.train.personal
         if self.model.share is None or not personal.by_question:
@@ -80,7 +82,21 @@ class ClientData:
         examples = self.examples("train")
         seed = zlib.crc32(f"{self.config.seed}/{self.client.id}/instances".encode())
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-        return [examples[i] for i in order[: personal.instances].tolist()]
+        found: list[Example] = []
+        for index in order.tolist():
+            example = examples[index]
+            with contextlib.suppress(DataError):  # `train.over_long=cut` allows longer prompts
+                self.collator.prompt(example)
+                found.append(example)
+            if len(found) == personal.instances:
+                break
+        if not found:
+            raise DataError(
+                f"No training example of client {self.client.id!r} has a prompt of at most "
+                f"`train.max_length={self.config.train.max_length}` tokens, which "
+                "`train.personal.weighting=similarity` needs."
+            )
+        return found
 
     def encoder(self, split: Split) -> Encoder:
         """Return a cached function from batches of examples to their visual features."""
