@@ -5,11 +5,9 @@ A personal LoRA beside the received one may have a weight of its own for every q
 NeurIPS 2024, arXiv 2403.19211).
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,21 +47,20 @@ def evaluate(
 ) -> EvaluationResult:
     """Answer all examples in the precision of training; score the answers by a key of `METRICS`.
 
-    Called in rank 0 alone; the other ranks call `answer`.
+    `instances` are those of `represent_instances`. Called in rank 0 alone; the other ranks call it
+    and `answer`.
     """
     if not examples:
         raise DataError("There is no test example.")
     started = time.perf_counter()
-    answers = answer(
-        model,
-        examples,
-        collator=collator,
-        encode=encode,
-        config=config,
-        autocast_choice=autocast_choice,
-        instances=instances,
-        ranks=ranks,
-    )
+    how: dict[str, Any] = {
+        "collator": collator,
+        "encode": encode,
+        "config": config,
+        "autocast_choice": autocast_choice,
+    }
+    known = represent_instances(model, instances, **how)
+    answers = answer(model, examples, **how, known=known, ranks=ranks)
     score = METRICS[metric].score(answers.texts, [example.answers for example in examples])
     return EvaluationResult(
         score.mean,
@@ -83,25 +80,20 @@ def answer(
     encode: Encoder,
     config: EvaluationConfig,
     autocast_choice: str,
-    instances: Sequence[Example] = (),
+    known: Tensor | None = None,
     ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda done: None,
     streamer: Any = None,
 ) -> Answers:
     """Answer the last question of every example, greedily; each of the `ranks` answers a share.
 
-    `instances` are the training examples that weight a personal LoRA for every question, if any.
-    `progress` gets the number of this rank's answers after each batch, transformers' `streamer` the
-    tokens of a single example's answer. All ranks return all answers.
+    `known` has the representations (S, C) of `represent_instances`, if any. `progress` gets the
+    number of this rank's answers after each batch, transformers' `streamer` the tokens of a single
+    example's answer. All ranks return all answers.
     """
     model.eval()
     answers: list[str] = []
     cut = 0
-    precision = functools.partial(autocast, model.device, autocast_choice)
-    known = [
-        _represent(model, collator, encode, instances[start : start + config.batch_size], precision)
-        for start in range(0, len(instances), config.batch_size)
-    ]
     size = min(config.batch_size, math.ceil(len(examples) / ranks.number))
     starts = ranks.own(range(0, len(examples), size))
     parts = [range(start, min(start + size, len(examples))) for start in starts]
@@ -109,10 +101,10 @@ def answer(
     visuals = encode([examples[i] for i in part] for part in parts)
     for part in parts:
         batch = collator.prompt_batch([examples[i] for i in part]).to(model.device)
-        with precision():
+        with autocast(model.device, autocast_choice):
             visual = next(visuals)
-            if known:
-                _weigh(model, batch, visual, torch.cat(known))
+            if known is not None:
+                _weigh(model, batch, visual, known)
             tokens = model.generate(
                 batch,
                 visual,
@@ -128,6 +120,30 @@ def answer(
     found = ranks.collect(own)
     by_example = {i: text for _, *texts in found for i, text in texts}
     return Answers([by_example[i] for i in range(len(examples))], sum(cut for cut, *_ in found))
+
+
+def represent_instances(
+    model: PilotModel,
+    instances: Sequence[Example],
+    *,
+    collator: Collator,
+    encode: Encoder,
+    config: EvaluationConfig,
+    autocast_choice: str,
+) -> Tensor | None:
+    """Represent training examples by the personal LoRA alone, (S, C); None if there are none."""
+    if not instances:
+        return None
+    model.eval()
+    model.weigh_lora(1.0)
+    size, found = config.batch_size, []
+    parts = [instances[start : start + size] for start in range(0, len(instances), size)]
+    visuals = encode(parts)
+    for part in parts:
+        batch = collator.prompt_batch(part).to(model.device)
+        with autocast(model.device, autocast_choice):
+            found.append(model.represent(batch, next(visuals)))
+    return torch.cat(found)
 
 
 def instance_weights(shown: Tensor, known: Tensor, *, largest: float) -> Tensor:
@@ -150,17 +166,3 @@ def _weigh(model: PilotModel, batch: Batch, visual: Visual, known: Tensor) -> No
     model.weigh_lora(1.0)
     shown = model.represent(batch, visual)
     model.weigh_lora(instance_weights(shown, known, largest=model.share))
-
-
-def _represent(
-    model: PilotModel,
-    collator: Collator,
-    encode: Encoder,
-    examples: Sequence[Example],
-    precision: Callable[[], AbstractContextManager[object]],
-) -> Tensor:
-    """Return the representations (S, C) of training instances by the personal LoRA alone."""
-    model.weigh_lora(1.0)
-    batch = collator.prompt_batch(examples).to(model.device)
-    with precision():
-        return model.represent(batch, next(encode([examples])))

@@ -79,7 +79,7 @@ def moments_of(model: PilotModel, optimizer: torch.optim.Optimizer) -> State:
 
 
 def _restore(model: PilotModel, optimizer: torch.optim.Optimizer, moments: State) -> None:
-    """Load what `_moments` returned; a tensor that it lacks is new and starts without moments.
+    """Load what `moments_of` returned; a tensor that it lacks is new and starts without moments.
 
     Raises `StateError` for moments of unknown tensors, or of another layout than AdamW's.
     """

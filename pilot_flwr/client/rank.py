@@ -5,11 +5,12 @@ alone has the private state and the server's message, broadcasts their values.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from pilot_flwr.client.client_data import ClientData, open_client_data
-from pilot_flwr.client.evaluation import answer
+from pilot_flwr.client.evaluation import answer, represent_instances
 from pilot_flwr.client.mutual import Partner
 from pilot_flwr.client.node import Site, find_device
 from pilot_flwr.client.optimizer import RunSchedule
@@ -76,16 +77,14 @@ def take_part(ranks: Ranks, part: Part) -> None:
                 f"examples, then {len(examples)}: its data changed during the session."
             )
         if part.train is None:
-            answer(
-                model,
-                examples,
-                collator=data.collator,
-                encode=data.encoder(part.split),
-                config=config.evaluation,
-                autocast_choice=config.train.autocast,
-                instances=data.instances(),
-                ranks=ranks,
-            )
+            how: dict[str, Any] = {
+                "collator": data.collator,
+                "encode": data.encoder(part.split),
+                "config": config.evaluation,
+                "autocast_choice": config.train.autocast,
+            }
+            known = represent_instances(model, data.instances(), **how)
+            answer(model, examples, **how, known=known, ranks=ranks)
             return
         schedule = part.schedule
         if schedule is not None:

@@ -142,6 +142,7 @@ def _deciding_settings(config: PilotConfig) -> object:
         replace(config.evaluation, batch_size=1),
         config.seed,
         config.train.max_length,
+        config.train.personal,
     )
 
 

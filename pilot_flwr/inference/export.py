@@ -54,12 +54,12 @@ def new_folder(folder: Path) -> None:
 
 def check_exportable(run: Run, selected: Selected) -> None:
     """Raise `ModelError` if a model's LoRA has another weight for every question."""
-    if selected.private is not None and run.recorded.train.personal.by_question:
+    if selected.private is not None and run.config.train.personal.by_question:
         raise ModelError(
             f"The personalised model of client {selected.name!r} cannot be exported: it weights "
             "its personal LoRA for every question (`train.personal.weighting=similarity`), which "
-            "no fixed LoRA computes. Export the consensus model of its task with `--task`, or use "
-            "`pilot-flwr predict` and `chat`."
+            "no fixed LoRA computes. Export it with the same weight for all questions "
+            "(`train.personal.weighting=fixed`), or the consensus model of its task (`--task`)."
         )
 
 

@@ -1,5 +1,6 @@
 """Answer questions with a loaded model: examples, conversations and files."""
 
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from pilot_flwr.client.client_data import ClientData
-from pilot_flwr.client.evaluation import answer
+from pilot_flwr.client.evaluation import answer, represent_instances
 from pilot_flwr.config.model import FeatureCacheConfig
 from pilot_flwr.config.schema import PilotConfig
 from pilot_flwr.data.client_files import linked_folders
@@ -54,6 +55,7 @@ class Answerer:
         instances: Sequence[Example] = (),
     ) -> None:
         self.config, self.model, self.instances = config, model, instances
+        self._known: torch.Tensor | None = None
         self.processor = load_processor(config.model.path, config.model.revision)
         self.collator = make_collator(
             config.model, self.processor, max_length=config.train.max_length
@@ -92,18 +94,22 @@ class Answerer:
         evaluation = self.config.evaluation
         if max_new_tokens:
             evaluation = replace(evaluation, max_new_tokens=max_new_tokens)
-        workers = self.config.data.workers
+        how: dict[str, Any] = {
+            "collator": self.collator,
+            "encode": functools.partial(
+                self._cache.stream, self.model, self.processor, workers=self.config.data.workers
+            ),
+            "config": evaluation,
+            "autocast_choice": self.config.train.autocast,
+        }
         with out_of_memory_explained(self.config, self.model.stage):
+            if self._known is None:
+                self._known = represent_instances(self.model, self.instances, **how)
             return answer(
                 self.model,
                 examples,
-                collator=self.collator,
-                encode=lambda parts: self._cache.stream(
-                    self.model, self.processor, parts, workers=workers
-                ),
-                config=evaluation,
-                autocast_choice=self.config.train.autocast,
-                instances=self.instances,
+                **how,
+                known=self._known,
                 progress=progress,
                 streamer=None if piece is None else _Pieces(self.processor.tokenizer, piece),
             ).texts
@@ -147,8 +153,9 @@ def open_answerer(
             except (ConfigError, DataError) as error:
                 raise type(error)(
                     f"The personalised model of client {selected.name!r} weights its personal LoRA "
-                    f"by training examples of the client, which cannot be read here: {error} The "
-                    "consensus model of its task (`--task`) needs none."
+                    f"by training examples of the client, which cannot be read here: {error} "
+                    "`train.personal.weighting=fixed` gives all questions the same weight; the "
+                    "consensus model of its task (`--task`) needs no examples either."
                 ) from None
     return Answerer(run.config, model, keep=keep, instances=instances)
 

@@ -88,7 +88,7 @@ class Run:
             checkpoint.residual(),
             sharing,
             recorded.seed,
-            recorded.train.personal,
+            self.config.train.personal,
         )
 
     def prompt_suffix(self, task: str) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from visuals import visual
 
 from pilot_flwr.cli import main as cli
+from pilot_flwr.client import client_data
 from pilot_flwr.client.batching import optimizer_steps
 from pilot_flwr.client.client_data import ClientData
 from pilot_flwr.client.evaluation import instance_weights
@@ -190,6 +191,55 @@ def test_every_question_is_answered_with_its_own_weight(runs, processor, make_mo
             new.append(int(run_base(example, tokens).logits[0, -1].argmax()))
             tokens = torch.cat([tokens, torch.tensor([[new[-1]]])], 1)
         assert texts[number] == processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_the_training_examples_are_represented_once(runs, monkeypatch):
+    run = open_run(runs[0].folder.path)
+    answerer = open_answerer(run, selected := select_client(run, "vqa-0"), device=CPU)
+    shown, represent = [], answerer.model.represent
+
+    def noting(batch, visual):
+        shown.append(len(batch.input_ids))
+        return represent(batch, visual)
+
+    monkeypatch.setattr(answerer.model, "represent", noting)
+    examples = client_examples(run.config.data, selected.client, "test", seed=0)
+    one_by_one = [text for example in examples for text in answerer([example])]
+    assert shown == [2, 1, 1, 1]
+    assert one_by_one == answerer(examples)
+
+
+@pytest.mark.parametrize("long", [3, 4])
+def test_a_prompt_that_is_cut_in_training_weights_no_question(long, tmp_path, monkeypatch):
+    """With `train.over_long=cut` its first answer is trained on, and its last question is cut."""
+    config = load_config(f"{FEDDPA} train.over_long=cut train.max_length=40")
+    examples = [
+        Example(str(number), (), (*ask("Is it?"), *ask("why? " * (60 if number < long else 1))))
+        for number in range(4)
+    ]
+    monkeypatch.setattr(client_data, "client_examples", lambda *args, **more: examples)
+    model = PilotModel(load_base(config.model, CPU), config.model)
+    model.enter_stage1("vqa")
+    model.set_residual(model.state("lora"), share=SHARE)
+    client = federation_clients(config.data)[0]
+    data = ClientData(client, config, model, folder=tmp_path, progress=print)
+    assert len(data.examples("train")) == 4
+    if long == 3:
+        assert [example.id for example in data.instances()] == ["3"]
+        return
+    with pytest.raises(DataError, match="'vqa-0' has a prompt of at most `train.max_length=40`"):
+        data.instances()
+
+
+def test_the_share_can_be_overridden_in_use(runs, tmp_path, capsys):
+    """With a fixed weight, the model of a run with weights by question can be exported."""
+    folder, fixed = runs[0].folder.path, "train.personal={weighting:fixed,share:0.8}"
+    run = open_run(folder, overrides=[fixed])
+    answerer = open_answerer(run, select_client(run, "vqa-0"), device=CPU)
+    assert answerer.model.share == 0.8 and not answerer.instances
+    assert cli.main(["evaluate", str(folder), fixed]) == 0
+    assert "The settings have changed" in capsys.readouterr().err
+    assert cli.main(["export", str(folder), str(tmp_path / "x"), "--client", "vqa-0", fixed]) == 0
 
 
 def test_a_clients_model_has_both_loras_and_the_consensus_model_one(runs):
