@@ -1,4 +1,4 @@
-"""The auxiliary losses of Pilot (docs/explanation/method.md, section 2) and FedDAT, as functions.
+"""The auxiliary losses of Pilot (docs/explanation/method.md, section 2) and FedDAT, all pure.
 
 Coefficients are not applied here: `pilot_flwr.client.training` does that, once.
 """
@@ -109,7 +109,7 @@ def router_z_loss(router_logits: Tensor) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
-    """Draw a model's probabilities to another's: ``T² Σ_m KL(q_m ‖ p_m)``.
+    """Return the divergence from another model's probabilities, ``T² Σ_m KL(q_m ‖ p_m)``.
 
     Parameters
     ----------

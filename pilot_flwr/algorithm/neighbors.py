@@ -16,7 +16,7 @@ Indices = NDArray[np.intp]
 
 
 def closest_mean_neighbors(distances: Matrix) -> Indices:
-    """Choose every client's number of neighbours: their mean is to be close to its own LoRA.
+    """Choose each client's number of neighbours, so that their mean is closest to its own LoRA.
 
     ::
 
@@ -88,7 +88,7 @@ def inverse_distances(near: Matrix) -> Matrix:
 
 
 def check_distances(distances: Matrix) -> Matrix:
-    """Return a copy of distances with a diagonal of 0; raise `UpdateError` if they cannot be."""
+    """Return a copy with a diagonal of 0; raise `UpdateError` for values that no distance has."""
     checked = np.array(distances, dtype=np.float64)
     if checked.ndim != 2 or checked.shape[0] != checked.shape[1]:
         raise UpdateError(f"The distances have shape {checked.shape} but must be square.")

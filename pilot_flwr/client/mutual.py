@@ -1,4 +1,4 @@
-"""Train a shared and a personal model together, each on the other's answers.
+"""Train a shared and a personal model together, each distilled from the other.
 
 In FedDAT (Chen et al., "FedDAT: An Approach for Foundation Model Finetuning in Multi-Modal
 Heterogeneous Federated Learning", AAAI 2024, arXiv 2308.12305), a frozen copy of the received
@@ -25,7 +25,7 @@ from pilot_flwr.protocol import State
 
 
 @dataclass
-class Lesson:
+class Distillation:
     """One step's distillation: the other model's logits, (M, V) of each micro-batch.
 
     `logits` collects those of the model that learns.
@@ -43,11 +43,11 @@ class Lesson:
         return self.config.distillation * distillation_loss(logits, target, temperature=temperature)
 
 
-class Partner:
-    """The personal model beside the shared one, in the same `PilotModel`.
+class Teacher:
+    """The personal model, which shares a `PilotModel` with the shared one.
 
     The model must hold the received parameters, and the received LoRA as the frozen one. `lora` is
-    the client's. Outside `turn`, the model is the shared one.
+    the client's. Outside `active`, the model is the shared one.
     """
 
     def __init__(self, model: PilotModel, config: PersonalConfig, lora: State) -> None:
@@ -60,8 +60,8 @@ class Partner:
         model.weigh_lora(1.0)
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Let the model be the personal one in the block; only its LoRA is trained."""
+    def active(self) -> Iterator[None]:
+        """Swap the personal model in for the block; only its LoRA is trained."""
         connector = list(self.model.groups()["own_task_adapter"].values())
         shared = [(parameter, parameter.data) for parameter in self.tensors]
         _set_trained(connector, False)
@@ -75,10 +75,6 @@ class Partner:
             for parameter, tensor in shared:
                 parameter.data = tensor
             _set_trained(connector, True)
-
-    def lesson(self, targets: list[Tensor]) -> Lesson:
-        """Return one step's distillation from the other model's logits."""
-        return Lesson(self.config, targets)
 
     def lora(self) -> State:
         """Copy the client's LoRA to the CPU."""

@@ -11,7 +11,7 @@ import torch
 
 from pilot_flwr.client.client_data import ClientData, open_client_data
 from pilot_flwr.client.evaluation import answer, represent_instances
-from pilot_flwr.client.mutual import Partner
+from pilot_flwr.client.mutual import Teacher
 from pilot_flwr.client.node import Site, find_device
 from pilot_flwr.client.optimizer import RunSchedule
 from pilot_flwr.client.parallel import Ranks
@@ -32,7 +32,7 @@ class Part:
     `tasks` has the client's own first; `residual` the shapes of the frozen LoRA beside Θ_l; `share`
     is `PilotModel.share`; `examples` is the size of the split; `train` is None in evaluation;
     `generator` is the state of the training's generator; `schedule` has no moments, which rank 0
-    broadcasts; with `together`, so are the tensors of a `Partner`.
+    broadcasts; with `together`, so are the tensors of a `Teacher`.
     """
 
     site: Site
@@ -89,13 +89,13 @@ def take_part(ranks: Ranks, part: Part) -> None:
         schedule = part.schedule
         if schedule is not None:
             schedule = replace(schedule, moments=ranks.spread_state({}))
-        partner = None
+        teacher = None
         if part.together:
-            partner = Partner(model, config.train.personal, model.state("lora"))
-            ranks.spread(list(partner.tensors.values()))
+            teacher = Teacher(model, config.train.personal, model.state("lora"))
+            ranks.spread(list(teacher.tensors.values()))
         generator = torch.Generator()
         generator.set_state(torch.tensor(list(part.generator), dtype=torch.uint8))
-        train_client(ranks, data, part.train, generator, run_schedule=schedule, partner=partner)
+        train_client(ranks, data, part.train, generator, run_schedule=schedule, teacher=teacher)
 
 
 def train_client(
@@ -106,7 +106,7 @@ def train_client(
     *,
     proximal: Proximal | None = None,
     run_schedule: RunSchedule | None = None,
-    partner: Partner | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainingResult:
     """Train the loaded model on the client's training split; return its result."""
     result = train(
@@ -119,7 +119,7 @@ def train_client(
         progress=data.progress,
         proximal=proximal,
         run_schedule=run_schedule,
-        partner=partner,
+        teacher=teacher,
         ranks=ranks,
     )
     cut = data.collator.cut_examples

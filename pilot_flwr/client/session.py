@@ -32,7 +32,7 @@ from pilot_flwr.algorithm.parameter_groups import PERSONAL_GROUPS, Sharing
 from pilot_flwr.algorithm.quantization import compress
 from pilot_flwr.client.client_data import SESSION_LOCK, open_client_data
 from pilot_flwr.client.evaluation import evaluate
-from pilot_flwr.client.mutual import Partner
+from pilot_flwr.client.mutual import Teacher
 from pilot_flwr.client.node import Site, find_device
 from pilot_flwr.client.optimizer import RunSchedule
 from pilot_flwr.client.parallel import Ranks, in_parallel
@@ -202,18 +202,18 @@ class Session:
         cut.clear()  # the check of the rows notes them under other ids
         with out_of_memory_explained(self.config, self.model.stage):
             pull = Proximal(sent, weight) if sent else None
-            partner = self._partner()
-            training = self._fit(generator, pull, schedule, partner)
+            teacher = self._teacher()
+            training = self._fit(generator, pull, schedule, teacher)
         check_finite(self.model)
         trained = extract_private_state(self.model, self.sharing)
         result, errors = self._upload()
         trained = replace(trained, errors=errors)
         if schedule is not None:
             trained = replace(trained, moments=schedule.moments)
-        if partner is not None:
-            with partner.turn():
+        if teacher is not None:
+            with teacher.active():
                 check_finite(self.model)
-            trained = replace(trained, personal={"lora": partner.lora()})
+            trained = replace(trained, personal={"lora": teacher.lora()})
             training = replace(training, steps=2 * training.steps)
         elif self.config.train.personal.model != "none":
             personal, second = self._train_personal(generator)
@@ -229,14 +229,14 @@ class Session:
             training = self._public(training)
         return replace(result, training=training), trained
 
-    def _partner(self) -> Partner | None:
+    def _teacher(self) -> Teacher | None:
         """Return the personal model to train together with the shared one, which is loaded."""
         personal = self.config.train.personal
         if personal.distillation == 0:
             return None
         self.model.set_residual(self.received.lora)
         own = self.private.personal["lora"] if self.private else self.received.lora
-        return Partner(self.model, personal, own)
+        return Teacher(self.model, personal, own)
 
     def _train_personal(
         self, generator: torch.Generator
@@ -272,13 +272,13 @@ class Session:
         generator: torch.Generator,
         proximal: Proximal | None,
         schedule: RunSchedule | None = None,
-        partner: Partner | None = None,
+        teacher: Teacher | None = None,
     ) -> TrainingResult:
         """Train the loaded model on the client's training split."""
         config = self.config.train
         if config.personal.model != "none":  # two models, half of the epochs each
             config = replace(config, epochs=config.epochs // 2, personal=PersonalConfig())
-        with self._ranks("train", config, generator, schedule, partner) as ranks:
+        with self._ranks("train", config, generator, schedule, teacher) as ranks:
             return train_client(
                 ranks,
                 self.data,
@@ -286,7 +286,7 @@ class Session:
                 generator,
                 proximal=proximal,
                 run_schedule=schedule,
-                partner=partner,
+                teacher=teacher,
             )
 
     @contextlib.contextmanager
@@ -296,7 +296,7 @@ class Session:
         train: TrainConfig | None = None,
         generator: torch.Generator | None = None,
         schedule: RunSchedule | None = None,
-        partner: Partner | None = None,
+        teacher: Teacher | None = None,
     ) -> Iterator[Ranks]:
         """Run one training or evaluation in the client's other processes, too, in the block."""
         groups = self.model.groups()
@@ -313,15 +313,15 @@ class Session:
             train=train,
             generator=bytes(generator.get_state().tolist()) if generator else b"",
             schedule=replace(schedule, moments={}) if schedule else None,
-            together=partner is not None,
+            together=teacher is not None,
         )
         number, device = self.site.processes, self.model.device
         with in_parallel(number, device, take_part, task) as ranks:
             ranks.spread(adapters(self.model))
             if schedule is not None:
                 ranks.spread_state(schedule.moments)
-            if partner is not None:
-                ranks.spread(list(partner.tensors.values()))
+            if teacher is not None:
+                ranks.spread(list(teacher.tensors.values()))
             yield ranks
 
     def _charge(self) -> Spent:

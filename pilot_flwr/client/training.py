@@ -29,7 +29,7 @@ from pilot_flwr.algorithm.parameter_groups import (
     trained_groups,
 )
 from pilot_flwr.client.batching import optimizer_steps
-from pilot_flwr.client.mutual import Lesson, Partner
+from pilot_flwr.client.mutual import Distillation, Teacher
 from pilot_flwr.client.optimizer import RunSchedule, make_optimizer, moments_of
 from pilot_flwr.client.parallel import Ranks
 from pilot_flwr.config.train import TrainConfig
@@ -57,14 +57,14 @@ def train(
     progress: Callable[[str], None],
     proximal: "Proximal | None" = None,
     run_schedule: RunSchedule | None = None,
-    partner: Partner | None = None,
+    teacher: Teacher | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train the groups of the model's stage in place; of the LoRA, `config.lora_matrices`.
 
     `generator`, on the CPU, draws the order of examples and dropout. `progress` gets a line at most
     every `config.log_every_seconds`. `proximal` is added to the loss of every step. Without
-    `run_schedule`, optimizer and learning rates begin anew. `partner` is trained as well, in every
+    `run_schedule`, optimizer and learning rates begin anew. `teacher` is trained as well, in every
     step after the model, with an optimizer of its own; the result is the model's alone.
 
     Each of the `ranks` computes its share of a step's micro-batches. The gradients are then added
@@ -88,8 +88,8 @@ def train(
         steps = [ranks.own(step) for step in optimizer_steps(examples, config, generator)]
         visuals = encode([examples[i] for i in part] for step in steps for part in step)
         take_step: Callable[..., None] = learner.step
-        if partner is not None:
-            take_step = _together(learner, partner, num_steps)
+        if teacher is not None:
+            take_step = _together(learner, teacher, num_steps)
         for step in steps:
             batches = [collator.train_batch([examples[i] for i in part]) for part in step]
             take_step(batches, [next(visuals) for _ in batches], meter.update)
@@ -124,11 +124,11 @@ class _Learner:
         batches: list[Batch],
         visuals: list[Visual],
         note: Callable[[Losses], None],
-        lesson: Lesson | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         """Train on one step's micro-batches; `note` gets the losses while there are gradients."""
         model, ranks = self.model, self.ranks
-        losses = accumulate(model, batches, iter(visuals), self.config, ranks, lesson)
+        losses = accumulate(model, batches, iter(visuals), self.config, ranks, distillation)
         if self.proximal is not None:
             losses += self.proximal.backpropagate()
         ranks.add_up([losses])
@@ -142,20 +142,21 @@ class _Learner:
         model.zero_grad()  # not the shard of this rank alone
 
 
-def _together(learner: _Learner, partner: Partner, num_steps: int) -> Callable[..., None]:
-    """Return a step of the model and then of its partner, each distilled from the other before."""
+def _together(learner: _Learner, teacher: Teacher, num_steps: int) -> Callable[..., None]:
+    """Return a step of the model and then of its teacher, each distilled from the other before."""
     model, config = learner.model, learner.config
-    with partner.turn():
+    with teacher.active():
         second = _Learner(model, config, num_steps, learner.ranks)
 
     def step(batches: list[Batch], visuals: list[Visual], note: Callable[[Losses], None]) -> None:
-        with partner.turn(), torch.no_grad(), autocast(model.device, config.autocast):
+        with teacher.active(), torch.no_grad(), autocast(model.device, config.autocast):
             pairs = zip(batches, visuals, strict=True)
             targets = [model(batch.to(model.device), visual).logits for batch, visual in pairs]
-        lesson = partner.lesson(targets)
-        learner.step(batches, visuals, note, lesson)
-        with partner.turn():
-            second.step(batches, visuals, lambda losses: None, partner.lesson(lesson.logits))
+        from_teacher = Distillation(teacher.config, targets)
+        learner.step(batches, visuals, note, from_teacher)
+        from_model = Distillation(teacher.config, from_teacher.logits)
+        with teacher.active():
+            second.step(batches, visuals, lambda losses: None, from_model)
 
     return step
 
@@ -183,7 +184,7 @@ def accumulate(
     visuals: Iterator[Visual],
     config: TrainConfig,
     ranks: Ranks = ALONE,
-    lesson: Lesson | None = None,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """Backpropagate one optimizer step's micro-batches; return its `LOSSES` in float64.
 
@@ -198,7 +199,7 @@ def accumulate(
     cheap, and rank 0, which computes them, holds H_v of the whole step in memory.
 
     With `train.loss_reduction=micro_batch` each loss is averaged over a micro-batch, and the step's
-    is the mean of its micro-batches'. `lesson` adds a distillation, averaged like L_ce.
+    is the mean of its micro-batches'. `distillation` adds its loss, averaged like L_ce.
     """
     per_batch = config.loss_reduction == "micro_batch"
     own_tokens = sum(int((b.labels[:, 1:] != IGNORE_INDEX).sum()) for b in batches)
@@ -232,8 +233,8 @@ def accumulate(
             out.features, share * out.difference, of_router * out.balance, of_router * out.z
         )
         more: dict[str, Tensor] = {}
-        if lesson is not None:
-            more["distillation"] = lesson.loss(output.logits) / answers
+        if distillation is not None:
+            more["distillation"] = distillation.loss(output.logits) / answers
         losses += _backpropagate(summed / answers, parts, config, **more)
     return losses
 

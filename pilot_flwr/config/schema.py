@@ -145,8 +145,8 @@ class StrategyConfig(Section, prefix="strategy"):
     """Aggregation of text adapters: `adaptive` (ATA), mean over a `task`'s clients, `global` mean,
     or `exact` mean of the products B A (FedEx-LoRA)."""
     neighbors: Annotated[str, choice("fixed", "closest_mean")] = "fixed"
-    """Number of neighbours in the adaptive aggregation: `fixed` (`strategy.num_neighbors`), or for
-    each client the one with which their mean is closest to its own LoRA (`closest_mean`)."""
+    """Number M of neighbours in the adaptive aggregation: `fixed` (`strategy.num_neighbors`), or
+    chosen for each client so that its neighbours' mean LoRA is `closest_mean` to its own."""
     num_neighbors: Annotated[int, minimum(1)] = 2
     """M: neighbours of a client in the adaptive aggregation."""
     distances: Annotated[str, choice("exact", "sketch")] = "exact"

@@ -54,8 +54,8 @@ class PersonalConfig(Section, prefix="train.personal"):
     share: Annotated[float, PART] = 0.5
     """Weight of the personal LoRA; the received one has the rest."""
     weighting: Annotated[str, choice("fixed", "similarity")] = "fixed"
-    """Weight of the personal LoRA in evaluation: `share`, or for every question `share` times its
-    `similarity` to training examples of the client (FedDPA)."""
+    """Weight of the personal LoRA in evaluation: `fixed` at `share`, or for every question `share`
+    times its mean `similarity` to training examples of the client (FedDPA)."""
     instances: Annotated[int, minimum(1)] = 5
     """Number of these training examples."""
     distillation: Annotated[float, minimum(0)] = 0.0
@@ -69,8 +69,8 @@ class PersonalConfig(Section, prefix="train.personal"):
         if self.distillation > 0 and self.pull > 0:
             raise ConfigError(
                 f"`train.personal.pull` is {self.pull:g} but must be 0 with "
-                f"`train.personal.distillation={self.distillation:g}`, which draws the models to "
-                "each other."
+                f"`train.personal.distillation={self.distillation:g}`, which pulls both models "
+                "together."
             )
 
     @property

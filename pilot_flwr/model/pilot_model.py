@@ -239,9 +239,9 @@ class PilotModel(nn.Module):
             self.weigh_lora(share)
 
     def weigh_lora(self, weight: float | Tensor) -> None:
-        """Weight Θ_l by `weight`, a number or one for each row of a batch (B,), the other by rest.
+        """Weight Θ_l by `weight`, and the frozen LoRA of `set_residual` by ``1 - weight``.
 
-        The other is the frozen LoRA of `set_residual`.
+        `weight` is a number, or one for each row of a batch, shape (B,).
         """
         if isinstance(weight, Tensor):
             weight = weight[:, None, None]  # over tokens and channels
@@ -305,10 +305,10 @@ class PilotModel(nn.Module):
 
     @functools.cached_property
     def _skipped(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """What of the tower kept features make unnecessary, and what takes its place.
+        """Modules of the tower that are skipped on kept features, and their forward pass then.
 
-        A tower that returns a feature map is skipped as a whole. Of others it is the layers and the
-        patch embeddings: the projector may be a part of the tower.
+        A tower that returns a feature map is skipped as a whole. Of others, the layers and the
+        patch embeddings are: the projector may be a part of the tower.
         """
         if self.spec.feature_map:
             return [(self.tower, no_features)]
