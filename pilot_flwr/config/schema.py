@@ -144,9 +144,9 @@ class StrategyConfig(Section, prefix="strategy"):
     lora: Annotated[str, choice("adaptive", "task", "global", "exact")] = "adaptive"
     """Aggregation of text adapters: `adaptive` (ATA), mean over a `task`'s clients, `global` mean,
     or `exact` mean of the products B A (FedEx-LoRA)."""
-    neighbors: Annotated[str, choice("fixed", "closest_mean")] = "fixed"
-    """Number M of neighbours in the adaptive aggregation: `fixed` (`strategy.num_neighbors`), or
-    chosen for each client so that its neighbours' mean LoRA is `closest_mean` to its own."""
+    neighbors: Annotated[str, choice("fixed", "grouped")] = "fixed"
+    """Neighbours of a client in the adaptive aggregation: the nearest (`fixed` number), or the
+    others of its group (`grouped`), chosen in each exchange so that LoRAs predict each other."""
     num_neighbors: Annotated[int, minimum(1)] = 2
     """M: neighbours of a client in the adaptive aggregation."""
     distances: Annotated[str, choice("exact", "sketch")] = "exact"
