@@ -232,7 +232,7 @@ class Session:
     def _teacher(self) -> Teacher | None:
         """Return the personal model to train together with the shared one, which is loaded."""
         personal = self.config.train.personal
-        if personal.distillation == 0:
+        if not personal.mutual:
             return None
         self.model.set_residual(self.received.lora)
         own = self.private.personal["lora"] if self.private else self.received.lora

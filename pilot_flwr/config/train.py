@@ -78,6 +78,11 @@ class PersonalConfig(Section, prefix="train.personal"):
         """Whether every question has its own weight."""
         return self.model == "beside" and self.weighting == "similarity"
 
+    @property
+    def mutual(self) -> bool:
+        """Whether both models are trained in every step."""
+        return self.model == "beside" and self.distillation > 0
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section, prefix="train"):

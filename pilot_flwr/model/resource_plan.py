@@ -242,12 +242,11 @@ def _memory(config: PilotConfig, stage: Stage, batch: MicroBatch) -> Memory:
     memory, personal = training_memory(stage, batch), config.train.personal
     if personal.model != "beside":
         return memory
-    together = personal.distillation > 0
-    sharing = replace(stage.sharing, trained_adapter=together)
+    sharing = replace(stage.sharing, trained_adapter=personal.mutual)
     beside = replace(stage, sharing=sharing)
     beside.groups["residual"] = beside.groups["lora"]  # the received LoRA, frozen
     found = training_memory(beside, batch)
-    if together:  # the personal model's tensors and moments besides the shared one's
+    if personal.mutual:  # the personal model's tensors and moments besides the shared one's
         lora, adapter = (numel(stage.groups[group]) for group in ("lora", "own_task_adapter"))
         width = DTYPE_BYTES[config.model.adapter_dtype]
         found = replace(

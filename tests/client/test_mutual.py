@@ -12,7 +12,7 @@ from visuals import visual
 from pilot_flwr.algorithm.losses import distillation_loss
 from pilot_flwr.client.batching import optimizer_steps
 from pilot_flwr.client.node import Site
-from pilot_flwr.client.session import run_session, session_generator
+from pilot_flwr.client.session import SHARED, run_session, session_generator
 from pilot_flwr.config.loading import load_config
 from pilot_flwr.data.collator import Collator
 from pilot_flwr.data.federation import client_examples, federation_clients
@@ -170,6 +170,15 @@ def test_a_resumed_run_is_bit_by_bit_the_uninterrupted_one(tmp_path):
     assert model.share == SHARE
     scales = {(s["default"], s["residual"]) for s in (x.scaling for x in model._lora_layers)}
     assert scales == {(SHARE * 2, (1 - SHARE) * 2)}
+
+
+@pytest.mark.parametrize(("model", "groups"), [("none", set()), ("whole", set(SHARED))])
+def test_other_personal_models_are_not_distilled(model, groups, tmp_path):
+    """As the command line says, which refuses the setting."""
+    settings = SETTINGS.replace("share:", f"model:{model},share:")
+    run = finish(tmp_path, settings)
+    assert run.private("vqa-0").personal.keys() == groups
+    assert run.events("failure") == []
 
 
 def test_a_pull_beside_the_distillation_is_refused():
