@@ -249,11 +249,16 @@ def _memory(config: PilotConfig, stage: Stage, batch: MicroBatch) -> Memory:
     if personal.mutual:  # the personal model's tensors and moments besides the shared one's
         lora, adapter = (numel(stage.groups[group]) for group in ("lora", "own_task_adapter"))
         width = DTYPE_BYTES[config.model.adapter_dtype]
+        # Both models' logits of the step's micro-batches, and four more float32 copies of one's.
+        step = 2 * config.train.accumulation_steps * DTYPE_BYTES[config.model.dtype]
+        vocabulary = decoder_of(config.model).vocabulary
+        logits = batch.examples * batch.answer_tokens * vocabulary * (step + 4 * 4)
         found = replace(
             found,
             adapters=found.adapters + width * (lora + adapter),
             optimizer=found.optimizer + 2 * width * lora,
-            reserve=found.reserve + int(RESERVE * width * (3 * lora + adapter)),
+            logits=found.logits + logits,
+            reserve=found.reserve + int(RESERVE * (width * (3 * lora + adapter) + logits)),
         )
     return max(memory, found, key=lambda estimate: estimate.total)
 

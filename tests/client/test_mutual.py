@@ -188,11 +188,16 @@ def test_a_pull_beside_the_distillation_is_refused():
 
 
 def test_the_plan_counts_both_models_and_the_received_lora():
-    plain, together = (
+    plain, together, accumulated = (
         make_plan(load_config(f"model=tiny strategy={method} train.epochs=2"), micro_batch=1)
-        for method in ("fedit", "feddat")
+        for method in ("fedit", "feddat", "feddat train.accumulation_steps=3")
     )
     (shared,), (both,) = plain.stages.values(), together.stages.values()
+    (three,) = accumulated.stages.values()
+    # In bytes per float32 logit: 16 without distillation; 16 more with it, measured by the storages
+    # alive in `distillation_loss` and its backward pass; 8 of each micro-batch, of both models.
+    assert both.memory.logits == shared.memory.logits * (16 + 16 + 8) / 16
+    assert three.memory.logits == shared.memory.logits * (16 + 16 + 3 * 8) / 16
     lora, adapter = (shared.parameters[group] for group in ("lora", "own_task_adapter"))
     assert both.private == lora
     assert both.memory.adapters == shared.memory.adapters + 4 * (2 * lora + adapter)
