@@ -31,8 +31,9 @@ def grouped_neighbors(distances: Matrix) -> Neighbors:
 
     The mean is without the client's own LoRA, so e is an error of prediction, as in leave-one-out
     cross-validation. With S_j = T_j + noise of length s, independent between clients, it is
-    ``s^2 (1 + 1 / (|C| - 1)) + || T_k - mean T_j ||^2`` for each client on average: a larger group
-    of the same kind reduces the variance, clients of another kind add bias.
+    ``s^2 (1 + 1 / (|C| - 1)) + || T_k - mean T_j ||^2`` for each client of a given group on
+    average: a larger group of the same kind reduces the variance, clients of another kind add bias.
+    Noise of few dimensions brings clients together by chance, and the groups become small.
 
     Parameters
     ----------

@@ -145,8 +145,8 @@ class StrategyConfig(Section, prefix="strategy"):
     """Aggregation of text adapters: `adaptive` (ATA), mean over a `task`'s clients, `global` mean,
     or `exact` mean of the products B A (FedEx-LoRA)."""
     neighbors: Annotated[str, choice("fixed", "grouped")] = "fixed"
-    """Neighbours of a client in the adaptive aggregation: the nearest (`fixed` number), or the
-    others of its group (`grouped`), chosen in each exchange so that LoRAs predict each other."""
+    """Neighbours of a client in the adaptive aggregation: a `fixed` number of the nearest clients,
+    or the others of its group, `grouped` in each exchange by the distances between LoRAs."""
     num_neighbors: Annotated[int, minimum(1)] = 2
     """M: neighbours of a client in the adaptive aggregation."""
     distances: Annotated[str, choice("exact", "sketch")] = "exact"

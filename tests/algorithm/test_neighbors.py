@@ -95,6 +95,16 @@ def test_clients_that_are_alike_are_all_neighbours(count):
         assert_array_equal(grouped_neighbors(distances), others)
 
 
+@pytest.mark.parametrize(("count", "width"), [(9, 50), (100, 300)])
+def test_noise_of_few_dimensions_makes_small_groups(count, width):
+    """Clients of one kind are close by chance then: a limit that the method's page tells."""
+    few, many = (
+        grouped_neighbors(distances_of(clusters([count], apart=0, seed=0, width=dimensions)))
+        for dimensions in (10, width)
+    )
+    assert few.sum(axis=1).mean() < 4 and many.sum() == count * (count - 1)
+
+
 @pytest.mark.parametrize("clients", [3, 5, 20])
 def test_where_tasks_become_one_group(clients):
     """Three tasks of m clients with noise 1 and centres at a distance b.
