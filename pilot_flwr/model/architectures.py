@@ -158,6 +158,12 @@ def _map_size(vision: Any, pixels: tuple[int, ...]) -> int:
     with missing_package_explained(), torch.device("meta"):
         tower = transformers.AutoModel.from_config(vision).eval()
         features = tower(torch.empty(1, *pixels)).last_hidden_state
+    if features.dim() != 4 or features.shape[1] != vision.hidden_size:
+        raise ModelError(
+            f"The vision tower in `model.path` returns features of shape {tuple(features.shape)} "
+            f"but must return a map (B, D, H, W) of D = {vision.hidden_size} channels, "
+            "`vision_config.hidden_size`."
+        )
     return int(features.shape[-2:].numel())
 
 

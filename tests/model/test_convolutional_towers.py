@@ -186,6 +186,25 @@ def test_sites_with_other_settings_of_the_tower_have_another_base(tmp_path):
     assert {key for key in own if own[key] != other[key]} == {"base.config"}
 
 
+def vit():
+    """A tower without a feature map."""
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.CLIPVisionConfig(hidden_size=32, image_size=32, patch_size=8, **layers)
+
+
+@pytest.mark.parametrize(
+    ("vision", "size", "shape"), [(vit(), 32, r"\(1, 17, 32\)"), (resnet(), 40, r"\(1, 16, 4, 4\)")]
+)
+def test_a_tower_must_return_a_map_of_its_declared_width(vision, size, shape, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        family = functools.partial(families.fast_vlm, vision=vision)
+        patch.setitem(families._FAMILIES, "fastvlm", family)
+        families.write("fastvlm", tmp_path)
+    config = with_tower(tmp_path, hidden_size=size)
+    with pytest.raises(ModelError, match=f"features of shape {shape} but must .* D = {size} "):
+        make_plan(config)
+
+
 def test_a_tower_of_timm_needs_timm(tmp_path, monkeypatch):
     """FastVLM's own towers are timm's."""
     missing = (lambda: False, import_utils.TIMM_IMPORT_ERROR)
