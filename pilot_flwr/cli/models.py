@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
@@ -74,11 +74,7 @@ def evaluate(
     ] = None,
     answers_file: Annotated[
         Path | None,
-        typer.Option(
-            "--answers",
-            metavar="FILE",
-            help="Also write every answer with its score to a new JSONL file.",
-        ),
+        typer.Option("--answers", metavar="FILE", help="Also write scored answers as new JSONL."),
     ] = None,
 ) -> int:
     """Score the models of a run.
@@ -120,18 +116,13 @@ def evaluate(
                 "run": str(run.folder),
                 "round": run.checkpoint.server_round,
                 "split": "data" if data else split,
-                "clients": [
-                    {k: v for k, v in asdict(row).items() if k != "answers"} for row in rows
-                ],
+                "clients": [row.figures() for row in rows],
                 "tasks": by_task,
                 "mean_over_tasks": mean,
             }
             out.write(json.dumps(result, indent=2) + "\n")
         if lines is not None:
-            for row in rows:
-                for answer in row.answers:
-                    line = {"client": row.client, **answer._asdict()}
-                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.writelines(line for row in rows for line in row.answer_lines())
     return SUCCESS
 
 

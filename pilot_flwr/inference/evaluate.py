@@ -1,8 +1,9 @@
 """Score models of a run: per client, per task, and the mean over tasks."""
 
 import functools
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,16 @@ class Scored:
     recorded: float | None = None
     """The run's last score of this client, if comparable."""
     answers: tuple[ScoredAnswer, ...] = ()
+
+    def figures(self) -> dict[str, object]:
+        """Return all fields but the answers."""
+        return {name: value for name, value in vars(self).items() if name != "answers"}
+
+    def answer_lines(self) -> Iterator[str]:
+        """Yield every answer as a line of JSON."""
+        for answer in self.answers:
+            line = {"client": self.client, **answer._asdict()}
+            yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
