@@ -25,6 +25,7 @@ PAGES = {
     "docs/how-to/many-clients.md": ("clients",),
     "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
     "docs/explanation/scenarios.md": ("rates",),
+    "docs/explanation/emoji.md": ("emoji/gate",),
     "docs/explanation/scale.md": ("aggregation", "sketch"),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan", "training_step"),
 }
