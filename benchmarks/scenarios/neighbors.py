@@ -1,8 +1,8 @@
 """Compare Pilot's number of neighbours with the chosen ones of ``pilot_auto`` on the two scenarios.
 
 `strategy.num_neighbors` is 1, 2 (the default), 4 or 8, which is all of nine clients; scores are on
-validation scans, with the seeds of the search of rates. Run
-``python benchmarks/scenarios/neighbors.py`` (20 runs, about 10 minutes on 2 cores; repeat it to
+validation scans, with four seeds that the comparison does not use. Run
+``python benchmarks/scenarios/neighbors.py`` (40 runs, about 20 minutes on 1 core; repeat it to
 resume) to update ``benchmarks/results/scenarios/neighbors.json``.
 """
 
@@ -24,7 +24,7 @@ from scenarios.sweeps import FOLDER, PACKAGES, SCENARIOS, choice, sweep, sweep_p
 
 AUTO = "pilot_auto"
 NUMBERS = (1, 2, 4, 8)
-SEEDS = (100, 101)
+SEEDS = (100, 101, 102, 103)
 
 
 def chosen(folder: Path) -> list[float]:
