@@ -33,7 +33,7 @@ from pilot_flwr.algorithm.arrays import (
 )
 from pilot_flwr.algorithm.neighbors import (
     check_distances,
-    closest_mean_neighbors,
+    grouped_neighbors,
     inverse_distances,
     rank_others,
 )
@@ -131,7 +131,7 @@ def sketched_distances(states: Sequence[NamedArrays], *, seed: Sequence[int]) ->
 def adaptive_weights(
     distances: Matrix,
     num_examples: Sequence[float],
-    num_neighbors: int | Sequence[int],
+    num_neighbors: int | NDArray[np.bool_],
     *,
     self_weight: bool = True,
 ) -> Matrix:
@@ -152,8 +152,8 @@ def adaptive_weights(
         Finite and not negative; the diagonal is ignored.
     num_examples : sequence of float
         n_k, positive and finite.
-    num_neighbors : int or sequence of int
-        M, or one M_k for each client, at least 1; K or more means all other clients.
+    num_neighbors : int or ndarray of bool, shape (K, K)
+        M, at least 1; K or more means all other clients. Or whether j is in N(k), at least one.
     self_weight : bool
         Whether a client's own LoRA counts; without it W_kk = 0, an ablation.
 
@@ -169,15 +169,16 @@ def adaptive_weights(
     UpdateError
         `distances` or `num_examples` are not as above.
     """
-    fewest, most = int(np.min(num_neighbors)), int(np.max(num_neighbors))
-    if fewest < 1:
-        raise ConfigError(f"`strategy.num_neighbors` is {fewest} but must be at least 1.")
+    fixed = isinstance(num_neighbors, int)
+    if fixed and num_neighbors < 1:
+        raise ConfigError(f"`strategy.num_neighbors` is {num_neighbors} but must be at least 1.")
     others = check_distances(distances)
     counts = _check_examples(num_examples, len(others))
-    nearest = rank_others(others)[:, :most]
-    inverse = inverse_distances(np.take_along_axis(others, nearest, axis=1))
-    if fewest < most:
-        inverse[np.arange(nearest.shape[1]) >= np.reshape(num_neighbors, (-1, 1))] = 0
+    nearest = rank_others(others)[:, : num_neighbors if fixed else None]
+    near = np.take_along_axis(others, nearest, axis=1)
+    if not fixed:
+        near[~np.take_along_axis(num_neighbors, nearest, axis=1)] = np.inf
+    inverse = inverse_distances(near)
     weights: Matrix = np.zeros_like(others)
     np.put_along_axis(weights, nearest, inverse / inverse.sum(axis=1, keepdims=True), axis=1)
     np.fill_diagonal(weights, float(self_weight or len(others) == 1))
@@ -375,10 +376,10 @@ def _mean_over(group_of: GroupOf) -> LoraRule:
 def _adaptive(
     distances: Matrix, tasks: Sequence[str], examples: Sequence[float], config: StrategyConfig
 ) -> Matrix:
-    number: int | Sequence[int] = config.num_neighbors
-    if config.neighbors == "closest_mean":
-        number = closest_mean_neighbors(distances).tolist()
-    return adaptive_weights(distances, examples, number, self_weight=config.self_weight)
+    neighbors: int | NDArray[np.bool_] = config.num_neighbors
+    if config.neighbors == "grouped":
+        neighbors = grouped_neighbors(distances)
+    return adaptive_weights(distances, examples, neighbors, self_weight=config.self_weight)
 
 
 LORA_RULES: dict[str, LoraRule] = {

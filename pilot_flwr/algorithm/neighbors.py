@@ -1,7 +1,7 @@
-"""Rank the neighbours of every client by distance, and choose how many of them ATA mixes.
+"""Rank the neighbours of every client by distance, and choose them by grouping the clients.
 
 :func:`pilot_flwr.algorithm.aggregation.adaptive_weights` takes the number of neighbours M from the
-configuration (the paper) or, client by client, from :func:`closest_mean_neighbors`.
+configuration (the paper), or every client's neighbours from :func:`grouped_neighbors`.
 
 Source: docs/explanation/method.md, section 4.
 """
@@ -15,24 +15,22 @@ from pilot_flwr.errors import UpdateError
 Indices = NDArray[np.intp]
 
 
-def closest_mean_neighbors(distances: Matrix) -> Indices:
-    """Choose every client's number of neighbours: their mean is to be close to its own LoRA.
+def grouped_neighbors(distances: Matrix) -> NDArray[np.bool_]:
+    """Group the clients so that the mean of the others of its group is close to each client.
 
     ::
 
-        M_k = argmin_M || S_k - 1/M sum_{j in N_M(k)} S_j ||^2,   N_M(k): the M nearest clients
-            = argmin_M  1/M sum_j d_kj^2 - 1/M^2 sum_{i < j} d_ij^2
+        minimise  sum_C e(C),   e(C) = sum_{k in C} || S_k - mean_{j in C, j != k} S_j ||^2
+                                     = |C| / (|C| - 1)^2  sum_{i < j in C} d_ij^2
 
-    The client's own LoRA is no part of the mean, so this is an error of prediction, as in
-    leave-one-out cross-validation. With S_j = T_j + e_j and noise e_j that is independent between
-    clients, it is on average::
+    over the groupings C that the tree of average linkage of the d_ij^2 contains: from the leaves
+    up, a node is one group if its e is not above the sum of the best of its two parts. A client
+    alone has its nearest client as its only neighbour, and e = d^2 of it.
 
-        | e_k |^2 + 1/M^2 sum_j | e_j |^2 + || T_k - 1/M sum_j T_j ||^2
-
-    The first term does not depend on M. More neighbours of the same kind reduce the second,
-    neighbours of another kind increase the third.
-
-    Clients at the same distance are neighbours together, and of equal errors the first counts.
+    The mean is without the client's own LoRA, so e is an error of prediction, as in leave-one-out
+    cross-validation. With S_j = T_j + noise of length s, independent between clients, it is
+    ``s^2 (1 + 1 / (|C| - 1)) + || T_k - mean T_j ||^2`` for each client on average: a larger group
+    of the same kind reduces the variance, clients of another kind add bias.
 
     Parameters
     ----------
@@ -41,33 +39,44 @@ def closest_mean_neighbors(distances: Matrix) -> Indices:
 
     Returns
     -------
-    ndarray of int, shape (K,)
-        From 1 to K - 1, and 1 for K = 1. Does not depend on the unit of the distances.
+    ndarray of bool, shape (K, K)
+        Whether client j is a neighbour of client k; at least one of each row, for K > 1. Does not
+        depend on the unit of the distances.
 
     Raises
     ------
     UpdateError
         `distances` are not as above.
-
-    Notes
-    -----
-    Costs K^3 additions, and the memory of 5 K^2 float64.
     """
     others = check_distances(distances)
-    chosen = np.ones(len(others), dtype=np.intp)
+    neighbors = np.zeros(others.shape, dtype=bool)
     if len(others) < 2:
-        return chosen
+        return neighbors
+    from scipy.cluster.hierarchy import linkage  # slow to import, and seldom needed
+
+    nearest = rank_others(others)[:, 0]
     squares = (others / (others.max() or 1)) ** 2  # scaled: they neither overflow nor vanish
-    numbers = np.arange(1, len(others))
-    place = np.empty(len(others), dtype=np.intp)
-    for k, nearest in enumerate(rank_others(others)):
-        place[k], place[nearest] = len(others), numbers
-        # For every client, the squared distances to those that are closer to k.
-        closer = (squares * (place < place[:, None])).sum(axis=1)
-        errors = np.cumsum(squares[k, nearest]) / numbers - np.cumsum(closer[nearest]) / numbers**2
-        errors[:-1][np.diff(others[k, nearest]) == 0] = np.inf
-        chosen[k] = numbers[np.argmin(errors)]
-    return chosen
+    clients = range(len(others))
+    members = [[k] for k in clients]
+    groups = [[[k]] for k in clients]
+    pairs = [0.0 for k in clients]
+    errors = [float(squares[k, nearest[k]]) for k in clients]
+    tree = linkage(squares[np.triu_indices(len(others), 1)], "average")
+    for left, right in tree[:, :2].astype(int):
+        joined = members[left] + members[right]
+        between = float(squares[np.ix_(members[left], members[right])].sum())
+        pairs.append(pairs[left] + pairs[right] + between)
+        together = len(joined) / (len(joined) - 1) ** 2 * pairs[-1]
+        apart = errors[left] + errors[right]
+        members.append(joined)
+        groups.append([joined] if together <= apart else groups[left] + groups[right])
+        errors.append(min(together, apart))
+    for group in groups[-1]:
+        neighbors[np.ix_(group, group)] = True
+    np.fill_diagonal(neighbors, False)
+    alone = np.flatnonzero(~neighbors.any(axis=1))
+    neighbors[alone, nearest[alone]] = True
+    return neighbors
 
 
 def rank_others(distances: Matrix) -> Indices:

@@ -144,9 +144,9 @@ class StrategyConfig(Section, prefix="strategy"):
     lora: Annotated[str, choice("adaptive", "task", "global", "exact")] = "adaptive"
     """Aggregation of text adapters: `adaptive` (ATA), mean over a `task`'s clients, `global` mean,
     or `exact` mean of the products B A (FedEx-LoRA)."""
-    neighbors: Annotated[str, choice("fixed", "closest_mean")] = "fixed"
-    """Number of neighbours in the adaptive aggregation: `fixed` (`strategy.num_neighbors`), or for
-    each client the one with which their mean is closest to its own LoRA (`closest_mean`)."""
+    neighbors: Annotated[str, choice("fixed", "grouped")] = "fixed"
+    """Neighbours of a client in the adaptive aggregation: a `fixed` number of the nearest, or its
+    group, `grouped` in every exchange so that its members' LoRAs predict each other best."""
     num_neighbors: Annotated[int, minimum(1)] = 2
     """M: neighbours of a client in the adaptive aggregation."""
     distances: Annotated[str, choice("exact", "sketch")] = "exact"

@@ -66,13 +66,12 @@ def distances(run: RunData) -> Figure:
         text += "The distances are estimates from a sketch of every LoRA. "
     if strategy.lora == "adaptive":
         own = "the client itself and " if strategy.self_weight else ""
-        number = f"at most {strategy.num_neighbors:,}"
-        if strategy.neighbors == "closest_mean":
-            number = "as many as bring their mean closest to the client's own"
+        others = f"its nearest clients (at most {strategy.num_neighbors:,})"
+        if strategy.neighbors == "grouped":
+            others = "the others of its group (clients whose LoRAs predict each other best)"
         text += (
-            f"For each client the server mixes the LoRAs of {own}its nearest clients ({number}), "
-            "weighted by their numbers of examples and, for neighbours, by the inverse of this "
-            "distance."
+            f"For each client the server mixes the LoRAs of {own}{others}, weighted by their "
+            "numbers of examples and, for neighbours, by the inverse of this distance."
         )
     else:
         text += f"This method does not use them: {_LORA_USE[strategy.lora]}"

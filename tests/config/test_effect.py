@@ -131,10 +131,10 @@ def test_a_setting_has_an_effect_with_the_values_that_it_needs_alone(need):
     [
         ("privacy.noise_multiplier=8", ("privacy.noise_multiplier", "privacy.enabled=false")),
         ("strategy=fedit strategy.num_neighbors=3", ("num_neighbors", "strategy.lora=global")),
-        ("strategy=fedit strategy.neighbors=closest_mean", ("neighbors", "strategy.lora=global")),
+        ("strategy=fedit strategy.neighbors=grouped", ("neighbors", "strategy.lora=global")),
         (
             "strategy=pilot_auto strategy.num_neighbors=3",
-            ("strategy.num_neighbors", "strategy.neighbors=closest_mean"),
+            ("strategy.num_neighbors", "strategy.neighbors=grouped"),
         ),
         ("data.partition={kind:iid,alpha:0.5} data.folder=/x", ("partition", "source=digits")),
         ("model.feature_cache={where:off,max_gib:2}", ("max_gib", "where=off")),

@@ -45,7 +45,7 @@ DIFFERENCES = {
     "pilot_m1": {"strategy.num_neighbors": 1},
     "pilot_all_neighbors": {"strategy.num_neighbors": 1_000_000},
     "pilot_no_self_weight": {"strategy.self_weight": False},
-    "pilot_auto": {"strategy.neighbors": "closest_mean"},
+    "pilot_auto": {"strategy.neighbors": "grouped"},
 }
 """Method → settings that differ from Pilot's: docs/reference/methods.md, written down again."""
 DEFAULTS_TOO = ("strategy.server_optimizer.", "train.ditto.weight")

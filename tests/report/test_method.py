@@ -77,7 +77,7 @@ SAID = [
      ["takes the pooled client's parameters", "`strategy.trained_by` is 'pooled'"]),
     ("strategy=zero_shot", {"weights": {}, "distances": {}, "tasks": {}}, ["Nothing is trained"]),
     ("strategy=local", {"weights": {}, "distances": {}, "tasks": {}}, ["The clients send no LoRA"]),
-    ("strategy=pilot_auto", {}, ["bring their mean closest", "mixes 4 Θ_l, each with 3 others"]),
+    ("strategy=pilot_auto", {}, ["the others of its group", "mixes 4 Θ_l, each with 3 others"]),
 ]  # fmt: skip
 
 
