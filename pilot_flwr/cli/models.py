@@ -72,6 +72,14 @@ def evaluate(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write the scores to a new file."),
     ] = None,
+    answers_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            metavar="FILE",
+            help="Also write every answer with its score to a new JSONL file.",
+        ),
+    ] = None,
 ) -> int:
     """Score the models of a run.
 
@@ -91,7 +99,11 @@ def evaluate(
         raise ConfigError("`--state` is the folder of one client: give exactly one `--client`.")
     if images is not None and data is None:
         raise ConfigError("`--images` needs `--data`.")
-    with new_file("--json", json_file) if json_file else contextlib.nullcontext() as out:
+    with contextlib.ExitStack() as stack:
+        out, lines = (
+            stack.enter_context(new_file(option, path)) if path else None
+            for option, path in (("--json", json_file), ("--answers", answers_file))
+        )
         run = open_run(run_folder, server_round, changes)
         rows = evaluate_models(
             run,
@@ -108,11 +120,18 @@ def evaluate(
                 "run": str(run.folder),
                 "round": run.checkpoint.server_round,
                 "split": "data" if data else split,
-                "clients": [asdict(row) for row in rows],
+                "clients": [
+                    {k: v for k, v in asdict(row).items() if k != "answers"} for row in rows
+                ],
                 "tasks": by_task,
                 "mean_over_tasks": mean,
             }
             out.write(json.dumps(result, indent=2) + "\n")
+        if lines is not None:
+            for row in rows:
+                for answer in row.answers:
+                    line = {"client": row.client, **answer._asdict()}
+                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
     return SUCCESS
 
 

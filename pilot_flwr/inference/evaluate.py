@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,15 @@ from pilot_flwr.inference.runs import Run, Selected, last_scores
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.events import Evaluated
 from pilot_flwr.run.history import mean_over_tasks, task_scores
+
+
+class ScoredAnswer(NamedTuple):
+    """A model's answer to an example, and its score."""
+
+    id: str
+    answer: str
+    references: tuple[str, ...]
+    score: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Scored:
     """Why the score is approximate; empty if it is exact."""
     recorded: float | None = None
     """The run's last score of this client, if comparable."""
+    answers: tuple[ScoredAnswer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,9 @@ def evaluate_models(
             check_references(metric, example)
         total = len(examples)
         answers = answerer(examples, progress=functools.partial(progress, client.id, total))
-        score = METRICS[metric].score(answers, [example.answers for example in examples]).mean
+        references = [tuple(example.answers) for example in examples]
+        score = METRICS[metric].score(answers, references)
+        names = [example.id for example in examples]
         event = recorded.get(client.id) if selected.client else None
         if event and event.metric == metric and event.examples != total:
             say(f"{client.id}: the run scored {event.examples} examples, not {total}.")
@@ -107,9 +120,10 @@ def evaluate_models(
                 answerer.model.stage,
                 metric,
                 total,
-                score,
+                score.mean,
                 METRICS[metric].approximate(),
                 event.score if event and same else None,
+                tuple(map(ScoredAnswer, names, answers, references, score.each)),
             )
         )
     return rows

@@ -52,6 +52,22 @@ def test_the_mean_is_over_examples_and_then_over_tasks(evaluate):
     assert all(row["recorded"] is None for row in result["clients"])
 
 
+def test_every_answer_is_written_with_its_score(finished, evaluate, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    result = evaluate("--answers", str(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    config = finished.config
+    for row in result["clients"]:
+        own = [line for line in lines if line["client"] == row["client"]]
+        client = client_by_id(config.data, row["client"])
+        examples = client_examples(config.data, client, "test", seed=config.seed)
+        assert [line["id"] for line in own] == [example.id for example in examples]
+        assert [line["references"] for line in own] == [list(e.answers) for e in examples]
+        same = [float(line["answer"].strip() == line["references"][0]) for line in own]
+        assert [line["score"] for line in own] == same
+        assert row["score"] == sum(same) / len(same) and "answers" not in row
+
+
 def test_chosen_clients_and_the_consensus_model(evaluate):
     assert [r["client"] for r in evaluate("--client", "vqa-1")["clients"]] == ["vqa-1"]
     rows = evaluate("--task", "vqa")["clients"]

