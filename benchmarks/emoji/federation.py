@@ -1,7 +1,7 @@
 """Write the emoji federations: which client has which house, task and concepts.
 
     python benchmarks/emoji/federation.py --out outputs/emoji       # seeds 0 to 4 and 100, 101
-    pilot-flwr run data=outputs/emoji/both.yaml seed=0 model.path=outputs/emoji/base
+    pilot-flwr run experiment=emoji data=outputs/emoji/both-0.yaml model.path=outputs/emoji/base
 
 A house is a client's style, a task is what is asked of it, a concept is what clients know of. A
 client trains on some concepts in one house's drawings and is tested, in that house, on concepts
@@ -127,22 +127,20 @@ class Share:
 def draw(
     scenario: Scenario, concepts: Sequence[str], *, size: int, seed: int
 ) -> dict[str, list[Share]]:
-    """Draw `size` concepts for every client; a task's clients share none while there are enough.
+    """Draw `size` concepts for every client, independently of the others.
 
     A client with fewer concepts has the first ones of a client with more.
     """
-    shares: dict[str, list[Share]] = {}
-    for number, task in enumerate(scenario.tasks):
-        order = np.random.default_rng([seed, number]).permutation(len(concepts))
-        starts = np.linspace(0, len(order), scenario.clients_per_task, endpoint=False).astype(int)
-        shares[task] = [
+    return {
+        task: [
             Share(
                 scenario.houses[client % len(scenario.houses)],
-                tuple(concepts[place] for place in np.roll(order, -start)[:size]),
+                tuple(np.random.default_rng([seed, number, client]).permutation(concepts)[:size]),
             )
-            for client, start in enumerate(starts)
+            for client in range(scenario.clients_per_task)
         ]
-    return shares
+        for number, task in enumerate(scenario.tasks)
+    }
 
 
 def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict[str, set[str]]:
@@ -255,7 +253,7 @@ def main() -> None:
     """Write the federations of all scenarios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/emoji"))
-    parser.add_argument("--size", type=int, default=100, help="training concepts of a client")
+    parser.add_argument("--size", type=int, default=200, help="training concepts of a client")
     parser.add_argument("--most", type=int, default=100, help="test rows of a client and kind")
     parser.add_argument("--test", type=int, nargs="*", default=range(5), help="seeds")
     parser.add_argument("--validation", type=int, nargs="*", default=(100, 101), help="seeds")
@@ -264,12 +262,17 @@ def main() -> None:
     for name, scenario in SCENARIOS.items():
         for split in ("test", "validation"):
             for seed in getattr(options, split):
-                folder = options.out / name / str(seed)
                 write_federation(
-                    folder, scenario, split=split, seed=seed, size=options.size, most=options.most
+                    options.out / name / str(seed),
+                    scenario,
+                    split=split,
+                    seed=seed,
+                    size=options.size,
+                    most=options.most,
                 )
-        settings = federation_file(scenario, f"{name}/${{seed}}")
-        (options.out / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+                settings = federation_file(scenario, f"{name}/{seed}")
+                text = yaml.safe_dump(settings, sort_keys=False)
+                (options.out / f"{name}-{seed}.yaml").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
