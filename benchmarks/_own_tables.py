@@ -277,7 +277,7 @@ def families_table(record: Results) -> str:
 
 
 def gate_table(record: Results) -> str:
-    """Return the table of ``emoji/gate.json``: a row per task and kind, a column per method."""
+    """Return the table of ``scenarios/emoji_gate.json``: a row per task and kind, a column per method."""
     scores = record["results"]["scores"]
     (first, *_) = scores.values()
     seeds = list(first)
@@ -363,7 +363,6 @@ OWN_TABLES: dict[str, Callable[[Results], str]] = {
     "plan": plan_table,
     "families": families_table,
     "training_step": training_step_table,
-    "emoji/gate": gate_table,
     "privacy": privacy_table,
     "deployment": deployment_table,
     "payload": payload_table,

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from _own_tables import OWN_TABLES, exchange_table, note
+from _own_tables import OWN_TABLES, exchange_table, gate_table, note
 from _record import RESULTS, ROOT
 from _rows import ROWS
 from scenarios.tables import scenario_tables
@@ -25,7 +25,7 @@ PAGES = {
     "docs/how-to/many-clients.md": ("clients",),
     "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
     "docs/explanation/scenarios.md": ("rates",),
-    "docs/explanation/emoji.md": ("emoji/gate",),
+    "docs/explanation/emoji.md": ("emoji_gate",),
     "docs/explanation/scale.md": ("aggregation", "sketch"),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan", "training_step"),
 }
@@ -65,6 +65,9 @@ def readme(text: str, folder: Path = RESULTS) -> str:
             json.loads((folder / f"{n}.json").read_text()) for n in ("deployment", "payload")
         )
         contents["exchange"] = exchange_table(*records)
+    gate = folder / "scenarios" / "emoji_gate.json"
+    if gate.exists():
+        contents["emoji_gate"] = gate_table(json.loads(gate.read_text()))
     contents |= scenario_tables(folder / "scenarios")
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

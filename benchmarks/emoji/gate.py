@@ -7,7 +7,7 @@ cannot know these answers.
 
     python benchmarks/emoji/gate.py --data outputs/emoji
 
-updates ``benchmarks/results/emoji/gate.json`` (four runs, about 20 minutes on one core; a finished
+updates ``benchmarks/results/scenarios/emoji_gate.json`` (four runs, about 20 minutes on one core; a finished
 run is kept in ``--out``).
 """
 
@@ -76,7 +76,9 @@ def main() -> None:
     }
     packages = ("pilot-flwr", "torch", "transformers", "peft")
     write_record(
-        RESULTS / "emoji" / "gate.json", {"goal": GOAL, "scores": found}, packages=packages
+        RESULTS / "scenarios" / "emoji_gate.json",
+        {"goal": GOAL, "scores": found},
+        packages=packages,
     )
     print(json.dumps(found, indent=2))
 
