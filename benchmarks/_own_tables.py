@@ -277,7 +277,7 @@ def families_table(record: Results) -> str:
 
 
 def gate_table(record: Results) -> str:
-    """Return the table of ``scenarios/emoji_gate.json``: a row per task and kind, a column per method."""
+    """Return the table of ``emoji_gate.json``: a row per task and kind, a column per method."""
     scores = record["results"]["scores"]
     (first, *_) = scores.values()
     seeds = list(first)

@@ -7,8 +7,8 @@ cannot know these answers.
 
     python benchmarks/emoji/gate.py --data outputs/emoji
 
-updates ``benchmarks/results/scenarios/emoji_gate.json`` (four runs, about 20 minutes on one core; a finished
-run is kept in ``--out``).
+updates ``benchmarks/results/scenarios/emoji_gate.json`` (four runs, about 20 minutes on one core;
+a finished run is kept in ``--out``).
 """
 
 import argparse
