@@ -6,7 +6,7 @@ To make a larger one, change the sizes in `make_model`.
 import numpy as np
 import torch
 from base_tasks import STYLED_TASKS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from base_tokenizer import CHAT_TEMPLATE, train_tokenizer
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -15,32 +15,13 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from pilot_flwr.data.demo import ask_count
-from pilot_flwr.data.examples import IMAGE_MARKER
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 NUM_VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
-SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", IMAGE_MARKER]
 SPECIAL_IDS = ("bos", "eos", "pad")
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set parts = message['content'] -%}
-{%- if parts is string -%}{%- set parts = [{'type': 'text', 'text': parts}] -%}{%- endif -%}
-{%- if message['role'] == 'user' -%}{{ 'USER: ' }}
-{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}
-{%- elif message['role'] != 'system' -%}
-{{ raise_exception("message role '" + message['role'] + "' is not system, user or assistant") }}
-{%- endif -%}
-{%- for part in parts if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-{{ '</s>' if message['role'] == 'assistant' else ' ' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
-"""
 
 
 def make_processor(rng: np.random.Generator) -> LlavaProcessor:
@@ -52,30 +33,7 @@ def make_processor(rng: np.random.Generator) -> LlavaProcessor:
         for digits in labels
         for question, answer in [writer(digits, rng)]
     ]
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",  # nosec B106  # a text token, not a secret
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": IMAGE_MARKER},
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = train_tokenizer(texts, vocab_size=512, min_frequency=2)
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},

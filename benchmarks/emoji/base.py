@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import numpy as np
 import torch
 import transformers
+from base_tokenizer import CHAT_TEMPLATE, train_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -41,7 +42,6 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from emoji.federation import HOUSES, METRICS, PACK, QUESTIONS, Concept, answer, divide
@@ -62,23 +62,6 @@ STEPS, BATCH_SIZE, LEARNING_RATE, NOISE = 1500, 64, 2e-3, 0.5
 Picture = tuple[str, str]
 """House and key of a concept."""
 
-SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", IMAGE_MARKER]
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set parts = message['content'] -%}
-{%- if parts is string -%}{%- set parts = [{'type': 'text', 'text': parts}] -%}{%- endif -%}
-{%- if message['role'] == 'user' -%}{{ 'USER: ' }}
-{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}
-{%- elif message['role'] != 'system' -%}
-{{ raise_exception("message role '" + message['role'] + "' is not system, user or assistant") }}
-{%- endif -%}
-{%- for part in parts if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-{{ '</s>' if message['role'] == 'assistant' else ' ' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
-"""
 
 _BLOCK = {
     "_expand_conv": "expansion.expand_conv",
@@ -158,29 +141,7 @@ def texts(concepts: Sequence[Concept]) -> list[str]:
 
 def make_processor(concepts: Sequence[Concept]) -> LlavaProcessor:
     """Train a tokenizer with a token for nearly every word; join it with the image processor."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts(concepts), trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",  # nosec B106  # a text token, not a secret
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": IMAGE_MARKER},
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = train_tokenizer(texts(concepts), vocab_size=2048, min_frequency=0)
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
