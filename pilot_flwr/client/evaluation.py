@@ -1,6 +1,6 @@
 """Evaluate one client's personalised model: greedy generation, then the task's metric.
 
-A personal LoRA beside the received one may have a weight of its own for every question
+A personal LoRA beside the received one can be weighted separately for every question
 (`instance_weights`; Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models",
 NeurIPS 2024, arXiv 2403.19211).
 """

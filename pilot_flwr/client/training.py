@@ -65,7 +65,7 @@ def train(
     `generator`, on the CPU, draws the order of examples and dropout. `progress` gets a line at most
     every `config.log_every_seconds`. `proximal` is added to the loss of every step. Without
     `run_schedule`, optimizer and learning rates begin anew. `teacher` is trained as well, in every
-    step after the model, with an optimizer of its own; the result is the model's alone.
+    step after the model, with a separate optimizer; the result is that of the model.
 
     Each of the `ranks` computes its share of a step's micro-batches. The gradients are then added
     up, and each rank updates its shard of the parameters, for which alone it keeps AdamW's moments

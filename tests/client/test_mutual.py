@@ -61,7 +61,7 @@ def kl(learned, other):
 
 
 class Model:
-    """One of the two models in the plain loop, with an optimizer of its own."""
+    """One of the two models in the plain loop, with its optimizer."""
 
     def __init__(self, model, config, lora, connector):
         rates = config.train.stage1

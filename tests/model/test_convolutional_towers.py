@@ -176,7 +176,7 @@ def with_tower(folder, **settings):
 
 
 def test_sites_with_other_settings_of_the_tower_have_another_base(tmp_path):
-    """No tensor shows its activation, and its class may be any: all that is no default counts."""
+    """The activation shows in no tensor, so every setting that is not a default counts."""
     families.write("fastvlm", tmp_path)
     own = identity_of(with_tower(tmp_path))
     origin = {"transformers_version": "5.0.0", "architectures": ["X"], "dtype": "bfloat16"}

@@ -146,6 +146,18 @@ def test_a_run_that_died_at_any_point_at_all_ends_as_one_that_did_not(interrupte
     compare_all(interrupted, lambda taken: taken, differences)
 
 
+def die_in(exchange):
+    """Return a reply handler that kills the server on the first train reply of an exchange."""
+
+    def die(message, reply):
+        metadata = message.metadata
+        if (metadata.group_id, metadata.message_type) == (str(exchange), MessageType.TRAIN):
+            raise KeyboardInterrupt
+        return reply
+
+    return die
+
+
 @pytest.mark.parametrize(
     ("setting", "stored"),
     [("train.schedule=run", "moments/lora/"), ("model.sent_dtype=int4", "errors/lora/")],
@@ -156,14 +168,9 @@ def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, se
     short = TWO.replace("rounds=2", "rounds=1") + " data.train_examples=4 data.test_examples=1"
     short += f" {setting}"
 
-    def die(message, reply):
-        if message.metadata.group_id == "2" and message.metadata.message_type == MessageType.TRAIN:
-            raise KeyboardInterrupt
-        return reply
-
     fresh(tmp_path / "whole", short)
     with pytest.raises(KeyboardInterrupt):
-        fresh(tmp_path / "run", short, on_reply=die)
+        fresh(tmp_path / "run", short, on_reply=die_in(2))
     go_on(tmp_path / "run", short)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
     states = list((tmp_path / "run").rglob("private-*.safetensors"))
@@ -174,14 +181,9 @@ def test_real_training_resumes_bit_by_bit(differences, tmp_path, monkeypatch, se
 def test_chosen_neighbours_are_the_same_after_a_resume(differences, tmp_path):
     overrides = TWO.replace("clients_per_task=1", "clients_per_task=2") + " strategy=pilot_auto"
 
-    def die(message, reply):
-        if message.metadata.group_id == "3" and message.metadata.message_type == MessageType.TRAIN:
-            raise KeyboardInterrupt
-        return reply
-
     fresh(tmp_path / "whole", overrides)
     with pytest.raises(KeyboardInterrupt):
-        fresh(tmp_path / "run", overrides, on_reply=die)
+        fresh(tmp_path / "run", overrides, on_reply=die_in(3))
     go_on(tmp_path / "run", overrides)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
