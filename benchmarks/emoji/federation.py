@@ -18,6 +18,7 @@ import argparse
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ def read_concepts() -> list[Concept]:
     """
     rows = json.loads((PACK / "concepts.json").read_text(encoding="utf-8"))
     rows = {k: row for k, row in rows.items() if not {"oclock", "o’clock"} & set(row["keywords"])}
-    words = [word for row in rows.values() for word in row["keywords"]]
-    common = {word for word in words if words.count(word) >= _COMMON and word.isalpha()}
+    counts = Counter(word for row in rows.values() for word in row["keywords"])
+    common = {word for word, count in counts.items() if count >= _COMMON and word.isalpha()}
     return [
         Concept(key, row["name"], row["group"], _keywords(row, common)) for key, row in rows.items()
     ]
