@@ -56,9 +56,9 @@ PACKAGE, SHA256 = (
 )
 """The package of the tower's weights, and the hash of the weights in it."""
 
-IMAGE_SIZE, STRIDE, CHANNELS, WIDTH, LAYERS = 128, 32, 1280, 192, 4
+IMAGE_SIZE, STRIDE, CHANNELS, WIDTH, LAYERS = 96, 32, 1280, 128, 3
 IMAGE_TOKENS = (IMAGE_SIZE // STRIDE) ** 2
-STEPS, BATCH_SIZE, LEARNING_RATE, NOISE = 1500, 64, 2e-3, 0.5
+STEPS, BATCH_SIZE, LEARNING_RATE, NOISE = 1500, 64, 2e-3, 0.3
 Picture = tuple[str, str]
 """House and key of a concept."""
 
@@ -253,7 +253,7 @@ def encode(
     processor: LlavaProcessor,
     pictures: Mapping[Picture, Image.Image],
 ) -> dict[Picture, Tensor]:
-    """Return H_v of pictures, each (16, 1280)."""
+    """Return H_v of pictures, each (9, 1280)."""
     tower = model.model.vision_tower.eval()
     features = {}
     places = iter(pictures)

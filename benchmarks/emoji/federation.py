@@ -49,19 +49,26 @@ class Concept:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Tasks, and the houses that a task's clients have in turn."""
+    """Tasks, the houses that a task's clients have in turn, whether a question tells its task."""
 
     tasks: tuple[str, ...]
     houses: tuple[str, ...]
     clients_per_task: int
+    told: bool = True
+
+    def questions(self, task: str) -> tuple[str, ...]:
+        """Return the wordings of a task's question."""
+        return QUESTIONS[task if self.told else "name"]
 
 
+TASKS = ("name", "group", "describe")
 SCENARIOS = {
-    "houses": Scenario(("name",), HOUSES, 9),
-    "tasks": Scenario(("name", "group", "describe"), HOUSES[:1], 3),
-    "both": Scenario(("name", "group", "describe"), HOUSES, 3),
+    "houses": Scenario(TASKS[:1], HOUSES, 9),
+    "tasks": Scenario(TASKS, HOUSES[:1], 3),
+    "untold": Scenario(TASKS, HOUSES[:1], 3, told=False),
+    "both": Scenario(TASKS, HOUSES, 3),
 }
-"""Nine clients each: houses differ, tasks differ, or both."""
+"""Nine clients each: houses differ; tasks differ; they differ and ask the same; both differ."""
 
 QUESTIONS = {
     "name": ("What is this?", "Name it."),
@@ -161,16 +168,20 @@ def _known(shares: Iterable[Share]) -> set[str]:
     return {concept for share in shares for concept in share.concepts}
 
 
-def train_rows(share: Share, task: str, concepts: Mapping[str, Concept], seed: int) -> list[Any]:
+def train_rows(
+    scenario: Scenario, share: Share, task: str, concepts: Mapping[str, Concept], *, seed: int
+) -> list[Any]:
     """Return a client's training rows: one per concept, in one of the task's wordings."""
     rng = np.random.default_rng([seed, 1])
+    asked = scenario.questions(task)
     return [
-        _row(f"train/{key}", share.house, concepts[key], task, int(rng.integers(2)))
+        _row(f"train/{key}", share.house, asked[int(rng.integers(2))], concepts[key], task)
         for key in share.concepts
     ]
 
 
 def test_rows(
+    scenario: Scenario,
     shares: Mapping[str, Sequence[Share]],
     task: str,
     client: int,
@@ -181,19 +192,19 @@ def test_rows(
 ) -> list[Any]:
     """Return a client's rows of unseen concepts among `tested`, at most `most` of each kind."""
     rows = []
+    house, asked = shares[task][client].house, scenario.questions(task)[0]
     for kind, found in kinds(shares, task, client).items():
         chosen = [key for key in tested if key in found][:most]
-        house = shares[task][client].house
-        rows += [_row(f"{kind}/{key}", house, concepts[key], task, 0) for key in chosen]
+        rows += [_row(f"{kind}/{key}", house, asked, concepts[key], task) for key in chosen]
     return rows
 
 
-def _row(name: str, house: str, concept: Concept, task: str, wording: int) -> dict[str, Any]:
+def _row(name: str, house: str, question: str, concept: Concept, task: str) -> dict[str, Any]:
     return {
         "id": name,
         "image": f"{house}/{concept.key}.png",
         "conversations": [
-            {"from": "human", "value": f"<image>\n{QUESTIONS[task][wording]}"},
+            {"from": "human", "value": f"<image>\n{question}"},
             {"from": "gpt", "value": answer(concept, task)},
         ],
     }
@@ -213,8 +224,10 @@ def write_federation(
     for task, clients in shares.items():
         for client, share in enumerate(clients):
             files = {
-                "train": train_rows(share, task, concepts, seed),
-                "test": test_rows(shares, task, client, concepts, tested=tested, most=most),
+                "train": train_rows(scenario, share, task, concepts, seed=seed),
+                "test": test_rows(
+                    scenario, shares, task, client, concepts, tested=tested, most=most
+                ),
             }
             for part, rows in files.items():
                 text = json.dumps(rows, ensure_ascii=False, indent=0)

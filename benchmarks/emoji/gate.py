@@ -5,26 +5,24 @@ least 40 % of them, and concepts that only other tasks know, clearly more than n
 no federated method can, and a comparison would say nothing. Local training is the control: it
 cannot know these answers.
 
-    python benchmarks/emoji/gate.py --data outputs/emoji
+    python benchmarks/emoji/gate.py
 
-updates ``benchmarks/results/scenarios/emoji_gate.json`` (four runs, about 20 minutes on one core;
-a finished run is kept in ``--out``).
+writes ``benchmarks/results/emoji/gate.json``.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _record import RESULTS, write_record
+
+from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.search import read_rates
 
 METHODS = ("centralised", "local")
 SEEDS = (100, 101)
@@ -33,54 +31,30 @@ GOAL = 0.4
 """Share of names known in other houses."""
 
 
-def run(method: str, seed: int, data: Path, out: Path) -> list[dict[str, Any]]:
-    """Run a method on one validation federation; return every answer of its final models."""
-    folder = out / f"{method}-{seed}"
-    answers = folder.with_suffix(".jsonl")
-    if not answers.exists():
-        words = [f"strategy={method}", f"data={data}/{SCENARIO}-{seed}.yaml", f"seed={seed}"]
-        words += [f"model.path={data}/base", "simulation.engine=in-process", "run.report=false"]
-        command = [sys.executable, "-m", "pilot_flwr.cli.main"]
-        start = ["run", "experiment=emoji", *words, "run.tensorboard=false", f"run.folder={folder}"]
-        score = ["evaluate", str(folder), "--answers", str(answers)]
-        for words in (start, score):
-            subprocess.run([*command, *words], check=True)  # nosec B603  # this package, no shell
-    return [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-
-
-def by_kind(answers: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def by_kind(found: Found) -> dict[str, dict[str, float]]:
     """Return the mean score and the number of rows by task and kind."""
     scores = defaultdict(list)
-    for answer in answers:
-        task = answer["client"].rpartition("-")[0]
-        kind = answer["id"].partition(":")[2].partition("/")[0]
-        scores[f"{task}, {kind}"].append(answer["score"])
+    for client, of in (found.scores or {}).items():
+        for name, score in of.items():
+            scores[f"{client.rpartition('-')[0]}, {name.partition('/')[0]}"].append(score)
     return {
-        name: {"score": round(statistics.mean(found), 4), "rows": len(found)}
-        for name, found in sorted(scores.items())
+        name: {"score": round(statistics.mean(values), 4), "rows": len(values)}
+        for name, values in sorted(scores.items())
     }
 
 
 def main() -> None:
     """Run, and write the scores."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("outputs/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/gate"))
-    options = parser.parse_args()
-    found = {
-        method: {
-            str(seed): by_kind(run(method, seed, options.data.resolve(), options.out.resolve()))
-            for seed in SEEDS
-        }
-        for method in METHODS
-    }
-    packages = ("pilot-flwr", "torch", "transformers", "peft")
+    options = parser(__doc__).parse_args()
+    rates = read_rates()
+    jobs = [Job(SCENARIO, seed, method, (rates[method],)) for method in METHODS for seed in SEEDS]
+    scores: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for found in run_all(jobs, options):
+        scores.setdefault(found.job.method, {})[str(found.job.seed)] = by_kind(found)
     write_record(
-        RESULTS / "scenarios" / "emoji_gate.json",
-        {"goal": GOAL, "scores": found},
-        packages=packages,
+        RESULTS / "emoji" / "gate.json", {"goal": GOAL, "scores": scores}, packages=PACKAGES
     )
-    print(json.dumps(found, indent=2))
+    print(json.dumps(scores, indent=2))
 
 
 if __name__ == "__main__":

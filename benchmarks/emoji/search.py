@@ -1,0 +1,114 @@
+"""Search every method's learning rate on validation rows, with the same budget for each.
+
+Every method that trains has four candidates of `train.lr_scale`, a factor of two apart, which
+multiplies all its rates; FedAdam has four server rates. All run on the federation in which houses
+and tasks differ, with one seed that the comparison does not use. The highest mean over tasks wins,
+a run that diverges is last, the lower of equal rates is chosen. The chosen rate is used on all
+federations; Pilot's variants and ablations use Pilot's.
+
+    python benchmarks/emoji/search.py
+
+writes ``benchmarks/emoji/rates.json`` and ``benchmarks/results/emoji/search.json``.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from _record import RESULTS, ROOT, write_record
+
+from emoji.runs import PACKAGES, Found, Job, parser, run_all
+
+METHODS = (
+    "zero_shot",
+    "local",
+    "fedit",
+    "fedavg_per_task",
+    "fedprox",
+    "fedadam",
+    "ffa_lora",
+    "fedsa_lora",
+    "fedex_lora",
+    "ditto",
+    "feddpa",
+    "feddat",
+    "pilot",
+    "pilot_auto",
+    "centralised",
+)
+"""In the order of the tables."""
+WITHOUT_OWN_RATE = ("zero_shot", "pilot_auto")
+SCALE, SERVER_RATE = "train.lr_scale", "strategy.server_optimizer.learning_rate"
+CANDIDATES = {SCALE: (0.25, 0.5, 1, 2), SERVER_RATE: (0.003, 0.01, 0.03, 0.1)}
+SCENARIO, SEED = "both", 100
+RATES = ROOT / "benchmarks" / "emoji" / "rates.json"
+"""Method → the override that the search chose."""
+
+
+def searched(method: str) -> str:
+    """Return the setting to search for a method."""
+    return SERVER_RATE if method == "fedadam" else SCALE
+
+
+def candidates(method: str) -> list[Job]:
+    """Return a job per candidate rate, the lowest rate first."""
+    setting = searched(method)
+    return [Job(SCENARIO, SEED, method, (f"{setting}={value}",)) for value in CANDIDATES[setting]]
+
+
+def mean_over_tasks(found: Found) -> float:
+    """Return the mean over tasks of the mean over a task's rows; minus infinity if it failed."""
+    if found.scores is None:
+        return float("-inf")
+    tasks: dict[str, list[float]] = {}
+    for client, scores in found.scores.items():
+        tasks.setdefault(client.rpartition("-")[0], []).extend(scores.values())
+    return statistics.fmean(map(statistics.fmean, tasks.values()))
+
+
+def chosen(scores: Mapping[str, float]) -> str:
+    """Return the override with the highest score, the first of equal ones."""
+    return max(scores, key=scores.__getitem__)
+
+
+def read_rates() -> dict[str, str]:
+    """Return the rates that the search chose."""
+    rates: dict[str, str] = json.loads(RATES.read_text())
+    return rates
+
+
+def main() -> None:
+    """Search, and write the chosen rates with the scores behind them."""
+    options = parser(__doc__).parse_args()
+    methods = [method for method in METHODS if method not in WITHOUT_OWN_RATE]
+    found = run_all([job for method in methods for job in candidates(method)], options)
+    scores: dict[str, dict[str, float]] = {}
+    for one in found:
+        scores.setdefault(one.job.method, {})[one.job.overrides[0]] = mean_over_tasks(one)
+    rates = {method: chosen(of) for method, of in scores.items()}
+    RATES.write_text(json.dumps(rates, indent=2) + "\n")
+    shown = {
+        method: {override: None if s < 0 else round(s, 4) for override, s in of.items()}
+        for method, of in scores.items()
+    }
+    write_record(
+        RESULTS / "emoji" / "search.json",
+        {
+            "scenario": SCENARIO,
+            "seed": SEED,
+            "side_by_side": options.jobs,
+            "seconds": round(sum(one.seconds for one in found)),
+            "scores": shown,
+        },
+        packages=PACKAGES,
+    )
+    print(json.dumps(rates, indent=2))
+
+
+if __name__ == "__main__":
+    main()
