@@ -1,6 +1,6 @@
 """Write the emoji federations: which client has which house, task and concepts.
 
-    python benchmarks/emoji/federation.py --out outputs/emoji       # seeds 0 to 4 and 100, 101
+    python benchmarks/emoji/federation.py --out outputs/emoji       # seeds 0 to 4 and 100 to 103
     pilot-flwr run experiment=emoji data=outputs/emoji/both-0.yaml model.path=outputs/emoji/base
 
 A house is a client's style, a task is what is asked of it, a concept is what clients know of. A
@@ -33,6 +33,12 @@ HOUSES = ("noto", "fluent", "twemoji")
 
 PRETRAINING, VALIDATION = 250, 0.3
 """Number of concepts of the base's pretraining; share of the others that validation tests."""
+
+SIZE, MOST = 200, 100
+"""Training concepts of a client; most test rows of a client and kind."""
+
+SEEDS = {"test": range(5), "validation": range(100, 104)}
+"""Seeds by the split that they test."""
 
 _DIVISION_SEED = 20261130  # the base has seen the pretraining concepts, so no run may move them
 
@@ -211,15 +217,23 @@ def _row(name: str, house: str, question: str, concept: Concept, task: str) -> d
 
 
 def write_federation(
-    folder: Path, scenario: Scenario, *, split: str, seed: int, size: int, most: int
+    out: Path,
+    name: str,
+    scenario: Scenario,
+    *,
+    split: str,
+    seed: int,
+    size: int = SIZE,
+    most: int = MOST,
 ) -> None:
-    """Write the rows of every client of one federation."""
+    """Write the rows of every client of one federation, and its file for ``data=``."""
     division = divide()
     concepts = {c.key: c for found in division.federated.values() for c in found}
     shares = draw(scenario, sorted(concepts), size=size, seed=seed)
     # Each seed tests other concepts first.
     tested = [c.key for c in division.federated[split]]
     tested = list(np.random.default_rng([seed, 2]).permutation(tested))
+    folder = out / name / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for task, clients in shares.items():
         for client, share in enumerate(clients):
@@ -232,6 +246,8 @@ def write_federation(
             for part, rows in files.items():
                 text = json.dumps(rows, ensure_ascii=False, indent=0)
                 (folder / f"{task}-{client}-{part}.json").write_text(text, encoding="utf-8")
+    text = yaml.safe_dump(federation_file(scenario, f"{name}/{seed}"), sort_keys=False)
+    (out / f"{name}-{seed}.yaml").write_text(text, encoding="utf-8")
 
 
 def federation_file(scenario: Scenario, folder: str) -> dict[str, Any]:
@@ -267,26 +283,24 @@ def main() -> None:
     """Write the federations of all scenarios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/emoji"))
-    parser.add_argument("--size", type=int, default=200, help="training concepts of a client")
-    parser.add_argument("--most", type=int, default=100, help="test rows of a client and kind")
-    parser.add_argument("--test", type=int, nargs="*", default=range(5), help="seeds")
-    parser.add_argument("--validation", type=int, nargs="*", default=(100, 101), help="seeds")
+    parser.add_argument("--size", type=int, default=SIZE, help="training concepts of a client")
+    parser.add_argument("--most", type=int, default=MOST, help="test rows of a client and kind")
+    for split, seeds in SEEDS.items():
+        parser.add_argument(f"--{split}", type=int, nargs="*", default=seeds, help="seeds")
     options = parser.parse_args()
     write_pictures(options.out / "pictures")
     for name, scenario in SCENARIOS.items():
-        for split in ("test", "validation"):
+        for split in SEEDS:
             for seed in getattr(options, split):
                 write_federation(
-                    options.out / name / str(seed),
+                    options.out,
+                    name,
                     scenario,
                     split=split,
                     seed=seed,
                     size=options.size,
                     most=options.most,
                 )
-                settings = federation_file(scenario, f"{name}/{seed}")
-                text = yaml.safe_dump(settings, sort_keys=False)
-                (options.out / f"{name}-{seed}.yaml").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

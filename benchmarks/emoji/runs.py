@@ -1,8 +1,8 @@
 """Run methods on the emoji federations, and keep the score of every answer.
 
-A run is a `Job`. A worker process runs one federation after the other, so the visual features of a
-picture are computed once, and scores the final models with ``pilot-flwr evaluate``. What a job
-found is kept in a file, so that a repeated command resumes.
+A run is a `Job`. A worker process runs one federation after the other, and scores the final
+models with ``pilot-flwr evaluate``. What a job found is kept in a file, so that a repeated command
+resumes.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pilot_flwr.run.provenance import provenance
 FIXED = (
     "simulation.engine=in-process",
     "evaluation.enabled=false",  # the final models are scored below
+    "model.feature_cache.where=disk",  # runs share the visual features
     "run.report=false",
     "run.tensorboard=false",
 )

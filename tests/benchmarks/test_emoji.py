@@ -61,15 +61,14 @@ def test_concepts_are_divided_once(federation):
     assert federation.divide() == division
 
 
-@pytest.mark.parametrize("name", ["houses", "tasks", "both"])
+@pytest.mark.parametrize("name", ["houses", "tasks", "untold", "both"])
 def test_a_client_is_tested_on_what_only_others_know(federation, tmp_path, name):
     scenario = federation.SCENARIOS[name]
     options = {"split": "test", "seed": 3, "size": 60, "most": 40}
-    federation.write_federation(tmp_path, scenario, **options)
+    federation.write_federation(tmp_path, name, scenario, **options)
     division = federation.divide()
-    rows = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")
-    }
+    files = (tmp_path / name / "3").glob("*.json")
+    rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     assert len(rows) == 2 * 9
     # From the files alone: who has which drawing of which concept.
     has = [
@@ -96,18 +95,32 @@ def test_a_client_is_tested_on_what_only_others_know(federation, tmp_path, name)
             in_task = any(t == task and k == key for t, _, k in has)
             anywhere = any(k == key for _, _, k in has)
             assert anywhere and kind == ("same" if same else "house" if in_task else "other")
-    expected = {"houses": {"same", "house"}, "tasks": {"same", "other"}, "both": {"house", "other"}}
-    assert kinds == expected[name]
+    told = {"same", "other"}
+    expected = {"houses": {"same", "house"}, "tasks": told, "untold": told}
+    assert kinds == expected.get(name, {"house", "other"})
+
+
+def test_a_question_tells_its_task_unless_the_scenario_hides_it(federation, tmp_path):
+    asked = {}
+    for name in ("tasks", "untold"):
+        scenario = federation.SCENARIOS[name]
+        options = {"split": "validation", "seed": 0, "size": 30, "most": 5}
+        federation.write_federation(tmp_path, name, scenario, **options)
+        for path in (tmp_path / name / "0").glob("*.json"):
+            task = path.stem.split("-")[0]
+            for row in json.loads(path.read_text(encoding="utf-8")):
+                asked.setdefault((name, task), set()).add(row["conversations"][0]["value"])
+    told = [asked["tasks", task] for task in federation.TASKS]
+    assert all(len(questions) == 2 for questions in told)
+    assert len(set.union(*told)) == 6
+    assert {frozenset(asked["untold", task]) for task in federation.TASKS} == {frozenset(told[0])}
 
 
 def test_a_federation_is_read_as_files(federation, tmp_path):
     scenario = federation.SCENARIOS["both"]
     federation.write_pictures(tmp_path / "pictures")
-    federation.write_federation(
-        tmp_path / "both/0", scenario, split="validation", seed=0, size=5, most=2
-    )
-    text = json.dumps(federation.federation_file(scenario, "both/0"))
-    (tmp_path / "both-0.yaml").write_text(text)
+    options = {"split": "validation", "seed": 0, "size": 5, "most": 2}
+    federation.write_federation(tmp_path, "both", scenario, **options)
     words = " ".join(f"'{w}'" for w in expand([f"data={tmp_path}/both-0.yaml"]))
     data = load_config(words).data
     clients = federation_clients(data)

@@ -1,0 +1,131 @@
+"""Effects of methods on the emoji federations, with intervals.
+
+An effect is a mean difference of two methods' scores of the same test rows: the mean over seeds
+and tasks of the mean over a task's rows. Rows that share a seed share the drawn clients and one
+training run per client; rows that share a concept share a picture. The variance allows for both
+(two-way clusters, Cameron, Gelbach & Miller, JBES 2011, from statsmodels), and the interval uses
+Student's t with one degree of freedom less than there are seeds.
+
+To add a question, add it to `QUESTIONS`, before its runs.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+
+from pilot_flwr.sweeps.compare import Interval, holm
+
+PILOT = "pilot"
+TASKS_DIFFER = ("tasks", "untold", "both")
+HOUSES_DIFFER = ("houses", "both")
+EVERYWHERE = ("houses", *TASKS_DIFFER)
+
+
+class Question(NamedTuple):
+    """A part of Pilot, the method without it, and where the part could help."""
+
+    part: str
+    without: str
+    scenarios: tuple[str, ...]
+    kind: str = ""
+    """Rows of this kind only; empty: all."""
+
+
+QUESTIONS = (
+    Question("federation", "local", EVERYWHERE),
+    Question("Pilot or one model for all", "fedit", EVERYWHERE),
+    Question("Pilot or one model per task", "fedavg_per_task", TASKS_DIFFER),
+    Question("averaging per task", "pilot_global_adapters", TASKS_DIFFER),
+    Question("ATA", "pilot_fedavg_lora", EVERYWHERE),
+    Question("ψ_s", "pilot_no_client_adapter", HOUSES_DIFFER, "house"),
+    Question("L_d", "pilot_no_difference_loss", HOUSES_DIFFER, "house"),
+    Question("CT-MoA", "pilot_stage1_only", TASKS_DIFFER, "other"),
+    Question("ψ_c", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other"),
+)
+"""Registered before any test result: the contrasts `pilot` − `without`."""
+
+
+class Effect(NamedTuple):
+    """A mean difference with its 95 % interval, and p of the two-sided test against zero."""
+
+    difference: Interval
+    p: float
+    seeds: int
+    rows: int
+
+
+def select(scores: pd.DataFrame, scenario: str, kind: str = "") -> pd.DataFrame:
+    """Return the rows of a scenario, all or of one kind."""
+    found = scores.xs(scenario, level="scenario")
+    return found[kinds_of(found) == kind] if kind else found
+
+
+def kinds_of(scores: pd.DataFrame) -> "pd.Series[str]":
+    """Return every row's kind."""
+    return scores.index.get_level_values("row").to_series(index=scores.index).str.split("/").str[0]
+
+
+def weights_of(scores: pd.DataFrame) -> "pd.Series[float]":
+    """Return row weights with sum one that give every seed and every task of a seed the same."""
+    clients = scores.index.get_level_values("client").to_series(index=scores.index)
+    cells = [scores.index.get_level_values("seed"), clients.str.rpartition("-")[0]]
+    per_cell = scores.groupby(cells).transform("size")
+    weights = 1 / per_cell
+    return weights / weights.sum()
+
+
+def mean_score(scores: pd.DataFrame, method: str) -> float:
+    """Return a method's mean over seeds, tasks and rows; NaN if it failed."""
+    return float((scores[method] * weights_of(scores)).sum(skipna=False))
+
+
+def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect:
+    """Return the effect of `method` instead of `baseline` on a scenario's rows."""
+    both = scores[[method, baseline]].dropna()
+    seeds = pd.factorize(both.index.get_level_values("seed"))[0]
+    concepts = pd.factorize(both.index.get_level_values("row").str.split("/").str[1])[0]
+    one_seed = len(set(seeds)) == 1
+    groups = concepts if one_seed else np.column_stack([seeds, concepts])
+    differences = both[method] - both[baseline]
+    model = sm.WLS(differences, np.ones(len(both)), weights=weights_of(both))
+    fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+    low, high = fit.conf_int().to_numpy()[0]
+    difference = Interval(float(fit.params.iloc[0]), float(high - low) / 2)
+    return Effect(difference, float(fit.pvalues.iloc[0]), len(set(seeds)), len(both))
+
+
+class Answer(NamedTuple):
+    """A question's effect in one scenario, with Holm's p over all answers."""
+
+    question: Question
+    scenario: str
+    effect: Effect
+    p: float | None
+
+
+def answers(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) -> list[Answer]:
+    """Return the effects of Pilot's parts where they could help."""
+    found = [
+        (
+            question,
+            scenario,
+            effect(select(scores, scenario, question.kind), PILOT, question.without),
+        )
+        for question in questions
+        for scenario in question.scenarios
+    ]
+    adjusted = holm([one.p for _, _, one in found])
+    return [Answer(*one, p) for one, p in zip(found, adjusted, strict=True)]
+
+
+def against_pilot(
+    scores: pd.DataFrame, scenario: str, methods: Sequence[str]
+) -> dict[str, tuple[Effect, float | None]]:
+    """Return every method's effect against Pilot on all rows, with Holm's p over the methods."""
+    rows = select(scores, scenario)
+    found = {method: effect(rows, method, PILOT) for method in methods if method != PILOT}
+    adjusted = holm([one.p for one in found.values()])
+    return {method: (one, p) for (method, one), p in zip(found.items(), adjusted, strict=True)}

@@ -1,0 +1,112 @@
+"""Compare all methods, and Pilot's ablations, on the emoji federations: test rows, five seeds.
+
+    python benchmarks/emoji/compare.py
+
+writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with every
+test row's score by each method. Every method uses the learning rate that ``search.py`` chose for
+it. All methods of one seed run before the next seed, so an ended comparison can be read after
+every seed; repeat the command to resume.
+"""
+
+import gzip
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd
+from _record import RESULTS, write_record
+from scenarios.sweeps import ABLATIONS
+
+from emoji.federation import SCENARIOS, SEEDS
+from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.search import METHODS, mean_over_tasks, read_rates
+
+FOLDER = RESULTS / "emoji"
+KEY = ["scenario", "seed", "client", "row"]
+"""Columns of ``scores.csv.gz`` that name a test row; the others are methods."""
+
+
+def jobs(seeds: Iterable[int], methods: Sequence[str]) -> list[Job]:
+    """Return the jobs in their order: by seed, scenario and method."""
+    rates = read_rates()
+    return [
+        Job(scenario, seed, method, own_rate(method, rates))
+        for seed in seeds
+        for scenario in SCENARIOS
+        for method in methods
+    ]
+
+
+def own_rate(method: str, rates: dict[str, str]) -> tuple[str, ...]:
+    """Return a method's override, Pilot's for its variants, none for the untrained base."""
+    if method == "zero_shot":
+        return ()
+    return (rates["pilot" if method.startswith("pilot_") else method],)
+
+
+def runs_table(found: Iterable[Found]) -> pd.DataFrame:
+    """Return a row per run: settings, mean over tasks, time and code."""
+    return pd.DataFrame(
+        {
+            "scenario": one.job.scenario,
+            "seed": one.job.seed,
+            "method": one.job.method,
+            "overrides": " ".join(one.job.overrides),
+            "mean": round(mean_over_tasks(one), 4) if one.scores else None,
+            "seconds": one.seconds,
+            "commit": one.code["commit"],
+            "changed": one.code["changed"],
+            "versions": " ".join(f"{k}={v}" for k, v in one.code["versions"].items()),
+        }
+        for one in found
+    )
+
+
+def scores_table(found: Iterable[Found]) -> pd.DataFrame:
+    """Return a row per test row and a column per method; a failed run scores nothing."""
+    columns: dict[str, dict[tuple[str, int, str, str], float]] = {}
+    for one in found:
+        column = columns.setdefault(one.job.method, {})
+        for client, scores in (one.scores or {}).items():
+            for row, score in scores.items():
+                column[one.job.scenario, one.job.seed, client, row] = score
+    table = pd.DataFrame(columns)
+    table.index.names = KEY
+    return table.sort_index()
+
+
+def write_results(found: Sequence[Found], folder: Path = FOLDER) -> None:
+    """Write both tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs_table(found).to_csv(folder / "runs.csv", index=False, lineterminator="\n")
+    text = scores_table(found).to_csv(float_format="%.4g", lineterminator="\n")
+    (folder / "scores.csv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read_scores(folder: Path = FOLDER) -> pd.DataFrame:
+    """Return the committed scores, indexed by scenario, seed, client and row."""
+    return pd.read_csv(folder / "scores.csv.gz", index_col=KEY)
+
+
+def main() -> None:
+    """Compare, and write the results after every seed."""
+    made = parser(__doc__)
+    made.add_argument("--seeds", type=int, nargs="*", default=SEEDS["test"])
+    options = made.parse_args()
+    found: list[Found] = []
+    for methods in (METHODS, ABLATIONS):
+        for seed in options.seeds:
+            found += run_all(jobs([seed], methods), options)
+            write_results(found)
+    write_record(
+        FOLDER / "compare.json",
+        {"side_by_side": options.jobs, "seconds": round(sum(one.seconds for one in found))},
+        packages=PACKAGES,
+    )
+
+
+if __name__ == "__main__":
+    main()
