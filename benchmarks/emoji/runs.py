@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Found:
-    """What a job found: the score of every test row by client and id, or none if it failed."""
+    """What a job found: the score of every test row by client and id, or none if it diverged."""
 
     job: Job
     scores: dict[str, dict[str, float]] | None
@@ -79,14 +79,15 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> list[Found]:
     print(f"{len(missing)} of {len(jobs)} runs are missing.", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-        begun = {pool.submit(_run, job, data, out): job for job in missing}
-        for number, ended in enumerate(as_completed(begun), start=1):
-            found = ended.result()
-            state = "done" if found.scores else "FAILED"
-            print(
-                f"{number} of {len(missing)}: {found.job.name} {state} in {found.seconds:.0f} s",
-                flush=True,
-            )
+        begun = [pool.submit(_run, job, data, out) for job in missing]
+        try:
+            for number, ended in enumerate(as_completed(begun), start=1):
+                found = ended.result()
+                state = "done" if found.scores else "FAILED"
+                took = f"{found.seconds:.0f} s"
+                print(f"{number} of {len(missing)}: {found.job.name} {state} in {took}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [_read(job, out) for job in jobs]
 
 
@@ -102,6 +103,8 @@ def _run(job: Job, data: Path, out: Path) -> Found:
         ended = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *words])
         if not ended:
             ended = pilot_flwr(["evaluate", str(folder), "--answers", str(answers)])
+        elif ended > 2 or not (folder / "result.json").exists():  # not divergence
+            raise RuntimeError(f"{job.name} was stopped or could not start; see {log.name}")
     scores = None if ended else _scores(answers.read_text(encoding="utf-8").splitlines())
     found = Found(job, scores, round(time.perf_counter() - started, 1), provenance())
     _file(job, out).write_text(json.dumps(asdict(found)), encoding="utf-8")
