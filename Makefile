@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := demo
 .PHONY: help demo test test-slow test-deployment test-payload test-extras robustness lint security check docs dist \
-	bench tables rates clean
+	bench emoji tables rates clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -64,15 +64,24 @@ dist: $(STAMP) ## build and check the wheel, the source archive and Flower's app
 bench: $(STAMP) ## update benchmarks/results (45 minutes)
 	$(BIN)/python benchmarks/run_all.py
 
-# Uses the committed settings and rates; repeat it to resume.
-tables: $(STAMP) ## repeat the scenarios and ablations (230 runs), update every table of the documents
-	$(BIN)/pip install --quiet --editable ".[sweep]"
-	$(BIN)/python benchmarks/scenarios/compare.py
-	$(BIN)/python benchmarks/tables.py --readme
+EMOJI := outputs/emoji/base/training.json
 
-rates: $(STAMP) ## search every method's learning rate on validation scans
-	$(BIN)/pip install --quiet --editable ".[sweep]"
-	$(BIN)/python benchmarks/scenarios/search.py
+emoji: $(EMOJI) ## make the emoji federations and their base model (5 minutes)
+
+$(EMOJI): $(STAMP) benchmarks/emoji/base.py benchmarks/emoji/federation.py
+	$(BIN)/pip install --quiet --editable ".[captions]"
+	$(BIN)/python benchmarks/emoji/federation.py
+	$(BIN)/python benchmarks/emoji/base.py
+
+rates: $(EMOJI) ## search every method's learning rate on validation rows, and check the gate
+	$(BIN)/python benchmarks/emoji/search.py
+	$(BIN)/python benchmarks/emoji/gate.py
+
+# Uses the committed rates; repeat it to resume.
+tables: $(EMOJI) ## compare all methods on test rows (one night), update every table and figure
+	$(BIN)/python benchmarks/emoji/compare.py
+	$(BIN)/python benchmarks/emoji/figure.py
+	$(BIN)/python benchmarks/tables.py --readme
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

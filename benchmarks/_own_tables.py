@@ -276,21 +276,6 @@ def families_table(record: Results) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
-def gate_table(record: Results) -> str:
-    """Return the table of ``emoji_gate.json``: a row per task and kind, a column per method."""
-    scores = record["results"]["scores"]
-    (first, *_) = scores.values()
-    seeds = list(first)
-    rows = [["task, kind", f"rows ({' and '.join(f'seed {seed}' for seed in seeds)})", *scores]]
-    for kind in first[seeds[0]]:
-        counts = ", ".join(str(first[seed][kind]["rows"]) for seed in seeds)
-        found = [
-            ", ".join(f"{s[seed][kind]['score']:.3f}" for seed in seeds) for s in scores.values()
-        ]
-        rows.append([kind, counts, *found])
-    return f"{markdown(rows)}\n{note(record)}\n"
-
-
 def training_step_table(record: Results) -> str:
     """Return the table of ``training_step.json``: a row per family, two columns per stage."""
     stages = {"stage1": "stage 1", "stage2": "stage 2"}

@@ -9,9 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from _own_tables import OWN_TABLES, exchange_table, gate_table, note
+from _own_tables import OWN_TABLES, exchange_table, note
 from _record import RESULTS, ROOT
 from _rows import ROWS
+from emoji.tables import emoji_tables
 from scenarios.tables import scenario_tables
 
 from pilot_flwr.run.tables import markdown
@@ -65,10 +66,7 @@ def readme(text: str, folder: Path = RESULTS) -> str:
             json.loads((folder / f"{n}.json").read_text()) for n in ("deployment", "payload")
         )
         contents["exchange"] = exchange_table(*records)
-    gate = folder / "scenarios" / "emoji_gate.json"
-    if gate.exists():
-        contents["emoji_gate"] = gate_table(json.loads(gate.read_text()))
-    contents |= scenario_tables(folder / "scenarios")
+    contents |= scenario_tables(folder / "scenarios") | emoji_tables(folder / "emoji")
     for name, content in contents.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)

@@ -2,9 +2,10 @@
 
 An effect is a mean difference of two methods' scores of the same test rows: the mean over seeds
 and tasks of the mean over a task's rows. Rows that share a seed share the drawn clients and one
-training run per client; rows that share a concept share a picture. The variance allows for both
-(two-way clusters, Cameron, Gelbach & Miller, JBES 2011, from statsmodels), and the interval uses
-Student's t with one degree of freedom less than there are seeds.
+training run per client; rows that share a concept share a picture. The variance allows for both:
+the largest of those by clusters of seeds, of concepts and of both (Cameron, Gelbach & Miller, JBES
+2011, from statsmodels); the last alone can be too small, even negative. The interval uses Student's
+t with one degree of freedom less than there are seeds.
 
 To add a question, add it to `QUESTIONS`, before its runs.
 """
@@ -15,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
+from scipy import stats
 
-from pilot_flwr.sweeps.compare import Interval, holm
+from pilot_flwr.sweeps.compare import LEVEL, Interval, holm
 
 PILOT = "pilot"
 TASKS_DIFFER = ("tasks", "untold", "both")
@@ -87,14 +89,18 @@ def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect:
     both = scores[[method, baseline]].dropna()
     seeds = pd.factorize(both.index.get_level_values("seed"))[0]
     concepts = pd.factorize(both.index.get_level_values("row").str.split("/").str[1])[0]
-    one_seed = len(set(seeds)) == 1
-    groups = concepts if one_seed else np.column_stack([seeds, concepts])
     differences = both[method] - both[baseline]
     model = sm.WLS(differences, np.ones(len(both)), weights=weights_of(both))
-    fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
-    low, high = fit.conf_int().to_numpy()[0]
-    difference = Interval(float(fit.params.iloc[0]), float(high - low) / 2)
-    return Effect(difference, float(fit.pvalues.iloc[0]), len(set(seeds)), len(both))
+    groups = [concepts]
+    if (num_seeds := len(set(seeds))) > 1:
+        groups += [seeds, np.column_stack([seeds, concepts])]
+    fits = [model.fit(cov_type="cluster", cov_kwds={"groups": group}) for group in groups]
+    variance = max(float(fit.cov_params().iloc[0, 0]) for fit in fits)
+    freedom = min(len(set(group)) for group in groups[:2]) - 1
+    mean, error = float(fits[0].params.iloc[0]), variance**0.5
+    half_width = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if error > 0 else 1.0
+    return Effect(Interval(mean, half_width), p, num_seeds, len(both))
 
 
 class Answer(NamedTuple):
@@ -129,3 +135,19 @@ def against_pilot(
     found = {method: effect(rows, method, PILOT) for method in methods if method != PILOT}
     adjusted = holm([one.p for one in found.values()])
     return {method: (one, p) for (method, one), p in zip(found.items(), adjusted, strict=True)}
+
+
+def verdicts(scores: pd.DataFrame) -> dict[str, tuple[Effect, float, Effect]]:
+    """Return per scenario: `pilot_auto` against all neighbours, against the better rule.
+
+    The p between them is one-sided: whether `pilot_auto` is above all neighbours.
+    """
+    found = {}
+    for scenario in EVERYWHERE:
+        rows = select(scores, scenario)
+        over_all = effect(rows, "pilot_auto", "pilot_all_neighbors")
+        p = over_all.p / 2 if over_all.difference.mean > 0 else 1 - over_all.p / 2
+        means = {method: mean_score(rows, method) for method in (PILOT, "pilot_all_neighbors")}
+        better = max(means, key=means.__getitem__)
+        found[scenario] = (over_all, p, effect(rows, "pilot_auto", better))
+    return found

@@ -27,6 +27,8 @@ from emoji.search import METHODS, mean_over_tasks, read_rates
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
 """Columns of ``scores.csv.gz`` that name a test row; the others are methods."""
+RUN_SECONDS = 95
+"""Of one run on a core of an AMD EPYC, two in parallel."""
 
 
 def jobs(seeds: Iterable[int], methods: Sequence[str]) -> list[Job]:
@@ -96,16 +98,19 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, nargs="*", default=SEEDS["test"])
     options = made.parse_args()
+    count = len(jobs(options.seeds, (*METHODS, *ABLATIONS)))
+    hours = count * RUN_SECONDS / options.jobs / 3600
+    print(f"{count} runs, {options.jobs} in parallel: about {hours:.1f} h if none is done.")
     found: list[Found] = []
     for methods in (METHODS, ABLATIONS):
         for seed in options.seeds:
             found += run_all(jobs([seed], methods), options)
             write_results(found)
-    write_record(
-        FOLDER / "compare.json",
-        {"side_by_side": options.jobs, "seconds": round(sum(one.seconds for one in found))},
-        packages=PACKAGES,
-    )
+            write_record(
+                FOLDER / "compare.json",
+                {"side_by_side": options.jobs, "seconds": round(sum(o.seconds for o in found))},
+                packages=PACKAGES,
+            )
 
 
 if __name__ == "__main__":

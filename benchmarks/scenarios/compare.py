@@ -1,7 +1,7 @@
 """Compare all methods, and Pilot's ablations, on the two scenarios: five seeds, test split.
 
 Every method uses the learning rate that ``search.py`` chose for it on validation scans
-(``rates.json``); ablations use Pilot's. Run ``make tables`` or
+(``rates.json``); ablations use Pilot's. Run
 ``python benchmarks/scenarios/compare.py`` (about an hour on 2 cores; repeat it to resume) to update
 ``benchmarks/results/scenarios/*.csv``. ``--quick`` runs two methods at a tiny size and writes
 nothing.

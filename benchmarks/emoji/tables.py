@@ -1,0 +1,184 @@
+"""Tables of the emoji federations: gate, search, methods, kinds of rows, questions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from _own_tables import note
+from scenarios.sweeps import ABLATIONS
+
+from emoji.analysis import (
+    EVERYWHERE,
+    PILOT,
+    against_pilot,
+    answers,
+    mean_score,
+    select,
+    verdicts,
+)
+from emoji.compare import read_scores
+from emoji.search import CANDIDATES, METHODS, chosen, searched
+from pilot_flwr.run.tables import markdown
+from pilot_flwr.sweeps.compare import interval_text, p_text
+
+TITLES = {
+    "houses": "houses differ",
+    "tasks": "tasks differ",
+    "untold": "tasks differ, untold",
+    "both": "both differ",
+}
+OVERVIEW = ("zero_shot", "local", "fedit", "fedavg_per_task", PILOT, "centralised")
+"""The README's methods."""
+KINDS = {
+    "houses": ("same", "house"),
+    "tasks": ("same", "other"),
+    "untold": ("same", "other"),
+    "both": ("house", "other"),
+}
+SIGNIFICANT = 0.05
+
+
+def emoji_tables(folder: Path) -> dict[str, str]:
+    """Return the tables of all results in a folder, by name."""
+    made = {}
+    if (folder / "gate.json").exists():
+        made["emoji_gate"] = gate_table(_record(folder / "gate.json"))
+    if (folder / "search.json").exists():
+        made["emoji_rates"] = rates_table(_record(folder / "search.json"))
+    if not (folder / "scores.csv.gz").exists():
+        return made
+    scores = read_scores(folder)
+    source = source_of(pd.read_csv(folder / "runs.csv"), _record(folder / "compare.json"))
+    methods = [method for method in METHODS if method in scores]
+    made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
+    made["emoji_kinds"] = f"{kinds_table(scores, methods)}\n{source}\n"
+    made["emoji_overview"] = overview_table(scores)
+    if set(ABLATIONS) <= set(scores.columns):
+        made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
+        made["emoji_auto"] = auto_table(scores)
+    return made
+
+
+def gate_table(record: dict[str, Any]) -> str:
+    """Return the gate's table: a row per task and kind, a column per method."""
+    scores = record["results"]["scores"]
+    (first, *_) = scores.values()
+    seeds = list(first)
+    rows = [["task, kind", f"rows ({' and '.join(f'seed {seed}' for seed in seeds)})", *scores]]
+    for kind in first[seeds[0]]:
+        counts = ", ".join(str(first[seed][kind]["rows"]) for seed in seeds)
+        found = [
+            ", ".join(f"{s[seed][kind]['score']:.3f}" for seed in seeds) for s in scores.values()
+        ]
+        rows.append([kind, counts, *found])
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def rates_table(record: dict[str, Any]) -> str:
+    """Return the search's table: a row per method, a column per candidate."""
+    rows = [["method", "setting", "candidates: mean over tasks", "chosen"]]
+    for method, found in record["results"]["scores"].items():
+        setting = searched(method)
+        values = {f"{setting}={value}": value for value in CANDIDATES[setting]}
+        best = chosen({override: score or 0.0 for override, score in found.items()})
+        shown = [
+            f"{values[override]}: {'diverged' if score is None else format(score, '.3f')}"
+            for override, score in found.items()
+        ]
+        edge = " (edge)" * (best in (list(values)[0], list(values)[-1]))
+        rows.append([method, f"`{setting}`", ", ".join(shown), f"{values[best]}{edge}"])
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
+    """Return a row per method: mean and effect against Pilot in every scenario."""
+    effects = {s: against_pilot(scores, s, methods) for s in EVERYWHERE}
+    rows = [["method", *(cell for s in EVERYWHERE for cell in (TITLES[s], "against Pilot"))]]
+    for method in methods:
+        row = [method]
+        for scenario in EVERYWHERE:
+            row.append(f"{mean_score(select(scores, scenario), method):.3f}")
+            if method == PILOT:
+                row.append("")
+                continue
+            found, p = effects[scenario][method]
+            text = interval_text(found.difference, sign="+")
+            row.append(f"**{text}**" if p is not None and p < SIGNIFICANT else text)
+        rows.append(row)
+    (seeds,) = {found.seeds for of in effects.values() for found, _ in of.values()}
+    counts = ", ".join(f"{TITLES[s]} {len(select(scores, s)):,}" for s in EVERYWHERE)
+    return (
+        f"{markdown(rows)}\nMean over tasks and seeds, and its difference to Pilot with the 95 % "
+        f"interval; bold: p < .05 after Holm's correction over the methods of a scenario. Seeds: "
+        f"{seeds}; test rows in all: {counts}.\n"
+    )
+
+
+def kinds_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
+    """Return a row per method: the mean by kind of row in every scenario."""
+    columns = [(s, kind) for s in EVERYWHERE for kind in KINDS[s]]
+    rows = [["method", *(f"{TITLES[s]}: `{kind}`" for s, kind in columns)]]
+    parts = [select(scores, s, kind) for s, kind in columns]
+    rows += [[m, *(f"{mean_score(part, m):.3f}" for part in parts)] for m in methods]
+    return f"{markdown(rows)}\n"
+
+
+def overview_table(scores: pd.DataFrame) -> str:
+    """Return the README's table: some methods' means."""
+    rows = [["method", *(TITLES[s] for s in EVERYWHERE)]]
+    rows += [
+        [method, *(f"{mean_score(select(scores, s), method):.3f}" for s in EVERYWHERE)]
+        for method in OVERVIEW
+    ]
+    return f"{markdown(rows)}\n"
+
+
+def questions_table(scores: pd.DataFrame) -> str:
+    """Return a row per registered question and scenario."""
+    rows = [["part of Pilot", "Pilot −", "scenario", "rows", "effect", "p", "p (Holm)"]]
+    for question, scenario, found, p in answers(scores):
+        kind = f" `{question.kind}`" if question.kind else ""
+        rows.append(
+            [
+                question.part,
+                f"`{question.without}`",
+                TITLES[scenario],
+                f"{found.rows:,}{kind}",
+                interval_text(found.difference, sign="+"),
+                p_text(found.p),
+                p_text(p),
+            ]
+        )
+    return f"{markdown(rows)}\n"
+
+
+def auto_table(scores: pd.DataFrame) -> str:
+    """Return `pilot_auto` beside the two rules that it chooses between."""
+    rows = [["scenario", "`pilot` (M = 2)", "`pilot_all_neighbors`", "`pilot_auto`",
+             "`pilot_auto` − all", "p, one-sided", "`pilot_auto` − the better"]]  # fmt: skip
+    for scenario, (over_all, p, over_better) in verdicts(scores).items():
+        part = select(scores, scenario)
+        means = [mean_score(part, m) for m in (PILOT, "pilot_all_neighbors", "pilot_auto")]
+        shown = [interval_text(one.difference, sign="+") for one in (over_all, over_better)]
+        rows.append([TITLES[scenario], *(f"{m:.3f}" for m in means), shown[0], p_text(p), shown[1]])
+    return f"{markdown(rows)}\n"
+
+
+def source_of(runs: pd.DataFrame, record: dict[str, Any]) -> str:
+    """Return number, time, code and machine of the runs."""
+    changed = runs["changed"].astype(bool).map({True: "+", False: ""})
+    commits = ", ".join(sorted(set(runs["commit"].str[:12] + changed)))
+    machine = record["machine"]
+    return (
+        f"`runs.csv`: {len(runs)} runs of {runs['seconds'].sum() / 3600:.1f} h in all; commit "
+        f"{commits}; {'; '.join(sorted(set(runs['versions'])))}; "
+        f"{record['results']['side_by_side']} side by side on {machine['cores']} cores of "
+        f"{machine['cpu']}"
+    )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found

@@ -1,0 +1,141 @@
+"""The comparison on the emoji federations: its runs, its choice of rates, its tests of effects."""
+
+import argparse
+import importlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def emoji(monkeypatch):
+    """Import a module of ``benchmarks/emoji``."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return lambda name: importlib.import_module(f"emoji.{name}")
+
+
+def made_scores(seeds, *, seed=0, seed_spread=0.0, concept_spread=0.0, concepts=60):
+    """Scores of methods a and b on two tasks of different size; b is zero, a is zero on average."""
+    rng = np.random.default_rng(seed)
+    of_concept = rng.normal(0, concept_spread, concepts)
+    rows = {}
+    for number in range(seeds):
+        of_seed = rng.normal(0, seed_spread)
+        for client, size in (("x-0", 40), ("x-1", 20), ("y-0", 10)):
+            for concept in rng.permutation(concepts)[:size]:
+                noise = rng.normal(0, 0.1)
+                key = ("tasks", number, client, f"same/{concept}")
+                rows[key] = of_seed + of_concept[concept] + noise
+    table = pd.DataFrame({"a": rows, "b": dict.fromkeys(rows, 0.0)})
+    table.index.names = ["scenario", "seed", "client", "row"]
+    return table
+
+
+def test_an_effect_is_the_mean_over_seeds_and_tasks_with_the_largest_clustered_variance(emoji):
+    analysis = emoji("analysis")
+    scores = analysis.select(made_scores(3, seed_spread=0.1, concept_spread=0.1), "tasks")
+    cells = {}
+    for (seed, client, row), a in scores["a"].items():
+        cells.setdefault((seed, client[0]), []).append((row.split("/")[1], a))
+    mean = np.mean([np.mean([a for _, a in cell]) for cell in cells.values()])
+    sums = {"seed": {}, "concept": {}, "both": {}}
+    for (seed, _), cell in cells.items():
+        for concept, a in cell:
+            part = (a - mean) / len(cell) / len(cells)
+            for kind, key in (("seed", seed), ("concept", concept), ("both", (seed, concept))):
+                sums[kind][key] = sums[kind].get(key, 0) + part
+    one = {k: sum(v**2 for v in of.values()) * len(of) / (len(of) - 1) for k, of in sums.items()}
+    largest = max(one["seed"], one["concept"], one["seed"] + one["concept"] - one["both"])
+    found = analysis.effect(scores, "a", "b")
+    assert found.difference.mean == pytest.approx(mean)
+    error = found.difference.half_width / stats.t.ppf(0.975, 2)
+    assert error == pytest.approx(math.sqrt(largest), rel=0.02)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 2))
+    assert (found.seeds, found.rows) == (3, len(scores))
+
+
+@pytest.mark.parametrize("spread", [{"seed_spread": 0.1}, {"concept_spread": 0.2}])
+def test_the_intervals_cover_the_truth(emoji, spread):
+    analysis = emoji("analysis")
+    covered = 0
+    for number in range(100):
+        scores = analysis.select(made_scores(5, seed=number, **spread), "tasks")
+        found = analysis.effect(scores, "a", "b").difference
+        covered += abs(found.mean) <= found.half_width
+    assert covered >= 90  # 95 expected; 90 or more has probability .99
+
+
+def test_equal_methods_have_no_effect_and_no_significance(emoji):
+    analysis = emoji("analysis")
+    scores = analysis.select(made_scores(3), "tasks").assign(c=0.0)
+    found = analysis.effect(scores, "b", "c")
+    assert (found.difference.mean, found.difference.half_width, found.p) == (0, 0, 1)
+
+
+def test_every_method_runs_in_every_scenario_with_its_rate(emoji):
+    compare, search = emoji("compare"), emoji("search")
+    files = {path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
+    assert {*search.METHODS, *compare.ABLATIONS} == files
+    rates = search.read_rates()
+    jobs = compare.jobs([0, 1], sorted(files))
+    assert len({job.name for job in jobs}) == len(jobs) == 2 * 4 * len(files)
+    of = {job.method: job.overrides for job in jobs}
+    assert of["zero_shot"] == () and of["fedit"] == (rates["fedit"],)
+    assert of["pilot_m1"] == of["pilot_auto"] == of["pilot"] == (rates["pilot"],)
+
+
+def test_the_best_rate_is_chosen_and_the_lower_of_equal_ones(emoji):
+    search = emoji("search")
+    assert search.chosen({"r=1": 0.2, "r=2": 0.4, "r=4": 0.4}) == "r=2"
+    assert search.chosen({"r=1": -math.inf, "r=2": 0.1}) == "r=2"
+
+
+def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
+    compare, runs = emoji("compare"), emoji("runs")
+    code = {"commit": "0" * 40, "changed": False, "versions": {"torch": "2"}}
+    one = runs.Found(runs.Job("tasks", 0, "a"), {"x-0": {"same/1": 0.25}}, 1.5, code)
+    other = runs.Found(runs.Job("tasks", 0, "b", ("r=1",)), None, 2.0, code)
+    compare.write_results([one, other], tmp_path)
+    scores = compare.read_scores(tmp_path)
+    assert scores.loc[("tasks", 0, "x-0", "same/1"), "a"] == 0.25
+    table = pd.read_csv(tmp_path / "runs.csv")
+    assert list(table["method"]) == ["a", "b"] and table["mean"].isna().tolist() == [False, True]
+    first = (tmp_path / "scores.csv.gz").read_bytes()
+    compare.write_results([one, other], tmp_path)
+    assert (tmp_path / "scores.csv.gz").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_runs_are_scored_by_row_and_resumed_and_a_diverged_one_fails(emoji, monkeypatch, tmp_path):
+    """A base of two steps and clients of four concepts, through the real command line."""
+    base, federation, runs = emoji("base"), emoji("federation"), emoji("runs")
+    from transformers import EfficientNetModel
+
+    tower = EfficientNetModel(base.tower_config())
+    monkeypatch.setattr(base, "tower_state", lambda weights, own: tower.state_dict())
+    base.make_base(tmp_path / "base", {}, seed=0, steps=2)
+    federation.write_pictures(tmp_path / "pictures")
+    scenario = federation.SCENARIOS["both"]
+    options = {"split": "validation", "seed": 0, "size": 4, "most": 2}
+    federation.write_federation(tmp_path, "both", scenario, **options)
+    short = ("strategy.rounds=1", "evaluation.max_new_tokens=2")
+    good = runs.Job("both", 0, "fedit", short)
+    bad = runs.Job("both", 0, "fedit", (*short, "train.lr_scale=1e20"))
+    asked = argparse.Namespace(data=tmp_path, out=tmp_path / "runs", jobs=1)
+    found, diverged = runs.run_all([good, bad], asked)
+    expected = {}
+    for path in (tmp_path / "both" / "0").glob("*-test.json"):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        expected[path.stem.removesuffix("-test")] = {row["id"] for row in rows}
+    assert {client: set(scores) for client, scores in found.scores.items()} == expected
+    assert diverged.scores is None
+    shutil.rmtree(tmp_path / "base")  # another run would fail
+    assert runs.run_all([good, bad], asked) == [found, diverged]
