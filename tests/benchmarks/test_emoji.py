@@ -208,7 +208,7 @@ def test_the_bases_language_model_is_trained_and_its_tower_is_not(emoji, monkeyp
 
     tower = EfficientNetModel(base.tower_config())
     monkeypatch.setattr(base, "tower_state", lambda weights, own: tower.state_dict())
-    record = base.make_base(tmp_path / "base", {}, seed=0, steps=12)
+    record = base.make_small(tmp_path / "base", {}, seed=0, steps=12)
     assert record["final_loss"] < np.log(record["tokens"])
     saved = FastVlmForConditionalGeneration.from_pretrained(tmp_path / "base")
     for name, tensor in saved.model.vision_tower.state_dict().items():

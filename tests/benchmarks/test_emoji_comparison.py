@@ -121,7 +121,7 @@ def test_runs_are_scored_by_row_and_resumed_and_a_diverged_one_fails(emoji, monk
 
     tower = EfficientNetModel(base.tower_config())
     monkeypatch.setattr(base, "tower_state", lambda weights, own: tower.state_dict())
-    base.make_base(tmp_path / "base", {}, seed=0, steps=2)
+    base.make_small(tmp_path / "base", {}, seed=0, steps=2)
     federation.write_pictures(tmp_path / "pictures")
     scenario = federation.SCENARIOS["both"]
     options = {"split": "validation", "seed": 0, "size": 4, "most": 2}

@@ -1,0 +1,100 @@
+"""Where does each method win? Curves over concepts per client, clients and neighbours.
+
+    python benchmarks/emoji/curves.py
+
+writes ``benchmarks/results/emoji/curves.json``: mean scores of two seeds, test rows. Rates are
+those of `search`; nothing is tested here. The federations of a curve are written into ``--data``.
+"""
+
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from _record import RESULTS, write_record
+
+from emoji.compare import own_rate
+from emoji.federation import SCENARIOS, SIZE, write_federation
+from emoji.runs import PACKAGES, Job, parser, run_all
+from emoji.search import mean_over_tasks, read_rates
+
+COMPARED = ("tasks", "untold")
+METHODS = ("local", "fedit", "fedavg_per_task", "pilot")
+DRAWN = (0, 1)
+"""Seeds."""
+CURVES = {
+    "concepts": (10, 30, 100, SIZE, 300),
+    "clients": (3, 9, 27),
+    "neighbors": (1, 2, 4, 8),
+}
+"""Curve → its values; those of `DEFAULTS` are runs of the comparison."""
+DEFAULTS = {"concepts": SIZE, "clients": 9, "neighbors": 2}
+
+
+class Point(NamedTuple):
+    """A method's place on a curve."""
+
+    scenario: str
+    curve: str
+    value: int
+    method: str
+
+
+def points() -> Iterator[Point]:
+    """Yield all points; only Pilot has neighbours."""
+    for scenario in COMPARED:
+        for curve, values in CURVES.items():
+            methods = METHODS if curve != "neighbors" else ("pilot",)
+            yield from (Point(scenario, curve, v, m) for v in values for m in methods)
+
+
+def job(point: Point, seed: int) -> Job:
+    """Return the job of a point."""
+    overrides = own_rate(point.method, read_rates())
+    name = point.scenario
+    if point.value != DEFAULTS[point.curve]:
+        if point.curve == "neighbors":
+            overrides += (f"strategy.num_neighbors={point.value}",)
+        else:
+            name = f"{point.scenario}-{point.curve}{point.value}"
+    return Job(name, seed, point.method, overrides)
+
+
+def write_federations(out: Path) -> None:
+    """Write the federations that the comparison does not have."""
+    for scenario, curve, value, _ in points():
+        if curve == "neighbors" or value == DEFAULTS[curve]:
+            continue
+        made, size = SCENARIOS[scenario], SIZE
+        if curve == "concepts":
+            size = value
+        else:
+            made = replace(made, clients_per_task=value // len(made.tasks))
+        for seed in DRAWN:
+            name = f"{scenario}-{curve}{value}"
+            write_federation(out, name, made, split="test", seed=seed, size=size)
+
+
+def main() -> None:
+    """Run, and write the curves."""
+    options = parser(__doc__).parse_args()
+    write_federations(options.data)
+    asked = [(point, job(point, seed)) for point in points() for seed in DRAWN]
+    found = dict(zip(asked, run_all([one for _, one in asked], options), strict=True))
+    scores: dict[Point, list[float]] = {}
+    for (point, _), one in found.items():
+        scores.setdefault(point, []).append(mean_over_tasks(one))
+    rows = [
+        {**point._asdict(), "mean": round(statistics.fmean(of), 4), "seeds": len(of)}
+        for point, of in scores.items()
+    ]
+    write_record(RESULTS / "emoji" / "curves.json", {"points": rows}, packages=PACKAGES)
+
+
+if __name__ == "__main__":
+    main()
