@@ -64,7 +64,12 @@ class Scenario:
 
     def questions(self, task: str) -> tuple[str, ...]:
         """Return the wordings of a task's question."""
-        return QUESTIONS[task if self.told else "name"]
+        return QUESTIONS[asked(task) if self.told else "name"]
+
+
+def asked(task: str) -> str:
+    """Return what is asked of a task: ``name`` of the task ``name_b``."""
+    return task.partition("_")[0]
 
 
 TASKS = ("name", "group", "describe")
@@ -75,6 +80,9 @@ SCENARIOS = {
     "both": Scenario(TASKS, HOUSES, 3),
 }
 """Nine clients each: houses differ; tasks differ; they differ and ask the same; both differ."""
+
+SAME_TASKS = Scenario(("name", "name_b", "name_c"), HOUSES[:1], 3)
+"""Three tasks in name only: what another task knows is exactly what the own task is tested on."""
 
 QUESTIONS = {
     "name": ("What is this?", "Name it."),
@@ -107,9 +115,9 @@ def _keywords(row: Mapping[str, Any], common: set[str]) -> tuple[str, ...]:
 
 def answer(concept: Concept, task: str) -> str:
     """Return the answer to a task's questions."""
-    if task == "describe":
+    if asked(task) == "describe":
         return f"{concept.name}: {', '.join((concept.group, *concept.keywords))}"
-    return concept.name if task == "name" else concept.group
+    return concept.name if asked(task) == "name" else concept.group
 
 
 @dataclass(frozen=True)
@@ -179,9 +187,9 @@ def train_rows(
 ) -> list[Any]:
     """Return a client's training rows: one per concept, in one of the task's wordings."""
     rng = np.random.default_rng([seed, 1])
-    asked = scenario.questions(task)
+    questions = scenario.questions(task)
     return [
-        _row(f"train/{key}", share.house, asked[int(rng.integers(2))], concepts[key], task)
+        _row(f"train/{key}", share.house, questions[int(rng.integers(2))], concepts[key], task)
         for key in share.concepts
     ]
 
@@ -198,10 +206,10 @@ def test_rows(
 ) -> list[Any]:
     """Return a client's rows of unseen concepts among `tested`, at most `most` of each kind."""
     rows = []
-    house, asked = shares[task][client].house, scenario.questions(task)[0]
+    house, question = shares[task][client].house, scenario.questions(task)[0]
     for kind, found in kinds(shares, task, client).items():
         chosen = [key for key in tested if key in found][:most]
-        rows += [_row(f"{kind}/{key}", house, asked, concepts[key], task) for key in chosen]
+        rows += [_row(f"{kind}/{key}", house, question, concepts[key], task) for key in chosen]
     return rows
 
 
@@ -266,7 +274,7 @@ def federation_file(scenario: Scenario, folder: str) -> dict[str, Any]:
                 "train": [f"{task}-{n}-train.json" for n in numbers],
                 "test": [f"{task}-{n}-test.json" for n in numbers],
                 "images": "../../pictures",
-                "metric": METRICS[task],
+                "metric": METRICS[asked(task)],
             }
             for task in scenario.tasks
         },

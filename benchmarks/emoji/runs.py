@@ -71,15 +71,18 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
-def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> list[Found]:
-    """Run the jobs that have not run yet; return what every job found, in order."""
+def run_all(jobs: Sequence[Job], options: argparse.Namespace, *, keep: bool = False) -> list[Found]:
+    """Run the jobs that have not run yet; return what every job found, in order.
+
+    With `keep`, run folders keep the trained models.
+    """
     data, out = options.data.resolve(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     missing = [job for job in dict.fromkeys(jobs) if not _file(job, out).exists()]
     print(f"{len(missing)} of {len(jobs)} runs are missing.", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-        begun = [pool.submit(_run, job, data, out) for job in missing]
+        begun = [pool.submit(_run, job, data, out, keep) for job in missing]
         try:
             for number, ended in enumerate(as_completed(begun), start=1):
                 found = ended.result()
@@ -91,7 +94,7 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> list[Found]:
     return [_read(job, out) for job in jobs]
 
 
-def _run(job: Job, data: Path, out: Path) -> Found:
+def _run(job: Job, data: Path, out: Path, keep: bool) -> Found:
     torch.set_num_threads(1)
     folder, answers = out / job.name, out / f"{job.name}.jsonl"
     shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +111,7 @@ def _run(job: Job, data: Path, out: Path) -> Found:
     scores = None if ended else _scores(answers.read_text(encoding="utf-8").splitlines())
     found = Found(job, scores, round(time.perf_counter() - started, 1), provenance())
     _file(job, out).write_text(json.dumps(asdict(found)), encoding="utf-8")
-    for part in _LARGE:
+    for part in () if keep else _LARGE:
         shutil.rmtree(folder / part, ignore_errors=True)
     return found
 

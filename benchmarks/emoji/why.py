@@ -1,0 +1,189 @@
+"""Why does CT-MoA help or not? Three tasks in name only, swapped parts, and what the router mixes.
+
+    python benchmarks/emoji/why.py
+
+writes ``benchmarks/results/emoji/why.json``:
+
+- `same_tasks`: scores on what only clients of another task know, where all three tasks ask for the
+  name. The other task's adapter and LoRA hold exactly the answer.
+- `swapped`: where is this knowledge? A model of each task's mean adapter and LoRA answers what the
+  other task's clients know, with its own parts, with either of the other's, and with both.
+- `mixed`: of Pilot's stage 2 where tasks differ, the entropy of P relative to a uniform one, and
+  the root mean square of each term of x_img relative to that of the base's own connector.
+"""
+
+import math
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from _record import RESULTS, write_record
+
+from emoji.analysis import PILOT
+from emoji.compare import own_rate
+from emoji.federation import SAME_TASKS, write_federation
+from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.search import read_rates
+from pilot_flwr.algorithm.connector import CrossTaskMoA
+from pilot_flwr.client.personalization import personalize_as_trained
+from pilot_flwr.data.examples import Example
+from pilot_flwr.data.federation import client_examples
+from pilot_flwr.inference.generate import Answerer
+from pilot_flwr.inference.runs import (
+    Run,
+    Selected,
+    load_model,
+    open_run,
+    select_client,
+    select_consensus,
+)
+from pilot_flwr.metrics.score import METRICS
+from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_processor
+
+METHODS = (
+    "fedit",
+    "fedavg_per_task",
+    PILOT,
+    "pilot_all_neighbors",
+    "pilot_global_adapters",
+    "pilot_stage1_only",
+    "pilot_no_cross_task_adapters",
+)
+SEEDS = (0, 1)
+NAME = "same_tasks"
+CPU = torch.device("cpu")
+
+
+def on_other_rows(found: Found) -> float:
+    """Return the mean over the rows of concepts that only clients of other tasks know."""
+    scores = found.scores or {}
+    return statistics.fmean(
+        score for of in scores.values() for row, score in of.items() if row.startswith("other/")
+    )
+
+
+def swapped(run: Run) -> dict[str, float]:
+    """Return the scores of models whose adapter or LoRA are another task's.
+
+    The questions are those of a task's clients about concepts that only the other task knows.
+    """
+    scores: dict[str, list[float]] = defaultdict(list)
+    tasks = run.checkpoint.tasks
+    known = {task: _trained(run, task) for task in tasks}
+    for own, other in permutations(tasks, 2):
+        examples = [e for e in _tested(run, own) if _concept(e) in known[other] - known[own]]
+        received = {task: run.received(select_consensus(run, task)) for task in (own, other)}
+        for adapter, lora in ((own, own), (other, own), (own, other), (other, other)):
+            parts = replace(
+                received[own],
+                adapters={own: received[adapter].adapters[adapter]},
+                lora=received[lora].lora,
+            )
+            model = load_model(run, select_consensus(run, own), device=CPU)
+            personalize_as_trained(model, None, parts)
+            model.eval()
+            answers = Answerer(run.config, model)(examples)
+            references = [tuple(example.answers) for example in examples]
+            whose = {own: "own", other: "other"}
+            key = f"{whose[adapter]} adapter, {whose[lora]} LoRA"
+            scores[key] += METRICS["exact_match"].score(answers, references).each
+    return {key: round(statistics.fmean(found), 4) for key, found in scores.items()}
+
+
+def mixed(run: Run) -> dict[str, float]:
+    """Return entropy and sizes of the terms of x_img, means over clients of their test rows."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for client in run.clients():
+        for name, value in _terms(run, select_client(run, client.id)).items():
+            found[name].append(value)
+    return {name: round(statistics.fmean(values), 4) for name, values in found.items()}
+
+
+@torch.no_grad()
+def _terms(run: Run, selected: Selected) -> dict[str, float]:
+    model = load_model(run, selected, device=CPU)
+    connector = model.connector
+    assert isinstance(connector, CrossTaskMoA) and selected.client is not None
+    config = run.config
+    processor = load_processor(config.model.path, config.model.revision)
+    split = client_examples(config.data, selected.client, "test", seed=config.seed)
+    cache = FeatureCache(config.model.feature_cache)
+    features = cache.encode(model, processor, [split[i] for i in range(len(split))]).features
+    probabilities = connector.route(features).probs
+    own, *foreign = connector.tasks
+    weight = {task: probabilities[..., i, None] for i, task in enumerate(connector.tasks)}
+    terms = {"ψ_s": connector.client_adapter(features) if connector.client_adapter else None}
+    terms["own ψ_t"] = weight[own] * connector.task_adapters[own](features)
+    terms["foreign ψ_t"] = sum(weight[t] * connector.task_adapters[t](features) for t in foreign)
+    crossed = connector.cross_task_adapters
+    assert crossed is not None
+    terms["ψ_c"] = sum(weight[t] * crossed[t](features) for t in foreign)
+    base = model.projector(features).square().mean().sqrt()
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    sizes = {n: float(t.square().mean().sqrt() / base) for n, t in terms.items() if t is not None}
+    return {"relative entropy": float(entropy / math.log(len(connector.tasks))), **sizes}
+
+
+def _trained(run: Run, task: str) -> set[str]:
+    """Return the concepts that any client of a task trains on."""
+    return {
+        _concept(example)
+        for client in run.clients()
+        if client.task == task
+        for example in _examples(run, client, "train")
+    }
+
+
+def _tested(run: Run, task: str) -> list[Example]:
+    return [e for c in run.clients() if c.task == task for e in _examples(run, c, "test")]
+
+
+def _examples(run: Run, client: Any, split: Any) -> list[Example]:
+    found = client_examples(run.config.data, client, split, seed=run.config.seed)
+    return [found[index] for index in range(len(found))]
+
+
+def _concept(example: Example) -> str:
+    return example.id.rpartition("/")[2]
+
+
+def main() -> None:
+    """Run, and write what was found."""
+    options = parser(__doc__).parse_args()
+    options.out = options.out / "kept"  # not the comparison's, whose models are deleted
+    rates = read_rates()
+    for seed in SEEDS:
+        write_federation(options.data, NAME, SAME_TASKS, split="test", seed=seed)
+    jobs = [
+        Job(NAME, seed, method, own_rate(method, rates)) for method in METHODS for seed in SEEDS
+    ]
+    transfer = defaultdict(list)
+    for one in run_all(jobs, options, keep=True):
+        transfer[one.job.method].append(on_other_rows(one))
+    where = [
+        Job(NAME, seed, "fedavg_per_task", own_rate("fedavg_per_task", rates)) for seed in SEEDS
+    ]
+    mixing = [Job("tasks", seed, PILOT, own_rate(PILOT, rates)) for seed in SEEDS]
+    run_all(mixing, options, keep=True)
+    write_record(
+        RESULTS / "emoji" / "why.json",
+        {
+            "same_tasks": {m: round(statistics.fmean(of), 4) for m, of in transfer.items()},
+            "swapped": [swapped(open_run(options.out / job.name)) for job in where],
+            "mixed": [mixed(open_run(options.out / job.name)) for job in mixing],
+        },
+        packages=PACKAGES,
+    )
+
+
+if __name__ == "__main__":
+    main()
