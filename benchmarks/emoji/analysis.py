@@ -20,7 +20,7 @@ from scipy import stats
 
 from pilot_flwr.sweeps.compare import LEVEL, Interval, holm
 
-PILOT = "pilot"
+PILOT, POWER = "pilot", 0.8
 TASKS_DIFFER = ("tasks", "untold", "both")
 HOUSES_DIFFER = ("houses", "both")
 EVERYWHERE = ("houses", *TASKS_DIFFER)
@@ -84,23 +84,53 @@ def mean_score(scores: pd.DataFrame, method: str) -> float:
     return float((scores[method] * weights_of(scores)).sum(skipna=False))
 
 
-def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect:
-    """Return the effect of `method` instead of `baseline` on a scenario's rows."""
+class Fit(NamedTuple):
+    """A mean difference, and its variance by the clusters that are allowed for."""
+
+    mean: float
+    by_concept: float
+    by_seed: float
+    by_both: float
+    concepts: int
+    seeds: int
+    rows: int
+
+
+def fit(scores: pd.DataFrame, method: str, baseline: str) -> Fit:
+    """Fit the mean difference on a scenario's rows; variances by seed are 0 for a single one."""
     both = scores[[method, baseline]].dropna()
     seeds = pd.factorize(both.index.get_level_values("seed"))[0]
     concepts = pd.factorize(both.index.get_level_values("row").str.split("/").str[1])[0]
     differences = both[method] - both[baseline]
     model = sm.WLS(differences, np.ones(len(both)), weights=weights_of(both))
-    groups = [concepts]
-    if (num_seeds := len(set(seeds))) > 1:
-        groups += [seeds, np.column_stack([seeds, concepts])]
+    num_seeds = len(set(seeds))
+    groups = [concepts, seeds, np.column_stack([seeds, concepts])][: 3 if num_seeds > 1 else 1]
     fits = [model.fit(cov_type="cluster", cov_kwds={"groups": group}) for group in groups]
-    variance = max(float(fit.cov_params().iloc[0, 0]) for fit in fits)
-    freedom = min(len(set(group)) for group in groups[:2]) - 1
-    mean, error = float(fits[0].params.iloc[0]), variance**0.5
+    variances = [float(one.cov_params().iloc[0, 0]) for one in fits]
+    by_concept, by_seed, by_both = (*variances, 0.0, 0.0)[:3]
+    mean = float(fits[0].params.iloc[0])
+    return Fit(mean, by_concept, by_seed, by_both, len(set(concepts)), num_seeds, len(both))
+
+
+def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect:
+    """Return the effect of `method` instead of `baseline` on a scenario's rows."""
+    found = fit(scores, method, baseline)
+    error = max(found.by_concept, found.by_seed, found.by_both) ** 0.5
+    freedom = (found.seeds if found.seeds > 1 else found.concepts) - 1
     half_width = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if error > 0 else 1.0
-    return Effect(Interval(mean, half_width), p, num_seeds, len(both))
+    p = 2 * float(stats.t.sf(abs(found.mean) / error, freedom)) if error > 0 else 1.0
+    return Effect(Interval(found.mean, half_width), p, found.seeds, found.rows)
+
+
+def detectable(found: Fit, *, seeds: int, concepts: int) -> float:
+    """Return the difference that `seeds` and `concepts` show with 80 % power at the 5 % level.
+
+    The variance by seed shrinks with their number, that by concept with theirs; the larger decides,
+    as in `effect`.
+    """
+    error = max(found.by_seed * found.seeds / seeds, found.by_concept * found.concepts / concepts)
+    quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1)
+    return float(quantiles.sum() * error**0.5)
 
 
 class Answer(NamedTuple):

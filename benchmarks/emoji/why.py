@@ -45,7 +45,7 @@ from pilot_flwr.inference.runs import (
     select_client,
     select_consensus,
 )
-from pilot_flwr.metrics.score import METRICS
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_processor
 
@@ -127,7 +127,7 @@ def _terms(run: Run, selected: Selected) -> dict[str, float]:
     crossed = connector.cross_task_adapters
     assert crossed is not None
     terms["ψ_c"] = sum(weight[t] * crossed[t](features) for t in foreign)
-    base = model.projector(features).square().mean().sqrt()
+    base = model.slot.projector(features).square().mean().sqrt()
     entropy = -(probabilities * probabilities.log()).sum(-1).mean()
     sizes = {n: float(t.square().mean().sqrt() / base) for n, t in terms.items() if t is not None}
     return {"relative entropy": float(entropy / math.log(len(connector.tasks))), **sizes}

@@ -1,0 +1,49 @@
+"""Which differences can the comparison see? From runs on validation rows, with four seeds.
+
+    python benchmarks/emoji/power.py
+
+writes ``benchmarks/results/emoji/power.json``: for pairs of methods where tasks differ, the smallest
+difference that a number of seeds shows with 80 % power.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from _record import RESULTS, write_record
+
+from emoji.analysis import PILOT, detectable, fit, select
+from emoji.compare import own_rate, scores_table
+from emoji.federation import SEEDS, divide
+from emoji.runs import PACKAGES, Job, parser, run_all
+from emoji.search import read_rates
+
+SCENARIO = "tasks"
+OTHERS = ("pilot_stage1_only", "fedavg_per_task")
+NUMBERS = (3, 5, 8)
+"""Numbers of seeds to compare."""
+
+
+def main() -> None:
+    """Run, and write the detectable differences."""
+    options = parser(__doc__).parse_args()
+    rates = read_rates()
+    jobs = [
+        Job(SCENARIO, seed, method, own_rate(method, rates))
+        for method in (PILOT, *OTHERS)
+        for seed in SEEDS["validation"]
+    ]
+    scores = select(scores_table(run_all(jobs, options)), SCENARIO)
+    concepts = len(divide().federated["test"])
+    shown = {}
+    for other in OTHERS:
+        found = fit(scores, PILOT, other)
+        sizes = {n: round(detectable(found, seeds=n, concepts=concepts), 4) for n in NUMBERS}
+        shown[f"{PILOT} - {other}"] = {"seeds": sizes, "rows_per_seed": found.rows // found.seeds}
+    write_record(RESULTS / "emoji" / "power.json", {"detectable": shown}, packages=PACKAGES)
+
+
+if __name__ == "__main__":
+    main()
