@@ -2,7 +2,7 @@
 
     python benchmarks/emoji/power.py
 
-writes ``benchmarks/results/emoji/power.json``: for pairs of methods where tasks differ, the smallest
+writes ``benchmarks/results/emoji/power.json``: for pairs of methods where tasks differ, the least
 difference that a number of seeds shows with 80 % power.
 """
 
