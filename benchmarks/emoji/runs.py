@@ -31,6 +31,9 @@ FIXED = (
     "run.tensorboard=false",
 )
 PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
+DIVERGED = "or `train.lr_scale`."
+"""End of the reason of a client whose training diverged: what to lower."""
+
 _LARGE = ("checkpoint", "clients", "aggregations")
 """Parts of a run folder that are deleted once its answers are scored."""
 
@@ -106,14 +109,23 @@ def _run(job: Job, data: Path, out: Path, keep: bool) -> Found:
         ended = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *words])
         if not ended:
             ended = pilot_flwr(["evaluate", str(folder), "--answers", str(answers)])
-        elif ended > 2 or not (folder / "result.json").exists():  # not divergence
-            raise RuntimeError(f"{job.name} was stopped or could not start; see {log.name}")
+    if ended and not _diverged(folder):
+        raise RuntimeError(f"{job.name} failed, but not by divergence; see {log.name}")
     scores = None if ended else _scores(answers.read_text(encoding="utf-8").splitlines())
     found = Found(job, scores, round(time.perf_counter() - started, 1), provenance())
     _file(job, out).write_text(json.dumps(asdict(found)), encoding="utf-8")
     for part in () if keep else _LARGE:
         shutil.rmtree(folder / part, ignore_errors=True)
     return found
+
+
+def _diverged(folder: Path) -> bool:
+    """Whether a client's training diverged, by the run's own account."""
+    try:
+        failures = json.loads((folder / "result.json").read_text(encoding="utf-8"))["failures"]
+    except OSError:
+        return False
+    return any(DIVERGED in json.dumps(failure) for failure in failures)
 
 
 def _scores(lines: Iterable[str]) -> dict[str, dict[str, float]]:

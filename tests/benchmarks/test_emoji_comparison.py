@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 ROOT = Path(__file__).parents[2]
@@ -113,23 +114,57 @@ def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
     assert (tmp_path / "scores.csv.gz").read_bytes() == first
 
 
-@pytest.mark.slow
-def test_runs_are_scored_by_row_and_resumed_and_a_diverged_one_fails(emoji, monkeypatch, tmp_path):
-    """A base of two steps and clients of four concepts, through the real command line."""
-    base, federation, runs = emoji("base"), emoji("federation"), emoji("runs")
+def test_a_curves_middle_is_a_run_of_the_comparison(emoji, monkeypatch):
+    curves, compare = emoji("curves"), emoji("compare")
+    compared = set(compare.jobs(curves.DRAWN, curves.METHODS))
+    found = {point: curves.job(point, 0) for point in curves.points()}
+    for point, job in found.items():
+        middle = point.value == curves.DEFAULTS[point.curve]
+        assert (job in compared) == middle
+    assert len(set(found.values()) - compared) == 2 * (4 * 4 + 2 * 4 + 3)
+
+
+def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
+    analysis = emoji("analysis")
+    found = analysis.Fit(0.0, 1e-5, 4e-5, 4e-5, concepts=100, seeds=4, rows=1000)
+    quantiles = [stats.t.ppf([0.975, 0.8], n - 1).sum() for n in (4, 64)]
+    by_seed, by_concept = (
+        analysis.detectable(found, seeds=seeds, concepts=100) for seeds in (4, 64)
+    )
+    assert by_seed == pytest.approx(quantiles[0] * 4e-5**0.5)
+    assert by_concept == pytest.approx(quantiles[1] * 1e-5**0.5)
+
+
+@pytest.fixture
+def tiny(emoji, monkeypatch, tmp_path):
+    """A base of two steps, pictures, and the federation `name` of clients with 60 concepts."""
+    base, federation = emoji("base"), emoji("federation")
     from transformers import EfficientNetModel
 
+    torch.manual_seed(0)
     tower = EfficientNetModel(base.tower_config())
     monkeypatch.setattr(base, "tower_state", lambda weights, own: tower.state_dict())
     base.make_small(tmp_path / "base", {}, seed=0, steps=2)
     federation.write_pictures(tmp_path / "pictures")
-    scenario = federation.SCENARIOS["both"]
-    options = {"split": "validation", "seed": 0, "size": 4, "most": 2}
-    federation.write_federation(tmp_path, "both", scenario, **options)
-    short = ("strategy.rounds=1", "evaluation.max_new_tokens=2")
-    good = runs.Job("both", 0, "fedit", short)
-    bad = runs.Job("both", 0, "fedit", (*short, "train.lr_scale=1e20"))
-    asked = argparse.Namespace(data=tmp_path, out=tmp_path / "runs", jobs=1)
+
+    def write(name, scenario):
+        options = {"split": "validation", "seed": 0, "size": 60, "most": 6}
+        federation.write_federation(tmp_path, name, scenario, **options)
+        return argparse.Namespace(data=tmp_path, out=tmp_path / "runs", jobs=1)
+
+    return write
+
+
+SHORT = ("strategy.rounds=1", "evaluation.max_new_tokens=2")
+
+
+@pytest.mark.slow
+def test_runs_are_scored_by_row_and_resumed_and_a_diverged_one_fails(emoji, tiny, tmp_path):
+    """Through the real command line."""
+    federation, runs = emoji("federation"), emoji("runs")
+    asked = tiny("both", federation.SCENARIOS["both"])
+    good = runs.Job("both", 0, "fedit", SHORT)
+    bad = runs.Job("both", 0, "fedit", (*SHORT, "train.lr_scale=1e20"))
     found, diverged = runs.run_all([good, bad], asked)
     expected = {}
     for path in (tmp_path / "both" / "0").glob("*-test.json"):
@@ -139,3 +174,36 @@ def test_runs_are_scored_by_row_and_resumed_and_a_diverged_one_fails(emoji, monk
     assert diverged.scores is None
     shutil.rmtree(tmp_path / "base")  # another run would fail
     assert runs.run_all([good, bad], asked) == [found, diverged]
+
+
+@pytest.mark.slow
+def test_swapped_parts_are_the_other_tasks(emoji, tiny, monkeypatch):
+    """A model of its own parts scores as in the run; entropy and terms of stage 2 are computed."""
+    federation, runs, why = emoji("federation"), emoji("runs"), emoji("why")
+    from pilot_flwr.inference.runs import open_run
+
+    asked = tiny("same_tasks", federation.SAME_TASKS)
+    mean, pilot = (runs.Job("same_tasks", 0, m, SHORT) for m in ("fedavg_per_task", "pilot"))
+    found, _ = runs.run_all([mean, pilot], asked, keep=True)
+    run = open_run(asked.out / mean.name)
+    scored = []
+    for own in run.checkpoint.tasks:
+        for other in set(run.checkpoint.tasks) - {own}:
+            known = why._trained(run, other) - why._trained(run, own)
+            scored += [
+                score
+                for client, of in found.scores.items()
+                if client.rpartition("-")[0] == own
+                for row, score in of.items()
+                if row.split("/")[1] in known
+            ]
+    swapped = why.swapped(run)
+    assert set(swapped) == {
+        f"{adapter} adapter, {lora} LoRA"
+        for adapter in ("own", "other")
+        for lora in ("own", "other")
+    }
+    assert scored and swapped["own adapter, own LoRA"] == pytest.approx(np.mean(scored), abs=1e-4)
+    mixed = why.mixed(open_run(asked.out / pilot.name))
+    assert 0 < mixed["relative entropy"] <= 1
+    assert set(mixed) == {"relative entropy", "ψ_s", "own ψ_t", "foreign ψ_t", "ψ_c"}
