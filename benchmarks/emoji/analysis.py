@@ -49,6 +49,16 @@ QUESTIONS = (
 )
 """Registered before any test result: the contrasts `pilot` − `without`."""
 
+ABLATIONS = {
+    **{q.without: q.scenarios for q in QUESTIONS if q.without.startswith("pilot_")},
+    "pilot_all_neighbors": EVERYWHERE,
+    "pilot_m1": ("tasks",),
+    "pilot_no_self_weight": ("tasks",),
+    "pilot_no_router_losses": ("tasks",),
+    "pilot_official_init": ("tasks",),
+}
+"""Where each variant of Pilot runs: where a question asks for it, the last four in one scenario."""
+
 
 class Effect(NamedTuple):
     """A mean difference with its 95 % interval, and p of the two-sided test against zero."""

@@ -4,8 +4,7 @@
 
 writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with every
 test row's score by each method. Every method uses the learning rate that ``search.py`` chose for
-it. All methods of one seed run before the next seed, so an ended comparison can be read after
-every seed; repeat the command to resume.
+it. Repeat the command to resume.
 """
 
 import gzip
@@ -18,9 +17,9 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 import pandas as pd
 from _record import RESULTS, write_record
-from scenarios.sweeps import ABLATIONS
 
-from emoji.federation import SCENARIOS, SEEDS
+from emoji.analysis import ABLATIONS, EVERYWHERE
+from emoji.federation import SEEDS
 from emoji.runs import PACKAGES, Found, Job, parser, run_all
 from emoji.search import METHODS, mean_over_tasks, read_rates
 
@@ -29,16 +28,21 @@ KEY = ["scenario", "seed", "client", "row"]
 """Columns of ``scores.csv.gz`` that name a test row; the others are methods."""
 RUN_SECONDS = 95
 """Of one run on a core of an AMD EPYC, two in parallel."""
+PART = 60
+"""Runs between two updates of the results."""
 
 
-def jobs(seeds: Iterable[int], methods: Sequence[str]) -> list[Job]:
-    """Return the jobs in their order: by seed, scenario and method."""
+def jobs(seeds: Sequence[int]) -> list[Job]:
+    """Return all jobs: every method by seed and scenario, then the ablations."""
     rates = read_rates()
+    where = dict.fromkeys(METHODS, EVERYWHERE)
     return [
         Job(scenario, seed, method, own_rate(method, rates))
+        for group in (where, ABLATIONS)
         for seed in seeds
-        for scenario in SCENARIOS
-        for method in methods
+        for scenario in EVERYWHERE
+        for method in group
+        if scenario in group[method]
     ]
 
 
@@ -98,19 +102,18 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, nargs="*", default=SEEDS["test"])
     options = made.parse_args()
-    count = len(jobs(options.seeds, (*METHODS, *ABLATIONS)))
-    hours = count * RUN_SECONDS / options.jobs / 3600
-    print(f"{count} runs, {options.jobs} in parallel: about {hours:.1f} h if none is done.")
+    asked = jobs(options.seeds)
+    hours = len(asked) * RUN_SECONDS / options.jobs / 3600
+    print(f"{len(asked)} runs, {options.jobs} in parallel: about {hours:.1f} h if none is done.")
     found: list[Found] = []
-    for methods in (METHODS, ABLATIONS):
-        for seed in options.seeds:
-            found += run_all(jobs([seed], methods), options)
-            write_results(found)
-            write_record(
-                FOLDER / "compare.json",
-                {"side_by_side": options.jobs, "seconds": round(sum(o.seconds for o in found))},
-                packages=PACKAGES,
-            )
+    for start in range(0, len(asked), PART):
+        found += run_all(asked[start : start + PART], options)
+        write_results(found)
+        write_record(
+            FOLDER / "compare.json",
+            {"side_by_side": options.jobs, "seconds": round(sum(one.seconds for one in found))},
+            packages=PACKAGES,
+        )
 
 
 if __name__ == "__main__":

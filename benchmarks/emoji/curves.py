@@ -2,7 +2,7 @@
 
     python benchmarks/emoji/curves.py
 
-writes ``benchmarks/results/emoji/curves.json``: mean scores of two seeds, test rows. Rates are
+writes ``benchmarks/results/emoji/curves.json``: mean scores of one seed, test rows. Rates are
 those of `search`; nothing is tested here. The federations of a curve are written into ``--data``.
 """
 
@@ -25,7 +25,7 @@ from emoji.search import mean_over_tasks, read_rates
 
 COMPARED = ("tasks", "untold")
 METHODS = ("local", "fedit", "fedavg_per_task", "pilot")
-DRAWN = (0, 1)
+DRAWN = (0,)
 """Seeds."""
 CURVES = {
     "concepts": (10, 30, 100, SIZE, 300),

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 from _own_tables import note
-from scenarios.sweeps import ABLATIONS
 
 from emoji.analysis import (
+    ABLATIONS,
     EVERYWHERE,
     PILOT,
     against_pilot,
