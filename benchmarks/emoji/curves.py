@@ -24,7 +24,11 @@ from emoji.runs import PACKAGES, Job, parser, run_all
 from emoji.search import mean_over_tasks, read_rates
 
 COMPARED = ("tasks", "untold")
-METHODS = ("local", "fedit", "fedavg_per_task", "pilot")
+METHODS = {
+    "concepts": ("local", "fedit", "fedavg_per_task", "pilot"),
+    "clients": ("local", "fedit", "fedavg_per_task", "pilot", "pilot_auto"),
+    "neighbors": ("pilot",),
+}
 DRAWN = (0,)
 """Seeds."""
 CURVES = {
@@ -46,11 +50,10 @@ class Point(NamedTuple):
 
 
 def points() -> Iterator[Point]:
-    """Yield all points; only Pilot has neighbours."""
+    """Yield all points."""
     for scenario in COMPARED:
         for curve, values in CURVES.items():
-            methods = METHODS if curve != "neighbors" else ("pilot",)
-            yield from (Point(scenario, curve, v, m) for v in values for m in methods)
+            yield from (Point(scenario, curve, v, m) for v in values for m in METHODS[curve])
 
 
 def job(point: Point, seed: int) -> Job:

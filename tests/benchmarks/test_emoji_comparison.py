@@ -131,7 +131,7 @@ def test_a_curves_middle_is_a_run_of_the_comparison(emoji, monkeypatch):
     for point, job in found.items():
         middle = point.value == curves.DEFAULTS[point.curve]
         assert (job in compared) == middle
-    assert len(set(found.values()) - compared) == 2 * (4 * 4 + 2 * 4 + 3)
+    assert len(set(found.values()) - compared) == 2 * (4 * 4 + 2 * 5 + 3)
 
 
 def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
