@@ -1,11 +1,11 @@
 """Effects of methods on the emoji federations, with intervals.
 
 An effect is a mean difference of two methods' scores of the same test rows: the mean over seeds
-and tasks of the mean over a task's rows. Rows that share a seed share the drawn clients and one
-training run per client; rows that share a concept share a picture. The variance allows for both:
-the largest of those by clusters of seeds, of concepts and of both (Cameron, Gelbach & Miller, JBES
-2011, from statsmodels); the last alone can be too small, even negative. The interval uses Student's
-t with one degree of freedom less than there are seeds.
+and tasks of the mean over a task's rows. Rows of one seed share the drawn clients and the training
+runs, rows of one concept share what is to be named. Its variance is V = V_s + V_c - V_sc, clustered
+by seed, by concept and by both (Cameron, Gelbach & Miller, JBES 2011, with statsmodels), at least
+each of the first two; the interval is Student's t, with the degrees of freedom of Satterthwaite,
+V^2 / (V_s^2 / (S - 1) + V_c^2 / (C - 1)) for S seeds and C concepts.
 
 To add a question, add it to `QUESTIONS`, before its runs.
 """
@@ -18,9 +18,13 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
 
+from emoji.federation import concept_of, kind_of, task_of
 from pilot_flwr.sweeps.compare import LEVEL, Interval, holm
 
-PILOT, POWER = "pilot", 0.8
+PILOT, ALL = "pilot", "pilot_all_neighbors"
+RULES = (PILOT, ALL)
+"""The rules between which `pilot_auto` chooses."""
+POWER, MARGIN = 0.8, 0.02
 TASKS_DIFFER = ("tasks", "untold", "both")
 HOUSES_DIFFER = ("houses", "both")
 EVERYWHERE = ("houses", *TASKS_DIFFER)
@@ -40,18 +44,18 @@ QUESTIONS = (
     Question("federation", "local", EVERYWHERE),
     Question("Pilot or one model for all", "fedit", EVERYWHERE),
     Question("Pilot or one model per task", "fedavg_per_task", TASKS_DIFFER),
-    Question("averaging per task", "pilot_global_adapters", TASKS_DIFFER),
-    Question("ATA", "pilot_fedavg_lora", EVERYWHERE),
-    Question("ψ_s", "pilot_no_client_adapter", HOUSES_DIFFER, "house"),
+    Question("averaging ψ_t per task", "pilot_global_adapters", TASKS_DIFFER),
+    Question("ATA or one average LoRA", "pilot_fedavg_lora", EVERYWHERE),
+    Question("near neighbours or all", "pilot_all_neighbors", EVERYWHERE),
+    Question("ψ_s and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "house"),
     Question("L_d", "pilot_no_difference_loss", HOUSES_DIFFER, "house"),
-    Question("CT-MoA", "pilot_stage1_only", TASKS_DIFFER, "other"),
+    Question("stage 2", "pilot_stage1_only", TASKS_DIFFER, "other"),
     Question("ψ_c", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other"),
 )
 """Registered before any test result: the contrasts `pilot` − `without`."""
 
 ABLATIONS = {
     **{q.without: q.scenarios for q in QUESTIONS if q.without.startswith("pilot_")},
-    "pilot_all_neighbors": EVERYWHERE,
     "pilot_m1": ("tasks",),
     "pilot_no_self_weight": ("tasks",),
     "pilot_no_router_losses": ("tasks",),
@@ -61,90 +65,115 @@ ABLATIONS = {
 
 
 class Effect(NamedTuple):
-    """A mean difference with its 95 % interval, and p of the two-sided test against zero."""
+    """A mean difference with its 95 % interval, and p of the two-sided test against zero.
+
+    For a single seed there are neither.
+    """
 
     difference: Interval
-    p: float
+    p: float | None
     seeds: int
     rows: int
+
+    def p_above(self) -> float | None:
+        """Return p of the one-sided test against zero or less."""
+        if self.p is None:
+            return None
+        return self.p / 2 if self.difference.mean > 0 else 1 - self.p / 2
+
+    def surely_above(self, limit: float) -> bool:
+        """Whether the whole interval is above `limit`."""
+        mean, half_width = self.difference
+        return half_width is not None and mean - half_width > limit
 
 
 def select(scores: pd.DataFrame, scenario: str, kind: str = "") -> pd.DataFrame:
     """Return the rows of a scenario, all or of one kind."""
     found = scores.xs(scenario, level="scenario")
-    return found[kinds_of(found) == kind] if kind else found
-
-
-def kinds_of(scores: pd.DataFrame) -> "pd.Series[str]":
-    """Return every row's kind."""
-    return scores.index.get_level_values("row").to_series(index=scores.index).str.split("/").str[0]
+    return found[found.index.get_level_values("row").map(kind_of) == kind] if kind else found
 
 
 def weights_of(scores: pd.DataFrame) -> "pd.Series[float]":
     """Return row weights with sum one that give every seed and every task of a seed the same."""
-    clients = scores.index.get_level_values("client").to_series(index=scores.index)
-    cells = [scores.index.get_level_values("seed"), clients.str.rpartition("-")[0]]
-    per_cell = scores.groupby(cells).transform("size")
-    weights = 1 / per_cell
+    tasks = scores.index.get_level_values("client").map(task_of)
+    weights = 1 / scores.groupby([scores.index.get_level_values("seed"), tasks]).transform("size")
     return weights / weights.sum()
 
 
 def mean_score(scores: pd.DataFrame, method: str) -> float:
-    """Return a method's mean over seeds, tasks and rows; NaN if it failed."""
-    return float((scores[method] * weights_of(scores)).sum(skipna=False))
+    """Return a method's mean over its seeds, over tasks and rows; NaN if it did not run."""
+    ran = scores[[method]].dropna()
+    return float((ran[method] * weights_of(ran)).sum()) if len(ran) else float("nan")
 
 
 class Fit(NamedTuple):
-    """A mean difference, and its variance by the clusters that are allowed for."""
+    """A mean difference of `rows` rows, and its variances by seed, concept and both."""
 
     mean: float
-    by_concept: float
     by_seed: float
+    by_concept: float
     by_both: float
-    concepts: int
     seeds: int
+    concepts: int
     rows: int
 
+    def scaled(self, *, seeds: int, concepts: int) -> "Fit":
+        """Return what is expected of other numbers, with as many rows per seed."""
+        by_seed = self.by_seed * self.seeds / seeds
+        by_both = self.by_both * self.seeds / seeds
+        by_concept = max(by_both, self.by_concept * self.concepts / concepts)
+        rows = self.rows * seeds // self.seeds
+        return Fit(self.mean, by_seed, by_concept, by_both, seeds, concepts, rows)
 
-def fit(scores: pd.DataFrame, method: str, baseline: str) -> Fit:
-    """Fit the mean difference on a scenario's rows; variances by seed are 0 for a single one."""
+    def error(self) -> tuple[float, float]:
+        """Return the standard error and its degrees of freedom."""
+        two_way = self.by_seed + self.by_concept - self.by_both
+        variance = max(self.by_seed, self.by_concept, two_way)
+        spread = self.by_seed**2 / (self.seeds - 1) + self.by_concept**2 / (self.concepts - 1)
+        return variance**0.5, variance**2 / spread if spread > 0 else 1.0
+
+    def detectable(self, *, level: float) -> float:
+        """Return the difference that a two-sided test at `level` shows with 80 % power."""
+        error, freedom = self.error()
+        return float(stats.t.ppf([1 - level / 2, POWER], freedom).sum() * error)
+
+
+def fit(scores: pd.DataFrame, method: str, baseline: str) -> Fit | None:
+    """Fit the mean difference on the rows that both scored; None if there is none."""
     both = scores[[method, baseline]].dropna()
+    if both.empty:
+        return None
     seeds = pd.factorize(both.index.get_level_values("seed"))[0]
-    concepts = pd.factorize(both.index.get_level_values("row").str.split("/").str[1])[0]
+    concepts = pd.factorize(both.index.get_level_values("row").map(concept_of))[0]
     differences = both[method] - both[baseline]
     model = sm.WLS(differences, np.ones(len(both)), weights=weights_of(both))
-    num_seeds = len(set(seeds))
-    groups = [concepts, seeds, np.column_stack([seeds, concepts])][: 3 if num_seeds > 1 else 1]
-    fits = [model.fit(cov_type="cluster", cov_kwds={"groups": group}) for group in groups]
+    groups = [seeds, concepts, pd.factorize(seeds * len(both) + concepts)[0]]
+    numbers = [len(set(group)) for group in groups]
+    fits = [
+        model.fit(cov_type="cluster", cov_kwds={"groups": group})
+        for group, number in zip(groups, numbers, strict=True)
+        if number > 1
+    ]
     variances = [float(one.cov_params().iloc[0, 0]) for one in fits]
-    by_concept, by_seed, by_both = (*variances, 0.0, 0.0)[:3]
-    mean = float(fits[0].params.iloc[0])
-    return Fit(mean, by_concept, by_seed, by_both, len(set(concepts)), num_seeds, len(both))
+    variances = [0.0] * (3 - len(fits)) + variances
+    return Fit(float(fits[-1].params.iloc[0]), *variances, *numbers[:2], len(both))
 
 
-def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect:
-    """Return the effect of `method` instead of `baseline` on a scenario's rows."""
+def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect | None:
+    """Return the effect of `method` instead of `baseline`; None if no row has both."""
     found = fit(scores, method, baseline)
-    error = max(found.by_concept, found.by_seed, found.by_both) ** 0.5
-    freedom = (found.seeds if found.seeds > 1 else found.concepts) - 1
+    if found is None:
+        return None
+    if found.seeds == 1:
+        return Effect(Interval(found.mean, None), None, 1, found.rows)
+    error, freedom = found.error()
     half_width = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     p = 2 * float(stats.t.sf(abs(found.mean) / error, freedom)) if error > 0 else 1.0
     return Effect(Interval(found.mean, half_width), p, found.seeds, found.rows)
 
 
-def detectable(found: Fit, *, seeds: int, concepts: int) -> float:
-    """Return the difference that `seeds` and `concepts` show with 80 % power at the 5 % level.
-
-    The variance by seed shrinks with their number, that by concept with theirs; the larger decides,
-    as in `effect`.
-    """
-    error = max(found.by_seed * found.seeds / seeds, found.by_concept * found.concepts / concepts)
-    quantiles = stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1)
-    return float(quantiles.sum() * error**0.5)
-
-
 class Answer(NamedTuple):
-    """A question's effect in one scenario, with Holm's p over all answers."""
+    """A question's effect in one scenario, with Holm's p over the question's scenarios."""
 
     question: Question
     scenario: str
@@ -154,17 +183,16 @@ class Answer(NamedTuple):
 
 def answers(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) -> list[Answer]:
     """Return the effects of Pilot's parts where they could help."""
-    found = [
-        (
-            question,
-            scenario,
-            effect(select(scores, scenario, question.kind), PILOT, question.without),
-        )
-        for question in questions
-        for scenario in question.scenarios
-    ]
-    adjusted = holm([one.p for _, _, one in found])
-    return [Answer(*one, p) for one, p in zip(found, adjusted, strict=True)]
+    found = []
+    for question in questions:
+        effects = {
+            scenario: effect(select(scores, scenario, question.kind), PILOT, question.without)
+            for scenario in question.scenarios
+        }
+        ran = {scenario: one for scenario, one in effects.items() if one is not None}
+        adjusted = holm([one.p for one in ran.values()])
+        found += [Answer(question, *item, p) for item, p in zip(ran.items(), adjusted, strict=True)]
+    return found
 
 
 def against_pilot(
@@ -172,22 +200,37 @@ def against_pilot(
 ) -> dict[str, tuple[Effect, float | None]]:
     """Return every method's effect against Pilot on all rows, with Holm's p over the methods."""
     rows = select(scores, scenario)
-    found = {method: effect(rows, method, PILOT) for method in methods if method != PILOT}
-    adjusted = holm([one.p for one in found.values()])
-    return {method: (one, p) for (method, one), p in zip(found.items(), adjusted, strict=True)}
+    effects = {method: effect(rows, method, PILOT) for method in methods if method != PILOT}
+    ran = {method: one for method, one in effects.items() if one is not None}
+    adjusted = holm([one.p for one in ran.values()])
+    return {m: (one, p) for (m, one), p in zip(ran.items(), adjusted, strict=True)}
 
 
-def verdicts(scores: pd.DataFrame) -> dict[str, tuple[Effect, float, Effect]]:
-    """Return per scenario: `pilot_auto` against all neighbours, against the better rule.
+class Verdict(NamedTuple):
+    """`pilot_auto` in one scenario."""
 
-    The p between them is one-sided: whether `pilot_auto` is above all neighbours.
-    """
-    found = {}
+    over: dict[str, Effect]
+    """Its effect against each of `RULES`."""
+    p: float | None
+    """One-sided p of being above all neighbours, Holm over the scenarios where tasks differ."""
+    not_worse: bool
+    """Whether both intervals are above minus `MARGIN`."""
+
+
+def verdicts(scores: pd.DataFrame) -> dict[str, Verdict]:
+    """Return the verdict on `pilot_auto` in every scenario."""
+    over: dict[str, dict[str, Effect]] = {}
     for scenario in EVERYWHERE:
         rows = select(scores, scenario)
-        over_all = effect(rows, "pilot_auto", "pilot_all_neighbors")
-        p = over_all.p / 2 if over_all.difference.mean > 0 else 1 - over_all.p / 2
-        means = {method: mean_score(rows, method) for method in (PILOT, "pilot_all_neighbors")}
-        better = max(means, key=means.__getitem__)
-        found[scenario] = (over_all, p, effect(rows, "pilot_auto", better))
-    return found
+        effects = {rule: effect(rows, "pilot_auto", rule) for rule in RULES}
+        over[scenario] = {rule: one for rule, one in effects.items() if one is not None}
+    tested = [scenario for scenario in TASKS_DIFFER if ALL in over[scenario]]
+    adjusted = holm([over[scenario][ALL].p_above() for scenario in tested])
+    p = dict(zip(tested, adjusted, strict=True))
+    return {
+        scenario: Verdict(
+            of, p.get(scenario), all(of[r].surely_above(-MARGIN) for r in RULES if r in of)
+        )
+        for scenario, of in over.items()
+        if len(of) == len(RULES)
+    }

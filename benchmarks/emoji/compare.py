@@ -18,24 +18,27 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 import pandas as pd
 from _record import RESULTS, write_record
 
-from emoji.analysis import ABLATIONS, EVERYWHERE
+from emoji.analysis import ABLATIONS, EVERYWHERE, PILOT, TASKS_DIFFER
 from emoji.federation import SEEDS
 from emoji.runs import PACKAGES, Found, Job, parser, run_all
-from emoji.search import METHODS, mean_over_tasks, read_rates
+from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
 
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
 """Columns of ``scores.csv.gz`` that name a test row; the others are methods."""
-RUN_SECONDS = 95
+RUN_SECONDS = 105
 """Of one run on a core of an AMD EPYC, two in parallel."""
 PART = 60
 """Runs between two updates of the results."""
 
 
 def jobs(seeds: Sequence[int]) -> list[Job]:
-    """Return all jobs: every method by seed and scenario, then the ablations."""
+    """Return all jobs: every method by seed and scenario, then the ablations.
+
+    Averaging per task is FedIT where there is one task.
+    """
     rates = read_rates()
-    where = dict.fromkeys(METHODS, EVERYWHERE)
+    where = {**dict.fromkeys(METHODS, EVERYWHERE), "fedavg_per_task": TASKS_DIFFER}
     return [
         Job(scenario, seed, method, own_rate(method, rates))
         for group in (where, ABLATIONS)
@@ -47,10 +50,10 @@ def jobs(seeds: Sequence[int]) -> list[Job]:
 
 
 def own_rate(method: str, rates: dict[str, str]) -> tuple[str, ...]:
-    """Return a method's override, Pilot's for its variants, none for the untrained base."""
+    """Return a method's override, Pilot's unless it has its own, none for the untrained base."""
     if method == "zero_shot":
         return ()
-    return (rates["pilot" if method.startswith("pilot_") else method],)
+    return (rates[method if method in SEARCHED else PILOT],)
 
 
 def runs_table(found: Iterable[Found]) -> pd.DataFrame:
@@ -72,7 +75,8 @@ def runs_table(found: Iterable[Found]) -> pd.DataFrame:
 
 
 def scores_table(found: Iterable[Found]) -> pd.DataFrame:
-    """Return a row per test row and a column per method; a failed run scores nothing."""
+    """Return a row per test row and a column per method; a diverged run scores 0 on every row."""
+    found = list(found)
     columns: dict[str, dict[tuple[str, int, str, str], float]] = {}
     for one in found:
         column = columns.setdefault(one.job.method, {})
@@ -81,7 +85,11 @@ def scores_table(found: Iterable[Found]) -> pd.DataFrame:
                 column[one.job.scenario, one.job.seed, client, row] = score
     table = pd.DataFrame(columns)
     table.index.names = KEY
-    return table.sort_index()
+    table = table.sort_index()
+    for one in found:
+        if one.scores is None:
+            table.loc[(one.job.scenario, one.job.seed), one.job.method] = 0.0
+    return table
 
 
 def write_results(found: Sequence[Found], folder: Path = FOLDER) -> None:
@@ -98,7 +106,7 @@ def read_scores(folder: Path = FOLDER) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Compare, and write the results after every seed."""
+    """Compare, and write the results after every part."""
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, nargs="*", default=SEEDS["test"])
     options = made.parse_args()

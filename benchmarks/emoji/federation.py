@@ -90,6 +90,8 @@ QUESTIONS = {
     "describe": ("Describe it.", "Write a caption."),
 }
 METRICS = {"name": "exact_match", "group": "exact_match", "describe": "rouge_l"}
+CLOCK_FACES = {f"{code:x}" for code in range(0x1F550, 0x1F568)}
+"""From one o'clock to half past twelve."""
 _MOST_KEYWORDS, _COMMON = 4, 5
 
 
@@ -99,7 +101,7 @@ def read_concepts() -> list[Concept]:
     A concept keeps its first four keywords that at least five concepts have and its name has not.
     """
     rows = json.loads((PACK / "concepts.json").read_text(encoding="utf-8"))
-    rows = {k: row for k, row in rows.items() if not {"oclock", "o’clock"} & set(row["keywords"])}
+    rows = {key: row for key, row in rows.items() if key not in CLOCK_FACES}
     counts = Counter(word for row in rows.values() for word in row["keywords"])
     common = {word for word, count in counts.items() if count >= _COMMON and word.isalpha()}
     return [
@@ -111,6 +113,21 @@ def _keywords(row: Mapping[str, Any], common: set[str]) -> tuple[str, ...]:
     named = row["name"].lower().split()
     known = [word for word in row["keywords"] if word in common and word not in named]
     return tuple(known[:_MOST_KEYWORDS])
+
+
+def task_of(client: str) -> str:
+    """Return the task of a client's id."""
+    return client.rpartition("-")[0]
+
+
+def kind_of(row: str) -> str:
+    """Return the kind of a test row's id."""
+    return row.partition("/")[0]
+
+
+def concept_of(row: str) -> str:
+    """Return the concept of a row's id."""
+    return row.rpartition("/")[2]
 
 
 def answer(concept: Concept, task: str) -> str:
@@ -157,12 +174,17 @@ def draw(
         task: [
             Share(
                 scenario.houses[client % len(scenario.houses)],
-                tuple(np.random.default_rng([seed, number, client]).permutation(concepts)[:size]),
+                tuple(_rng("concepts", seed, task, client).permutation(concepts)[:size]),
             )
             for client in range(scenario.clients_per_task)
         ]
-        for number, task in enumerate(scenario.tasks)
+        for task in scenario.tasks
     }
+
+
+def _rng(*words: object) -> np.random.Generator:
+    """Return a generator of its own for these words."""
+    return np.random.default_rng(list(" ".join(map(str, words)).encode()))
 
 
 def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict[str, set[str]]:
@@ -183,10 +205,13 @@ def _known(shares: Iterable[Share]) -> set[str]:
 
 
 def train_rows(
-    scenario: Scenario, share: Share, task: str, concepts: Mapping[str, Concept], *, seed: int
+    scenario: Scenario,
+    share: Share,
+    task: str,
+    concepts: Mapping[str, Concept],
+    rng: np.random.Generator,
 ) -> list[Any]:
     """Return a client's training rows: one per concept, in one of the task's wordings."""
-    rng = np.random.default_rng([seed, 1])
     questions = scenario.questions(task)
     return [
         _row(f"train/{key}", share.house, questions[int(rng.integers(2))], concepts[key], task)
@@ -240,22 +265,30 @@ def write_federation(
     shares = draw(scenario, sorted(concepts), size=size, seed=seed)
     # Each seed tests other concepts first.
     tested = [c.key for c in division.federated[split]]
-    tested = list(np.random.default_rng([seed, 2]).permutation(tested))
+    tested = list(_rng("tested", seed).permutation(tested))
     folder = out / name / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for task, clients in shares.items():
         for client, share in enumerate(clients):
             files = {
-                "train": train_rows(scenario, share, task, concepts, seed=seed),
+                "train": train_rows(
+                    scenario, share, task, concepts, _rng("wordings", seed, task, client)
+                ),
                 "test": test_rows(
                     scenario, shares, task, client, concepts, tested=tested, most=most
                 ),
             }
             for part, rows in files.items():
                 text = json.dumps(rows, ensure_ascii=False, indent=0)
-                (folder / f"{task}-{client}-{part}.json").write_text(text, encoding="utf-8")
+                _write(folder / f"{task}-{client}-{part}.json", text)
     text = yaml.safe_dump(federation_file(scenario, f"{name}/{seed}"), sort_keys=False)
-    (out / f"{name}-{seed}.yaml").write_text(text, encoding="utf-8")
+    _write(out / f"{name}-{seed}.yaml", text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file unless it has this text: a run that reads it fails if it changes."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def federation_file(scenario: Scenario, folder: str) -> dict[str, Any]:

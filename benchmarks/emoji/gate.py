@@ -21,6 +21,7 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 from _record import RESULTS, write_record
 
+from emoji.federation import kind_of, task_of
 from emoji.runs import PACKAGES, Found, Job, parser, run_all
 from emoji.search import read_rates
 
@@ -36,7 +37,7 @@ def by_kind(found: Found) -> dict[str, dict[str, float]]:
     scores = defaultdict(list)
     for client, of in (found.scores or {}).items():
         for name, score in of.items():
-            scores[f"{client.rpartition('-')[0]}, {name.partition('/')[0]}"].append(score)
+            scores[f"{task_of(client)}, {kind_of(name)}"].append(score)
     return {
         name: {"score": round(statistics.mean(values), 4), "rows": len(values)}
         for name, values in sorted(scores.items())

@@ -38,7 +38,7 @@ PACKAGE, SHA256 = (
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 400, 16, 1e-3
 
-CHAT_TEMPLATE = """\\
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- set parts = message['content'] -%}
 {%- if parts is string -%}{%- set parts = [{'type': 'text', 'text': parts}] -%}{%- endif -%}

@@ -6,14 +6,16 @@ resumes.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 
 from pilot_flwr.cli.main import main as pilot_flwr
+from pilot_flwr.config.loading import config_folder
+from pilot_flwr.run.atomic import write_text
 from pilot_flwr.run.provenance import provenance
 
 FIXED = (
@@ -49,9 +53,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of its folder and of its file."""
-        words = (self.scenario, str(self.seed), self.method, *self.overrides)
-        return ",".join(word.replace("/", "-") for word in words)
+        """Name of its run folder."""
+        return ",".join((self.scenario, str(self.seed), self.method, *self.overrides))
 
 
 @dataclass(frozen=True)
@@ -75,45 +78,59 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def run_all(jobs: Sequence[Job], options: argparse.Namespace, *, keep: bool = False) -> list[Found]:
-    """Run the jobs that have not run yet; return what every job found, in order.
+    """Run the jobs that have not run yet on these data; return what every job found, in order.
 
     With `keep`, run folders keep the trained models.
     """
-    data, out = options.data.resolve(), options.out.resolve()
+    data, out, code = options.data.resolve(), options.out.resolve(), provenance()
     out.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in dict.fromkeys(jobs) if not _file(job, out).exists()]
-    print(f"{len(missing)} of {len(jobs)} runs are missing.", flush=True)
+    files = {job: out / f"{job.name}-{_inputs(job, data)}.json" for job in jobs}
+    missing = [job for job, file in files.items() if not file.exists()]
+    print(f"{len(missing)} of {len(files)} runs are missing.", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-        begun = [pool.submit(_run, job, data, out, keep) for job in missing]
+        begun = [pool.submit(_run, job, data, files[job], code, keep) for job in missing]
         try:
             for number, ended in enumerate(as_completed(begun), start=1):
                 found = ended.result()
-                state = "done" if found.scores else "FAILED"
+                state = "done" if found.scores else "DIVERGED"
                 took = f"{found.seconds:.0f} s"
                 print(f"{number} of {len(missing)}: {found.job.name} {state} in {took}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    return [_read(job, out) for job in jobs]
+    return [_read(job, files[job]) for job in jobs]
 
 
-def _run(job: Job, data: Path, out: Path, keep: bool) -> Found:
+def _inputs(job: Job, data: Path) -> str:
+    """Return a hash of the base model, the federation and the experiment's settings."""
+    files = [data / "base" / "model.safetensors", data / f"{job.scenario}-{job.seed}.yaml"]
+    files += sorted((data / job.scenario / str(job.seed)).glob("*.json"))
+    files += [config_folder() / "experiment" / "emoji.yaml"]
+    return hashlib.sha256(b"".join(map(_content_hash, files))).hexdigest()[:8]
+
+
+@functools.cache
+def _content_hash(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
+
+
+def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> Found:
     torch.set_num_threads(1)
-    folder, answers = out / job.name, out / f"{job.name}.jsonl"
+    folder = file.parent / job.name
+    answers, log = folder.with_name(f"{job.name}.jsonl"), folder.with_name(f"{job.name}.log")
     shutil.rmtree(folder, ignore_errors=True)
     words = (f"strategy={job.method}", f"data={data}/{job.scenario}-{job.seed}.yaml")
     words += (f"seed={job.seed}", f"model.path={data}/base", *FIXED, *job.overrides)
     started = time.perf_counter()
-    with (out / f"{job.name}.log").open("w", encoding="utf-8") as log:
-        sys.stdout = sys.stderr = log
-        ended = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *words])
-        if not ended:
-            ended = pilot_flwr(["evaluate", str(folder), "--answers", str(answers)])
-    if ended and not _diverged(folder):
-        raise RuntimeError(f"{job.name} failed, but not by divergence; see {log.name}")
-    scores = None if ended else _scores(answers.read_text(encoding="utf-8").splitlines())
-    found = Found(job, scores, round(time.perf_counter() - started, 1), provenance())
-    _file(job, out).write_text(json.dumps(asdict(found)), encoding="utf-8")
+    with log.open("w", encoding="utf-8") as text, redirect_stdout(text), redirect_stderr(text):
+        failed = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *words])
+        if not failed:
+            failed = pilot_flwr(["evaluate", str(folder), "--answers", str(answers)])
+    if failed and not _diverged(folder):
+        raise RuntimeError(f"{job.name} failed, but not by divergence; see {log}")
+    scores = None if failed else _scores(answers.read_text(encoding="utf-8").splitlines())
+    found = Found(job, scores, round(time.perf_counter() - started, 1), code)
+    write_text(file, json.dumps(asdict(found)))
     for part in () if keep else _LARGE:
         shutil.rmtree(folder / part, ignore_errors=True)
     return found
@@ -137,9 +154,5 @@ def _scores(lines: Iterable[str]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _file(job: Job, out: Path) -> Path:
-    return out / f"{job.name}.json"
-
-
-def _read(job: Job, out: Path) -> Found:
-    return Found(**json.loads(_file(job, out).read_text(encoding="utf-8")) | {"job": job})
+def _read(job: Job, file: Path) -> Found:
+    return Found(**json.loads(file.read_text(encoding="utf-8")) | {"job": job})

@@ -1,10 +1,11 @@
 """Search every method's learning rate on validation rows, with the same budget for each.
 
 Every method that trains has four candidates of `train.lr_scale`, a factor of two apart, which
-multiplies all its rates; FedAdam has four server rates. All run on the federation in which houses
-and tasks differ, with one seed that the comparison does not use. The highest mean over tasks wins,
-a run that diverges is last, the lower of equal rates is chosen. The chosen rate is used on all
-federations; Pilot's variants and ablations use Pilot's.
+multiplies all its rates; FedAdam has four server rates. So have Pilot without stage 2 and with one
+average LoRA, which answer the two main questions. All run on the federation in which houses and
+tasks differ, with one seed that the comparison does not use. The highest mean over tasks wins, a
+run that diverges is last, the lower of equal rates is chosen. The chosen rate is used on all
+federations; other variants of Pilot use Pilot's.
 
     python benchmarks/emoji/search.py
 
@@ -22,6 +23,7 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 from _record import RESULTS, ROOT, write_record
 
+from emoji.federation import task_of
 from emoji.runs import PACKAGES, Found, Job, parser, run_all
 
 METHODS = (
@@ -42,7 +44,12 @@ METHODS = (
     "centralised",
 )
 """In the order of the tables."""
-WITHOUT_OWN_RATE = ("zero_shot", "pilot_auto")
+SEARCHED = (
+    *(method for method in METHODS if method not in ("zero_shot", "pilot_auto")),
+    "pilot_stage1_only",
+    "pilot_fedavg_lora",
+)
+"""Methods with a rate of their own; other variants of Pilot use Pilot's."""
 SCALE, SERVER_RATE = "train.lr_scale", "strategy.server_optimizer.learning_rate"
 CANDIDATES = {SCALE: (0.25, 0.5, 1, 2), SERVER_RATE: (0.003, 0.01, 0.03, 0.1)}
 SCENARIO, SEED = "both", 100
@@ -67,7 +74,7 @@ def mean_over_tasks(found: Found) -> float:
         return float("-inf")
     tasks: dict[str, list[float]] = {}
     for client, scores in found.scores.items():
-        tasks.setdefault(client.rpartition("-")[0], []).extend(scores.values())
+        tasks.setdefault(task_of(client), []).extend(scores.values())
     return statistics.fmean(map(statistics.fmean, tasks.values()))
 
 
@@ -85,8 +92,7 @@ def read_rates() -> dict[str, str]:
 def main() -> None:
     """Search, and write the chosen rates with the scores behind them."""
     options = parser(__doc__).parse_args()
-    methods = [method for method in METHODS if method not in WITHOUT_OWN_RATE]
-    found = run_all([job for method in methods for job in candidates(method)], options)
+    found = run_all([job for method in SEARCHED for job in candidates(method)], options)
     scores: dict[str, dict[str, float]] = {}
     for one in found:
         scores.setdefault(one.job.method, {})[one.job.overrides[0]] = mean_over_tasks(one)
