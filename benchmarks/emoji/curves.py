@@ -2,11 +2,11 @@
 
     python benchmarks/emoji/curves.py
 
-writes ``benchmarks/results/emoji/curves.json``: mean scores of one seed, test rows. Rates are
-those of `search`; nothing is tested here. The federations of a curve are written into ``--data``.
+writes ``benchmarks/results/emoji/curves.json``: mean scores of one seed by task and kind of row,
+since the kinds have other shares of the test rows at every point. Rates are those of `search`;
+nothing is tested here. The federations of a curve are written into ``--data``.
 """
 
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,8 +20,9 @@ from _record import RESULTS, write_record
 
 from emoji.compare import own_rate
 from emoji.federation import SCENARIOS, SIZE, write_federation
+from emoji.gate import by_kind
 from emoji.runs import PACKAGES, Job, parser, run_all
-from emoji.search import mean_over_tasks, read_rates
+from emoji.search import read_rates
 
 COMPARED = ("tasks", "untold")
 METHODS = {
@@ -89,12 +90,9 @@ def main() -> None:
     write_federations(options.data)
     asked = [(point, job(point, seed)) for point in points() for seed in DRAWN]
     found = dict(zip(asked, run_all([one for _, one in asked], options), strict=True))
-    scores: dict[Point, list[float]] = {}
-    for (point, _), one in found.items():
-        scores.setdefault(point, []).append(mean_over_tasks(one))
     rows = [
-        {**point._asdict(), "mean": round(statistics.fmean(of), 4), "seeds": len(of)}
-        for point, of in scores.items()
+        {**point._asdict(), "seed": one.job.seed, "mean": by_kind(one)}
+        for (point, _), one in found.items()
     ]
     write_record(RESULTS / "emoji" / "curves.json", {"points": rows}, packages=PACKAGES)
 

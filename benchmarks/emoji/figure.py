@@ -37,14 +37,14 @@ def draw(scores: pd.DataFrame, out: Path = OUT) -> None:
         pilot = mean_score(rows, PILOT)
         panel.axvline(pilot, color=COLOURS[PILOT], linewidth=1, alpha=0.5)
         for place, method in enumerate(methods):
-            half = 0.0
-            if method != PILOT:
-                half = effect(rows, method, PILOT).difference.half_width or 0.0
+            mean = mean_score(rows, method)
+            found = None if method == PILOT else effect(rows, method, PILOT)
             reference = method in REFERENCE_METHODS
             colour = COLOURS.get(method, REFERENCES if reference else OTHERS)
             panel.errorbar(
-                mean_score(rows, method), place, xerr=half or None, fmt="o", color=colour,
-                markersize=5, linewidth=1.5, markerfacecolor="none" if reference else colour,
+                mean, place, xerr=found.difference.half_width if found else None, fmt="o",
+                color=colour, markersize=5, linewidth=1.5,
+                markerfacecolor="none" if reference else colour,
             )  # fmt: skip
         panel.set_title(TITLES[scenario], fontsize=10, color=INK)
         panel.grid(axis="y", color=REFERENCES, alpha=0.25)

@@ -1,6 +1,7 @@
 """Tables of the emoji federations: gate, search, methods, kinds of rows, questions."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from _own_tables import note
 from emoji.analysis import (
     ABLATIONS,
     EVERYWHERE,
+    MARGIN,
     PILOT,
+    RULES,
     against_pilot,
     answers,
     mean_score,
@@ -55,7 +58,7 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
     made["emoji_kinds"] = f"{kinds_table(scores, methods)}\n{source}\n"
     made["emoji_overview"] = overview_table(scores)
-    if set(ABLATIONS) <= set(scores.columns):
+    if set(ABLATIONS) <= set(scores.columns):  # they run last
         made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
         made["emoji_auto"] = auto_table(scores)
     return made
@@ -82,7 +85,7 @@ def rates_table(record: dict[str, Any]) -> str:
     for method, found in record["results"]["scores"].items():
         setting = searched(method)
         values = {f"{setting}={value}": value for value in CANDIDATES[setting]}
-        best = chosen({override: score or 0.0 for override, score in found.items()})
+        best = chosen({o: -math.inf if score is None else score for o, score in found.items()})
         shown = [
             f"{values[override]}: {'diverged' if score is None else format(score, '.3f')}"
             for override, score in found.items()
@@ -99,45 +102,44 @@ def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     for method in methods:
         row = [method]
         for scenario in EVERYWHERE:
-            row.append(f"{mean_score(select(scores, scenario), method):.3f}")
-            if method == PILOT:
-                row.append("")
-                continue
-            found, p = effects[scenario][method]
-            text = interval_text(found.difference, sign="+")
+            row.append(_score(scores, scenario, method))
+            found, p = effects[scenario].get(method, (None, None))
+            text = "" if found is None else interval_text(found.difference, sign="+")
             row.append(f"**{text}**" if p is not None and p < SIGNIFICANT else text)
         rows.append(row)
-    (seeds,) = {found.seeds for of in effects.values() for found, _ in of.values()}
+    seeds = sorted({found.seeds for of in effects.values() for found, _ in of.values()})
     counts = ", ".join(f"{TITLES[s]} {len(select(scores, s)):,}" for s in EVERYWHERE)
     return (
         f"{markdown(rows)}\nMean over tasks and seeds, and its difference to Pilot with the 95 % "
-        f"interval; bold: p < .05 after Holm's correction over the methods of a scenario. Seeds: "
-        f"{seeds}; test rows in all: {counts}.\n"
+        "interval; bold: p < .05 after Holm's correction over the methods of a scenario. Seeds: "
+        f"{', '.join(map(str, seeds))}; test rows in all: {counts}.\n"
     )
+
+
+def _score(scores: pd.DataFrame, scenario: str, method: str, kind: str = "") -> str:
+    """Format a method's mean; empty if it did not run."""
+    mean = mean_score(select(scores, scenario, kind), method)
+    return "" if math.isnan(mean) else f"{mean:.3f}"
 
 
 def kinds_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     """Return a row per method: the mean by kind of row in every scenario."""
     columns = [(s, kind) for s in EVERYWHERE for kind in KINDS[s]]
     rows = [["method", *(f"{TITLES[s]}: `{kind}`" for s, kind in columns)]]
-    parts = [select(scores, s, kind) for s, kind in columns]
-    rows += [[m, *(f"{mean_score(part, m):.3f}" for part in parts)] for m in methods]
+    rows += [[m, *(_score(scores, s, m, kind) for s, kind in columns)] for m in methods]
     return f"{markdown(rows)}\n"
 
 
 def overview_table(scores: pd.DataFrame) -> str:
     """Return the README's table: some methods' means."""
     rows = [["method", *(TITLES[s] for s in EVERYWHERE)]]
-    rows += [
-        [method, *(f"{mean_score(select(scores, s), method):.3f}" for s in EVERYWHERE)]
-        for method in OVERVIEW
-    ]
+    rows += [[method, *(_score(scores, s, method) for s in EVERYWHERE)] for method in OVERVIEW]
     return f"{markdown(rows)}\n"
 
 
 def questions_table(scores: pd.DataFrame) -> str:
     """Return a row per registered question and scenario."""
-    rows = [["part of Pilot", "Pilot −", "scenario", "rows", "effect", "p", "p (Holm)"]]
+    rows = [["part of Pilot", "Pilot −", "scenario", "rows", "seeds", "effect", "p", "p (Holm)"]]
     for question, scenario, found, p in answers(scores):
         kind = f" `{question.kind}`" if question.kind else ""
         rows.append(
@@ -146,6 +148,7 @@ def questions_table(scores: pd.DataFrame) -> str:
                 f"`{question.without}`",
                 TITLES[scenario],
                 f"{found.rows:,}{kind}",
+                str(found.seeds),
                 interval_text(found.difference, sign="+"),
                 p_text(found.p),
                 p_text(p),
@@ -156,13 +159,14 @@ def questions_table(scores: pd.DataFrame) -> str:
 
 def auto_table(scores: pd.DataFrame) -> str:
     """Return `pilot_auto` beside the two rules that it chooses between."""
-    rows = [["scenario", "`pilot` (M = 2)", "`pilot_all_neighbors`", "`pilot_auto`",
-             "`pilot_auto` − all", "p, one-sided", "`pilot_auto` − the better"]]  # fmt: skip
-    for scenario, (over_all, p, over_better) in verdicts(scores).items():
-        part = select(scores, scenario)
-        means = [mean_score(part, m) for m in (PILOT, "pilot_all_neighbors", "pilot_auto")]
-        shown = [interval_text(one.difference, sign="+") for one in (over_all, over_better)]
-        rows.append([TITLES[scenario], *(f"{m:.3f}" for m in means), shown[0], p_text(p), shown[1]])
+    methods = (*RULES, "pilot_auto")
+    rows = [["scenario", *(f"`{m}`" for m in methods), *(f"`pilot_auto` − `{r}`" for r in RULES),
+             "above all neighbours: p", f"not worse by {MARGIN:g}"]]  # fmt: skip
+    for scenario, verdict in verdicts(scores).items():
+        over = [interval_text(verdict.over[rule].difference, sign="+") for rule in RULES]
+        means = [_score(scores, scenario, method) for method in methods]
+        decided = "yes" if verdict.not_worse else "no"
+        rows.append([TITLES[scenario], *means, *over, p_text(verdict.p), decided])
     return f"{markdown(rows)}\n"
 
 

@@ -6,8 +6,9 @@ writes ``benchmarks/results/emoji/why.json``:
 
 - `same_tasks`: scores on what only clients of another task know, where all three tasks ask for the
   name. The other task's adapter and LoRA hold exactly the answer.
-- `swapped`: where is this knowledge? A model of each task's mean adapter and LoRA answers what the
-  other task's clients know, with its own parts, with either of the other's, and with both.
+- `swapped`: where is this knowledge? Averaging per task has an adapter and a LoRA per task. They
+  answer what only another task's clients know, with the own parts, with either of the other's, and
+  with both; and, as a control of how well parts of two tasks fit together, what both tasks know.
 - `mixed`: of Pilot's stage 2 where tasks differ, the entropy of P relative to a uniform one, and
   the root mean square of each term of x_img relative to that of the base's own connector.
 """
@@ -17,9 +18,8 @@ import statistics
 import sys
 from collections import defaultdict
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,11 +29,12 @@ from _record import RESULTS, write_record
 
 from emoji.analysis import PILOT
 from emoji.compare import own_rate
-from emoji.federation import SAME_TASKS, write_federation
+from emoji.federation import SAME_TASKS, concept_of, kind_of, write_federation
 from emoji.runs import PACKAGES, Found, Job, parser, run_all
 from emoji.search import read_rates
 from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.client.personalization import personalize_as_trained
+from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import client_examples
 from pilot_flwr.inference.generate import Answerer
@@ -65,24 +66,22 @@ CPU = torch.device("cpu")
 
 def on_other_rows(found: Found) -> float:
     """Return the mean over the rows of concepts that only clients of other tasks know."""
-    scores = found.scores or {}
-    return statistics.fmean(
-        score for of in scores.values() for row, score in of.items() if row.startswith("other/")
-    )
+    assert found.scores is not None, f"{found.job.name} diverged"
+    rows = [item for of in found.scores.values() for item in of.items()]
+    return statistics.fmean(score for row, score in rows if kind_of(row) == "other")
 
 
-def swapped(run: Run) -> dict[str, float]:
-    """Return the scores of models whose adapter or LoRA are another task's.
-
-    The questions are those of a task's clients about concepts that only the other task knows.
-    """
-    scores: dict[str, list[float]] = defaultdict(list)
+def swapped(run: Run) -> dict[str, dict[str, float]]:
+    """Return the scores of models whose adapter or LoRA are another task's, by who knows."""
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     tasks = run.checkpoint.tasks
-    known = {task: _trained(run, task) for task in tasks}
+    known = {task: set(_examples(run, task, "train")) for task in tasks}
     for own, other in permutations(tasks, 2):
-        examples = [e for e in _tested(run, own) if _concept(e) in known[other] - known[own]]
+        asked = _examples(run, own, "test")
+        sides = {"only the other": known[other] - known[own], "both": known[own] & known[other]}
         received = {task: run.received(select_consensus(run, task)) for task in (own, other)}
-        for adapter, lora in ((own, own), (other, own), (own, other), (other, other)):
+        whose = {own: "own", other: "other"}
+        for adapter, lora in product((own, other), repeat=2):
             parts = replace(
                 received[own],
                 adapters={own: received[adapter].adapters[adapter]},
@@ -91,12 +90,16 @@ def swapped(run: Run) -> dict[str, float]:
             model = load_model(run, select_consensus(run, own), device=CPU)
             personalize_as_trained(model, None, parts)
             model.eval()
-            answers = Answerer(run.config, model)(examples)
-            references = [tuple(example.answers) for example in examples]
-            whose = {own: "own", other: "other"}
-            key = f"{whose[adapter]} adapter, {whose[lora]} LoRA"
-            scores[key] += METRICS["exact_match"].score(answers, references).each
-    return {key: round(statistics.fmean(found), 4) for key, found in scores.items()}
+            for who, concepts in sides.items():
+                examples = [asked[concept] for concept in sorted(concepts & set(asked))]
+                answers = Answerer(run.config, model)(examples)
+                references = [tuple(example.answers) for example in examples]
+                found = METRICS["exact_match"].score(answers, references).each
+                scores[who][f"{whose[adapter]} adapter, {whose[lora]} LoRA"] += found
+    return {
+        who: {parts: round(statistics.fmean(found), 4) for parts, found in of.items()}
+        for who, of in scores.items()
+    }
 
 
 def mixed(run: Run) -> dict[str, float]:
@@ -128,32 +131,20 @@ def _terms(run: Run, selected: Selected) -> dict[str, float]:
     assert crossed is not None
     terms["ψ_c"] = sum(weight[t] * crossed[t](features) for t in foreign)
     base = model.slot.projector(features).square().mean().sqrt()
-    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    entropy = torch.special.entr(probabilities).sum(-1).mean()
     sizes = {n: float(t.square().mean().sqrt() / base) for n, t in terms.items() if t is not None}
     return {"relative entropy": float(entropy / math.log(len(connector.tasks))), **sizes}
 
 
-def _trained(run: Run, task: str) -> set[str]:
-    """Return the concepts that any client of a task trains on."""
-    return {
-        _concept(example)
-        for client in run.clients()
-        if client.task == task
-        for example in _examples(run, client, "train")
-    }
-
-
-def _tested(run: Run, task: str) -> list[Example]:
-    return [e for c in run.clients() if c.task == task for e in _examples(run, c, "test")]
-
-
-def _examples(run: Run, client: Any, split: Any) -> list[Example]:
-    found = client_examples(run.config.data, client, split, seed=run.config.seed)
-    return [found[index] for index in range(len(found))]
-
-
-def _concept(example: Example) -> str:
-    return example.id.rpartition("/")[2]
+def _examples(run: Run, task: str, split: Split) -> dict[str, Example]:
+    """Return an example of every concept that a task's clients have in a split."""
+    found = {}
+    for client in run.clients():
+        if client.task == task:
+            examples = client_examples(run.config.data, client, split, seed=run.config.seed)
+            rows = [examples[index] for index in range(len(examples))]
+            found |= {concept_of(example.id): example for example in rows}
+    return found
 
 
 def main() -> None:
