@@ -7,6 +7,7 @@ table of `PAGES`: the text between ``<!-- table: NAME -->`` and ``<!-- end -->``
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from _own_tables import OWN_TABLES, exchange_table, note
@@ -26,7 +27,7 @@ PAGES = {
     "docs/how-to/many-clients.md": ("clients",),
     "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
     "docs/explanation/scenarios.md": ("rates",),
-    "docs/explanation/emoji.md": ("emoji_gate",),
+    "docs/explanation/emoji.md": ("emoji_gate", "emoji_rates", "emoji_power"),
     "docs/explanation/scale.md": ("aggregation", "sketch"),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan", "training_step"),
 }
@@ -46,8 +47,8 @@ def table(folder: Path = RESULTS) -> str:
     return markdown(rows) + "".join(f"\n- {line}" for line in notes) + "\n"
 
 
-def readme(text: str, folder: Path = RESULTS) -> str:
-    """Return a page with its tables regenerated; a table without a result file is unchanged."""
+def all_tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Return the tables of all result files present, by name."""
     contents = {"benchmarks": table(folder)}
     demo = folder / "demo.json"
     if demo.exists():
@@ -66,8 +67,12 @@ def readme(text: str, folder: Path = RESULTS) -> str:
             json.loads((folder / f"{n}.json").read_text()) for n in ("deployment", "payload")
         )
         contents["exchange"] = exchange_table(*records)
-    contents |= scenario_tables(folder / "scenarios") | emoji_tables(folder / "emoji")
-    for name, content in contents.items():
+    return contents | scenario_tables(folder / "scenarios") | emoji_tables(folder / "emoji")
+
+
+def updated(text: str, tables: Mapping[str, str]) -> str:
+    """Return a page with its tables replaced; one that is not among `tables` is unchanged."""
+    for name, content in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: m[1] + new + m[2], text, flags=re.DOTALL)
     return text
@@ -78,8 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readme", action="store_true", help="regenerate the tables of all pages")
     if parser.parse_args().readme:
+        tables = all_tables()
         for page in PAGES:
-            (ROOT / page).write_text(readme((ROOT / page).read_text()))
+            (ROOT / page).write_text(updated((ROOT / page).read_text(), tables))
     else:
         print(table(), end="")
 

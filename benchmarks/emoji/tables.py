@@ -50,6 +50,8 @@ def emoji_tables(folder: Path) -> dict[str, str]:
         made["emoji_gate"] = gate_table(_record(folder / "gate.json"))
     if (folder / "search.json").exists():
         made["emoji_rates"] = rates_table(_record(folder / "search.json"))
+    if (folder / "power.json").exists():
+        made["emoji_power"] = power_table(_record(folder / "power.json"))
     if not (folder / "scores.csv.gz").exists():
         return made
     scores = read_scores(folder)
@@ -92,6 +94,14 @@ def rates_table(record: dict[str, Any]) -> str:
         ]
         edge = " (edge)" * (best in (list(values)[0], list(values)[-1]))
         rows.append([method, f"`{setting}`", ", ".join(shown), f"{values[best]}{edge}"])
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def power_table(record: dict[str, Any]) -> str:
+    """Return the detectable differences: a row per pair of methods and number of seeds."""
+    found = record["results"]["detectable"]
+    rows = [["difference, seeds", "5 % level", "corrected"]]
+    rows += [[name, f"{of['single']:.3f}", f"{of['corrected']:.3f}"] for name, of in found.items()]
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
