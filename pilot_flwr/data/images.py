@@ -192,6 +192,12 @@ def _content(path: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _header(image: "ImageFile", size: int, modified: int) -> "Header":
+    """Return an image's header, cached by its file's size and modification time."""
+    return image.read_header()
+
+
 def _file_kind(image: "ImageFile") -> str:
     """Describe a file that cannot be read as an image; empty if its kind is unknown."""
     try:
@@ -264,6 +270,10 @@ class ImageFile:
         return self.header()[:2]
 
     def header(self) -> Header:
+        """Read the file's header, again only if the file has changed."""
+        return self.read_header() if self.data is not None else _header(self, *self._stamp()[1:])
+
+    def read_header(self) -> Header:
         """Read the file's header."""
         with self._open() as image:
             width, height = image.size
@@ -279,13 +289,20 @@ class ImageFile:
         reading = f"{self.background}/{'official' if self.official else 'upright on white'}"
         if self.data is not None:
             return f"{hashlib.sha256(self.data).hexdigest()}/{reading}"
-        path = self.path()
         try:
-            stat = path.stat()
-            content = _content(path, stat.st_size, stat.st_mtime_ns)
+            content = _content(*self._stamp())
         except OSError as error:  # gone since
             raise self._error(f"cannot be opened ({error.strerror})") from None
         return f"{content}/{reading}"
+
+    def _stamp(self) -> tuple[Path, int, int]:
+        """Return the file, its size in bytes and its modification time in nanoseconds."""
+        path = self.path()
+        try:
+            stat = path.stat()
+        except OSError as error:  # gone since
+            raise self._error(f"cannot be opened ({error.strerror})") from None
+        return path, stat.st_size, stat.st_mtime_ns
 
     def path(self) -> Path:
         """Return the file, all links resolved."""

@@ -46,6 +46,18 @@ def test_an_image_of_the_folder_is_read(folder, name):
     assert image(folder, name).size() == (4, 6)
 
 
+def test_a_header_is_read_again_only_if_the_file_has_changed(folder, monkeypatch):
+    shown, opened = image(folder, "a.png"), []
+    opens = image_files._open
+    monkeypatch.setattr(image_files, "_open", lambda path: opened.append(path) or opens(path))
+    assert [shown.size(), shown.size(), image(folder, "a.png").size()] == 3 * [(4, 6)]
+    assert len(opened) == 1
+    Image.new("RGB", (8, 2)).save(folder / "a.png")
+    assert shown.size() == (2, 8)
+    padded = image(folder, "a.png", background=(0, 0, 0))
+    assert padded.size() == (8, 8)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../outside.png", "sub/../a.png", "sub/../../outside.png", "/etc/hostname", "C:\\a.png"]
