@@ -54,14 +54,22 @@ QUESTIONS = (
 )
 """Registered before any test result: the contrasts `pilot` − `without`."""
 
+VARIANTS = (
+    "pilot_m1",
+    "pilot_no_self_weight",
+    "pilot_no_router_losses",
+    "pilot_official_init",
+    "pilot train.balance_loss.reduction=per_image",
+    "pilot model.sent_dtype=int8",
+    "pilot model.sent_dtype=int4",
+)
+"""Further settings of Pilot, in `tasks`: described, not tested."""
+
 ABLATIONS = {
     **{q.without: q.scenarios for q in QUESTIONS if q.without.startswith("pilot_")},
-    "pilot_m1": ("tasks",),
-    "pilot_no_self_weight": ("tasks",),
-    "pilot_no_router_losses": ("tasks",),
-    "pilot_official_init": ("tasks",),
+    **dict.fromkeys(VARIANTS, ("tasks",)),
 }
-"""Where each variant of Pilot runs: where a question asks for it, the last four in one scenario."""
+"""Where each of Pilot's variants runs: where a question asks for it."""
 
 
 class Effect(NamedTuple):

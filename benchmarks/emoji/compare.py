@@ -40,12 +40,12 @@ def jobs(seeds: Sequence[int]) -> list[Job]:
     rates = read_rates()
     where = {**dict.fromkeys(METHODS, EVERYWHERE), "fedavg_per_task": TASKS_DIFFER}
     return [
-        Job(scenario, seed, method, own_rate(method, rates))
+        Job(scenario, seed, method, (*own_rate(method, rates), *more))
         for group in (where, ABLATIONS)
         for seed in seeds
         for scenario in EVERYWHERE
-        for method in group
-        if scenario in group[method]
+        for method, *more in map(str.split, group)
+        if scenario in group[" ".join((method, *more))]
     ]
 
 
@@ -56,14 +56,19 @@ def own_rate(method: str, rates: dict[str, str]) -> tuple[str, ...]:
     return (rates[method if method in SEARCHED else PILOT],)
 
 
+def label_of(job: Job) -> str:
+    """Return a job's method with its settings besides the rate."""
+    return " ".join((job.method, *job.overrides[1:]))
+
+
 def runs_table(found: Iterable[Found]) -> pd.DataFrame:
     """Return a row per run: settings, mean over tasks, time and code."""
     return pd.DataFrame(
         {
             "scenario": one.job.scenario,
             "seed": one.job.seed,
-            "method": one.job.method,
-            "overrides": " ".join(one.job.overrides),
+            "method": label_of(one.job),
+            "rate": "".join(one.job.overrides[:1]),
             "mean": round(mean_over_tasks(one), 4) if one.scores else None,
             "seconds": one.seconds,
             "commit": one.code["commit"],
@@ -79,7 +84,7 @@ def scores_table(found: Iterable[Found]) -> pd.DataFrame:
     found = list(found)
     columns: dict[str, dict[tuple[str, int, str, str], float]] = {}
     for one in found:
-        column = columns.setdefault(one.job.method, {})
+        column = columns.setdefault(label_of(one.job), {})
         for client, scores in (one.scores or {}).items():
             for row, score in scores.items():
                 column[one.job.scenario, one.job.seed, client, row] = score
@@ -88,7 +93,7 @@ def scores_table(found: Iterable[Found]) -> pd.DataFrame:
     table = table.sort_index()
     for one in found:
         if one.scores is None:
-            table.loc[(one.job.scenario, one.job.seed), one.job.method] = 0.0
+            table.loc[(one.job.scenario, one.job.seed), label_of(one.job)] = 0.0
     return table
 
 

@@ -15,8 +15,10 @@ from emoji.analysis import (
     MARGIN,
     PILOT,
     RULES,
+    VARIANTS,
     against_pilot,
     answers,
+    effect,
     mean_score,
     select,
     verdicts,
@@ -63,6 +65,7 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     if set(ABLATIONS) <= set(scores.columns):  # they run last
         made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
         made["emoji_auto"] = auto_table(scores)
+        made["emoji_variants"] = variants_table(scores)
     return made
 
 
@@ -164,6 +167,18 @@ def questions_table(scores: pd.DataFrame) -> str:
                 p_text(p),
             ]
         )
+    return f"{markdown(rows)}\n"
+
+
+def variants_table(scores: pd.DataFrame) -> str:
+    """Return Pilot's further settings in `tasks`."""
+    part = select(scores, "tasks")
+    rows = [["setting", "mean", "difference to `pilot`", "p, uncorrected"]]
+    rows.append([f"`{PILOT}`", _score(scores, "tasks", PILOT), "", ""])
+    for variant in VARIANTS:
+        if (found := effect(part, variant, PILOT)) is not None:
+            text = interval_text(found.difference, sign="+")
+            rows.append([f"`{variant}`", _score(scores, "tasks", variant), text, p_text(found.p)])
     return f"{markdown(rows)}\n"
 
 

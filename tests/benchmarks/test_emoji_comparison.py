@@ -164,14 +164,18 @@ def holm_by_hand(values):
 def test_every_method_runs_in_every_scenario_with_its_rate(emoji):
     compare, search = emoji("compare"), emoji("search")
     files = {path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
-    assert {*search.METHODS, *compare.ABLATIONS} == files
+    plain = {name for name in compare.ABLATIONS if " " not in name}
+    assert {*search.METHODS, *plain} == files
     jobs = compare.jobs([0, 1])
     assert len(set(jobs)) == len(jobs)
     ran = {(job.scenario, job.seed, job.method) for job in jobs}
     one_task = {("houses", n, "fedavg_per_task") for n in (0, 1)}  # FedIT's run
     asked = {(s, n, m) for s in SCENARIOS for n in (0, 1) for m in search.METHODS}
     assert asked - ran == one_task
-    rates, of = search.read_rates(), {job.method: job.overrides for job in jobs}
+    rates = search.read_rates()
+    of = {compare.label_of(job): job.overrides for job in jobs}
+    sent = [job.overrides for job in jobs if compare.label_of(job) == "pilot model.sent_dtype=int4"]
+    assert sent == 2 * [(rates["pilot"], "model.sent_dtype=int4")]
     assert of["zero_shot"] == () and of["fedit"] == (rates["fedit"],)
     assert of["pilot_m1"] == of["pilot_auto"] == of["pilot"] == (rates["pilot"],)
     assert of["pilot_stage1_only"] == (rates["pilot_stage1_only"],)
@@ -179,7 +183,7 @@ def test_every_method_runs_in_every_scenario_with_its_rate(emoji):
 
 def test_every_question_can_be_answered(emoji):
     analysis, compare = emoji("analysis"), emoji("compare")
-    ran = {(job.scenario, job.method) for job in compare.jobs([0])}
+    ran = {(job.scenario, compare.label_of(job)) for job in compare.jobs([0])}
     asked = {(s, question.without) for question in analysis.QUESTIONS for s in question.scenarios}
     assert asked <= ran
     assert sum(len(question.scenarios) for question in analysis.QUESTIONS) == 31
@@ -194,15 +198,15 @@ def test_the_best_rate_is_chosen_and_the_lower_of_equal_ones(emoji):
 def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
     compare, runs = emoji("compare"), emoji("runs")
     code = {"commit": "0" * 40, "changed": False, "versions": {"torch": "2"}}
-    one = runs.Found(runs.Job("tasks", 0, "a"), {"x-0": {"same/1": 0.25}}, 1.5, code)
-    other = runs.Found(runs.Job("tasks", 0, "b", ("r=1",)), None, 2.0, code)
+    one = runs.Found(runs.Job("tasks", 0, "a", ("r=2",)), {"x-0": {"same/1": 0.25}}, 1.5, code)
+    other = runs.Found(runs.Job("tasks", 0, "b", ("r=1", "x=1")), None, 2.0, code)
     elsewhere = runs.Found(runs.Job("both", 0, "a"), {"x-0": {"house/1": 1.0}}, 2.0, code)
     compare.write_results([one, other, elsewhere], tmp_path)
     scores = compare.read_scores(tmp_path)
-    assert dict(scores.loc[("tasks", 0, "x-0", "same/1")]) == {"a": 0.25, "b": 0}  # b diverged
-    assert math.isnan(scores.loc[("both", 0, "x-0", "house/1"), "b"])  # b did not run
+    assert dict(scores.loc[("tasks", 0, "x-0", "same/1")]) == {"a": 0.25, "b x=1": 0}  # diverged
+    assert math.isnan(scores.loc[("both", 0, "x-0", "house/1"), "b x=1"])  # did not run
     table = pd.read_csv(tmp_path / "runs.csv")
-    assert list(table["method"]) == ["a", "b", "a"]
+    assert list(table["method"]) == ["a", "b x=1", "a"]
     assert table["mean"].isna().tolist() == [False, True, False]
     first = (tmp_path / "scores.csv.gz").read_bytes()
     compare.write_results([one, other, elsewhere], tmp_path)
