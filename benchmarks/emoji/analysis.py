@@ -47,10 +47,10 @@ QUESTIONS = (
     Question("averaging ψ_t per task", "pilot_global_adapters", TASKS_DIFFER),
     Question("ATA or one average LoRA", "pilot_fedavg_lora", EVERYWHERE),
     Question("near neighbours or all", "pilot_all_neighbors", EVERYWHERE),
-    Question("ψ_s and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "house"),
-    Question("L_d", "pilot_no_difference_loss", HOUSES_DIFFER, "house"),
-    Question("stage 2", "pilot_stage1_only", TASKS_DIFFER, "other"),
-    Question("ψ_c", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other"),
+    Question("ψ_s and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "other_house"),
+    Question("L_d", "pilot_no_difference_loss", HOUSES_DIFFER, "other_house"),
+    Question("stage 2", "pilot_stage1_only", TASKS_DIFFER, "other_task"),
+    Question("ψ_c", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other_task"),
 )
 """Registered before any test result: the contrasts `pilot` − `without`."""
 

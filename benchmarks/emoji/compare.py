@@ -20,7 +20,7 @@ from _record import RESULTS, write_record
 
 from emoji.analysis import ABLATIONS, EVERYWHERE, PILOT, TASKS_DIFFER
 from emoji.federation import SEEDS
-from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
 
 FOLDER = RESULTS / "emoji"
@@ -61,7 +61,7 @@ def label_of(job: Job) -> str:
     return " ".join((job.method, *job.overrides[1:]))
 
 
-def runs_table(found: Iterable[Found]) -> pd.DataFrame:
+def runs_table(found: Iterable[JobResult]) -> pd.DataFrame:
     """Return a row per run: settings, mean over tasks, time and code."""
     return pd.DataFrame(
         {
@@ -79,7 +79,7 @@ def runs_table(found: Iterable[Found]) -> pd.DataFrame:
     )
 
 
-def scores_table(found: Iterable[Found]) -> pd.DataFrame:
+def scores_table(found: Iterable[JobResult]) -> pd.DataFrame:
     """Return a row per test row and a column per method; a diverged run scores 0 on every row."""
     found = list(found)
     columns: dict[str, dict[tuple[str, int, str, str], float]] = {}
@@ -97,7 +97,7 @@ def scores_table(found: Iterable[Found]) -> pd.DataFrame:
     return table
 
 
-def write_results(found: Sequence[Found], folder: Path = FOLDER) -> None:
+def write_results(found: Sequence[JobResult], folder: Path = FOLDER) -> None:
     """Write both tables."""
     folder.mkdir(parents=True, exist_ok=True)
     runs_table(found).to_csv(folder / "runs.csv", index=False, lineterminator="\n")
@@ -118,7 +118,7 @@ def main() -> None:
     asked = jobs(options.seeds)
     hours = len(asked) * RUN_SECONDS / options.jobs / 3600
     print(f"{len(asked)} runs, {options.jobs} in parallel: about {hours:.1f} h if none is done.")
-    found: list[Found] = []
+    found: list[JobResult] = []
     for start in range(0, len(asked), PART):
         found += run_all(asked[start : start + PART], options)
         write_results(found)

@@ -6,8 +6,8 @@
 A house is a client's style, a task is what is asked of it, a concept is what clients know of. A
 client trains on some concepts in one house's drawings and is tested, in that house, on concepts
 that it never saw, of three kinds: another client of its task has the same drawing (``same``), or
-only drawings of other houses (``house``), or only clients of other tasks have the concept
-(``other``). A row's id begins with its kind.
+only drawings of other houses (``other_house``), or only clients of other tasks have the concept
+(``other_task``). A row's id begins with its kind.
 
 Concepts are divided once, for all seeds, into those of the base model's pretraining, and federated
 ones whose rows are tested either in validation (rates, choices) or in the test split. A seed draws
@@ -110,8 +110,8 @@ def read_concepts() -> list[Concept]:
 
 
 def _keywords(row: Mapping[str, Any], common: set[str]) -> tuple[str, ...]:
-    named = row["name"].lower().split()
-    known = [word for word in row["keywords"] if word in common and word not in named]
+    said = {row["group"], *row["name"].lower().split()}
+    known = [word for word in row["keywords"] if word in common and word not in said]
     return tuple(known[:_MOST_KEYWORDS])
 
 
@@ -195,8 +195,8 @@ def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict
     others = _known(share for name, found in shares.items() if name != task for share in found)
     return {
         "same": same - set(own.concepts),
-        "house": task_knows - same,
-        "other": others - task_knows,
+        "other_house": task_knows - same,
+        "other_task": others - task_knows,
     }
 
 

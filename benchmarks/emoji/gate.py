@@ -22,7 +22,7 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 from _record import RESULTS, write_record
 
 from emoji.federation import kind_of, task_of
-from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 from emoji.search import read_rates
 
 METHODS = ("centralised", "local")
@@ -32,7 +32,7 @@ GOAL = 0.4
 """Share of names known in other houses."""
 
 
-def by_kind(found: Found) -> dict[str, dict[str, float]]:
+def by_kind(found: JobResult) -> dict[str, dict[str, float]]:
     """Return the mean score and the number of rows by task and kind."""
     scores = defaultdict(list)
     for client, of in (found.scores or {}).items():

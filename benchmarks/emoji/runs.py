@@ -1,8 +1,7 @@
 """Run methods on the emoji federations, and keep the score of every answer.
 
-A run is a `Job`. A worker process runs one federation after the other, and scores the final
-models with ``pilot-flwr evaluate``. What a job found is kept in a file, so that a repeated command
-resumes.
+A run is a `Job`. Each process of a pool runs its jobs one after another, and scores the final
+models with ``pilot-flwr evaluate``. Every result is saved; a repeated command skips finished jobs.
 """
 
 import argparse
@@ -58,8 +57,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a job found: the score of every test row by client and id, or none if it diverged."""
+class JobResult:
+    """The score of every test example by client and id, or None if training diverged."""
 
     job: Job
     scores: dict[str, dict[str, float]] | None
@@ -70,32 +69,40 @@ class Found:
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return a script's parser, with the options of its runs."""
-    made = argparse.ArgumentParser(description=doc.splitlines()[0])
-    made.add_argument("--data", type=Path, default=Path("outputs/emoji"))
-    made.add_argument("--out", type=Path, default=Path("outputs/emoji/runs"))
+    made = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    data, runs = Path("outputs/emoji"), Path("outputs/emoji/runs")
+    made.add_argument("--data", type=Path, default=data, help="folder of base and federations")
+    made.add_argument("--out", type=Path, default=runs, help="folder of runs and their results")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs in parallel")
     return made
 
 
-def run_all(jobs: Sequence[Job], options: argparse.Namespace, *, keep: bool = False) -> list[Found]:
-    """Run the jobs that have not run yet on these data; return what every job found, in order.
+def run_all(
+    jobs: Sequence[Job], options: argparse.Namespace, *, keep: bool = False
+) -> list[JobResult]:
+    """Run the jobs without a result for this base and these data; return all results in order.
 
-    With `keep`, run folders keep the trained models.
+    Changes of the code and of `conf/strategy` are not detected: delete ``--out`` to run again. With
+    `keep`, run folders keep the trained models.
     """
     data, out, code = options.data.resolve(), options.out.resolve(), provenance()
     out.mkdir(parents=True, exist_ok=True)
     files = {job: out / f"{job.name}-{_inputs(job, data)}.json" for job in jobs}
     missing = [job for job, file in files.items() if not file.exists()]
-    print(f"{len(missing)} of {len(files)} runs are missing.", flush=True)
+    print(f"{len(missing)} of {len(files)} runs to do, the others are finished.", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
         begun = [pool.submit(_run, job, data, files[job], code, keep) for job in missing]
         try:
             for number, ended in enumerate(as_completed(begun), start=1):
                 found = ended.result()
-                state = "done" if found.scores else "DIVERGED"
+                state = "finished" if found.scores else "diverged"
                 took = f"{found.seconds:.0f} s"
-                print(f"{number} of {len(missing)}: {found.job.name} {state} in {took}", flush=True)
+                print(
+                    f"{number} of {len(missing)}: {found.job.name} {state} after {took}", flush=True
+                )
         finally:
             pool.shutdown(cancel_futures=True)
     return [_read(job, files[job]) for job in jobs]
@@ -114,7 +121,7 @@ def _content_hash(file: Path) -> bytes:
     return hashlib.sha256(file.read_bytes()).digest()
 
 
-def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> Found:
+def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> JobResult:
     torch.set_num_threads(1)
     folder = file.parent / job.name
     answers, log = folder.with_name(f"{job.name}.jsonl"), folder.with_name(f"{job.name}.log")
@@ -129,7 +136,7 @@ def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> 
     if failed and not _diverged(folder):
         raise RuntimeError(f"{job.name} failed, but not by divergence; see {log}")
     scores = None if failed else _scores(answers.read_text(encoding="utf-8").splitlines())
-    found = Found(job, scores, round(time.perf_counter() - started, 1), code)
+    found = JobResult(job, scores, round(time.perf_counter() - started, 1), code)
     write_text(file, json.dumps(asdict(found)))
     for part in () if keep else _LARGE:
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -154,5 +161,5 @@ def _scores(lines: Iterable[str]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _read(job: Job, file: Path) -> Found:
-    return Found(**json.loads(file.read_text(encoding="utf-8")) | {"job": job})
+def _read(job: Job, file: Path) -> JobResult:
+    return JobResult(**json.loads(file.read_text(encoding="utf-8")) | {"job": job})

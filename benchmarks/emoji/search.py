@@ -24,7 +24,7 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 from _record import RESULTS, ROOT, write_record
 
 from emoji.federation import task_of
-from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 
 METHODS = (
     "zero_shot",
@@ -68,7 +68,7 @@ def candidates(method: str) -> list[Job]:
     return [Job(SCENARIO, SEED, method, (f"{setting}={value}",)) for value in CANDIDATES[setting]]
 
 
-def mean_over_tasks(found: Found) -> float:
+def mean_over_tasks(found: JobResult) -> float:
     """Return the mean over tasks of the mean over a task's rows; minus infinity if it failed."""
     if found.scores is None:
         return float("-inf")

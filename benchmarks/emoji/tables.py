@@ -37,10 +37,10 @@ TITLES = {
 OVERVIEW = ("zero_shot", "local", "fedit", "fedavg_per_task", PILOT, "centralised")
 """The README's methods."""
 KINDS = {
-    "houses": ("same", "house"),
-    "tasks": ("same", "other"),
-    "untold": ("same", "other"),
-    "both": ("house", "other"),
+    "houses": ("same", "other_house"),
+    "tasks": ("same", "other_task"),
+    "untold": ("same", "other_task"),
+    "both": ("other_house", "other_task"),
 }
 SIGNIFICANT = 0.05
 

@@ -30,7 +30,7 @@ from _record import RESULTS, write_record
 from emoji.analysis import PILOT
 from emoji.compare import own_rate
 from emoji.federation import SAME_TASKS, concept_of, kind_of, write_federation
-from emoji.runs import PACKAGES, Found, Job, parser, run_all
+from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 from emoji.search import read_rates
 from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.client.personalization import personalize_as_trained
@@ -64,11 +64,11 @@ NAME = "same_tasks"
 CPU = torch.device("cpu")
 
 
-def on_other_rows(found: Found) -> float:
+def on_other_rows(found: JobResult) -> float:
     """Return the mean over the rows of concepts that only clients of other tasks know."""
     assert found.scores is not None, f"{found.job.name} diverged"
     rows = [item for of in found.scores.values() for item in of.items()]
-    return statistics.fmean(score for row, score in rows if kind_of(row) == "other")
+    return statistics.fmean(score for row, score in rows if kind_of(row) == "other_task")
 
 
 def swapped(run: Run) -> dict[str, dict[str, float]]:

@@ -94,10 +94,12 @@ def test_a_client_is_tested_on_what_only_others_know(federation, tmp_path, name)
             same = (task, house, key) in has
             in_task = any(t == task and k == key for t, _, k in has)
             anywhere = any(k == key for _, _, k in has)
-            assert anywhere and kind == ("same" if same else "house" if in_task else "other")
-    told = {"same", "other"}
-    expected = {"houses": {"same", "house"}, "tasks": told, "untold": told}
-    assert kinds == expected.get(name, {"house", "other"})
+            assert anywhere and kind == (
+                "same" if same else "other_house" if in_task else "other_task"
+            )
+    told = {"same", "other_task"}
+    expected = {"houses": {"same", "other_house"}, "tasks": told, "untold": told}
+    assert kinds == expected.get(name, {"other_house", "other_task"})
 
 
 def test_a_question_tells_its_task_unless_the_scenario_hides_it(federation, tmp_path):

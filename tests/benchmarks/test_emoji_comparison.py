@@ -198,9 +198,9 @@ def test_the_best_rate_is_chosen_and_the_lower_of_equal_ones(emoji):
 def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
     compare, runs = emoji("compare"), emoji("runs")
     code = {"commit": "0" * 40, "changed": False, "versions": {"torch": "2"}}
-    one = runs.Found(runs.Job("tasks", 0, "a", ("r=2",)), {"x-0": {"same/1": 0.25}}, 1.5, code)
-    other = runs.Found(runs.Job("tasks", 0, "b", ("r=1", "x=1")), None, 2.0, code)
-    elsewhere = runs.Found(runs.Job("both", 0, "a"), {"x-0": {"house/1": 1.0}}, 2.0, code)
+    one = runs.JobResult(runs.Job("tasks", 0, "a", ("r=2",)), {"x-0": {"same/1": 0.25}}, 1.5, code)
+    other = runs.JobResult(runs.Job("tasks", 0, "b", ("r=1", "x=1")), None, 2.0, code)
+    elsewhere = runs.JobResult(runs.Job("both", 0, "a"), {"x-0": {"house/1": 1.0}}, 2.0, code)
     compare.write_results([one, other, elsewhere], tmp_path)
     scores = compare.read_scores(tmp_path)
     assert dict(scores.loc[("tasks", 0, "x-0", "same/1")]) == {"a": 0.25, "b x=1": 0}  # diverged
