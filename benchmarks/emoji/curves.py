@@ -1,10 +1,10 @@
-"""Where does each method win? Curves over concepts per client, clients and neighbours.
+"""Measure scores as concepts per client, clients and neighbours vary.
 
     python benchmarks/emoji/curves.py
 
 writes ``benchmarks/results/emoji/curves.json``: mean scores of one seed by task and kind of row,
-since the kinds have other shares of the test rows at every point. Rates are those of `search`;
-nothing is tested here. The federations of a curve are written into ``--data``.
+since the kinds' shares of the test rows vary along a curve. Rates are those of `search`; nothing is
+tested here. The federations of a curve are written into ``--data``.
 """
 
 import sys

@@ -3,11 +3,11 @@
     python benchmarks/emoji/federation.py --out outputs/emoji       # seeds 0 to 4 and 100 to 103
     pilot-flwr run experiment=emoji data=outputs/emoji/both-0.yaml model.path=outputs/emoji/base
 
-A house is a client's style, a task is what is asked of it, a concept is what clients know of. A
-client trains on some concepts in one house's drawings and is tested, in that house, on concepts
-that it never saw, of three kinds: another client of its task has the same drawing (``same``), or
-only drawings of other houses (``other_house``), or only clients of other tasks have the concept
-(``other_task``). A row's id begins with its kind.
+A house is an emoji vendor and so a client's style, a task is what is asked of it, a concept is what
+a picture shows. A client trains on some concepts in one house's drawings and is tested, in that
+house, on concepts that it never saw, of three kinds: another client of its task has the same
+drawing (``same``), or only drawings of other houses (``other_house``), or only clients of other
+tasks have the concept (``other_task``). A row's id begins with its kind.
 
 Concepts are divided once, for all seeds, into those of the base model's pretraining, and federated
 ones whose rows are tested either in validation (rates, choices) or in the test split. A seed draws
@@ -29,13 +29,13 @@ import yaml
 
 PACK = Path(__file__).parent / "pack"
 HOUSES = ("noto", "fluent", "twemoji")
-"""The clients' houses; the pack has a fourth one, OpenMoji, for tests on an unknown style."""
+"""The clients' houses; the pack also has OpenMoji, which no federation uses."""
 
 PRETRAINING, VALIDATION = 250, 0.3
 """Number of concepts of the base's pretraining; share of the others that validation tests."""
 
 SIZE, MOST = 200, 100
-"""Training concepts of a client; most test rows of a client and kind."""
+"""Training concepts of a client; maximum number of test rows of a client and kind."""
 
 SEEDS = {"test": range(5), "validation": range(100, 104)}
 """Seeds by the split that they test."""
@@ -55,7 +55,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Tasks, the houses that a task's clients have in turn, whether a question tells its task."""
+    """Tasks, the houses of a task's clients in turn, and whether tasks have their own questions."""
 
     tasks: tuple[str, ...]
     houses: tuple[str, ...]
@@ -68,7 +68,7 @@ class Scenario:
 
 
 def asked(task: str) -> str:
-    """Return what is asked of a task: ``name`` of the task ``name_b``."""
+    """Return the task whose questions and answers a task has: ``name`` for ``name_b``."""
     return task.partition("_")[0]
 
 
@@ -79,10 +79,10 @@ SCENARIOS = {
     "untold": Scenario(TASKS, HOUSES[:1], 3, told=False),
     "both": Scenario(TASKS, HOUSES, 3),
 }
-"""Nine clients each: houses differ; tasks differ; they differ and ask the same; both differ."""
+"""Nine clients each: houses differ; tasks differ, with own or the same questions; both differ."""
 
 SAME_TASKS = Scenario(("name", "name_b", "name_c"), HOUSES[:1], 3)
-"""Three tasks in name only: what another task knows is exactly what the own task is tested on."""
+"""Three tasks with identical questions and answers, so that all transfer is between equals."""
 
 QUESTIONS = {
     "name": ("What is this?", "Name it."),
@@ -98,7 +98,8 @@ _MOST_KEYWORDS, _COMMON = 4, 5
 def read_concepts() -> list[Concept]:
     """Return the concepts of the pack, without clock faces, whose pictures hardly differ.
 
-    A concept keeps its first four keywords that at least five concepts have and its name has not.
+    A concept keeps its first four alphabetic keywords that at least five concepts have and that are
+    neither its group nor in its name.
     """
     rows = json.loads((PACK / "concepts.json").read_text(encoding="utf-8"))
     rows = {key: row for key, row in rows.items() if key not in CLOCK_FACES}
@@ -168,7 +169,7 @@ def draw(
 ) -> dict[str, list[Share]]:
     """Draw `size` concepts for every client, independently of the others.
 
-    A client with fewer concepts has the first ones of a client with more.
+    A smaller `size` gives the first concepts of a larger one.
     """
     return {
         task: [
@@ -183,12 +184,12 @@ def draw(
 
 
 def _rng(*words: object) -> np.random.Generator:
-    """Return a generator of its own for these words."""
+    """Return a generator that these values seed."""
     return np.random.default_rng(list(" ".join(map(str, words)).encode()))
 
 
 def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict[str, set[str]]:
-    """Return the concepts that a client never saw, by who trains on them."""
+    """Return the concepts that a client does not train on, by kind."""
     own = shares[task][client]
     same = _known(share for share in shares[task] if share.house == own.house)
     task_knows = _known(shares[task])
@@ -263,7 +264,7 @@ def write_federation(
     division = divide()
     concepts = {c.key: c for found in division.federated.values() for c in found}
     shares = draw(scenario, sorted(concepts), size=size, seed=seed)
-    # Each seed tests other concepts first.
+    # In another order for each seed, so that `most` leaves out other concepts.
     tested = [c.key for c in division.federated[split]]
     tested = list(_rng("tested", seed).permutation(tested))
     folder = out / name / str(seed)
@@ -286,7 +287,7 @@ def write_federation(
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file unless it has this text: a run that reads it fails if it changes."""
+    """Write a file if its text changes: a run refuses rows that have changed."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
@@ -323,9 +324,9 @@ def write_pictures(folder: Path) -> None:
 def main() -> None:
     """Write the federations of all scenarios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji"), help="folder")
     parser.add_argument("--size", type=int, default=SIZE, help="training concepts of a client")
-    parser.add_argument("--most", type=int, default=MOST, help="test rows of a client and kind")
+    parser.add_argument("--most", type=int, default=MOST, help="most test rows per client and kind")
     for split, seeds in SEEDS.items():
         parser.add_argument(f"--{split}", type=int, nargs="*", default=seeds, help="seeds")
     options = parser.parse_args()

@@ -27,7 +27,7 @@ REFERENCE_METHODS = ("zero_shot", "local", "centralised")
 
 
 def draw(scores: pd.DataFrame, out: Path = OUT) -> None:
-    """Draw one panel per scenario: a dot per method, a bar for its difference to Pilot."""
+    """Draw one panel per scenario: a dot per method, with the interval of method − Pilot."""
     mpl.rcParams |= {"svg.hashsalt": "emoji", "font.size": 9, "text.color": INK}
     mpl.rcParams |= {f"{axis}tick.color": INK for axis in "xy"}
     methods = [method for method in METHODS if method in scores][::-1]
@@ -54,7 +54,7 @@ def draw(scores: pd.DataFrame, out: Path = OUT) -> None:
     panels[0].set_yticks(range(len(methods)), methods)
     panels[0].set_xlim(left=0)
     figure.supxlabel(
-        "mean score on pictures that only other clients know; bars: 95 % interval of the "
+        "mean score on concepts that only other clients train on; bars: 95 % interval of the "
         "difference to Pilot (line)",
         fontsize=9,
         color=INK,

@@ -1,10 +1,10 @@
-"""Which differences can the comparison see? From runs on validation rows, with four seeds.
+"""Compute the smallest differences that the comparison can detect, from four validation seeds.
 
     python benchmarks/emoji/power.py
 
-writes ``benchmarks/results/emoji/power.json``: for pairs of methods where tasks differ, the least
-difference that a number of seeds shows with 80 % power, at the 5 % level and at a third of it,
-Holm's level for the first of three scenarios.
+writes ``benchmarks/results/emoji/power.json``: for two contrasts in `tasks`, the smallest
+difference that 3, 5 and 8 seeds detect with 80 % power, at the 5 % level and at a third of it,
+Holm's first step for three scenarios. Variances by concept are scaled to the test concepts.
 """
 
 import sys
@@ -24,7 +24,7 @@ from emoji.search import read_rates
 SCENARIO = "tasks"
 OTHERS = ("pilot_stage1_only", "fedavg_per_task")
 NUMBERS = (3, 5, 8)
-"""Numbers of seeds to compare."""
+"""Numbers of seeds."""
 
 
 def main() -> None:

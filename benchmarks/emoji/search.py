@@ -1,11 +1,10 @@
-"""Search every method's learning rate on validation rows, with the same budget for each.
+"""Search every method's learning-rate scale on validation rows, with equal budgets.
 
-Every method that trains has four candidates of `train.lr_scale`, a factor of two apart, which
-multiplies all its rates; FedAdam has four server rates. So have Pilot without stage 2 and with one
-average LoRA, which answer the two main questions. All run on the federation in which houses and
-tasks differ, with one seed that the comparison does not use. The highest mean over tasks wins, a
-run that diverges is last, the lower of equal rates is chosen. The chosen rate is used on all
-federations; other variants of Pilot use Pilot's.
+Every method that trains has four candidates of `train.lr_scale`, which multiplies all its learning
+rates; FedAdam has four server learning rates. Two ablations, `pilot_stage1_only` and
+`pilot_fedavg_lora`, are searched as well. All run on `both` with a seed that the comparison does
+not use. The highest mean over tasks wins, diverged runs are last, and of equal candidates the
+lowest is chosen. It is used on all federations; the other variants of Pilot use Pilot's.
 
     python benchmarks/emoji/search.py
 
@@ -69,7 +68,7 @@ def candidates(method: str) -> list[Job]:
 
 
 def mean_over_tasks(found: JobResult) -> float:
-    """Return the mean over tasks of the mean over a task's rows; minus infinity if it failed."""
+    """Return the mean over tasks of the mean over a task's rows; minus infinity if it diverged."""
     if found.scores is None:
         return float("-inf")
     tasks: dict[str, list[float]] = {}
@@ -107,7 +106,7 @@ def main() -> None:
         {
             "scenario": SCENARIO,
             "seed": SEED,
-            "side_by_side": options.jobs,
+            "in_parallel": options.jobs,
             "seconds": round(sum(one.seconds for one in found)),
             "scores": shown,
         },

@@ -14,7 +14,7 @@ from emoji.analysis import (
     EVERYWHERE,
     MARGIN,
     PILOT,
-    RULES,
+    RIVALS,
     VARIANTS,
     against_pilot,
     answers,
@@ -29,13 +29,13 @@ from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.compare import interval_text, p_text
 
 TITLES = {
-    "houses": "houses differ",
-    "tasks": "tasks differ",
-    "untold": "tasks differ, untold",
+    "houses": "only houses differ",
+    "tasks": "only tasks differ",
+    "untold": "tasks differ, same questions",
     "both": "both differ",
 }
 OVERVIEW = ("zero_shot", "local", "fedit", "fedavg_per_task", PILOT, "centralised")
-"""The README's methods."""
+"""Methods of the README's table."""
 KINDS = {
     "houses": ("same", "other_house"),
     "tasks": ("same", "other_task"),
@@ -85,7 +85,7 @@ def gate_table(record: dict[str, Any]) -> str:
 
 
 def rates_table(record: dict[str, Any]) -> str:
-    """Return the search's table: a row per method, a column per candidate."""
+    """Return the search's table: a row per method, with its candidates and the chosen one."""
     rows = [["method", "setting", "candidates: mean over tasks", "chosen"]]
     for method, found in record["results"]["scores"].items():
         setting = searched(method)
@@ -111,7 +111,7 @@ def power_table(record: dict[str, Any]) -> str:
 def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     """Return a row per method: mean and effect against Pilot in every scenario."""
     effects = {s: against_pilot(scores, s, methods) for s in EVERYWHERE}
-    rows = [["method", *(cell for s in EVERYWHERE for cell in (TITLES[s], "against Pilot"))]]
+    rows = [["method", *(cell for s in EVERYWHERE for cell in (TITLES[s], "method − `pilot`"))]]
     for method in methods:
         row = [method]
         for scenario in EVERYWHERE:
@@ -173,7 +173,7 @@ def questions_table(scores: pd.DataFrame) -> str:
 def variants_table(scores: pd.DataFrame) -> str:
     """Return Pilot's further settings in `tasks`."""
     part = select(scores, "tasks")
-    rows = [["setting", "mean", "difference to `pilot`", "p, uncorrected"]]
+    rows = [["setting", "mean", "setting − `pilot`", "p, uncorrected"]]
     rows.append([f"`{PILOT}`", _score(scores, "tasks", PILOT), "", ""])
     for variant in VARIANTS:
         if (found := effect(part, variant, PILOT)) is not None:
@@ -183,12 +183,12 @@ def variants_table(scores: pd.DataFrame) -> str:
 
 
 def auto_table(scores: pd.DataFrame) -> str:
-    """Return `pilot_auto` beside the two rules that it chooses between."""
-    methods = (*RULES, "pilot_auto")
-    rows = [["scenario", *(f"`{m}`" for m in methods), *(f"`pilot_auto` − `{r}`" for r in RULES),
-             "above all neighbours: p", f"not worse by {MARGIN:g}"]]  # fmt: skip
+    """Return `pilot_auto` beside the two methods with which it is compared."""
+    methods = (*RIVALS, "pilot_auto")
+    rows = [["scenario", *(f"`{m}`" for m in methods), *(f"`pilot_auto` − `{r}`" for r in RIVALS),
+             "p above `pilot_all_neighbors`", f"non-inferior by {MARGIN:g}"]]  # fmt: skip
     for scenario, verdict in verdicts(scores).items():
-        over = [interval_text(verdict.over[rule].difference, sign="+") for rule in RULES]
+        over = [interval_text(verdict.over[rival].difference, sign="+") for rival in RIVALS]
         means = [_score(scores, scenario, method) for method in methods]
         decided = "yes" if verdict.not_worse else "no"
         rows.append([TITLES[scenario], *means, *over, p_text(verdict.p), decided])
@@ -203,7 +203,7 @@ def source_of(runs: pd.DataFrame, record: dict[str, Any]) -> str:
     return (
         f"`runs.csv`: {len(runs)} runs of {runs['seconds'].sum() / 3600:.1f} h in all; commit "
         f"{commits}; {'; '.join(sorted(set(runs['versions'])))}; "
-        f"{record['results']['side_by_side']} side by side on {machine['cores']} cores of "
+        f"{record['results']['in_parallel']} in parallel on {machine['cores']} cores of "
         f"{machine['cpu']}"
     )
 

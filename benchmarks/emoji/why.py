@@ -1,16 +1,16 @@
-"""Why does CT-MoA help or not? Three tasks in name only, swapped parts, and what the router mixes.
+"""Measure what can pass between tasks: identical tasks, exchanged parts, what the router mixes.
 
     python benchmarks/emoji/why.py
 
 writes ``benchmarks/results/emoji/why.json``:
 
-- `same_tasks`: scores on what only clients of another task know, where all three tasks ask for the
-  name. The other task's adapter and LoRA hold exactly the answer.
-- `swapped`: where is this knowledge? Averaging per task has an adapter and a LoRA per task. They
-  answer what only another task's clients know, with the own parts, with either of the other's, and
-  with both; and, as a control of how well parts of two tasks fit together, what both tasks know.
-- `mixed`: of Pilot's stage 2 where tasks differ, the entropy of P relative to a uniform one, and
-  the root mean square of each term of x_img relative to that of the base's own connector.
+- `same_tasks`: mean scores on the rows ``other_task`` of three tasks with identical questions and
+  answers. Another task's adapter and LoRA have learnt exactly what the client is tested on.
+- `swapped`: the scores of `fedavg_per_task` on these tasks with each combination of its own and
+  another task's adapter and LoRA, on concepts that only the other task trains on and, as a control,
+  on concepts of both.
+- `mixed`: in Pilot's stage 2 in `tasks`, the router's entropy divided by log T, and the root mean
+  square of each term of x_img divided by that of the base's projector's output.
 """
 
 import math
@@ -65,20 +65,20 @@ CPU = torch.device("cpu")
 
 
 def on_other_rows(found: JobResult) -> float:
-    """Return the mean over the rows of concepts that only clients of other tasks know."""
+    """Return the mean over the rows ``other_task``."""
     assert found.scores is not None, f"{found.job.name} diverged"
     rows = [item for of in found.scores.values() for item in of.items()]
     return statistics.fmean(score for row, score in rows if kind_of(row) == "other_task")
 
 
 def swapped(run: Run) -> dict[str, dict[str, float]]:
-    """Return the scores of models whose adapter or LoRA are another task's, by who knows."""
+    """Return the scores with own and other parts, by the tasks that train on the concepts."""
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     tasks = run.checkpoint.tasks
     known = {task: set(_examples(run, task, "train")) for task in tasks}
     for own, other in permutations(tasks, 2):
         asked = _examples(run, own, "test")
-        sides = {"only the other": known[other] - known[own], "both": known[own] & known[other]}
+        sides = {"other task": known[other] - known[own], "both tasks": known[own] & known[other]}
         received = {task: run.received(select_consensus(run, task)) for task in (own, other)}
         whose = {own: "own", other: "other"}
         for adapter, lora in product((own, other), repeat=2):
@@ -90,20 +90,20 @@ def swapped(run: Run) -> dict[str, dict[str, float]]:
             model = load_model(run, select_consensus(run, own), device=CPU)
             personalize_as_trained(model, None, parts)
             model.eval()
-            for who, concepts in sides.items():
+            for side, concepts in sides.items():
                 examples = [asked[concept] for concept in sorted(concepts & set(asked))]
                 answers = Answerer(run.config, model)(examples)
                 references = [tuple(example.answers) for example in examples]
                 found = METRICS["exact_match"].score(answers, references).each
-                scores[who][f"{whose[adapter]} adapter, {whose[lora]} LoRA"] += found
+                scores[side][f"{whose[adapter]} adapter, {whose[lora]} LoRA"] += found
     return {
-        who: {parts: round(statistics.fmean(found), 4) for parts, found in of.items()}
-        for who, of in scores.items()
+        side: {parts: round(statistics.fmean(found), 4) for parts, found in of.items()}
+        for side, of in scores.items()
     }
 
 
 def mixed(run: Run) -> dict[str, float]:
-    """Return entropy and sizes of the terms of x_img, means over clients of their test rows."""
+    """Return the router's entropy and the sizes of the terms of x_img, means over clients."""
     found: dict[str, list[float]] = defaultdict(list)
     for client in run.clients():
         for name, value in _terms(run, select_client(run, client.id)).items():
@@ -125,8 +125,10 @@ def _terms(run: Run, selected: Selected) -> dict[str, float]:
     own, *foreign = connector.tasks
     weight = {task: probabilities[..., i, None] for i, task in enumerate(connector.tasks)}
     terms = {"ψ_s": connector.client_adapter(features) if connector.client_adapter else None}
-    terms["own ψ_t"] = weight[own] * connector.task_adapters[own](features)
-    terms["foreign ψ_t"] = sum(weight[t] * connector.task_adapters[t](features) for t in foreign)
+    terms["own task's ψ_t"] = weight[own] * connector.task_adapters[own](features)
+    terms["other tasks' ψ_t"] = sum(
+        weight[t] * connector.task_adapters[t](features) for t in foreign
+    )
     crossed = connector.cross_task_adapters
     assert crossed is not None
     terms["ψ_c"] = sum(weight[t] * crossed[t](features) for t in foreign)

@@ -25,6 +25,15 @@ def emoji(monkeypatch):
     return lambda name: importlib.import_module(f"emoji.{name}")
 
 
+@pytest.fixture
+def rates(emoji, monkeypatch):
+    """A different rate of every method, in place of the searched ones."""
+    made = {m: f"train.lr_scale={n + 1}" for n, m in enumerate(emoji("search").SEARCHED)}
+    for name in ("compare", "curves"):
+        monkeypatch.setattr(emoji(name), "read_rates", lambda: made)
+    return made
+
+
 def made_scores(seeds, *, seed=0, seed_spread=0.0, concept_spread=0.0, concepts=60):
     """Scores of methods a and b on two tasks of different size; b is zero, a is zero on average."""
     rng = np.random.default_rng(seed)
@@ -127,7 +136,7 @@ def verdict_of(emoji, *, auto, everyone):
     return analysis.verdicts(scores)
 
 
-def test_the_rule_that_chooses_must_be_above_all_and_worse_than_none(emoji):
+def test_pilot_auto_must_be_above_all_neighbors_and_not_inferior_to_both(emoji):
     better = verdict_of(emoji, auto=0.1, everyone=-0.3)
     assert better["houses"].p is None and better["tasks"].p < 0.05
     assert all(verdict.not_worse for verdict in better.values())
@@ -161,7 +170,7 @@ def holm_by_hand(values):
     return [adjusted[place] for place in range(len(values))]
 
 
-def test_every_method_runs_in_every_scenario_with_its_rate(emoji):
+def test_every_method_runs_in_every_scenario_with_its_rate(emoji, rates):
     compare, search = emoji("compare"), emoji("search")
     files = {path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
     plain = {name for name in compare.ABLATIONS if " " not in name}
@@ -172,7 +181,6 @@ def test_every_method_runs_in_every_scenario_with_its_rate(emoji):
     one_task = {("houses", n, "fedavg_per_task") for n in (0, 1)}  # FedIT's run
     asked = {(s, n, m) for s in SCENARIOS for n in (0, 1) for m in search.METHODS}
     assert asked - ran == one_task
-    rates = search.read_rates()
     of = {compare.label_of(job): job.overrides for job in jobs}
     sent = [job.overrides for job in jobs if compare.label_of(job) == "pilot model.sent_dtype=int4"]
     assert sent == 2 * [(rates["pilot"], "model.sent_dtype=int4")]
@@ -181,12 +189,22 @@ def test_every_method_runs_in_every_scenario_with_its_rate(emoji):
     assert of["pilot_stage1_only"] == (rates["pilot_stage1_only"],)
 
 
-def test_every_question_can_be_answered(emoji):
+def test_every_question_can_be_answered(emoji, rates):
     analysis, compare = emoji("analysis"), emoji("compare")
     ran = {(job.scenario, compare.label_of(job)) for job in compare.jobs([0])}
     asked = {(s, question.without) for question in analysis.QUESTIONS for s in question.scenarios}
     assert asked <= ran
-    assert sum(len(question.scenarios) for question in analysis.QUESTIONS) == 31
+    assert sum(len(question.scenarios) for question in analysis.QUESTIONS) == 32
+
+
+def test_the_gate_needs_the_share_and_an_interval_above_its_limit(emoji):
+    gate = emoji("gate")
+    seeds = [{"x": {"score": 0.1, "rows": 30}}, {"x": {"score": 0.2, "rows": 20}}]
+    found = gate.total(seeds, "x")
+    low, high = stats.beta.ppf([0.025, 0.975], [7, 8], [44, 43])  # Clopper and Pearson, 7 of 50
+    assert (found["share"], found["low"], found["high"]) == pytest.approx(
+        (7 / 50, low, high), abs=1e-4
+    )
 
 
 def test_the_best_rate_is_chosen_and_the_lower_of_equal_ones(emoji):
@@ -213,7 +231,7 @@ def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
     assert (tmp_path / "scores.csv.gz").read_bytes() == first
 
 
-def test_a_curves_middle_is_a_run_of_the_comparison(emoji, monkeypatch):
+def test_a_curves_middle_is_a_run_of_the_comparison(emoji, rates):
     curves, compare = emoji("curves"), emoji("compare")
     compared = set(compare.jobs([0]))
     found = {point: curves.job(point, 0) for point in curves.points()}
@@ -298,9 +316,15 @@ def test_swapped_parts_are_the_other_tasks(emoji, tiny, monkeypatch):
                         scored[own, other, concept] = score
     swapped = why.swapped(run)
     parts = {f"{a} adapter, {b} LoRA" for a in ("own", "other") for b in ("own", "other")}
-    assert set(swapped["both"]) == set(swapped["only the other"]) == parts
-    own = swapped["only the other"]["own adapter, own LoRA"]
+    assert set(swapped["both tasks"]) == set(swapped["other task"]) == parts
+    own = swapped["other task"]["own adapter, own LoRA"]
     assert scored and own == pytest.approx(np.mean(list(scored.values())), abs=1e-4)
     mixed = why.mixed(open_run(asked.out / pilot.name))
     assert 0 < mixed["relative entropy"] <= 1
-    assert set(mixed) == {"relative entropy", "ψ_s", "own ψ_t", "foreign ψ_t", "ψ_c"}
+    assert set(mixed) == {
+        "relative entropy",
+        "ψ_s",
+        "own task's ψ_t",
+        "other tasks' ψ_t",
+        "ψ_c",
+    }
