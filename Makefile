@@ -73,13 +73,16 @@ $(EMOJI): $(STAMP) benchmarks/emoji/base.py benchmarks/emoji/federation.py
 	$(BIN)/python benchmarks/emoji/federation.py
 	$(BIN)/python benchmarks/emoji/base.py
 
-rates: $(EMOJI) ## search every method's learning rate on validation rows, and check the gate
+rates: $(EMOJI) ## search every method's learning rate on validation rows; gate and power
 	$(BIN)/python benchmarks/emoji/search.py
 	$(BIN)/python benchmarks/emoji/gate.py
+	$(BIN)/python benchmarks/emoji/power.py
 
 # Uses the committed rates; repeat it to resume.
 tables: $(EMOJI) ## compare all methods on test rows (one night), update every table and figure
 	$(BIN)/python benchmarks/emoji/compare.py
+	$(BIN)/python benchmarks/emoji/curves.py
+	$(BIN)/python benchmarks/emoji/why.py
 	$(BIN)/python benchmarks/emoji/figure.py
 	$(BIN)/python benchmarks/tables.py --readme
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def emoji_tables(folder: Path) -> dict[str, str]:
         made["emoji_rates"] = rates_table(_record(folder / "search.json"))
     if (folder / "power.json").exists():
         made["emoji_power"] = power_table(_record(folder / "power.json"))
+    if (folder / "why.json").exists():
+        made["emoji_why"] = why_table(_record(folder / "why.json"))
     if not (folder / "scores.csv.gz").exists():
         return made
     scores = read_scores(folder)
@@ -106,6 +109,23 @@ def power_table(record: dict[str, Any]) -> str:
     rows = [["difference, seeds", "5 % level", "corrected"]]
     rows += [[name, f"{of['single']:.3f}", f"{of['corrected']:.3f}"] for name, of in found.items()]
     return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def why_table(record: dict[str, Any]) -> str:
+    """Return the tables of ``why.json``; exchanged parts and terms are means over seeds."""
+    results = record["results"]
+    rows = [["three equal tasks: method", "mean on `other_task`"]]
+    rows += [[f"`{method}`", f"{mean:.3f}"] for method, mean in results["same_tasks"].items()]
+    sides = list(results["swapped"][0])
+    parts = [["`fedavg_per_task` with", *(f"concepts of {side}" for side in sides)]]
+    for part in results["swapped"][0][sides[0]]:
+        means = [statistics.fmean(of[side][part] for of in results["swapped"]) for side in sides]
+        parts.append([part, *(f"{mean:.3f}" for mean in means)])
+    terms = [["Pilot's stage 2", "value"]]
+    for term in results["mixed"][0]:
+        terms.append([term, f"{statistics.fmean(of[term] for of in results['mixed']):.2f}"])
+    tables = "\n".join(markdown(table) for table in (rows, parts, terms))
+    return f"{tables}\n{note(record)}\n"
 
 
 def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
