@@ -31,15 +31,19 @@ EVERYWHERE = ("houses", *TASKS_DIFFER)
 
 
 class Question(NamedTuple):
-    """The contrast `pilot` against `without`, where the part of Pilot could help."""
+    """The contrast `method` against `without`, where the part of Pilot could help."""
 
     part: str
     without: str
     scenarios: tuple[str, ...]
     kind: str = ""
     """Kind of test examples; empty: all."""
+    method: str = PILOT
 
 
+STAGE_1 = "pilot_stage1_only"
+NO_L_D = f"{STAGE_1} train.difference_loss.weight=0"
+NO_CT_MOA = f"{STAGE_1} model.client_adapter=false"
 QUESTIONS = (
     Question("federation", "local", EVERYWHERE),
     Question("Pilot or one model", "fedit", EVERYWHERE),
@@ -48,11 +52,13 @@ QUESTIONS = (
     Question("ATA or one mean LoRA", "pilot_fedavg_lora", EVERYWHERE),
     Question("nearest neighbours or all", "pilot_all_neighbors", EVERYWHERE),
     Question("client adapter and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "other_house"),
-    Question("L_d", "pilot_no_difference_loss", HOUSES_DIFFER, "other_house"),
-    Question("stage 2", "pilot_stage1_only", TASKS_DIFFER, "other_task"),
+    Question("L_d in exchange 1", "pilot_no_difference_loss", HOUSES_DIFFER, "other_house"),
+    Question("L_d in all", NO_L_D, HOUSES_DIFFER, "other_house", STAGE_1),
+    Question("stage 2", STAGE_1, TASKS_DIFFER, "other_task"),
+    Question("CT-MoA", NO_CT_MOA, TASKS_DIFFER, "other_task", "pilot_no_client_adapter"),
     Question("cross-task adapters", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other_task"),
 )
-"""Registered before any test result: the contrasts `pilot` − `without`."""
+"""Registered before any test result: the contrasts `method` − `without`."""
 
 VARIANTS = (
     "pilot_m1",
@@ -62,13 +68,18 @@ VARIANTS = (
     "pilot train.balance_loss.reduction=per_image",
     "pilot model.sent_dtype=int8",
     "pilot model.sent_dtype=int4",
+    "pilot train.clipping=global",
+    "pilot strategy.num_neighbors=4",
 )
 """Further settings of Pilot, in `tasks`: described, not tested."""
 
 ABLATIONS = {
-    **{q.without: q.scenarios for q in QUESTIONS if q.without.startswith("pilot_")},
-    **dict.fromkeys(VARIANTS, ("tasks",)),
-}
+    label: tuple(
+        dict.fromkeys(s for q in QUESTIONS if label in (q.method, q.without) for s in q.scenarios)
+    )
+    for label in dict.fromkeys(label for q in QUESTIONS for label in (q.method, q.without))
+    if label.startswith("pilot_")
+} | dict.fromkeys(VARIANTS, ("tasks",))
 """Where each of Pilot's variants runs: where a question asks for it."""
 
 
@@ -194,7 +205,9 @@ def answers(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) -> 
     found = []
     for question in questions:
         effects = {
-            scenario: effect(select(scores, scenario, question.kind), PILOT, question.without)
+            scenario: effect(
+                select(scores, scenario, question.kind), question.method, question.without
+            )
             for scenario in question.scenarios
         }
         ran = {scenario: one for scenario, one in effects.items() if one is not None}

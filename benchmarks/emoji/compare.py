@@ -8,6 +8,7 @@ score of every test example by each method, and ``compare.json``. Every method u
 """
 
 import gzip
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,12 +29,10 @@ KEY = ["scenario", "seed", "client", "row"]
 """Columns of ``scores.csv.gz`` that name a test row; the others are methods."""
 RUN_SECONDS = 105
 """Of one run on a core of an AMD EPYC, two in parallel."""
-PART = 60
-"""Runs between two updates of the results."""
 
 
 def jobs(seeds: Sequence[int]) -> list[Job]:
-    """Return all jobs: every method by seed and scenario, then the ablations.
+    """Return all jobs of every seed: the methods by scenario, then the ablations.
 
     With one task, `fedavg_per_task` equals `fedit`, so it is not run in `houses`.
     """
@@ -41,8 +40,8 @@ def jobs(seeds: Sequence[int]) -> list[Job]:
     where = {**dict.fromkeys(METHODS, EVERYWHERE), "fedavg_per_task": TASKS_DIFFER}
     return [
         Job(scenario, seed, method, (*own_rate(method, rates), *more))
-        for group in (where, ABLATIONS)
         for seed in seeds
+        for group in (where, ABLATIONS)
         for scenario in EVERYWHERE
         for method, *more in map(str.split, group)
         if scenario in group[" ".join((method, *more))]
@@ -71,6 +70,9 @@ def runs_table(found: Iterable[JobResult]) -> pd.DataFrame:
             "rate": "".join(one.job.overrides[:1]),
             "mean": round(mean_over_tasks(one), 4) if one.scores else None,
             "seconds": one.seconds,
+            "bytes_up": one.bytes_up,
+            "bytes_down": one.bytes_down,
+            "inputs": one.inputs,
             "commit": one.code["commit"],
             "changed": one.code["changed"],
             "versions": " ".join(f"{k}={v}" for k, v in one.code["versions"].items()),
@@ -111,7 +113,7 @@ def read_scores(folder: Path = FOLDER) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Compare, and write the results after every part."""
+    """Compare, and write the results after every seed."""
     made = parser(__doc__)
     made.add_argument("--seeds", type=int, nargs="*", default=[*SEEDS["test"]], help="seeds")
     options = made.parse_args()
@@ -121,13 +123,17 @@ def main() -> None:
         f"{len(asked)} runs, {options.jobs} in parallel: about {hours:.1f} h if none has finished."
     )
     found: list[JobResult] = []
-    for start in range(0, len(asked), PART):
-        print(f"From run {start + 1} of {len(asked)}:")
-        found += run_all(asked[start : start + PART], options)
+    for seed in options.seeds:
+        print(f"Seed {seed}:")
+        found += run_all([job for job in asked if job.seed == seed], options)
         write_results(found)
         write_record(
             FOLDER / "compare.json",
-            {"in_parallel": options.jobs, "seconds": round(sum(one.seconds for one in found))},
+            {
+                "in_parallel": options.jobs,
+                "seconds": round(sum(one.seconds for one in found)),
+                "base": json.loads((options.data / "base" / "training.json").read_text()),
+            },
             packages=PACKAGES,
         )
 

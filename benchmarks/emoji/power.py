@@ -2,7 +2,7 @@
 
     python benchmarks/emoji/power.py
 
-writes ``benchmarks/results/emoji/power.json``: for two contrasts in `tasks`, the smallest
+writes ``benchmarks/results/emoji/power.json``: for three contrasts in `tasks`, the smallest
 difference that 3, 5 and 8 seeds detect with 80 % power, at the 5 % level and at a third of it,
 Holm's first step for three scenarios. Variances by concept are scaled to the test concepts.
 """
@@ -15,14 +15,18 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 from _record import RESULTS, write_record
 
-from emoji.analysis import PILOT, fit, select
+from emoji.analysis import PILOT, STAGE_1, Question, fit, select
 from emoji.compare import own_rate, scores_table
 from emoji.federation import SEEDS, divide
 from emoji.runs import PACKAGES, Job, parser, run_all
 from emoji.search import read_rates
 
 SCENARIO = "tasks"
-OTHERS = ("pilot_stage1_only", "fedavg_per_task")
+CONTRASTS = (
+    Question("", STAGE_1, (SCENARIO,), "other_task"),
+    Question("", "fedavg_per_task", (SCENARIO,)),
+    Question("", PILOT, (SCENARIO,), method="pilot_auto"),
+)
 NUMBERS = (3, 5, 8)
 """Numbers of seeds."""
 
@@ -33,18 +37,20 @@ def main() -> None:
     rates = read_rates()
     jobs = [
         Job(SCENARIO, seed, method, own_rate(method, rates))
-        for method in (PILOT, *OTHERS)
+        for method in dict.fromkeys(m for q in CONTRASTS for m in (q.method, q.without))
         for seed in SEEDS["validation"]
     ]
-    scores = select(scores_table(run_all(jobs, options)), SCENARIO)
+    scores = scores_table(run_all(jobs, options))
     concepts = len(divide().federated["test"])
     shown = {}
-    for other in OTHERS:
-        found = fit(scores, PILOT, other)
+    for question in CONTRASTS:
+        rows = select(scores, SCENARIO, question.kind)
+        found = fit(rows, question.method, question.without)
         assert found is not None
+        name = f"{question.method} - {question.without}, {question.kind or 'all'}"
         for seeds in NUMBERS:
             expected = found.scaled(seeds=seeds, concepts=concepts)
-            shown[f"{PILOT} - {other}, {seeds} seeds"] = {
+            shown[f"{name}, {seeds} seeds"] = {
                 "single": round(expected.detectable(level=0.05), 4),
                 "corrected": round(expected.detectable(level=0.05 / 3), 4),
             }

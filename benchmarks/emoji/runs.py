@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +23,14 @@ import torch
 
 from pilot_flwr.cli.main import main as pilot_flwr
 from pilot_flwr.config.loading import config_folder
+from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.atomic import write_text
+from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.history import bytes_down, bytes_up
 from pilot_flwr.run.provenance import provenance
 
 FIXED = (
     "simulation.engine=in-process",
-    "evaluation.enabled=false",  # the final models are scored below
     "model.feature_cache.where=disk",  # runs share the visual features
     "run.report=false",
     "run.tensorboard=false",
@@ -37,7 +39,7 @@ PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 DIVERGED = "or `train.lr_scale`."
 """End of the reason of a client whose training diverged: what to lower."""
 
-_LARGE = ("checkpoint", "clients", "aggregations")
+_LARGE = ("checkpoint", "clients")
 """Parts of a run folder that are deleted once its answers are scored."""
 
 
@@ -65,6 +67,11 @@ class JobResult:
     seconds: float
     code: dict[str, Any]
     """Commit and versions."""
+    bytes_up: int = 0
+    """Sent by all clients in all exchanges."""
+    bytes_down: int = 0
+    inputs: str = ""
+    """Hash of base model, federation and the experiment's settings."""
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -87,25 +94,36 @@ def run_all(
     Changes of the code and of `conf/strategy` are not detected: delete ``--out`` to run again. With
     `keep`, run folders keep the trained models.
     """
-    data, out, code = options.data.resolve(), options.out.resolve(), provenance()
-    out.mkdir(parents=True, exist_ok=True)
-    files = {job: out / f"{job.name}-{_inputs(job, data)}.json" for job in jobs}
+    if reason := METRICS["rouge_l"].approximate():
+        raise SystemExit(f"The scores of `describe` would be approximate: {reason}")
+    data, code = options.data.resolve(), provenance()
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = {job: Path(f"{folder_of(job, options)}.json") for job in jobs}  # names have dots
     missing = [job for job, file in files.items() if not file.exists()]
     print(f"{len(missing)} of {len(files)} runs to do, the others are finished.", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
         begun = [pool.submit(_run, job, data, files[job], code, keep) for job in missing]
-        try:
-            for number, ended in enumerate(as_completed(begun), start=1):
-                found = ended.result()
-                state = "finished" if found.scores else "diverged"
-                took = f"{found.seconds:.0f} s"
-                print(
-                    f"{number} of {len(missing)}: {found.job.name} {state} after {took}", flush=True
-                )
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for number, ended in enumerate(as_completed(begun), start=1):
+            print(f"{number} of {len(missing)}: {_outcome(ended)}", flush=True)
+    if failed := [job.name for job, file in files.items() if not file.exists()]:
+        raise SystemExit(f"Without a result, see above: {'; '.join(failed)}")
     return [_read(job, files[job]) for job in jobs]
+
+
+def folder_of(job: Job, options: argparse.Namespace) -> Path:
+    """Return a job's run folder."""
+    folder: Path = options.out.resolve() / f"{job.name}-{_inputs(job, options.data.resolve())}"
+    return folder
+
+
+def _outcome(ended: Future[JobResult]) -> str:
+    """Describe how a run ended."""
+    if error := ended.exception():
+        return f"FAILED: {error!r}"
+    found = ended.result()
+    state = "finished" if found.scores else "diverged"
+    return f"{found.job.name} {state} after {found.seconds:.0f} s"
 
 
 def _inputs(job: Job, data: Path) -> str:
@@ -123,20 +141,30 @@ def _content_hash(file: Path) -> bytes:
 
 def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> JobResult:
     torch.set_num_threads(1)
-    folder = file.parent / job.name
-    answers, log = folder.with_name(f"{job.name}.jsonl"), folder.with_name(f"{job.name}.log")
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, answers, log = (
+        file.with_suffix(""),
+        file.with_suffix(".jsonl"),
+        file.with_suffix(".log"),
+    )
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    for left in file.parent.glob(f"{answers.name}*"):
+        left.unlink()
     words = (f"strategy={job.method}", f"data={data}/{job.scenario}-{job.seed}.yaml")
-    words += (f"seed={job.seed}", f"model.path={data}/base", *FIXED, *job.overrides)
+    # The final models are scored below; but a run must train or evaluate.
+    evaluated = str(job.method == "zero_shot").lower()
+    words += (f"seed={job.seed}", f"model.path={data}/base", f"evaluation.enabled={evaluated}")
+    words += (*FIXED, *job.overrides)
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as text, redirect_stdout(text), redirect_stderr(text):
         failed = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *words])
         if not failed:
             failed = pilot_flwr(["evaluate", str(folder), "--answers", str(answers)])
     if failed and not _diverged(folder):
-        raise RuntimeError(f"{job.name} failed, but not by divergence; see {log}")
+        raise RuntimeError(f"{job.name} failed, but not by divergence: {log}")
     scores = None if failed else _scores(answers.read_text(encoding="utf-8").splitlines())
-    found = JobResult(job, scores, round(time.perf_counter() - started, 1), code)
+    seconds, events = round(time.perf_counter() - started, 1), read_events(folder)
+    sent = (sum(of(events).values()) for of in (bytes_up, bytes_down))
+    found = JobResult(job, scores, seconds, code, *sent, file.stem.rpartition("-")[2])
     write_text(file, json.dumps(asdict(found)))
     for part in () if keep else _LARGE:
         shutil.rmtree(folder / part, ignore_errors=True)

@@ -65,7 +65,7 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
     made["emoji_kinds"] = f"{kinds_table(scores, methods)}\n{source}\n"
     made["emoji_overview"] = overview_table(scores)
-    if set(ABLATIONS) <= set(scores.columns):  # they run last
+    if set(ABLATIONS) <= set(scores.columns):
         made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
         made["emoji_auto"] = auto_table(scores)
         made["emoji_variants"] = variants_table(scores)
@@ -172,13 +172,13 @@ def overview_table(scores: pd.DataFrame) -> str:
 
 def questions_table(scores: pd.DataFrame) -> str:
     """Return a row per registered question and scenario."""
-    rows = [["part of Pilot", "Pilot −", "scenario", "rows", "seeds", "effect", "p", "p (Holm)"]]
+    rows = [["part of Pilot", "contrast", "scenario", "rows", "seeds", "effect", "p", "p (Holm)"]]
     for question, scenario, found, p in answers(scores):
         kind = f" `{question.kind}`" if question.kind else ""
         rows.append(
             [
                 question.part,
-                f"`{question.without}`",
+                f"`{question.method}` − `{question.without}`",
                 TITLES[scenario],
                 f"{found.rows:,}{kind}",
                 str(found.seeds),
@@ -210,7 +210,7 @@ def auto_table(scores: pd.DataFrame) -> str:
     for scenario, verdict in verdicts(scores).items():
         over = [interval_text(verdict.over[rival].difference, sign="+") for rival in RIVALS]
         means = [_score(scores, scenario, method) for method in methods]
-        decided = "yes" if verdict.not_worse else "no"
+        decided = "yes" if verdict.not_worse else "not shown"
         rows.append([TITLES[scenario], *means, *over, p_text(verdict.p), decided])
     return f"{markdown(rows)}\n"
 

@@ -30,7 +30,7 @@ from _record import RESULTS, write_record
 from emoji.analysis import PILOT
 from emoji.compare import own_rate
 from emoji.federation import SAME_TASKS, concept_of, kind_of, write_federation
-from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
+from emoji.runs import PACKAGES, Job, JobResult, folder_of, parser, run_all
 from emoji.search import read_rates
 from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.client.personalization import personalize_as_trained
@@ -171,8 +171,8 @@ def main() -> None:
         RESULTS / "emoji" / "why.json",
         {
             "same_tasks": {m: round(statistics.fmean(of), 4) for m, of in transfer.items()},
-            "swapped": [swapped(open_run(options.out / job.name)) for job in where],
-            "mixed": [mixed(open_run(options.out / job.name)) for job in mixing],
+            "swapped": [swapped(open_run(folder_of(job, options))) for job in where],
+            "mixed": [mixed(open_run(folder_of(job, options))) for job in mixing],
         },
         packages=PACKAGES,
     )
