@@ -26,7 +26,7 @@ from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
 
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
-"""Columns of ``scores.csv.gz`` that name a test row; the others are methods."""
+"""Columns of a table of scores that name a test row; the others are methods."""
 RUN_SECONDS = 105
 """Of one run on a core of an AMD EPYC, two in parallel."""
 
@@ -103,13 +103,18 @@ def write_results(found: Sequence[JobResult], folder: Path = FOLDER) -> None:
     """Write both tables."""
     folder.mkdir(parents=True, exist_ok=True)
     runs_table(found).to_csv(folder / "runs.csv", index=False, lineterminator="\n")
+    write_scores(found, folder / "scores.csv.gz")
+
+
+def write_scores(found: Sequence[JobResult], path: Path) -> None:
+    """Write the table of all scores."""
     text = scores_table(found).to_csv(float_format="%.4g", lineterminator="\n")
-    (folder / "scores.csv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
-def read_scores(folder: Path = FOLDER) -> pd.DataFrame:
-    """Return the committed scores, indexed by scenario, seed, client and row."""
-    return pd.read_csv(folder / "scores.csv.gz", index_col=KEY)
+def read_scores(path: Path) -> pd.DataFrame:
+    """Return scores as `write_scores` wrote them."""
+    return pd.read_csv(path, index_col=KEY)
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/emoji/curves.py
 
-writes ``benchmarks/results/emoji/curves.json``: mean scores of one seed by task and kind of row,
-since the kinds' shares of the test rows vary along a curve. Rates are those of `search`; nothing is
-tested here. The federations of a curve are written into ``--data``.
+writes ``benchmarks/results/emoji/curves.csv.gz``, the score of every test row with one seed, and
+``curves.json``. The kinds' shares of the test rows vary along a curve, so the figure shows them
+apart. Rates are those of `search`; nothing is tested here. The curves' federations are written into
+``--data``.
 """
 
 import sys
@@ -16,11 +17,10 @@ from typing import NamedTuple
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _record import RESULTS, write_record
+from _record import write_record
 
-from emoji.compare import own_rate
+from emoji.compare import FOLDER, own_rate, write_scores
 from emoji.federation import SCENARIOS, SIZE, write_federation
-from emoji.gate import by_kind
 from emoji.runs import PACKAGES, Job, parser, run_all
 from emoji.search import read_rates
 
@@ -88,13 +88,13 @@ def main() -> None:
     """Run, and write the curves."""
     options = parser(__doc__).parse_args()
     write_federations(options.data)
-    asked = [(point, job(point, seed)) for point in points() for seed in DRAWN]
-    found = dict(zip(asked, run_all([one for _, one in asked], options), strict=True))
-    rows = [
-        {**point._asdict(), "seed": one.job.seed, "mean": by_kind(one)}
-        for (point, _), one in found.items()
-    ]
-    write_record(RESULTS / "emoji" / "curves.json", {"points": rows}, packages=PACKAGES)
+    asked = dict.fromkeys(job(point, seed) for point in points() for seed in DRAWN)
+    found = run_all(list(asked), options)
+    write_scores(found, FOLDER / "curves.csv.gz")
+    seconds = round(sum(one.seconds for one in found))
+    write_record(
+        FOLDER / "curves.json", {"runs": len(found), "seconds": seconds}, packages=PACKAGES
+    )
 
 
 if __name__ == "__main__":

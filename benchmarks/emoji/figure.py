@@ -3,10 +3,8 @@
 python benchmarks/emoji/figure.py
 """
 
-import json
-import statistics
+import math
 import sys
-from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 import matplotlib as mpl
 import pandas as pd
-from _record import RESULTS, ROOT
+from _record import ROOT
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from emoji.analysis import EVERYWHERE, PILOT, effect, mean_score, select
-from emoji.compare import read_scores
-from emoji.curves import COMPARED
+from emoji.compare import FOLDER, label_of, read_scores
+from emoji.curves import COMPARED, CURVES, DRAWN, Point, job, points
 from emoji.search import METHODS
 from emoji.tables import TITLES
 
@@ -80,26 +78,23 @@ def draw_methods(scores: pd.DataFrame, out: Path) -> None:
     _save(figure, out)
 
 
-def draw_curves(points: Sequence[Mapping[str, Any]], out: Path) -> None:
+def draw_curves(scores: pd.DataFrame, out: Path) -> None:
     """Draw one panel per scenario and curve: a line per method and kind of test example."""
     figure, panels = plt.subplots(
         len(COMPARED), len(AXES), figsize=(10, 5.2), sharey="row", sharex="col"
     )
     for across, scenario in zip(panels, COMPARED, strict=True):
         for panel, (curve, label) in zip(across, AXES.items(), strict=True):
-            chosen = [p for p in points if (p["scenario"], p["curve"]) == (scenario, curve)]
             for (method, colour), (kind, style) in product(LINES.items(), STYLES.items()):
-                found = [
-                    (p["value"], mean)
-                    for p in chosen
-                    if p["method"] == method and (mean := mean_of_kind(p["mean"], kind)) is not None
-                ]
-                if found:
-                    panel.plot(*zip(*found, strict=True), style, marker=".", color=colour)
+                line = {
+                    point.value: mean_at(scores, point, kind)
+                    for point in points()
+                    if point[:2] == (scenario, curve) and point.method == method
+                }
+                panel.plot(list(line), list(line.values()), style, marker=".", color=colour)
             panel.set_title(TITLES[scenario], fontsize=10, color=INK)
             panel.set_xscale("log")
-            values = sorted({p["value"] for p in chosen})
-            panel.set_xticks(values, [str(value) for value in values])
+            panel.set_xticks(CURVES[curve], [str(value) for value in CURVES[curve]])
             panel.minorticks_off()
             _plain(panel, grid="both")
             if scenario == COMPARED[-1]:
@@ -112,10 +107,12 @@ def draw_curves(points: Sequence[Mapping[str, Any]], out: Path) -> None:
     _save(figure, out, bottom=0.06)
 
 
-def mean_of_kind(scores: Mapping[str, Mapping[str, float]], kind: str) -> float | None:
-    """Return the mean over tasks of a kind's scores; None if there are no such rows."""
-    found = [of["score"] for name, of in scores.items() if name.endswith(f", {kind}")]
-    return statistics.fmean(found) if found else None
+def mean_at(scores: pd.DataFrame, point: Point, kind: str) -> float:
+    """Return the mean over tasks of a kind's rows; NaN if there are none."""
+    one = job(point, DRAWN[0])
+    if label_of(one) not in scores or one.scenario not in scores.index.get_level_values("scenario"):
+        return math.nan
+    return mean_score(select(scores, one.scenario, kind), label_of(one))
 
 
 def _plain(panel: Any, *, grid: str) -> None:
@@ -135,9 +132,8 @@ def main() -> None:
     """Draw both figures."""
     mpl.rcParams |= {"svg.hashsalt": "emoji", "font.size": 9, "text.color": INK}
     mpl.rcParams |= {f"{axis}tick.color": INK for axis in "xy"}
-    draw_methods(read_scores(), ASSETS / "emoji.svg")
-    record = json.loads((RESULTS / "emoji" / "curves.json").read_text())
-    draw_curves(record["results"]["points"], ASSETS / "emoji-curves.svg")
+    draw_methods(read_scores(FOLDER / "scores.csv.gz"), ASSETS / "emoji.svg")
+    draw_curves(read_scores(FOLDER / "curves.csv.gz"), ASSETS / "emoji-curves.svg")
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     if (folder / "power.json").exists():
         made["emoji_power"] = power_table(_record(folder / "power.json"))
     if (folder / "why.json").exists():
-        made["emoji_why"] = why_table(_record(folder / "why.json"))
+        record, scores = _record(folder / "why.json"), read_scores(folder / "why.csv.gz")
+        made["emoji_why"] = why_table(record, scores)
     if not (folder / "scores.csv.gz").exists():
         return made
-    scores = read_scores(folder)
+    scores = read_scores(folder / "scores.csv.gz")
     source = source_of(pd.read_csv(folder / "runs.csv"), _record(folder / "compare.json"))
     methods = [method for method in METHODS if method in scores]
     made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
@@ -111,11 +112,11 @@ def power_table(record: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
-def why_table(record: dict[str, Any]) -> str:
-    """Return the tables of ``why.json``; exchanged parts and terms are means over seeds."""
+def why_table(record: dict[str, Any], scores: pd.DataFrame) -> str:
+    """Return the tables of transfer between tasks; exchanged parts and terms are means of seeds."""
     results = record["results"]
     rows = [["three equal tasks: method", "mean on `other_task`"]]
-    rows += [[f"`{method}`", f"{mean:.3f}"] for method, mean in results["same_tasks"].items()]
+    rows += [[f"`{m}`", _score(scores, "same_tasks", m, "other_task")] for m in scores]
     sides = list(results["swapped"][0])
     parts = [["`fedavg_per_task` with", *(f"concepts of {side}" for side in sides)]]
     for part in results["swapped"][0][sides[0]]:

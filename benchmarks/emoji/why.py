@@ -2,10 +2,10 @@
 
     python benchmarks/emoji/why.py
 
-writes ``benchmarks/results/emoji/why.json``:
+writes ``benchmarks/results/emoji/why.csv.gz``, the score of every test row of three tasks with
+identical questions and answers: another task's adapter and LoRA have learnt exactly what the
+client is tested on in the rows ``other_task``. ``why.json`` has:
 
-- `same_tasks`: mean scores on the rows ``other_task`` of three tasks with identical questions and
-  answers. Another task's adapter and LoRA have learnt exactly what the client is tested on.
 - `swapped`: the scores of `fedavg_per_task` on these tasks with each combination of its own and
   another task's adapter and LoRA, on concepts that only the other task trains on and, as a control,
   on concepts of both.
@@ -25,12 +25,12 @@ if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from _record import RESULTS, write_record
+from _record import write_record
 
 from emoji.analysis import PILOT
-from emoji.compare import own_rate
-from emoji.federation import SAME_TASKS, concept_of, kind_of, write_federation
-from emoji.runs import PACKAGES, Job, JobResult, folder_of, parser, run_all
+from emoji.compare import FOLDER, own_rate, write_scores
+from emoji.federation import SAME_TASKS, concept_of, write_federation
+from emoji.runs import PACKAGES, Job, folder_of, parser, run_all
 from emoji.search import read_rates
 from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.client.personalization import personalize_as_trained
@@ -62,13 +62,6 @@ METHODS = (
 SEEDS = (0, 1)
 NAME = "same_tasks"
 CPU = torch.device("cpu")
-
-
-def on_other_rows(found: JobResult) -> float:
-    """Return the mean over the rows ``other_task``."""
-    assert found.scores is not None, f"{found.job.name} diverged"
-    rows = [item for of in found.scores.values() for item in of.items()]
-    return statistics.fmean(score for row, score in rows if kind_of(row) == "other_task")
 
 
 def swapped(run: Run) -> dict[str, dict[str, float]]:
@@ -159,18 +152,15 @@ def main() -> None:
     jobs = [
         Job(NAME, seed, method, own_rate(method, rates)) for method in METHODS for seed in SEEDS
     ]
-    transfer = defaultdict(list)
-    for one in run_all(jobs, options, keep=True):
-        transfer[one.job.method].append(on_other_rows(one))
+    write_scores(run_all(jobs, options, keep=True), FOLDER / "why.csv.gz")
     where = [
         Job(NAME, seed, "fedavg_per_task", own_rate("fedavg_per_task", rates)) for seed in SEEDS
     ]
     mixing = [Job("tasks", seed, PILOT, own_rate(PILOT, rates)) for seed in SEEDS]
     run_all(mixing, options, keep=True)
     write_record(
-        RESULTS / "emoji" / "why.json",
+        FOLDER / "why.json",
         {
-            "same_tasks": {m: round(statistics.fmean(of), 4) for m, of in transfer.items()},
             "swapped": [swapped(open_run(folder_of(job, options))) for job in where],
             "mixed": [mixed(open_run(folder_of(job, options))) for job in mixing],
         },

@@ -219,7 +219,7 @@ def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
     other = runs.JobResult(runs.Job("tasks", 0, "b", ("r=1", "x=1")), None, 2.0, code)
     elsewhere = runs.JobResult(runs.Job("both", 0, "a"), {"x-0": {"house/1": 1.0}}, 2.0, code)
     compare.write_results([one, other, elsewhere], tmp_path)
-    scores = compare.read_scores(tmp_path)
+    scores = compare.read_scores(tmp_path / "scores.csv.gz")
     assert dict(scores.loc[("tasks", 0, "x-0", "same/1")]) == {"a": 0.25, "b x=1": 0}  # diverged
     assert math.isnan(scores.loc[("both", 0, "x-0", "house/1"), "b x=1"])  # did not run
     table = pd.read_csv(tmp_path / "runs.csv")
@@ -239,6 +239,28 @@ def test_a_curves_middle_is_a_run_of_the_comparison(emoji, rates):
         four = point.value == 4 and point.scenario == "tasks"  # one of Pilot's further settings
         assert (job in compared) == (middle or four)
     assert len(set(found.values()) - compared) == 2 * (4 * 4 + 2 * 5 + 3) - 1
+
+
+def test_the_figures_need_no_complete_results(emoji, rates, tmp_path):
+    analysis, compare, curves, figure = map(emoji, ("analysis", "compare", "curves", "figure"))
+    made = made_scores(2)
+    scores = pd.concat(
+        {
+            s: made.rename(columns={"a": "pilot", "b": "fedit"}).droplevel("scenario")
+            for s in SCENARIOS
+        },
+        names=["scenario"],
+    )
+    figure.draw_methods(scores, tmp_path / "methods.svg")
+    figure.draw_curves(scores.assign(local=np.nan), tmp_path / "curves.svg")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("methods.svg", "curves.svg"))
+    (point,) = [
+        p for p in curves.points() if p[:3] == ("tasks", "concepts", 200) and p[3] == "pilot"
+    ]
+    expected = analysis.mean_score(analysis.select(scores, "tasks", "same"), "pilot")
+    assert figure.mean_at(scores, point, "same") == expected
+    assert math.isnan(figure.mean_at(scores, point, "other_task"))
+    assert compare.label_of(curves.job(point, 0)) == "pilot"
 
 
 def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
