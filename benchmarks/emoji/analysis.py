@@ -243,14 +243,14 @@ def verdicts(scores: pd.DataFrame) -> dict[str, Verdict]:
     over: dict[str, dict[str, Effect]] = {}
     for scenario in EVERYWHERE:
         rows = select(scores, scenario)
-        effects = {rule: effect(rows, "pilot_auto", rule) for rule in RIVALS}
-        over[scenario] = {rule: one for rule, one in effects.items() if one is not None}
+        effects = {rival: effect(rows, "pilot_auto", rival) for rival in RIVALS}
+        over[scenario] = {rival: one for rival, one in effects.items() if one is not None}
     tested = [scenario for scenario in TASKS_DIFFER if ALL in over[scenario]]
     adjusted = holm([over[scenario][ALL].p_above() for scenario in tested])
     p = dict(zip(tested, adjusted, strict=True))
     return {
         scenario: Verdict(
-            of, p.get(scenario), all(of[r].surely_above(-MARGIN) for r in RIVALS if r in of)
+            of, p.get(scenario), all(one.surely_above(-MARGIN) for one in of.values())
         )
         for scenario, of in over.items()
         if len(of) == len(RIVALS)

@@ -81,9 +81,8 @@ def runs_table(found: Iterable[JobResult]) -> pd.DataFrame:
     )
 
 
-def scores_table(found: Iterable[JobResult]) -> pd.DataFrame:
+def scores_table(found: Sequence[JobResult]) -> pd.DataFrame:
     """Return a row per test row and a column per method; a diverged run scores 0 on every row."""
-    found = list(found)
     columns: dict[str, dict[tuple[str, int, str, str], float]] = {}
     for one in found:
         column = columns.setdefault(label_of(one.job), {})

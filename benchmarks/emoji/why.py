@@ -6,9 +6,9 @@ writes ``benchmarks/results/emoji/why.csv.gz``, the score of every test row of t
 identical questions and answers: another task's adapter and LoRA have learnt exactly what the
 client is tested on in the rows ``other_task``. ``why.json`` has:
 
-- `swapped`: the scores of `fedavg_per_task` on these tasks with each combination of its own and
-  another task's adapter and LoRA, on concepts that only the other task trains on and, as a control,
-  on concepts of both.
+- `swapped`: scores of `fedavg_per_task` when a task uses its own or another task's adapter, and its
+  own or the other's LoRA. Tested on concepts that only the other task trains on and, as a control,
+  on concepts that both train on.
 - `mixed`: in Pilot's stage 2 in `tasks`, the router's entropy divided by log T, and the root mean
   square of each term of x_img divided by that of the base's projector's output.
 """
@@ -74,18 +74,18 @@ def swapped(run: Run) -> dict[str, dict[str, float]]:
         sides = {"other task": known[other] - known[own], "both tasks": known[own] & known[other]}
         received = {task: run.received(select_consensus(run, task)) for task in (own, other)}
         whose = {own: "own", other: "other"}
+        model = load_model(run, select_consensus(run, own), device=CPU)
+        answerer = Answerer(run.config, model, keep=True)
         for adapter, lora in product((own, other), repeat=2):
             parts = replace(
                 received[own],
                 adapters={own: received[adapter].adapters[adapter]},
                 lora=received[lora].lora,
             )
-            model = load_model(run, select_consensus(run, own), device=CPU)
             personalize_as_trained(model, None, parts)
-            model.eval()
             for side, concepts in sides.items():
                 examples = [asked[concept] for concept in sorted(concepts & set(asked))]
-                answers = Answerer(run.config, model)(examples)
+                answers = answerer(examples)
                 references = [tuple(example.answers) for example in examples]
                 found = METRICS["exact_match"].score(answers, references).each
                 scores[side][f"{whose[adapter]} adapter, {whose[lora]} LoRA"] += found

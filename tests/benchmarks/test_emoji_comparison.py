@@ -339,7 +339,7 @@ def test_a_failing_run_ends_the_command_but_not_the_others(emoji, tiny, capsys):
 
 @pytest.mark.slow
 def test_swapped_parts_are_the_other_tasks(emoji, tiny, monkeypatch):
-    """A model of its own parts scores as in the run; entropy and terms of stage 2 are computed."""
+    """Without a swap, scores equal those of the run. `mixed` reports every term of stage 2."""
     federation, runs, why = emoji("federation"), emoji("runs"), emoji("why")
     from pilot_flwr.inference.runs import open_run
 
