@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+
+from pilot_flwr.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = ("houses", "tasks", "untold", "both")
@@ -279,6 +282,8 @@ def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
 @pytest.fixture
 def tiny(emoji, monkeypatch, tmp_path):
     """A base of two steps, pictures, and the federation `name` of clients with 60 concepts."""
+    exact = replace(METRICS["rouge_l"], approximate=lambda: "")  # not in the runs
+    monkeypatch.setitem(METRICS, "rouge_l", exact)
     base, federation = emoji("base"), emoji("federation")
     from transformers import EfficientNetModel
 
@@ -297,6 +302,13 @@ def tiny(emoji, monkeypatch, tmp_path):
 
 
 SHORT = ("strategy.rounds=1", "evaluation.max_new_tokens=2")
+
+
+def test_approximate_scores_are_refused(emoji, monkeypatch, tmp_path):
+    approximate = replace(METRICS["rouge_l"], approximate=lambda: "there is no Java")
+    monkeypatch.setitem(METRICS, "rouge_l", approximate)
+    with pytest.raises(SystemExit, match="`describe` would be approximate: there is no Java"):
+        emoji("runs").run_all([], argparse.Namespace(data=tmp_path, out=tmp_path))
 
 
 @pytest.mark.slow
