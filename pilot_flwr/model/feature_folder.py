@@ -6,6 +6,9 @@ the folder is full, the least recently used entries are removed, except those us
 began: training visits all images in every epoch, for which keeping the first entries is the best
 fixed policy.
 
+A file holds the size of all entries. It is absent while entries are written, so after a crash the
+next user of the folder measures it anew; otherwise opening a folder does not read its entries.
+
 Entries can be recreated, so they are not flushed to disk as states are. An entry with a wrong
 checksum counts as absent. If the folder cannot be written, this is reported once and nothing more
 is stored.
@@ -72,11 +75,12 @@ class FeatureFolder:
             self._locked(lambda: self._put(entries))
 
     def _open(self) -> None:
-        remove_leftovers(self.folder)
-        self._write_size(self._prune(0))
+        used = self._read_size()
+        self._write_size(used if used <= self.limit else self._prune(0))
 
     def _put(self, entries: Mapping[str, Tensor]) -> None:
         used = self._read_size()
+        (self.folder / _SIZE).unlink(missing_ok=True)
         for name, features in entries.items():
             used = self._add(self._path(name), features, used)
         self._write_size(used)
@@ -140,9 +144,11 @@ class FeatureFolder:
         self._stores = False
 
     def _read_size(self) -> int:
+        """Return the size of all entries; if it is unknown, clean up and measure it."""
         try:
             return int((self.folder / _SIZE).read_text())
         except (OSError, ValueError):
+            remove_leftovers(self.folder)
             return self._prune(0)
 
     def _write_size(self, used: int) -> None:
