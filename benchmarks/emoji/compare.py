@@ -3,7 +3,8 @@
     python benchmarks/emoji/compare.py
 
 writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with the
-score of every test example by each method, and ``compare.json``. Every method uses the scale that
+score of every test example by each method, ``neighbors.csv`` with the neighbours that Pilot chose,
+and ``compare.json``. Every method uses the scale that
 ``search.py`` chose for it. Repeat the command to resume.
 """
 
@@ -20,13 +21,17 @@ import pandas as pd
 from _record import RESULTS, write_record
 
 from emoji.analysis import ABLATIONS, EVERYWHERE, PILOT, TASKS_DIFFER
-from emoji.federation import SEEDS
+from emoji.federation import SCENARIOS, SEEDS, number_of, task_of
 from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
 
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
 """Columns of a table of scores that name a test row; the others are methods."""
+CHOOSING = (PILOT, "pilot_auto")
+"""Methods whose neighbours depend on distances."""
+NEIGHBORS = ("neighbors", "of_its_task", "of_its_house")
+"""Columns of ``neighbors.csv`` after scenario, seed and method."""
 RUN_SECONDS = 105
 """Of one run on a core of an AMD EPYC, two in parallel."""
 
@@ -98,11 +103,39 @@ def scores_table(found: Sequence[JobResult]) -> pd.DataFrame:
     return table
 
 
+def neighbors_table(found: Iterable[JobResult]) -> pd.DataFrame:
+    """Return a row per run of `CHOOSING`: a client's neighbours, in number and of its own kind.
+
+    Numbers are means over clients and exchanges.
+    """
+    rows = []
+    for one in found:
+        if label_of(one.job) not in CHOOSING or not one.neighbors:
+            continue
+        house_of = SCENARIOS[one.job.scenario].house
+        pairs = [
+            (client, other)
+            for exchange in one.neighbors
+            for client, others in exchange.items()
+            for other in others
+        ]
+        counts = (
+            len(pairs),
+            sum(task_of(a) == task_of(b) for a, b in pairs),
+            sum(house_of(number_of(a)) == house_of(number_of(b)) for a, b in pairs),
+        )
+        clients = sum(map(len, one.neighbors))
+        means = (round(count / clients, 3) for count in counts)
+        rows.append([one.job.scenario, one.job.seed, one.job.method, *means])
+    return pd.DataFrame(rows, columns=[*KEY[:2], "method", *NEIGHBORS])
+
+
 def write_results(found: Sequence[JobResult], folder: Path = FOLDER) -> None:
-    """Write both tables."""
+    """Write the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     runs_table(found).to_csv(folder / "runs.csv", index=False, lineterminator="\n")
     write_scores(found, folder / "scores.csv.gz")
+    neighbors_table(found).to_csv(folder / "neighbors.csv", index=False, lineterminator="\n")
 
 
 def write_scores(found: Sequence[JobResult], path: Path) -> None:

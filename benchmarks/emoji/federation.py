@@ -66,6 +66,10 @@ class Scenario:
         """Return the wordings of a task's question."""
         return QUESTIONS[asked(task) if self.told else "name"]
 
+    def house(self, number: int) -> str:
+        """Return the house of a task's client."""
+        return self.houses[number % len(self.houses)]
+
 
 def asked(task: str) -> str:
     """Return the task whose questions and answers a task has: ``name`` for ``name_b``."""
@@ -121,6 +125,11 @@ def task_of(client: str) -> str:
     return client.rpartition("-")[0]
 
 
+def number_of(client: str) -> int:
+    """Return a client's number within its task."""
+    return int(client.rpartition("-")[2])
+
+
 def kind_of(row: str) -> str:
     """Return the kind of a test row's id."""
     return row.partition("/")[0]
@@ -174,7 +183,7 @@ def draw(
     return {
         task: [
             Share(
-                scenario.houses[client % len(scenario.houses)],
+                scenario.house(client),
                 tuple(_rng("concepts", seed, task, client).permutation(concepts)[:size]),
             )
             for client in range(scenario.clients_per_task)

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -24,8 +24,10 @@ import torch
 from pilot_flwr.cli.main import main as pilot_flwr
 from pilot_flwr.config.loading import config_folder
 from pilot_flwr.metrics import METRICS
+from pilot_flwr.run.aggregations import read_matrices
 from pilot_flwr.run.atomic import write_text
 from pilot_flwr.run.directory import read_events
+from pilot_flwr.run.events import Aggregated, Event, select
 from pilot_flwr.run.history import bytes_down, bytes_up
 from pilot_flwr.run.provenance import provenance
 
@@ -41,6 +43,10 @@ DIVERGED = "or `train.lr_scale`."
 
 _LARGE = ("checkpoint", "clients")
 """Parts of a run folder that are deleted once its answers are scored."""
+
+
+Neighbors = Mapping[str, Sequence[str]]
+"""Client → the other clients in its mixture of LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class JobResult:
     bytes_down: int = 0
     inputs: str = ""
     """Hash of base model, federation and the experiment's settings."""
+    neighbors: Sequence[Neighbors] = ()
+    """Of every exchange that mixed LoRAs."""
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -164,7 +172,8 @@ def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> 
     scores = None if failed else _scores(answers.read_text(encoding="utf-8").splitlines())
     seconds, events = round(time.perf_counter() - started, 1), read_events(folder)
     sent = (sum(of(events).values()) for of in (bytes_up, bytes_down))
-    found = JobResult(job, scores, seconds, code, *sent, file.stem.rpartition("-")[2])
+    inputs = file.stem.rpartition("-")[2]
+    found = JobResult(job, scores, seconds, code, *sent, inputs, _neighbors(folder, events))
     write_text(file, json.dumps(asdict(found)))
     for part in () if keep else _LARGE:
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -178,6 +187,20 @@ def _diverged(folder: Path) -> bool:
     except OSError:
         return False
     return any(DIVERGED in json.dumps(failure) for failure in failures)
+
+
+def _neighbors(folder: Path, events: Sequence[Event]) -> list[Neighbors]:
+    found = (read_matrices(folder, event) for event in select(events, Aggregated))
+    return [
+        {
+            client: [
+                o for o, weight in zip(mixed.clients, row, strict=True) if weight and o != client
+            ]
+            for client, row in zip(mixed.clients, mixed.weights, strict=True)
+        }
+        for mixed in found
+        if mixed is not None
+    ]
 
 
 def _scores(lines: Iterable[str]) -> dict[str, dict[str, float]]:

@@ -233,6 +233,23 @@ def test_the_results_tables_have_every_run_and_row(emoji, tmp_path):
     assert (tmp_path / "scores.csv.gz").read_bytes() == first
 
 
+def test_neighbours_are_counted_by_task_and_house(emoji):
+    compare, runs = emoji("compare"), emoji("runs")
+    first = {"name-0": ["name-1", "group-0"], "name-1": ["name-0", "name-2"], "group-0": []}
+    second = {"name-0": ["name-1", "group-0"], "name-1": ["name-0"], "group-0": ["name-1"]}
+    job, auto = (runs.Job("both", 1, method) for method in ("pilot", "pilot_auto"))
+    chosen = {"neighbors": [first, second]}
+    found = [
+        runs.JobResult(job, {}, 1.0, {}, **chosen),
+        runs.JobResult(auto, None, 1.0, {}),  # diverged in the first exchange
+        runs.JobResult(replace(job, overrides=("r=1", "x=1")), {}, 1.0, {}, **chosen),
+        runs.JobResult(replace(job, method="fedit"), {}, 1.0, {}, **chosen),
+    ]
+    table = compare.neighbors_table(found)
+    # 8 neighbours in 6 mixtures: 5 of the own task, 2 of the own house
+    assert table.values.tolist() == [["both", 1, "pilot", 1.333, 0.833, 0.333]]
+
+
 def test_a_curves_middle_is_a_run_of_the_comparison(emoji, rates):
     curves, compare = emoji("curves"), emoji("compare")
     compared = set(compare.jobs([0]))
