@@ -27,7 +27,7 @@ PAGES = {
     "docs/how-to/many-clients.md": ("clients",),
     "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
     "docs/explanation/scenarios.md": ("rates",),
-    "docs/explanation/emoji.md": ("emoji_gate", "emoji_rates"),
+    "docs/explanation/emoji.md": ("emoji_gate", "emoji_rates", "emoji_power"),
     "docs/explanation/scale.md": ("aggregation", "sketch"),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan", "training_step"),
 }
