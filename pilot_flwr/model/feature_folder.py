@@ -6,8 +6,9 @@ the folder is full, the least recently used entries are removed, except those us
 began: training visits all images in every epoch, for which keeping the first entries is the best
 fixed policy.
 
-A file holds the size of all entries. It is absent while entries are written, so after a crash the
-next user of the folder measures it anew; otherwise opening a folder does not read its entries.
+A file holds the size of all entries, so that opening a folder does not list them. It is absent
+while entries are written: if a writer is killed, the next user of the folder measures the size
+again. It is too large after a damaged entry was removed, until the folder is full and is measured.
 
 Entries can be recreated, so they are not flushed to disk as states are. An entry with a wrong
 checksum counts as absent. If the folder cannot be written, this is reported once and nothing more
@@ -33,7 +34,7 @@ from pilot_flwr.run.atomic import hold, remove_leftovers
 RESERVE = 2**30
 """Bytes of disk space kept free for private states and results."""
 
-_LOCK, _SIZE = ".lock", ".size"
+_LOCK, _SIZE = ".lock", ".bytes"
 _PATIENCE_SECONDS = 60.0
 
 
@@ -75,8 +76,8 @@ class FeatureFolder:
             self._locked(lambda: self._put(entries))
 
     def _open(self) -> None:
-        used = self._read_size()
-        self._write_size(used if used <= self.limit else self._prune(0))
+        if self._read_size() > self.limit:
+            self._write_size(self._prune(0))
 
     def _put(self, entries: Mapping[str, Tensor]) -> None:
         used = self._read_size()
@@ -149,7 +150,9 @@ class FeatureFolder:
             return int((self.folder / _SIZE).read_text())
         except (OSError, ValueError):
             remove_leftovers(self.folder)
-            return self._prune(0)
+            used = self._prune(0)
+            self._write_size(used)
+            return used
 
     def _write_size(self, used: int) -> None:
         (self.folder / _SIZE).write_text(str(used))

@@ -87,33 +87,41 @@ def test_a_lower_bound_holds_from_the_start(make):
 def test_a_killed_writers_leftovers_are_removed_and_the_size_is_measured(
     make, tmp_path, monkeypatch
 ):
-    folder = make(3)
-    folder.put({"a": FEATURES})
+    make(4).put({"a": FEATURES})
+    replaced = []
+
+    def replace_once(*paths):
+        if replaced:
+            raise KeyboardInterrupt
+        replaced.append(paths)
+        os.rename(*paths)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", interrupt)
-        folder.put({"b": FEATURES})
+        patch.setattr(os, "replace", replace_once)
+        make(4).put({"b": FEATURES, "c": FEATURES})
     (tmp_path / ".x.safetensors.123.tmp").write_bytes(b"0" * 5000)
-    folder = make(3)
-    assert int((tmp_path / ".size").read_text()) == total(folder) > 0
+    folder = make(4)
+    assert names(folder, "abc") == set("ab")
+    assert int((tmp_path / ".bytes").read_text()) == total(folder)
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("wrong", ["", "x", "99999999"])
-def test_a_wrong_size_is_mended(make, tmp_path, wrong):
+def test_a_size_that_is_unreadable_or_above_the_limit_is_measured(make, tmp_path, wrong):
     make(3).put({"a": FEATURES})
-    (tmp_path / ".size").write_text(wrong)
+    (tmp_path / ".bytes").write_text(wrong)
     folder = make(3)
-    assert int((tmp_path / ".size").read_text()) == total(folder) > 0
+    assert int((tmp_path / ".bytes").read_text()) == total(folder) > 0
 
 
-def test_opening_a_folder_does_not_look_at_its_entries(make, monkeypatch):
+def test_opening_a_folder_does_not_list_its_entries(make, monkeypatch):
     make().put({"a": FEATURES})
-    monkeypatch.setattr(Path, "glob", interrupt)
-    monkeypatch.setattr(os, "scandir", interrupt)
+
+    def unexpected(*_):
+        raise AssertionError("The folder was listed.")
+
+    monkeypatch.setattr(Path, "glob", unexpected)
+    monkeypatch.setattr(os, "scandir", unexpected)
     assert torch.equal(make().get("a"), FEATURES)
 
 
@@ -150,7 +158,7 @@ def test_two_writers_share_a_folder_and_its_bound(tmp_path, writer):
         done = [pool.submit(write_and_read, str(tmp_path), first, limit) for first in (0, 10)]
         assert [future.result(timeout=120) for future in done] == [None, None]
     sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
-    assert 20 * SIZE < int((tmp_path / ".size").read_text()) == sum(sizes) <= limit
+    assert 20 * SIZE < int((tmp_path / ".bytes").read_text()) == sum(sizes) <= limit
 
 
 def test_a_folder_that_cannot_be_made_is_reported_and_left_alone(tmp_path, told):

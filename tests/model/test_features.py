@@ -118,7 +118,7 @@ def test_kept_files_are_not_flushed_and_leave_nothing_beside_them(
     monkeypatch.setattr("os.fsync", flush)
     cache(tmp_path, "disk").encode(counted[0], processor, examples)
     kept = [path.suffix or path.name for path in tmp_path.iterdir()]
-    assert sorted(kept) == [".lock", *[".safetensors"] * len(examples), ".size"]
+    assert sorted(kept) == [".bytes", ".lock", *[".safetensors"] * len(examples)]
 
 
 def test_a_torn_or_changed_file_counts_as_absent(tmp_path, counted, processor, examples):
