@@ -3,8 +3,8 @@
     python benchmarks/emoji/compare.py
 
 writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with the
-score of every test example by each method, ``neighbors.csv`` with the neighbours that Pilot chose,
-and ``compare.json``. Every method uses the scale that
+score of every test example by each method, ``neighbors.csv`` with the numbers of neighbours of
+`pilot` and `pilot_auto`, and ``compare.json``. Every method uses the scale that
 ``search.py`` chose for it. Repeat the command to resume.
 """
 
@@ -22,18 +22,16 @@ from _record import RESULTS, write_record
 
 from emoji.analysis import ABLATIONS, EVERYWHERE, PILOT, TASKS_DIFFER
 from emoji.federation import SCENARIOS, SEEDS, number_of, task_of
-from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
+from emoji.runs import PACKAGES, Job, JobResult, parser, run_all, time_of
 from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
 
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
 """Columns of a table of scores that name a test row; the others are methods."""
 CHOOSING = (PILOT, "pilot_auto")
-"""Methods whose neighbours depend on distances."""
+"""Methods whose neighbours are counted."""
 NEIGHBORS = ("neighbors", "of_its_task", "of_its_house")
 """Columns of ``neighbors.csv`` after scenario, seed and method."""
-RUN_SECONDS = 105
-"""Of one run on a core of an AMD EPYC, two in parallel."""
 
 
 def jobs(seeds: Sequence[int]) -> list[Job]:
@@ -104,14 +102,16 @@ def scores_table(found: Sequence[JobResult]) -> pd.DataFrame:
 
 
 def neighbors_table(found: Iterable[JobResult]) -> pd.DataFrame:
-    """Return a row per run of `CHOOSING`: a client's neighbours, in number and of its own kind.
+    """Count neighbours, all and those of the client's own task or house, in runs of `CHOOSING`.
 
-    Numbers are means over clients and exchanges.
+    Numbers are means over clients and exchanges. Diverged runs are left out.
     """
     rows = []
     for one in found:
-        if label_of(one.job) not in CHOOSING or not one.neighbors:
+        if label_of(one.job) not in CHOOSING or one.scores is None:
             continue
+        if one.neighbors is None:
+            raise SystemExit(f"{one.job.name} has no neighbours: delete its result and run again.")
         house_of = SCENARIOS[one.job.scenario].house
         pairs = [
             (client, other)
@@ -124,8 +124,8 @@ def neighbors_table(found: Iterable[JobResult]) -> pd.DataFrame:
             sum(task_of(a) == task_of(b) for a, b in pairs),
             sum(house_of(number_of(a)) == house_of(number_of(b)) for a, b in pairs),
         )
-        clients = sum(map(len, one.neighbors))
-        means = (round(count / clients, 3) for count in counts)
+        mixtures = sum(map(len, one.neighbors))
+        means = (round(count / mixtures, 3) for count in counts)
         rows.append([one.job.scenario, one.job.seed, one.job.method, *means])
     return pd.DataFrame(rows, columns=[*KEY[:2], "method", *NEIGHBORS])
 
@@ -155,10 +155,8 @@ def main() -> None:
     made.add_argument("--seeds", type=int, nargs="*", default=[*SEEDS["test"]], help="seeds")
     options = made.parse_args()
     asked = jobs(options.seeds)
-    hours = len(asked) * RUN_SECONDS / options.jobs / 3600
-    print(
-        f"{len(asked)} runs, {options.jobs} in parallel: about {hours:.1f} h if none has finished."
-    )
+    whole = time_of(len(asked), options.jobs)
+    print(f"{len(asked)} runs, {options.jobs} in parallel: {whole} if none has finished.")
     found: list[JobResult] = []
     for seed in options.seeds:
         print(f"Seed {seed}:")

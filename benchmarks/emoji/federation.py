@@ -67,7 +67,7 @@ class Scenario:
         return QUESTIONS[asked(task) if self.told else "name"]
 
     def house(self, number: int) -> str:
-        """Return the house of a task's client."""
+        """Return the house of the client with a number within its task."""
         return self.houses[number % len(self.houses)]
 
 

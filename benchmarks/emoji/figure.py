@@ -1,10 +1,11 @@
-"""Draw every method's mean on the emoji federations: ``docs/assets/emoji.svg``.
+"""Draw the emoji federations' pictures, every method's mean and the curves into ``docs/assets``.
 
 python benchmarks/emoji/figure.py
 """
 
 import math
 import sys
+import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from matplotlib.lines import Line2D
 from emoji.analysis import EVERYWHERE, PILOT, effect, mean_score, select
 from emoji.compare import FOLDER, label_of, read_scores
 from emoji.curves import COMPARED, CURVES, DRAWN, Point, job, points
+from emoji.federation import HOUSES, write_pictures
 from emoji.search import METHODS
 from emoji.tables import TITLES
 
@@ -47,6 +49,34 @@ AXES = {
 }
 
 
+SHOWN = (
+    "1f42f",
+    "1f34e",
+    "1f6f5",
+    "1f960",
+    "1f5dd",
+    "26f4",
+    "1f3a5",
+    "1f993",
+    "23f3",
+    "1f408-200d-2b1b",
+)
+"""Concepts that `draw_houses` shows."""
+
+
+def draw_houses(out: Path) -> None:
+    """Draw some concepts, a row per house."""
+    figure, rows = plt.subplots(len(HOUSES), len(SHOWN), figsize=(10, 3.1))
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder))
+        for panels, house in zip(rows, HOUSES, strict=True):
+            for panel, concept in zip(panels, SHOWN, strict=True):
+                panel.imshow(plt.imread(Path(folder) / house / f"{concept}.png"))
+                panel.set_axis_off()
+            panels[0].text(-0.2, 0.5, house, transform=panels[0].transAxes, ha="right", va="center")
+    _save(figure, out)
+
+
 def draw_methods(scores: pd.DataFrame, out: Path) -> None:
     """Draw one panel per scenario: a dot per method, with the interval of method − Pilot."""
     methods = [method for method in METHODS if method in scores][::-1]
@@ -68,7 +98,7 @@ def draw_methods(scores: pd.DataFrame, out: Path) -> None:
         panel.set_title(TITLES[scenario], fontsize=10, color=INK)
         _plain(panel, grid="y")
     panels[0].set_yticks(range(len(methods)), methods)
-    panels[0].set_xlim(left=0)
+    panels[0].set_xlim(left=-0.03)
     figure.supxlabel(
         "mean score on concepts that only other clients train on; bars: 95 % interval of the "
         "difference to Pilot (line)",
@@ -129,9 +159,10 @@ def _save(figure: Any, out: Path, *, bottom: float = 0.0) -> None:
 
 
 def main() -> None:
-    """Draw both figures."""
+    """Draw all figures."""
     mpl.rcParams |= {"svg.hashsalt": "emoji", "font.size": 9, "text.color": INK}
     mpl.rcParams |= {f"{axis}tick.color": INK for axis in "xy"}
+    draw_houses(ASSETS / "emoji-houses.png")
     draw_methods(read_scores(FOLDER / "scores.csv.gz"), ASSETS / "emoji.svg")
     draw_curves(read_scores(FOLDER / "curves.csv.gz"), ASSETS / "emoji-curves.svg")
 

@@ -8,6 +8,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -23,6 +24,7 @@ import torch
 
 from pilot_flwr.cli.main import main as pilot_flwr
 from pilot_flwr.config.loading import config_folder
+from pilot_flwr.formatting import human_seconds
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.run.aggregations import read_matrices
 from pilot_flwr.run.atomic import write_text
@@ -40,6 +42,9 @@ FIXED = (
 PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 DIVERGED = "or `train.lr_scale`."
 """End of the reason of a client whose training diverged: what to lower."""
+
+RUN_SECONDS = 105
+"""Of one run with nine clients on a core of an AMD EPYC, two in parallel."""
 
 _LARGE = ("checkpoint", "clients")
 """Parts of a run folder that are deleted once its answers are scored."""
@@ -78,8 +83,8 @@ class JobResult:
     bytes_down: int = 0
     inputs: str = ""
     """Hash of base model, federation and the experiment's settings."""
-    neighbors: Sequence[Neighbors] = ()
-    """Of every exchange that mixed LoRAs."""
+    neighbors: Sequence[Neighbors] | None = None
+    """Of every exchange that mixed LoRAs; None in results of earlier versions."""
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -108,7 +113,8 @@ def run_all(
     options.out.mkdir(parents=True, exist_ok=True)
     files = {job: Path(f"{folder_of(job, options)}.json") for job in jobs}  # names have dots
     missing = [job for job, file in files.items() if not file.exists()]
-    print(f"{len(missing)} of {len(files)} runs to do, the others are finished.", flush=True)
+    time_left = time_of(len(missing), options.jobs)
+    print(f"{len(missing)} of {len(files)} runs to do: {time_left}.", flush=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
         begun = [pool.submit(_run, job, data, files[job], code, keep) for job in missing]
@@ -117,6 +123,11 @@ def run_all(
     if failed := [job.name for job, file in files.items() if not file.exists()]:
         raise SystemExit(f"Without a result, see above: {'; '.join(failed)}")
     return [_read(job, files[job]) for job in jobs]
+
+
+def time_of(number: int, jobs: int) -> str:
+    """Estimate the time of a number of runs, `jobs` in parallel."""
+    return f"about {human_seconds(math.ceil(number / jobs) * RUN_SECONDS)}"
 
 
 def folder_of(job: Job, options: argparse.Namespace) -> Path:

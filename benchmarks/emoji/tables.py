@@ -1,9 +1,10 @@
-"""Tables of the emoji federations: gate, search, methods, kinds of rows, questions."""
+"""Tables of the results on the emoji federations."""
 
 import json
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from emoji.analysis import (
     select,
     verdicts,
 )
-from emoji.compare import read_scores
+from emoji.compare import CHOOSING, NEIGHBORS, read_scores
 from emoji.search import CANDIDATES, METHODS, chosen, searched
+from pilot_flwr.formatting import count
 from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.compare import interval_text, p_text
 
@@ -69,6 +71,7 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     if set(ABLATIONS) <= set(scores.columns):
         made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
         made["emoji_auto"] = auto_table(scores)
+        made["emoji_neighbors"] = neighbors_table(pd.read_csv(folder / "neighbors.csv"))
         made["emoji_variants"] = variants_table(scores)
     return made
 
@@ -105,10 +108,13 @@ def rates_table(record: dict[str, Any]) -> str:
 
 
 def power_table(record: dict[str, Any]) -> str:
-    """Return the detectable differences: a row per pair of methods and number of seeds."""
+    """Return the detectable differences: a row per contrast and number of seeds."""
     found = record["results"]["detectable"]
-    rows = [["difference, seeds", "5 % level", "corrected"]]
-    rows += [[name, f"{of['single']:.3f}", f"{of['corrected']:.3f}"] for name, of in found.items()]
+    rows = [["contrast", "rows", "seeds", "5 % level", "corrected"]]
+    for name, of in found.items():
+        contrast, kind, seeds = name.split(", ")
+        levels = (f"{of[level]:.3f}" for level in ("single", "corrected"))
+        rows.append([contrast, kind, seeds.removesuffix(" seeds"), *levels])
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
@@ -214,6 +220,18 @@ def auto_table(scores: pd.DataFrame) -> str:
         decided = "yes" if verdict.not_worse else "not shown"
         rows.append([TITLES[scenario], *means, *over, p_text(verdict.p), decided])
     return f"{markdown(rows)}\n"
+
+
+def neighbors_table(chosen: pd.DataFrame) -> str:
+    """Return how many neighbours a client had, and how many of its own task and house."""
+    rows = [["scenario", "method", "neighbours", "of its task", "of its house"]]
+    means = chosen.groupby(["scenario", "method"])[list(NEIGHBORS)].mean()
+    for scenario, method in product(EVERYWHERE, CHOOSING):
+        if (scenario, method) in means.index:
+            counts = means.loc[scenario, method]
+            rows.append([TITLES[scenario], f"`{method}`", *(f"{mean:.1f}" for mean in counts)])
+    seeds = count(chosen["seed"].nunique(), "seed")
+    return f"{markdown(rows)}\nMeans over clients, exchanges and {seeds}.\n"
 
 
 def source_of(runs: pd.DataFrame, record: dict[str, Any]) -> str:

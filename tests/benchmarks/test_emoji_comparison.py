@@ -241,13 +241,28 @@ def test_neighbours_are_counted_by_task_and_house(emoji):
     chosen = {"neighbors": [first, second]}
     found = [
         runs.JobResult(job, {}, 1.0, {}, **chosen),
-        runs.JobResult(auto, None, 1.0, {}),  # diverged in the first exchange
+        runs.JobResult(auto, None, 1.0, {}, **chosen),  # diverged
         runs.JobResult(replace(job, overrides=("r=1", "x=1")), {}, 1.0, {}, **chosen),
         runs.JobResult(replace(job, method="fedit"), {}, 1.0, {}, **chosen),
     ]
     table = compare.neighbors_table(found)
     # 8 neighbours in 6 mixtures: 5 of the own task, 2 of the own house
     assert table.values.tolist() == [["both", 1, "pilot", 1.333, 0.833, 0.333]]
+    pair = {"neighbors": [{"name-0": ["name-3"]}]}  # three houses in turn
+    alike = runs.JobResult(runs.Job("houses", 0, "pilot"), {}, 1.0, {}, **pair)
+    other = compare.neighbors_table([alike])
+    assert other.values.tolist() == [["houses", 0, "pilot", 1, 1, 1]]
+    again = table.assign(seed=2, neighbors=3.333)
+    _, _, *rows, _ = (
+        emoji("tables").neighbors_table(pd.concat([table, other, again]))
+    ).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row]
+    assert cells == [
+        ["only houses differ", "`pilot`", "1.0", "1.0", "1.0"],
+        ["both differ", "`pilot`", "2.3", "0.8", "0.3"],
+    ]
+    with pytest.raises(SystemExit, match="both,1,pilot has no neighbours"):
+        compare.neighbors_table([runs.JobResult(job, {}, 1.0, {})])
 
 
 def test_a_curves_middle_is_a_run_of_the_comparison(emoji, rates):
@@ -272,8 +287,12 @@ def test_the_figures_need_no_complete_results(emoji, rates, tmp_path):
         names=["scenario"],
     )
     figure.draw_methods(scores, tmp_path / "methods.svg")
+    figure.draw_houses(tmp_path / "houses.png")
     figure.draw_curves(scores.assign(local=np.nan), tmp_path / "curves.svg")
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("methods.svg", "curves.svg"))
+    assert all(
+        (tmp_path / name).stat().st_size > 1000
+        for name in ("methods.svg", "curves.svg", "houses.png")
+    )
     (point,) = [
         p for p in curves.points() if p[:3] == ("tasks", "concepts", 200) and p[3] == "pilot"
     ]
@@ -299,7 +318,7 @@ def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
 @pytest.fixture
 def tiny(emoji, monkeypatch, tmp_path):
     """A base of two steps, pictures, and the federation `name` of clients with 60 concepts."""
-    exact = replace(METRICS["rouge_l"], approximate=lambda: "")  # not in the runs
+    exact = replace(METRICS["rouge_l"], approximate=lambda: "")  # here, not in the pool
     monkeypatch.setitem(METRICS, "rouge_l", exact)
     base, federation = emoji("base"), emoji("federation")
     from transformers import EfficientNetModel
@@ -374,7 +393,10 @@ def test_swapped_parts_are_the_other_tasks(emoji, tiny, monkeypatch):
 
     asked = tiny("same_tasks", federation.SAME_TASKS)
     mean, pilot = (runs.Job("same_tasks", 0, m, SHORT) for m in ("fedavg_per_task", "pilot"))
-    found, _ = runs.run_all([mean, pilot], asked, keep=True)
+    found, routed = runs.run_all([mean, pilot], asked, keep=True)
+    assert [len(exchange) for exchange in routed.neighbors] == [9, 9]
+    for exchange in routed.neighbors:
+        assert all(len(set(o) - {client}) == len(o) == 2 for client, o in exchange.items())
     run = open_run(runs.folder_of(mean, asked))
     scored = {}
     for own, other in itertools.permutations(run.checkpoint.tasks, 2):

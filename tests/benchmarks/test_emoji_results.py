@@ -1,0 +1,101 @@
+"""The committed results on the emoji federations: whole, and as published."""
+
+import csv
+import gzip
+import importlib
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "emoji"
+SEEDS = (0,)
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("emoji.compare")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    with (RESULTS / "runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def means():
+    """Method → scenario → seed → mean over tasks of the mean over a task's rows."""
+    cells = defaultdict(list)
+    with gzip.open(RESULTS / "scores.csv.gz", "rt", newline="") as file:
+        for row in csv.DictReader(file):
+            key = [row.pop(name) for name in ("scenario", "seed", "client", "row")]
+            task = key[2].rpartition("-")[0]
+            for method, score in row.items():
+                if score:
+                    cells[method, key[0], key[1], task].append(float(score))
+    tasks = defaultdict(list)
+    for (*one, _), scores in cells.items():
+        tasks[tuple(one)].append(fmean(scores))
+    return {one: fmean(of) for one, of in tasks.items()}
+
+
+def test_the_chosen_rates_are_the_best_of_the_committed_search():
+    rates = json.loads((ROOT / "benchmarks" / "emoji" / "rates.json").read_text())
+    searched = json.loads((RESULTS / "search.json").read_text())["results"]["scores"]
+    assert list(rates) == list(searched)
+    for method, found in searched.items():
+        scores = {rate: -1 if score is None else score for rate, score in found.items()}
+        assert len(scores) == 4 and scores[rates[method]] == max(scores.values())
+
+
+def test_every_run_is_there_once_at_its_rate_and_of_committed_code(compare, runs):
+    asked = {
+        (job.scenario, str(job.seed), compare.label_of(job), "".join(job.overrides[:1]))
+        for job in compare.jobs(SEEDS)
+    }
+    found = Counter((r["scenario"], r["seed"], r["method"], r["rate"]) for r in runs)
+    assert found == Counter(asked)
+    assert {row["changed"] for row in runs} == {"False"}
+    assert all(len(row["commit"]) == 40 and "torch=" in row["versions"] for row in runs)
+    inputs = {(row["scenario"], row["seed"], row["inputs"]) for row in runs}
+    assert len(inputs) == 4 * len(SEEDS)
+    assert all(len(one[-1]) == 8 for one in inputs)
+
+
+def test_a_runs_mean_is_that_of_its_rows(runs, means):
+    for row in runs:
+        expected = means[row["method"], row["scenario"], row["seed"]]
+        assert float(row["mean"] or 0) == pytest.approx(expected, abs=1e-4)
+
+
+def published(page, name):
+    """The cells of a page's table, by method and column."""
+    text = (ROOT / page).read_text()
+    table = text.partition(f"<!-- table: {name} -->")[2].partition("<!-- end -->")[0]
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    (_, *columns), _, *rows = ([cell.strip() for cell in line] for line in lines)
+    return {method: dict(zip(columns, cells, strict=True)) for method, *cells in rows}
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("docs/explanation/results.md", "emoji_methods"), ("README.md", "emoji_overview")],
+)
+def test_the_published_means_are_those_of_the_rows(means, compare, page, name):
+    tables = importlib.import_module("emoji.tables")
+    methods = tables.OVERVIEW if name == "emoji_overview" else tables.METHODS
+    table = published(page, name)
+    assert list(table) == list(methods)
+    for method, cells in table.items():
+        for scenario, title in tables.TITLES.items():
+            found = [
+                means[method, scenario, str(seed)]
+                for seed in SEEDS
+                if (method, scenario, str(seed)) in means
+            ]
+            assert cells[title] == (f"{fmean(found):.3f}" if found else "")
