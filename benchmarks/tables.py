@@ -14,19 +14,24 @@ from _own_tables import OWN_TABLES, exchange_table, note
 from _record import RESULTS, ROOT
 from _rows import ROWS
 from emoji.tables import emoji_tables
-from scenarios.tables import scenario_tables
 
 from pilot_flwr.run.tables import markdown
 
 PAGES = {
-    "README.md": ("demo", "overview", "exchange"),
+    "README.md": ("demo", "emoji_overview", "exchange"),
     "docs/tutorials/first-run.md": ("demo", "timeline"),
     "docs/reference/models.md": ("families",),
     "docs/how-to/deployment.md": ("deployment", "payload"),
     "docs/how-to/privacy.md": ("privacy",),
     "docs/how-to/many-clients.md": ("clients",),
-    "docs/explanation/results.md": ("scenario1", "scenario2", "compression", "ablations"),
-    "docs/explanation/scenarios.md": ("rates",),
+    "docs/explanation/results.md": (
+        "emoji_methods",
+        "emoji_kinds",
+        "emoji_questions",
+        "emoji_auto",
+        "emoji_neighbors",
+        "emoji_variants",
+    ),
     "docs/explanation/emoji.md": ("emoji_gate", "emoji_rates", "emoji_power"),
     "docs/explanation/scale.md": ("aggregation", "sketch"),
     "docs/explanation/benchmarks.md": ("benchmarks", "plan", "training_step"),
@@ -67,7 +72,7 @@ def all_tables(folder: Path = RESULTS) -> dict[str, str]:
             json.loads((folder / f"{n}.json").read_text()) for n in ("deployment", "payload")
         )
         contents["exchange"] = exchange_table(*records)
-    return contents | scenario_tables(folder / "scenarios") | emoji_tables(folder / "emoji")
+    return contents | emoji_tables(folder / "emoji")
 
 
 def updated(text: str, tables: Mapping[str, str]) -> str:

@@ -1,8 +1,8 @@
 """Pretraining data of the demo's base model: mosaics, questions and styles.
 
-The tasks are reading and captioning as in the federation, and auxiliary ones that teach the base
-numerals and parity. Counting is left for the federation to learn. To add a task, write a function
-of four digits and a generator, and give it a weight.
+The tasks are reading and captioning as in the federation, and auxiliary ones: rows, numerals,
+parity, presence. Counting is left for the federation to learn. To add a task, write a function of
+four digits and a generator, and give it a weight.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,7 @@ from pilot_flwr.data.demo import (
     Style,
     Writer,
     ask_caption,
-    ask_numeral,
     ask_position,
-    ask_row,
     client_style,
     draw_style,
     load_scans,
@@ -29,6 +27,19 @@ from pilot_flwr.data.examples import IMAGE_MARKER, Example, KeptImage, Turn
 Ints = NDArray[np.int64]
 Tasks = dict[Writer, float]
 Styles = Callable[[np.random.Generator], Style]
+
+
+def ask_row(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for the two digits of a row; the answer is two words."""
+    row = int(rng.integers(2))
+    words = " ".join(WORDS[label] for label in labels[2 * row : 2 * row + 2])
+    return f"Read the {('top', 'bottom')[row]} row.", words
+
+
+def ask_numeral(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:
+    """Ask for the digit at a position as a numeral."""
+    place = int(rng.integers(4))
+    return f"Write the numeral at the {POSITIONS[place]}.", str(labels[place])
 
 
 def ask_parity(labels: Ints, rng: np.random.Generator) -> tuple[str, str]:

@@ -12,7 +12,6 @@ from pilot_flwr.config.rules import (
     at_least,
     check_name,
     choice,
-    maximum,
     minimum,
 )
 from pilot_flwr.errors import ConfigError
@@ -61,19 +60,6 @@ class PartitionConfig(Section, prefix="data.partition"):
 
 
 @dataclass(frozen=True)
-class ShiftConfig(Section, prefix="data.shift"):
-    """Distribution shift of the demo's digits from the training data of the shipped base.
-
-    Applies to all clients of `data.source=digits`, on top of each client's style.
-    """
-
-    rotation: Annotated[float, minimum(-180), maximum(180)] = 0.0
-    """Rotation of every digit, in degrees counter-clockwise."""
-    mirrored: bool = False
-    """Mirror every digit left to right."""
-
-
-@dataclass(frozen=True)
 class DataConfig(Section, prefix="data"):
     """The federation's tasks, clients and examples."""
 
@@ -117,7 +103,6 @@ class DataConfig(Section, prefix="data"):
     """Threads that decode images ahead of the model; 0 decodes between batches."""
     evaluate_on: Annotated[str, choice("test", "validation")] = "test"
     """Split to evaluate; `validation` (`digits` only) has separate scans, for tuning."""
-    shift: ShiftConfig = field(default_factory=ShiftConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,8 +118,6 @@ class DataConfig(Section, prefix="data"):
                 "`data.evaluate_on` is 'validation' but must be 'test' with `data.source=llava`: "
                 "give validation files as `data.files.<task>.test`."
             )
-        elif self.shift != ShiftConfig():
-            raise ConfigError("`data.shift` is set but must be left out with `data.source=llava`.")
         else:
             self._check_files()
 

@@ -40,6 +40,12 @@ MISSING = "???"
 
 _LONGEST_YAML, _DEEPEST_YAML = 2**18, 20
 
+_REMOVED: dict[tuple[str, str], Any] = {
+    ("data", "shift"): {"rotation": 0.0, "mirrored": False},
+    ("train", "ditto"): {"enabled": False, "weight": 0.1},
+}
+"""Settings that only earlier versions have, with the value that has no effect."""
+
 MOST_VALUES = 100_000
 """Values of a file, aliases expanded: a few lines of nested aliases would take hours."""
 
@@ -284,7 +290,8 @@ def to_dict(config: PilotConfig) -> dict[str, Any]:
 def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
     """Read the YAML that `to_yaml` wrote, then apply overrides ``key=value``.
 
-    A setting that the YAML lacks gets its default. ``${...}`` is text: a received run folder must
+    A setting that the YAML lacks gets its default; one that an earlier version wrote and that had
+    no effect is ignored. ``${...}`` is text: a received run folder must
     not read this machine's environment.
 
     Raises
@@ -298,7 +305,8 @@ def from_yaml(text: str, overrides: Sequence[str] = ()) -> PilotConfig:
     from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(_schema(), _escaped(_read_plain(text) or {}))
+        values = _without_removed(_read_plain(text) or {})
+        merged = OmegaConf.merge(_schema(), _escaped(values))
         for override in overrides:
             _set(merged, _parsed(override))
         config = OmegaConf.to_object(merged)
@@ -338,6 +346,14 @@ def _read_plain(text: str) -> Any:
     for found in _texts_of(values):
         if found == MISSING:
             raise ConfigError(f"It has {MISSING!r}, which stands for a missing value.")
+    return values
+
+
+def _without_removed(values: Any) -> Any:
+    for (section, name), unused in _REMOVED.items():
+        settings = values.get(section) if isinstance(values, dict) else None
+        if isinstance(settings, dict) and settings.get(name) == unused:
+            del settings[name]
     return values
 
 

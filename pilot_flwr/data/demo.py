@@ -9,9 +9,8 @@ federated training, federated test. No two clients share a training scan, up to
 are common to all clients, each in its own style.
 
 To add a task, write its question and answer as a function of four digits and a generator, and
-append it to `WRITERS`: a task's position seeds its examples. A task that is not scored by exact
-match has a row in `METRIC_OF`. To add a trait of a style, give `Style` a field with a neutral
-default, draw it in `draw_style` and apply it in `render`.
+append it to `WRITERS`: a task's position seeds its examples. To add a trait of a style, give
+`Style` a field with a neutral default, draw it in `draw_style` and apply it in `render`.
 """
 
 from collections.abc import Callable
@@ -35,9 +34,6 @@ SPLIT_SHARES = {"pretraining": 0.45, "validation": 0.05, "train": 0.30, "test": 
 
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-BLANK = -1
-"""Label of a position without a digit."""
 
 _SPLIT_SEED = 20250127  # the base has seen the pretraining scans, so no run may move the split
 _TILE = 16
@@ -68,45 +64,6 @@ def ask_caption(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
     return asked, f"the digits {first}, {second}, {third} and {fourth}"
 
 
-def ask_row(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for the two digits of a row; the answer is two words."""
-    row = int(rng.integers(2))
-    return f"Read the {('top', 'bottom')[row]} row.", _spelled(labels[2 * row : 2 * row + 2])
-
-
-def ask_numeral(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for the digit at a position as a numeral."""
-    place = int(rng.integers(4))
-    return f"Write the numeral at the {POSITIONS[place]}.", str(labels[place])
-
-
-def ask_columns(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask for a caption by columns; the answer names the four digits, column by column."""
-    asked = _pick(
-        rng,
-        "Describe the image by columns.",
-        "Write a caption by columns.",
-        "What does the image show, by columns?",
-    )
-    return asked, f"{_spelled(labels[[0, 2]])}, {_spelled(labels[[1, 3]])}"
-
-
-def ask_box(labels: _Ints, rng: np.random.Generator) -> tuple[str, str]:
-    """Ask where a digit is; the answer is its box in quarters of the page: x1 y1 x2 y2.
-
-    Positions may be `BLANK`; at least one digit must occur exactly once.
-    """
-    places = [p for p in range(4) if labels[p] != BLANK and (labels == labels[p]).sum() == 1]
-    place = places[int(rng.integers(len(places)))]
-    x, y = 2 * (place % 2), 2 * (place // 2)
-    asked = _pick(rng, "Where is the {}?", "Locate the {}.", "Give the box of the {}.")
-    return asked.format(WORDS[labels[place]]), f"{x} {y} {x + 2} {y + 2}"
-
-
-def _spelled(labels: _Ints) -> str:
-    return " ".join(WORDS[label] for label in labels)
-
-
 def _pick(rng: np.random.Generator, *choices: str) -> str:
     return choices[int(rng.integers(len(choices)))]
 
@@ -118,18 +75,10 @@ WRITERS: dict[str, Writer] = {
     "vqa": ask_position,
     "counting": ask_count,
     "captioning": ask_caption,
-    "row": ask_row,
-    "numeral": ask_numeral,
-    "columns": ask_columns,
-    "grounding": ask_box,
 }
-"""All tasks: the demo's three, then those of the scenarios (docs/explanation/scenarios.md)."""
-
-METRIC_OF = {"columns": "rouge_l", "grounding": "grounding_quarters"}
-"""Metric of a task that is not scored by exact match."""
 
 TASKS: tuple[str, ...] = tuple(WRITERS)
-"""Tasks that a federation over the digits can have."""
+"""Tasks that a federation over the digits can have, all scored by exact match."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +93,6 @@ class Style:
     shading: float = 0.0
     shading_angle: float = 0.0
     noise: float = 0.0
-    rotation: float = 0.0
-    mirrored: bool = False
 
 
 def draw_style(rng: np.random.Generator, strength: float) -> Style:
@@ -166,15 +113,9 @@ def draw_style(rng: np.random.Generator, strength: float) -> Style:
 def render(tiles: _Floats, style: Style, rng: np.random.Generator) -> Image.Image:
     """Compose four scans into one page and render it in a style."""
     tile = tiles.shape[-1]
-    size, bilinear = 2 * tile, Image.Resampling.BILINEAR
-    if style.mirrored:
-        tiles = tiles[:, :, ::-1]
-    if style.rotation:
-        tiles = _each(tiles, lambda sheet: sheet.rotate(style.rotation, bilinear))
-    if style.slant:  # a shear about the centre row
-        matrix = (1.0, style.slant, -style.slant * tile / 2, 0.0, 1.0, 0.0)
-        affine = Image.Transform.AFFINE
-        tiles = _each(tiles, lambda sheet: sheet.transform(sheet.size, affine, matrix, bilinear))
+    size = 2 * tile
+    if style.slant:
+        tiles = np.stack([_sheared(scan, style.slant) for scan in tiles])
     tiles = tiles ** np.float32(style.stroke)
     page: NDArray[Any] = tiles.reshape(2, 2, tile, tile).transpose(0, 2, 1, 3).reshape(size, size)
     if style.blur > 0:
@@ -189,11 +130,12 @@ def render(tiles: _Floats, style: Style, rng: np.random.Generator) -> Image.Imag
     return Image.fromarray((colour.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def _each(tiles: _Floats, transform: Callable[[Image.Image], Image.Image]) -> _Floats:
-    """Transform each digit; ink that leaves its tile is lost."""
-    sheets = [Image.fromarray((tile * 255).round().astype(np.uint8)) for tile in tiles]
-    moved = np.stack([np.asarray(transform(sheet), np.float32) for sheet in sheets])
-    return moved / np.float32(255)
+def _sheared(scan: _Floats, slant: float) -> _Floats:
+    """Shear a scan about its centre row; ink that leaves it is lost."""
+    sheet = Image.fromarray((scan * 255).round().astype(np.uint8))
+    matrix = (1.0, slant, -slant * len(scan) / 2, 0.0, 1.0, 0.0)
+    moved = sheet.transform(sheet.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(moved, np.float32) / np.float32(255)
 
 
 class Scans(NamedTuple):
@@ -293,19 +235,16 @@ def client_examples(
     split: str,
     num_examples: int,
     seed: int,
-    rotation: float = 0.0,
-    mirrored: bool = False,
 ) -> list[Example]:
     """Return the examples of one client: its task, its scans, its style.
 
-    An id ends in the four source scans, so that an answer can be checked against their labels;
-    a place without a digit is ``_``.
+    An id ends in the four source scans, so that an answer can be checked against their labels.
     """
     one_of("task", task, TASKS)
     one_of("split", split, tuple(_STREAM))
     at_least("num_examples", num_examples, 1)
     at_least("seed", seed, 0)
-    style = replace(client_style(client_index, seed=seed), rotation=rotation, mirrored=mirrored)
+    style = client_style(client_index, seed=seed)
     pool = client_scan_indices(client_index, num_clients=num_clients)
     if split != "train":
         pool = scan_indices(split)
@@ -316,29 +255,17 @@ def client_examples(
 def _example(name: str, task: str, pool: _Ints, style: Style, rng: np.random.Generator) -> Example:
     scans = load_scans()
     chosen = _choose(task, pool, rng)
-    filled = chosen != BLANK
-    labels = np.where(filled, scans.labels[chosen], BLANK)
-    question, answer = WRITERS[task](labels, rng)
-    ink = scans.ink[chosen] * filled[:, None, None].astype(np.float32)
+    question, answer = WRITERS[task](scans.labels[chosen], rng)
     return Example(
-        id=f"{name}/" + "-".join(str(scan) if scan != BLANK else "_" for scan in chosen),
-        images=(KeptImage(render(ink, style, rng)),),
+        id=f"{name}/" + "-".join(map(str, chosen)),
+        images=(KeptImage(render(scans.ink[chosen], style, rng)),),
         turns=(Turn("user", f"{IMAGE_MARKER}\n{question}"), Turn("assistant", answer)),
     )
 
 
 def _choose(task: str, pool: _Ints, rng: np.random.Generator) -> _Ints:
-    """Choose four different scans, for two tasks not uniformly.
-
-    For counting, every count from 0 to 4 is equally likely; for grounding, the page has one digit
-    or two different ones, equally likely, and the other places are blank.
-    """
+    """Choose four different scans; for counting, every count from 0 to 4 is equally likely."""
     labels = load_scans().labels[pool]
-    if task == "grounding":
-        first = int(rng.integers(len(pool)))
-        second = int(rng.choice(np.flatnonzero(labels != labels[first])))
-        other = pool[second] if rng.integers(2) else BLANK
-        return rng.permutation(np.array([pool[first], other, BLANK, BLANK]))
     if task != "counting":
         return rng.choice(pool, 4, replace=False)
     odd = labels % 2 == 1

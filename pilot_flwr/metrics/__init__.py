@@ -10,8 +10,6 @@ from pilot_flwr.metrics.score import Metric, Score, per_prediction
 
 __all__ = ["METRICS", "Metric", "Score"]
 
-_quarters = partial(grounding.grounding, form=grounding.QUARTERS)
-_check_quarters = partial(grounding.check_boxes, form=grounding.QUARTERS)
 _caption_metric = partial(Metric, approximate=captions.why_approximate)
 
 METRICS: dict[str, Metric] = {
@@ -28,7 +26,6 @@ METRICS: dict[str, Metric] = {
     "grounding": Metric(
         "IoU > 0.5", per_prediction(grounding.grounding), check=grounding.check_boxes
     ),
-    "grounding_quarters": Metric("IoU > 0.5", per_prediction(_quarters), check=_check_quarters),
     "cider_d": _caption_metric("CIDEr-D", captions.on_tokens(captions.cider_d), maximum=10.0),
     "bleu_4": _caption_metric("BLEU-4", captions.on_tokens(captions.bleu_4)),
     "rouge_l": _caption_metric("ROUGE-L", captions.on_tokens(captions.rouge_l)),

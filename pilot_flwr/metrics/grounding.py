@@ -1,7 +1,8 @@
 """Score predicted boxes against reference boxes by intersection over union (IoU).
 
-Numbers are compared as exact fractions, so that rounding does not move a box across the threshold.
-To add a way of writing boxes, add a `BoxForm` and a row of `METRICS`.
+A box is written as LLaVA does, ``[x1, y1, x2, y2]``: left, upper, right and lower edge as shares of
+the image's width and height. Numbers are compared as exact fractions, so that rounding does not
+move a box across the threshold.
 """
 
 import re
@@ -28,62 +29,45 @@ class Box(NamedTuple):
         return max(self.right - self.left, Fraction(0)) * max(self.lower - self.upper, Fraction(0))
 
 
-class BoxForm(NamedTuple):
-    """A way to write a box: its pattern, the numbers in one image side, and a description."""
-
-    pattern: re.Pattern[str]
-    side: int
-    description: str
-
-    def parse(self, text: str) -> Box | None:
-        """Return the first box in `text`, None unless it has an area and is inside the image."""
-        found = self.pattern.search(text)
-        if not found:
-            return None
-        box = Box(*(Fraction(number.rstrip(".")) / self.side for number in found.groups()))
-        return box if box.area > 0 and max(box) <= 1 else None
-
-
 _NUMBER = r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*"
-
-LLAVA = BoxForm(
-    re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"),
-    1,
-    "'[x1, y1, x2, y2]' with edges from 0 to 1 and x1 < x2, y1 < y2",
-)
-"""LLaVA's form: left, upper, right and lower edge as shares of the image's width and height."""
-
-QUARTERS = BoxForm(
-    re.compile(r"\A\s*([0-4]) ([0-4]) ([0-4]) ([0-4])\s*\Z"),
-    4,
-    "'x1 y1 x2 y2' in quarters, whole numbers from 0 to 4 with x1 < x2, y1 < y2",
-)
-"""The whole text in quarters of width and height, for models with few tokens: ``0 0 2 4``."""
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 
 
-def grounding(prediction: str, references: Sequence[str], form: BoxForm = LLAVA) -> float:
+def parse_box(text: str) -> Box | None:
+    """Return the first box in `text`, None unless it has an area and is inside the image."""
+    found = _BOX.search(text)
+    if not found:
+        return None
+    box = Box(*(Fraction(number.rstrip(".")) for number in found.groups()))
+    return box if box.area > 0 and max(box) <= 1 else None
+
+
+def grounding(prediction: str, references: Sequence[str]) -> float:
     """Return 1 if the predicted box overlaps a reference with IoU > 0.5, else 0.
 
     A prediction is wrong if it has no box, or if its first box is not valid.
     """
-    boxes = check_boxes(references, form)
-    predicted = form.parse(prediction)
+    boxes = check_boxes(references)
+    predicted = parse_box(prediction)
     return float(predicted is not None and any(iou(predicted, box) > THRESHOLD for box in boxes))
 
 
-def check_boxes(references: Sequence[str], form: BoxForm = LLAVA) -> list[Box]:
+def check_boxes(references: Sequence[str]) -> list[Box]:
     """Return the references as boxes.
 
     Raises
     ------
     DataError
-        A reference is not a box of this form with an area; the message does not quote it.
+        A reference is not a box with an area; the message does not quote it.
     """
     boxes = []
     for number, text in enumerate(references, start=1):
-        box = form.parse(text)
+        box = parse_box(text)
         if box is None:
-            raise DataError(f"Reference {number} is not a box; it must be {form.description}.")
+            raise DataError(
+                f"Reference {number} is not a box; it must be '[x1, y1, x2, y2]' with edges from "
+                "0 to 1 and x1 < x2, y1 < y2."
+            )
         boxes.append(box)
     return boxes
 

@@ -250,6 +250,14 @@ def test_yaml_is_read_back():
     )
 
 
+def test_a_removed_setting_is_ignored_where_it_had_no_effect():
+    earlier = "seed: 3\ndata: {shift: {rotation: 0.0, mirrored: false}}\ntrain: {epochs: 2, "
+    kept = from_yaml(earlier + "ditto: {enabled: false, weight: 0.1}}")
+    assert kept == load_config("seed=3 train.epochs=2")
+    with pytest.raises(ConfigError, match="ditto"):
+        from_yaml(earlier + "ditto: {enabled: true, weight: 0.1}}")
+
+
 @pytest.mark.parametrize(
     "text, overrides, words",
     [

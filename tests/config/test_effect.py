@@ -37,7 +37,6 @@ ALWAYS = """
     model.lora.dropout model.lora.targets model.feature_cache.where
     data.source data.tasks data.clients_per_task data.train_examples data.test_examples
     data.workers data.evaluate_on
-    data.shift.rotation data.shift.mirrored
     strategy.name strategy.rounds strategy.trained_by strategy.stages strategy.self_weight
     strategy.fraction_train strategy.min_train_nodes strategy.min_available_nodes strategy.sampling
     strategy.min_replies strategy.below_minimum strategy.clients strategy.client_keys
@@ -55,7 +54,6 @@ SWITCHES_NOTHING = """
     model.stage2_client_adapter model.cross_task_adapters model.quantization model.attention
     model.gradient_checkpointing model.compile
     data.image_aspect_ratio data.image_reading data.check_images data.evaluate_on
-    data.shift.mirrored
     strategy.adapters strategy.distances strategy.sampling strategy.below_minimum
     train.over_long train.text_only train.schedule train.clipping train.loss_reduction
     train.batching train.autocast train.difference_loss.reduction train.balance_loss.reduction

@@ -66,7 +66,7 @@ DEFAULTS_TOO = ("strategy.server_optimizer.", "train.personal.")
 """What a file may say although it is the default: it is part of the method."""
 
 
-@pytest.mark.parametrize("experiment", ["demo", "scenario1"])  # both set `train` as well
+@pytest.mark.parametrize("experiment", ["demo", "emoji"])  # both set `train` as well
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_its_settings_and_no_others(method, experiment):
     pilot, mine = (

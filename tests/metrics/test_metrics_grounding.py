@@ -1,4 +1,3 @@
-import itertools
 from fractions import Fraction
 
 import pytest
@@ -6,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilot_flwr.errors import DataError
-from pilot_flwr.metrics.grounding import LLAVA, QUARTERS, Box, grounding, iou
+from pilot_flwr.metrics.grounding import Box, grounding, iou, parse_box
 
 WHOLE = "[0.0, 0.0, 1.0, 1.0]"
 
@@ -57,37 +56,4 @@ def test_iou_is_that_of_counted_cells(first, second):
     assert iou(*boxes) == counted
     texts = ["[{}, {}, {}, {}]".format(*(edge / 20 for edge in box)) for box in (first, second)]
     assert grounding(texts[0], [texts[1]]) == (counted > Fraction(1, 2))
-    assert LLAVA.parse(texts[0]) == tuple(Fraction(edge, 20) for edge in first)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "score"),
-    [
-        ("0 0 2 2", 1),
-        (" 0 0 2 2 ", 1),
-        ("0 0 2 3", 1),  # IoU 4/6
-        ("0 0 2 4", 0),  # IoU 0.5, and must be above
-        ("2 0 4 2", 0),
-        ("2 2 0 0", 0),
-        ("0 0 2", 0),
-        ("0 0 2 2 2", 0),
-        ("0 0 2 5", 0),
-        ("[0, 0, 0.5, 0.5]", 0),
-        ("", 0),
-    ],
-)
-def test_boxes_in_quarters(prediction, score):
-    assert grounding(prediction, ["0 0 2 2"], QUARTERS) == score
-    with pytest.raises(DataError, match=r"^Reference 1 is not a box; it must be 'x1 y1 x2 y2' in"):
-        grounding(prediction, ["1 1 1 2"], QUARTERS)
-
-
-EDGES = st.sampled_from(list(itertools.combinations(range(5), 2)))
-CELLS = st.builds(lambda x, y: (x[0], y[0], x[1], y[1]), EDGES, EDGES)
-
-
-@given(CELLS, CELLS)
-def test_quarters_score_as_the_same_boxes_in_fractions(first, second):
-    words = [" ".join(map(str, box)) for box in (first, second)]
-    texts = ["[{}, {}, {}, {}]".format(*(edge / 4 for edge in box)) for box in (first, second)]
-    assert grounding(words[0], [words[1]], QUARTERS) == grounding(texts[0], [texts[1]])
+    assert parse_box(texts[0]) == tuple(Fraction(edge, 20) for edge in first)

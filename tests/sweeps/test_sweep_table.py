@@ -169,8 +169,8 @@ def test_runs_of_different_lengths_are_not_averaged_and_are_told_apart():
 
 def test_the_untouched_base_has_a_row_only_if_it_is_one_base():
     rows = [
-        row("pilot", 0, 0.5, 0.5, variant="data.shift.mirrored=true"),
-        row("pilot", 0, 0.5, 0.5, variant="data.shift.mirrored=false", **{"zero_shot.a": "0.9"}),
+        row("pilot", 0, 0.5, 0.5, variant="data.clients_per_task=2"),
+        row("pilot", 0, 0.5, 0.5, variant="data.clients_per_task=3", **{"zero_shot.a": "0.9"}),
     ]
     (found,) = compare(rows)
     assert [line.label for line in found.methods] == [f"pilot {r['variant']}" for r in rows]

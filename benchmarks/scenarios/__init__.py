@@ -1,1 +1,0 @@
-"""The comparison of methods on the two scenarios: rates searched, methods and ablations run."""
