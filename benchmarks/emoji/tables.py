@@ -128,10 +128,15 @@ def why_table(record: dict[str, Any], scores: pd.DataFrame) -> str:
     for part in results["swapped"][0][sides[0]]:
         means = [statistics.fmean(of[side][part] for of in results["swapped"]) for side in sides]
         parts.append([part, *(f"{mean:.3f}" for mean in means)])
+    known = [["in `tasks`: method", "model", *(f"{split} examples" for split in ("train", "test"))]]
+    for method, of in results["remembered"].items():
+        for model in of[0]:
+            means = [statistics.fmean(one[model][s] for one in of) for s in ("train", "test")]
+            known.append([f"`{method}`", model, *(f"{mean:.3f}" for mean in means)])
     terms = [["Pilot's stage 2", "value"]]
     for term in results["mixed"][0]:
         terms.append([term, f"{statistics.fmean(of[term] for of in results['mixed']):.2f}"])
-    tables = "\n".join(markdown(table) for table in (rows, parts, terms))
+    tables = "\n".join(markdown(table) for table in (rows, parts, known, terms))
     return f"{tables}\n{note(record)}\n"
 
 

@@ -9,6 +9,8 @@ client is tested on in the rows ``other_task``. ``why.json`` has:
 - `swapped`: scores of `fedavg_per_task` when a task uses its own or another task's adapter, and its
   own or the other's LoRA. Tested on concepts that only the other task trains on and, as a control,
   on concepts that both train on.
+- `remembered`: in `tasks`, the mean score on training and on test examples of the clients' models,
+  and of what the clients of a task send, alone. Added after seed 0 of the comparison.
 - `mixed`: in Pilot's stage 2 in `tasks`, the router's entropy divided by log T, and the root mean
   square of each term of x_img divided by that of the base's projector's output.
 """
@@ -20,6 +22,7 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
+from typing import get_args
 
 if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,6 +40,7 @@ from pilot_flwr.client.personalization import personalize_as_trained
 from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import client_examples
+from pilot_flwr.inference.evaluate import EvaluationSet, evaluate_models
 from pilot_flwr.inference.generate import Answerer
 from pilot_flwr.inference.runs import (
     Run,
@@ -93,6 +97,26 @@ def swapped(run: Run) -> dict[str, dict[str, float]]:
         side: {parts: round(statistics.fmean(found), 4) for parts, found in of.items()}
         for side, of in scores.items()
     }
+
+
+def remembered(run: Run) -> dict[str, dict[str, float]]:
+    """Return the mean scores of clients' models and of their task's sent parts, by split."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for split in get_args(Split):
+        for whose, select in (
+            ("client's model", lambda client: select_client(run, client.id)),
+            ("sent parts alone", lambda client: select_consensus(run, client.task)),
+        ):
+            scored = evaluate_models(
+                run,
+                [(client, select(client)) for client in run.clients()],
+                EvaluationSet(split),
+                device=CPU,
+                say=print,
+                progress=lambda *_: None,
+            )
+            found[whose][split] = round(statistics.fmean(one.score for one in scored), 4)
+    return dict(found)
 
 
 def mixed(run: Run) -> dict[str, float]:
@@ -156,13 +180,18 @@ def main() -> None:
     where = [
         Job(NAME, seed, "fedavg_per_task", own_rate("fedavg_per_task", rates)) for seed in SEEDS
     ]
-    mixing = [Job("tasks", seed, PILOT, own_rate(PILOT, rates)) for seed in SEEDS]
-    run_all(mixing, options, keep=True)
+    trained = {
+        method: [Job("tasks", seed, method, own_rate(method, rates)) for seed in SEEDS]
+        for method in (PILOT, "fedavg_per_task")
+    }
+    run_all([job for of in trained.values() for job in of], options, keep=True)
+    opened = {m: [open_run(folder_of(job, options)) for job in of] for m, of in trained.items()}
     write_record(
         FOLDER / "why.json",
         {
             "swapped": [swapped(open_run(folder_of(job, options))) for job in where],
-            "mixed": [mixed(open_run(folder_of(job, options))) for job in mixing],
+            "remembered": {m: [remembered(run) for run in of] for m, of in opened.items()},
+            "mixed": [mixed(run) for run in opened[PILOT]],
         },
         packages=PACKAGES,
     )

@@ -412,6 +412,10 @@ def test_swapped_parts_are_the_other_tasks(emoji, tiny, monkeypatch):
     assert set(swapped["both tasks"]) == set(swapped["other task"]) == parts
     own = swapped["other task"]["own adapter, own LoRA"]
     assert scored and own == pytest.approx(np.mean(list(scored.values())), abs=1e-4)
+    known = why.remembered(run)
+    assert known["client's model"] == known["sent parts alone"]  # nothing is private
+    means = [np.mean(list(of.values())) for of in found.scores.values()]
+    assert known["client's model"]["test"] == pytest.approx(np.mean(means), abs=1e-4)
     mixed = why.mixed(open_run(runs.folder_of(pilot, asked)))
     assert 0 < mixed["relative entropy"] <= 1
     assert set(mixed) == {
