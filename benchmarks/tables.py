@@ -31,6 +31,7 @@ PAGES = {
         "emoji_auto",
         "emoji_neighbors",
         "emoji_variants",
+        "emoji_real",
     ),
     "docs/explanation/emoji.md": ("emoji_gate", "emoji_rates", "emoji_power"),
     "docs/explanation/scale.md": ("aggregation", "sketch"),

@@ -4,7 +4,7 @@
     python benchmarks/emoji/real_run.py
 
 writes ``benchmarks/results/emoji/real.json``: the mean score by task and kind of test row, before
-training and after, with one seed. Learning rates were not searched. An hour on two cores.
+training and after, with one seed. Learning rates were not searched. Ten minutes on two cores.
 """
 
 import statistics

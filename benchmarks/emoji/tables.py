@@ -57,6 +57,8 @@ def emoji_tables(folder: Path) -> dict[str, str]:
         made["emoji_rates"] = rates_table(_record(folder / "search.json"))
     if (folder / "power.json").exists():
         made["emoji_power"] = power_table(_record(folder / "power.json"))
+    if (folder / "real.json").exists():
+        made["emoji_real"] = real_table(_record(folder / "real.json"))
     if (folder / "why.json").exists():
         record, scores = _record(folder / "why.json"), read_scores(folder / "why.csv.gz")
         made["emoji_why"] = why_table(record, scores)
@@ -115,6 +117,14 @@ def power_table(record: dict[str, Any]) -> str:
         contrast, kind, seeds = name.split(", ")
         levels = (f"{of[level]:.3f}" for level in ("single", "corrected"))
         rows.append([contrast, kind, seeds.removesuffix(" seeds"), *levels])
+    return f"{markdown(rows)}\n{note(record)}\n"
+
+
+def real_table(record: dict[str, Any]) -> str:
+    """Return the scores on the real base by task and kind of test row."""
+    before, after = (record["results"][when] for when in ("before", "after"))
+    rows = [["task, kind", "untrained", "after Pilot"]]
+    rows += [[cell, f"{before[cell]:.3f}", f"{after[cell]:.3f}"] for cell in before]
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
