@@ -7,9 +7,7 @@ writes ``benchmarks/results/emoji/real.json``: the mean score by task and kind o
 training and after, with one seed. Learning rates were not searched. Ten minutes on two cores.
 """
 
-import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 if not __package__:  # sys.path has the script's folder, but not its parent
@@ -18,14 +16,8 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 from _record import RESULTS, write_record
 
 from emoji.analysis import PILOT
-from emoji.federation import (
-    SCENARIOS,
-    SEEDS,
-    kind_of,
-    task_of,
-    write_federation,
-    write_pictures,
-)
+from emoji.federation import SCENARIOS, SEEDS, write_federation, write_pictures
+from emoji.gate import by_kind
 from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 
 SCENARIO, SEED = "both", SEEDS["test"][0]
@@ -42,11 +34,7 @@ SHORTENED = (
 
 def scores_of(found: JobResult) -> dict[str, float]:
     """Return the mean score by task and kind of test row."""
-    cells = defaultdict(list)
-    for client, scores in (found.scores or {}).items():
-        for row, score in scores.items():
-            cells[f"{task_of(client)}, {kind_of(row)}"].append(score)
-    return {cell: round(statistics.fmean(scores), 4) for cell, scores in sorted(cells.items())}
+    return {cell: of["score"] for cell, of in by_kind(found).items()}
 
 
 def main() -> None:

@@ -238,7 +238,7 @@ def auto_table(scores: pd.DataFrame) -> str:
 
 
 def neighbors_table(chosen: pd.DataFrame) -> str:
-    """Return how many neighbours a client had, and how many of its own task and house."""
+    """Return the mean number of a client's neighbours: all, of the same task, of the same house."""
     rows = [["scenario", "method", "neighbours", "of its task", "of its house"]]
     means = chosen.groupby(["scenario", "method"])[list(NEIGHBORS)].mean()
     for scenario, method in product(EVERYWHERE, CHOOSING):

@@ -54,9 +54,10 @@ from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_processor
 
+PER_TASK = "fedavg_per_task"
 METHODS = (
     "fedit",
-    "fedavg_per_task",
+    PER_TASK,
     PILOT,
     "pilot_all_neighbors",
     "pilot_global_adapters",
@@ -173,25 +174,24 @@ def main() -> None:
     rates = read_rates()
     for seed in SEEDS:
         write_federation(options.data, NAME, SAME_TASKS, split="test", seed=seed)
-    jobs = [
-        Job(NAME, seed, method, own_rate(method, rates)) for method in METHODS for seed in SEEDS
-    ]
-    write_scores(run_all(jobs, options, keep=True), FOLDER / "why.csv.gz")
-    where = [
-        Job(NAME, seed, "fedavg_per_task", own_rate("fedavg_per_task", rates)) for seed in SEEDS
-    ]
-    trained = {
-        method: [Job("tasks", seed, method, own_rate(method, rates)) for seed in SEEDS]
-        for method in (PILOT, "fedavg_per_task")
-    }
-    run_all([job for of in trained.values() for job in of], options, keep=True)
-    opened = {m: [open_run(folder_of(job, options)) for job in of] for m, of in trained.items()}
+
+    def jobs(scenario: str, *methods: str) -> list[Job]:
+        return [Job(scenario, s, m, own_rate(m, rates)) for m in methods for s in SEEDS]
+
+    def opened(scenario: str, method: str) -> list[Run]:
+        return [open_run(folder_of(job, options)) for job in jobs(scenario, method)]
+
+    write_scores(run_all(jobs(NAME, *METHODS), options, keep=True), FOLDER / "why.csv.gz")
+    run_all(jobs("tasks", PILOT, PER_TASK), options, keep=True)
     write_record(
         FOLDER / "why.json",
         {
-            "swapped": [swapped(open_run(folder_of(job, options))) for job in where],
-            "remembered": {m: [remembered(run) for run in of] for m, of in opened.items()},
-            "mixed": [mixed(run) for run in opened[PILOT]],
+            "swapped": [swapped(run) for run in opened(NAME, PER_TASK)],
+            "remembered": {
+                method: [remembered(run) for run in opened("tasks", method)]
+                for method in (PILOT, PER_TASK)
+            },
+            "mixed": [mixed(run) for run in opened("tasks", PILOT)],
         },
         packages=PACKAGES,
     )
