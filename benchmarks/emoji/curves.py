@@ -30,7 +30,7 @@ METHODS = {
     "clients": ("local", "fedit", "fedavg_per_task", "pilot", "pilot_auto"),
     "neighbors": ("pilot",),
 }
-DRAWN = (0,)
+SEEDS = (0,)
 """Seeds."""
 CURVES = {
     "concepts": (10, 30, 100, SIZE, 300),
@@ -79,7 +79,7 @@ def write_federations(out: Path) -> None:
             size = value
         else:
             made = replace(made, clients_per_task=value // len(made.tasks))
-        for seed in DRAWN:
+        for seed in SEEDS:
             name = f"{scenario}-{curve}{value}"
             write_federation(out, name, made, split="test", seed=seed, size=size)
 
@@ -88,7 +88,7 @@ def main() -> None:
     """Run, and write the curves."""
     options = parser(__doc__).parse_args()
     write_federations(options.data)
-    asked = dict.fromkeys(job(point, seed) for point in points() for seed in DRAWN)
+    asked = dict.fromkeys(job(point, seed) for point in points() for seed in SEEDS)
     found = run_all(list(asked), options)
     write_scores(found, FOLDER / "curves.csv.gz")
     seconds = round(sum(one.seconds for one in found))

@@ -1,13 +1,13 @@
 """Write the emoji federations: which client has which house, task and concepts.
 
     python benchmarks/emoji/federation.py --out outputs/emoji       # seeds 0 to 4 and 100 to 103
-    pilot-flwr run experiment=emoji data=outputs/emoji/both-0.yaml model.path=outputs/emoji/base
 
-A house is an emoji vendor and so a client's style, a task is what is asked of it, a concept is what
-a picture shows. A client trains on some concepts in one house's drawings and is tested, in that
-house, on concepts that it never saw, of three kinds: another client of its task has the same
-drawing (``same``), or only drawings of other houses (``other_house``), or only clients of other
-tasks have the concept (``other_task``). A row's id begins with its kind.
+A house is an emoji vendor, which determines the style of a client's pictures; the task determines
+its questions and answers; a concept is the object that a picture shows. A client trains on some
+concepts in one house's drawings and is tested, in that house, on others, of three kinds: another
+client of its task has the same drawing (``same``), or only drawings of other houses
+(``other_house``), or only clients of other tasks have the concept (``other_task``). A row's id
+begins with its kind.
 
 Concepts are divided once, for all seeds, into those of the base model's pretraining, and federated
 ones whose rows are tested either in validation (rates, choices) or in the test split. A seed draws
@@ -60,19 +60,19 @@ class Scenario:
     tasks: tuple[str, ...]
     houses: tuple[str, ...]
     clients_per_task: int
-    told: bool = True
+    own_questions: bool = True
 
     def questions(self, task: str) -> tuple[str, ...]:
         """Return the wordings of a task's question."""
-        return QUESTIONS[asked(task) if self.told else "name"]
+        return QUESTIONS[base_task(task) if self.own_questions else "name"]
 
     def house(self, number: int) -> str:
         """Return the house of the client with a number within its task."""
         return self.houses[number % len(self.houses)]
 
 
-def asked(task: str) -> str:
-    """Return the task whose questions and answers a task has: ``name`` for ``name_b``."""
+def base_task(task: str) -> str:
+    """Return the task without its suffix: ``name`` for ``name_b``, which asks the same."""
     return task.partition("_")[0]
 
 
@@ -80,7 +80,7 @@ TASKS = ("name", "group", "describe")
 SCENARIOS = {
     "houses": Scenario(TASKS[:1], HOUSES, 9),
     "tasks": Scenario(TASKS, HOUSES[:1], 3),
-    "untold": Scenario(TASKS, HOUSES[:1], 3, told=False),
+    "untold": Scenario(TASKS, HOUSES[:1], 3, own_questions=False),
     "both": Scenario(TASKS, HOUSES, 3),
 }
 """Nine clients each: houses differ; tasks differ, with own or the same questions; both differ."""
@@ -142,9 +142,9 @@ def concept_of(row: str) -> str:
 
 def answer(concept: Concept, task: str) -> str:
     """Return the answer to a task's questions."""
-    if asked(task) == "describe":
+    if base_task(task) == "describe":
         return f"{concept.name}: {', '.join((concept.group, *concept.keywords))}"
-    return concept.name if asked(task) == "name" else concept.group
+    return concept.name if base_task(task) == "name" else concept.group
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def divide() -> Division:
 
 
 @dataclass(frozen=True)
-class Share:
+class Assignment:
     """A client's house and the concepts that it trains on."""
 
     house: str
@@ -175,14 +175,14 @@ class Share:
 
 def draw(
     scenario: Scenario, concepts: Sequence[str], *, size: int, seed: int
-) -> dict[str, list[Share]]:
+) -> dict[str, list[Assignment]]:
     """Draw `size` concepts for every client, independently of the others.
 
     A smaller `size` gives the first concepts of a larger one.
     """
     return {
         task: [
-            Share(
+            Assignment(
                 scenario.house(client),
                 tuple(_rng("concepts", seed, task, client).permutation(concepts)[:size]),
             )
@@ -193,16 +193,18 @@ def draw(
 
 
 def _rng(*words: object) -> np.random.Generator:
-    """Return a generator that these values seed."""
+    """Return a generator seeded with these values."""
     return np.random.default_rng(list(" ".join(map(str, words)).encode()))
 
 
-def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict[str, set[str]]:
-    """Return the concepts that a client does not train on, by kind."""
-    own = shares[task][client]
-    same = _known(share for share in shares[task] if share.house == own.house)
-    task_knows = _known(shares[task])
-    others = _known(share for name, found in shares.items() if name != task for share in found)
+def kinds(
+    assignments: Mapping[str, Sequence[Assignment]], task: str, client: int
+) -> dict[str, set[str]]:
+    """Return the concepts that other clients, but not this one, train on, by kind."""
+    own = assignments[task][client]
+    same = _known(assignment for assignment in assignments[task] if assignment.house == own.house)
+    task_knows = _known(assignments[task])
+    others = _known(one for name, found in assignments.items() if name != task for one in found)
     return {
         "same": same - set(own.concepts),
         "other_house": task_knows - same,
@@ -210,13 +212,13 @@ def kinds(shares: Mapping[str, Sequence[Share]], task: str, client: int) -> dict
     }
 
 
-def _known(shares: Iterable[Share]) -> set[str]:
-    return {concept for share in shares for concept in share.concepts}
+def _known(assignments: Iterable[Assignment]) -> set[str]:
+    return {concept for assignment in assignments for concept in assignment.concepts}
 
 
 def train_rows(
     scenario: Scenario,
-    share: Share,
+    assignment: Assignment,
     task: str,
     concepts: Mapping[str, Concept],
     rng: np.random.Generator,
@@ -224,14 +226,14 @@ def train_rows(
     """Return a client's training rows: one per concept, in one of the task's wordings."""
     questions = scenario.questions(task)
     return [
-        _row(f"train/{key}", share.house, questions[int(rng.integers(2))], concepts[key], task)
-        for key in share.concepts
+        _row(f"train/{key}", assignment.house, questions[int(rng.integers(2))], concepts[key], task)
+        for key in assignment.concepts
     ]
 
 
 def test_rows(
     scenario: Scenario,
-    shares: Mapping[str, Sequence[Share]],
+    assignments: Mapping[str, Sequence[Assignment]],
     task: str,
     client: int,
     concepts: Mapping[str, Concept],
@@ -241,8 +243,8 @@ def test_rows(
 ) -> list[Any]:
     """Return a client's rows of unseen concepts among `tested`, at most `most` of each kind."""
     rows = []
-    house, question = shares[task][client].house, scenario.questions(task)[0]
-    for kind, found in kinds(shares, task, client).items():
+    house, question = assignments[task][client].house, scenario.questions(task)[0]
+    for kind, found in kinds(assignments, task, client).items():
         chosen = [key for key in tested if key in found][:most]
         rows += [_row(f"{kind}/{key}", house, question, concepts[key], task) for key in chosen]
     return rows
@@ -272,20 +274,20 @@ def write_federation(
     """Write the rows of every client of one federation, and its file for ``data=``."""
     division = divide()
     concepts = {c.key: c for found in division.federated.values() for c in found}
-    shares = draw(scenario, sorted(concepts), size=size, seed=seed)
-    # In another order for each seed, so that `most` leaves out other concepts.
+    assignments = draw(scenario, sorted(concepts), size=size, seed=seed)
+    # Shuffled per seed, so that `most` drops different concepts.
     tested = [c.key for c in division.federated[split]]
     tested = list(_rng("tested", seed).permutation(tested))
     folder = out / name / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for task, clients in shares.items():
-        for client, share in enumerate(clients):
+    for task, clients in assignments.items():
+        for client, assignment in enumerate(clients):
             files = {
                 "train": train_rows(
-                    scenario, share, task, concepts, _rng("wordings", seed, task, client)
+                    scenario, assignment, task, concepts, _rng("wordings", seed, task, client)
                 ),
                 "test": test_rows(
-                    scenario, shares, task, client, concepts, tested=tested, most=most
+                    scenario, assignments, task, client, concepts, tested=tested, most=most
                 ),
             }
             for part, rows in files.items():
@@ -317,7 +319,7 @@ def federation_file(scenario: Scenario, folder: str) -> dict[str, Any]:
                 "train": [f"{task}-{n}-train.json" for n in numbers],
                 "test": [f"{task}-{n}-test.json" for n in numbers],
                 "images": "../../pictures",
-                "metric": METRICS[asked(task)],
+                "metric": METRICS[base_task(task)],
             }
             for task in scenario.tasks
         },
@@ -335,7 +337,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/emoji"), help="folder")
     parser.add_argument("--size", type=int, default=SIZE, help="training concepts of a client")
-    parser.add_argument("--most", type=int, default=MOST, help="most test rows per client and kind")
+    parser.add_argument(
+        "--most", type=int, default=MOST, help="maximum number of test rows per client and kind"
+    )
     for split, seeds in SEEDS.items():
         parser.add_argument(f"--{split}", type=int, nargs="*", default=seeds, help="seeds")
     options = parser.parse_args()

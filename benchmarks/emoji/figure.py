@@ -1,6 +1,8 @@
-"""Draw the emoji federations' pictures, every method's mean and the curves into ``docs/assets``.
+"""Draw the emoji federations' pictures, every method's mean and the curves.
 
-python benchmarks/emoji/figure.py
+    python benchmarks/emoji/figure.py
+
+writes ``emoji-houses.png``, ``emoji.svg`` and ``emoji-curves.svg`` into ``docs/assets``.
 """
 
 import math
@@ -19,9 +21,9 @@ from _record import ROOT
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from emoji.analysis import EVERYWHERE, PILOT, effect, mean_score, select
+from emoji.analysis import ALL_SCENARIOS, PILOT, effect, mean_score, select
 from emoji.compare import FOLDER, label_of, read_scores
-from emoji.curves import COMPARED, CURVES, DRAWN, Point, job, points
+from emoji.curves import COMPARED, CURVES, SEEDS, Point, job, points
 from emoji.federation import HOUSES, write_pictures
 from emoji.search import METHODS
 from emoji.tables import TITLES
@@ -41,6 +43,8 @@ LINES = {
     "pilot_auto": "#bf8700",
 }
 """Colours of the methods of the curves."""
+FEWEST = 30
+"""Concepts of a point of the curves that is drawn."""
 STYLES = {"same": "-", "other_task": "--"}
 AXES = {
     "concepts": "concepts per client",
@@ -80,8 +84,10 @@ def draw_houses(out: Path) -> None:
 def draw_methods(scores: pd.DataFrame, out: Path) -> None:
     """Draw one panel per scenario: a dot per method, with the interval of method − Pilot."""
     methods = [method for method in METHODS if method in scores][::-1]
-    figure, panels = plt.subplots(1, len(EVERYWHERE), figsize=(10, 3.6), sharey=True, sharex=True)
-    for panel, scenario in zip(panels, EVERYWHERE, strict=True):
+    figure, panels = plt.subplots(
+        1, len(ALL_SCENARIOS), figsize=(10, 3.6), sharey=True, sharex=True
+    )
+    for panel, scenario in zip(panels, ALL_SCENARIOS, strict=True):
         rows = select(scores, scenario)
         pilot = mean_score(rows, PILOT)
         panel.axvline(pilot, color=COLOURS[PILOT], linewidth=1, alpha=0.5)
@@ -101,7 +107,7 @@ def draw_methods(scores: pd.DataFrame, out: Path) -> None:
     panels[0].set_xlim(left=-0.03)
     figure.supxlabel(
         "mean score on concepts that only other clients train on; bars: 95 % interval of the "
-        "difference to Pilot (line)",
+        "difference from Pilot (line)",
         fontsize=9,
         color=INK,
     )
@@ -138,11 +144,13 @@ def draw_curves(scores: pd.DataFrame, out: Path) -> None:
 
 
 def mean_at(scores: pd.DataFrame, point: Point, kind: str) -> float:
-    """Return the mean over tasks of a kind's rows; NaN if there are none."""
-    one = job(point, DRAWN[0])
+    """Return the mean over tasks of a kind's rows; NaN with fewer than `FEWEST` concepts."""
+    one = job(point, SEEDS[0])
     if label_of(one) not in scores or one.scenario not in scores.index.get_level_values("scenario"):
         return math.nan
-    return mean_score(select(scores, one.scenario, kind), label_of(one))
+    rows = select(scores, one.scenario, kind)
+    enough = rows.index.get_level_values("row").nunique() >= FEWEST
+    return mean_score(rows, label_of(one)) if enough else math.nan
 
 
 def _plain(panel: Any, *, grid: str) -> None:

@@ -1,8 +1,8 @@
-"""Test on validation rows whether a model of all clients' data learns the federated concepts.
+"""Test on validation rows whether centralised training learns the federated concepts.
 
-The gate passes if it names at least 40 % of the concepts that its task has only in other houses'
-drawings, and if the 95 % interval of the share of those that only other tasks have is above 1 %.
-Local training is the control.
+The gate passes if its accuracy is at least 40 % on the rows ``name, other_house``, and if the 95 %
+interval of its accuracy on ``name, other_task`` lies above 1 %; the interval takes rows as
+independent. Local training is the control.
 
     python benchmarks/emoji/gate.py
 
@@ -30,7 +30,7 @@ METHODS = ("centralised", "local")
 SEEDS = (100, 101)
 SCENARIO = "both"
 GOALS = {"name, other_house": 0.4, "name, other_task": 0.01}
-"""Rows → the required share of right answers, and the limit of the second share's interval."""
+"""Rows → the required share of correct answers, and the limit of the second share's interval."""
 
 
 Scores = dict[str, dict[str, float]]
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def total(seeds: Iterable[Scores], rows: str) -> dict[str, float]:
-    """Return the share of right answers over seeds, with its exact 95 % interval."""
+    """Return the share of correct answers over seeds, with its exact 95 % interval."""
     found = [of[rows] for of in seeds]
     number = sum(int(one["rows"]) for one in found)
     right = sum(round(one["score"] * one["rows"]) for one in found)

@@ -5,8 +5,8 @@
 
 The pictures, names and keywords come from npm packages of fixed versions, whose archives `npm pack`
 downloads (or finds in ``--packages``) and whose hashes are checked. A concept is a code point or
-sequence of an object-like group that all houses draw. Pictures are 64 x 64 pixels on white, with 32
-colours each.
+sequence of an object-like group that all houses draw. Pictures have at most 64 x 64 pixels, on
+white, and 32 colours each.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def read_package(name: str, folder: Path) -> dict[str, Any]:
     archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
         command = ["npm", "pack", "--silent", f"{name}@{version}"]
-        subprocess.run(command, cwd=folder, check=True)  # nosec B603  # fixed words, no shell
+        subprocess.run(command, cwd=folder, check=True)  # nosec B603  # fixed arguments, no shell
     content = archive.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != expected:

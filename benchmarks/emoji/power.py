@@ -37,7 +37,7 @@ def main() -> None:
     rates = read_rates()
     jobs = [
         Job(SCENARIO, seed, method, own_rate(method, rates))
-        for method in dict.fromkeys(m for q in CONTRASTS for m in (q.method, q.without))
+        for method in dict.fromkeys(m for q in CONTRASTS for m in (q.method, q.baseline))
         for seed in SEEDS["validation"]
     ]
     scores = scores_table(run_all(jobs, options))
@@ -45,9 +45,9 @@ def main() -> None:
     shown = {}
     for question in CONTRASTS:
         rows = select(scores, SCENARIO, question.kind)
-        found = fit(rows, question.method, question.without)
+        found = fit(rows, question.method, question.baseline)
         assert found is not None
-        name = f"{question.method} - {question.without}, {question.kind or 'all'}"
+        name = f"{question.method} - {question.baseline}, {question.kind or 'all'}"
         for seeds in NUMBERS:
             expected = found.scaled(seeds=seeds, concepts=concepts)
             shown[f"{name}, {seeds} seeds"] = {

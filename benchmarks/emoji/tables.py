@@ -13,19 +13,22 @@ from _own_tables import note
 
 from emoji.analysis import (
     ABLATIONS,
-    EVERYWHERE,
+    ALL_SCENARIOS,
+    COMPARATORS,
     MARGIN,
     PILOT,
-    RIVALS,
     VARIANTS,
     against_pilot,
-    answers,
+    auto_comparisons,
+    by_kind,
+    drawing_seen,
     effect,
+    findings,
     mean_score,
     select,
-    verdicts,
 )
-from emoji.compare import CHOOSING, NEIGHBORS, read_scores
+from emoji.compare import COUNTED, NEIGHBORS, read_scores
+from emoji.federation import SCENARIOS, TASKS
 from emoji.search import CANDIDATES, METHODS, chosen, searched
 from pilot_flwr.formatting import count
 from pilot_flwr.run.tables import markdown
@@ -59,9 +62,9 @@ def emoji_tables(folder: Path) -> dict[str, str]:
         made["emoji_power"] = power_table(_record(folder / "power.json"))
     if (folder / "real.json").exists():
         made["emoji_real"] = real_table(_record(folder / "real.json"))
-    if (folder / "why.json").exists():
-        record, scores = _record(folder / "why.json"), read_scores(folder / "why.csv.gz")
-        made["emoji_why"] = why_table(record, scores)
+    if (folder / "mechanisms.json").exists():
+        found = read_scores(folder / "mechanisms.csv.gz")
+        made |= mechanisms_tables(_record(folder / "mechanisms.json"), found)
     if not (folder / "scores.csv.gz").exists():
         return made
     scores = read_scores(folder / "scores.csv.gz")
@@ -69,9 +72,11 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     methods = [method for method in METHODS if method in scores]
     made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
     made["emoji_kinds"] = f"{kinds_table(scores, methods)}\n{source}\n"
+    made["emoji_seen"] = seen_table(scores, methods)
     made["emoji_overview"] = overview_table(scores)
     if set(ABLATIONS) <= set(scores.columns):
         made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
+        made["emoji_by_kind"] = by_kind_table(scores)
         made["emoji_auto"] = auto_table(scores)
         made["emoji_neighbors"] = neighbors_table(pd.read_csv(folder / "neighbors.csv"))
         made["emoji_variants"] = variants_table(scores)
@@ -128,46 +133,66 @@ def real_table(record: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n{note(record)}\n"
 
 
-def why_table(record: dict[str, Any], scores: pd.DataFrame) -> str:
-    """Return the tables of transfer between tasks; exchanged parts and terms are means of seeds."""
+def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str, str]:
+    """Return the tables of transfer between tasks and of private parts; means of seeds."""
     results = record["results"]
-    rows = [["three equal tasks: method", "mean on `other_task`"]]
-    rows += [[f"`{m}`", _score(scores, "same_tasks", m, "other_task")] for m in scores]
-    sides = list(results["swapped"][0])
-    parts = [["`fedavg_per_task` with", *(f"concepts of {side}" for side in sides)]]
-    for part in results["swapped"][0][sides[0]]:
-        means = [statistics.fmean(of[side][part] for of in results["swapped"]) for side in sides]
-        parts.append([part, *(f"{mean:.3f}" for mean in means)])
-    known = [["in `tasks`: method", "model", *(f"{split} examples" for split in ("train", "test"))]]
-    for method, of in results["remembered"].items():
-        for model in of[0]:
-            means = [statistics.fmean(one[model][s] for one in of) for s in ("train", "test")]
-            known.append([f"`{method}`", model, *(f"{mean:.3f}" for mean in means)])
-    terms = [["Pilot's stage 2", "value"]]
-    for term in results["mixed"][0]:
-        terms.append([term, f"{statistics.fmean(of[term] for of in results['mixed']):.2f}"])
-    tables = "\n".join(markdown(table) for table in (rows, parts, known, terms))
-    return f"{tables}\n{note(record)}\n"
+    same = [["method", *(f"`{kind}`" for kind in KINDS["tasks"])]]
+    parts = [["method", "`train.lr_scale`", "all", *(f"`{kind}`" for kind in KINDS["tasks"])]]
+    for label in scores:
+        method, rate, *more = label.split()
+        name = f"`{' '.join((method, *more))}`"
+        if not math.isnan(mean_score(select(scores, "same_tasks"), label)):
+            same.append([name, *(_score(scores, "same_tasks", label, k) for k in KINDS["tasks"])])
+        if not math.isnan(mean_score(select(scores, "tasks"), label)):
+            cells = [_score(scores, "tasks", label, kind) for kind in ("", *KINDS["tasks"])]
+            parts.append([name, rate.partition("=")[2], *cells])
+    swapped = _grid("`fedavg_per_task` with", _transposed(results["swapped"]))
+    forced = _grid(
+        "all weight on", [{n: {"mean": v} for n, v in of.items()} for of in results["forced"]]
+    )
+    without = [["method", "model", "train", "test"]]
+    for method, of in results["without"].items():
+        without += [[f"`{method}`", *row] for row in _grid("", of)[1:]]
+    terms = _grid("term", [{n: {"mean": v} for n, v in of.items()} for of in results["terms"]])
+    tables = {"same_tasks": same, "swapped": swapped, "forced": forced, "private": parts,
+              "without": without, "terms": terms}  # fmt: skip
+    source = note(record)
+    return {f"emoji_{name}": f"{markdown(rows)}\n{source}\n" for name, rows in tables.items()}
+
+
+def _grid(title: str, seeds: Sequence[dict[str, dict[str, float]]]) -> list[list[str]]:
+    """Return rows of the means over seeds of values by row and column."""
+    (first, *_) = seeds
+    columns = list(next(iter(first.values())))
+    rows = [[title, *columns]]
+    for name in first:
+        means = [statistics.fmean(of[name][column] for of in seeds) for column in columns]
+        rows.append([name, *(f"{mean:.3f}" for mean in means)])
+    return rows
+
+
+def _transposed(seeds: Sequence[dict[str, dict[str, float]]]) -> list[dict[str, dict[str, float]]]:
+    return [{row: {c: of[c][row] for c in of} for row in next(iter(of.values()))} for of in seeds]
 
 
 def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     """Return a row per method: mean and effect against Pilot in every scenario."""
-    effects = {s: against_pilot(scores, s, methods) for s in EVERYWHERE}
-    rows = [["method", *(cell for s in EVERYWHERE for cell in (TITLES[s], "method − `pilot`"))]]
+    effects = {s: against_pilot(scores, s, methods) for s in ALL_SCENARIOS}
+    rows = [["method", *(cell for s in ALL_SCENARIOS for cell in (TITLES[s], "method − `pilot`"))]]
     for method in methods:
         row = [method]
-        for scenario in EVERYWHERE:
+        for scenario in ALL_SCENARIOS:
             row.append(_score(scores, scenario, method))
             found, p = effects[scenario].get(method, (None, None))
             text = "" if found is None else interval_text(found.difference, sign="+")
             row.append(f"**{text}**" if p is not None and p < SIGNIFICANT else text)
         rows.append(row)
     seeds = sorted({found.seeds for of in effects.values() for found, _ in of.values()})
-    counts = ", ".join(f"{TITLES[s]} {len(select(scores, s)):,}" for s in EVERYWHERE)
+    counts = ", ".join(f"{TITLES[s]} {len(select(scores, s)):,}" for s in ALL_SCENARIOS)
     return (
-        f"{markdown(rows)}\nMean over tasks and seeds, and its difference to Pilot with the 95 % "
-        "interval; bold: p < .05 after Holm's correction over the methods of a scenario. Seeds: "
-        f"{', '.join(map(str, seeds))}; test rows in all: {counts}.\n"
+        f"{markdown(rows)}\nMean over tasks and seeds, and its difference from Pilot with its "
+        "95 % interval; bold: p < .05 after Holm's correction over the methods of a scenario. "
+        f"Seeds: {', '.join(map(str, seeds))}; test rows in all: {counts}.\n"
     )
 
 
@@ -179,7 +204,7 @@ def _score(scores: pd.DataFrame, scenario: str, method: str, kind: str = "") -> 
 
 def kinds_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     """Return a row per method: the mean by kind of row in every scenario."""
-    columns = [(s, kind) for s in EVERYWHERE for kind in KINDS[s]]
+    columns = [(s, kind) for s in ALL_SCENARIOS for kind in KINDS[s]]
     rows = [["method", *(f"{TITLES[s]}: `{kind}`" for s, kind in columns)]]
     rows += [[m, *(_score(scores, s, m, kind) for s, kind in columns)] for m in methods]
     return f"{markdown(rows)}\n"
@@ -187,28 +212,56 @@ def kinds_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
 
 def overview_table(scores: pd.DataFrame) -> str:
     """Return the README's table: some methods' means."""
-    rows = [["method", *(TITLES[s] for s in EVERYWHERE)]]
-    rows += [[method, *(_score(scores, s, method) for s in EVERYWHERE)] for method in OVERVIEW]
+    rows = [["method", *(TITLES[s] for s in ALL_SCENARIOS)]]
+    rows += [[method, *(_score(scores, s, method) for s in ALL_SCENARIOS)] for method in OVERVIEW]
     return f"{markdown(rows)}\n"
 
 
 def questions_table(scores: pd.DataFrame) -> str:
     """Return a row per registered question and scenario."""
-    rows = [["part of Pilot", "contrast", "scenario", "rows", "seeds", "effect", "p", "p (Holm)"]]
-    for question, scenario, found, p in answers(scores):
+    head = ("question", "contrast", "scenario", "examples", "concepts", "effect", "p", "p (Holm)")
+    rows: list[Sequence[str]] = [head]
+    for question, scenario, found, p in findings(scores):
         kind = f" `{question.kind}`" if question.kind else ""
         rows.append(
             [
                 question.part,
-                f"`{question.method}` − `{question.without}`",
+                f"`{question.method}` − `{question.baseline}`",
                 TITLES[scenario],
                 f"{found.rows:,}{kind}",
-                str(found.seeds),
+                str(found.concepts),
                 interval_text(found.difference, sign="+"),
                 p_text(found.p),
                 p_text(p),
             ]
         )
+    return f"{markdown(rows)}\n"
+
+
+def by_kind_table(scores: pd.DataFrame) -> str:
+    """Return the contrasts that are tested on one kind of row, on all rows and by kind."""
+    kinds = ("same", "other_house", "other_task")
+    rows = [["question", "scenario", "all", *(f"`{kind}`" for kind in kinds)]]
+    for finding in findings(scores):
+        if finding.question.kind:
+            cells = [
+                "" if found is None else interval_text(found.difference, sign="+")
+                for found in by_kind(scores, finding, kinds)
+            ]
+            rows.append([finding.question.part, TITLES[finding.scenario], *cells])
+    return f"{markdown(rows)}\n"
+
+
+def seen_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
+    """Return the means in `both` by whether other tasks' clients train on the tested drawing."""
+    rows: list[list[str]] = [["method"], *([method] for method in methods)]
+    for kind in KINDS["both"]:
+        part = select(scores, "both", kind)
+        for title, mask in (("seen", drawing_seen(part)), ("not seen", ~drawing_seen(part))):
+            chosen = part[mask]
+            rows[0].append(f"`{kind}`, {title} ({len(chosen):,})")
+            for row in rows[1:]:
+                row.append(f"{mean_score(chosen, row[0]):.3f}")
     return f"{markdown(rows)}\n"
 
 
@@ -226,25 +279,29 @@ def variants_table(scores: pd.DataFrame) -> str:
 
 def auto_table(scores: pd.DataFrame) -> str:
     """Return `pilot_auto` beside the two methods with which it is compared."""
-    methods = (*RIVALS, "pilot_auto")
-    rows = [["scenario", *(f"`{m}`" for m in methods), *(f"`pilot_auto` − `{r}`" for r in RIVALS),
+    methods = (*COMPARATORS, "pilot_auto")
+    differences = (f"`pilot_auto` − `{other}`" for other in COMPARATORS)
+    rows = [["scenario", *(f"`{m}`" for m in methods), *differences,
              "p above `pilot_all_neighbors`", f"non-inferior by {MARGIN:g}"]]  # fmt: skip
-    for scenario, verdict in verdicts(scores).items():
-        over = [interval_text(verdict.over[rival].difference, sign="+") for rival in RIVALS]
+    for scenario, compared in auto_comparisons(scores).items():
+        over = [interval_text(compared.over[other].difference, sign="+") for other in COMPARATORS]
         means = [_score(scores, scenario, method) for method in methods]
-        decided = "yes" if verdict.not_worse else "not shown"
-        rows.append([TITLES[scenario], *means, *over, p_text(verdict.p), decided])
+        decided = "yes" if compared.non_inferior else "not shown"
+        rows.append([TITLES[scenario], *means, *over, p_text(compared.p), decided])
     return f"{markdown(rows)}\n"
 
 
 def neighbors_table(chosen: pd.DataFrame) -> str:
-    """Return the mean number of a client's neighbours: all, of the same task, of the same house."""
-    rows = [["scenario", "method", "neighbours", "of its task", "of its house"]]
-    means = chosen.groupby(["scenario", "method"])[list(NEIGHBORS)].mean()
-    for scenario, method in product(EVERYWHERE, CHOOSING):
-        if (scenario, method) in means.index:
-            counts = means.loc[scenario, method]
-            rows.append([TITLES[scenario], f"`{method}`", *(f"{mean:.1f}" for mean in counts)])
+    """Return the mean numbers of neighbours of every task's clients, by task and of their house."""
+    rows = [["scenario", "method", "clients", *(f"neighbours in `{task}`" for task in TASKS),
+             "of the same house"]]  # fmt: skip
+    means = chosen.groupby(["scenario", "method", "task"])[list(NEIGHBORS[1:])].mean()
+    for scenario, method in product(ALL_SCENARIOS, COUNTED):
+        for task in SCENARIOS[scenario].tasks:
+            if (scenario, method, task) in means.index:
+                numbers = means.loc[scenario, method, task]
+                cells = (f"{number:.2f}" for number in numbers)
+                rows.append([TITLES[scenario], f"`{method}`", f"`{task}`", *cells])
     seeds = count(chosen["seed"].nunique(), "seed")
     return f"{markdown(rows)}\nMeans over clients, exchanges and {seeds}.\n"
 
@@ -255,7 +312,7 @@ def source_of(runs: pd.DataFrame, record: dict[str, Any]) -> str:
     commits = ", ".join(sorted(set(runs["commit"].str[:12] + changed)))
     machine = record["machine"]
     return (
-        f"`runs.csv`: {len(runs)} runs of {runs['seconds'].sum() / 3600:.1f} h in all; commit "
+        f"`runs.csv`: {len(runs)} runs, {runs['seconds'].sum() / 3600:.1f} h in total; commit "
         f"{commits}; {'; '.join(sorted(set(runs['versions'])))}; "
         f"{record['results']['in_parallel']} in parallel on {machine['cores']} cores of "
         f"{machine['cpu']}"

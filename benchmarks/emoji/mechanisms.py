@@ -1,0 +1,310 @@
+"""Measure what passes between tasks, and what Pilot's private parts hold.
+
+    python benchmarks/emoji/mechanisms.py
+
+writes ``benchmarks/results/emoji/mechanisms.csv.gz``, the score of every test row in two groups of
+runs with seeds 0 and 1:
+
+- `same_tasks`, three tasks with identical questions and answers: another task's adapter and LoRA
+  have learnt what the client is tested on in the rows ``other_task``.
+- `tasks`: Pilot with and without stage 2, ψ_s and ψ_c, with equal learning rates. Added after
+  seed 0 of the comparison, as are `forced` and `without` in ``mechanisms.json``, which has:
+
+- `swapped`: scores of `fedavg_per_task` in `same_tasks` when a task uses its own or another task's
+  adapter, and its own or the other's LoRA. Tested on concepts that the other task trains on and the
+  own one does not and, as a control, on concepts that both train on.
+- `forced`: scores of Pilot in `same_tasks` on concepts that exactly one other task trains on, with
+  the router as trained, or with all weight on one adapter.
+- `without`: scores in `tasks` on training and on test examples of the personalised models, as
+  trained and with private adapters taken out.
+- `terms`: in Pilot's stage 2 in `tasks`, the router's entropy divided by log T; the root mean
+  square of what each part adds to x_img, divided by that of the projector's output; and the cosine
+  similarity of what two tasks' adapters add.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations, permutations, product
+from pathlib import Path
+from typing import get_args
+
+if not __package__:  # sys.path has the script's folder, but not its parent
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from _record import write_record
+from torch import Tensor, nn
+
+from emoji.analysis import NO_CT_MOA, PILOT, STAGE_1
+from emoji.compare import FOLDER, job_of, label_of, write_scores
+from emoji.federation import SAME_TASKS, concept_of, write_federation
+from emoji.runs import PACKAGES, Job, folder_of, parser, run_all
+from emoji.search import SCALE, read_rates
+from pilot_flwr.algorithm.connector import CrossTaskMoA, TaskClientConnector
+from pilot_flwr.client.personalization import personalize_as_trained
+from pilot_flwr.data.client_files import Split
+from pilot_flwr.data.examples import Example
+from pilot_flwr.data.federation import Client, client_examples, task_metric
+from pilot_flwr.inference.generate import Answerer
+from pilot_flwr.inference.runs import Run, load_model, open_run, select_client, select_consensus
+from pilot_flwr.metrics import METRICS
+from pilot_flwr.model.feature_cache import FeatureCache
+from pilot_flwr.model.loading import load_processor
+
+PER_TASK = "fedavg_per_task"
+NO_PSI_C = "pilot_no_cross_task_adapters"
+NO_PSI_S = "pilot_no_client_adapter"
+METHODS = (
+    "fedit",
+    PER_TASK,
+    PILOT,
+    "pilot_all_neighbors",
+    "pilot_global_adapters",
+    NO_PSI_C,
+    NO_PSI_S,
+    STAGE_1,
+    NO_CT_MOA,
+)
+"""Of `same_tasks`, each at its rate of the comparison."""
+PARTS = (PER_TASK, PILOT, NO_PSI_C, NO_PSI_S, f"{NO_PSI_C} model.client_adapter=false", STAGE_1,
+         NO_CT_MOA)  # fmt: skip
+SCALES = (0.5, 1)
+"""Of `PARTS`: what the search chose for Pilot, and for the others."""
+SEEDS = (0, 1)
+NAME = "same_tasks"
+REMOVED = {
+    "as trained": (),
+    "without ψ_s": ("client_adapter",),
+    "without ψ_c": ("cross_task_adapters",),
+    "without both": ("client_adapter", "cross_task_adapters"),
+}
+"""Name → the connector's parts that are taken out."""
+CPU = torch.device("cpu")
+
+
+class Sum(nn.Module):
+    """Adds the outputs of several modules."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the sum."""
+        return torch.stack([part(features) for part in self.parts]).sum(0)
+
+
+def swapped(run: Run) -> dict[str, dict[str, float]]:
+    """Return the mean scores with own and other parts, by the tasks that train on the concepts."""
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    known = _trained_concepts(run)
+    for own, other in permutations(known, 2):
+        examples = _by_concept(run, own, "test")
+        sides = {"other task": known[other] - known[own], "both tasks": known[own] & known[other]}
+        received = {task: run.received(select_consensus(run, task)) for task in (own, other)}
+        origin = {own: "own", other: "other"}
+        model = load_model(run, select_consensus(run, own), device=CPU)
+        answerer = Answerer(run.config, model, keep=True)
+        for adapter, lora in product((own, other), repeat=2):
+            parts = replace(
+                received[own],
+                adapters={own: received[adapter].adapters[adapter]},
+                lora=received[lora].lora,
+            )
+            personalize_as_trained(model, None, parts)
+            for side, concepts in sides.items():
+                asked = [examples[concept] for concept in sorted(concepts & set(examples))]
+                found = _scores(answerer, asked, "exact_match")
+                scores[side][f"{origin[adapter]} adapter, {origin[lora]} LoRA"] += found
+    return {side: _means(of) for side, of in scores.items()}
+
+
+def forced(run: Run) -> dict[str, float]:
+    """Return Pilot's mean scores by the adapter that gets all weight."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    known = _trained_concepts(run)
+    for client in run.clients():
+        model = load_model(run, select_client(run, client.id), device=CPU)
+        answerer = Answerer(run.config, model, keep=True)
+        trained = model.connector
+        assert isinstance(trained, CrossTaskMoA) and trained.cross_task_adapters is not None
+        examples = {concept_of(e.id): e for e in _examples(run, client, "test")}
+        for task in trained.tasks[1:]:
+            elsewhere = set().union(*(known[other] for other in known if other != task))
+            concepts = sorted((known[task] - elsewhere) & set(examples))
+            asked = [examples[concept] for concept in concepts]
+            for name, connector in forced_connectors(trained, task).items():
+                model.slot.pilot = connector
+                scores[name] += _scores(answerer, asked, "exact_match")
+    return _means(scores)
+
+
+def forced_connectors(
+    trained: CrossTaskMoA, task: str
+) -> dict[str, CrossTaskMoA | TaskClientConnector]:
+    """Return connectors with all weight on one adapter: the own task's, or that of `task`."""
+    own, client_adapter = trained.task_adapters[trained.tasks[0]], trained.client_adapter
+    shared, crossed = trained.task_adapters[task], trained.cross_task_adapters
+    assert crossed is not None
+    return {
+        "router as trained": trained,
+        "own task's ψ_t": TaskClientConnector(own, client_adapter),
+        "knowing task's ψ_t": TaskClientConnector(shared, client_adapter),
+        "knowing task's ψ_t + ψ_c": TaskClientConnector(Sum(shared, crossed[task]), client_adapter),
+    }
+
+
+def without(run: Run) -> dict[str, dict[str, float]]:
+    """Return the mean scores on both splits with private adapters taken out."""
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for client in run.clients():
+        model = load_model(run, select_client(run, client.id), device=CPU)
+        answerer = Answerer(run.config, model, keep=True)
+        metric = task_metric(run.config.data, client.task)
+        parts = {n: p for n, p in model.connector.named_children() if n in REMOVED["without both"]}
+        for name, removed in REMOVED.items():
+            if not set(removed) <= set(parts):
+                continue  # stage 1 has no ψ_c
+            for part in removed:
+                setattr(model.connector, part, None)
+            for split in get_args(Split):
+                found = _scores(answerer, list(_examples(run, client, split)), metric)
+                scores[name][split].append(statistics.fmean(found))
+            for part in removed:
+                setattr(model.connector, part, parts[part])
+    return {name: _means(of) for name, of in scores.items()}
+
+
+def terms(run: Run) -> dict[str, float]:
+    """Return the router's entropy and the sizes of the parts' effects, means over clients."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for client in run.clients():
+        for name, value in _terms(run, client).items():
+            found[name].append(value)
+    return _means(found)
+
+
+@torch.no_grad()
+def _terms(run: Run, client: Client) -> dict[str, float]:
+    model = load_model(run, select_client(run, client.id), device=CPU)
+    connector = model.connector
+    assert isinstance(connector, CrossTaskMoA)
+    processor = load_processor(run.config.model.path, run.config.model.revision)
+    cache = FeatureCache(run.config.model.feature_cache)
+    features = cache.encode(model, processor, list(_examples(run, client, "test"))).features
+    base = model.slot.projector(features)
+    parts, learnt = added(connector, features, base)
+    similarity = [
+        float(nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+        for a, b in combinations(learnt.values(), 2)
+    ]
+    entropy = torch.special.entr(connector.route(features).probs).sum(-1).mean()
+    return {
+        "router's entropy": float(entropy) / math.log(len(connector.tasks)),
+        **{name: float(_size(part) / _size(base)) for name, part in parts.items()},
+        "cosine of two tasks' ψ_t": statistics.fmean(similarity),
+    }
+
+
+def added(
+    connector: CrossTaskMoA, features: Tensor, base: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what each part adds to x_img, and what every task's adapter does without its weight.
+
+    Every ψ_t starts as the projector, whose output is `base`, ψ_s and ψ_c as zero; so x_img is
+    `base` plus all parts.
+    """
+    probabilities = connector.route(features).probs
+    weight = {task: probabilities[..., i, None] for i, task in enumerate(connector.tasks)}
+    learnt = {task: connector.task_adapters[task](features) - base for task in connector.tasks}
+    own, *foreign = connector.tasks
+    crossed, client_adapter = connector.cross_task_adapters, connector.client_adapter
+    assert crossed is not None and client_adapter is not None
+    parts = {
+        "ψ_s": client_adapter(features),
+        "own task's ψ_t": weight[own] * learnt[own],
+        "other tasks' ψ_t": _total(weight[task] * learnt[task] for task in foreign),
+        "ψ_c": _total(weight[task] * crossed[task](features) for task in foreign),
+    }
+    return parts, learnt
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
+
+
+def _size(term: Tensor) -> Tensor:
+    return term.square().mean().sqrt()
+
+
+def _trained_concepts(run: Run) -> dict[str, set[str]]:
+    """Return the concepts that each task's clients train on."""
+    return {task: set(_by_concept(run, task, "train")) for task in run.checkpoint.tasks}
+
+
+def _by_concept(run: Run, task: str, split: Split) -> dict[str, Example]:
+    """Return an example of every concept that a task's clients have in a split."""
+    clients = [client for client in run.clients() if client.task == task]
+    return {concept_of(e.id): e for client in clients for e in _examples(run, client, split)}
+
+
+def _examples(run: Run, client: Client, split: Split) -> Iterator[Example]:
+    found = client_examples(run.config.data, client, split, seed=run.config.seed)
+    return (found[index] for index in range(len(found)))
+
+
+def _scores(answerer: Answerer, examples: list[Example], metric: str) -> list[float]:
+    references = [tuple(example.answers) for example in examples]
+    return list(METRICS[metric].score(answerer(examples), references).each) if examples else []
+
+
+def _means(scores: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: round(statistics.fmean(values), 4) for name, values in scores.items()}
+
+
+def at_scale(label: str, seed: int, scale: float) -> Job:
+    """Return the job of a method in `tasks` with a learning-rate scale."""
+    method, *more = label.split()
+    return Job("tasks", seed, method, (f"{SCALE}={scale}", *more))
+
+
+def label_with_rate(job: Job) -> str:
+    """Return a job's method with all its settings."""
+    return " ".join((job.method, *job.overrides))
+
+
+def main() -> None:
+    """Run, and write what was found."""
+    options = parser(__doc__).parse_args()
+    # The comparison deletes its models.
+    kept = argparse.Namespace(**vars(options) | {"out": options.out / "kept"})
+    rates = read_rates()
+    for seed in SEEDS:
+        write_federation(options.data, NAME, SAME_TASKS, split="test", seed=seed)
+    same = [job_of(NAME, seed, label, rates) for label in METHODS for seed in SEEDS]
+    opened = [job_of("tasks", seed, label, rates) for label in (PILOT, STAGE_1) for seed in SEEDS]
+    parts = [at_scale(label, seed, scale) for label in PARTS for scale in SCALES for seed in SEEDS]
+    found = run_all(same + opened, kept, keep=True)[: len(same)] + run_all(parts, options)
+    write_scores(found, FOLDER / "mechanisms.csv.gz", label=label_with_rate)
+
+    def runs(jobs: Iterable[Job], label: str) -> list[Run]:
+        return [open_run(folder_of(job, kept)) for job in jobs if label_of(job) == label]
+
+    results = {
+        "swapped": [swapped(run) for run in runs(same, PER_TASK)],
+        "forced": [forced(run) for run in runs(same, PILOT)],
+        "without": {
+            method: [without(run) for run in runs(opened, method)] for method in (PILOT, STAGE_1)
+        },
+        "terms": [terms(run) for run in runs(opened, PILOT)],
+    }
+    write_record(FOLDER / "mechanisms.json", results, packages=PACKAGES)
+
+
+if __name__ == "__main__":
+    main()
