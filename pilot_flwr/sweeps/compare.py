@@ -116,7 +116,7 @@ class MethodScores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The methods of one scenario: same `name`, tasks and split."""
+    """The methods of jobs with the same `name`, tasks and split."""
 
     title: str
     tasks: tuple[str, ...]
@@ -130,20 +130,20 @@ class Comparison:
 
 
 def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Comparison]:
-    """Return one comparison per scenario, from the rows of one or several ``results.csv``.
+    """Return one comparison per `name`, tasks and split, from the rows of one or several ``results.csv``.
 
     All methods are tested against the method with the label `baseline`.
     """
     usable = [row for row in rows if row["status"] == DONE and row["mean"]]
-    scenarios: dict[tuple[str, ...], list[CsvRow]] = {}
+    groups: dict[tuple[str, ...], list[CsvRow]] = {}
     for row in usable:
         key = (row["name"], row.get("evaluated_on", ""), *sorted(_tasks(row)))
-        scenarios.setdefault(key, []).append(row)
-    if not scenarios:
+        groups.setdefault(key, []).append(row)
+    if not groups:
         raise ConfigError("No finished job has scores to tabulate.")
     skipped = [row for row in rows if row not in usable]
     notes = [_omitted(skipped)] if skipped else []
-    return [_comparison(mine, baseline, notes) for mine in scenarios.values()]
+    return [_comparison(mine, baseline, notes) for mine in groups.values()]
 
 
 def _comparison(rows: list[CsvRow], baseline: str | None, notes: list[str]) -> Comparison:

@@ -98,7 +98,7 @@ def test_latex_is_whole_and_escaped():
     assert text.count(r"\begin{tabular}{lrrrr}") == text.count(r"\end{tabular}") == 1
 
 
-def test_scenarios_and_variants_stand_apart():
+def test_names_splits_and_variants_stand_apart():
     rows = [
         row("pilot", 0, 0.5, 0.5),
         row("pilot", 0, 0.6, 0.6, variant="train.lr_scale=2", settings="x"),
