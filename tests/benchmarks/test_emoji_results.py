@@ -1,9 +1,10 @@
-"""The committed results on the emoji federations: whole, and as published."""
+"""The committed results on the emoji federations: complete, and equal to the published ones."""
 
 import csv
 import gzip
 import importlib
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -99,3 +100,11 @@ def test_the_published_means_are_those_of_the_rows(means, compare, page, name):
                 if (method, scenario, str(seed)) in means
             ]
             assert cells[title] == (f"{fmean(found):.3f}" if found else "")
+
+
+def test_scores_in_the_text_are_in_the_tables():
+    lines = (ROOT / "docs" / "explanation" / "results.md").read_text().splitlines()
+    tabulated = set(re.findall(r"0\.\d{3}", "".join(x for x in lines if x.startswith("|"))))
+    text = " ".join(line for line in lines if not line.startswith("|"))
+    written = re.findall(r"(?<![\d.])\.\d{3}\b", text)
+    assert written and {f"0{number}" for number in written} <= tabulated
