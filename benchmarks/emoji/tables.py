@@ -138,8 +138,9 @@ def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str,
     results = record["results"]
     same = [["method", *(f"`{kind}`" for kind in KINDS["tasks"])]]
     parts = [["method", "`train.lr_scale`", "all", *(f"`{kind}`" for kind in KINDS["tasks"])]]
-    for label in scores:
-        method, rate, *more = label.split()
+    labels = {label: label.split() for label in scores}
+    for label in sorted(labels, key=lambda one: (labels[one][:1], labels[one][2:], one)):
+        method, rate, *more = labels[label]
         name = f"`{' '.join((method, *more))}`"
         if not math.isnan(mean_score(select(scores, "same_tasks"), label)):
             same.append([name, *(_score(scores, "same_tasks", label, k) for k in KINDS["tasks"])])

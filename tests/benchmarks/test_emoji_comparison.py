@@ -270,6 +270,46 @@ def test_neighbours_are_counted_by_task_and_house(emoji):
         compare.neighbors_table([runs.JobResult(job, {}, 1.0, {})])
 
 
+def test_the_tables_of_mechanisms_are_means_over_seeds(emoji, monkeypatch):
+    made = made_scores(2).droplevel("scenario")
+    scores = pd.concat(
+        {
+            "same_tasks": made.rename(columns={"a": "fedit r=1", "b": "pilot r=0.5"}),
+            "tasks": made.rename(columns={"a": "pilot r=1 x=y", "b": "pilot r=0.5"}),
+        },
+        names=["scenario"],
+    )
+    results = {
+        "swapped": [
+            {"one side": {"own": 0.1, "other": 0.2}},
+            {"one side": {"own": 0.3, "other": 0}},
+        ],
+        "forced": [{"router": 0.25}, {"router": 0.5}],
+        "without": {"pilot": 2 * [{"all": {"train": 1.0, "test": 0.5}}]},
+        "terms": [{"entropy": 1.0}, {"entropy": 0.5}],
+    }
+    monkeypatch.setattr(emoji("tables"), "note", lambda record: "measured")
+    tables = emoji("tables").mechanisms_tables({"results": results}, scores)
+    cells = {name: cells_of(text) for name, text in tables.items()}
+    assert cells["emoji_swapped"][1:] == [["own", "0.200"], ["other", "0.100"]]
+    assert cells["emoji_forced"][1:] == [["router", "0.375"]]
+    assert cells["emoji_without"][1:] == [["`pilot`", "all", "1.000", "0.500"]]
+    assert cells["emoji_terms"][1:] == [["entropy", "0.750"]]
+    analysis = emoji("analysis")
+    mean = analysis.mean_score(analysis.select(scores, "tasks", "same"), "pilot r=1 x=y")
+    assert [row[:2] for row in cells["emoji_private"][1:]] == [
+        ["`pilot`", "0.5"],
+        ["`pilot x=y`", "1"],
+    ]
+    assert cells["emoji_private"][2][3] == f"{mean:.3f}"
+    assert [row[0] for row in cells["emoji_same_tasks"][1:]] == ["`fedit`", "`pilot`"]
+
+
+def cells_of(text):
+    rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
 def test_a_curves_default_point_is_a_run_of_the_comparison(emoji, rates):
     curves, compare = emoji("curves"), emoji("compare")
     compared = set(compare.jobs([0]))
