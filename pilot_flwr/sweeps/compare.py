@@ -130,7 +130,7 @@ class Comparison:
 
 
 def compare(rows: Sequence[CsvRow], baseline: str | None = None) -> list[Comparison]:
-    """Return one comparison per `name`, tasks and split, from the rows of one or several ``results.csv``.
+    """Compare the rows of one or several ``results.csv`` of each `name`, tasks and split.
 
     All methods are tested against the method with the label `baseline`.
     """
