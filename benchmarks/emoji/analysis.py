@@ -150,7 +150,9 @@ class Fit(NamedTuple):
         """Return the fit expected with other numbers of seeds and concepts, same rows per seed."""
         by_seed = self.by_seed * self.seeds / seeds
         by_both = self.by_both * self.seeds / seeds
+        # by_concept - by_both has 1 - 1 / seeds of what a concept's rows share, by_seed the rest.
         shared = max(self.by_concept - self.by_both, 0) * self.concepts / concepts
+        shared *= (1 - 1 / seeds) / (1 - 1 / self.seeds)
         by_concept = by_both + shared
         rows = self.rows * seeds // self.seeds
         return Fit(self.mean, by_seed, by_concept, by_both, seeds, concepts, rows)

@@ -13,16 +13,15 @@ runs with seeds 0 and 1:
 - `swapped`: scores of `fedavg_per_task` in `same_tasks` when a task uses its own or another task's
   adapter, and its own or the other's LoRA. Tested on concepts that the other task trains on and the
   own one does not and, as a control, on concepts that both train on.
-- `forced`: scores of Pilot in `same_tasks` on concepts that exactly one other task trains on, with
-  the router as trained, or with all weight on one adapter.
+- `forced`: scores of Pilot in `same_tasks`, with the router as trained or with all weight on one
+  adapter.
 - `without`: scores in `tasks` on training and on test examples of the personalised models, as
   trained and with private adapters taken out.
-- `terms`: in Pilot's stage 2 in `tasks`, the router's entropy divided by log T; the root mean
-  square of what each part adds to x_img, divided by that of the projector's output; and the cosine
-  similarity of what two tasks' adapters add.
+- `terms`: in Pilot's stage 2, the router's entropy divided by log T; the root mean square of what
+  each part adds to x_img, divided by that of the projector's output; and the cosine similarity of
+  what two tasks' adapters add.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -41,7 +40,7 @@ from _record import write_record
 from torch import Tensor, nn
 
 from emoji.analysis import NO_CT_MOA, PILOT, STAGE_1
-from emoji.compare import FOLDER, job_of, label_of, write_scores
+from emoji.compare import FOLDER, job_of, label_of, own_rate, write_scores
 from emoji.federation import SAME_TASKS, concept_of, write_federation
 from emoji.runs import PACKAGES, Job, folder_of, parser, run_all
 from emoji.search import SCALE, read_rates
@@ -71,8 +70,10 @@ METHODS = (
     NO_CT_MOA,
 )
 """Of `same_tasks`, each at its rate of the comparison."""
-PARTS = (PER_TASK, PILOT, NO_PSI_C, NO_PSI_S, f"{NO_PSI_C} model.client_adapter=false", STAGE_1,
-         NO_CT_MOA)  # fmt: skip
+NO_PRIVATE = f"{NO_PSI_C} model.client_adapter=false"
+PARTS = (PER_TASK, NO_CT_MOA, STAGE_1, NO_PRIVATE, NO_PSI_S, NO_PSI_C, PILOT)
+OPENED = (PER_TASK, NO_CT_MOA, STAGE_1, NO_PRIVATE, PILOT)
+"""Those of `PARTS` whose models are opened, at the rates of the comparison."""
 SCALES = (0.5, 1)
 """Of `PARTS`: what the search chose for Pilot, and for the others."""
 SEEDS = (0, 1)
@@ -105,7 +106,10 @@ def swapped(run: Run) -> dict[str, dict[str, float]]:
     known = _trained_concepts(run)
     for own, other in permutations(known, 2):
         examples = _by_concept(run, own, "test")
-        sides = {"other task": known[other] - known[own], "both tasks": known[own] & known[other]}
+        sides = {
+            "concepts of the other task": known[other] - known[own],
+            "concepts of both": known[other] & known[own],
+        }
         received = {task: run.received(select_consensus(run, task)) for task in (own, other)}
         origin = {own: "own", other: "other"}
         model = load_model(run, select_consensus(run, own), device=CPU)
@@ -124,38 +128,47 @@ def swapped(run: Run) -> dict[str, dict[str, float]]:
     return {side: _means(of) for side, of in scores.items()}
 
 
-def forced(run: Run) -> dict[str, float]:
-    """Return Pilot's mean scores by the adapter that gets all weight."""
-    scores: dict[str, list[float]] = defaultdict(list)
+def forced(run: Run) -> dict[str, dict[str, float]]:
+    """Return Pilot's mean scores by the adapter that gets all weight, and by who knows a concept.
+
+    Concepts are those that only the client's own task trains on, or exactly one other task does.
+    """
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     known = _trained_concepts(run)
     for client in run.clients():
         model = load_model(run, select_client(run, client.id), device=CPU)
         answerer = Answerer(run.config, model, keep=True)
         trained = model.connector
-        assert isinstance(trained, CrossTaskMoA) and trained.cross_task_adapters is not None
+        assert isinstance(trained, CrossTaskMoA)
         examples = {concept_of(e.id): e for e in _examples(run, client, "test")}
-        for task in trained.tasks[1:]:
+        own, *foreign = trained.tasks
+        for task, adapters in product(trained.tasks, foreign):
+            if task not in (own, adapters):
+                continue
             elsewhere = set().union(*(known[other] for other in known if other != task))
             concepts = sorted((known[task] - elsewhere) & set(examples))
             asked = [examples[concept] for concept in concepts]
-            for name, connector in forced_connectors(trained, task).items():
+            side = "own task" if task == own else "other task"
+            for name, connector in forced_connectors(trained, adapters).items():
                 model.slot.pilot = connector
-                scores[name] += _scores(answerer, asked, "exact_match")
-    return _means(scores)
+                scores[name][side] += _scores(answerer, asked, "exact_match")
+    return {name: _means(of) for name, of in scores.items()}
 
 
 def forced_connectors(
     trained: CrossTaskMoA, task: str
 ) -> dict[str, CrossTaskMoA | TaskClientConnector]:
-    """Return connectors with all weight on one adapter: the own task's, or that of `task`."""
+    """Return connectors with all weight on the own task's adapter or that of `task`, and ψ_s."""
     own, client_adapter = trained.task_adapters[trained.tasks[0]], trained.client_adapter
     shared, crossed = trained.task_adapters[task], trained.cross_task_adapters
     assert crossed is not None
     return {
         "router as trained": trained,
-        "own task's ψ_t": TaskClientConnector(own, client_adapter),
-        "knowing task's ψ_t": TaskClientConnector(shared, client_adapter),
-        "knowing task's ψ_t + ψ_c": TaskClientConnector(Sum(shared, crossed[task]), client_adapter),
+        "all on own task's ψ_t": TaskClientConnector(own, client_adapter),
+        "all on other task's ψ_t": TaskClientConnector(shared, client_adapter),
+        "all on other task's ψ_t + ψ_c": TaskClientConnector(
+            Sum(shared, crossed[task]), client_adapter
+        ),
     }
 
 
@@ -203,10 +216,12 @@ def _terms(run: Run, client: Client) -> dict[str, float]:
         float(nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
         for a, b in combinations(learnt.values(), 2)
     ]
-    entropy = torch.special.entr(connector.route(features).probs).sum(-1).mean()
+    probabilities = connector.route(features).probs
+    entropy = torch.special.entr(probabilities).sum(-1).mean()
     return {
         "router's entropy": float(entropy) / math.log(len(connector.tasks)),
-        **{name: float(_size(part) / _size(base)) for name, part in parts.items()},
+        "router's weight on the own task": float(probabilities[..., 0].mean()),
+        **{f"size of {name}": float(_size(part) / _size(base)) for name, part in parts.items()},
         "cosine of two tasks' ψ_t": statistics.fmean(similarity),
     }
 
@@ -281,27 +296,28 @@ def label_with_rate(job: Job) -> str:
 def main() -> None:
     """Run, and write what was found."""
     options = parser(__doc__).parse_args()
-    # The comparison deletes its models.
-    kept = argparse.Namespace(**vars(options) | {"out": options.out / "kept"})
+    options.out = options.out / "kept"  # the comparison's runs are kept without their models
     rates = read_rates()
     for seed in SEEDS:
         write_federation(options.data, NAME, SAME_TASKS, split="test", seed=seed)
     same = [job_of(NAME, seed, label, rates) for label in METHODS for seed in SEEDS]
-    opened = [job_of("tasks", seed, label, rates) for label in (PILOT, STAGE_1) for seed in SEEDS]
     parts = [at_scale(label, seed, scale) for label in PARTS for scale in SCALES for seed in SEEDS]
-    found = run_all(same + opened, kept, keep=True)[: len(same)] + run_all(parts, options)
+    found = run_all(same + parts, options, keep=True)
     write_scores(found, FOLDER / "mechanisms.csv.gz", label=label_with_rate)
 
     def runs(jobs: Iterable[Job], label: str) -> list[Run]:
-        return [open_run(folder_of(job, kept)) for job in jobs if label_of(job) == label]
+        rate = own_rate(label.split()[0], rates)
+        mine = (job for job in jobs if label_of(job) == label and job.overrides[:1] == rate)
+        return [open_run(folder_of(job, options)) for job in mine]
 
     results = {
         "swapped": [swapped(run) for run in runs(same, PER_TASK)],
         "forced": [forced(run) for run in runs(same, PILOT)],
-        "without": {
-            method: [without(run) for run in runs(opened, method)] for method in (PILOT, STAGE_1)
+        "without": {label: [without(run) for run in runs(parts, label)] for label in OPENED},
+        "terms": {
+            name: [terms(run) for run in runs(jobs, PILOT)]
+            for name, jobs in (("tasks", parts), (NAME, same))
         },
-        "terms": [terms(run) for run in runs(opened, PILOT)],
     }
     write_record(FOLDER / "mechanisms.json", results, packages=PACKAGES)
 

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from emoji.analysis import (
     mean_score,
     select,
 )
-from emoji.compare import COUNTED, NEIGHBORS, read_scores
+from emoji.compare import COUNTED, NEIGHBORS, job_of, label_of, read_scores
 from emoji.federation import SCENARIOS, TASKS
-from emoji.search import CANDIDATES, METHODS, chosen, searched
+from emoji.mechanisms import METHODS as COMPARED
+from emoji.mechanisms import NAME, PARTS, SCALES, at_scale, label_with_rate
+from emoji.runs import Job
+from emoji.search import CANDIDATES, METHODS, SCALE, chosen, read_rates, searched
 from pilot_flwr.formatting import count
 from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.compare import interval_text, p_text
@@ -71,11 +74,11 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     source = source_of(pd.read_csv(folder / "runs.csv"), _record(folder / "compare.json"))
     methods = [method for method in METHODS if method in scores]
     made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
-    made["emoji_kinds"] = f"{kinds_table(scores, methods)}\n{source}\n"
+    made["emoji_kinds"] = kinds_table(scores, methods)
     made["emoji_seen"] = seen_table(scores, methods)
     made["emoji_overview"] = overview_table(scores)
     if set(ABLATIONS) <= set(scores.columns):
-        made["emoji_questions"] = f"{questions_table(scores)}\n{source}\n"
+        made["emoji_questions"] = questions_table(scores)
         made["emoji_by_kind"] = by_kind_table(scores)
         made["emoji_auto"] = auto_table(scores)
         made["emoji_neighbors"] = neighbors_table(pd.read_csv(folder / "neighbors.csv"))
@@ -136,29 +139,34 @@ def real_table(record: dict[str, Any]) -> str:
 def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str, str]:
     """Return the tables of transfer between tasks and of private parts; means of seeds."""
     results = record["results"]
-    same = [["method", *(f"`{kind}`" for kind in KINDS["tasks"])]]
-    parts = [["method", "`train.lr_scale`", "all", *(f"`{kind}`" for kind in KINDS["tasks"])]]
-    labels = {label: label.split() for label in scores}
-    for label in sorted(labels, key=lambda one: (labels[one][:1], labels[one][2:], one)):
-        method, rate, *more = labels[label]
-        name = f"`{' '.join((method, *more))}`"
-        if not math.isnan(mean_score(select(scores, "same_tasks"), label)):
-            same.append([name, *(_score(scores, "same_tasks", label, k) for k in KINDS["tasks"])])
-        if not math.isnan(mean_score(select(scores, "tasks"), label)):
-            cells = [_score(scores, "tasks", label, kind) for kind in ("", *KINDS["tasks"])]
-            parts.append([name, rate.partition("=")[2], *cells])
-    swapped = _grid("`fedavg_per_task` with", _transposed(results["swapped"]))
-    forced = _grid(
-        "all weight on", [{n: {"mean": v} for n, v in of.items()} for of in results["forced"]]
-    )
-    without = [["method", "model", "train", "test"]]
+    rates, parts = read_rates(), (at_scale(m, 0, scale) for scale in SCALES for m in PARTS)
+    private = _rows_by_rate(scores, parts, ("", *KINDS["tasks"]))
+    same = _rows_by_rate(scores, (job_of(NAME, 0, m, rates) for m in COMPARED), KINDS["tasks"])
+    without = [["method", "model", "training examples", "test examples"]]
     for method, of in results["without"].items():
         without += [[f"`{method}`", *row] for row in _grid("", of)[1:]]
-    terms = _grid("term", [{n: {"mean": v} for n, v in of.items()} for of in results["terms"]])
-    tables = {"same_tasks": same, "swapped": swapped, "forced": forced, "private": parts,
-              "without": without, "terms": terms}  # fmt: skip
-    source = note(record)
-    return {f"emoji_{name}": f"{markdown(rows)}\n{source}\n" for name, rows in tables.items()}
+    tables = {
+        "private": private,
+        "without": without,
+        "same_tasks": same,
+        "forced": _grid("router's weights", results["forced"]),
+        "swapped": _grid("`fedavg_per_task` with", _transposed(results["swapped"])),
+        "terms": _grid("in stage 2", _transposed(_by_seed(results["terms"]))),
+    }
+    made = {f"emoji_{name}": f"{markdown(rows)}\n" for name, rows in tables.items()}
+    return made | {"emoji_terms": f"{made['emoji_terms']}\n{note(record)}\n"}
+
+
+def _rows_by_rate(
+    scores: pd.DataFrame, jobs: Iterable[Job], kinds: Sequence[str]
+) -> list[list[str]]:
+    """Return the means of jobs' methods and rates, over the seeds that `scores` has."""
+    rows = [["method", f"`{SCALE}`", *(f"`{kind}`" if kind else "all" for kind in kinds)]]
+    for job in jobs:
+        rate = "".join(job.overrides[:1]).partition("=")[2]
+        cells = (_score(scores, job.scenario, label_with_rate(job), kind) for kind in kinds)
+        rows.append([f"`{label_of(job)}`", rate, *cells])
+    return rows
 
 
 def _grid(title: str, seeds: Sequence[dict[str, dict[str, float]]]) -> list[list[str]]:
@@ -170,6 +178,10 @@ def _grid(title: str, seeds: Sequence[dict[str, dict[str, float]]]) -> list[list
         means = [statistics.fmean(of[name][column] for of in seeds) for column in columns]
         rows.append([name, *(f"{mean:.3f}" for mean in means)])
     return rows
+
+
+def _by_seed(columns: dict[str, list[dict[str, float]]]) -> list[dict[str, dict[str, float]]]:
+    return [dict(zip(columns, of, strict=True)) for of in zip(*columns.values(), strict=True)]
 
 
 def _transposed(seeds: Sequence[dict[str, dict[str, float]]]) -> list[dict[str, dict[str, float]]]:
@@ -258,7 +270,8 @@ def seen_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     rows: list[list[str]] = [["method"], *([method] for method in methods)]
     for kind in KINDS["both"]:
         part = select(scores, "both", kind)
-        for title, mask in (("seen", drawing_seen(part)), ("not seen", ~drawing_seen(part))):
+        seen = drawing_seen(part)
+        for title, mask in (("seen", seen), ("not seen", ~seen)):
             chosen = part[mask]
             rows[0].append(f"`{kind}`, {title} ({len(chosen):,})")
             for row in rows[1:]:
@@ -269,12 +282,12 @@ def seen_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
 def variants_table(scores: pd.DataFrame) -> str:
     """Return Pilot's further settings in `tasks`."""
     part = select(scores, "tasks")
-    rows = [["setting", "mean", "setting − `pilot`", "p, uncorrected"]]
-    rows.append([f"`{PILOT}`", _score(scores, "tasks", PILOT), "", ""])
+    rows = [["setting", "mean", "setting − `pilot`"]]
+    rows.append([f"`{PILOT}`", _score(scores, "tasks", PILOT), ""])
     for variant in VARIANTS:
         if (found := effect(part, variant, PILOT)) is not None:
             text = interval_text(found.difference, sign="+")
-            rows.append([f"`{variant}`", _score(scores, "tasks", variant), text, p_text(found.p)])
+            rows.append([f"`{variant}`", _score(scores, "tasks", variant), text])
     return f"{markdown(rows)}\n"
 
 

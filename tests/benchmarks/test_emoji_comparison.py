@@ -270,39 +270,77 @@ def test_neighbours_are_counted_by_task_and_house(emoji):
         compare.neighbors_table([runs.JobResult(job, {}, 1.0, {})])
 
 
-def test_the_tables_of_mechanisms_are_means_over_seeds(emoji, monkeypatch):
-    made = made_scores(2).droplevel("scenario")
-    scores = pd.concat(
-        {
-            "same_tasks": made.rename(columns={"a": "fedit r=1", "b": "pilot r=0.5"}),
-            "tasks": made.rename(columns={"a": "pilot r=1 x=y", "b": "pilot r=0.5"}),
-        },
-        names=["scenario"],
+def test_a_drawing_is_seen_if_another_tasks_client_of_the_house_trains_on_it(emoji, tmp_path):
+    federation, rows, trained = emoji("federation"), [], {}
+    federation.write_federation(
+        tmp_path, "both", federation.SCENARIOS["both"], split="test", seed=3
     )
+    for path in sorted((tmp_path / "both" / "3").glob("*.json")):
+        task, number, split = path.stem.split("-")
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            if split == "test":
+                rows.append((3, f"{task}-{number}", row["id"], row["image"]))
+            else:
+                trained.setdefault(row["image"], set()).add(task)
+    index = pd.MultiIndex.from_tuples([r[:3] for r in rows], names=["seed", "client", "row"])
+    found = emoji("analysis").drawing_seen(pd.DataFrame({"a": 0.0}, index))
+    expected = [bool(trained.get(i, set()) - {c.split("-")[0]}) for _, c, _, i in rows]
+    assert found.tolist() == expected and 0 < sum(expected) < len(expected)
+
+
+def test_effects_by_kind_are_those_of_the_kinds_rows(emoji):
+    analysis = emoji("analysis")
+    made = made_scores(2).rename(columns={"a": "pilot", "b": "local"})
+    question = analysis.Question("x", "local", ("x",), "same")
+    better = made.rename(lambda row: row.replace("same", "other_task"), level="row") + 1
+    rows = pd.concat([made, better.assign(local=0.0)]).droplevel("scenario")
+    scores = pd.concat({"x": rows}, names=["scenario"])
+    (finding,) = analysis.findings(scores, [question])
+    kinds = ("same", "other_house", "other_task")
+    whole, same, none, other = analysis.by_kind(scores, finding, kinds)
+    mean = finding.effect.difference.mean
+    assert finding.effect == same and none is None
+    assert other.difference.mean == pytest.approx(mean + 1)
+    assert whole.difference.mean == pytest.approx(mean + 0.5)
+
+
+def test_the_tables_of_mechanisms_are_means_over_seeds(emoji, monkeypatch):
+    mechanisms, tables = emoji("mechanisms"), emoji("tables")
+    jobs = [mechanisms.at_scale(m, 0, s) for s in mechanisms.SCALES for m in mechanisms.PARTS]
+    rates = emoji("search").read_rates()
+    jobs += [emoji("compare").job_of("same_tasks", 0, m, rates) for m in mechanisms.METHODS]
+    labels = {mechanisms.label_with_rate(job) for job in jobs}
+    made = made_scores(2).droplevel("scenario")["a"]
+    scored = pd.DataFrame({label: made + n for n, label in enumerate(sorted(labels))})
+    scores = pd.concat({"same_tasks": scored - 100, "tasks": scored}, names=["scenario"])
     results = {
-        "swapped": [
-            {"one side": {"own": 0.1, "other": 0.2}},
-            {"one side": {"own": 0.3, "other": 0}},
-        ],
-        "forced": [{"router": 0.25}, {"router": 0.5}],
+        "swapped": [{"side": {"own": 0.1, "other": 0.2}}, {"side": {"own": 0.3, "other": 0}}],
+        "forced": [{"router": {"own": 0.25}}, {"router": {"own": 0.5}}],
         "without": {"pilot": 2 * [{"all": {"train": 1.0, "test": 0.5}}]},
-        "terms": [{"entropy": 1.0}, {"entropy": 0.5}],
+        "terms": {"tasks": [{"entropy": 1.0}, {"entropy": 0.5}], "same": 2 * [{"entropy": 0}]},
     }
-    monkeypatch.setattr(emoji("tables"), "note", lambda record: "measured")
-    tables = emoji("tables").mechanisms_tables({"results": results}, scores)
-    cells = {name: cells_of(text) for name, text in tables.items()}
-    assert cells["emoji_swapped"][1:] == [["own", "0.200"], ["other", "0.100"]]
+    monkeypatch.setattr(tables, "note", lambda record: "measured")
+    found = tables.mechanisms_tables({"results": results}, scores)
+    cells = {name: cells_of(text) for name, text in found.items()}
+    assert cells["emoji_swapped"] == [
+        ["`fedavg_per_task` with", "side"],
+        ["own", "0.200"],
+        ["other", "0.100"],
+    ]
     assert cells["emoji_forced"][1:] == [["router", "0.375"]]
     assert cells["emoji_without"][1:] == [["`pilot`", "all", "1.000", "0.500"]]
-    assert cells["emoji_terms"][1:] == [["entropy", "0.750"]]
-    analysis = emoji("analysis")
-    mean = analysis.mean_score(analysis.select(scores, "tasks", "same"), "pilot r=1 x=y")
-    assert [row[:2] for row in cells["emoji_private"][1:]] == [
-        ["`pilot`", "0.5"],
-        ["`pilot x=y`", "1"],
-    ]
-    assert cells["emoji_private"][2][3] == f"{mean:.3f}"
-    assert [row[0] for row in cells["emoji_same_tasks"][1:]] == ["`fedit`", "`pilot`"]
+    assert cells["emoji_terms"][1:] == [["entropy", "0.750", "0.000"]]
+    expected = {
+        (job.scenario, f"`{emoji('compare').label_of(job)}`", job.overrides[0].split("=")[1]): (
+            emoji("analysis").mean_score(
+                emoji("analysis").select(scores, job.scenario), mechanisms.label_with_rate(job)
+            )
+        )
+        for job in jobs
+    }
+    shown = {("tasks", *row[:2]): float(row[3]) for row in cells["emoji_private"][1:]}
+    shown |= {("same_tasks", *row[:2]): float(row[2]) for row in cells["emoji_same_tasks"][1:]}
+    assert shown == pytest.approx(expected, abs=1e-3)
 
 
 def cells_of(text):
@@ -355,7 +393,8 @@ def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
     assert few.error() == pytest.approx((error, freedom))
     quantiles = stats.t.ppf([0.975, 0.8], freedom).sum()
     assert few.detectable(level=0.05) == pytest.approx(quantiles * error)
-    assert many.error()[0] == pytest.approx((4e-7 + 9e-6) ** 0.5)  # of concepts: 1e-5 - 1e-6
+    # Of concepts, 1e-5 - 1e-6 is three quarters with 4 seeds.
+    assert many.error()[0] == pytest.approx((4e-7 + 9e-6 / 0.75 * (1 - 1 / 400)) ** 0.5)
     # A quarter of the variance that rows of one concept share; that of single rows stays.
     more_concepts = fit.scaled(seeds=4, concepts=400).error()[0]
     assert more_concepts == pytest.approx((4e-5 + (1e-5 - 1e-6) / 4) ** 0.5)
@@ -455,13 +494,14 @@ def test_swapped_and_removed_parts_leave_the_runs_scores_where_nothing_changes(
     run, known = open_run(runs.folder_of(mean, asked)), trained_concepts(asked.data)
     swapped = mechanisms.swapped(run)
     parts = {f"{a} adapter, {b} LoRA" for a in ("own", "other") for b in ("own", "other")}
-    assert set(swapped["both tasks"]) == set(swapped["other task"]) == parts
+    others, both = "concepts of the other task", "concepts of both"
+    assert set(swapped[both]) == set(swapped[others]) == parts
     scored = {}
     for own, other in itertools.permutations(known, 2):
         for concept, score in of_task(found, own):
             if concept in known[other] - known[own]:
                 scored[own, other, concept] = score
-    own = swapped["other task"]["own adapter, own LoRA"]
+    own = swapped[others]["own adapter, own LoRA"]
     assert scored and own == pytest.approx(np.mean(list(scored.values())), abs=1e-4)
     removed = mechanisms.without(run)
     assert set(removed) == {"as trained"}  # nothing is private
@@ -470,13 +510,13 @@ def test_swapped_and_removed_parts_leave_the_runs_scores_where_nothing_changes(
 
     run = open_run(runs.folder_of(pilot, asked))
     forced = mechanisms.forced(run)
-    scored = [
-        score
-        for own, other in itertools.permutations(known, 2)
-        for concept, score in of_task(routed, own)
-        if concept in known[other] and sum(concept in of for of in known.values()) == 1
-    ]
-    assert scored and forced["router as trained"] == pytest.approx(np.mean(scored), abs=1e-4)
+    scored = {"own task": [], "other task": []}
+    for own, knows in itertools.product(known, repeat=2):
+        for concept, score in of_task(routed, own):
+            if concept in known[knows] and sum(concept in of for of in known.values()) == 1:
+                scored["own task" if own == knows else "other task"].append(score)
+    means = {side: pytest.approx(np.mean(scores), abs=1e-4) for side, scores in scored.items()}
+    assert forced["router as trained"] == means
     removed = mechanisms.without(run)
     assert set(removed) == set(mechanisms.REMOVED)
     means = [np.mean(list(of.values())) for of in routed.scores.values()]
@@ -527,10 +567,10 @@ def test_a_forced_connector_is_the_mixture_with_all_weight_on_one_task(emoji, mi
     output = {name: one(features).features for name, one in made.items()}
     torch.testing.assert_close(output["router as trained"], connector(features).features)
     routed, crossed = connector.route(features), connector.cross_task_adapters["c"](features)
-    for name, task in (("own task's ψ_t", 0), ("knowing task's ψ_t + ψ_c", 2)):
+    for name, task in (("all on own task's ψ_t", 0), ("all on other task's ψ_t + ψ_c", 2)):
         weights = torch.zeros_like(routed.probs)
         weights[..., task] = 1
         monkeypatch.setattr(connector, "route", lambda *_, p=weights: routed._replace(probs=p))
         torch.testing.assert_close(output[name], connector(features).features)
-    difference = output["knowing task's ψ_t + ψ_c"] - output["knowing task's ψ_t"]
+    difference = output["all on other task's ψ_t + ψ_c"] - output["all on other task's ψ_t"]
     torch.testing.assert_close(difference, crossed)
