@@ -36,6 +36,7 @@ PAGES = {
         "emoji_forced",
         "emoji_swapped",
         "emoji_terms",
+        "emoji_single",
         "emoji_auto",
         "emoji_neighbors",
         "emoji_variants",

@@ -53,6 +53,8 @@ class Question(NamedTuple):
 STAGE_1 = "pilot_stage1_only"
 NO_L_D = f"{STAGE_1} train.difference_loss.weight=0"
 NO_CT_MOA = f"{STAGE_1} model.client_adapter=false"
+NO_PSI_C, NO_PSI_S = "pilot_no_cross_task_adapters", "pilot_no_client_adapter"
+NO_PRIVATE = f"{NO_PSI_C} model.client_adapter=false"
 QUESTIONS = (
     Question("federation", "local", ALL_SCENARIOS),
     Question("Pilot or one model", "fedit", ALL_SCENARIOS),
@@ -60,12 +62,12 @@ QUESTIONS = (
     Question("adapters averaged per task", "pilot_global_adapters", TASKS_DIFFER),
     Question("ATA or one mean LoRA", "pilot_fedavg_lora", ALL_SCENARIOS),
     Question("nearest neighbours or all", "pilot_all_neighbors", ALL_SCENARIOS),
-    Question("client adapter and L_d", "pilot_no_client_adapter", HOUSES_DIFFER, "other_house"),
+    Question("client adapter and L_d", NO_PSI_S, HOUSES_DIFFER, "other_house"),
     Question("L_d in exchange 1", "pilot_no_difference_loss", HOUSES_DIFFER, "other_house"),
     Question("L_d in all", NO_L_D, HOUSES_DIFFER, "other_house", STAGE_1),
     Question("stage 2", STAGE_1, TASKS_DIFFER, "other_task"),
-    Question("CT-MoA", NO_CT_MOA, TASKS_DIFFER, "other_task", "pilot_no_client_adapter"),
-    Question("cross-task adapters", "pilot_no_cross_task_adapters", TASKS_DIFFER, "other_task"),
+    Question("CT-MoA", NO_CT_MOA, TASKS_DIFFER, "other_task", NO_PSI_S),
+    Question("cross-task adapters", NO_PSI_C, TASKS_DIFFER, "other_task"),
 )
 """Registered before any test result: the contrasts `method` − `baseline`."""
 

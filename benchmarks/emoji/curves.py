@@ -4,8 +4,8 @@
 
 writes ``benchmarks/results/emoji/curves.csv.gz``, the score of every test row with one seed, and
 ``curves.json``. The kinds' shares of the test rows vary along a curve, so the figure shows them
-apart. Rates are those of `search`; nothing is tested here. The curves' federations are written into
-``--data``.
+apart. One point, `SINGLE`, is repeated with other seeds and all methods. Rates are those of
+`search`. The curves' federations are written into ``--data``.
 """
 
 import sys
@@ -19,9 +19,12 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 from _record import write_record
 
-from emoji.compare import FOLDER, own_rate, write_scores
+from emoji.analysis import NO_PRIVATE, NO_PSI_C, STAGE_1
+from emoji.compare import FOLDER, job_of, own_rate, write_scores
 from emoji.federation import SCENARIOS, SIZE, write_federation
+from emoji.federation import SEEDS as ALL_SEEDS
 from emoji.runs import PACKAGES, Job, parser, run_all
+from emoji.search import METHODS as ALL_METHODS
 from emoji.search import read_rates
 
 COMPARED = ("tasks", "untold")
@@ -30,8 +33,7 @@ METHODS = {
     "clients": ("local", "fedit", "fedavg_per_task", "pilot", "pilot_auto"),
     "neighbors": ("pilot",),
 }
-SEEDS = (0,)
-"""Seeds."""
+SEED = 0
 CURVES = {
     "concepts": (10, 30, 100, SIZE, 300),
     "clients": (3, 9, 27),
@@ -50,6 +52,12 @@ class Point(NamedTuple):
     method: str
 
 
+SINGLE = "untold-clients3"
+"""One client per task, where the curves show Pilot ahead: repeated with other seeds and methods."""
+SINGLE_METHODS = (*ALL_METHODS, STAGE_1, NO_PSI_C, NO_PRIVATE)
+SINGLE_SEEDS = [seed for seed in ALL_SEEDS["test"] if seed != SEED]
+
+
 def points() -> Iterator[Point]:
     """Yield all points."""
     for scenario in COMPARED:
@@ -57,7 +65,7 @@ def points() -> Iterator[Point]:
             yield from (Point(scenario, curve, v, m) for v in values for m in METHODS[curve])
 
 
-def job(point: Point, seed: int) -> Job:
+def job(point: Point) -> Job:
     """Return the job of a point."""
     overrides = own_rate(point.method, read_rates())
     name = point.scenario
@@ -66,7 +74,7 @@ def job(point: Point, seed: int) -> Job:
             overrides += (f"strategy.num_neighbors={point.value}",)
         else:
             name = f"{point.scenario}-{point.curve}{point.value}"
-    return Job(name, seed, point.method, overrides)
+    return Job(name, SEED, point.method, overrides)
 
 
 def write_federations(out: Path) -> None:
@@ -74,22 +82,24 @@ def write_federations(out: Path) -> None:
     for scenario, curve, value, _ in points():
         if curve == "neighbors" or value == DEFAULTS[curve]:
             continue
-        made, size = SCENARIOS[scenario], SIZE
+        definition, size = SCENARIOS[scenario], SIZE
         if curve == "concepts":
             size = value
         else:
-            made = replace(made, clients_per_task=value // len(made.tasks))
-        for seed in SEEDS:
-            name = f"{scenario}-{curve}{value}"
-            write_federation(out, name, made, split="test", seed=seed, size=size)
+            definition = replace(definition, clients_per_task=value // len(definition.tasks))
+        name = f"{scenario}-{curve}{value}"
+        for seed in (SEED, *(SINGLE_SEEDS if name == SINGLE else ())):
+            write_federation(out, name, definition, split="test", seed=seed, size=size)
 
 
 def main() -> None:
     """Run, and write the curves."""
     options = parser(__doc__).parse_args()
     write_federations(options.data)
-    asked = dict.fromkeys(job(point, seed) for point in points() for seed in SEEDS)
-    found = run_all(list(asked), options)
+    asked = [job(point) for point in points()]
+    rates = read_rates()
+    asked += [job_of(SINGLE, seed, m, rates) for m in SINGLE_METHODS for seed in SINGLE_SEEDS]
+    found = run_all(list(dict.fromkeys(asked)), options)
     write_scores(found, FOLDER / "curves.csv.gz")
     seconds = round(sum(one.seconds for one in found))
     write_record(

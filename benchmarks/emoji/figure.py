@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 
 from emoji.analysis import ALL_SCENARIOS, PILOT, effect, mean_score, select
 from emoji.compare import FOLDER, label_of, read_scores
-from emoji.curves import COMPARED, CURVES, SEEDS, Point, job, points
+from emoji.curves import COMPARED, CURVES, SEED, Point, job, points
 from emoji.federation import HOUSES, write_pictures
 from emoji.search import METHODS
 from emoji.tables import TITLES
@@ -136,7 +136,7 @@ def draw_curves(scores: pd.DataFrame, out: Path) -> None:
             if scenario == COMPARED[-1]:
                 panel.set_xlabel(label, color=INK)
     handles = [Line2D([], [], color=colour, label=method) for method, colour in LINES.items()]
-    handles += [Line2D([], [], color=INK, ls=s, label=f"rows {k}") for k, s in STYLES.items()]
+    handles += [Line2D([], [], color=INK, ls=s, label=f"`{k}` examples") for k, s in STYLES.items()]
     figure.legend(
         handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor=INK
     )
@@ -145,10 +145,11 @@ def draw_curves(scores: pd.DataFrame, out: Path) -> None:
 
 def mean_at(scores: pd.DataFrame, point: Point, kind: str) -> float:
     """Return the mean over tasks of a kind's rows; NaN with fewer than `FEWEST` concepts."""
-    one = job(point, SEEDS[0])
+    one = job(point)
     if label_of(one) not in scores or one.scenario not in scores.index.get_level_values("scenario"):
         return math.nan
     rows = select(scores, one.scenario, kind)
+    rows = rows[rows.index.get_level_values("seed") == SEED]
     enough = rows.index.get_level_values("row").nunique() >= FEWEST
     return mean_score(rows, label_of(one)) if enough else math.nan
 

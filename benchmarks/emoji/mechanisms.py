@@ -39,7 +39,7 @@ import torch
 from _record import write_record
 from torch import Tensor, nn
 
-from emoji.analysis import NO_CT_MOA, PILOT, STAGE_1
+from emoji.analysis import NO_CT_MOA, NO_PRIVATE, NO_PSI_C, NO_PSI_S, PILOT, STAGE_1
 from emoji.compare import FOLDER, job_of, label_of, own_rate, write_scores
 from emoji.federation import SAME_TASKS, concept_of, write_federation
 from emoji.runs import PACKAGES, Job, folder_of, parser, run_all
@@ -56,8 +56,6 @@ from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_processor
 
 PER_TASK = "fedavg_per_task"
-NO_PSI_C = "pilot_no_cross_task_adapters"
-NO_PSI_S = "pilot_no_client_adapter"
 METHODS = (
     "fedit",
     PER_TASK,
@@ -70,7 +68,6 @@ METHODS = (
     NO_CT_MOA,
 )
 """Of `same_tasks`, each at its rate of the comparison."""
-NO_PRIVATE = f"{NO_PSI_C} model.client_adapter=false"
 PARTS = (PER_TASK, NO_CT_MOA, STAGE_1, NO_PRIVATE, NO_PSI_S, NO_PSI_C, PILOT)
 OPENED = (PER_TASK, NO_CT_MOA, STAGE_1, NO_PRIVATE, PILOT)
 """Those of `PARTS` whose models are opened, at the rates of the comparison."""

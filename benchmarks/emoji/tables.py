@@ -28,6 +28,7 @@ from emoji.analysis import (
     select,
 )
 from emoji.compare import COUNTED, NEIGHBORS, job_of, label_of, read_scores
+from emoji.curves import SINGLE, SINGLE_METHODS, SINGLE_SEEDS
 from emoji.federation import SCENARIOS, TASKS
 from emoji.mechanisms import METHODS as COMPARED
 from emoji.mechanisms import NAME, PARTS, SCALES, at_scale, label_with_rate
@@ -68,6 +69,8 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     if (folder / "mechanisms.json").exists():
         found = read_scores(folder / "mechanisms.csv.gz")
         made |= mechanisms_tables(_record(folder / "mechanisms.json"), found)
+    if (folder / "curves.csv.gz").exists():
+        made["emoji_single"] = single_table(read_scores(folder / "curves.csv.gz"))
     if not (folder / "scores.csv.gz").exists():
         return made
     scores = read_scores(folder / "scores.csv.gz")
@@ -207,6 +210,19 @@ def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
         "95 % interval; bold: p < .05 after Holm's correction over the methods of a scenario. "
         f"Seeds: {', '.join(map(str, seeds))}; test rows in all: {counts}.\n"
     )
+
+
+def single_table(scores: pd.DataFrame) -> str:
+    """Return a row per method with one client per task: mean and effect against Pilot."""
+    scores = scores.loc[scores.index.get_level_values("seed").isin(SINGLE_SEEDS)]
+    rows = [["method", "mean", "method − `pilot`"]]
+    effects = against_pilot(scores, SINGLE, SINGLE_METHODS)
+    for method in SINGLE_METHODS:
+        found, p = effects.get(method, (None, None))
+        text = "" if found is None else interval_text(found.difference, sign="+")
+        text = f"**{text}**" if p is not None and p < SIGNIFICANT else text
+        rows.append([f"`{method}`", _score(scores, SINGLE, method), text])
+    return f"{markdown(rows)}\n"
 
 
 def _score(scores: pd.DataFrame, scenario: str, method: str, kind: str = "") -> str:

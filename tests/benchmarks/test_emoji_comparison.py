@@ -351,7 +351,8 @@ def cells_of(text):
 def test_a_curves_default_point_is_a_run_of_the_comparison(emoji, rates):
     curves, compare = emoji("curves"), emoji("compare")
     compared = set(compare.jobs([0]))
-    found = {point: curves.job(point, 0) for point in curves.points()}
+    found = {point: curves.job(point) for point in curves.points()}
+    assert curves.SINGLE in {job.scenario for job in found.values()}
     for point, job in found.items():
         middle = point.value == curves.DEFAULTS[point.curve]
         four = point.value == 4 and point.scenario == "tasks"  # one of Pilot's further settings
@@ -382,7 +383,7 @@ def test_the_figures_need_no_complete_results(emoji, rates, tmp_path):
     expected = analysis.mean_score(analysis.select(scores, "tasks", "same"), "pilot")
     assert figure.mean_at(scores, point, "same") == expected
     assert math.isnan(figure.mean_at(scores, point, "other_task"))
-    assert compare.label_of(curves.job(point, 0)) == "pilot"
+    assert compare.label_of(curves.job(point)) == "pilot"
 
 
 def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
