@@ -380,8 +380,11 @@ def test_the_figures_need_no_complete_results(emoji, rates, tmp_path):
     (point,) = [
         p for p in curves.points() if p[:3] == ("tasks", "concepts", 200) and p[3] == "pilot"
     ]
-    expected = analysis.mean_score(analysis.select(scores, "tasks", "same"), "pilot")
+    first = scores[scores.index.get_level_values("seed") == 0]
+    expected = analysis.mean_score(analysis.select(first, "tasks", "same"), "pilot")
     assert figure.mean_at(scores, point, "same") == expected
+    few = scores[scores.index.get_level_values("row").isin([f"same/{n}" for n in range(29)])]
+    assert math.isnan(figure.mean_at(few, point, "same"))
     assert math.isnan(figure.mean_at(scores, point, "other_task"))
     assert compare.label_of(curves.job(point)) == "pilot"
 
