@@ -132,9 +132,9 @@ def power_table(record: dict[str, Any]) -> str:
 
 
 def real_table(record: dict[str, Any]) -> str:
-    """Return the scores on the real base by task and kind of test row."""
+    """Return the scores on the base of SmolLM2 by task and kind of test row."""
     before, after = (record["results"][when] for when in ("before", "after"))
-    rows = [["task, kind", "untrained", "after Pilot"]]
+    rows = [["task, kind", "zero-shot", "Pilot"]]
     rows += [[cell, f"{before[cell]:.3f}", f"{after[cell]:.3f}"] for cell in before]
     return f"{markdown(rows)}\n{note(record)}\n"
 
