@@ -286,7 +286,7 @@ class AutoComparison(NamedTuple):
 
 
 def auto_comparisons(scores: pd.DataFrame) -> dict[str, AutoComparison]:
-    """Return the compared on `pilot_auto` in every scenario."""
+    """Compare `pilot_auto` with both `COMPARATORS` in every scenario."""
     over: dict[str, dict[str, Effect]] = {}
     for scenario in ALL_SCENARIOS:
         rows = select(scores, scenario)

@@ -124,7 +124,7 @@ def test_only_rows_that_both_methods_scored_are_compared(emoji):
 
 
 def compared_auto(emoji, *, auto, everyone):
-    """The auto_comparisons on scores of three seeds with `pilot` at 0."""
+    """Comparisons of `pilot_auto` on scores of three seeds with `pilot` at 0."""
     analysis = emoji("analysis")
     made = made_scores(3)
     named = {"pilot": made["b"], "pilot_all_neighbors": made["a"] + everyone, "pilot_auto": auto}
