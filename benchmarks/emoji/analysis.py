@@ -207,6 +207,11 @@ def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect | None:
     return Effect(Interval(found.mean, half_width), p, *counts)
 
 
+def contrast(scores: pd.DataFrame, question: Question, scenario: str, kind: str) -> Effect | None:
+    """Return a question's effect in a scenario on all rows, or on those of a kind."""
+    return effect(select(scores, scenario, kind), question.method, question.baseline)
+
+
 class Finding(NamedTuple):
     """A question's effect in one scenario, with Holm's p over the question's scenarios."""
 
@@ -221,9 +226,7 @@ def findings(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) ->
     found = []
     for question in questions:
         effects = {
-            scenario: effect(
-                select(scores, scenario, question.kind), question.method, question.baseline
-            )
+            scenario: contrast(scores, question, scenario, question.kind)
             for scenario in question.scenarios
         }
         ran = {scenario: one for scenario, one in effects.items() if one is not None}
@@ -234,19 +237,10 @@ def findings(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) ->
     return found
 
 
-def by_kind(scores: pd.DataFrame, finding: Finding, kinds: Sequence[str]) -> list[Effect | None]:
-    """Return a finding's effect on all rows, then on those of every kind."""
-    question = finding.question
-    return [
-        effect(select(scores, finding.scenario, kind), question.method, question.baseline)
-        for kind in ("", *kinds)
-    ]
-
-
 def drawing_seen(scores: pd.DataFrame) -> "pd.Series[bool]":
     """Whether a client of another task trains on the drawing that a row of `both` tests."""
     scenario = SCENARIOS["both"]
-    concepts = sorted(c.key for part in divide().federated.values() for c in part)
+    concepts = sorted(divide().trained())
     seen: dict[tuple[int, str, str], set[str]] = {}
     for seed in scores.index.unique("seed"):
         for task, clients in draw(scenario, concepts, size=SIZE, seed=int(seed)).items():

@@ -381,7 +381,7 @@ def make_small(
     """Make the base with the small Llama."""
     torch.manual_seed(seed)
     division = divide()
-    concepts = [*division.pretraining, *(c for part in division.federated.values() for c in part)]
+    concepts = [*division.pretraining, *division.trained().values()]
     tokenizer = train_tokenizer(texts(concepts), vocab_size=2048, min_frequency=0)
     processor = make_processor(tokenizer, CHAT_TEMPLATE)
     model = assemble(processor, small_llama(tokenizer), weights)

@@ -20,7 +20,7 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 from _record import write_record
 
 from emoji.analysis import NO_PRIVATE, NO_PSI_C, STAGE_1
-from emoji.compare import FOLDER, job_of, own_rate, write_scores
+from emoji.compare import FOLDER, job_of, write_scores
 from emoji.federation import SCENARIOS, SIZE, write_federation
 from emoji.federation import SEEDS as ALL_SEEDS
 from emoji.runs import PACKAGES, Job, parser, run_all
@@ -67,14 +67,13 @@ def points() -> Iterator[Point]:
 
 def job(point: Point) -> Job:
     """Return the job of a point."""
-    overrides = own_rate(point.method, read_rates())
-    name = point.scenario
+    label, name = point.method, point.scenario
     if point.value != DEFAULTS[point.curve]:
         if point.curve == "neighbors":
-            overrides += (f"strategy.num_neighbors={point.value}",)
+            label += f" strategy.num_neighbors={point.value}"
         else:
             name = f"{point.scenario}-{point.curve}{point.value}"
-    return Job(name, SEED, point.method, overrides)
+    return job_of(name, SEED, label, read_rates())
 
 
 def write_federations(out: Path) -> None:

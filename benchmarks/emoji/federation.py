@@ -154,6 +154,10 @@ class Division:
     pretraining: list[Concept]
     federated: dict[str, list[Concept]]
 
+    def trained(self) -> dict[str, Concept]:
+        """Return the federated concepts, all of which clients may train on, by key."""
+        return {c.key: c for part in self.federated.values() for c in part}
+
 
 def divide() -> Division:
     """Divide the concepts, the same for every seed."""
@@ -273,7 +277,7 @@ def write_federation(
 ) -> None:
     """Write the rows of every client of one federation, and its file for ``data=``."""
     division = divide()
-    concepts = {c.key: c for found in division.federated.values() for c in found}
+    concepts = division.trained()
     assignments = draw(scenario, sorted(concepts), size=size, seed=seed)
     # Shuffled per seed, so that `most` drops different concepts.
     tested = [c.key for c in division.federated[split]]

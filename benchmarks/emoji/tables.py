@@ -17,10 +17,12 @@ from emoji.analysis import (
     COMPARATORS,
     MARGIN,
     PILOT,
+    QUESTIONS,
     VARIANTS,
+    Effect,
     against_pilot,
     auto_comparisons,
-    by_kind,
+    contrast,
     drawing_seen,
     effect,
     findings,
@@ -201,9 +203,7 @@ def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
         row = [method]
         for scenario in ALL_SCENARIOS:
             row.append(_score(scores, scenario, method))
-            found, p = effects[scenario].get(method, (None, None))
-            text = "" if found is None else interval_text(found.difference, sign="+")
-            row.append(f"**{text}**" if p is not None and p < SIGNIFICANT else text)
+            row.append(_difference(*effects[scenario].get(method, (None, None))))
         rows.append(row)
     seeds = sorted({found.seeds for of in effects.values() for found, _ in of.values()})
     counts = ", ".join(f"{TITLES[s]} {len(select(scores, s)):,}" for s in ALL_SCENARIOS)
@@ -220,11 +220,15 @@ def single_table(scores: pd.DataFrame) -> str:
     rows = [["method", "mean", "method − `pilot`"]]
     effects = against_pilot(scores, SINGLE, SINGLE_METHODS)
     for method in SINGLE_METHODS:
-        found, p = effects.get(method, (None, None))
-        text = "" if found is None else interval_text(found.difference, sign="+")
-        text = f"**{text}**" if p is not None and p < SIGNIFICANT else text
+        text = _difference(*effects.get(method, (None, None)))
         rows.append([f"`{method}`", _score(scores, SINGLE, method), text])
     return f"{markdown(rows)}\n"
+
+
+def _difference(found: Effect | None, p: float | None = None) -> str:
+    """Format an effect, in bold if `p` is significant; empty if there is none."""
+    text = "" if found is None else interval_text(found.difference, sign="+")
+    return f"**{text}**" if p is not None and p < SIGNIFICANT else text
 
 
 def _score(scores: pd.DataFrame, scenario: str, method: str, kind: str = "") -> str:
@@ -261,7 +265,7 @@ def questions_table(scores: pd.DataFrame) -> str:
                 TITLES[scenario],
                 f"{found.rows:,}{kind}",
                 str(found.concepts),
-                interval_text(found.difference, sign="+"),
+                _difference(found),
                 p_text(found.p),
                 p_text(p),
             ]
@@ -273,13 +277,10 @@ def by_kind_table(scores: pd.DataFrame) -> str:
     """Return the contrasts that are tested on one kind of row, on all rows and by kind."""
     kinds = ("same", "other_house", "other_task")
     rows = [["question", "scenario", "all", *(f"`{kind}`" for kind in kinds)]]
-    for finding in findings(scores):
-        if finding.question.kind:
-            cells = [
-                "" if found is None else interval_text(found.difference, sign="+")
-                for found in by_kind(scores, finding, kinds)
-            ]
-            rows.append([finding.question.part, TITLES[finding.scenario], *cells])
+    for question in QUESTIONS:
+        for scenario in question.scenarios if question.kind else ():
+            cells = [_difference(contrast(scores, question, scenario, k)) for k in ("", *kinds)]
+            rows.append([question.part, TITLES[scenario], *cells])
     return f"{markdown(rows)}\n"
 
 
@@ -304,8 +305,7 @@ def variants_table(scores: pd.DataFrame) -> str:
     rows.append([f"`{PILOT}`", _score(scores, "tasks", PILOT), ""])
     for variant in VARIANTS:
         if (found := effect(part, variant, PILOT)) is not None:
-            text = interval_text(found.difference, sign="+")
-            rows.append([f"`{variant}`", _score(scores, "tasks", variant), text])
+            rows.append([f"`{variant}`", _score(scores, "tasks", variant), _difference(found)])
     return f"{markdown(rows)}\n"
 
 
@@ -316,7 +316,7 @@ def auto_table(scores: pd.DataFrame) -> str:
     rows = [["scenario", *(f"`{m}`" for m in methods), *differences,
              "p above `pilot_all_neighbors`", f"non-inferior by {MARGIN:g}"]]  # fmt: skip
     for scenario, compared in auto_comparisons(scores).items():
-        over = [interval_text(compared.over[other].difference, sign="+") for other in COMPARATORS]
+        over = [_difference(compared.over[other]) for other in COMPARATORS]
         means = [_score(scores, scenario, method) for method in methods]
         decided = "yes" if compared.non_inferior else "not shown"
         rows.append([TITLES[scenario], *means, *over, p_text(compared.p), decided])

@@ -297,7 +297,9 @@ def test_effects_by_kind_are_those_of_the_kinds_rows(emoji):
     scores = pd.concat({"x": rows}, names=["scenario"])
     (finding,) = analysis.findings(scores, [question])
     kinds = ("same", "other_house", "other_task")
-    whole, same, none, other = analysis.by_kind(scores, finding, kinds)
+    whole, same, none, other = (
+        analysis.contrast(scores, question, "x", kind) for kind in ("", *kinds)
+    )
     mean = finding.effect.difference.mean
     assert finding.effect == same and none is None
     assert other.difference.mean == pytest.approx(mean + 1)
