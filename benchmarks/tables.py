@@ -27,9 +27,11 @@ PAGES = {
     "docs/explanation/results.md": (
         "emoji_methods",
         "emoji_kinds",
+        "emoji_by_task",
         "emoji_seen",
         "emoji_questions",
         "emoji_by_kind",
+        "emoji_no_private",
         "emoji_private",
         "emoji_without",
         "emoji_same_tasks",

@@ -10,8 +10,8 @@ V^2 / (V_s^2 / (S - 1) + V_c^2 / (C - 1)) for S seeds and C concepts.
 To add a question, add it to `QUESTIONS`, before its runs.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from pilot_flwr.sweeps.compare import LEVEL, Interval, holm
 PILOT, ALL_NEIGHBORS = "pilot", "pilot_all_neighbors"
 COMPARATORS = (PILOT, ALL_NEIGHBORS)
 """The methods with which `pilot_auto` is compared."""
-POWER, MARGIN = 0.8, 0.02
+MARGIN = 0.02
 TASKS_DIFFER = ("tasks", "untold", "both")
 HOUSES_DIFFER = ("houses", "both")
 ALL_SCENARIOS = ("houses", *TASKS_DIFFER)
@@ -84,13 +84,17 @@ VARIANTS = (
 )
 """Further settings of Pilot, in `tasks`: described, not tested."""
 
+ADDED = (NO_PRIVATE,)
+"""Added after two seeds: in all scenarios, described, not tested."""
+
 ABLATIONS = {
     label: tuple(
         dict.fromkeys(s for q in QUESTIONS if label in (q.method, q.baseline) for s in q.scenarios)
     )
     for label in dict.fromkeys(label for q in QUESTIONS for label in (q.method, q.baseline))
     if label.startswith("pilot_")
-} | dict.fromkeys(VARIANTS, ("tasks",))
+}
+ABLATIONS |= dict.fromkeys(VARIANTS, ("tasks",)) | dict.fromkeys(ADDED, ALL_SCENARIOS)
 """Where each of Pilot's variants runs: where a question asks for it."""
 
 
@@ -148,28 +152,12 @@ class Fit(NamedTuple):
     concepts: int
     rows: int
 
-    def scaled(self, *, seeds: int, concepts: int) -> "Fit":
-        """Return the fit expected with other numbers of seeds and concepts, same rows per seed."""
-        by_seed = self.by_seed * self.seeds / seeds
-        by_both = self.by_both * self.seeds / seeds
-        # by_concept - by_both has 1 - 1 / seeds of what a concept's rows share, by_seed the rest.
-        shared = max(self.by_concept - self.by_both, 0) * self.concepts / concepts
-        shared *= (1 - 1 / seeds) / (1 - 1 / self.seeds)
-        by_concept = by_both + shared
-        rows = self.rows * seeds // self.seeds
-        return Fit(self.mean, by_seed, by_concept, by_both, seeds, concepts, rows)
-
     def error(self) -> tuple[float, float]:
         """Return the standard error and its degrees of freedom."""
         two_way = self.by_seed + self.by_concept - self.by_both
         variance = max(self.by_seed, self.by_concept, two_way)
         spread = self.by_seed**2 / (self.seeds - 1) + self.by_concept**2 / (self.concepts - 1)
         return variance**0.5, variance**2 / spread if spread > 0 else 1.0
-
-    def detectable(self, *, level: float) -> float:
-        """Return the difference that a two-sided test at `level` detects with 80 % power."""
-        error, freedom = self.error()
-        return float(stats.t.ppf([1 - level / 2, POWER], freedom).sum() * error)
 
 
 def fit(scores: pd.DataFrame, method: str, baseline: str) -> Fit | None:
@@ -181,16 +169,16 @@ def fit(scores: pd.DataFrame, method: str, baseline: str) -> Fit | None:
     concepts = pd.factorize(both.index.get_level_values("row").map(concept_of))[0]
     differences = both[method] - both[baseline]
     model = sm.WLS(differences, np.ones(len(both)), weights=weights_of(both))
+    mean = float(model.fit().params.iloc[0])
     groups = [seeds, concepts, pd.factorize(seeds * len(both) + concepts)[0]]
     numbers = [len(set(group)) for group in groups]
-    fits = [
-        model.fit(cov_type="cluster", cov_kwds={"groups": group})
-        for group, number in zip(groups, numbers, strict=True)
+    variances = [
+        float(model.fit(cov_type="cluster", cov_kwds={"groups": group}).cov_params().iloc[0, 0])
         if number > 1
+        else 0.0
+        for group, number in zip(groups, numbers, strict=True)
     ]
-    variances = [float(one.cov_params().iloc[0, 0]) for one in fits]
-    variances = [0.0] * (3 - len(fits)) + variances
-    return Fit(float(fits[-1].params.iloc[0]), *variances, *numbers[:2], len(both))
+    return Fit(mean, *variances, *numbers[:2], len(both))
 
 
 def effect(scores: pd.DataFrame, method: str, baseline: str) -> Effect | None:
@@ -212,6 +200,18 @@ def contrast(scores: pd.DataFrame, question: Question, scenario: str, kind: str)
     return effect(select(scores, scenario, kind), question.method, question.baseline)
 
 
+Key = TypeVar("Key")
+
+
+def corrected(
+    effects: Mapping[Key, Effect | None], *, above: bool = False
+) -> dict[Key, tuple[Effect, float | None]]:
+    """Return the effects that there are, each with Holm's p, one-sided if `above`."""
+    ran = {key: one for key, one in effects.items() if one is not None}
+    adjusted = holm([one.p_above() if above else one.p for one in ran.values()])
+    return dict(zip(ran, zip(ran.values(), adjusted, strict=True), strict=True))
+
+
 class Finding(NamedTuple):
     """A question's effect in one scenario, with Holm's p over the question's scenarios."""
 
@@ -229,11 +229,7 @@ def findings(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) ->
             scenario: contrast(scores, question, scenario, question.kind)
             for scenario in question.scenarios
         }
-        ran = {scenario: one for scenario, one in effects.items() if one is not None}
-        adjusted = holm([one.p for one in ran.values()])
-        found += [
-            Finding(question, *item, p) for item, p in zip(ran.items(), adjusted, strict=True)
-        ]
+        found += [Finding(question, s, one, p) for s, (one, p) in corrected(effects).items()]
     return found
 
 
@@ -262,10 +258,7 @@ def against_pilot(
 ) -> dict[str, tuple[Effect, float | None]]:
     """Return every method's effect against Pilot on all rows, with Holm's p over the methods."""
     rows = select(scores, scenario)
-    effects = {method: effect(rows, method, PILOT) for method in methods if method != PILOT}
-    ran = {method: one for method, one in effects.items() if one is not None}
-    adjusted = holm([one.p for one in ran.values()])
-    return {m: (one, p) for (m, one), p in zip(ran.items(), adjusted, strict=True)}
+    return corrected({method: effect(rows, method, PILOT) for method in methods if method != PILOT})
 
 
 class AutoComparison(NamedTuple):
@@ -286,12 +279,12 @@ def auto_comparisons(scores: pd.DataFrame) -> dict[str, AutoComparison]:
         rows = select(scores, scenario)
         effects = {other: effect(rows, "pilot_auto", other) for other in COMPARATORS}
         over[scenario] = {other: one for other, one in effects.items() if one is not None}
-    tested = [scenario for scenario in TASKS_DIFFER if ALL_NEIGHBORS in over[scenario]]
-    adjusted = holm([over[scenario][ALL_NEIGHBORS].p_above() for scenario in tested])
-    p = dict(zip(tested, adjusted, strict=True))
+    tested = corrected({s: over[s].get(ALL_NEIGHBORS) for s in TASKS_DIFFER}, above=True)
     return {
         scenario: AutoComparison(
-            of, p.get(scenario), all(one.interval_above(-MARGIN) for one in of.values())
+            of,
+            tested[scenario][1] if scenario in tested else None,
+            all(one.interval_above(-MARGIN) for one in of.values()),
         )
         for scenario, of in over.items()
         if len(of) == len(COMPARATORS)

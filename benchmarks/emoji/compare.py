@@ -23,7 +23,7 @@ from _record import RESULTS, write_record
 from emoji.analysis import ABLATIONS, ALL_SCENARIOS, PILOT, TASKS_DIFFER
 from emoji.federation import SCENARIOS, SEEDS, TASKS, number_of, task_of
 from emoji.runs import PACKAGES, Job, JobResult, parser, run_all, time_of
-from emoji.search import METHODS, SEARCHED, mean_over_tasks, read_rates
+from emoji.search import METHODS, job_of, label_of, mean_over_tasks
 
 FOLDER = RESULTS / "emoji"
 KEY = ["scenario", "seed", "client", "row"]
@@ -39,34 +39,15 @@ def jobs(seeds: Sequence[int]) -> list[Job]:
 
     With one task, `fedavg_per_task` equals `fedit`, so it is not run in `houses`.
     """
-    rates = read_rates()
     where = {**dict.fromkeys(METHODS, ALL_SCENARIOS), "fedavg_per_task": TASKS_DIFFER}
     return [
-        job_of(scenario, seed, label, rates)
+        job_of(scenario, seed, label)
         for seed in seeds
         for group in (where, ABLATIONS)
         for scenario in ALL_SCENARIOS
         for label in group
         if scenario in group[label]
     ]
-
-
-def job_of(scenario: str, seed: int, label: str, rates: dict[str, str]) -> Job:
-    """Return the job of a method with settings, separated by spaces, at the method's rate."""
-    method, *more = label.split()
-    return Job(scenario, seed, method, (*own_rate(method, rates), *more))
-
-
-def own_rate(method: str, rates: dict[str, str]) -> tuple[str, ...]:
-    """Return a method's learning-rate override: its own if searched, or Pilot's."""
-    if method == "zero_shot":
-        return ()
-    return (rates[method if method in SEARCHED else PILOT],)
-
-
-def label_of(job: Job) -> str:
-    """Return a job's method with its settings besides the rate."""
-    return " ".join((job.method, *job.overrides[1:]))
 
 
 def runs_table(found: Iterable[JobResult]) -> pd.DataFrame:

@@ -19,13 +19,13 @@ if not __package__:  # sys.path has the script's folder, but not its parent
 
 from _record import write_record
 
-from emoji.analysis import NO_PRIVATE, NO_PSI_C, STAGE_1
-from emoji.compare import FOLDER, job_of, write_scores
+from emoji.analysis import NO_CT_MOA, NO_PRIVATE, NO_PSI_C, STAGE_1
+from emoji.compare import FOLDER, write_scores
 from emoji.federation import SCENARIOS, SIZE, write_federation
 from emoji.federation import SEEDS as ALL_SEEDS
 from emoji.runs import PACKAGES, Job, parser, run_all
 from emoji.search import METHODS as ALL_METHODS
-from emoji.search import read_rates
+from emoji.search import job_of
 
 COMPARED = ("tasks", "untold")
 METHODS = {
@@ -54,7 +54,8 @@ class Point(NamedTuple):
 
 SINGLE = "untold-clients3"
 """One client per task, where the curves show Pilot ahead: repeated with other seeds and methods."""
-SINGLE_METHODS = (*ALL_METHODS, STAGE_1, NO_PSI_C, NO_PRIVATE)
+SINGLE_PARTS = (STAGE_1, NO_CT_MOA, NO_PSI_C, NO_PRIVATE)
+"""Variants of Pilot that run beside all methods in `SINGLE`."""
 SINGLE_SEEDS = [seed for seed in ALL_SEEDS["test"] if seed != SEED]
 
 
@@ -73,7 +74,7 @@ def job(point: Point) -> Job:
             label += f" strategy.num_neighbors={point.value}"
         else:
             name = f"{point.scenario}-{point.curve}{point.value}"
-    return job_of(name, SEED, label, read_rates())
+    return job_of(name, SEED, label)
 
 
 def write_federations(out: Path) -> None:
@@ -96,8 +97,9 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     write_federations(options.data)
     asked = [job(point) for point in points()]
-    rates = read_rates()
-    asked += [job_of(SINGLE, seed, m, rates) for m in SINGLE_METHODS for seed in SINGLE_SEEDS]
+    asked += [
+        job_of(SINGLE, seed, m) for m in (*ALL_METHODS, *SINGLE_PARTS) for seed in SINGLE_SEEDS
+    ]
     found = run_all(list(dict.fromkeys(asked)), options)
     write_scores(found, FOLDER / "curves.csv.gz")
     seconds = round(sum(one.seconds for one in found))

@@ -22,10 +22,10 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from emoji.analysis import ALL_SCENARIOS, PILOT, effect, mean_score, select
-from emoji.compare import FOLDER, label_of, read_scores
+from emoji.compare import FOLDER, read_scores
 from emoji.curves import COMPARED, CURVES, SEED, Point, job, points
 from emoji.federation import HOUSES, write_pictures
-from emoji.search import METHODS
+from emoji.search import METHODS, label_of
 from emoji.tables import TITLES
 
 ASSETS = ROOT / "docs" / "assets"

@@ -40,10 +40,10 @@ from _record import write_record
 from torch import Tensor, nn
 
 from emoji.analysis import NO_CT_MOA, NO_PRIVATE, NO_PSI_C, NO_PSI_S, PILOT, STAGE_1
-from emoji.compare import FOLDER, job_of, label_of, own_rate, write_scores
+from emoji.compare import FOLDER, write_scores
 from emoji.federation import SAME_TASKS, concept_of, write_federation
 from emoji.runs import PACKAGES, Job, folder_of, parser, run_all
-from emoji.search import SCALE, read_rates
+from emoji.search import SCALE, job_of, label_of, rate_of
 from pilot_flwr.algorithm.connector import CrossTaskMoA, TaskClientConnector
 from pilot_flwr.client.personalization import personalize_as_trained
 from pilot_flwr.data.client_files import Split
@@ -281,8 +281,7 @@ def _means(scores: Mapping[str, list[float]]) -> dict[str, float]:
 
 def at_scale(label: str, seed: int, scale: float) -> Job:
     """Return the job of a method in `tasks` with a learning-rate scale."""
-    method, *more = label.split()
-    return Job("tasks", seed, method, (f"{SCALE}={scale}", *more))
+    return job_of("tasks", seed, label, rate=f"{SCALE}={scale}")
 
 
 def label_with_rate(job: Job) -> str:
@@ -294,16 +293,15 @@ def main() -> None:
     """Run, and write what was found."""
     options = parser(__doc__).parse_args()
     options.out = options.out / "kept"  # the comparison's runs are kept without their models
-    rates = read_rates()
     for seed in SEEDS:
         write_federation(options.data, NAME, SAME_TASKS, split="test", seed=seed)
-    same = [job_of(NAME, seed, label, rates) for label in METHODS for seed in SEEDS]
+    same = [job_of(NAME, seed, label) for label in METHODS for seed in SEEDS]
     parts = [at_scale(label, seed, scale) for label in PARTS for scale in SCALES for seed in SEEDS]
     found = run_all(same + parts, options, keep=True)
     write_scores(found, FOLDER / "mechanisms.csv.gz", label=label_with_rate)
 
     def runs(jobs: Iterable[Job], label: str) -> list[Run]:
-        rate = own_rate(label.split()[0], rates)
+        rate = rate_of(label.split()[0])
         mine = (job for job in jobs if label_of(job) == label and job.overrides[:1] == rate)
         return [open_run(folder_of(job, options)) for job in mine]
 

@@ -14,12 +14,13 @@ if not __package__:  # sys.path has the script's folder, but not its parent
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from _record import RESULTS, write_record
+from scipy import stats
 
-from emoji.analysis import PILOT, STAGE_1, Question, fit, select
-from emoji.compare import own_rate, scores_table
+from emoji.analysis import PILOT, STAGE_1, Fit, Question, fit, select
+from emoji.compare import scores_table
 from emoji.federation import SEEDS, divide
-from emoji.runs import PACKAGES, Job, parser, run_all
-from emoji.search import read_rates
+from emoji.runs import PACKAGES, parser, run_all
+from emoji.search import job_of
 
 SCENARIO = "tasks"
 CONTRASTS = (
@@ -29,14 +30,31 @@ CONTRASTS = (
 )
 NUMBERS = (3, 5, 8)
 """Numbers of seeds."""
+POWER = 0.8
+
+
+def expected(found: Fit, *, seeds: int, concepts: int) -> Fit:
+    """Return the fit expected with other numbers of seeds and concepts, same rows per seed."""
+    by_seed = found.by_seed * found.seeds / seeds
+    by_both = found.by_both * found.seeds / seeds
+    # by_concept - by_both has 1 - 1 / seeds of what a concept's rows share, by_seed the rest.
+    shared = max(found.by_concept - found.by_both, 0) * found.concepts / concepts
+    shared *= (1 - 1 / seeds) / (1 - 1 / found.seeds)
+    rows = found.rows * seeds // found.seeds
+    return Fit(found.mean, by_seed, by_both + shared, by_both, seeds, concepts, rows)
+
+
+def detectable(found: Fit, *, level: float) -> float:
+    """Return the difference that a two-sided test at `level` detects with 80 % power."""
+    error, freedom = found.error()
+    return float(stats.t.ppf([1 - level / 2, POWER], freedom).sum() * error)
 
 
 def main() -> None:
     """Run, and write the detectable differences."""
     options = parser(__doc__).parse_args()
-    rates = read_rates()
     jobs = [
-        Job(SCENARIO, seed, method, own_rate(method, rates))
+        job_of(SCENARIO, seed, method)
         for method in dict.fromkeys(m for q in CONTRASTS for m in (q.method, q.baseline))
         for seed in SEEDS["validation"]
     ]
@@ -49,10 +67,10 @@ def main() -> None:
         assert found is not None
         name = f"{question.method} - {question.baseline}, {question.kind or 'all'}"
         for seeds in NUMBERS:
-            expected = found.scaled(seeds=seeds, concepts=concepts)
+            then = expected(found, seeds=seeds, concepts=concepts)
             shown[f"{name}, {seeds} seeds"] = {
-                "single": round(expected.detectable(level=0.05), 4),
-                "corrected": round(expected.detectable(level=0.05 / 3), 4),
+                "single": round(detectable(then, level=0.05), 4),
+                "corrected": round(detectable(then, level=0.05 / 3), 4),
             }
     write_record(RESULTS / "emoji" / "power.json", {"detectable": shown}, packages=PACKAGES)
 

@@ -11,6 +11,7 @@ lowest is chosen. It is used on all federations; the other variants of Pilot use
 writes ``benchmarks/emoji/rates.json`` and ``benchmarks/results/emoji/search.json``.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -82,10 +83,29 @@ def chosen(scores: Mapping[str, float]) -> str:
     return max(scores, key=scores.__getitem__)
 
 
-def read_rates() -> dict[str, str]:
+@functools.cache
+def read_rates() -> Mapping[str, str]:
     """Return the rates that the search chose."""
     rates: dict[str, str] = json.loads(RATES.read_text())
     return rates
+
+
+def rate_of(method: str) -> tuple[str, ...]:
+    """Return a method's learning-rate override: its own if searched, or Pilot's."""
+    if method == "zero_shot":
+        return ()
+    return (read_rates()[method if method in SEARCHED else "pilot"],)
+
+
+def job_of(scenario: str, seed: int, label: str, *, rate: str = "") -> Job:
+    """Return the job of a method with settings, separated by spaces, at `rate` or its own."""
+    method, *more = label.split()
+    return Job(scenario, seed, method, (*((rate,) if rate else rate_of(method)), *more))
+
+
+def label_of(job: Job) -> str:
+    """Return a job's method with its settings besides the rate."""
+    return " ".join((job.method, *job.overrides[1:]))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from emoji.analysis import (
     ALL_SCENARIOS,
     COMPARATORS,
     MARGIN,
+    NO_PRIVATE,
     PILOT,
     QUESTIONS,
+    TASKS_DIFFER,
     VARIANTS,
     Effect,
     against_pilot,
@@ -29,13 +31,13 @@ from emoji.analysis import (
     mean_score,
     select,
 )
-from emoji.compare import COUNTED, NEIGHBORS, job_of, label_of, read_scores
-from emoji.curves import SINGLE, SINGLE_METHODS, SINGLE_SEEDS
-from emoji.federation import SCENARIOS, TASKS
+from emoji.compare import COUNTED, NEIGHBORS, read_scores
+from emoji.curves import SINGLE, SINGLE_PARTS, SINGLE_SEEDS
+from emoji.federation import SCENARIOS, TASKS, task_of
 from emoji.mechanisms import METHODS as COMPARED
 from emoji.mechanisms import NAME, PARTS, SCALES, at_scale, label_with_rate
 from emoji.runs import Job
-from emoji.search import CANDIDATES, METHODS, SCALE, chosen, read_rates, searched
+from emoji.search import CANDIDATES, METHODS, SCALE, chosen, job_of, label_of, searched
 from pilot_flwr.formatting import count
 from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.compare import interval_text, p_text
@@ -47,7 +49,7 @@ TITLES = {
     "both": "both differ",
 }
 OVERVIEW = ("zero_shot", "local", "fedit", "fedavg_per_task", PILOT, "centralised")
-"""Methods of the README's table."""
+"""Methods of the README's table and of `seen_table`."""
 KINDS = {
     "houses": ("same", "other_house"),
     "tasks": ("same", "other_task"),
@@ -80,11 +82,13 @@ def emoji_tables(folder: Path) -> dict[str, str]:
     methods = [method for method in METHODS if method in scores]
     made["emoji_methods"] = f"{methods_table(scores, methods)}\n{source}\n"
     made["emoji_kinds"] = kinds_table(scores, methods)
-    made["emoji_seen"] = seen_table(scores, methods)
+    made["emoji_by_task"] = by_task_table(scores, methods)
+    made["emoji_seen"] = seen_table(scores)
     made["emoji_overview"] = overview_table(scores)
     if set(ABLATIONS) <= set(scores.columns):
         made["emoji_questions"] = questions_table(scores)
         made["emoji_by_kind"] = by_kind_table(scores)
+        made["emoji_no_private"] = no_private_table(scores)
         made["emoji_auto"] = auto_table(scores)
         made["emoji_neighbors"] = neighbors_table(pd.read_csv(folder / "neighbors.csv"))
         made["emoji_variants"] = variants_table(scores)
@@ -144,9 +148,9 @@ def real_table(record: dict[str, Any]) -> str:
 def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str, str]:
     """Return the tables of transfer between tasks and of private parts; means of seeds."""
     results = record["results"]
-    rates, parts = read_rates(), (at_scale(m, 0, scale) for scale in SCALES for m in PARTS)
+    parts = (at_scale(m, 0, scale) for scale in SCALES for m in PARTS)
     private = _rows_by_rate(scores, parts, ("", *KINDS["tasks"]))
-    same = _rows_by_rate(scores, (job_of(NAME, 0, m, rates) for m in COMPARED), KINDS["tasks"])
+    same = _rows_by_rate(scores, (job_of(NAME, 0, m) for m in COMPARED), KINDS["tasks"])
     without = [["method", "model", "training examples", "test examples"]]
     for method, of in results["without"].items():
         without += [[f"`{method}`", *row] for row in _grid("", of)[1:]]
@@ -198,7 +202,7 @@ def _transposed(seeds: Sequence[dict[str, dict[str, float]]]) -> list[dict[str, 
 def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     """Return a row per method: mean and effect against Pilot in every scenario."""
     effects = {s: against_pilot(scores, s, methods) for s in ALL_SCENARIOS}
-    rows = [["method", *(cell for s in ALL_SCENARIOS for cell in (TITLES[s], "method − `pilot`"))]]
+    rows = [["method", *(cell for s in ALL_SCENARIOS for cell in (f"`{s}`", "method − `pilot`"))]]
     for method in methods:
         row = [method]
         for scenario in ALL_SCENARIOS:
@@ -206,23 +210,40 @@ def methods_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
             row.append(_difference(*effects[scenario].get(method, (None, None))))
         rows.append(row)
     seeds = sorted({found.seeds for of in effects.values() for found, _ in of.values()})
-    counts = ", ".join(f"{TITLES[s]} {len(select(scores, s)):,}" for s in ALL_SCENARIOS)
+    counts = ", ".join(f"`{s}` {len(select(scores, s)):,}" for s in ALL_SCENARIOS)
     return (
         f"{markdown(rows)}\nMean over tasks and seeds, and its difference from Pilot with its "
         "95 % interval; bold: p < .05 after Holm's correction over the methods of a scenario. "
-        f"Seeds: {', '.join(map(str, seeds))}; test rows in all: {counts}.\n"
+        f"Seeds: {', '.join(map(str, seeds))}; test examples of all seeds: {counts}.\n"
     )
 
 
 def single_table(scores: pd.DataFrame) -> str:
     """Return a row per method with one client per task: mean and effect against Pilot."""
     scores = scores.loc[scores.index.get_level_values("seed").isin(SINGLE_SEEDS)]
-    rows = [["method", "mean", "method − `pilot`"]]
-    effects = against_pilot(scores, SINGLE, SINGLE_METHODS)
-    for method in SINGLE_METHODS:
+    part = select(scores, SINGLE)
+    rows = [["method", "mean", "method − `pilot`", "in each seed"]]
+    tested = [method for method in METHODS if method != "pilot_auto"]
+    effects: Mapping[str, tuple[Effect | None, float | None]] = {
+        m: (effect(part, m, PILOT), None) for m in ("pilot_auto", *SINGLE_PARTS)
+    }
+    effects = {**effects, **against_pilot(scores, SINGLE, tested)}
+    for method in (*METHODS, *SINGLE_PARTS):
         text = _difference(*effects.get(method, (None, None)))
-        rows.append([f"`{method}`", _score(scores, SINGLE, method), text])
-    return f"{markdown(rows)}\n"
+        seeds = _in_each_seed(part, method, PILOT) if text else ""
+        rows.append([f"`{method}`", _score(scores, SINGLE, method), text, seeds])
+    number = len(part[PILOT].dropna())
+    return (
+        f"{markdown(rows)}\nSeeds {', '.join(map(str, SINGLE_SEEDS))}, {number:,} test examples in "
+        "all. Differences with their 95 % interval; bold: p < .05 after Holm's correction over the "
+        "methods without `pilot_auto`, which equals `pilot` here, and without Pilot's variants.\n"
+    )
+
+
+def _in_each_seed(scores: pd.DataFrame, method: str, baseline: str) -> str:
+    """Format the mean difference in every seed that both ran with."""
+    found = (effect(rows, method, baseline) for _, rows in scores.groupby(level="seed"))
+    return ", ".join(f"{one.difference.mean:+.3f}" for one in found if one is not None)
 
 
 def _difference(found: Effect | None, p: float | None = None) -> str:
@@ -240,8 +261,20 @@ def _score(scores: pd.DataFrame, scenario: str, method: str, kind: str = "") -> 
 def kinds_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
     """Return a row per method: the mean by kind of row in every scenario."""
     columns = [(s, kind) for s in ALL_SCENARIOS for kind in KINDS[s]]
-    rows = [["method", *(f"{TITLES[s]}: `{kind}`" for s, kind in columns)]]
+    rows = [["method", *(f"`{s}`: `{kind}`" for s, kind in columns)]]
     rows += [[m, *(_score(scores, s, m, kind) for s, kind in columns)] for m in methods]
+    return f"{markdown(rows)}\n"
+
+
+def by_task_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
+    """Return a row per method: the mean by task in the scenarios with several tasks."""
+    columns = [(s, task) for s in TASKS_DIFFER for task in SCENARIOS[s].tasks]
+    rows = [["method", *(f"`{s}`: `{task}`" for s, task in columns)]]
+    parts = []
+    for scenario, task in columns:
+        part = select(scores, scenario)
+        parts.append(part[part.index.get_level_values("client").map(task_of) == task])
+    rows += [[m, *(f"{mean_score(part, m):.3f}" for part in parts)] for m in methods]
     return f"{markdown(rows)}\n"
 
 
@@ -254,18 +287,20 @@ def overview_table(scores: pd.DataFrame) -> str:
 
 def questions_table(scores: pd.DataFrame) -> str:
     """Return a row per registered question and scenario."""
-    head = ("question", "contrast", "scenario", "examples", "concepts", "effect", "p", "p (Holm)")
+    head = ("question", "contrast", "scenario", "examples", "effect", "in each seed", "p",
+            "p (Holm)")  # fmt: skip
     rows: list[Sequence[str]] = [head]
     for question, scenario, found, p in findings(scores):
         kind = f" `{question.kind}`" if question.kind else ""
+        part = select(scores, scenario, question.kind)
         rows.append(
             [
                 question.part,
                 f"`{question.method}` − `{question.baseline}`",
-                TITLES[scenario],
+                f"`{scenario}`",
                 f"{found.rows:,}{kind}",
-                str(found.concepts),
                 _difference(found),
+                _in_each_seed(part, question.method, question.baseline),
                 p_text(found.p),
                 p_text(p),
             ]
@@ -274,19 +309,36 @@ def questions_table(scores: pd.DataFrame) -> str:
 
 
 def by_kind_table(scores: pd.DataFrame) -> str:
-    """Return the contrasts that are tested on one kind of row, on all rows and by kind."""
+    """Return the contrasts that are tested on one kind of row, on all rows and by kind.
+
+    In all scenarios in which both methods ran.
+    """
     kinds = ("same", "other_house", "other_task")
     rows = [["question", "scenario", "all", *(f"`{kind}`" for kind in kinds)]]
     for question in QUESTIONS:
-        for scenario in question.scenarios if question.kind else ():
+        for scenario in ALL_SCENARIOS if question.kind else ():
             cells = [_difference(contrast(scores, question, scenario, k)) for k in ("", *kinds)]
-            rows.append([question.part, TITLES[scenario], *cells])
+            if any(cells):
+                rows.append([question.part, f"`{scenario}`", *cells])
     return f"{markdown(rows)}\n"
 
 
-def seen_table(scores: pd.DataFrame, methods: Sequence[str]) -> str:
+def no_private_table(scores: pd.DataFrame) -> str:
+    """Return Pilot without private adapters beside Pilot and two simple methods."""
+    others = (PILOT, "fedit", "fedavg_per_task")
+    differences = (f"− `{other}`" for other in others)
+    rows = [["scenario", "`pilot`", "without private adapters", *differences]]
+    for scenario in ALL_SCENARIOS:
+        part = select(scores, scenario)
+        means = (_score(scores, scenario, method) for method in (PILOT, NO_PRIVATE))
+        over = (_difference(effect(part, NO_PRIVATE, other)) for other in others)
+        rows.append([f"`{scenario}`", *means, *over])
+    return f"{markdown(rows)}\n"
+
+
+def seen_table(scores: pd.DataFrame) -> str:
     """Return the means in `both` by whether other tasks' clients train on the tested drawing."""
-    rows: list[list[str]] = [["method"], *([method] for method in methods)]
+    rows: list[list[str]] = [["method"], *([method] for method in OVERVIEW)]
     for kind in KINDS["both"]:
         part = select(scores, "both", kind)
         seen = drawing_seen(part)
@@ -319,7 +371,7 @@ def auto_table(scores: pd.DataFrame) -> str:
         over = [_difference(compared.over[other]) for other in COMPARATORS]
         means = [_score(scores, scenario, method) for method in methods]
         decided = "yes" if compared.non_inferior else "not shown"
-        rows.append([TITLES[scenario], *means, *over, p_text(compared.p), decided])
+        rows.append([f"`{scenario}`", *means, *over, p_text(compared.p), decided])
     return f"{markdown(rows)}\n"
 
 
@@ -333,7 +385,7 @@ def neighbors_table(chosen: pd.DataFrame) -> str:
             if (scenario, method, task) in means.index:
                 numbers = means.loc[scenario, method, task]
                 cells = (f"{number:.2f}" for number in numbers)
-                rows.append([TITLES[scenario], f"`{method}`", f"`{task}`", *cells])
+                rows.append([f"`{scenario}`", f"`{method}`", f"`{task}`", *cells])
     seeds = count(chosen["seed"].nunique(), "seed")
     return f"{markdown(rows)}\nMeans over clients, exchanges and {seeds}.\n"
 

@@ -31,8 +31,7 @@ def emoji(monkeypatch):
 def rates(emoji, monkeypatch):
     """A different rate of every method, in place of the searched ones."""
     made = {m: f"train.lr_scale={n + 1}" for n, m in enumerate(emoji("search").SEARCHED)}
-    for name in ("compare", "curves"):
-        monkeypatch.setattr(emoji(name), "read_rates", lambda: made)
+    monkeypatch.setattr(emoji("search"), "read_rates", lambda: made)
     return made
 
 
@@ -183,8 +182,8 @@ def test_every_method_runs_in_every_scenario_with_its_rate(emoji, rates):
     one_task = {("houses", n, "fedavg_per_task") for n in (0, 1)}  # FedIT's run
     asked = {(s, n, m) for s in SCENARIOS for n in (0, 1) for m in search.METHODS}
     assert asked - ran == one_task
-    of = {compare.label_of(job): job.overrides for job in jobs}
-    sent = [job.overrides for job in jobs if compare.label_of(job) == "pilot model.sent_dtype=int4"]
+    of = {search.label_of(job): job.overrides for job in jobs}
+    sent = [job.overrides for job in jobs if search.label_of(job) == "pilot model.sent_dtype=int4"]
     assert sent == 2 * [(rates["pilot"], "model.sent_dtype=int4")]
     assert of["zero_shot"] == () and of["fedit"] == (rates["fedit"],)
     assert of["pilot_m1"] == of["pilot_auto"] == of["pilot"] == (rates["pilot"],)
@@ -192,8 +191,8 @@ def test_every_method_runs_in_every_scenario_with_its_rate(emoji, rates):
 
 
 def test_every_question_can_be_answered(emoji, rates):
-    analysis, compare = emoji("analysis"), emoji("compare")
-    ran = {(job.scenario, compare.label_of(job)) for job in compare.jobs([0])}
+    analysis, search = emoji("analysis"), emoji("search")
+    ran = {(job.scenario, search.label_of(job)) for job in emoji("compare").jobs([0])}
     questions = [(s, q) for q in analysis.QUESTIONS for s in q.scenarios]
     assert {(s, label) for s, q in questions for label in (q.method, q.baseline)} <= ran
     assert sum(len(question.scenarios) for question in analysis.QUESTIONS) == 37
@@ -207,6 +206,10 @@ def test_the_gate_needs_the_share_and_an_interval_above_its_limit(emoji):
     assert (found["share"], found["low"], found["high"]) == pytest.approx(
         (7 / 50, low, high), abs=1e-4
     )
+    first, second = gate.GOALS
+    for share, low, passes in ((0.4, 0.011, True), (0.39, 0.5, False), (0.9, 0.01, False)):
+        pooled = {first: {"share": share, "low": 0.0}, second: {"share": 0.9, "low": low}}
+        assert gate.passes(pooled) == passes
 
 
 def test_the_best_rate_is_chosen_and_the_lower_of_equal_ones(emoji):
@@ -263,8 +266,8 @@ def test_neighbours_are_counted_by_task_and_house(emoji):
     ).splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row]
     assert cells == [
-        ["only houses differ", "`pilot`", "`name`", "1.00", "0.00", "0.00", "1.00"],
-        ["both differ", "`pilot`", "`name`", "0.75", "0.50", "0.00", "0.50"],
+        ["`houses`", "`pilot`", "`name`", "1.00", "0.00", "0.00", "1.00"],
+        ["`both`", "`pilot`", "`name`", "0.75", "0.50", "0.00", "0.50"],
     ]
     with pytest.raises(SystemExit, match="both,1,pilot has no neighbours"):
         compare.neighbors_table([runs.JobResult(job, {}, 1.0, {})])
@@ -306,11 +309,18 @@ def test_effects_by_kind_are_those_of_the_kinds_rows(emoji):
     assert whole.difference.mean == pytest.approx(mean + 0.5)
 
 
+def test_differences_in_each_seed_are_those_of_the_seeds_rows(emoji):
+    made = made_scores(3)
+    shifted = made.assign(b=made["a"] - 0.1 * made.index.get_level_values("seed"))
+    found = emoji("tables")._in_each_seed(shifted, "a", "b")
+    assert found == "+0.000, +0.100, +0.200"
+
+
 def test_the_tables_of_mechanisms_are_means_over_seeds(emoji, monkeypatch):
     mechanisms, tables = emoji("mechanisms"), emoji("tables")
     jobs = [mechanisms.at_scale(m, 0, s) for s in mechanisms.SCALES for m in mechanisms.PARTS]
-    rates = emoji("search").read_rates()
-    jobs += [emoji("compare").job_of("same_tasks", 0, m, rates) for m in mechanisms.METHODS]
+    search = emoji("search")
+    jobs += [search.job_of("same_tasks", 0, m) for m in mechanisms.METHODS]
     labels = {mechanisms.label_with_rate(job) for job in jobs}
     made = made_scores(2).droplevel("scenario")["a"]
     scored = pd.DataFrame({label: made + n for n, label in enumerate(sorted(labels))})
@@ -333,7 +343,7 @@ def test_the_tables_of_mechanisms_are_means_over_seeds(emoji, monkeypatch):
     assert cells["emoji_without"][1:] == [["`pilot`", "all", "1.000", "0.500"]]
     assert cells["emoji_terms"][1:] == [["entropy", "0.750", "0.000"]]
     expected = {
-        (job.scenario, f"`{emoji('compare').label_of(job)}`", job.overrides[0].split("=")[1]): (
+        (job.scenario, f"`{search.label_of(job)}`", job.overrides[0].split("=")[1]): (
             emoji("analysis").mean_score(
                 emoji("analysis").select(scores, job.scenario), mechanisms.label_with_rate(job)
             )
@@ -363,7 +373,7 @@ def test_a_curves_default_point_is_a_run_of_the_comparison(emoji, rates):
 
 
 def test_the_figures_need_no_complete_results(emoji, rates, tmp_path):
-    analysis, compare, curves, figure = map(emoji, ("analysis", "compare", "curves", "figure"))
+    analysis, search, curves, figure = map(emoji, ("analysis", "search", "curves", "figure"))
     made = made_scores(2)
     scores = pd.concat(
         {
@@ -388,21 +398,22 @@ def test_the_figures_need_no_complete_results(emoji, rates, tmp_path):
     few = scores[scores.index.get_level_values("row").isin([f"same/{n}" for n in range(29)])]
     assert math.isnan(figure.mean_at(few, point, "same"))
     assert math.isnan(figure.mean_at(scores, point, "other_task"))
-    assert compare.label_of(curves.job(point)) == "pilot"
+    assert search.label_of(curves.job(point)) == "pilot"
 
 
 def test_more_seeds_show_smaller_differences_until_concepts_limit_them(emoji):
+    power = emoji("power")
     fit = emoji("analysis").Fit(0.0, 4e-5, 1e-5, 1e-6, seeds=4, concepts=100, rows=1000)
-    few, many = (fit.scaled(seeds=n, concepts=100) for n in (4, 400))
+    few, many = (power.expected(fit, seeds=n, concepts=100) for n in (4, 400))
     error = (4e-5 + 1e-5 - 1e-6) ** 0.5
     freedom = (4.9e-5) ** 2 / (4e-5**2 / 3 + 1e-5**2 / 99)
     assert few.error() == pytest.approx((error, freedom))
     quantiles = stats.t.ppf([0.975, 0.8], freedom).sum()
-    assert few.detectable(level=0.05) == pytest.approx(quantiles * error)
+    assert power.detectable(few, level=0.05) == pytest.approx(quantiles * error)
     # Of concepts, 1e-5 - 1e-6 is three quarters with 4 seeds.
     assert many.error()[0] == pytest.approx((4e-7 + 9e-6 / 0.75 * (1 - 1 / 400)) ** 0.5)
     # A quarter of the variance that rows of one concept share; that of single rows stays.
-    more_concepts = fit.scaled(seeds=4, concepts=400).error()[0]
+    more_concepts = power.expected(fit, seeds=4, concepts=400).error()[0]
     assert more_concepts == pytest.approx((4e-5 + (1e-5 - 1e-6) / 4) ** 0.5)
 
 

@@ -29,8 +29,8 @@ def runs():
 
 
 @pytest.fixture(scope="module")
-def means():
-    """Method → scenario → seed → mean over tasks of the mean over a task's rows."""
+def task_means():
+    """Method, scenario, seed and task → mean over the task's rows."""
     cells = defaultdict(list)
     with gzip.open(RESULTS / "scores.csv.gz", "rt", newline="") as file:
         for row in csv.DictReader(file):
@@ -39,9 +39,15 @@ def means():
             for method, score in row.items():
                 if score:
                     cells[method, key[0], key[1], task].append(float(score))
+    return {cell: fmean(scores) for cell, scores in cells.items()}
+
+
+@pytest.fixture(scope="module")
+def means(task_means):
+    """Method, scenario and seed → mean over tasks of the mean over a task's rows."""
     tasks = defaultdict(list)
-    for (*one, _), scores in cells.items():
-        tasks[tuple(one)].append(fmean(scores))
+    for (*one, _), mean in task_means.items():
+        tasks[tuple(one)].append(mean)
     return {one: fmean(of) for one, of in tasks.items()}
 
 
@@ -55,8 +61,9 @@ def test_the_chosen_rates_are_the_best_of_the_committed_search():
 
 
 def test_every_run_is_there_once_at_its_rate_and_of_committed_code(compare, runs):
+    search = importlib.import_module("emoji.search")
     asked = {
-        (job.scenario, str(job.seed), compare.label_of(job), "".join(job.overrides[:1]))
+        (job.scenario, str(job.seed), search.label_of(job), "".join(job.overrides[:1]))
         for job in compare.jobs(SEEDS)
     }
     found = Counter((r["scenario"], r["seed"], r["method"], r["rate"]) for r in runs)
@@ -90,16 +97,26 @@ def published(page, name):
 def test_the_published_means_are_those_of_the_rows(means, compare, page, name):
     tables = importlib.import_module("emoji.tables")
     methods = tables.OVERVIEW if name == "emoji_overview" else tables.METHODS
+    titles = tables.TITLES if name == "emoji_overview" else {s: f"`{s}`" for s in tables.TITLES}
     table = published(page, name)
     assert list(table) == list(methods)
     for method, cells in table.items():
-        for scenario, title in tables.TITLES.items():
+        for scenario, title in titles.items():
             found = [
                 means[method, scenario, str(seed)]
                 for seed in SEEDS
                 if (method, scenario, str(seed)) in means
             ]
             assert cells[title] == (f"{fmean(found):.3f}" if found else "")
+
+
+def test_the_published_means_by_task_are_those_of_the_rows(task_means):
+    for method, cells in published("docs/explanation/results.md", "emoji_by_task").items():
+        assert len(cells) == 9
+        for title, cell in cells.items():
+            scenario, task = title.replace("`", "").split(": ")
+            found = [task_means[method, scenario, str(seed), task] for seed in SEEDS]
+            assert cell == f"{fmean(found):.3f}"
 
 
 def test_scores_in_the_text_are_in_the_tables():
