@@ -14,7 +14,7 @@ runs with seeds 0 and 1:
   adapter, and its own or the other's LoRA. Tested on concepts that the other task trains on and the
   own one does not and, as a control, on concepts that both train on.
 - `forced`: scores of Pilot in `same_tasks`, with the router as trained or with all weight on one
-  adapter.
+  adapter; and the trained router's weight on the adapter that knows.
 - `without`: scores in `tasks` on training and on test examples of the personalised models, as
   trained and with private adapters taken out.
 - `terms`: in Pilot's stage 2, the router's entropy divided by log T; the root mean square of what
@@ -54,6 +54,7 @@ from pilot_flwr.inference.runs import Run, load_model, open_run, select_client, 
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.feature_cache import FeatureCache
 from pilot_flwr.model.loading import load_processor
+from pilot_flwr.model.pilot_model import PilotModel
 
 PER_TASK = "fedavg_per_task"
 METHODS = (
@@ -82,6 +83,7 @@ REMOVED = {
     "without both": ("client_adapter", "cross_task_adapters"),
 }
 """Name → the connector's parts that are taken out."""
+ROUTED = "router's weight on the adapter of the task that trains on them"
 CPU = torch.device("cpu")
 
 
@@ -129,6 +131,7 @@ def forced(run: Run) -> dict[str, dict[str, float]]:
     """Return Pilot's mean scores by the adapter that gets all weight, and by who knows a concept.
 
     Concepts are those that only the client's own task trains on, or exactly one other task does.
+    `ROUTED` is no score, but the trained router's mean weight on that task's adapter.
     """
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     known = _trained_concepts(run)
@@ -145,7 +148,11 @@ def forced(run: Run) -> dict[str, dict[str, float]]:
             elsewhere = set().union(*(known[other] for other in known if other != task))
             concepts = sorted((known[task] - elsewhere) & set(examples))
             asked = [examples[concept] for concept in concepts]
+            if not asked:
+                continue
             side = "own task" if task == own else "other task"
+            weights = trained.route(_features(run, model, asked)).probs
+            scores[ROUTED][side] += weights[..., trained.tasks.index(task)].mean(1).tolist()
             for name, connector in forced_connectors(trained, adapters).items():
                 model.slot.pilot = connector
                 scores[name][side] += _scores(answerer, asked, "exact_match")
@@ -204,9 +211,7 @@ def _terms(run: Run, client: Client) -> dict[str, float]:
     model = load_model(run, select_client(run, client.id), device=CPU)
     connector = model.connector
     assert isinstance(connector, CrossTaskMoA)
-    processor = load_processor(run.config.model.path, run.config.model.revision)
-    cache = FeatureCache(run.config.model.feature_cache)
-    features = cache.encode(model, processor, list(_examples(run, client, "test"))).features
+    features = _features(run, model, list(_examples(run, client, "test")))
     base = model.slot.projector(features)
     parts, learnt = added(connector, features, base)
     similarity = [
@@ -221,6 +226,12 @@ def _terms(run: Run, client: Client) -> dict[str, float]:
         **{f"size of {name}": float(_size(part) / _size(base)) for name, part in parts.items()},
         "cosine of two tasks' ψ_t": statistics.fmean(similarity),
     }
+
+
+def _features(run: Run, model: PilotModel, examples: list[Example]) -> Tensor:
+    """Return what the vision tower sees in some examples' pictures."""
+    processor = load_processor(run.config.model.path, run.config.model.revision)
+    return FeatureCache(run.config.model.feature_cache).encode(model, processor, examples).features
 
 
 def added(

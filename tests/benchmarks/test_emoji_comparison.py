@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
+from pilot_flwr.algorithm.connector import CrossTaskMoA
 from pilot_flwr.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -534,11 +535,36 @@ def test_swapped_and_removed_parts_leave_the_runs_scores_where_nothing_changes(
                 scored["own task" if own == knows else "other task"].append(score)
     means = {side: pytest.approx(np.mean(scores), abs=1e-4) for side, scores in scored.items()}
     assert forced["router as trained"] == means
+    fixed = torch.tensor([0.6, 0.3, 0.1])  # the own task's first, the others in alphabetical order
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossTaskMoA, "route", routed_with(fixed))
+        weights = mechanisms.forced(run)[mechanisms.ROUTED]
+    others = [
+        fixed[1 + sorted(set(known) - {own}).index(knows)]
+        for own, knows in itertools.permutations(known, 2)
+        for concept, _ in of_task(routed, own)
+        if concept in known[knows] and sum(concept in of for of in known.values()) == 1
+    ]
+    assert weights == {
+        "own task": pytest.approx(0.6, abs=1e-4),
+        "other task": pytest.approx(np.mean(others), abs=1e-4),
+    }
     removed = mechanisms.without(run)
     assert set(removed) == set(mechanisms.REMOVED)
     means = [np.mean(list(of.values())) for of in routed.scores.values()]
     assert removed["as trained"]["test"] == pytest.approx(np.mean(means), abs=1e-4)
     assert 0 < mechanisms.terms(run)["router's entropy"] <= 1
+
+
+def routed_with(probabilities):
+    """A stand-in for the router: the same weights for every token."""
+    trained = CrossTaskMoA.route
+
+    def route(self, features, images=()):
+        found = trained(self, features, images)
+        return found._replace(probs=probabilities.expand_as(found.probs))
+
+    return route
 
 
 def trained_concepts(data):
@@ -559,8 +585,6 @@ def of_task(found, task):
 @pytest.fixture
 def mixture():
     """A trained-like stage 2 of three tasks, its projector's output, and features."""
-    from pilot_flwr.algorithm.connector import CrossTaskMoA
-
     torch.manual_seed(0)
     adapters = {task: torch.nn.Linear(5, 4) for task in "abc"}
     crossed = {task: torch.nn.Linear(5, 4) for task in "bc"}
