@@ -27,8 +27,8 @@ PAGES = {
     "docs/explanation/results.md": (
         "emoji_methods",
         "emoji_kinds",
-        "emoji_by_task",
         "emoji_seen",
+        "emoji_by_task",
         "emoji_questions",
         "emoji_by_kind",
         "emoji_no_private",

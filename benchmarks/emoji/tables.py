@@ -158,9 +158,7 @@ def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str,
         "private": private,
         "without": without,
         "same_tasks": same,
-        "forced": _grid(
-            "router's weights (columns: who trains on the concepts)", results["forced"]
-        ),
+        "forced": _grid("columns: who trains on the concepts", results["forced"]),
         "swapped": _grid("`fedavg_per_task` with", _transposed(results["swapped"])),
         "terms": _grid("in stage 2", _transposed(_by_seed(results["terms"]))),
     }
