@@ -40,7 +40,6 @@ PAGES = {
         "emoji_terms",
         "emoji_single",
         "emoji_auto",
-        "emoji_neighbors",
         "emoji_variants",
         "emoji_real",
     ),

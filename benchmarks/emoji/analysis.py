@@ -69,7 +69,7 @@ QUESTIONS = (
     Question("CT-MoA", NO_CT_MOA, TASKS_DIFFER, "other_task", NO_PSI_S),
     Question("cross-task adapters", NO_PSI_C, TASKS_DIFFER, "other_task"),
 )
-"""Registered before any test result: the contrasts `method` − `baseline`."""
+"""Specified before any test result: the contrasts `method` − `baseline`."""
 
 VARIANTS = (
     "pilot_m1",
@@ -85,7 +85,7 @@ VARIANTS = (
 """Further settings of Pilot, in `tasks`: described, not tested."""
 
 ADDED = (NO_PRIVATE,)
-"""Added after two seeds: in all scenarios, described, not tested."""
+"""Added after seeds 0 and 1: in all scenarios, described, not tested."""
 
 ABLATIONS = {
     label: tuple(
@@ -95,7 +95,7 @@ ABLATIONS = {
     if label.startswith("pilot_")
 }
 ABLATIONS |= dict.fromkeys(VARIANTS, ("tasks",)) | dict.fromkeys(ADDED, ALL_SCENARIOS)
-"""Where each of Pilot's variants runs: where a question asks for it."""
+"""Variant of Pilot → the scenarios in which it runs."""
 
 
 class Effect(NamedTuple):
@@ -161,7 +161,7 @@ class Fit(NamedTuple):
 
 
 def fit(scores: pd.DataFrame, method: str, baseline: str) -> Fit | None:
-    """Fit the mean difference on the rows that both scored; None if there is none."""
+    """Fit the mean difference on the rows that both scored; None if no row has both."""
     both = scores[[method, baseline]].dropna()
     if both.empty:
         return None
@@ -206,7 +206,7 @@ Key = TypeVar("Key")
 def corrected(
     effects: Mapping[Key, Effect | None], *, above: bool = False
 ) -> dict[Key, tuple[Effect, float | None]]:
-    """Return the effects that there are, each with Holm's p, one-sided if `above`."""
+    """Return each effect that is not None with its Holm-corrected p, one-sided if `above`."""
     ran = {key: one for key, one in effects.items() if one is not None}
     adjusted = holm([one.p_above() if above else one.p for one in ran.values()])
     return dict(zip(ran, zip(ran.values(), adjusted, strict=True), strict=True))
@@ -222,7 +222,7 @@ class Finding(NamedTuple):
 
 
 def findings(scores: pd.DataFrame, questions: Sequence[Question] = QUESTIONS) -> list[Finding]:
-    """Return the effects of Pilot's parts where they could help."""
+    """Return every question's effect in each of its scenarios, with Holm's p."""
     found = []
     for question in questions:
         effects = {

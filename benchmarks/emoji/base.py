@@ -239,7 +239,7 @@ class TrainingSamples:
         return Sample(self._pick(QUESTIONS[task]), answer(concept, task), place)
 
     def words(self) -> Sample:
-        """Ask for a concept's group or description by its name, or for the name by the others."""
+        """Ask for group or description given the name, or for the name given group and keywords."""
         concept = self._pick(self.concepts)
         task = self._pick(("name", "name", "group", "describe", "describe"))
         given = concept.name

@@ -4,8 +4,8 @@
 
 writes ``benchmarks/results/emoji``: ``runs.csv`` with a row per run, ``scores.csv.gz`` with the
 score of every test example by each method, ``neighbors.csv`` with the numbers of neighbours of
-`pilot` and `pilot_auto`, and ``compare.json``. Every method uses the rate that
-``search.py`` chose for it. Repeat the command to resume.
+`pilot` and `pilot_auto`, and ``compare.json``. Searched methods use the rate that
+``search.py`` chose for them, other variants of Pilot use Pilot's. Repeat the command to resume.
 """
 
 import gzip

@@ -3,8 +3,8 @@
     python benchmarks/emoji/curves.py
 
 writes ``benchmarks/results/emoji/curves.csv.gz``, the score of every test row with one seed, and
-``curves.json``. The kinds' shares of the test rows vary along a curve, so the figure shows them
-apart. One point, `SINGLE`, is repeated with other seeds and all methods. Rates are those of
+``curves.json``. The share of each kind varies along a curve, so the figure has a line per
+kind. One point, `SINGLE`, is repeated with other seeds and all methods. Rates are those of
 `search`. The curves' federations are written into ``--data``.
 """
 

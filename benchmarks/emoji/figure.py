@@ -44,7 +44,7 @@ LINES = {
 }
 """Colours of the methods of the curves."""
 FEWEST = 30
-"""Concepts of a point of the curves that is drawn."""
+"""A point of the curves with fewer tested concepts is not drawn."""
 STYLES = {"same": "-", "other_task": "--"}
 AXES = {
     "concepts": "concepts per client",

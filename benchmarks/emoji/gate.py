@@ -30,7 +30,7 @@ METHODS = ("centralised", "local")
 SEEDS = (100, 101)
 SCENARIO = "both"
 GOALS = {"name, other_house": 0.4, "name, other_task": 0.01}
-"""Rows → the required share of correct answers, and the limit of the second share's interval."""
+"""Rows → threshold: of the first the share itself, of the second the lower end of its interval."""
 
 
 Scores = dict[str, dict[str, float]]

@@ -1,4 +1,4 @@
-"""Measure what passes between tasks, and what Pilot's private parts hold.
+"""Measure transfer between tasks, and the effect of Pilot's private adapters.
 
     python benchmarks/emoji/mechanisms.py
 
@@ -14,7 +14,7 @@ runs with seeds 0 and 1:
   adapter, and its own or the other's LoRA. Tested on concepts that the other task trains on and the
   own one does not and, as a control, on concepts that both train on.
 - `forced`: scores of Pilot in `same_tasks`, with the router as trained or with all weight on one
-  adapter; and the trained router's weight on the adapter that knows.
+  adapter; and the trained router's weight on the adapter of the task that trains on the concept.
 - `without`: scores in `tasks` on training and on test examples of the personalised models, as
   trained and with private adapters taken out.
 - `terms`: in Pilot's stage 2, the router's entropy divided by log T; the root mean square of what
@@ -71,9 +71,9 @@ METHODS = (
 """Of `same_tasks`, each at its rate of the comparison."""
 PARTS = (PER_TASK, NO_CT_MOA, STAGE_1, NO_PRIVATE, NO_PSI_S, NO_PSI_C, PILOT)
 OPENED = (PER_TASK, NO_CT_MOA, STAGE_1, NO_PRIVATE, PILOT)
-"""Those of `PARTS` whose models are opened, at the rates of the comparison."""
+"""Those of `PARTS` whose models `without` evaluates, at the rates of the comparison."""
 SCALES = (0.5, 1)
-"""Of `PARTS`: what the search chose for Pilot, and for the others."""
+"""Of `PARTS`: 0.5 was chosen for `pilot`, 1 for `fedavg_per_task` and `pilot_stage1_only`."""
 SEEDS = (0, 1)
 NAME = "same_tasks"
 REMOVED = {
@@ -128,10 +128,10 @@ def swapped(run: Run) -> dict[str, dict[str, float]]:
 
 
 def forced(run: Run) -> dict[str, dict[str, float]]:
-    """Return Pilot's mean scores by the adapter that gets all weight, and by who knows a concept.
+    """Return mean scores with the trained router and with all weight on one adapter.
 
-    Concepts are those that only the client's own task trains on, or exactly one other task does.
-    `ROUTED` is no score, but the trained router's mean weight on that task's adapter.
+    By which task trains on the concept: only the client's own, or only one other. `ROUTED` is no
+    score, but the trained router's mean weight on that task's adapter.
     """
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     known = _trained_concepts(run)

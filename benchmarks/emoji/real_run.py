@@ -22,7 +22,7 @@ from emoji.runs import PACKAGES, Job, JobResult, parser, run_all
 
 SCENARIO, SEED = "both", SEEDS["test"][0]
 SIZE, MOST = 100, 10
-"""Training concepts of a client, and its most test rows by kind."""
+"""Training concepts of a client; maximum number of its test examples per kind."""
 SHORTENED = (
     "simulation.client_cpus=2",
     "strategy.rounds=2",

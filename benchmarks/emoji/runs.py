@@ -104,7 +104,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def run_all(
     jobs: Sequence[Job], options: argparse.Namespace, *, keep: bool = False
 ) -> list[JobResult]:
-    """Run the jobs without a result for this base and these data; return all results in order.
+    """Run the jobs that have no result yet for this base and data; return all results in order.
 
     Changes to the code, to `conf/strategy` and to the pictures are not detected: delete ``--out``
     to run again. With `keep`, run folders keep the trained models. Raises `SystemExit` if ROUGE-L

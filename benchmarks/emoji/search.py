@@ -98,7 +98,7 @@ def rate_of(method: str) -> tuple[str, ...]:
 
 
 def job_of(scenario: str, seed: int, label: str, *, rate: str = "") -> Job:
-    """Return the job of a method with settings, separated by spaces, at `rate` or its own."""
+    """Return a job of `label`, a method followed by settings, at `rate` or the method's own."""
     method, *more = label.split()
     return Job(scenario, seed, method, (*((rate,) if rate else rate_of(method)), *more))
 

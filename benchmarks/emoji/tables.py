@@ -3,8 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,12 @@ from emoji.analysis import (
     mean_score,
     select,
 )
-from emoji.compare import COUNTED, NEIGHBORS, read_scores
+from emoji.compare import read_scores
 from emoji.curves import SINGLE, SINGLE_PARTS, SINGLE_SEEDS
-from emoji.federation import SCENARIOS, TASKS, task_of
+from emoji.federation import SCENARIOS, task_of
 from emoji.mechanisms import METHODS as COMPARED
 from emoji.mechanisms import NAME, PARTS, SCALES, at_scale, label_with_rate
-from emoji.runs import Job
 from emoji.search import CANDIDATES, METHODS, SCALE, chosen, job_of, label_of, searched
-from pilot_flwr.formatting import count
 from pilot_flwr.run.tables import markdown
 from pilot_flwr.sweeps.compare import interval_text, p_text
 
@@ -90,7 +87,6 @@ def emoji_tables(folder: Path) -> dict[str, str]:
         made["emoji_by_kind"] = by_kind_table(scores)
         made["emoji_no_private"] = no_private_table(scores)
         made["emoji_auto"] = auto_table(scores)
-        made["emoji_neighbors"] = neighbors_table(pd.read_csv(folder / "neighbors.csv"))
         made["emoji_variants"] = variants_table(scores)
     return made
 
@@ -100,7 +96,7 @@ def gate_table(record: dict[str, Any]) -> str:
     scores = record["results"]["scores"]
     (first, *_) = scores.values()
     seeds = list(first)
-    rows = [["task, kind", f"rows ({' and '.join(f'seed {seed}' for seed in seeds)})", *scores]]
+    rows = [["task, kind", f"examples ({' and '.join(f'seed {seed}' for seed in seeds)})", *scores]]
     for kind in first[seeds[0]]:
         counts = ", ".join(str(first[seed][kind]["rows"]) for seed in seeds)
         found = [
@@ -129,7 +125,7 @@ def rates_table(record: dict[str, Any]) -> str:
 def power_table(record: dict[str, Any]) -> str:
     """Return the detectable differences: a row per contrast and number of seeds."""
     found = record["results"]["detectable"]
-    rows = [["contrast", "rows", "seeds", "5 % level", "corrected"]]
+    rows = [["contrast", "examples", "seeds", "5 % level", "corrected"]]
     for name, of in found.items():
         contrast, kind, seeds = name.split(", ")
         levels = (f"{of[level]:.3f}" for level in ("single", "corrected"))
@@ -148,17 +144,18 @@ def real_table(record: dict[str, Any]) -> str:
 def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str, str]:
     """Return the tables of transfer between tasks and of private parts; means of seeds."""
     results = record["results"]
-    parts = (at_scale(m, 0, scale) for scale in SCALES for m in PARTS)
-    private = _rows_by_rate(scores, parts, ("", *KINDS["tasks"]))
-    same = _rows_by_rate(scores, (job_of(NAME, 0, m) for m in COMPARED), KINDS["tasks"])
+    same = [["method", f"`{SCALE}`", *(f"`{kind}`" for kind in KINDS["tasks"])]]
+    for job in (job_of(NAME, 0, method) for method in COMPARED):
+        cells = (_score(scores, NAME, label_with_rate(job), kind) for kind in KINDS["tasks"])
+        same.append([f"`{label_of(job)}`", job.overrides[0].partition("=")[2], *cells])
     without = [["method", "model", "training examples", "test examples"]]
     for method, of in results["without"].items():
         without += [[f"`{method}`", *row] for row in _grid("", of)[1:]]
     tables = {
-        "private": private,
+        "private": _private_rows(scores),
         "without": without,
         "same_tasks": same,
-        "forced": _grid("columns: who trains on the concepts", results["forced"]),
+        "forced": _grid("concepts that only … trains on", results["forced"]),
         "swapped": _grid("`fedavg_per_task` with", _transposed(results["swapped"])),
         "terms": _grid("in stage 2", _transposed(_by_seed(results["terms"]))),
     }
@@ -166,15 +163,17 @@ def mechanisms_tables(record: dict[str, Any], scores: pd.DataFrame) -> dict[str,
     return made | {"emoji_terms": f"{made['emoji_terms']}\n{note(record)}\n"}
 
 
-def _rows_by_rate(
-    scores: pd.DataFrame, jobs: Iterable[Job], kinds: Sequence[str]
-) -> list[list[str]]:
-    """Return the means of jobs' methods and rates, over the seeds that `scores` has."""
-    rows = [["method", f"`{SCALE}`", *(f"`{kind}`" if kind else "all" for kind in kinds)]]
-    for job in jobs:
-        rate = "".join(job.overrides[:1]).partition("=")[2]
-        cells = (_score(scores, job.scenario, label_with_rate(job), kind) for kind in kinds)
-        rows.append([f"`{label_of(job)}`", rate, *cells])
+def _private_rows(scores: pd.DataFrame) -> list[list[str]]:
+    """Return the means of Pilot's variants at equal rates, over the seeds that `scores` has."""
+    kinds = ("", *KINDS["tasks"])
+    columns = [(scale, kind) for scale in SCALES for kind in kinds]
+    rows = [
+        ["method", *(f"{scale:g}: {f'`{kind}`' if kind else 'all'}" for scale, kind in columns)]
+    ]
+    for method in PARTS:
+        labels = {scale: label_with_rate(at_scale(method, 0, scale)) for scale in SCALES}
+        cells = (_score(scores, "tasks", labels[scale], kind) for scale, kind in columns)
+        rows.append([f"`{method}`", *cells])
     return rows
 
 
@@ -284,7 +283,7 @@ def overview_table(scores: pd.DataFrame) -> str:
 
 
 def questions_table(scores: pd.DataFrame) -> str:
-    """Return a row per registered question and scenario."""
+    """Return a row per question and scenario."""
     head = ("question", "contrast", "scenario", "examples", "effect", "in each seed", "p",
             "p (Holm)")  # fmt: skip
     rows: list[Sequence[str]] = [head]
@@ -371,21 +370,6 @@ def auto_table(scores: pd.DataFrame) -> str:
         decided = "yes" if compared.non_inferior else "not shown"
         rows.append([f"`{scenario}`", *means, *over, p_text(compared.p), decided])
     return f"{markdown(rows)}\n"
-
-
-def neighbors_table(chosen: pd.DataFrame) -> str:
-    """Return the mean numbers of neighbours of every task's clients, by task and of their house."""
-    rows = [["scenario", "method", "clients", *(f"neighbours in `{task}`" for task in TASKS),
-             "of the same house"]]  # fmt: skip
-    means = chosen.groupby(["scenario", "method", "task"])[list(NEIGHBORS[1:])].mean()
-    for scenario, method in product(ALL_SCENARIOS, COUNTED):
-        for task in SCENARIOS[scenario].tasks:
-            if (scenario, method, task) in means.index:
-                numbers = means.loc[scenario, method, task]
-                cells = (f"{number:.2f}" for number in numbers)
-                rows.append([f"`{scenario}`", f"`{method}`", f"`{task}`", *cells])
-    seeds = count(chosen["seed"].nunique(), "seed")
-    return f"{markdown(rows)}\nMeans over clients, exchanges and {seeds}.\n"
 
 
 def source_of(runs: pd.DataFrame, record: dict[str, Any]) -> str:
