@@ -18,8 +18,8 @@ runs with seeds 0 and 1:
 - `without`: scores in `tasks` on training and on test examples of the personalised models, as
   trained and with private adapters taken out.
 - `terms`: in Pilot's stage 2, the router's entropy divided by log T; the root mean square of what
-  each part adds to x_img, divided by that of the projector's output; and the cosine similarity of
-  what two tasks' adapters add.
+  each part adds to x_img, divided by that of the projector's output; the cosine similarity of what
+  two tasks' adapters add; and ψ_c's share of the connector's squared gradient norm.
 """
 
 import math
@@ -45,7 +45,9 @@ from emoji.federation import SAME_TASKS, concept_of, write_federation
 from emoji.runs import PACKAGES, Job, folder_of, parser, run_all
 from emoji.search import SCALE, job_of, label_of, rate_of
 from pilot_flwr.algorithm.connector import CrossTaskMoA, TaskClientConnector
+from pilot_flwr.algorithm.parameter_groups import set_trainable
 from pilot_flwr.client.personalization import personalize_as_trained
+from pilot_flwr.client.training import accumulate
 from pilot_flwr.data.client_files import Split
 from pilot_flwr.data.examples import Example
 from pilot_flwr.data.federation import Client, client_examples, task_metric
@@ -53,8 +55,7 @@ from pilot_flwr.inference.generate import Answerer
 from pilot_flwr.inference.runs import Run, load_model, open_run, select_client, select_consensus
 from pilot_flwr.metrics import METRICS
 from pilot_flwr.model.feature_cache import FeatureCache
-from pilot_flwr.model.loading import load_processor
-from pilot_flwr.model.pilot_model import PilotModel
+from pilot_flwr.model.slot import Visual
 
 PER_TASK = "fedavg_per_task"
 METHODS = (
@@ -151,7 +152,7 @@ def forced(run: Run) -> dict[str, dict[str, float]]:
             if not asked:
                 continue
             side = "own task" if task == own else "other task"
-            weights = trained.route(_features(run, model, asked)).probs
+            weights = trained.route(_visual(answerer, asked).features).probs
             scores[ROUTED][side] += weights[..., trained.tasks.index(task)].mean(1).tolist()
             for name, connector in forced_connectors(trained, adapters).items():
                 model.slot.pilot = connector
@@ -211,7 +212,9 @@ def _terms(run: Run, client: Client) -> dict[str, float]:
     model = load_model(run, select_client(run, client.id), device=CPU)
     connector = model.connector
     assert isinstance(connector, CrossTaskMoA)
-    features = _features(run, model, list(_examples(run, client, "test")))
+    answerer = Answerer(run.config, model)
+    share = gradient_share(answerer, list(_examples(run, client, "train")))
+    features = _visual(answerer, list(_examples(run, client, "test"))).features
     base = model.slot.projector(features)
     parts, learnt = added(connector, features, base)
     similarity = [
@@ -225,13 +228,31 @@ def _terms(run: Run, client: Client) -> dict[str, float]:
         "router's weight on the own task": float(probabilities[..., 0].mean()),
         **{f"size of {name}": float(_size(part) / _size(base)) for name, part in parts.items()},
         "cosine of two tasks' ψ_t": statistics.fmean(similarity),
+        "share of ψ_c in the connector's gradient": share,
     }
 
 
-def _features(run: Run, model: PilotModel, examples: list[Example]) -> Tensor:
+@torch.enable_grad()
+def gradient_share(answerer: Answerer, examples: list[Example]) -> float:
+    """Return the cross-task adapters' share of the connector's squared gradient norm.
+
+    The gradient is that of the training loss on all `examples`; only what stage 2 trains has one.
+    """
+    model, batch = answerer.model, answerer.collator.train_batch(examples)
+    set_trainable(model.groups(), stage=2)
+    accumulate(model, [batch], iter([_visual(answerer, examples)]), answerer.config.train)
+    squares = {
+        group: sum(float(p.grad.square().sum()) for p in parameters.values() if p.grad is not None)
+        for group, parameters in model.groups().items()
+        if group != "lora"
+    }
+    return squares["cross_task_adapters"] / sum(squares.values())
+
+
+def _visual(answerer: Answerer, examples: list[Example]) -> Visual:
     """Return what the vision tower sees in some examples' pictures."""
-    processor = load_processor(run.config.model.path, run.config.model.revision)
-    return FeatureCache(run.config.model.feature_cache).encode(model, processor, examples).features
+    cache = FeatureCache(answerer.config.model.feature_cache)
+    return cache.encode(answerer.model, answerer.processor, examples)
 
 
 def added(

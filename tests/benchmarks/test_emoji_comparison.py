@@ -562,7 +562,11 @@ def test_swapped_and_removed_parts_leave_the_runs_scores_where_nothing_changes(
     assert set(removed) == set(mechanisms.REMOVED)
     means = [np.mean(list(of.values())) for of in routed.scores.values()]
     assert removed["as trained"]["test"] == pytest.approx(np.mean(means), abs=1e-4)
-    assert 0 < mechanisms.terms(run)["router's entropy"] <= 1
+    found = mechanisms.terms(run)
+    share = "share of ψ_c in the connector's gradient"
+    assert 0 < found["router's entropy"] <= 1 and 0 < found[share] < 1
+    monkeypatch.setattr(CrossTaskMoA, "route", routed_with(torch.tensor([1.0, 0.0, 0.0])))
+    assert mechanisms.terms(run)[share] == 0
 
 
 def routed_with(probabilities):
