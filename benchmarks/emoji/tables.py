@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +221,10 @@ def single_table(scores: pd.DataFrame) -> str:
     part = select(scores, SINGLE)
     rows = [["method", "mean", "method − `pilot`", "in each seed"]]
     tested = [method for method in METHODS if method != "pilot_auto"]
-    effects: Mapping[str, tuple[Effect | None, float | None]] = {
+    effects: dict[str, tuple[Effect | None, float | None]] = {
         m: (effect(part, m, PILOT), None) for m in ("pilot_auto", *SINGLE_PARTS)
     }
-    effects = {**effects, **against_pilot(scores, SINGLE, tested)}
+    effects.update(against_pilot(scores, SINGLE, tested))
     for method in (*METHODS, *SINGLE_PARTS):
         text = _difference(*effects.get(method, (None, None)))
         seeds = _in_each_seed(part, method, PILOT) if text else ""

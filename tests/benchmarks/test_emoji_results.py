@@ -107,8 +107,7 @@ def test_the_published_means_are_those_of_the_rows(means, compare, page, name):
                 for seed in SEEDS
                 if (method, scenario, str(seed)) in means
             ]
-            assert bool(cells[title]) == bool(found)
-            assert not found or float(cells[title]) == pytest.approx(fmean(found), abs=6e-4)
+            assert cells[title] == (f"{fmean(found):.3f}" if found else "")
 
 
 def test_the_published_means_by_task_are_those_of_the_rows(task_means):
@@ -160,8 +159,6 @@ def test_scores_in_the_text_are_in_the_tables_of_the_section():
             for part, tabulated in ((source, True), (text, False))
         )
         written = re.findall(r"(?<![\d.])\.\d{3}\b", prose)
-        assert {f"0{number}" for number in written} <= set(re.findall(r"0\.\d{3}", tables)), text[
-            :40
-        ]
+        assert {f"0{number}" for number in written} <= set(re.findall(r"0\.\d{3}", tables))
         checked += len(written)
     assert checked > 20
