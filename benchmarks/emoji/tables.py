@@ -239,8 +239,9 @@ def single_table(scores: pd.DataFrame) -> str:
 
 def _in_each_seed(scores: pd.DataFrame, method: str, baseline: str) -> str:
     """Format the mean difference in every seed that both ran with."""
-    found = (effect(rows, method, baseline) for _, rows in scores.groupby(level="seed"))
-    return ", ".join(f"{one.difference.mean:+.3f}" for one in found if one is not None)
+    seeds = scores[[method, baseline]].dropna().groupby(level="seed")
+    found = (mean_score(rows, method) - mean_score(rows, baseline) for _, rows in seeds)
+    return ", ".join(f"{difference:+.3f}" for difference in found)
 
 
 def _difference(found: Effect | None, p: float | None = None) -> str:
