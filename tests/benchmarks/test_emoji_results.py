@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emoji"
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1, 2, 3, 4)
 
 
 @pytest.fixture
