@@ -162,3 +162,19 @@ def test_scores_in_the_text_are_in_the_tables_of_the_section():
         assert {f"0{number}" for number in written} <= set(re.findall(r"0\.\d{3}", tables))
         checked += len(written)
     assert checked > 20
+
+
+def test_the_planned_tests_show_what_the_text_claims(compare):
+    """README.md and docs/explanation/results.md."""
+    analysis = importlib.import_module("emoji.analysis")
+    found = analysis.findings(compare.read_scores(RESULTS / "scores.csv.gz"))
+    shown = {(q.part, s): one.difference.mean > 0 for q, s, one, p in found if p < 0.05}
+    everywhere, tasks_differ = ("houses", "tasks", "untold", "both"), ("tasks", "untold", "both")
+    assert shown == {
+        **{("federation", s): True for s in everywhere},
+        **{("Pilot or one model", s): False for s in ("houses", "tasks", "both")},
+        **{("Pilot or one model per task", s): False for s in tasks_differ},
+        **{("adapters averaged per task", s): True for s in tasks_differ},
+        **{(part, s): True for part in ("stage 2", "CT-MoA") for s in ("tasks", "untold")},
+        **{("cross-task adapters", s): False for s in ("tasks", "untold")},
+    }
