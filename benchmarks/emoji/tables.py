@@ -15,6 +15,7 @@ from emoji.analysis import (
     ALL_SCENARIOS,
     COMPARATORS,
     MARGIN,
+    NO_CT_MOA,
     NO_PRIVATE,
     PILOT,
     QUESTIONS,
@@ -322,8 +323,8 @@ def by_kind_table(scores: pd.DataFrame) -> str:
 
 
 def no_private_table(scores: pd.DataFrame) -> str:
-    """Return Pilot without private adapters beside Pilot and two simple methods."""
-    others = (PILOT, "fedit", "fedavg_per_task")
+    """Return Pilot without private adapters beside Pilot, two simple methods, and stage 1 alone."""
+    others = (PILOT, "fedit", "fedavg_per_task", NO_CT_MOA)
     differences = (f"− `{other}`" for other in others)
     rows = [["scenario", "`pilot`", "without private adapters", *differences]]
     for scenario in ALL_SCENARIOS:
