@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emoji"
 SEEDS = (0, 1, 2, 3, 4)
+TASKS_DIFFER = ("tasks", "untold", "both")
+SCENARIOS = ("houses", *TASKS_DIFFER)
 
 
 @pytest.fixture
@@ -128,17 +130,17 @@ def test_the_methods_are_in_the_order_that_the_text_claims(means):
     federated = [m for m, s, _ in means if s == "both" and not m.startswith("pilot_")]
     federated = [m for m in federated if m not in ("zero_shot", "local", "centralised")]
     one_model = {"fedit", "fedprox", "fedadam", "ffa_lora", "fedex_lora"}
-    for scenario in ("houses", "tasks", "untold", "both"):
+    for scenario in SCENARIOS:
         assert mean("pilot", scenario) > mean("local", scenario)
         assert (mean("fedit", scenario) > mean("pilot", scenario)) == (scenario != "untold")
-    for scenario in ("tasks", "untold", "both"):
+    for scenario in TASKS_DIFFER:
         assert mean("fedavg_per_task", scenario) > mean("pilot", scenario)
         assert mean("fedsa_lora", scenario) > mean("pilot", scenario)
     for method in ("ditto", "feddat"):
-        for scenario in ("houses", "tasks", "untold", "both"):
+        for scenario in SCENARIOS:
             assert mean(method, scenario) < mean("pilot", scenario) + 0.01
     no_private = "pilot_no_cross_task_adapters model.client_adapter=false"
-    for scenario in ("houses", "tasks", "untold", "both"):
+    for scenario in SCENARIOS:
         assert mean("pilot", scenario) < mean(no_private, scenario)
         assert (mean("fedit", scenario) > mean(no_private, scenario)) == (scenario != "untold")
     best = {s: sorted(set(federated), key=lambda m: -mean(m, s)) for s in ("untold", "both")}
@@ -169,12 +171,11 @@ def test_the_planned_tests_show_what_the_text_claims(compare):
     analysis = importlib.import_module("emoji.analysis")
     found = analysis.findings(compare.read_scores(RESULTS / "scores.csv.gz"))
     shown = {(q.part, s): one.difference.mean > 0 for q, s, one, p in found if p < 0.05}
-    everywhere, tasks_differ = ("houses", "tasks", "untold", "both"), ("tasks", "untold", "both")
     assert shown == {
-        **{("federation", s): True for s in everywhere},
+        **{("federation", s): True for s in SCENARIOS},
         **{("Pilot or one model", s): False for s in ("houses", "tasks", "both")},
-        **{("Pilot or one model per task", s): False for s in tasks_differ},
-        **{("adapters averaged per task", s): True for s in tasks_differ},
+        **{("Pilot or one model per task", s): False for s in TASKS_DIFFER},
+        **{("adapters averaged per task", s): True for s in TASKS_DIFFER},
         **{(part, s): True for part in ("stage 2", "CT-MoA") for s in ("tasks", "untold")},
         **{("cross-task adapters", s): False for s in ("tasks", "untold")},
     }
